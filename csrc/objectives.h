@@ -1,0 +1,132 @@
+// Printed by `python -m rlkernels.codegen`; a test holds it fresh. Do not edit.
+#pragma once
+#include "scalar.h"
+
+#define RLK_OBJECTIVES(X) \
+  X(k1, 2, 0) \
+  X(k2, 2, 0) \
+  X(k3, 2, 0) \
+  X(reinforce, 2, 0) \
+  X(ppo_clip, 3, 2) \
+  X(dual_clip, 3, 3) \
+  X(cispo, 3, 2) \
+  X(sapo, 3, 2) \
+  X(pairwise, 1, 0) \
+  X(dpo_sigmoid, 1, 2) \
+  X(value_plain, 2, 0) \
+  X(value_clip, 3, 1)
+
+namespace rlk {
+
+struct k1 {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S ref_logp) const {
+    return {(logp - ref_logp), S(1.0)};
+  }
+};
+
+struct k2 {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S ref_logp) const {
+    const S gap = (logp - ref_logp);
+    return {((S(0.5) * gap) * gap), gap};
+  }
+};
+
+struct k3 {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S ref_logp) const {
+    const S gap = (ref_logp - logp);
+    return {(rlk::expm1(gap) - gap), (-rlk::expm1(gap))};
+  }
+};
+
+struct reinforce {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S advantage) const {
+    return {((-advantage) * logp), (-advantage)};
+  }
+};
+
+struct ppo_clip {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S clip_low, S clip_high) const {
+    const S gap = (logp - old_logp);
+    const S ratio = rlk::exp(gap);
+    const S free = rlk::where((advantage > S(0.0)), (ratio * advantage), rlk::where((advantage < S(0.0)), (ratio * advantage), (advantage * gap)));
+    const S held = (rlk::clip(ratio, (S(1.0) - clip_low), (S(1.0) + clip_high)) * advantage);
+    return {(-rlk::where((held < free), held, free)), (-rlk::where((held < free), S(0.0), free))};
+  }
+};
+
+struct dual_clip {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S clip_low, S clip_high, S dual_clip) const {
+    const S gap = (logp - old_logp);
+    const S ratio = rlk::exp(gap);
+    const S free = rlk::where((advantage > S(0.0)), (ratio * advantage), rlk::where((advantage < S(0.0)), (ratio * advantage), (advantage * gap)));
+    const S held = (rlk::clip(ratio, (S(1.0) - clip_low), (S(1.0) + clip_high)) * advantage);
+    const S gain = rlk::where((held < free), held, free);
+    const S slope = rlk::where((held < free), S(0.0), free);
+    const S bound = rlk::where((advantage < S(0.0)), (dual_clip * advantage), gain);
+    return {(-rlk::where((gain < bound), bound, gain)), (-rlk::where((gain < bound), S(0.0), slope))};
+  }
+};
+
+struct cispo {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S clip_low, S clip_high) const {
+    const S weight = (rlk::clip(rlk::exp((logp - old_logp)), (S(1.0) - clip_low), (S(1.0) + clip_high)) * advantage);
+    return {((-weight) * logp), (-weight)};
+  }
+};
+
+struct sapo {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S tau_pos, S tau_neg) const {
+    const S ratio = rlk::exp((logp - old_logp));
+    const S tau = rlk::where((advantage > S(0.0)), tau_pos, tau_neg);
+    const S reach = (tau * (ratio - S(1.0)));
+    const S gate = rlk::sigmoid(reach);
+    const S tail = rlk::sigmoid((-reach));
+    const S slope = rlk::where((tail <= S(0.0)), (S(0.0) * advantage), (tail * ratio));
+    return {((((-S(4.0)) / tau) * gate) * advantage), ((((-S(4.0)) * gate) * slope) * advantage)};
+  }
+};
+
+struct pairwise {
+  template <class S>
+  RLK_HD Term<S> operator()(S margin) const {
+    return {(-rlk::log_sigmoid(margin)), (-rlk::sigmoid((-margin)))};
+  }
+};
+
+struct dpo_sigmoid {
+  template <class S>
+  RLK_HD Term<S> operator()(S margin, S beta, S label_smoothing) const {
+    const S scaled = (beta * margin);
+    const S value = (((label_smoothing - S(1.0)) * rlk::log_sigmoid(scaled)) - (label_smoothing * rlk::log_sigmoid((-scaled))));
+    return {value, (beta * ((label_smoothing * rlk::sigmoid(scaled)) - ((S(1.0) - label_smoothing) * rlk::sigmoid((-scaled)))))};
+  }
+};
+
+struct value_plain {
+  template <class S>
+  RLK_HD Term<S> operator()(S value, S returns) const {
+    const S gap = (value - returns);
+    return {((S(0.5) * gap) * gap), gap};
+  }
+};
+
+struct value_clip {
+  template <class S>
+  RLK_HD Term<S> operator()(S value, S old_value, S returns, S clip_range) const {
+    const S gap = (value - old_value);
+    const S free = (value - returns);
+    const S held = (free + (rlk::clip(gap, (-clip_range), clip_range) - gap));
+    const S keep = rlk::where(((held * held) <= (free * free)), free, (S(0.0) * held));
+    return {(S(0.5) * rlk::where(((held * held) <= (free * free)), (free * free), (held * held))), keep};
+  }
+};
+
+}  // namespace rlk

@@ -1,0 +1,157 @@
+"""``@objective``: checks a scalar function against the objective language and registers it.
+
+The language is what Python, Triton and C++ read alike: positional arguments; a docstring; ``name = expression``; one final
+``return value, derivative``. Expressions are arguments, locals, float literals, ``+ - * /``, unary ``-`` and calls of the
+names in ``_math``; a comparison stands only as the condition of ``where``. The derivative is with respect to the first argument.
+"""
+import ast
+import inspect
+import textwrap
+from typing import Callable, NamedTuple
+
+from rlkernels import _math
+
+COLUMNS = ("logp", "old_logp", "ref_logp", "advantage", "value", "old_value", "returns", "margin")
+"""Argument names that are per-row tensors. Every other argument is one run-time float per launch."""
+
+ARITY = {name: len(inspect.signature(function).parameters) for name, function in _math.FUNCTIONS.items()}
+OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div)
+COMPARISONS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+CXX_KEYWORDS = frozenset(
+    "auto bool case catch char const default delete do double enum explicit extern float friend goto inline int long mutable "
+    "namespace new operator private protected public register short signed sizeof static struct switch template this throw "
+    "typedef typename union unsigned using virtual void volatile".split())
+INSTEAD = {
+    ast.Pow: "multiply: x * x",
+    ast.IfExp: "where(condition, a, b)",
+    ast.If: "where(condition, a, b)",
+    ast.BoolOp: "a nested where(...)",
+    ast.Compare: "a comparison only as the first argument of where",
+    ast.Attribute: "the bare name: exp(x), not torch.exp(x)",
+    ast.AugAssign: "an assignment to a new name",
+    ast.Subscript: "separate arguments",
+}
+
+
+class Objective(NamedTuple):
+    """A registered objective: the function itself, and how many leading arguments are columns."""
+
+    function: Callable
+    columns: tuple[str, ...]
+    params: tuple[str, ...]
+    tree: ast.FunctionDef
+
+
+OBJECTIVES: dict[str, Objective] = {}
+
+
+def objective(function=None, *, columns=None):
+    """Registers ``function`` and returns it unchanged, so that calling it is its eager meaning.
+
+    Args:
+        columns: number of leading arguments that are per-row tensors. By default the arguments named in ``COLUMNS``.
+
+    Raises:
+        TypeError: ``function`` leaves the objective language; the message names the construct and what to write.
+        ValueError: the name is taken by another function.
+    """
+    if function is None:
+        return lambda f: objective(f, columns=columns)
+    name = function.__name__
+    tree = _parse(function)
+    names = _arguments(function)
+    count = sum(n in COLUMNS for n in names) if columns is None else columns
+    if count == 0 or columns is None and not all(n in COLUMNS for n in names[:count]):
+        raise TypeError(f"objective {name!r}: columns {COLUMNS} come first, then parameters; got {names}")
+    known = OBJECTIVES.get(name)
+    if known is not None and _identity(known.function) != _identity(function):
+        raise ValueError(f"objective {name!r} is already registered by {known.function.__module__}")
+    _Checker(name, function, names).check(tree)
+    OBJECTIVES[name] = Objective(function, names[:count], names[count:], tree)
+    return function
+
+
+def _identity(function):
+    return function.__module__, function.__qualname__  # running a notebook cell again is no conflict
+
+
+def _parse(function):
+    try:
+        source = inspect.getsource(function)
+    except OSError as error:
+        raise TypeError(f"objective {function.__name__!r} must be defined in a file or a notebook cell: no source found") from error
+    return ast.parse(textwrap.dedent(source)).body[0]
+
+
+def _arguments(function):
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty for p in parameters):
+        raise TypeError(f"objective {function.__name__!r}: positional arguments without defaults only")
+    return tuple(p.name for p in parameters)
+
+
+class _Checker:
+    def __init__(self, name, function, arguments):
+        self.name, self.function, self.known = name, function, set(arguments)
+
+    def check(self, tree):
+        docstring, *body = tree.body
+        if ast.get_docstring(tree) is None or not body:
+            self.fail(docstring, "a docstring first: the sentence, the formula, the paper")
+        for name in self.known:
+            self.fresh(name, tree)
+        for statement in body[:-1]:
+            self.assignment(statement)
+        last = body[-1]
+        if not (isinstance(last, ast.Return) and isinstance(last.value, ast.Tuple) and len(last.value.elts) == 2):
+            self.fail(last, "a final 'return value, derivative'")
+        for element in last.value.elts:
+            self.expression(element)
+
+    def assignment(self, node):
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+            self.fail(node, INSTEAD.get(type(node), "assignments 'name = expression'"))
+        self.expression(node.value)
+        name = node.targets[0].id
+        if name in self.known:
+            self.fail(node, "a new name: C++ prints each local as a constant")
+        self.fresh(name, node)
+        self.known.add(name)
+
+    def fresh(self, name, node):
+        if name in ARITY or name in CXX_KEYWORDS:
+            raise TypeError(f"objective {self.name!r}, line {node.lineno}: {name!r} is a name of _math or of C++; write another name")
+
+    def expression(self, node):
+        match node:
+            case ast.Name(id=name) if name in self.known:
+                return
+            case ast.Constant(value=float()):
+                return
+            case ast.Constant(value=int()):
+                self.fail(node, f"a float literal, {node.value}.0: C++ would divide integers")
+            case ast.UnaryOp(op=ast.USub(), operand=x):
+                return self.expression(x)
+            case ast.BinOp(left=a, op=op, right=b) if isinstance(op, OPERATORS):
+                return self.expression(a), self.expression(b)
+            case ast.BinOp(op=op):
+                self.fail(node, INSTEAD.get(type(op), "+ - * /"))
+            case ast.Call(func=ast.Name(id=f), args=args, keywords=[]) if len(args) == ARITY.get(f):
+                if self.function.__globals__.get(f) is not _math.FUNCTIONS[f]:
+                    self.fail(node, f"{f} imported from rlkernels.objectives: kernels replace that function and no other")
+                if f == "where":
+                    self.condition(args[0])
+                    args = args[1:]
+                return [self.expression(x) for x in args]
+            case ast.Call():
+                self.fail(node, "a call, with positional arguments, of " + ", ".join(f"{f}/{n}" for f, n in ARITY.items()))
+        self.fail(node, INSTEAD.get(type(node), "arguments, earlier locals, float literals, + - * / and the names of _math"))
+
+    def condition(self, node):
+        match node:
+            case ast.Compare(left=a, ops=[op], comparators=[b]) if isinstance(op, COMPARISONS):
+                return self.expression(a), self.expression(b)
+        self.fail(node, "one comparison < <= > >= as the condition of where")
+
+    def fail(self, node, instead):
+        raise TypeError(f"objective {self.name!r}, line {node.lineno}: {ast.unparse(node)!r} is not in the language; write {instead}")

@@ -1,0 +1,55 @@
+"""Every objective again, in autograd, by hand from the paper. Imports torch alone: an oracle that shares code proves nothing."""
+import torch
+from torch.nn.functional import logsigmoid
+
+
+def reinforce(logp, advantage):
+    return -advantage * logp
+
+
+def ppo_clip(logp, old_logp, advantage, clip_low, clip_high):
+    ratio = (logp - old_logp).exp()
+    return -torch.min(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+
+
+def dual_clip(logp, old_logp, advantage, clip_low, clip_high, dual_clip):
+    loss = ppo_clip(logp, old_logp, advantage, clip_low, clip_high)
+    return torch.where(advantage < 0, torch.min(loss, -dual_clip * advantage), loss)
+
+
+def cispo(logp, old_logp, advantage, clip_low, clip_high):
+    return -(logp - old_logp).exp().clamp(1 - clip_low, 1 + clip_high).detach() * advantage * logp
+
+
+def sapo(logp, old_logp, advantage, tau_pos, tau_neg):
+    tau = torch.full_like(advantage, tau_neg).masked_fill(advantage > 0, tau_pos)
+    return -4 / tau * torch.sigmoid(tau * ((logp - old_logp).exp() - 1)) * advantage
+
+
+def k1(logp, ref_logp):
+    return logp - ref_logp
+
+
+def k2(logp, ref_logp):
+    return (logp - ref_logp).square() / 2
+
+
+def k3(logp, ref_logp):
+    return (ref_logp - logp).exp() - 1 - (ref_logp - logp)
+
+
+def value_plain(value, returns):
+    return (value - returns).square() / 2
+
+
+def value_clip(value, old_value, returns, clip_range):
+    clipped = old_value + (value - old_value).clamp(-clip_range, clip_range)
+    return torch.max((value - returns).square(), (clipped - returns).square()) / 2
+
+
+def pairwise(margin):
+    return -logsigmoid(margin)
+
+
+def dpo_sigmoid(margin, beta, label_smoothing):
+    return -(1 - label_smoothing) * logsigmoid(beta * margin) - label_smoothing * logsigmoid(-beta * margin)
