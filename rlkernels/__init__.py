@@ -1,0 +1,24 @@
+"""rlkernels: the loss layer of reinforcement learning for language models. Exact, fused, one import.
+
+Log-probabilities and statistics of logits (``token_logprobs``, ``token_stats``), the same from hidden states (``linear_*``), policy,
+value, reward and preference losses, aggregations (``token_weights``, ``aggregate``), advantages (``gae``, ``group_advantages``).
+"""
+from rlkernels import objectives
+from rlkernels.advantages import discounted_returns, gae, masked_whiten
+from rlkernels.backends import backends, use_backend
+from rlkernels.groups import group_advantages
+from rlkernels.linear import linear_token_logprobs, linear_token_stats
+from rlkernels.logprobs import TokenStats, token_logprobs, token_stats
+from rlkernels.losses import dpo_loss, logits_policy_loss, policy_loss, value_loss
+from rlkernels.objectives import objective
+from rlkernels.rewards import pairwise_reward_loss, reward_scores
+from rlkernels.segments import broadcast_to_tokens, sequence_means, sequence_sums, spans_to_mask
+from rlkernels.weights import aggregate, token_weights
+
+__version__ = "0.1.0"
+__all__ = [
+    "TokenStats", "aggregate", "backends", "broadcast_to_tokens", "discounted_returns", "dpo_loss", "gae", "group_advantages",
+    "linear_token_logprobs", "linear_token_stats", "logits_policy_loss", "masked_whiten", "objective", "objectives", "pairwise_reward_loss",
+    "policy_loss", "reward_scores", "sequence_means", "sequence_sums", "spans_to_mask", "token_logprobs", "token_stats", "token_weights",
+    "use_backend", "value_loss",
+]

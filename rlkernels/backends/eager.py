@@ -1,0 +1,187 @@
+"""Plain torch: the definition of correct, on any device and dtype. Protocol: see ``rlkernels.ops``."""
+import math
+
+import torch
+
+from rlkernels.objectives import OBJECTIVES
+
+ENTROPY, LOG_SUM_SQ, MEAN_LOGITS, IS_TOP1, KL = 1, 2, 4, 8, 16
+
+
+def real_dtype(dtype):
+    """The dtype of arithmetic and of per-row results: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def elementwise(objective, columns, params, weight):
+    first = columns[0]
+    # Tensors of the columns' dtype: where(condition, 1.0, 1.05) on two Python floats is fp32 whatever the columns are.
+    params = [torch.full((), p, dtype=first.dtype, device=first.device) for p in params]
+    outputs = OBJECTIVES[objective].function(*columns, *params)
+    value, derivative = (torch.as_tensor(x, dtype=first.dtype, device=first.device).expand(first.shape) for x in outputs)
+    if weight is None:
+        # Copies: an objective may return a column as it is, and an op's output must not alias its input.
+        return value.sum(dtype=torch.float64).to(first.dtype), *(x.clone(memory_format=torch.contiguous_format) for x in (value, derivative))
+    live = weight != 0
+    value, derivative = torch.where(live, value, 0.0), torch.where(live, derivative, 0.0)
+    return (weight * value).sum(dtype=torch.float64).to(first.dtype), value, derivative
+
+
+def check_rows(targets, vocab, ignore_index, temperature):
+    """Values are read on the CPU only: on an accelerator that would synchronise the host."""
+    if targets.device.type != "cpu":
+        return
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
+        raise IndexError(f"target {int(targets[row])} at row {row} is outside [0, {vocab})")
+    if isinstance(temperature, torch.Tensor):
+        bad = ~((temperature > 0) & (temperature < math.inf))
+        if bad.any():
+            row = int(bad.nonzero()[0, 0])
+            raise ValueError(f"temperature must be positive and finite, got {float(temperature[row])} at row {row}")
+
+
+def _column(temperature):
+    return temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature
+
+
+def _rows(logits, targets, temperature, ignore_index, vocab_mask):
+    """Logits of live rows in the arithmetic's dtype (0 elsewhere: a dead row is not looked at), and what each row needs."""
+    live = targets != ignore_index
+    x = torch.where(live[:, None], logits.reshape(-1, logits.shape[-1]).to(real_dtype(logits.dtype)), 0.0)
+    if vocab_mask is not None:
+        x = torch.where(vocab_mask | ~live[:, None], x, -math.inf)
+    target = torch.where(live & (targets >= 0) & (targets < logits.shape[-1]), targets, 0).long()[:, None]
+    return live, x, target
+
+
+def _statistics(x, temperature):
+    shift = x.amax(-1)
+    centred = (x - shift[:, None]) / _column(temperature)
+    e = centred.exp()
+    return shift, centred, e, e.sum(-1)
+
+
+def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logits, wanted):
+    vocab = logits.shape[-1]
+    check_rows(targets, vocab, ignore_index, temperature)
+    live, x, target = _rows(logits, targets, temperature, ignore_index, vocab_mask)
+    # Everything is measured from the row maximum: with a common offset of 1e4 in the logits x[y] - lse loses 3.8e-4, this 1e-6.
+    shift, centred, e, sum_exp = _statistics(x, temperature)
+    log_sum = sum_exp.log()
+    out_of_range = (targets < 0) | (targets >= vocab)  # met on an accelerator only: NaN there, and no address formed from it
+
+    def per_row(values):
+        return torch.where(live, torch.where(out_of_range, math.nan, values), 0.0)
+
+    logp = per_row(centred.gather(1, target)[:, 0] - log_sum)
+    entropy = per_row(log_sum - torch.where(e == 0, 0.0, e * centred).sum(-1) / sum_exp) if wanted & ENTROPY else x.new_empty(0)
+    log_sum_sq = per_row(torch.log((e * e).sum(-1)) - 2 * log_sum) if wanted & LOG_SUM_SQ else x.new_empty(0)
+    if wanted & MEAN_LOGITS:
+        support = x.new_full((), vocab) if vocab_mask is None else vocab_mask.sum(-1).to(x.dtype)
+        total = (x if vocab_mask is None else torch.where(vocab_mask, x, 0.0)).sum(-1, dtype=torch.float64).to(x.dtype)
+        mean_logits = per_row(total / support / temperature)
+    else:
+        mean_logits = x.new_empty(0)
+    is_top1 = live & (x.argmax(-1) == targets) & shift.isfinite() if wanted & IS_TOP1 else x.new_empty(0, dtype=torch.bool)
+    ref_logp, ref_shift, ref_sum, kl = (x.new_empty(0) for _ in range(4))
+    if ref_logits is not None:
+        _, r, _ = _rows(ref_logits, targets, temperature, ignore_index, vocab_mask)
+        ref_shift, ref_centred, _, ref_sum = _statistics(r, temperature)
+        ref_logp = per_row(ref_centred.gather(1, target)[:, 0] - ref_sum.log())
+        if wanted & KL:
+            gap = torch.where(e == 0, 0.0, e * (centred - ref_centred)).sum(-1) / sum_exp
+            kl = per_row(gap - log_sum + ref_sum.log())
+        ref_shift, ref_sum = per_row(ref_shift), per_row(ref_sum)
+    return logp, per_row(shift), per_row(sum_exp), entropy, log_sum_sq, mean_logits, is_top1, ref_logp, ref_shift, ref_sum, kl
+
+
+def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ignore_index, vocab_mask, ref_logits, shift, sum_exp, entropy,
+                         ref_shift, ref_sum_exp, kl, out):
+    live, x, target = _rows(logits, targets, temperature, ignore_index, vocab_mask)
+    upstream = [d for d in (dlogp, dentropy, dkl) if d is not None]
+    for d in upstream:
+        active = d != 0 if d is upstream[0] else active | (d != 0)
+    centred = (x - shift[:, None]) / _column(temperature)
+    p = centred.exp() / sum_exp[:, None]
+    log_p = centred - sum_exp.log()[:, None]
+    grad = torch.zeros_like(p)
+    if dlogp is not None:
+        hit = torch.zeros_like(p).scatter_(1, target, 1.0)
+        grad = dlogp[:, None] * (hit - p)
+        if vocab_mask is not None:  # a target outside the support moves nothing
+            inside = vocab_mask.expand(x.shape).gather(1, target)
+            grad = torch.where(inside, grad, 0.0)
+    if dentropy is not None:
+        grad = grad - torch.where(p == 0, 0.0, dentropy[:, None] * p * (log_p + entropy[:, None]))
+    if dkl is not None:
+        _, r, _ = _rows(ref_logits, targets, temperature, ignore_index, vocab_mask)
+        log_q = (r - ref_shift[:, None]) / _column(temperature) - ref_sum_exp.log()[:, None]
+        grad = grad + torch.where(p == 0, 0.0, dkl[:, None] * p * (log_p - log_q - kl[:, None]))
+    if vocab_mask is not None:
+        grad = torch.where(vocab_mask, grad, 0.0)
+    grad = torch.where((live & active)[:, None], grad / _column(temperature), 0.0).to(logits.dtype)
+    return grad if out is None else out.copy_(grad.view(out.shape))
+
+
+def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp,
+                 kl_weight, with_grad, out, *, native=None):
+    """The same in two passes. ``native`` is a backend whose two passes stand in for ours, for an objective it has not compiled."""
+    stats, backward = (token_stats, token_stats_backward) if native is None else (native.token_stats, native.token_stats_backward)
+    live = weight != 0
+    for extra in (entropy_weight, kl_weight):
+        live = live if extra is None else live | (extra != 0)
+    targets = torch.where(live, targets, ignore_index)
+    live = targets != ignore_index
+    logp, shift, sum_exp, entropy, *_ = stats(logits, targets, temperature, ignore_index, vocab_mask, None, ENTROPY)
+    weight = torch.where(live, weight, 0.0)
+    loss, _, derivative = elementwise(objective, [logp, *columns], params, weight)
+    dlogp = torch.where(weight != 0, weight * derivative, 0.0)
+    if kl is not None:
+        kl_weight = torch.where(live, kl_weight, 0.0)
+        penalty, _, slope = elementwise(kl, [logp, ref_logp], [], kl_weight)
+        loss, dlogp = loss + penalty, dlogp + torch.where(kl_weight != 0, kl_weight * slope, 0.0)
+    dentropy = None
+    if entropy_weight is not None:
+        entropy_weight = torch.where(live, entropy_weight, 0.0)
+        bonus = torch.where(entropy_weight != 0, entropy_weight * entropy, 0.0)
+        loss, dentropy = loss - bonus.sum(dtype=torch.float64).to(loss.dtype), -entropy_weight
+    dlogits = logits.new_empty((0, 0))
+    if with_grad:
+        dlogits = backward(dlogp, dentropy, None, logits, targets, temperature, ignore_index, vocab_mask, None, shift, sum_exp, entropy,
+                           None, None, None, out)
+    return loss, dlogits, logp, shift, sum_exp, entropy, dlogp
+
+
+def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
+    """One reverse step per position, all rows at once; a packed batch is laid out as rows first. float64 inside."""
+    if cu_seqlens is not None:
+        return _packed_gae(rewards, values, mask, cu_seqlens, gamma, lam, masked)
+    dtype = rewards.dtype
+    live = torch.ones_like(rewards, dtype=torch.bool) if mask is None or masked == "none" else mask
+    r, v = (torch.where(live, x.double(), 0.0) for x in (rewards, values))
+    next_value, trace = torch.zeros_like(r[:, 0]) if r.shape[1] else r.sum(-1), torch.zeros_like(r.sum(-1))
+    advantages = torch.zeros_like(r)
+    for t in range(r.shape[1] - 1, -1, -1):
+        step = r[:, t] + gamma * next_value - v[:, t] + gamma * lam * trace
+        if masked == "skip":
+            trace, next_value = torch.where(live[:, t], step, trace), torch.where(live[:, t], v[:, t], next_value)
+        else:
+            trace, next_value = step, v[:, t]
+        advantages[:, t] = trace
+    returns = torch.where(live, advantages + v, 0.0)
+    return torch.where(live, advantages, 0.0).to(dtype), returns.to(dtype)
+
+
+def _packed_gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
+    lengths = cu_seqlens.diff()
+    longest = int(lengths.max()) if lengths.numel() else 0
+    inside = torch.arange(longest, device=rewards.device)[None] < lengths[:, None]
+    rows = [rewards.new_zeros(inside.shape), rewards.new_zeros(inside.shape), inside.clone()]
+    live = torch.ones_like(rewards, dtype=torch.bool) if mask is None or masked == "none" else mask
+    for row, packed in zip(rows, (rewards, values, live), strict=True):
+        row[inside] = packed
+    # Positions behind the end of a short sequence are dead: "zero" gives them r = V = 0, which is what follows the end.
+    outputs = gae(*rows[:2], rows[2], None, gamma, lam, "skip" if masked == "skip" else "zero")
+    return tuple(x[inside] for x in outputs)

@@ -1,0 +1,232 @@
+"""Losses over log-probabilities and over logits. The objective is data; so is the aggregation."""
+import torch
+
+from rlkernels import checks, ops
+from rlkernels.backends.eager import real_dtype
+from rlkernels.metrics import policy_metrics
+from rlkernels.rewards import mean_objective
+from rlkernels.rows import rows
+from rlkernels.segments import broadcast_to_tokens, sequence_means, sequence_sums
+from rlkernels.terms import check_terms, column, live_tokens, resolve, state, term_weights
+from rlkernels.weights import weights_for
+
+def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo_clip", aggregation="token-mean", weights=None,
+                ref_logprobs=None, kl="k3", kl_coef=0.0, entropy=None, entropy_coef=0.0, cu_seqlens=None, ratio_level="token",
+                normalizers=None, return_metrics=False, **params):
+    r"""A policy objective over log-probabilities, with a KL and an entropy term: one launch per term.
+
+    ``sum_t w_t l(logp_t, old_t, A_t) + kl_coef sum_t w_t KL_t - entropy_coef sum_t h_t H_t``;  ``w``: the aggregation's weights,
+    ``h``: those of a token mean (or ``weights``, where given).
+
+    Args:
+        logprobs: ``[B, L]``, or packed ``[T]``; the log-probabilities under the policy, the only argument besides ``entropy`` that gets a gradient.
+        old_logprobs: same shape, under the behaviour policy. An objective without this column (``reinforce``) ignores it; None will do there.
+        advantages: same shape, or one per sequence: ``[B]``, ``[B, 1]``, or ``[S]`` with ``cu_seqlens``.
+        mask: live tokens, same shape, any pattern and real dtype; a dead token touches neither loss nor gradient, whatever it holds.
+        objective: a registered name with first column ``logp``; its parameters are further keywords (``clip_low``, ``clip_high``, ...).
+        aggregation, normalizers: mode and keyword arguments of ``token_weights``.
+        weights: per-token weights, same shape, instead of an aggregation.
+        ref_logprobs, kl, kl_coef: reference log-probabilities, the estimator ``"k1"``, ``"k2"`` or ``"k3"``, and its coefficient.
+        entropy, entropy_coef: per-token entropies and the coefficient of their bonus.
+        cu_seqlens: ``[S + 1]`` offsets of a packed batch.
+        ratio_level: ``"token"``; ``"sequence"``: one ratio ``exp(mean_t d_t)`` per sequence (GSPO); ``"sequence_token"``: its value with a
+            gradient per token (GSPO-token); ``"sequence_sum"``: ``exp(sum_t d_t)``, one loss per sequence, averaged over sequences.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, dict)`` of masked, detached scalars.
+
+    Raises:
+        ValueError: shapes that do not match, unknown names, a coefficient without its input, two sources of weights.
+        TypeError: a parameter that the objective does not take, or one it needs.
+
+    Schulman et al. 2017, arXiv:1707.06347 (PPO); Shao et al. 2024, arXiv:2402.03300 (GRPO); Zheng et al. 2025, arXiv:2507.18071 (GSPO).
+    """
+    where = "policy_loss"
+    checks.floating(where, "logprobs", logprobs)
+    checks.no_forward_ad(where, logprobs, entropy)
+    entry, values = resolve(where, objective, params)
+    columns = state(where, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
+    live = live_tokens(where, logprobs, mask)
+    weights, bonus = term_weights(where, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
+    check_terms(where, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
+
+    real = real_dtype(logprobs.dtype)
+    logp = logprobs.to(real)
+    loss = _ratio_term(where, objective, logp, columns, values, weights, live, cu_seqlens, ratio_level, aggregation)
+    if kl_coef != 0:
+        loss = loss + run(kl, logp, [ref_logprobs], (), weights * kl_coef)
+    if entropy_coef != 0:
+        loss = loss - entropy_coef * torch.where(bonus != 0, bonus * torch.where(bonus != 0, entropy, 0.0).to(real), 0.0).sum()
+    if not return_metrics:
+        return loss
+    return loss, policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values)
+
+
+def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, temperature=1.0, ignore_index=-100, vocab_mask=None,
+                       objective="ppo_clip", aggregation="token-mean", weights=None, ref_logprobs=None, kl="k3", kl_coef=0.0,
+                       entropy_coef=0.0, cu_seqlens=None, ratio_level="token", normalizers=None, inplace_backward=False, return_metrics=False,
+                       **params):
+    r"""``policy_loss`` straight from logits: statistics, objective and the gradient with respect to the logits in one pass over each row.
+
+    The row of a token whose weights are all 0 is never read. Sequence-level ratios need every row before any gradient: they take the
+    two passes of ``token_stats``.
+
+    Args:
+        logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; ``old_logprobs`` and ``ref_logprobs`` under the
+            same temperature and mask.
+        inplace_backward: the backward writes the gradient over ``logits``; nothing of their size is allocated.
+        the rest: as for ``policy_loss``; the entropy is that of the row.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, dict)``.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs`` and ``policy_loss``.
+    """
+    where = "logits_policy_loss"
+    row = rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
+    entry, values = resolve(where, objective, params)
+    like = targets.new_empty(targets.shape, dtype=row.real)
+    columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
+    check_terms(where, like, ref_logprobs, kl, kl_coef, None, 0.0)
+    checks.finite(where, "entropy_coef", entropy_coef)
+    live = live_tokens(where, like, mask) & (targets != ignore_index)
+    if ratio_level != "token":
+        stats = ops.token_stats(row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, None, ops.ENTROPY, inplace_backward,
+                                ops.serving("token_stats", logits))
+        return policy_loss(stats[0].view(row.shape), old_logprobs, advantages, live, objective=objective, aggregation=aggregation, weights=weights,
+                           ref_logprobs=ref_logprobs, kl=kl, kl_coef=kl_coef, entropy=stats[3].view(row.shape), entropy_coef=entropy_coef,
+                           cu_seqlens=cu_seqlens, ratio_level=ratio_level, normalizers=normalizers, return_metrics=return_metrics, **params)
+    weights, bonus = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
+    # A second tensor of the logits' size is made in the forward only where the backward is sure to take it over.
+    with_grad = (torch.is_grad_enabled() and logits.requires_grad and logits.device.type == "cpu" and not inplace_backward
+                 and not torch.compiler.is_compiling())
+    loss, _, logp, _, _, entropy, _ = ops.fused_policy(
+        objective, row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, [row.flat(c) for c in columns], ops.numbers(values),
+        row.flat(weights), row.flat(bonus * entropy_coef) if entropy_coef != 0 else None, kl if kl_coef != 0 else None,
+        row.flat(ref_logprobs) if kl_coef != 0 else None, row.flat(weights * kl_coef) if kl_coef != 0 else None, with_grad, inplace_backward,
+        ops.serving("fused_policy", logits))
+    if not return_metrics:
+        return loss
+    shape = row.shape
+    return loss, policy_metrics(logp.view(shape), columns, live, ref_logprobs, kl, entropy.view(shape), entry, values)
+
+
+def value_loss(values, old_values, returns, mask=None, *, clip_range=None, aggregation="token-mean", weights=None, cu_seqlens=None,
+               normalizers=None, return_metrics=False):
+    r"""Value-function loss: ``1/2 sum_t w_t (V_t - R_t)^2``, or, with ``clip_range = c``, the larger of that and the clipped error.
+
+    ``1/2 sum_t w_t max((V_t - R_t)^2, (V_old_t + clip(V_t - V_old_t, -c, c) - R_t)^2)``.
+
+    Args:
+        values, old_values, returns: ``[B, L]`` or packed ``[T]``; ``old_values`` is not looked at without ``clip_range``. Only ``values`` get a gradient.
+        mask, aggregation, weights, cu_seqlens, normalizers: as for ``policy_loss``.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 values); with ``return_metrics``, ``(loss, {"clip_fraction": ..., "error": ...})``.
+
+    Raises:
+        ValueError: shapes that do not match, ``clip_range`` not positive.
+
+    Schulman et al. 2017, arXiv:1707.06347, eq. 9; clipping and the half: OpenAI Baselines (ppo2).
+    """
+    where = "value_loss"
+    checks.floating(where, "values", values)
+    checks.no_forward_ad(where, values)
+    given = {"returns": returns} if clip_range is None else {"old_values": old_values, "returns": returns}
+    for name, x in given.items():
+        column(where, name, x, values)
+    if clip_range is not None:
+        checks.positive(where, "clip_range", clip_range)
+    live = live_tokens(where, values, mask)
+    weights, _ = term_weights(where, values, live, aggregation, weights, cu_seqlens, normalizers)
+    prediction = values.to(real_dtype(values.dtype))
+    objective, parameters = ("value_plain", ()) if clip_range is None else ("value_clip", (clip_range,))
+    loss = run(objective, prediction, list(given.values()), parameters, weights)
+    if not return_metrics:
+        return loss
+    with torch.no_grad():
+        count = live.sum().clamp(min=1)
+        error = (prediction - returns) ** 2
+        metrics = {"error": torch.where(live, error, 0.0).sum() / count}
+        if clip_range is not None:
+            held = (old_values + (prediction - old_values).clamp(-clip_range, clip_range) - returns) ** 2
+            metrics["clip_fraction"] = (live & (held > error)).sum() / count
+    return loss, metrics
+
+
+def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_logps=None, *, beta=0.1, loss_type="sigmoid", label_smoothing=0.0,
+             reference_free=False, return_metrics=False):
+    r"""Direct preference optimisation from the summed log-probabilities of pairs.
+
+    ``mean_i [-(1-e) log sigmoid(beta m_i) - e log sigmoid(-beta m_i)]``, ``m = (chosen - ref_chosen) - (rejected - ref_rejected)``.
+
+    Args:
+        chosen_logps, rejected_logps: sequence log-probabilities under the policy, ``[B]``; both get a gradient.
+        ref_chosen_logps, ref_rejected_logps: the same under the reference, ``[B]``; may be left out with ``reference_free``.
+        beta: strength of the tie to the reference, > 0.
+        loss_type: ``"sigmoid"``.
+        label_smoothing: ``e``, the assumed share of flipped labels, in ``[0, 0.5)`` (conservative DPO).
+        reference_free: the reference counts as 0 in ``m``.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 log-probabilities). No pair gives 0. With ``return_metrics``, ``(loss, dict)`` with the implicit
+        rewards ``beta (logp - ref)``, their margin and the accuracy (strict).
+
+    Raises:
+        ValueError: ``beta``, ``label_smoothing`` or ``loss_type`` out of range; unequal numbers of pairs; a reference missing.
+
+    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing: Mitchell 2023.
+    """
+    where = "dpo_loss"
+    checks.pairs(where, chosen_logps, rejected_logps, ("chosen_logps", "rejected_logps"))
+    checks.choice(where, "loss_type", loss_type, ("sigmoid",))
+    checks.positive(where, "beta", beta)
+    checks.interval(where, "label_smoothing", label_smoothing, 0, 0.5, closed=False)
+    checks.no_forward_ad(where, chosen_logps, rejected_logps)
+    real = real_dtype(torch.promote_types(chosen_logps.dtype, rejected_logps.dtype))
+    chosen, rejected = chosen_logps.to(real), rejected_logps.to(real)
+    references = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
+    for name, x in references.items():
+        if x is None and not reference_free:
+            raise ValueError(f"{where}: {name} is missing; pass it, or reference_free=True")
+        if x is not None:
+            column(where, name, x, chosen_logps, "chosen_logps")
+    ref_chosen, ref_rejected = (torch.zeros_like(chosen) if x is None else x.to(real) for x in references.values())
+    margin = chosen - rejected
+    if not reference_free:
+        margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    loss = mean_objective("dpo_sigmoid", margin, (beta, label_smoothing))
+    if not return_metrics:
+        return loss
+    with torch.no_grad():
+        count = max(chosen.numel(), 1)
+        rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+        return loss, {"reward_chosen": rewards[0].sum() / count, "reward_rejected": rewards[1].sum() / count,
+                      "reward_margin": (rewards[0] - rewards[1]).sum() / count, "accuracy": (rewards[0] > rewards[1]).sum() / count}
+
+
+def run(objective, first, others, params, weights):
+    """The weighted sum of an objective; ``first`` carries the gradient."""
+    others = [x.detach().to(first.dtype).reshape(-1).contiguous() for x in others]
+    weights = weights.detach().to(first.dtype).reshape(-1).contiguous()
+    loss, _, _ = ops.elementwise(objective, first.reshape(-1).contiguous(), others, ops.numbers(params), weights, ops.serving("elementwise", first))
+    return loss
+
+
+def _ratio_term(where, objective, logp, columns, params, weights, live, cu_seqlens, level, aggregation):
+    if level == "token":
+        return run(objective, logp, columns, params, weights)
+    reduce = sequence_sums if level == "sequence_sum" else sequence_means
+    if cu_seqlens is None and logp.dim() != 2:
+        raise ValueError(f"{where}: ratio_level {level!r} needs logprobs [B, L], or packed [T] with cu_seqlens; got shape {tuple(logp.shape)}")
+    old, advantage = columns
+    if level == "sequence_token":
+        drift = broadcast_to_tokens(reduce(logp.detach() - old, live, cu_seqlens), live, cu_seqlens)
+        return run(objective, logp, [logp.detach() - drift, advantage], params, weights)
+    if level == "sequence_sum":
+        # One loss per sequence: whatever weights its tokens have, a row counts once.
+        weights = weights_for(where, live, "seq-mean", cu_seqlens=cu_seqlens, dtype=logp.dtype)
+    # Of an advantage per token the mean is taken: constant along the sequence in every published use.
+    reduced = [reduce(logp, live, cu_seqlens), reduce(old, live, cu_seqlens), sequence_means(advantage, live, cu_seqlens)]
+    return run(objective, reduced[0], reduced[1:], params, sequence_sums(weights, live, cu_seqlens))

@@ -1,0 +1,35 @@
+"""What a trainer plots beside the loss: masked, detached, never a host synchronisation."""
+import torch
+
+
+@torch.no_grad()
+def policy_metrics(logprobs, columns, live, ref_logprobs, kl, entropy, entry, params):
+    """Means over live tokens: ``ppo_kl`` (k1 of old against new), ``approx_kl`` (k2), ``ratio``, the clip fractions, ``kl``, ``entropy``.
+
+    ``clip_fraction_low``: ``rho < 1 - clip_low`` with ``A < 0``; ``clip_fraction_high``: ``rho > 1 + clip_high`` with ``A > 0``;
+    ``clip_fraction``: where the clipped surrogate is the smaller one, which is their sum.
+    """
+    count = live.sum().clamp(min=1)
+
+    def mean(x):
+        return torch.where(live, x, 0.0).sum() / count
+
+    known = dict(zip(entry.columns[1:], columns, strict=True))
+    settings = dict(zip(entry.params, params, strict=True))
+    metrics = {}
+    if "old_logp" in known:
+        gap = logprobs.detach() - known["old_logp"]
+        ratio = gap.exp()
+        metrics |= {"ppo_kl": mean(-gap), "approx_kl": mean(0.5 * gap * gap), "ratio": mean(ratio)}
+        if "clip_low" in settings:
+            advantage = known["advantage"]
+            low = (ratio < 1 - settings["clip_low"]) & (advantage < 0)
+            high = (ratio > 1 + settings["clip_high"]) & (advantage > 0)
+            metrics |= {"clip_fraction_low": mean(low.to(gap.dtype)), "clip_fraction_high": mean(high.to(gap.dtype))}
+            metrics["clip_fraction"] = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
+    if ref_logprobs is not None:
+        gap = ref_logprobs - logprobs.detach()
+        metrics["kl"] = mean({"k1": -gap, "k2": 0.5 * gap * gap, "k3": gap.expm1() - gap}[kl])
+    if entropy is not None:
+        metrics["entropy"] = mean(entropy.detach())
+    return metrics

@@ -1,0 +1,97 @@
+"""Reward models: the pairwise loss, and the head that reads one hidden state per sequence."""
+import torch
+
+from rlkernels import checks, ops
+from rlkernels.backends.eager import real_dtype
+
+
+def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
+    r"""Bradley-Terry loss of a reward model, value and derivative in one launch.
+
+    ``mean_i softplus(-(c_i - q_i - g_i)) + center_coef mean_i (c_i + q_i)^2``; finite for every finite difference
+    (-1e4 gives 1e4, +1e4 gives 0). No pair gives 0.
+
+    Args:
+        chosen, rejected: scores ``c``, ``q``, one per pair, any equal shape and float dtype.
+        margin: ``g``, how much better the chosen answer is; same shape, differentiable where it requires a gradient.
+        center_coef: weight of the term that keeps the scores around 0.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 scores).
+
+    Raises:
+        ValueError: unequal numbers of pairs.
+
+    Ouyang et al. 2022, arXiv:2203.02155, eq. 1; margin: Touvron et al. 2023, arXiv:2307.09288; centring: Eisenstein et al. 2023, arXiv:2312.09244.
+    """
+    where = "pairwise_reward_loss"
+    checks.pairs(where, chosen, rejected)
+    checks.finite(where, "center_coef", center_coef)
+    if margin is not None:
+        checks.floating(where, "margin", margin)
+        checks.shape(where, "margin", margin, chosen.shape)
+        checks.one_device(where, "chosen", chosen, margin=margin)
+    checks.no_forward_ad(where, chosen, rejected, margin)
+    real = real_dtype(torch.promote_types(chosen.dtype, rejected.dtype))
+    chosen, rejected = chosen.to(real), rejected.to(real)
+    gap = chosen - rejected if margin is None else chosen - rejected - margin.to(real)
+    loss, centring = mean_objective("pairwise", gap, ()), None
+    if center_coef != 0:
+        total = chosen + rejected
+        centring = center_coef * (total * total).sum() / max(total.numel(), 1)
+    return loss if centring is None else loss + centring
+
+
+def mean_objective(objective, first, params):
+    """Mean over all elements of an objective of one column; 0, still attached to the graph, where there is none."""
+    first = first.reshape(-1).contiguous()
+    weight = torch.full_like(first, 1.0 / max(first.numel(), 1), requires_grad=False)
+    loss, _, _ = ops.elementwise(objective, first, [], ops.numbers(params), weight, ops.serving("elementwise", first))
+    return loss
+
+
+def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=None):
+    r"""Score of each sequence from the hidden state of its last token: ``h_end . w (+ b)``; reads ``B`` rows, not ``B L``.
+
+    Args:
+        hidden: ``[B, L, H]``, or packed ``[T, H]`` with ``cu_seqlens``.
+        weight: ``[1, H]``, the head's matrix.
+        attention_mask: ``[B, L]``; the end is the last 1 (left or right padding, holes); a row of zeros, or no mask, ends at ``L - 1``.
+        cu_seqlens: ``[B + 1]`` offsets of a packed batch; the end of sequence ``i`` is ``cu_seqlens[i + 1] - 1``.
+        bias: ``[1]``.
+
+    Returns:
+        Tensor ``[B]``, fp32 (fp64 for fp64 hidden states), differentiable in ``hidden``, ``weight`` and ``bias``.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes do not fit.
+    """
+    where = "reward_scores"
+    checks.floating(where, "hidden", hidden)
+    checks.floating(where, "weight", weight)
+    expected = 2 if cu_seqlens is not None else 3
+    if hidden.dim() != expected:
+        raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}, expected {'[T, H] with cu_seqlens' if expected == 2 else '[B, L, H]'}")
+    checks.shape(where, "weight", weight, (1, hidden.shape[-1]))
+    if bias is not None:
+        checks.shape(where, "bias", bias, (1,))
+    checks.one_device(where, "hidden", hidden, weight=weight, bias=bias, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+    if cu_seqlens is None:
+        checks.mask(where, attention_mask, hidden.shape[:2], "attention_mask")
+        rows = hidden[torch.arange(hidden.shape[0], device=hidden.device), last_live_index(attention_mask, hidden)]
+    else:
+        rows = hidden[(cu_seqlens[1:] - 1).long()]
+    real = real_dtype(hidden.dtype)
+    scores = (rows.to(real) * weight.to(real)).sum(-1)
+    return scores if bias is None else scores + bias.to(real)
+
+
+def last_live_index(attention_mask, hidden):
+    """Column of the last token that is not masked, per row of ``[B, L, ...]``; ``L - 1`` where none is live."""
+    batch, length = hidden.shape[:2]
+    last = torch.full((batch,), length - 1, device=hidden.device)
+    if attention_mask is None:
+        return last
+    live = attention_mask != 0
+    columns = torch.where(live, torch.arange(length, device=hidden.device), -1)
+    return torch.where(live.any(-1), columns.amax(-1), last)

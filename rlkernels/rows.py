@@ -1,0 +1,56 @@
+"""From public arguments of any leading shape to the layout of the ops: logits ``[T, V]`` or ``[B, L, V]``, everything else ``[T]``."""
+from typing import NamedTuple
+
+import torch
+
+from rlkernels import checks, ops
+from rlkernels.backends.eager import real_dtype
+
+
+class Rows(NamedTuple):
+    """Logits and what belongs to each row of them, checked."""
+
+    logits: torch.Tensor
+    targets: torch.Tensor
+    temperature: torch.Tensor
+    ignore_index: int
+    vocab_mask: torch.Tensor | None
+    shape: torch.Size
+
+    @property
+    def real(self):
+        return real_dtype(self.logits.dtype)
+
+    def flat(self, x):
+        """A per-row tensor as a contiguous ``[T]`` of the arithmetic's dtype; None stays None."""
+        return None if x is None else x.detach().reshape(-1).to(self.real).contiguous()
+
+
+def matrix(logits):
+    """At most three dimensions and a unit last stride. ``logits[:, :-1]`` passes as it is; only other layouts are copied."""
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    if logits.dim() == 1:
+        return logits[None]
+    return logits if logits.dim() <= 3 else logits.reshape(-1, *logits.shape[-2:])
+
+
+def rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward=False):
+    """Checks the arguments that every function over logits shares and lays them out."""
+    checks.logits(where, logits)
+    shape = logits.shape[:-1]
+    checks.targets(where, targets, shape)
+    checks.integer(where, "ignore_index", ignore_index)
+    checks.temperature(where, temperature, shape)
+    checks.vocab_mask(where, vocab_mask, logits.shape)
+    checks.one_device(where, "logits", logits, targets=targets, temperature=temperature, vocab_mask=vocab_mask)
+    checks.no_forward_ad(where, logits)
+    if inplace_backward:
+        checks.inplace(where, logits)
+    per_row = isinstance(temperature, torch.Tensor)
+    temperature = temperature.reshape(-1).to(real_dtype(logits.dtype)).contiguous() if per_row else ops.number(temperature)
+    if per_row and temperature.dim() == 1 and not shape:
+        temperature = temperature.reshape(1)
+    if vocab_mask is not None and vocab_mask.dim() > 1:
+        vocab_mask = vocab_mask.reshape(-1, vocab_mask.shape[-1])
+    return Rows(matrix(logits), targets.reshape(-1), temperature, ignore_index, vocab_mask, shape)

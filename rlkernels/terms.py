@@ -1,0 +1,99 @@
+"""The parts of a policy loss: its objective and state, which tokens live, and what each token weighs in each term."""
+import torch
+
+from rlkernels import checks
+from rlkernels.backends.eager import real_dtype
+from rlkernels.objectives import OBJECTIVES
+from rlkernels.segments import segment_ids
+from rlkernels.weights import weights_for
+
+DEFAULTS = {
+    "ppo_clip": {"clip_low": 0.2, "clip_high": 0.2},
+    "dual_clip": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0},
+    "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
+}
+"""Parameters that the papers and trainers agree on. CISPO's bounds are not among them: three conventions are in use."""
+RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
+
+
+def resolve(where, objective, params):
+    """The registered objective and the values of its parameters, in order."""
+    policies = [name for name, entry in OBJECTIVES.items() if entry.columns[0] == "logp" and "ref_logp" not in entry.columns]
+    checks.choice(where, "objective", objective, policies)
+    entry = OBJECTIVES[objective]
+    return entry, checks.params(where, objective, entry, params, DEFAULTS)
+
+
+def live_tokens(where, like, mask):
+    """The mask as bool, shaped like ``like``."""
+    checks.mask(where, mask, like.shape)
+    checks.one_device(where, "logprobs", like, mask=mask)
+    return torch.ones_like(like, dtype=torch.bool, requires_grad=False) if mask is None else mask != 0
+
+
+def state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level):
+    """The columns that the objective names after ``logp``, shaped like the log-probabilities ``like``."""
+    checks.choice(where, "ratio_level", ratio_level, RATIO_LEVELS)
+    if ratio_level != "token" and "old_logp" not in entry.columns:
+        raise ValueError(f"{where}: ratio_level={ratio_level!r} needs an objective of a ratio; this one has columns {', '.join(entry.columns)}")
+    given = {"old_logp": ("old_logprobs", old_logprobs), "advantage": ("advantages", advantages)}
+    columns = []
+    for name in entry.columns[1:]:
+        if name not in given:
+            raise ValueError(f"{where}: the objective needs a column {name!r}, which {where} has no argument for; use rlkernels.ops.elementwise")
+        argument, x = given[name]
+        if name == "advantage":
+            x = _advantages(where, x, like, cu_seqlens)
+        columns.append(column(where, argument, x, like))
+    return columns
+
+
+def _advantages(where, x, like, cu_seqlens):
+    checks.floating(where, "advantages", x)
+    if cu_seqlens is not None and x.shape != like.shape and x.shape == cu_seqlens[1:].shape:
+        return x[segment_ids(cu_seqlens, like.shape[0])]
+    # [B] belongs to rows [B, L]: plain broadcasting would align it with L, and (B,) against (B, 1) would become (B, B).
+    per_row = like.dim() == 2 and x.shape in (like.shape[:1], (like.shape[0], 1))
+    return x.reshape(-1, 1).expand(like.shape) if per_row else x
+
+
+def column(where, name, x, like, like_name="logprobs"):
+    """A per-token input without gradient, shaped like ``like``."""
+    checks.floating(where, name, x)
+    checks.shape(where, name, x, like.shape)
+    checks.no_gradient(where, **{name: x})
+    checks.one_device(where, like_name, like, **{name: x})
+    return x
+
+
+def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers):
+    """The aggregation's weights and those of the entropy bonus; 0 on dead tokens."""
+    checks.one_device(where, "logprobs", like, weights=weights, cu_seqlens=cu_seqlens)
+    real = real_dtype(like.dtype)
+    if weights is not None:
+        if aggregation != "token-mean" or normalizers:
+            raise ValueError(f"{where}: weights and aggregation={aggregation!r} both decide the weights; pass one of them")
+        column(where, "weights", weights, like)
+        weights = torch.where(live, weights.to(real), 0.0)
+        return weights, weights
+    normalizers = normalizers or {}
+    weights = weights_for(where, live, aggregation, cu_seqlens=cu_seqlens, dtype=real, **normalizers)
+    if aggregation == "token-mean":
+        return weights, weights
+    return weights, weights_for(where, live, "token-mean", cu_seqlens=cu_seqlens, dtype=real)
+
+
+def check_terms(where, like, ref_logprobs, kl, kl_coef, entropy, entropy_coef):
+    checks.choice(where, "kl", kl, ("k1", "k2", "k3"))
+    checks.finite(where, "kl_coef", kl_coef)
+    checks.finite(where, "entropy_coef", entropy_coef)
+    if kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(f"{where}: kl={kl!r} needs ref_logprobs where kl_coef is not 0")
+    if ref_logprobs is not None:
+        column(where, "ref_logprobs", ref_logprobs, like)
+    if entropy_coef != 0 and entropy is None:
+        raise ValueError(f"{where}: entropy_coef needs entropy")
+    if entropy is not None:
+        checks.floating(where, "entropy", entropy)
+        checks.shape(where, "entropy", entropy, like.shape)
+        checks.one_device(where, "logprobs", like, entropy=entropy)
