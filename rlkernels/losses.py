@@ -7,8 +7,9 @@ from rlkernels.metrics import policy_metrics
 from rlkernels.rewards import mean_objective
 from rlkernels.rows import rows
 from rlkernels.segments import broadcast_to_tokens, sequence_means, sequence_sums
-from rlkernels.terms import check_terms, column, live_tokens, resolve, state, term_weights
+from rlkernels.terms import check_terms, column, live_tokens, one_loss_per_sequence, resolve, state, term_weights
 from rlkernels.weights import weights_for
+
 
 def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo_clip", aggregation="token-mean", weights=None,
                 ref_logprobs=None, kl="k3", kl_coef=0.0, entropy=None, entropy_coef=0.0, cu_seqlens=None, ratio_level="token",
@@ -47,19 +48,21 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
     entry, values = resolve(where, objective, params)
     columns = state(where, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
     live = live_tokens(where, logprobs, mask)
+    if ratio_level == "sequence_sum":
+        one_loss_per_sequence(where, aggregation, weights, normalizers)
     weights, bonus = term_weights(where, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
     check_terms(where, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
 
     real = real_dtype(logprobs.dtype)
     logp = logprobs.to(real)
-    loss = _ratio_term(where, objective, logp, columns, values, weights, live, cu_seqlens, ratio_level, aggregation)
+    loss = _ratio_term(where, objective, logp, columns, values, weights, live, cu_seqlens, ratio_level)
     if kl_coef != 0:
         loss = loss + run(kl, logp, [ref_logprobs], (), weights * kl_coef)
     if entropy_coef != 0:
         loss = loss - entropy_coef * torch.where(bonus != 0, bonus * torch.where(bonus != 0, entropy, 0.0).to(real), 0.0).sum()
     if not return_metrics:
         return loss
-    return loss, policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values)
+    return loss, policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
 
 
 def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, temperature=1.0, ignore_index=-100, vocab_mask=None,
@@ -214,19 +217,19 @@ def run(objective, first, others, params, weights):
     return loss
 
 
-def _ratio_term(where, objective, logp, columns, params, weights, live, cu_seqlens, level, aggregation):
+def _ratio_term(where, objective, logp, columns, params, weights, live, cu_seqlens, level):
     if level == "token":
         return run(objective, logp, columns, params, weights)
-    reduce = sequence_sums if level == "sequence_sum" else sequence_means
     if cu_seqlens is None and logp.dim() != 2:
         raise ValueError(f"{where}: ratio_level {level!r} needs logprobs [B, L], or packed [T] with cu_seqlens; got shape {tuple(logp.shape)}")
     old, advantage = columns
-    if level == "sequence_token":
-        drift = broadcast_to_tokens(reduce(logp.detach() - old, live, cu_seqlens), live, cu_seqlens)
-        return run(objective, logp, [logp.detach() - drift, advantage], params, weights)
     if level == "sequence_sum":
-        # One loss per sequence: whatever weights its tokens have, a row counts once.
-        weights = weights_for(where, live, "seq-mean", cu_seqlens=cu_seqlens, dtype=logp.dtype)
-    # Of an advantage per token the mean is taken: constant along the sequence in every published use.
-    reduced = [reduce(logp, live, cu_seqlens), reduce(old, live, cu_seqlens), sequence_means(advantage, live, cu_seqlens)]
-    return run(objective, reduced[0], reduced[1:], params, sequence_sums(weights, live, cu_seqlens))
+        # One loss per sequence; an advantage per token enters as its mean, being constant along the sequence in every published use.
+        per_row = weights_for(where, live, "seq-mean", cu_seqlens=cu_seqlens, dtype=logp.dtype)
+        reduced = [sequence_sums(x, live, cu_seqlens) for x in (logp, old, per_row)]
+        return run(objective, reduced[0], [reduced[1], sequence_means(advantage, live, cu_seqlens)], params, reduced[2])
+    if level == "sequence":
+        mean, mean_old = (broadcast_to_tokens(sequence_means(x, live, cu_seqlens), live, cu_seqlens) for x in (logp, old))
+        return run(objective, mean, [mean_old, advantage], params, weights)
+    drift = broadcast_to_tokens(sequence_means(logp.detach() - old, live, cu_seqlens), live, cu_seqlens)
+    return run(objective, logp, [logp.detach() - drift, advantage], params, weights)

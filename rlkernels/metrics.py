@@ -1,10 +1,14 @@
 """What a trainer plots beside the loss: masked, detached, never a host synchronisation."""
 import torch
 
+from rlkernels.segments import broadcast_to_tokens, sequence_means, sequence_sums
+
 
 @torch.no_grad()
-def policy_metrics(logprobs, columns, live, ref_logprobs, kl, entropy, entry, params):
+def policy_metrics(logprobs, columns, live, ref_logprobs, kl, entropy, entry, params, ratio_level="token", cu_seqlens=None):
     """Means over live tokens: ``ppo_kl`` (k1 of old against new), ``approx_kl`` (k2), ``ratio``, the clip fractions, ``kl``, ``entropy``.
+
+    Ratio and clip fractions are those of the ratio that the loss clips: the sequence's at a sequence level.
 
     ``clip_fraction_low``: ``rho < 1 - clip_low`` with ``A < 0``; ``clip_fraction_high``: ``rho > 1 + clip_high`` with ``A > 0``;
     ``clip_fraction``: where the clipped surrogate is the smaller one, which is their sum.
@@ -19,7 +23,11 @@ def policy_metrics(logprobs, columns, live, ref_logprobs, kl, entropy, entry, pa
     metrics = {}
     if "old_logp" in known:
         gap = logprobs.detach() - known["old_logp"]
-        ratio = gap.exp()
+        spread = gap
+        if ratio_level != "token":
+            reduce = sequence_sums if ratio_level == "sequence_sum" else sequence_means
+            spread = broadcast_to_tokens(reduce(gap, live, cu_seqlens), live, cu_seqlens)
+        ratio = spread.exp()
         metrics |= {"ppo_kl": mean(-gap), "approx_kl": mean(0.5 * gap * gap), "ratio": mean(ratio)}
         if "clip_low" in settings:
             advantage = known["advantage"]

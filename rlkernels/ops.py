@@ -10,7 +10,8 @@ from collections import Counter
 
 import torch
 
-from rlkernels import backends
+from rlkernels.backends import BACKENDS
+from rlkernels.backends import serving as backend_serving  # rlkernels.backends itself is the public function
 from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS, real_dtype
 
 FLAGS = {"entropy": ENTROPY, "log_sum_sq_probs": LOG_SUM_SQ, "mean_logits": MEAN_LOGITS, "is_top1": IS_TOP1}
@@ -37,13 +38,13 @@ def numbers(values):
 
 
 def serving(op, tensor):
-    return backends.serving(op, tensor.device.type)
+    return backend_serving(op, tensor.device.type)
 
 
 def run(op, backend, *arguments):
     """Calls the backend's function; counted."""
     _calls[op, backend] += 1
-    return getattr(backends.BACKENDS[backend], op)(*arguments)
+    return getattr(BACKENDS[backend], op)(*arguments)
 
 
 def _temperature(temperature):

@@ -66,6 +66,12 @@ def column(where, name, x, like, like_name="logprobs"):
     return x
 
 
+def one_loss_per_sequence(where, aggregation, weights, normalizers):
+    if weights is not None or normalizers or aggregation not in ("token-mean", "seq-mean"):
+        raise ValueError(f"{where}: ratio_level='sequence_sum' has one loss per sequence, averaged over sequences: it takes no weights and no "
+                         f"normalizers, and aggregation='seq-mean' alone; got {aggregation!r}")
+
+
 def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers):
     """The aggregation's weights and those of the entropy bonus; 0 on dead tokens."""
     checks.one_device(where, "logprobs", like, weights=weights, cu_seqlens=cu_seqlens)

@@ -88,7 +88,8 @@ def test_opcheck_of_the_linear_ops(backend):
     opcheck(linear.linear_stats, (hidden, weight, bias, *head, ops.ENTROPY, torch.float32, 4, backend))
     found = linear.linear_stats(hidden.detach(), weight.detach(), bias.detach(), *head, ops.ENTROPY, torch.float32, 4, backend)
     g = rest["g1"].float()
-    opcheck(linear.linear_stats_backward, (g, g, hidden.detach(), weight.detach(), bias.detach(), *head, *found[1:4], torch.float32, 4, True, False, True, backend))
+    operands = (hidden.detach(), weight.detach(), bias.detach(), *head, *found[1:4])
+    opcheck(linear.linear_stats_backward, (g, g, *operands, torch.float32, 4, True, False, True, backend))
 
 
 FUNCTIONS = {
@@ -146,12 +147,12 @@ def test_gradcheck_of_pairs_values_and_linear(backend):
 def test_F38_every_subset_of_outputs_gives_its_own_gradient(chosen, backend):
     logits, targets, _, rest = problem()
     stats = rlk.token_stats(logits, targets, ref_logits=rest["ref"], kl="exact")
-    (got,) = torch.autograd.grad(sum((getattr(stats, k) * rest[g]).sum() for k, g in zip(chosen, ("g1", "g2", "g3"))), logits)
+    (got,) = torch.autograd.grad(sum((getattr(stats, k) * rest[g]).sum() for k, g in zip(chosen, ("g1", "g2", "g3"), strict=False)), logits)
     log_p, log_q = logits.log_softmax(-1), rest["ref"].log_softmax(-1)
     live = targets != -100
     truth = {"logprobs": log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0], "entropy": -(log_p.exp() * log_p).sum(-1),
              "kl": (log_p.exp() * (log_p - log_q)).sum(-1)}
-    (want,) = torch.autograd.grad(sum((torch.where(live, truth[k], 0.0) * rest[g]).sum() for k, g in zip(chosen, ("g1", "g2", "g3"))), logits)
+    (want,) = torch.autograd.grad(sum((torch.where(live, truth[k], 0.0) * rest[g]).sum() for k, g in zip(chosen, ("g1", "g2", "g3"), strict=False)), logits)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-10)
 
 

@@ -100,9 +100,7 @@ def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logi
 def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ignore_index, vocab_mask, ref_logits, shift, sum_exp, entropy,
                          ref_shift, ref_sum_exp, kl, out):
     live, x, target = _rows(logits, targets, temperature, ignore_index, vocab_mask)
-    upstream = [d for d in (dlogp, dentropy, dkl) if d is not None]
-    for d in upstream:
-        active = d != 0 if d is upstream[0] else active | (d != 0)
+    active = torch.stack([d != 0 for d in (dlogp, dentropy, dkl) if d is not None]).any(0)
     centred = (x - shift[:, None]) / _column(temperature)
     p = centred.exp() / sum_exp[:, None]
     log_p = centred - sum_exp.log()[:, None]

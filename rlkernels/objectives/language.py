@@ -7,7 +7,8 @@ names in ``_math``; a comparison stands only as the condition of ``where``. The 
 import ast
 import inspect
 import textwrap
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from rlkernels import _math
 

@@ -1,0 +1,244 @@
+"""From the operations of the golden files to the public functions. Names, defaults and layouts are translated; arithmetic is ours alone.
+
+An adapter takes the input tensors and the parameters and pops each parameter that it honours: what is left over is not offered.
+"""
+import golden_tokens
+import torch
+from golden_adapter import aggregation, expect
+
+import rlkernels as rlk
+
+
+def token_logprob(x, p):
+    logits, labels = x["logits"], x["labels"]
+    if "row_mask" in x:
+        labels = torch.where(x["row_mask"] != 0, labels, -100)
+    if labels.dim() == logits.dim():  # K labels for each row: stride 0, no copy
+        logits = logits.unsqueeze(-2).expand(*labels.shape, logits.shape[-1])
+    stats = rlk.token_stats(logits, labels, temperature=p.pop("temperature"), vocab_mask=x.get("vocab_mask"),
+                            outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+    return _stats(stats)
+
+
+def linear_token_logprob(x, p):
+    stats = rlk.linear_token_stats(x["hidden"], x["weight"], x["labels"], bias=x.get("bias"), temperature=p.pop("temperature"),
+                                   softcap=p.pop("softcap"), logit_scale=p.pop("logit_scale"),
+                                   outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+    return _stats(stats)
+
+
+def _stats(stats):
+    return {"logp": stats.logprobs, "entropy": stats.entropy, "logsumexp": stats.logsumexp, "log_sum_sq_probs": stats.log_sum_sq_probs,
+            "mean_logits": stats.mean_logits, "is_top1": stats.is_top1}
+
+
+def sequence_logprob(x, p):
+    expect(p.pop("shift"), "unshifted labels")
+    labels, ignored = x["labels"][:, 1:], p.pop("ignore_index")
+    logp, live = rlk.token_logprobs(x["logits"][:, :-1], labels, ignore_index=ignored), labels != ignored
+    return {"sum": rlk.sequence_sums(logp, live), "average": rlk.sequence_means(logp, live), "count": live.sum(-1)}
+
+
+def kl_estimate(x, p):
+    estimator = p.pop("estimator")
+    expect(estimator in ("k1", "k2", "k3"), f"estimator {estimator}")
+    gap, mask = (x["logp"] - x["ref_logp"]).detach(), x.get("mask", torch.ones_like(x["logp"]))
+    _inactive(gap, p.pop("diff_clamp", None))
+    bound = p.pop("value_clamp", None)
+    values = []
+    for k in range(gap.numel()):  # one token at a time: the loss is a sum, the file lists the terms
+        weights = torch.zeros_like(gap)
+        weights.view(-1)[k] = 1.0
+        values.append(rlk.policy_loss(x["logp"], None, torch.zeros_like(gap), mask, objective="reinforce", weights=weights,
+                                      ref_logprobs=x["ref_logp"], kl=estimator, kl_coef=1.0))
+    value = torch.stack(values).view(gap.shape)
+    _inactive(value.detach(), bound)
+    return {"value": value}
+
+
+def _inactive(x, bounds):
+    """Other systems clamp; we do not. Where nothing reaches the bound the numbers are the same."""
+    low, high = bounds or (None, None)
+    expect(low is None or bool((x > low).all()), f"clamp at {low}")
+    expect(high is None or bool((x < high).all()), f"clamp at {high}")
+
+
+def vocab_divergence(x, p):
+    expect(p.pop("kind") == "reverse_kl", "only KL(pi || ref)")
+    targets = torch.zeros(x["logits"].shape[:-1], dtype=torch.int64)
+    return {"value": rlk.token_stats(x["logits"], targets, ref_logits=x["ref_logits"], kl="exact", temperature=p.pop("temperature")).kl}
+
+
+def policy_loss(x, p):
+    p.pop("trl_loss_type", None)  # a label
+    objective, options = _objective(p)
+    mask = x["mask"] if "tool_mask" not in x else x["mask"] * (x["tool_mask"] != 0)
+    options["ratio_level"] = p.pop("ratio_level", "token")
+    old = x.get("old_logp")
+    if "old_logp_sum" in x:  # only the sum is given: it stands at each row's first token
+        old = torch.zeros_like(x["logp"], requires_grad=False)
+        old[:, 0] = x["old_logp_sum"]
+    expect(old is not None or "rollout_logp" in x, "no behaviour policy")
+    clamp = p.pop("log_ratio_clamp", None)
+    if clamp and old is not None:
+        _inactive((x["logp"].detach() - old)[mask != 0], clamp)
+    if "kl" in p:
+        kl = p.pop("kl")
+        expect(not kl.get("is_weighted"), "importance-weighted KL")
+        options |= {"kl": kl["estimator"], "kl_coef": kl["coef"], "ref_logprobs": x["ref_logp"]}
+    if "entropy" in x:
+        options |= {"entropy": x["entropy"], "entropy_coef": p.pop("entropy_coef")}
+    mode, normalizers = aggregation(p) if "aggregation" in p else ("token-mean", {})
+    if "is_weight" in x:
+        weights = rlk.token_weights(mask, mode, dtype=x["logp"].dtype, **normalizers)
+        options["weights"] = torch.where(mask != 0, weights * x["is_weight"], 0.0)
+    else:
+        options |= {"aggregation": mode, "normalizers": normalizers}
+    expect(not p, f"parameters {sorted(p)}")
+    loss, metrics = rlk.policy_loss(x["logp"], old, x["advantages"], mask, objective=objective, return_metrics=True, **options)
+    names = {"clip_fraction": "clip_fraction", "clip_fraction_surrogate": "clip_fraction", "clip_fraction_region": "clip_fraction",
+             "clip_fraction_low": "clip_fraction_low", "clip_fraction_high": "clip_fraction_high", "mean_old_minus_new": "ppo_kl",
+             "kl_mean": "kl"}
+    if options["ratio_level"] != "token":  # TRL counts sequences there; we count tokens, by the ratio of their sequence
+        for name in ("clip_fraction_low", "clip_fraction_high", "clip_fraction_region"):
+            del names[name]
+    return {"loss": loss, **{theirs: metrics[ours] for theirs, ours in names.items() if ours in metrics}}
+
+
+def _objective(p):
+    """Objective and its parameters; CISPO's three conventions as distances from 1."""
+    objective = {"gspo": "ppo_clip"}.get(p["objective"], p["objective"])
+    p.pop("objective")
+    expect(objective in ("ppo_clip", "cispo", "sapo", "reinforce"), f"objective {objective}")
+    options = {name: p.pop(name) for name in ("clip_low", "clip_high", "tau_pos", "tau_neg") if name in p}
+    if p.get("dual_clip") is not None:
+        objective, options["dual_clip"] = "dual_clip", p.pop("dual_clip")
+    convention = p.pop("clip_convention", None)
+    if convention == "absolute_max":
+        options |= {"clip_low": 1.0, "clip_high": p.pop("ratio_max") - 1.0}
+    elif convention == "one_plus_max_only":
+        options |= {"clip_low": 1.0}
+    return objective, options
+
+
+def ppo_step_per_sample(x, p):
+    start = x["query_len"] - 1
+    logp = rlk.token_logprobs(x["logits"][:, start:-1], x["input_ids"][:, start + 1:])
+    advantages, returns = rlk.gae(x["rewards"], x["old_values"], gamma=p.pop("gamma"), lam=p.pop("lam"), masked="none")
+    whitened, clip = rlk.masked_whiten(advantages), p.pop("cliprange")
+    loss, metrics = rlk.policy_loss(logp, x["old_logp"], whitened, clip_low=clip, clip_high=clip, return_metrics=True)
+    value = rlk.value_loss(x["value_predictions"][:, start:-1], x["old_values"], returns, clip_range=p.pop("cliprange_value"))
+    value = p.pop("vf_coef") * value
+    return {"policy_loss": loss, "value_loss_times_coef": value, "value_loss": value, "whitened_advantages": whitened,
+            "approx_kl_half_sq": metrics["approx_kl"]}
+
+
+def ppo_step_masked(x, p):
+    mode, normalizers = aggregation(p)
+    clip, options = p.pop("clip"), {"aggregation": mode, "normalizers": normalizers}
+    policy = rlk.policy_loss(x["logp"], x["old_logp"], x["advantages"], x["mask"], clip_low=clip, clip_high=clip, **options)
+    value = rlk.value_loss(x["values"], x["old_values"], x["returns"], x["mask"], clip_range=p.pop("value_clip"), **options)
+    return {"policy_loss": policy, "value_loss": value, "loss": policy + p.pop("vf_coef") * value}
+
+
+def value_loss(x, p):
+    mode, normalizers = aggregation(p)
+    loss, metrics = rlk.value_loss(x["values"], x["old_values"], x["returns"], x["mask"], clip_range=p.pop("clip"), aggregation=mode,
+                                   normalizers=normalizers, return_metrics=True)
+    return {"loss": loss if p.pop("half") else 2.0 * loss, **metrics}
+
+
+def nll(x, p):
+    mode, normalizers = aggregation(p)
+    expect(not p.pop("normalize_by_weight", False), "weights in the denominator")
+    weight = x.get("weight", torch.ones_like(x["logp"][:, 0], requires_grad=False))
+    return {"loss": rlk.policy_loss(x["logp"], None, weight, x["mask"], objective="reinforce", aggregation=mode, normalizers=normalizers)}
+
+
+def sft_loss(x, p):
+    expect(p.pop("kind") == "nll" and p.pop("shift"), "other kinds of likelihood")
+    mode, normalizers = aggregation(p)
+    logits, labels = x["logits"][:, :-1], x["labels"][:, 1:]
+    ones = torch.ones(labels.shape, dtype=logits.dtype)
+    return {"loss": rlk.logits_policy_loss(logits, labels, None, ones, objective="reinforce", ignore_index=p.pop("ignore_index"),
+                                           aggregation=mode, normalizers=normalizers)}
+
+
+def pairwise_reward_loss(x, p):
+    expect(p.pop("aggregation") == "mean", "other reductions")
+    margin = x.get("margin") if p.pop("kind") == "logsigmoid" else None  # "logexp" is the same loss without a margin
+    return {"loss": rlk.pairwise_reward_loss(x["chosen"], x["rejected"], margin=margin, center_coef=p.pop("center_coef"))}
+
+
+def value_head_pairwise(x, p):
+    expect(p.pop("layout") == "padded", "layout")
+    scores, pairs = rlk.reward_scores(x["hidden"], x["weight"], attention_mask=x["attention_mask"], bias=x.get("bias")), p.pop("num_pairs")
+    return {"scores": scores, "loss": rlk.pairwise_reward_loss(scores[:pairs], scores[pairs:])}
+
+
+def end_token_index(x, p):
+    """The score of hidden states that hold their own position is the position."""
+    head = torch.ones(1, 1)
+    if "seq_lens" in x:
+        ends = x["seq_lens"].cumsum(0)
+        position = torch.arange(float(ends[-1]))[:, None]
+        return {"index": rlk.reward_scores(position, head, cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]))}
+    mask = x["attention_mask"]
+    position = torch.arange(float(mask.shape[1])).expand(mask.shape)[..., None]
+    return {"index": rlk.reward_scores(position, head, attention_mask=mask)}
+
+
+def preference_loss(x, p):
+    kind = p.pop("loss_type")
+    expect(kind in ("sigmoid", "cpo"), f"loss_type {kind}")
+    expect(p.pop("f_divergence", "reverse_kl") == "reverse_kl", "f-divergences")
+    options = {"beta": p.pop("beta"), "label_smoothing": p.pop("label_smoothing"), "reference_free": p.pop("reference_free", kind == "cpo")}
+    arguments = [x.get(name) for name in ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")]
+    loss, metrics = rlk.dpo_loss(*arguments, **options, return_metrics=True)
+    singles = [rlk.dpo_loss(*(None if a is None else a[i:i + 1] for a in arguments), **options, return_metrics=True)
+               for i in range(len(arguments[0]))]
+    outputs = {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["reward_margin"]}
+    if singles:
+        outputs |= {"per_pair": torch.stack([one for one, _ in singles]),
+                    "chosen_rewards": torch.stack([one["reward_chosen"] for _, one in singles]),
+                    "rejected_rewards": torch.stack([one["reward_rejected"] for _, one in singles])}
+    return outputs
+
+
+def preference_loss_from_tokens(x, p):
+    kind = p.pop("loss_type")
+    expect(kind in ("sigmoid", "sigmoid_norm", "sft"), f"loss_type {kind}")
+    expect(p.pop("f_divergence", "reverse_kl") == "reverse_kl", "f-divergences")
+    p.pop("length_normalized", None)  # said by the loss type
+    live, options = x["completion_mask"][:, 1:], {"beta": p.pop("beta"), "label_smoothing": p.pop("label_smoothing")}
+    logp, ref = x["per_token_logp"], x["ref_per_token_logp"]
+    pairs = logp.shape[0] // 2
+
+    def dpo(reduce):
+        policy, reference = reduce(logp, live), reduce(ref, live)
+        return rlk.dpo_loss(policy[:pairs], policy[pairs:], reference[:pairs], reference[pairs:], **options, return_metrics=True)
+
+    loss, metrics = dpo(rlk.sequence_sums)
+    if kind == "sigmoid_norm":
+        loss, _ = dpo(rlk.sequence_means)
+    elif kind == "sft":
+        ones = torch.ones(pairs, dtype=logp.dtype)
+        loss = rlk.policy_loss(logp[:pairs], None, ones, live[:pairs], objective="reinforce")
+    return {"loss": loss, "reward_chosen": metrics["reward_chosen"], "reward_rejected": metrics["reward_rejected"],
+            "reward_margins": metrics["reward_margin"], "reward_accuracies": metrics["accuracy"]}
+
+
+LOSSES = (token_logprob, linear_token_logprob, sequence_logprob, kl_estimate, vocab_divergence, policy_loss, ppo_step_per_sample,
+          ppo_step_masked, value_loss, sft_loss, pairwise_reward_loss, value_head_pairwise, end_token_index, preference_loss,
+          preference_loss_from_tokens)
+TOKENS = (golden_tokens.aggregate, golden_tokens.gae, golden_tokens.discounted_returns, golden_tokens.group_advantage,
+          golden_tokens.token_advantage, golden_tokens.whiten, golden_tokens.broadcast_advantage, golden_tokens.spans_to_mask)
+ADAPTERS = {function.__name__: function for function in LOSSES + TOKENS} | {"nll_from_logp": nll, "weighted_nll": nll}
+
+
+def run(case, inputs):
+    """The case's outputs, from public functions alone."""
+    parameters = dict(case.parameters)
+    outputs = ADAPTERS[case.op](inputs, parameters)
+    expect(not parameters, f"parameters {sorted(parameters)}")
+    return outputs
