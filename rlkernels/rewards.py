@@ -3,6 +3,7 @@ import torch
 
 from rlkernels import checks, ops
 from rlkernels.backends.eager import real_dtype
+from rlkernels.segments import last_live_index
 
 
 def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
@@ -78,20 +79,9 @@ def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=
     checks.one_device(where, "hidden", hidden, weight=weight, bias=bias, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
     if cu_seqlens is None:
         checks.mask(where, attention_mask, hidden.shape[:2], "attention_mask")
-        rows = hidden[torch.arange(hidden.shape[0], device=hidden.device), last_live_index(attention_mask, hidden)]
+        rows = hidden[torch.arange(hidden.shape[0], device=hidden.device), last_live_index(attention_mask, hidden.shape[:2], hidden.device)]
     else:
         rows = hidden[(cu_seqlens[1:] - 1).long()]
     real = real_dtype(hidden.dtype)
     scores = (rows.to(real) * weight.to(real)).sum(-1)
     return scores if bias is None else scores + bias.to(real)
-
-
-def last_live_index(attention_mask, hidden):
-    """Column of the last token that is not masked, per row of ``[B, L, ...]``; ``L - 1`` where none is live."""
-    batch, length = hidden.shape[:2]
-    last = torch.full((batch,), length - 1, device=hidden.device)
-    if attention_mask is None:
-        return last
-    live = attention_mask != 0
-    columns = torch.where(live, torch.arange(length, device=hidden.device), -1)
-    return torch.where(live.any(-1), columns.amax(-1), last)
