@@ -1,0 +1,57 @@
+# Two commands do all set-up: `make demo` and `make test`. Nothing is installed outside .venv.
+SHELL := /bin/sh
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); if [ $$n -gt 8 ]; then echo 8; else echo $$n; fi)
+ARGS ?=
+
+# The first interpreter that can run everything (3.11, for TRL), else the first that can run the library (3.10).
+at_least = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, $(1)))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(or $(call at_least,11),$(call at_least,10))
+
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find rlkernels csrc -type f \
+	\( -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name py.typed \))
+
+.PHONY: demo test bench bench-suite lint clean trl-python
+.NOTPARALLEL:
+
+demo: trl-python $(VENV)/.installed
+	$(VENV)/bin/rlkernels demo $(ARGS)
+
+# Before the install: the resolver would answer with a page.
+trl-python: $(VENV)/bin/python
+	@$(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make demo: TRL needs Python >= 3.11; install one and run: make clean && make demo PYTHON=python3.11 (the library itself runs on 3.10)"; exit 1; }
+
+# One torch thread per worker: the suite is many small cases, and two workers with two threads each would fight for two cores.
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/rlkernels bench --device cpu $(ARGS)
+
+bench-suite: $(VENV)/.installed
+	$(VENV)/bin/pytest benchmarks --benchmark-only -p no:xdist $(ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+
+$(VENV)/bin/python:
+	@[ -n "$(PYTHON)" ] || { echo "make: no Python >= 3.10 on PATH; install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is older than Python 3.10"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "make: $(PYTHON) has no venv module; install it first (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The wheel is built in isolation (pybind11 and ninja only); the constraint file keeps torch at the version that was tested.
+$(VENV)/.installed: $(SOURCES) | $(VENV)/bin/python
+	@extras=demo,bench,test; $(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || extras=bench,test; \
+		echo "installing rlkernels[$$extras] into $(VENV) (the first time this downloads torch)"; \
+		$(PIP) install --progress-bar off -c constraints.txt ".[$$extras]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist rlkernels.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f rlkernels/_cpu*.so rlkernels/_cuda*.so

@@ -1,0 +1,127 @@
+"""``rlkernels bench``: our kernels beside torch and other libraries, in one run on equal threads, judged against float64."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import rlkernels
+from rlkernels.cli import bench_cases, bench_problem, bench_report, bench_timing, machine
+from rlkernels.cli.bench_cases import Case
+
+QUICK = {"tokens": 128, "vocab": 32000, "rounds": 5}
+FULL = {"tokens": 1024, "vocab": 128256, "rounds": 9}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu"], default="cpu", help="the device to measure; this version has kernels for the CPU")
+    parser.add_argument("--quick", action="store_true", help="a small shape and few rounds: shows that it runs, gives no figures to quote")
+    parser.add_argument("--tokens", type=positive, help=f"rows of logits (default {FULL['tokens']})")
+    parser.add_argument("--vocab", type=positive, help=f"columns of logits (default {FULL['vocab']})")
+    parser.add_argument("--dtype", choices=sorted(bench_problem.DTYPES), default="bf16", help="dtype of the logits")
+    parser.add_argument("--rounds", type=positive, help=f"timed runs of each contender (default {FULL['rounds']})")
+    parser.add_argument("--case", choices=list(bench_cases.CASES), action="append", help="measure only this case; may be repeated")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample, the machine and the sources' digests")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of the medians (needs matplotlib)")
+    parser.add_argument("--plain", action="store_true", help="plain text even where rich is installed")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures and prints; 1 if an answer of ours is outside the error policy, else 0 whatever the speed."""
+    if args.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            tell("rlkernels bench: --plot needs matplotlib; install it with: pip install 'rlkernels[bench]'")
+            return 2
+    size = {key: getattr(args, key) or (QUICK if args.quick else FULL)[key] for key in FULL}
+    try:
+        return measure(args, **size)
+    except KeyboardInterrupt:
+        tell("rlkernels bench: interrupted")
+        return 130
+
+
+def measure(args: argparse.Namespace, tokens: int, vocab: int, rounds: int) -> int:
+    remarks = []
+    reason = rlkernels.backends()["absent"].get("cpu")
+    if reason:
+        remarks.append(f"cpu backend: absent, eager serves and is what 'rlkernels' means below: {reason}")
+    busy = os.getloadavg()[0] / machine.cores()
+    if busy > 0.5:
+        remarks.append(f"other work was running (load {busy:.1f} per core at the start): these times are not to be quoted")
+    problem = bench_problem.make(tokens, vocab, args.dtype)
+    cache = machine.last_level_cache()
+    if cache and problem.bytes < 4 * cache:
+        remarks.append("the logits are smaller than four last-level caches: these are times with a warm cache")
+    what = f"{args.dtype} logits [{tokens}, {vocab}], {problem.bytes / 2**20:.0f} MiB, {torch.get_num_threads()} threads"
+    tell(f"rlkernels bench: {what}, {rounds} rounds")
+    judge = bench_cases.Judge(problem, bench_problem.truth(problem))
+    peers: dict[str, Callable] = {}
+    if not args.no_peers:
+        peers, missing = bench_cases.peers()
+        remarks += missing
+    reader = bench_timing.reader(args.quick)
+    cases = {}
+    for name in args.case or bench_cases.CASES:
+        case = bench_cases.CASES[name](problem, judge, peers)
+        tell(f"  {name}: {', '.join(c.name for c in case.contenders)}")
+        remarks += ready(case, args)
+        bench_timing.race([*case.contenders, reader], rounds, warmup=1)
+        cases[name] = case
+    goals = bench_report.targets(cases, problem.bytes)
+    bench_report.show(list(cases.values()), reader, goals, (tokens, vocab, args.dtype), args.plain)
+    for remark in remarks:
+        print(f"note: {remark}")
+    faults = bench_cases.wrong(list(cases.values()), judge)
+    for fault in faults:
+        print(f"WRONG: {fault}")
+    where = machine.describe()
+    commit = where["sources"]["commit"] or "unknown commit"
+    command = shlex.join(["rlkernels", *sys.argv[1:]])
+    if where["sources"]["dirty"]:
+        commit += ", dirty"
+    print(f"\n{where['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {commit}, seed 0: {command}")
+    if args.json:
+        head = {"command": command, "machine": where, "threads": torch.get_num_threads(), "shape": [tokens, vocab], "dtype": args.dtype,
+                "rounds": rounds, "checked_rows": problem.rows.tolist(), "correct": not faults, "faults": faults, "remarks": remarks}
+        bench_report.save(args.json, {**head, **bench_report.record(list(cases.values()), reader, goals)})
+    if args.plot:
+        bench_report.plot(args.plot, list(cases.values()), f"{what}, {where['processor']}")
+    return 1 if faults else 0
+
+
+def ready(case: Case, args: argparse.Namespace) -> list[str]:
+    """Compiles, checks and weighs every contender outside the clock; drops those that fail, with one line for each."""
+    remarks = []
+    for contender in list(case.contenders):
+        if contender.name == bench_cases.COMPILED and args.no_compile:
+            case.contenders.remove(contender)
+            continue
+        try:
+            bench_timing.first_run(contender)
+            bench_timing.memory(contender)
+        except Exception as error:  # a contender that fails is shown with its reason; ours may not fail
+            if contender.ours:
+                raise
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            case.contenders.remove(contender)
+            remarks.append(f"{case.name}: {contender.name} not measured: {lines[0]}")
+    return remarks

@@ -1,0 +1,201 @@
+"""The measured cases: what is computed, by whom, and how each answer is judged."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import rlkernels
+from rlkernels.cli import bench_problem
+from rlkernels.cli.bench_problem import CLIP_HIGH, CLIP_LOW, ENTROPY_COEF, KL_COEF, Problem, Truth
+from rlkernels.cli.bench_timing import Contender
+
+FORWARD = "token_logprobs forward"
+BOTH = "token_logprobs forward+backward"
+STATS = "token_stats (entropy) forward"
+POLICY = "logits_policy_loss forward+backward"
+
+OURS, IN_PLACE, EAGER, COMPILED, TRL = "rlkernels", "rlkernels, in place", "torch eager", "torch.compile", "TRL (torch path)"
+PASS_FORWARD, PASS_BACKWARD = "token_stats forward", "token_stats backward"
+
+
+@dataclass
+class Case:
+    name: str
+    contenders: list[Contender]
+
+    def named(self, name: str) -> Contender | None:
+        return next((c for c in self.contenders if c.name == name), None)
+
+
+class Judge:
+    """Errors against float64 on the checked rows: the largest of a row quantity, Frobenius relative of a gradient."""
+
+    def __init__(self, problem: Problem, truth: Truth) -> None:
+        self.rows, self.truth = problem.rows, truth
+        four = 4 * torch.finfo(torch.float32).eps
+        self.slack = {"logp": four * max(1.0, truth.logp.abs().max().item()), "entropy": four * max(1.0, truth.entropy.abs().max().item()),
+                      "loss": 2e-6 * max(1.0, truth.loss.abs().item())}
+
+    def logp(self, logp: Tensor) -> dict[str, float]:
+        return {"logp": (logp.detach()[self.rows].double() - self.truth.logp).abs().max().item()}
+
+    def stats(self, logp: Tensor, entropy: Tensor) -> dict[str, float]:
+        return {**self.logp(logp), "entropy": (entropy.detach()[self.rows].double() - self.truth.entropy).abs().max().item()}
+
+    def gradient(self, grad: Tensor, expected: Tensor) -> dict[str, float]:
+        got, rounded = grad[self.rows].double(), expected.to(grad.dtype).double()
+        scale = expected.norm()
+        return {"gradient": ((got - expected).norm() / scale).item(), "rounding": ((rounded - expected).norm() / scale).item()}
+
+    def both(self, outputs: tuple[Tensor, Tensor]) -> dict[str, float]:
+        return {**self.logp(outputs[0]), **self.gradient(outputs[1], self.truth.dlogits_logp)}
+
+    def policy(self, outputs: tuple[Tensor, Tensor]) -> dict[str, float]:
+        loss = {"loss": (outputs[0].detach().double() - self.truth.loss).abs().item()}
+        return {**loss, **self.gradient(outputs[1], self.truth.dlogits_policy)}
+
+
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def reading(name: str, problem: Problem, entries: dict[str, Callable], check: Callable) -> Case:
+    """A case of functions of ``(logits, targets)`` without a gradient: they read the logits once."""
+    def without_grad(function: Callable) -> Callable:
+        def run(_: None) -> object:
+            with torch.no_grad():
+                return function(problem.logits, problem.targets)
+        return run
+
+    return Case(name, [Contender(n, without_grad(f), check=check, moved=problem.bytes, ours=n == OURS) for n, f in entries.items()])
+
+
+def differentiated(function: Callable[[Tensor], Tensor], upstream: Tensor | None = None) -> Callable:
+    """Forward and backward through ``torch.autograd.grad``: no copy into ``.grad`` hides or adds an allocation."""
+    def run(leaf: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = function(leaf)
+        grad, = torch.autograd.grad(outputs, leaf, upstream)
+        return outputs, grad
+    return run
+
+
+def forward(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
+    eager = bench_problem.log_softmax_gather
+    entries = {OURS: rlkernels.token_logprobs, EAGER: eager, COMPILED: compiled(eager)}
+    if "selective_log_softmax" in peers:
+        entries[TRL] = peers["selective_log_softmax"]
+    return reading(FORWARD, problem, entries, judge.logp)
+
+
+def both(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
+    y, g, moved = problem.targets, problem.dlogp, 3 * problem.bytes
+    work = problem.logits.clone()
+
+    def restored() -> Tensor:
+        work.copy_(problem.logits)
+        return work.detach().requires_grad_()
+
+    def in_place(leaf: Tensor, targets: Tensor) -> Tensor:
+        # A view: the values of a leaf may not be given up, those of what a model computed may.
+        return rlkernels.token_logprobs(leaf.view_as(leaf), targets, inplace_backward=True)
+
+    def contender(name: str, function: Callable, prepare: Callable[[], Tensor] = lambda: problem.leaf) -> Contender:
+        run = differentiated(lambda leaf: function(leaf, y), g)
+        return Contender(name, run, prepare, judge.both, moved, ours=name in (OURS, IN_PLACE))
+
+    entries = [
+        contender(OURS, rlkernels.token_logprobs),
+        contender(IN_PLACE, in_place, restored),
+        contender(EAGER, bench_problem.log_softmax_gather),
+        contender(COMPILED, compiled(bench_problem.log_softmax_gather)),
+    ]
+    if "selective_log_softmax" in peers:
+        entries.append(contender(TRL, peers["selective_log_softmax"]))
+    return Case(BOTH, entries)
+
+
+def our_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    found = rlkernels.token_stats(logits, targets, outputs=("entropy",))
+    return found.logprobs, found.entropy
+
+
+def statistics(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
+    entries = {OURS: our_stats, EAGER: bench_problem.stats, COMPILED: compiled(bench_problem.stats)}
+    if {"selective_log_softmax", "entropy_from_logits"} <= peers.keys():
+        entries[TRL] = lambda x, y: (peers["selective_log_softmax"](x, y), peers["entropy_from_logits"](x))
+    return reading(STATS, problem, entries, lambda outputs: judge.stats(*outputs))
+
+
+def policy(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
+    y, columns = problem.targets, (problem.old_logprobs, problem.ref_logprobs, problem.advantages)
+
+    def ours(leaf: Tensor) -> Tensor:
+        return rlkernels.logits_policy_loss(
+            leaf, y, problem.old_logprobs, problem.advantages, objective="ppo_clip", clip_low=CLIP_LOW, clip_high=CLIP_HIGH,
+            ref_logprobs=problem.ref_logprobs, kl="k3", kl_coef=KL_COEF, entropy_coef=ENTROPY_COEF)
+
+    def torch_loss(function: Callable) -> Callable[[Tensor], Tensor]:
+        return lambda leaf: function(leaf, y, *columns)
+
+    upstream = (problem.dlogp, -ENTROPY_COEF * torch.ones_like(problem.dlogp))
+
+    def graph() -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        leaf = problem.leaf
+        return leaf, our_stats(leaf, y)
+
+    def contender(name: str, function: Callable[[Tensor], Tensor]) -> Contender:
+        return Contender(name, differentiated(function), lambda: problem.leaf, judge.policy, 2 * problem.bytes, ours=name == OURS)
+
+    return Case(POLICY, [
+        contender(OURS, ours),
+        Contender(PASS_FORWARD, lambda leaf: our_stats(leaf, y), lambda: problem.leaf, lambda o: judge.stats(*o), problem.bytes, ours=True),
+        Contender(PASS_BACKWARD, lambda s: torch.autograd.grad(s[1], s[0], upstream), graph, moved=2 * problem.bytes, ours=True),
+        contender(EAGER, torch_loss(bench_problem.policy)),
+        contender(COMPILED, torch_loss(compiled(bench_problem.policy))),
+    ])
+
+
+CASES: dict[str, Callable[[Problem, Judge, dict[str, Callable]], Case]] = {FORWARD: forward, BOTH: both, STATS: statistics, POLICY: policy}
+
+
+def peers() -> tuple[dict[str, Callable], list[str]]:
+    """Functions of other libraries that run on this machine, and one line for each that does not."""
+    found: dict[str, Callable] = {}
+    remarks = []
+    try:
+        from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+    except ImportError as error:
+        remarks.append(f"TRL: not measured: {error}")
+    else:
+        found.update(selective_log_softmax=selective_log_softmax, entropy_from_logits=entropy_from_logits)
+    try:
+        import liger_kernel  # noqa: F401
+    except ImportError as error:
+        remarks.append(f"Liger: not measured: {error}")
+    else:
+        remarks.append("Liger: not measured: from logits it has Triton kernels only, which need a GPU")
+    return found, remarks
+
+
+def wrong(cases: Sequence[Case], judge: Judge) -> list[str]:
+    """Each answer of ours that lies outside the error policy; empty when all are right.
+
+    A row quantity may err twice as far as torch's fp32 path does, plus 4 units of fp32; a gradient 5 % more than the one rounding
+    to its dtype; a loss twice as far as torch's plus 2e-6.
+    """
+    faults = []
+    for case in cases:
+        eager = case.named(EAGER)
+        for c in (c for c in case.contenders if c.ours):
+            for quantity, error in c.errors.items():
+                if quantity == "rounding":
+                    continue
+                if quantity == "gradient":
+                    bound = 1.05 * c.errors["rounding"] + 4e-6
+                else:
+                    bound = 2 * (eager.errors.get(quantity, 0.0) if eager else 0.0) + judge.slack[quantity]
+                if not error <= bound:
+                    faults.append(f"{case.name}, {c.name}: error of {quantity} is {error:.3g}, allowed is {bound:.3g}")
+    return faults

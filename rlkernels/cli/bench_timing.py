@@ -1,0 +1,158 @@
+"""The clock, the peak of memory, and the read bandwidth of this machine."""
+
+import contextlib
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlkernels.cli import machine
+
+
+@dataclass
+class Contender:
+    """Something that is timed.
+
+    Attributes:
+        run: the timed call; receives what ``prepare`` returned.
+        prepare: called before each run, outside the clock.
+        check: outputs of a run to ``{quantity: error against float64}``; it raises nothing.
+        moved: bytes that this work must move at least; GB/s are counted with it for every contender of the case.
+    """
+
+    name: str
+    run: Callable[[Any], Any]
+    prepare: Callable[[], Any] = lambda: None
+    check: Callable[[Any], dict[str, float]] = lambda outputs: {}
+    moved: int = 0
+    samples: list[float] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    resident_bytes: int | None = None
+    ours: bool = False
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.samples) < 2:
+            return self.samples[0], self.samples[0]
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def extra_bytes(self) -> int | None:
+        """The larger of the two measures of memory, None where neither was taken."""
+        return max((b for b in (self.peak_bytes, self.resident_bytes) if b is not None), default=None)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second at the median."""
+        return self.moved / self.median
+
+
+def race(contenders: Sequence[Contender], rounds: int, warmup: int = 2) -> None:
+    """Times every contender once per round, in turn (A B C A B C), so that drift of the machine meets all alike."""
+    for contender in contenders:
+        for _ in range(warmup):
+            once(contender)
+    for _ in range(rounds):
+        gc.collect()
+        for contender in contenders:
+            contender.samples.append(once(contender))
+
+
+def once(contender: Contender) -> float:
+    """Seconds of one run. The outputs are freed after the clock has stopped: they are needed by whoever asked for them."""
+    state = contender.prepare()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        outputs = contender.run(state)
+        seconds = time.perf_counter() - start
+    finally:
+        if enabled:
+            gc.enable()
+    del outputs, state
+    return seconds
+
+
+def first_run(contender: Contender) -> None:
+    """One run outside the clock: builds what is built lazily, then errors against float64."""
+    contender.errors = contender.check(contender.run(contender.prepare()))
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Drops what is written to file descriptor 2: the profiler's native code announces its start and stop there."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def memory(contender: Contender) -> None:
+    """Peak of extra memory in one run outside the clock.
+
+    ``peak_bytes`` is the high-water mark of torch's allocator above its level at the start (``torch.profiler`` with
+    ``profile_memory``); ``resident_bytes`` is the growth of the process's resident set (Linux), which also sees memory that
+    a kernel takes behind torch's back.
+    """
+    state = contender.prepare()
+    with silent(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        outputs = contender.run(state)
+    level = peak = 0
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    contender.peak_bytes = peak
+    del outputs, state, profile, changes
+    contender.resident_bytes = _resident_growth(contender)
+
+
+def _resident_growth(contender: Contender) -> int | None:
+    state = contender.prepare()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of the resident set
+        before = _status("VmRSS")
+        contender.run(state)
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        return None  # not Linux, or a container that forbids it
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def reader(quick: bool = False, rounds: int = 5) -> Contender:
+    """The fastest read-only reduction of torch over a buffer of at least four last-level caches: this machine's read bandwidth."""
+    size = max(2**26 if quick else 2**28, 4 * (machine.last_level_cache() or 2**25))
+    words = torch.full((size // 8,), 0x3F8000003F800000, dtype=torch.int64)  # 1.0 twice: no subnormals for the fp32 view
+    floats = words.view(torch.float32)
+    reductions = {"int64 sum": words.sum, "int64 max": words.max, "fp32 amax": floats.amax}
+    contenders = [Contender(f"read only ({name})", lambda _, f=f: f(), moved=size) for name, f in reductions.items()]
+    race(contenders, rounds, warmup=1)
+    best = min(contenders, key=lambda c: c.median)
+    best.samples.clear()
+    return best

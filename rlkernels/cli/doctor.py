@@ -1,0 +1,47 @@
+"""``rlkernels doctor``: what is installed, which backend serves what here, and why one is absent."""
+
+import argparse
+import os
+import platform
+
+import torch
+
+import rlkernels
+from rlkernels.backends import cpu
+from rlkernels.cli import machine, tables
+
+ENVIRONMENT = {
+    "RLKERNELS_CHECK": "run time, read at import: 1 also checks the values of cu_seqlens on devices where that stops the queue",
+    "RLKERNELS_CPU_ISA": "run time, read once: highest instruction set of the cpu backend (avx512, avx2, baseline)",
+    "RLKERNELS_CUDA": "build time: 0, 1 or auto; kept for the cuda backend, which is not part of this version",
+    "CXX": "build time: the C++ compiler of the cpu backend (default c++)",
+}
+"""Every environment variable that the library, its build included, reads."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plain", action="store_true", help="plain text even where rich is installed")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the tables; always 0: an absent backend is a fact, not a failure."""
+    state = rlkernels.backends()
+    isa = "-" if "cpu" in state["absent"] else cpu.isa()
+    facts = [
+        ["rlkernels", rlkernels.__version__],
+        *([name, found or "not installed"] for name, found in machine.versions().items()),
+        ["platform", platform.platform()],
+        ["processor", f"{machine.processor()}, {machine.cores()} cores"],
+        ["instruction set of the cpu backend", isa],
+        ["torch threads", str(torch.get_num_threads())],
+    ]
+    tables.show("This machine", ["what", "found"], facts, plain=args.plain)
+    devices = list(state["serves"])
+    ops = list(state["serves"]["cpu"])
+    rows = [[op, *(state["serves"][device][op] for device in devices)] for op in ops]
+    tables.show("Which backend serves which op", ["op", *devices], rows, plain=args.plain)
+    rows = [[name, reason] for name, reason in state["absent"].items()] or [["none", "every backend is available"]]
+    tables.show("Absent backends", ["backend", "reason"], rows, plain=args.plain)
+    rows = [[name, os.environ.get(name, "not set"), meaning] for name, meaning in ENVIRONMENT.items()]
+    tables.show("Environment variables", ["name", "value", "meaning"], rows, plain=args.plain)
+    return 0
