@@ -3,6 +3,8 @@
 The forward keeps a few numbers per token; the backward forms the logits of each chunk again, writes their gradient over them and
 feeds it to two matmuls. Rows with an ignored target never enter a matmul.
 """
+import functools
+
 import torch
 
 from rlkernels import checks, ops
@@ -66,10 +68,10 @@ def _stats(where, hidden, weight, targets, bias, temperature, softcap, logit_sca
         checks.positive(where, "softcap", softcap)
     if logits_dtype not in checks.FLOATS:
         raise TypeError(f"{where}: logits_dtype must be floating, one of {checks.FLOAT_NAMES}; got {logits_dtype}")
-    if chunk_tokens is not None:
-        checks.integer(where, "chunk_tokens", chunk_tokens)
-        if chunk_tokens < 1:
-            raise ValueError(f"{where}: chunk_tokens must be a positive int or None, got {chunk_tokens}")
+    if chunk_tokens is not None and not isinstance(chunk_tokens, int):
+        raise TypeError(f"{where}: chunk_tokens must be a positive int or None, got {type(chunk_tokens).__name__}")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"{where}: chunk_tokens must be a positive int or None, got {chunk_tokens}")
     checks.one_device(where, "hidden", hidden, weight=weight, targets=targets, bias=bias, temperature=temperature)
     checks.no_forward_ad(where, hidden, weight, bias)
     if hidden.dtype == torch.float64:
@@ -136,6 +138,15 @@ class _Head:
         return dlogits if self.scale == 1.0 else dlogits * self.scale
 
 
+def _own_dtypes(function):
+    """Autocast would run the matmuls of the op in bf16 again, after ``_operands`` has cast what the caller wants cast."""
+    @functools.wraps(function)
+    def call(*arguments):
+        with torch.autocast(next(x for x in arguments if isinstance(x, torch.Tensor)).device.type, enabled=False):
+            return function(*arguments)
+    return call
+
+
 def _live_rows(targets, ignore_index, chunk):
     """Indices of the rows that are scored, chunk by chunk."""
     return (targets != ignore_index).nonzero()[:, 0].split(chunk)
@@ -149,6 +160,7 @@ def _temperature(temperature, rows):
     return temperature[rows] if temperature.dim() else temperature.item()
 
 
+@_own_dtypes
 def _linear_stats(hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, wanted, logits_dtype, chunk, backend):
     head = _Head(weight, bias, softcap, logit_scale, logits_dtype)
     found = _linear_stats_fake(hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, wanted, logits_dtype, chunk, backend)
@@ -183,6 +195,7 @@ def _linear_grad(ctx, dlogp, dshift, dsum, dentropy, *_):
     return *(g if need else None for g, need in zip(grads, needs[:3], strict=True)), *(None,) * 9
 
 
+@_own_dtypes
 def _linear_backward(dlogp, dentropy, hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, shift, sum_exp, entropy,
                      logits_dtype, chunk, need_hidden, need_weight, need_bias, backend):
     head = _Head(weight, bias, softcap, logit_scale, logits_dtype)

@@ -88,6 +88,8 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
     """
     where = "logits_policy_loss"
     row = rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
+    if not row.shape:
+        raise ValueError(f"{where}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row")
     entry, values = resolve(where, objective, params)
     like = targets.new_empty(targets.shape, dtype=row.real)
     columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)

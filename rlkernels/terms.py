@@ -68,8 +68,8 @@ def column(where, name, x, like, like_name="logprobs"):
 
 def one_loss_per_sequence(where, aggregation, weights, normalizers):
     if weights is not None or normalizers or aggregation not in ("token-mean", "seq-mean"):
-        raise ValueError(f"{where}: ratio_level='sequence_sum' has one loss per sequence, averaged over sequences: it takes no weights and no "
-                         f"normalizers, and aggregation='seq-mean' alone; got {aggregation!r}")
+        raise ValueError(f"{where}: ratio_level='sequence_sum' has one loss per sequence, averaged over sequences: it takes no weights, no "
+                         f"normalizers and no aggregation but 'seq-mean'; got {aggregation!r}")
 
 
 def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers):
