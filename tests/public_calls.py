@@ -1,0 +1,87 @@
+"""One call of every public function on one set of data, with its gradients; rows and the fused policy run for their results and gradient."""
+import torch
+from reference import draw_rows
+from row_runs import ALL
+
+import rlkernels as rlk
+
+# One call of every public function, with every tensor argument that it takes. Those of REAL come as leaves that require a gradient.
+B, L, V, H = 3, 5, 37, 8
+
+
+def data(seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    logits, targets, vocab_mask = draw_rows((B, L), V, seed=seed)
+    columns = {name: torch.randn(B, L, generator=draw) for name in ("logprobs", "old", "ref", "advantages", "values", "old_values", "returns", "rewards")}
+    mask = torch.rand(B, L, generator=draw) < 0.8
+    mask[:, 0] = True
+    return {**columns, "logits": logits, "targets": targets, "vocab_mask": vocab_mask, "ref_logits": logits.flip(-1).clone(), "mask": mask,
+            "temperature": torch.rand(B, L, generator=draw) + 0.5, "entropy": torch.rand(B, L, generator=draw), "cu": torch.tensor([0, 4, 9, 15]),
+            "hidden": torch.randn(B, L, H, generator=draw), "weight": torch.randn(V, H, generator=draw), "bias": torch.randn(V, generator=draw),
+            "head": torch.randn(1, H, generator=draw), "pair_a": torch.randn(6, generator=draw), "pair_b": torch.randn(6, generator=draw),
+            "pair_c": torch.randn(6, generator=draw), "pair_d": torch.randn(6, generator=draw), "groups": torch.tensor([4, 1, 4, 1, 4, 4]),
+            "token_weights": torch.rand(B, L, generator=draw)}
+
+
+TRAINED = ("logits", "logprobs", "entropy", "values", "hidden", "weight", "bias", "head", "pair_a", "pair_b")
+CALLS = {
+    "token_logprobs": lambda d: rlk.token_logprobs(d["logits"], d["targets"], temperature=d["temperature"], vocab_mask=d["vocab_mask"]),
+    "token_stats": lambda d: rlk.token_stats(d["logits"], d["targets"], temperature=d["temperature"], vocab_mask=d["vocab_mask"],
+                                             ref_logits=d["ref_logits"], kl="exact", outputs=ALL),
+    "linear_token_logprobs": lambda d: rlk.linear_token_logprobs(d["hidden"], d["weight"], d["targets"], bias=d["bias"], softcap=5.0, chunk_tokens=4),
+    "linear_token_stats": lambda d: rlk.linear_token_stats(d["hidden"], d["weight"], d["targets"], bias=d["bias"], temperature=d["temperature"]),
+    "policy_loss": lambda d: rlk.policy_loss(d["logprobs"], d["old"], d["advantages"], d["mask"], ref_logprobs=d["ref"], kl_coef=0.1,
+                                             entropy=d["entropy"], entropy_coef=0.1, return_metrics=True),
+    "policy_loss of sequences": lambda d: rlk.policy_loss(d["logprobs"], d["old"], d["advantages"], d["mask"], ratio_level="sequence"),
+    "logits_policy_loss": lambda d: rlk.logits_policy_loss(
+        d["logits"], d["targets"], d["old"], d["advantages"], d["mask"], temperature=d["temperature"], vocab_mask=d["vocab_mask"],
+        ref_logprobs=d["ref"], kl_coef=0.1, entropy_coef=0.1, weights=d["token_weights"], return_metrics=True),
+    "logits_policy_loss of sequences": lambda d: rlk.logits_policy_loss(d["logits"], d["targets"], d["old"], d["advantages"], d["mask"],
+                                                                        ratio_level="sequence_token", aggregation="seq-mean-token-mean"),
+    "value_loss": lambda d: rlk.value_loss(d["values"], d["old_values"], d["returns"], d["mask"], clip_range=0.2, return_metrics=True),
+    "dpo_loss": lambda d: rlk.dpo_loss(d["pair_a"], d["pair_b"], d["pair_c"], d["pair_d"], label_smoothing=0.1, return_metrics=True),
+    "pairwise_reward_loss": lambda d: rlk.pairwise_reward_loss(d["pair_a"], d["pair_b"], margin=d["pair_c"], center_coef=0.1),
+    "reward_scores": lambda d: rlk.reward_scores(d["hidden"], d["head"], attention_mask=d["mask"]),
+    "gae": lambda d: rlk.gae(d["rewards"], d["values"], d["mask"], lam=0.9),
+    "discounted_returns": lambda d: rlk.discounted_returns(d["rewards"].view(-1), d["mask"].view(-1), gamma=0.9, cu_seqlens=d["cu"]),
+    "masked_whiten": lambda d: rlk.masked_whiten(d["values"], d["mask"]),
+    "group_advantages": lambda d: rlk.group_advantages(d["pair_c"], d["groups"]),
+    "token_weights": lambda d: rlk.token_weights(d["mask"].view(-1), "seq-mean-token-mean", cu_seqlens=d["cu"]),
+    "aggregate": lambda d: rlk.aggregate(d["values"], d["mask"], "seq-mean-token-mean"),
+    "sequence_sums": lambda d: rlk.sequence_sums(d["values"], d["mask"]),
+    "sequence_means": lambda d: rlk.sequence_means(d["values"].view(-1), d["mask"].view(-1), d["cu"]),
+    "broadcast_to_tokens": lambda d: rlk.broadcast_to_tokens(d["values"][:, 0], d["mask"]),
+    "spans_to_mask": lambda d: rlk.spans_to_mask(d["cu"].view(2, 2), 16),
+}
+
+
+def tensors(x):
+    """Every tensor in a result: alone, in a tuple, in a dict of metrics."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    return [t for part in (x.values() if isinstance(x, dict) else x or ()) for t in tensors(part)]
+
+
+def call(name, d, seed=3):
+    """Results and gradients, with cotangents that are not 1."""
+    d = {k: v.detach().requires_grad_() if k in TRAINED else v for k, v in d.items()}
+    results = tensors(CALLS[name](d))
+    trained = [t for t in results if t.requires_grad]
+    inputs = [d[k] for k in TRAINED]
+    draw = torch.Generator().manual_seed(seed)
+    gradients = torch.autograd.grad(trained, inputs, [torch.randn(t.shape, generator=draw).to(t.dtype) for t in trained], allow_unused=True) if trained else ()
+    return [t.detach() for t in results] + [g for g in gradients if g is not None]
+
+
+def policy(x, targets, columns, **options):
+    """Loss and gradient of the fused pass, with KL and entropy terms. Weights of 1: a row's gradient then depends on that row alone."""
+    x, options = x.detach().requires_grad_(), {"weights": torch.ones_like(columns[0]), **options}
+    loss = rlk.logits_policy_loss(x, targets, *columns[:2], ref_logprobs=columns[2], kl="k2", kl_coef=0.1, entropy_coef=0.2, **options)
+    return loss.detach(), torch.autograd.grad(loss, x, torch.tensor(0.7, dtype=loss.dtype))[0]
+
+
+def rows_of(x, targets, g, **options):
+    x = x.detach().requires_grad_()
+    stats = rlk.token_stats(x, targets, outputs=ALL, kl="exact", **options)
+    (gradient,) = torch.autograd.grad((stats.logprobs, stats.entropy, stats.kl), x, g)
+    return [t.detach() for t in stats] + [gradient]
