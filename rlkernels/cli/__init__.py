@@ -1,4 +1,4 @@
-"""The ``rlkernels`` command. Each subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int``, imported when it is called."""
+"""The ``rlkernels`` command. A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int``, imported when called."""
 
 import argparse
 import importlib
