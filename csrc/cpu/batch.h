@@ -1,0 +1,157 @@
+// The rows of one call as Python hands them over (addresses and strides), and what is computed from one row's sums.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "rows.h"
+
+namespace rlk {
+
+// Row r of [B, L, V] starts at address + (r / level) * outer + (r % level) * inner, in elements; 64-bit throughout.
+struct Layout {
+  uintptr_t address = 0;
+  int64_t outer = 0, inner = 0, level = 1;
+  char* row(int64_t r, int64_t bytes) const {
+    return reinterpret_cast<char*>(address) + ((r / level) * outer + (r % level) * inner) * bytes;
+  }
+};
+
+struct Batch {
+  Dtype dtype = Dtype::f32;
+  int64_t rows = 0, columns = 0;
+  Layout logits, ref;        // ref.address 0: no reference
+  uintptr_t targets = 0;
+  int64_t target_stride = 1, target_bytes = 8;
+  int64_t ignore_index = -100;
+  double temperature = 1;
+  uintptr_t temperatures = 0;  // per row, in the real dtype; 0: the number above
+  uintptr_t mask = 0;          // 0: every column is in the support
+  int64_t mask_stride = 0;
+  int threads = 1;
+
+  int64_t bytes() const { return item_size(dtype); }
+  const void* row(int64_t r) const { return logits.row(r, bytes()); }
+  const void* ref_row(int64_t r) const { return ref.address ? ref.row(r, bytes()) : nullptr; }
+  int64_t target(int64_t r) const {
+    const char* at = reinterpret_cast<const char*>(targets) + r * target_stride * target_bytes;
+    if (target_bytes == 8) return *reinterpret_cast<const int64_t*>(at);
+    return *reinterpret_cast<const int32_t*>(at);
+  }
+  const uint8_t* mask_row(int64_t r) const { return mask ? reinterpret_cast<const uint8_t*>(mask) + r * mask_stride : nullptr; }
+  double temperature_of(int64_t r) const {
+    if (!temperatures) return temperature;
+    return dtype == Dtype::f64 ? reinterpret_cast<const double*>(temperatures)[r] : reinterpret_cast<const float*>(temperatures)[r];
+  }
+  double value(const void* row, int64_t c) const {
+    switch (dtype) {
+      case Dtype::f64: return static_cast<const double*>(row)[c];
+      case Dtype::bf16: return widen(static_cast<const Bf16*>(row)[c]);
+      case Dtype::f16: return widen(static_cast<const F16*>(row)[c]);
+      default: return static_cast<const float*>(row)[c];
+    }
+  }
+  void set(void* row, int64_t c, double x) const {
+    switch (dtype) {
+      case Dtype::f64: static_cast<double*>(row)[c] = x; break;
+      case Dtype::bf16: narrow(float(x), static_cast<Bf16*>(row) + c); break;
+      case Dtype::f16: narrow(float(x), static_cast<F16*>(row) + c); break;
+      default: static_cast<float*>(row)[c] = float(x);
+    }
+  }
+  bool supports(int64_t r, int64_t c) const { return !mask || mask_row(r)[c]; }
+
+  int64_t bad_target() const {  // the first row whose target is neither a column nor ignored, or -1
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t y = target(r);
+      if (y != ignore_index && (y < 0 || y >= columns)) return r;
+    }
+    return -1;
+  }
+  int64_t bad_temperature() const {  // the first row whose temperature is not positive and finite, or -1
+    for (int64_t r = 0; temperatures && r < rows; ++r)
+      if (const double t = temperature_of(r); !(t > 0 && t <= 1.7976931348623157e308)) return r;
+    return -1;
+  }
+};
+
+// Rows are handed out in small runs: dead rows cost nothing, so equal shares would not be equal work; a run keeps neighbours in memory
+// on one thread. Which thread takes a row changes no bit of it.
+// Little work stays on the calling thread: waking another costs more than 64K columns.
+template <class F>
+void for_rows(int64_t rows, int64_t columns, int threads, F f) {
+  const int64_t run = rows / (int64_t(threads) * 32) + 1;
+#pragma omp parallel for schedule(dynamic, run) num_threads(threads) if (threads > 1 && rows > 1 && rows * columns > 65536)
+  for (int64_t r = 0; r < rows; ++r) f(r);
+}
+
+template <class Real>
+Real* reals(uintptr_t address) {
+  return reinterpret_cast<Real*>(address);
+}
+
+// Addresses of the outputs, one number per row each; 0: not wanted.
+struct StatsOutputs {
+  uintptr_t logp, shift, sum_exp, entropy, log_sum_sq, mean_logits, is_top1, ref_logp, ref_shift, ref_sum_exp, kl;
+};
+
+// The statistics of a row as they are stored: rounded once to the real dtype. The gradient starts from these, never from the
+// double sums, so that a fused pass and two separate ones agree in every bit.
+template <class Real>
+struct RowState {
+  Real logp, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl;
+};
+
+// Upstream gradients of logp, entropy and KL of one row.
+struct Upstream {
+  double logp, entropy, kl;
+};
+
+RowSums sums_of_row(const Batch&, const RowKernels&, const void* row, const void* ref, double ref_shift, int64_t r, unsigned wanted);
+double logp_of(const Batch&, const void* row, const RowSums&, int64_t r);
+double entropy_of(const RowSums&, double temperature);
+
+template <class Real>
+void write_gradient(const Batch&, const RowKernels&, int64_t r, void* out, const RowState<Real>&, const Upstream&, bool stream);
+
+// An output larger than this will not be met in cache by whoever reads it: storing it around the cache spares reading it first
+// (262 MB copied on a two-core Zen 4: 11.6 ms against 17.4 ms).
+constexpr int64_t kStreamBytes = int64_t(16) << 20;
+inline bool streams(const Batch& batch, const Layout& out) {
+  return out.address != batch.logits.address && batch.rows * batch.columns * batch.bytes() >= kStreamBytes;
+}
+
+template <class Real>
+void token_stats(const Batch&, const StatsOutputs&);
+
+struct BackwardInputs {
+  uintptr_t dlogp, dentropy, dkl, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl;
+};
+template <class Real>
+void token_stats_backward(const Batch&, const BackwardInputs&, const Layout& out);
+
+struct PolicyInputs {
+  const char* objective;
+  const char* kl;  // null, or the name of an estimator
+  const uintptr_t* columns;
+  const double* params;
+  uintptr_t weight, entropy_weight, ref_logp, kl_weight;
+};
+struct PolicyOutputs {
+  uintptr_t logp, shift, sum_exp, entropy, dlogp;
+};
+// Returns the loss; writes no gradient where out.address is 0.
+template <class Real>
+double fused_policy(const Batch&, const PolicyInputs&, const PolicyOutputs&, const Layout& out);
+
+// Of `elementwise`: null where an input or output is absent. Returns the weighted sum of the values.
+template <class Real>
+double elementwise(const char* objective, const uintptr_t* columns, const double* params, const Real* weight, Real* value, Real* derivative,
+                   int64_t n, int threads);
+
+enum class Masked : int { skip, zero, none };
+// Segment s is [bounds[s], bounds[s + 1]), or row s of equal length where bounds is null.
+template <class Real>
+void gae(const Real* rewards, const Real* values, const uint8_t* mask, const int64_t* bounds, int64_t segments, int64_t length, double gamma,
+         double lam, Masked masked, Real* advantages, Real* returns, int threads);
+
+}  // namespace rlk

@@ -1,0 +1,98 @@
+// The door to Python. Numbers cross it, addresses among them; shapes, dtypes and allocation stay on the other side.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "batch.h"
+#include "buffer.h"
+
+namespace py = pybind11;
+using namespace rlk;
+
+namespace {
+
+using Place = std::array<int64_t, 4>;  // address, outer, inner, level
+
+Layout layout(const Place& p) { return {uintptr_t(p[0]), p[1], p[2], p[3]}; }
+
+Batch batch(int dtype, int64_t rows, int64_t columns, const Place& logits, const Place& ref, uintptr_t targets, int64_t target_stride,
+            int64_t target_bytes, int64_t ignore_index, double temperature, uintptr_t temperatures, uintptr_t mask, int64_t mask_stride,
+            int threads) {
+  const Batch b{Dtype(dtype), rows,         columns,     layout(logits), layout(ref), targets, target_stride, target_bytes,
+                ignore_index, temperature, temperatures, mask,           mask_stride, threads};
+  if (const int64_t r = b.bad_target(); r >= 0)
+    throw py::index_error("target " + std::to_string(b.target(r)) + " at row " + std::to_string(r) + " is outside [0, " +
+                          std::to_string(columns) + ")");
+  if (const int64_t r = b.bad_temperature(); r >= 0)
+    throw py::value_error("temperature must be positive and finite, got " + std::string(py::str(py::float_(b.temperature_of(r)))) +
+                          " at row " + std::to_string(r));
+  return b;
+}
+
+void stats(const Batch& b, const std::array<uintptr_t, 11>& to) {
+  py::gil_scoped_release release;
+  const StatsOutputs out{to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7], to[8], to[9], to[10]};
+  b.dtype == Dtype::f64 ? token_stats<double>(b, out) : token_stats<float>(b, out);
+}
+
+void backward(const Batch& b, const std::array<uintptr_t, 9>& from, const Place& out) {
+  py::gil_scoped_release release;
+  const BackwardInputs in{from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], from[8]};
+  b.dtype == Dtype::f64 ? token_stats_backward<double>(b, in, layout(out)) : token_stats_backward<float>(b, in, layout(out));
+}
+
+double policy(const Batch& b, const std::string& objective, const std::vector<uintptr_t>& columns, const std::vector<double>& params,
+              uintptr_t weight, uintptr_t entropy_weight, const std::optional<std::string>& kl, uintptr_t ref_logp, uintptr_t kl_weight,
+              const std::array<uintptr_t, 5>& to, const Place& gradient) {
+  py::gil_scoped_release release;
+  const PolicyInputs in{objective.c_str(), kl ? kl->c_str() : nullptr, columns.data(), params.data(), weight, entropy_weight, ref_logp, kl_weight};
+  const PolicyOutputs out{to[0], to[1], to[2], to[3], to[4]};
+  return b.dtype == Dtype::f64 ? fused_policy<double>(b, in, out, layout(gradient)) : fused_policy<float>(b, in, out, layout(gradient));
+}
+
+template <class Real>
+double apply(const std::string& objective, const std::vector<uintptr_t>& columns, const std::vector<double>& params, uintptr_t weight,
+             uintptr_t value, uintptr_t derivative, int64_t n, int threads) {
+  py::gil_scoped_release release;
+  return elementwise<Real>(objective.c_str(), columns.data(), params.data(), reals<const Real>(weight), reals<Real>(value),
+                           reals<Real>(derivative), n, threads);
+}
+
+template <class Real>
+void scan(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t bounds, int64_t segments, int64_t length, double gamma, double lam,
+          int masked, uintptr_t advantages, uintptr_t returns, int threads) {
+  py::gil_scoped_release release;
+  gae<Real>(reals<const Real>(rewards), reals<const Real>(values), reinterpret_cast<const uint8_t*>(mask),
+            reinterpret_cast<const int64_t*>(bounds), segments, length, gamma, lam, Masked(masked), reals<Real>(advantages),
+            reals<Real>(returns), threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  if (isa_refused())
+    throw py::import_error("RLKERNELS_CPU_ISA must be avx512, avx2 or baseline, and no more than this machine has (" + std::string(isa()) +
+                           "); got '" + isa_refused() + "'");
+  py::class_<Batch>(m, "Batch").def(py::init(&batch));
+  py::class_<Buffer>(m, "Buffer", py::buffer_protocol()).def(py::init<int64_t>()).def_buffer([](Buffer& b) {
+    return py::buffer_info(b.data(), 1, py::format_descriptor<uint8_t>::format(), b.size());
+  });
+  m.def("kept_bytes", &kept_bytes);
+  m.def("release", &release);
+  m.def("isa", &isa);
+  m.def("token_stats", &stats);
+  m.def("token_stats_backward", &backward);
+  m.def("fused_policy", &policy);
+  m.def("elementwise_f32", &apply<float>);
+  m.def("elementwise_f64", &apply<double>);
+  m.def("gae_f32", &scan<float>);
+  m.def("gae_f64", &scan<double>);
+  py::dict objectives;  // name -> (columns, params)
+#define RLK_ENTRY(name, columns, params) objectives[#name] = py::make_tuple(columns, params);
+  RLK_OBJECTIVES(RLK_ENTRY)
+  m.attr("OBJECTIVES") = objectives;
+}

@@ -1,0 +1,90 @@
+#include "buffer.h"
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace rlk {
+namespace {
+
+constexpr int64_t kHugePage = int64_t(1) << 21;
+
+struct Kept {
+  void* data = nullptr;
+  int64_t capacity = 0;
+};
+Kept kept;
+std::mutex guard;
+
+#if defined(__linux__)
+void* map(int64_t capacity) {
+  // One page more than needed, so that the rest can start at a page of 2 MiB: 128 page faults for 262 MB instead of 65 536.
+  void* const all = mmap(nullptr, size_t(capacity + kHugePage), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (all == MAP_FAILED) throw std::bad_alloc();
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(all), aligned = (begin + kHugePage - 1) & ~uintptr_t(kHugePage - 1);
+  if (aligned != begin) munmap(all, aligned - begin);
+  munmap(reinterpret_cast<void*>(aligned + uintptr_t(capacity)), begin + kHugePage - aligned);
+  void* const data = reinterpret_cast<void*>(aligned);
+#if defined(MADV_HUGEPAGE)
+  (void)madvise(data, size_t(capacity), MADV_HUGEPAGE);  // advice: a refusal changes no result
+#endif
+  return data;
+}
+void unmap(const Kept& block) {
+  if (block.data) munmap(block.data, size_t(block.capacity));
+}
+// Kept, but the kernel may take its pages whenever memory is short; what was not taken is written again without a fault.
+void lend(const Kept& block) {
+#if defined(MADV_FREE)
+  (void)madvise(block.data, size_t(block.capacity), MADV_FREE);
+#endif
+}
+#else
+void* map(int64_t capacity) {
+  void* const data = std::malloc(size_t(capacity));
+  if (!data) throw std::bad_alloc();
+  return data;
+}
+void unmap(const Kept& block) { std::free(block.data); }
+void lend(const Kept&) {}
+#endif
+
+}  // namespace
+
+Buffer::Buffer(int64_t size) : data_(nullptr), size_(size), capacity_((size + kHugePage - 1) / kHugePage * kHugePage) {
+  {
+    const std::lock_guard<std::mutex> lock(guard);
+    // A block twice as large as needed is not tied up: it would hold memory that nobody asked for.
+    if (kept.capacity >= capacity_ && kept.capacity / 2 <= capacity_) {
+      data_ = kept.data;
+      capacity_ = kept.capacity;
+      kept = {};
+    }
+  }
+  if (!data_) data_ = map(capacity_);
+}
+
+Buffer::~Buffer() {
+  const Kept mine{data_, capacity_};
+  lend(mine);
+  const std::lock_guard<std::mutex> lock(guard);
+  unmap(kept);
+  kept = mine;
+}
+
+int64_t kept_bytes() {
+  const std::lock_guard<std::mutex> lock(guard);
+  return kept.capacity;
+}
+
+void release() {
+  const std::lock_guard<std::mutex> lock(guard);
+  unmap(kept);
+  kept = {};
+}
+
+}  // namespace rlk

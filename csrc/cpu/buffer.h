@@ -1,0 +1,25 @@
+// Memory for a large gradient. A freed one is kept for the next step: the kernel clears every page that a process touches for the
+// first time, and clearing 262 MB takes as long as computing the gradient that goes there.
+#pragma once
+#include <cstdint>
+
+namespace rlk {
+
+class Buffer {
+ public:
+  explicit Buffer(int64_t size);  // throws std::bad_alloc
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  void* data() const { return data_; }
+  int64_t size() const { return size_; }
+
+ private:
+  void* data_;
+  int64_t size_, capacity_;
+};
+
+int64_t kept_bytes();  // of the one buffer that is kept
+void release();        // gives it back
+
+}  // namespace rlk

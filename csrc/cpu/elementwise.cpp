@@ -1,0 +1,70 @@
+// Any objective over columns of state: value, derivative and the weighted sum. The functor is a template argument, inlined in the loop.
+#include <vector>
+
+#include "batch.h"
+
+namespace rlk {
+namespace {
+
+constexpr int64_t kPart = 4096;  // elements per partial sum: fixed, so that the sum does not depend on the number of threads
+
+template <class Real>
+struct Job {
+  const Real* columns[kMaxColumns];
+  Real params[kMaxColumns];
+  const Real* weight;
+  Real *value, *derivative;
+};
+
+template <class F, class Real, size_t... C, size_t... P>
+double part(const Job<Real>& job, int64_t begin, int64_t end, std::index_sequence<C...>, std::index_sequence<P...>) {
+  double sum = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const Real weight = job.weight ? job.weight[i] : Real(1);
+    Term<Real> term{0, 0};
+    if (weight != 0) {
+      term = F{}(job.columns[C][i]..., job.params[P]...);
+      sum += double(weight) * double(term.value);
+    }
+    job.value[i] = term.value;
+    job.derivative[i] = term.derivative;
+  }
+  return sum;
+}
+
+template <class F, int C, int P, class Real>
+double run(const Job<Real>& job, int64_t n, int threads) {
+  const int64_t parts = (n + kPart - 1) / kPart;
+  const auto one = [&](int64_t k) {
+    const int64_t end = (k + 1) * kPart < n ? (k + 1) * kPart : n;
+    return part<F>(job, k * kPart, end, std::make_index_sequence<C>{}, std::make_index_sequence<P>{});
+  };
+  if (parts <= 1) return parts ? one(0) : 0.0;
+  std::vector<double> sums(static_cast<size_t>(parts));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t k = 0; k < parts; ++k) sums[size_t(k)] = one(k);
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+}  // namespace
+
+template <class Real>
+double elementwise(const char* objective, const uintptr_t* columns, const double* params, const Real* weight, Real* value, Real* derivative,
+                   int64_t n, int threads) {
+  const Objective<Real>& found = *find_objective<Real>(objective);
+  Job<Real> job{{}, {}, weight, value, derivative};
+  for (int k = 0; k < found.columns; ++k) job.columns[k] = reinterpret_cast<const Real*>(columns[k]);
+  for (int k = 0; k < found.params; ++k) job.params[k] = Real(params[k]);
+#define RLK_RUN(name, columns, params) \
+  if (std::strcmp(objective, #name) == 0) return run<rlk::name, columns, params>(job, n, threads);
+  RLK_OBJECTIVES(RLK_RUN)
+#undef RLK_RUN
+  return 0;
+}
+
+template double elementwise(const char*, const uintptr_t*, const double*, const float*, float*, float*, int64_t, int);
+template double elementwise(const char*, const uintptr_t*, const double*, const double*, double*, double*, int64_t, int);
+
+}  // namespace rlk

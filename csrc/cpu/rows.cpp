@@ -1,0 +1,17 @@
+// The kernels of one row for every dtype but float64. Compiled once per instruction set, into the namespace RLK_ISA.
+#include "gradient.h"
+#include "sums.h"
+
+namespace rlk {
+namespace RLK_ISA {
+
+RowKernels row_kernels(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::bf16: return {sums<Bf16>, gradient<Bf16>};
+    case Dtype::f16: return {sums<F16>, gradient<F16>};
+    default: return {sums<float>, gradient<float>};
+  }
+}
+
+}  // namespace RLK_ISA
+}  // namespace rlk

@@ -1,0 +1,52 @@
+// The same for float64: plain loops over the C library's exp. It serves gradcheck and reference runs, not training.
+#include <limits>
+
+#include "rows.h"
+
+namespace rlk {
+namespace {
+
+constexpr double kNone = -std::numeric_limits<double>::infinity();
+
+// Column c of the support, or -inf outside it.
+double column(const double* row, const uint8_t* mask, int64_t c) { return mask && !mask[c] ? kNone : row[c]; }
+
+void sums(const SumsJob& job, RowSums& out) {
+  const double* row = static_cast<const double*>(job.row);
+  const double* ref = static_cast<const double*>(job.ref);
+  out = {kNone, 0, 0, 0, 0};
+  for (int64_t c = 0; c < job.columns; ++c) {
+    const double x = column(row, job.mask, c);
+    if (x > out.shift) out.shift = x;
+  }
+  for (int64_t c = 0; c < job.columns; ++c) {
+    const double x = column(row, job.mask, c);
+    if (x == kNone) continue;
+    const double d = x - out.shift, e = std::exp(d / job.temperature);
+    out.sum += e;
+    out.weighted += e == 0 ? 0 : e * d;
+    out.squares += e * e;
+    if (job.wanted & kCross) out.cross += e == 0 ? 0 : e * (d - (ref[c] - job.ref_shift));
+  }
+  if (out.shift == kNone || out.sum != out.sum) out.shift = out.sum = std::numeric_limits<double>::quiet_NaN();
+  out.shift += 0.0;
+}
+
+void gradient(const GradientJob& job) {
+  const double* row = static_cast<const double*>(job.row);
+  const double* ref = static_cast<const double*>(job.ref);
+  double* out = static_cast<double*>(job.out);
+  for (int64_t c = 0; c < job.columns; ++c) {
+    const double d = column(row, job.mask, c) - job.shift, e = std::exp(d / job.temperature);
+    double g = e * job.flat;
+    if (job.slope != 0 && e != 0) g += e * job.slope * d;
+    if (job.cross != 0 && e != 0) g += e * job.cross * (d - (ref[c] - job.ref_shift));
+    out[c] = job.mask && !job.mask[c] ? 0 : g;
+  }
+}
+
+}  // namespace
+
+RowKernels row_kernels_f64() { return {sums, gradient}; }
+
+}  // namespace rlk

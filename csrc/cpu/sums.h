@@ -1,0 +1,131 @@
+// Sums over a row. The block's maximum first, then its exponentials measured from the largest maximum so far; lanes are summed in
+// fp32 inside a block and in double across blocks. A dtype changes how a column is loaded, never the lane it is added to, so the
+// same values give the same bits whatever their dtype, address and stride.
+#pragma once
+#include "blocks.h"
+#include "rows.h"
+
+namespace rlk {
+namespace RLK_ISA {
+namespace {
+
+struct BlockSums {
+  Vec sum[2 * kPairs], weighted[2 * kPairs], squares[2 * kPairs], cross[2 * kPairs], peaks;
+};
+
+// kPeak: the block holds the maximum. Its exponential is 1 and is counted, not added: beside a 1 a lane forgets what is below 2^-25,
+// which for a token of probability .9999 is most of the rest.
+template <unsigned kWanted, bool kPeak, class X>
+RLK_INLINE void add_chunk(BlockSums& to, const X* x, const X* r, const Exponential& exponential, Vec base, Vec ref_shift) {
+  Vec d[2 * kPairs], e[2 * kPairs];
+  RLK_UNROLL for (int k = 0; k < kPairs; ++k) {
+    const Pair at = load(x + k * kPair);
+    d[2 * k] = exponential.bound(at.a - base), d[2 * k + 1] = exponential.bound(at.b - base);
+  }
+  exponential(d, e);
+  RLK_UNROLL for (int k = 0; k < 2 * kPairs; ++k) {
+    const Vec below = kPeak ? (d[k] == 0.0f ? Vec{} : e[k]) : e[k];
+    if (kPeak) to.peaks += d[k] == 0.0f ? all(1.0f) : Vec{};
+    to.sum[k] += below;
+    if (kWanted & kWeighted) to.weighted[k] = fma(d[k], e[k], to.weighted[k]);
+    if (kWanted & kSquares) to.squares[k] = fma(below, below, to.squares[k]);
+  }
+  if (kWanted & kCross)
+    RLK_UNROLL for (int k = 0; k < kPairs; ++k) {
+      // Where p is 0 the reference does not matter; where only q is 0 the divergence is +inf.
+      const Pair at = load(r + k * kPair);
+      const Vec a = e[2 * k] * (d[2 * k] - (at.a - ref_shift)), b = e[2 * k + 1] * (d[2 * k + 1] - (at.b - ref_shift));
+      to.cross[2 * k] += e[2 * k] == 0.0f ? Vec{} : a;
+      to.cross[2 * k + 1] += e[2 * k + 1] == 0.0f ? Vec{} : b;
+    }
+}
+
+template <unsigned kWanted, bool kPeak, class X>
+RLK_INLINE void add_block(BlockSums& to, const X* x, const X* r, int64_t n, const Exponential& exponential, Vec base, Vec ref_shift) {
+  const int64_t whole = n - n % kChunk;
+  for (int64_t c = 0; c < whole; c += kChunk) {
+    // The next block is fetched under the arithmetic of this one.
+    const char* next = reinterpret_cast<const char*>(x + c) + kBlock * int64_t(sizeof(X));
+    RLK_UNROLL for (int64_t byte = 0; byte < int64_t(kChunk * sizeof(X)); byte += 64) __builtin_prefetch(next + byte);
+    add_chunk<kWanted, kPeak>(to, x + c, kWanted & kCross ? r + c : r, exponential, base, ref_shift);
+  }
+  if (whole == n) return;
+  X x_rest[kChunk], r_rest[kChunk];
+  padded(x_rest, x + whole, n - whole);
+  if (kWanted & kCross) padded(r_rest, r + whole, n - whole);
+  add_chunk<kWanted, kPeak>(to, x_rest, r_rest, exponential, base, ref_shift);
+}
+
+RLK_INLINE void fold(Doubles& total, const Vec (&v)[2 * kPairs]) {
+  total += __builtin_convertvector((v[0] + v[1]) + (v[2] + v[3]), Doubles);
+}
+
+RLK_INLINE double add_lanes(const Doubles& v) {
+  double sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+template <unsigned kWanted, bool kMasked, class X>
+void row_sums(const SumsJob& job, RowSums& out) {
+  const X *row = static_cast<const X*>(job.row), *ref = static_cast<const X*>(job.ref);
+  const Exponential exponential = Exponential::times(1, job.temperature);
+  const Vec ref_shift = all(float(job.ref_shift));
+  Doubles sum{}, weighted{}, squares{}, cross{};
+  double peaks = 0;
+  float base = kNone;
+  for (int64_t c = 0; c < job.columns; c += kBlock) {
+    const int64_t n = job.columns - c < kBlock ? job.columns - c : kBlock;
+    X support[kMasked ? kBlock : 1];
+    const X* x = kMasked ? stage(support, row + c, job.mask + c, n) : row + c;
+    const float top = block_max(x, n);
+    if (top > base) {
+      if (base != kNone) {  // before the first finite column there is nothing to rescale
+        const double step = double(base) - double(top), shrink = ::exp(step / job.temperature);
+        sum[0] += peaks;  // they are like any other column now
+        if (kWanted & kSquares) squares[0] += peaks;
+        peaks = 0;
+        if (kWanted & kWeighted) weighted = shrink * (weighted + step * sum);
+        if (kWanted & kSquares) squares *= shrink * shrink;
+        if (kWanted & kCross) cross = shrink * (cross + step * sum);
+        sum *= shrink;
+      }
+      base = top;
+    }
+    BlockSums sums{};
+    const Vec from = all(base == kNone ? 0.0f : base);  // (-inf) - (-inf) would be NaN; -inf - 0 counts as nothing
+    const X* r = kWanted & kCross ? ref + c : ref;
+    if (top == base) {
+      add_block<kWanted, true>(sums, x, r, n, exponential, from, ref_shift);
+      peaks += add_lanes(__builtin_convertvector(sums.peaks, Doubles));
+    } else {
+      add_block<kWanted, false>(sums, x, r, n, exponential, from, ref_shift);
+    }
+    fold(sum, sums.sum);
+    if (kWanted & kWeighted) fold(weighted, sums.weighted);
+    if (kWanted & kSquares) fold(squares, sums.squares);
+    if (kWanted & kCross) fold(cross, sums.cross);
+  }
+  // + 0: which zero is met first in a row of both must not show.
+  out = {double(base) + 0.0, peaks + add_lanes(sum), add_lanes(weighted), peaks + add_lanes(squares), add_lanes(cross)};
+  // A NaN is seen by the sum; whether the maximum met it depends on the order of columns.
+  if (base == kNone || out.sum != out.sum) out.shift = out.sum = __builtin_nan("");
+}
+
+// Few combinations are compiled: the bare sum and the entropy's are the hot ones, the rest share two.
+template <bool kMasked, class X>
+void sums_of(const SumsJob& job, RowSums& out) {
+  if (job.wanted & kCross) return row_sums<kWeighted | kSquares | kCross, kMasked, X>(job, out);
+  if (job.wanted & kSquares) return row_sums<kWeighted | kSquares, kMasked, X>(job, out);
+  if (job.wanted & kWeighted) return row_sums<kWeighted, kMasked, X>(job, out);
+  return row_sums<0, kMasked, X>(job, out);
+}
+
+template <class X>
+void sums(const SumsJob& job, RowSums& out) {
+  job.mask ? sums_of<true, X>(job, out) : sums_of<false, X>(job, out);
+}
+
+}  // namespace
+}  // namespace RLK_ISA
+}  // namespace rlk

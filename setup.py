@@ -1,0 +1,80 @@
+"""Builds ``rlkernels._cpu`` where a C++ compiler is present; without one the package is pure Python and says so when asked.
+
+One generated ninja file per module: an edge per object with its depfile, an edge for the link. No torch: the kernels see pointers.
+``CXX`` names the compiler; ``RLKERNELS_CUDA=0|1|auto`` is reserved for the module ``rlkernels._cuda``.
+"""
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CXX = shlex.split(os.getenv("CXX", "")) or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
+FOUND = bool(CXX) and shutil.which(CXX[0]) is not None
+HEADERS = Path(sysconfig.get_path("include"), "Python.h").is_file()  # a Debian python3 without python3-dev has none
+CUDA = os.getenv("RLKERNELS_CUDA", "auto")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+if CUDA not in ("0", "1", "auto"):
+    raise SystemExit(f"RLKERNELS_CUDA must be 0, 1 or auto, got {CUDA!r}")
+if CUDA == "1":
+    raise SystemExit("RLKERNELS_CUDA=1, but this version has no CUDA sources yet; unset it, or set it to auto or 0")
+if CXX and not FOUND:
+    raise SystemExit(f"CXX={os.environ['CXX']} was not found on PATH; unset it to build without a compiler")
+
+# rows.cpp is compiled once per instruction set, into a namespace of that name; the module chooses among them when it is loaded.
+ISAS = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
+SOURCES = ["rows_f64", "token_stats", "backward", "fused_policy", "elementwise", "scan", "machine", "buffer", "bindings"]
+# No contraction: a fused multiply-add is written where it is meant, or bits would depend on what the compiler inlined.
+FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi"
+LINK = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+
+
+def objects():
+    """``(object name, source, extra flags)`` of every edge."""
+    for name in SOURCES:
+        yield name, f"csrc/cpu/{name}.cpp", "-DRLK_X86" if X86 else ""
+    for isa in ISAS if X86 else ["baseline"]:
+        yield f"rows_{isa}", "csrc/cpu/rows.cpp", f"-DRLK_ISA={isa} {ISAS[isa]}"
+
+
+def openmp_flag():
+    """``-fopenmp`` where the compiler takes it: without it the kernels run on one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+        command = [*CXX, "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
+        return "-fopenmp" if subprocess.run(command, capture_output=True).returncode == 0 else "-Wno-unknown-pragmas"
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext):
+        import ninja
+        import pybind11
+        from ninja.ninja_syntax import Writer
+
+        out, tmp = Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp).resolve() / ext.name
+        tmp.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        cxx = shlex.join(CXX)
+        include, openmp = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}", openmp_flag()
+        with open(tmp / "build.ninja", "w") as file:
+            plan = Writer(file)
+            plan.rule("compile", f"{cxx} {FLAGS} {openmp} {include} $extra -MD -MF $out.d -c $in -o $out", deps="gcc", depfile="$out.d")
+            plan.rule("link", f"{cxx} {LINK} {openmp} $in -o $out")
+            edges = [plan.build(f"{name}.o", "compile", str(ROOT / source), variables={"extra": extra})[0] for name, source, extra in objects()]
+            plan.build(str(out), "link", edges)
+        subprocess.check_call([Path(ninja.BIN_DIR) / "ninja", "-C", tmp, f"-j{os.cpu_count() or 1}"])
+
+
+# Where nvcc is found and RLKERNELS_CUDA allows it, a second module joins this list: rlkernels._cuda from csrc/cuda.
+MODULES = [Extension("rlkernels._cpu", sorted({source for _, source, _ in objects()}))] if FOUND and HEADERS else []
+setup(ext_modules=MODULES, cmdclass={"build_ext": NinjaBuild})
