@@ -91,7 +91,8 @@ def token_stats(logits, targets, *, temperature=1.0, ignore_index=-100, vocab_ma
 def collect(found, row, outputs, has_reference, kl):
     """The op's tuple as TokenStats of the caller's shape."""
     logp, shift, sum_exp, entropy, log_sum_sq, mean_logits, is_top1, ref_logp, _, _, exact = found
-    logsumexp = torch.where(sum_exp == 0, 0.0, shift / row.temperature.to(shift) + sum_exp.log())  # sum_exp is 0 in ignored rows alone
+    # A number stays on the CPU: copying it to the device would make the host wait. sum_exp is 0 in ignored rows alone.
+    logsumexp = torch.where(sum_exp == 0, 0.0, shift / row.temperature + sum_exp.log())
     stats = {"entropy": entropy, "log_sum_sq_probs": log_sum_sq, "mean_logits": mean_logits, "is_top1": is_top1}
     stats = {name: x.view(row.shape) for name, x in stats.items() if name in outputs}
     if has_reference:

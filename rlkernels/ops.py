@@ -38,7 +38,8 @@ def numbers(values):
 
 
 def serving(op, tensor):
-    return backend_serving(op, tensor.device.type)
+    """The backend for ``op`` on this tensor; of logits, the last dimension counts too."""
+    return backend_serving(op, tensor.device.type, tensor.dtype, tensor.shape[-1] if tensor.dim() > 1 else None)
 
 
 def run(op, backend, *arguments):

@@ -7,7 +7,7 @@ from bad_calls import A, dpo, linear, logits_policy, logps, pairs, policy, stats
 from bad_inputs import CASES, NOT_HERE, NOT_OF_A_FUNCTION, VALUES
 
 import rlkernels as rlk
-from rlkernels.backends import BACKENDS, absent, use_backend
+from rlkernels.backends import DEVICES, absent, use_backend
 
 
 @pytest.mark.parametrize("case", CASES, ids=[name.replace(" ", "-") for name in CASES])
@@ -34,7 +34,7 @@ def test_what_is_excused_is_indeed_absent():
 
 
 def test_bad_values_are_met_by_every_backend_and_name_the_row():
-    for name in BACKENDS:
+    for name in DEVICES["cpu"]:
         if absent(name) is None:
             with use_backend(name):
                 for case in CASES:

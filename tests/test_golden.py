@@ -5,10 +5,10 @@ import pytest
 import torch
 from golden_adapter import NotOffered, check_gradients, check_outputs, close, missing_outputs
 
-from rlkernels.backends import BACKENDS, absent, use_backend
+from rlkernels.backends import DEVICES, absent, use_backend
 
 CASES = golden_adapter.load()
-PRESENT = [name for name in BACKENDS if absent(name) is None]
+PRESENT = [name for name in DEVICES["cpu"] if absent(name) is None]
 
 # An operation, or the beginning of a case's id: why no public function of ours expresses it.
 NOT_COVERED = {

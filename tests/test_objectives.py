@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from rlkernels import backends, codegen, objectives
-from rlkernels.backends import BACKENDS, absent
+from rlkernels.backends import BACKENDS, DEVICES, absent
 
 OBJECTIVES = objectives.OBJECTIVES
 BUILTIN = codegen.builtin()
-PRESENT = [name for name in BACKENDS if absent(name) is None]
+PRESENT = [name for name in DEVICES["cpu"] if absent(name) is None]
 PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "clip_range": 0.2, "beta": 0.5, "label_smoothing": 0.1}
 
 

@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 import rlkernels as rlk
 from rlkernels import linear, ops
-from rlkernels.backends import BACKENDS, absent, use_backend
+from rlkernels.backends import DEVICES, absent, use_backend
 
-PRESENT = [name for name in BACKENDS if absent(name) is None]
+PRESENT = [name for name in DEVICES["cpu"] if absent(name) is None]
 V = 37  # no multiple of any block or vector
 
 

@@ -9,9 +9,9 @@ from reference import EPS32, LAYOUTS, cotangents, judge, same_bits, statistics
 from reference import gae as gae_by_hand
 
 import rlkernels as rlk
-from rlkernels.backends import BACKENDS, absent, use_backend
+from rlkernels.backends import DEVICES, absent, use_backend
 
-PRESENT = [name for name in BACKENDS if absent(name) is None]
+PRESENT = [name for name in DEVICES["cpu"] if absent(name) is None]
 # Derandomised: the same examples in every run, so that a failure is found by the change that causes it.
 quick = settings(derandomize=True, max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 

@@ -1,29 +1,50 @@
 """Which backend serves which op here, and why one is absent."""
+import importlib
+import importlib.util
+import os
 import threading
 from contextlib import contextmanager
 
 import torch
 
-from rlkernels.backends import cpu, eager
+from rlkernels.backends import cpu, cuda, eager
+from rlkernels.backends.choice import preferred
 
 OPS = ("token_stats", "token_stats_backward", "fused_policy", "elementwise", "gae")
-BACKENDS = {"eager": eager, "cpu": cpu}
-"""Name to module. A name of ``KNOWN`` that is not here is not part of this version."""
 KNOWN = ("eager", "cpu", "triton", "cuda")
-DEVICES = {"cpu": ("cpu", "eager"), "cuda": ("eager",), "xpu": ("eager",), "meta": ("eager",)}
-"""Device type to the backends that can serve it, first choice first."""
+DEVICES = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager"), "xpu": ("triton", "eager"), "meta": ("eager",)}
+"""Device type to the backends that can serve it, first choice first; ``choice.TABLE`` overrides the order where something was measured."""
 
+
+class _Modules(dict):
+    """Name to module. Triton's is imported when it first serves: that import alone takes longer than all of ours."""
+
+    def __missing__(self, name):
+        self[name] = importlib.import_module(f"rlkernels.backends.{name}")
+        return self[name]
+
+
+BACKENDS = _Modules(eager=eager, cpu=cpu, cuda=cuda)
 _forced = threading.local()
+
+
+def interpreted():
+    """Whether Triton runs kernels on CPU tensors (``TRITON_INTERPRET=1``), which is how they are proven without a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def absent(name):
     """Why backend ``name`` cannot be used here, or None where it can."""
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; install rlkernels[triton]"
+        if not (torch.cuda.is_available() or torch.xpu.is_available() or interpreted()):
+            return "torch sees no GPU here"
+        return None
     if name == "eager":
         return None
-    if name == "cpu":
-        built, reason = cpu.available()
-        return None if built else reason
-    return "it is not part of this version of rlkernels"
+    present, reason = BACKENDS[name].available()
+    return None if present else reason
 
 
 def forced():
@@ -31,8 +52,8 @@ def forced():
     return getattr(_forced, "name", None)
 
 
-def serving(op, device):
-    """The backend that serves ``op`` on a device type.
+def serving(op, device, dtype=None, vocab=None):
+    """The backend that serves ``op`` on a device type, by the table of measurements where it has an entry for dtype and vocabulary.
 
     Raises:
         RuntimeError: no backend serves the device, or the forced one does not.
@@ -42,9 +63,11 @@ def serving(op, device):
         raise RuntimeError(f"no backend for device {device}; available: {', '.join(sorted(DEVICES))}")
     name = forced()
     if name is not None:
-        if name != "eager" and name not in choices:
+        if name != "eager" and name not in choices and not (name == "triton" and device == "cpu" and interpreted()):
             raise RuntimeError(f"backend {name!r} does not serve device {device} (asked for {op}); move the tensors or leave use_backend")
         return name
+    if len(choices) > 2:
+        choices = preferred(op, device, dtype, vocab, choices)
     return next(choice for choice in choices if absent(choice) is None)
 
 
@@ -75,9 +98,10 @@ def backends():
     """Which backend serves which op on which device here, and the reason where a backend is absent.
 
     Returns:
-        ``{"serves": {device: {op: backend}}, "absent": {backend: reason}}``, for the devices ``cpu`` and, where torch sees one, ``cuda`` or ``xpu``.
+        ``{"serves": {device: {op: backend}}, "absent": {backend: reason}}``, for the devices ``cpu`` and, where torch sees one, ``cuda`` or ``xpu``;
+        for bf16 logits of a vocabulary of 131072, where the choice depends on that.
     """
     devices = ["cpu"]
     devices += [d for d in ("cuda", "xpu") if getattr(torch, d).is_available()]
-    serves = {device: {op: serving(op, device) for op in OPS} for device in devices}
+    serves = {device: {op: serving(op, device, torch.bfloat16, 131072) for op in OPS} for device in devices}
     return {"serves": serves, "absent": {name: reason for name in KNOWN if (reason := absent(name)) is not None}}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import rlkernels
-from rlkernels.cli import bench_cases, bench_problem, bench_report, bench_timing, machine
+from rlkernels.cli import bench_cases, bench_gpu, bench_problem, bench_report, bench_timing, machine
 from rlkernels.cli.bench_cases import Case
 
 QUICK = {"tokens": 128, "vocab": 32000, "rounds": 5}
@@ -18,15 +18,21 @@ FULL = {"tokens": 1024, "vocab": 128256, "rounds": 9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="the device to measure; this version has kernels for the CPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="the device to measure")
     parser.add_argument("--quick", action="store_true", help="a small shape and few rounds: shows that it runs, gives no figures to quote")
-    parser.add_argument("--tokens", type=positive, help=f"rows of logits (default {FULL['tokens']})")
-    parser.add_argument("--vocab", type=positive, help=f"columns of logits (default {FULL['vocab']})")
+    parser.add_argument("--tokens", type=positive, help=f"rows of logits (default {FULL['tokens']}; cuda: {' and '.join(map(str, bench_gpu.ROWS))})")
+    parser.add_argument("--vocab", type=positive, help=f"columns of logits (default {FULL['vocab']}; cuda: {', '.join(map(str, bench_gpu.VOCABULARIES))})")
     parser.add_argument("--dtype", choices=sorted(bench_problem.DTYPES), default="bf16", help="dtype of the logits")
-    parser.add_argument("--rounds", type=positive, help=f"timed runs of each contender (default {FULL['rounds']})")
-    parser.add_argument("--case", choices=list(bench_cases.CASES), action="append", help="measure only this case; may be repeated")
+    parser.add_argument("--rounds", type=positive, help=f"timed runs of each contender on the CPU (default {FULL['rounds']})")
+    parser.add_argument("--case", choices=sorted({*bench_cases.CASES, *bench_gpu.NAMES}), action="append", help="measure only this case; may be repeated")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
+    cuda = parser.add_argument_group("cuda", "further options of --device cuda; --json is rewritten as each case ends, --plot names a folder")
+    cuda.add_argument("--seconds", type=seconds, help="hot time of each contender and shape (default 1; for figures to publish 3)")
+    cuda.add_argument("--budget", type=seconds, help="start no case after so many seconds; what was left out is listed")
+    cuda.add_argument("--compile-all", action="store_true", help="measure torch.compile on every shape, not on the first alone: minutes more")
+    cuda.add_argument("--flash-attn", type=Path, metavar="FILE", help="flash-attn's Triton cross entropy, loaded from this file")
+    cuda.add_argument("--commit", help="the commit to record where the checkout came without its history")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample, the machine and the sources' digests")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of the medians (needs matplotlib)")
     parser.add_argument("--plain", action="store_true", help="plain text even where rich is installed")
@@ -36,6 +42,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {value}")
     return value
 
 
@@ -51,6 +64,13 @@ def run(args: argparse.Namespace) -> int:
         except ImportError:
             tell("rlkernels bench: --plot needs matplotlib; install it with: pip install 'rlkernels[bench]'")
             return 2
+    known = bench_cases.CASES if args.device == "cpu" else bench_gpu.NAMES
+    unknown = [name for name in args.case or [] if name not in known]
+    if unknown:
+        tell(f"rlkernels bench: --device {args.device} has no case {unknown[0]!r}; it has: {', '.join(known)}")
+        return 2
+    if args.device == "cuda":
+        return bench_gpu.run(args)
     size = {key: getattr(args, key) or (QUICK if args.quick else FULL)[key] for key in FULL}
     try:
         return measure(args, **size)

@@ -13,7 +13,8 @@ from rlkernels.cli import machine, tables
 ENVIRONMENT = {
     "RLKERNELS_CHECK": "run time, read at import: 1 also checks the values of cu_seqlens on devices where that stops the queue",
     "RLKERNELS_CPU_ISA": "run time, read once: highest instruction set of the cpu backend (avx512, avx2, baseline)",
-    "RLKERNELS_CUDA": "build time: 0, 1 or auto; kept for the cuda backend, which is not part of this version",
+    "RLKERNELS_CUDA": "build time: 0, 1 or auto; whether the cuda backend is built (auto: where nvcc is found)",
+    "TRITON_INTERPRET": "Triton's own: 1 runs its kernels on CPU tensors, in an interpreter; use_backend(\"triton\") then accepts them",
     "CXX": "build time: the C++ compiler of the cpu backend (default c++)",
 }
 """Every environment variable that the library, its build included, reads."""

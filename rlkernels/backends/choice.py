@@ -1,0 +1,21 @@
+"""The measured choice between GPU backends: which one goes first for an op, a dtype and a class of vocabulary.
+
+``TABLE`` is filled from ``benchmarks/results``, never from expectation. It is empty: nothing has been measured on a GPU yet, and
+the order of ``DEVICES`` stands (Triton, then CUDA C++, then eager). The loser of a measurement stays selectable with ``use_backend``.
+"""
+
+LARGE = 65536
+TABLE: dict[tuple[str, str, int, str], tuple[str, ...]] = {}
+"""``(op, device type, bytes per logit, "small" or "large" vocabulary)`` to backend names, fastest first."""
+
+
+def vocabulary_class(vocab):
+    """``"large"`` where a bf16 row no longer fits the shared memory of one block."""
+    return "large" if vocab is not None and vocab >= LARGE else "small"
+
+
+def preferred(op, device, dtype, vocab, choices):
+    """``choices`` with what the table names first."""
+    itemsize = 4 if dtype is None else dtype.itemsize
+    first = [name for name in TABLE.get((op, device, itemsize, vocabulary_class(vocab)), ()) if name in choices]
+    return (*first, *(name for name in choices if name not in first))

@@ -1,0 +1,183 @@
+"""The cases that move few bytes: losses over log-probabilities and pairs, the scan of GAE, and the linear head."""
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rlkernels
+from rlkernels.cli.bench_gpu_cases import COMPILED, EAGER, Case, compiled, on, ours, without_grad
+from rlkernels.cli.bench_gpu_peers import PEERS
+from rlkernels.cli.bench_gpu_problem import copies_needed
+from rlkernels.cli.bench_gpu_timing import Entry
+from rlkernels.cli.bench_problem import CLIP_HIGH, CLIP_LOW, DTYPES, log_softmax_gather
+
+PAIRS = 4096
+BETA, GAMMA, LAM = 0.1, 0.99, 0.95
+SCANS = ((64, 4096), (8192, 2048))
+EPS = torch.finfo(torch.float32).eps
+
+
+def draws(device: torch.device, count: int, *shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator(device=device).manual_seed(seed)
+    return torch.randn(count, *shape, generator=generator, device=device)
+
+
+def compare(got: Tensor, expected: Tensor) -> float:
+    """Largest error."""
+    return (got.detach().double() - expected).abs().max().item()
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """Frobenius error over the norm."""
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def with_gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    loss = function(*leaves)
+    return loss, list(torch.autograd.grad(loss, leaves))
+
+
+def scalar_case(name: str, ours_loss: Callable, torch_loss: Callable, inputs: list[Tensor], compile_too: bool, moved: tuple[int, int]) -> Case:
+    """A loss over small columns, forward and backward: ``inputs`` get gradients; both functions take them in order."""
+    wide_loss, wide_grads = with_gradients(torch_loss, [x.double().requires_grad_() for x in inputs])
+
+    def check(outputs: tuple) -> dict[str, float]:
+        return {"loss": compare(outputs[0], wide_loss.detach()), "gradient": max(map(relative, outputs[1], wide_grads)), "rounding": EPS}
+
+    def entry(label: str, function: Callable, **rest: object) -> Entry:
+        return Entry(label, lambda leaves: with_gradients(function, leaves), lambda _: [x.detach().requires_grad_() for x in inputs], check, **rest)
+
+    entries = [entry(label, on(backend, ours_loss), ours=True, graph=True) for label, backend in ours(inputs[0].device.type).items()]
+    entries.append(entry(EAGER, torch_loss, graph=True))
+    if compile_too:
+        entries.append(entry(COMPILED, compiled(torch_loss)))
+    slack = {"loss": 2e-6 * max(1.0, abs(wide_loss.item()))}
+    return Case(name, entries, "columns", *moved, slack, 1, tuple(inputs[0].shape))
+
+
+def policy_loss(device: torch.device, compile_too: bool, shape: tuple[int, int] = (64, 2048)) -> Case:
+    logp, drift, advantage, chance = draws(device, 4, *shape)
+    logp = -logp.abs()
+    old, mask = logp + 0.2 * drift, chance < 1.0
+
+    def composed(x: Tensor) -> Tensor:
+        ratio = (x - old.to(x.dtype)).exp()
+        gain = torch.minimum(ratio * advantage, ratio.clamp(1.0 - CLIP_LOW, 1.0 + CLIP_HIGH) * advantage)
+        return -torch.where(mask, gain, 0.0).sum() / mask.sum()
+
+    def fused(x: Tensor) -> Tensor:
+        return rlkernels.policy_loss(x, old, advantage, mask, clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
+
+    return scalar_case(f"policy_loss {list(shape)} forward+backward", fused, composed, [logp], compile_too, (13 * logp.numel(), 4 * logp.numel()))
+
+
+def pairwise(device: torch.device, compile_too: bool, pairs: int = PAIRS) -> Case:
+    chosen, rejected = 3.0 * draws(device, 2, pairs)
+
+    def composed(c: Tensor, r: Tensor) -> Tensor:
+        return -F.logsigmoid(c - r).mean()
+
+    return scalar_case(f"pairwise_reward_loss [{pairs}] forward+backward", rlkernels.pairwise_reward_loss, composed, [chosen, rejected], compile_too,
+                       (8 * pairs, 8 * pairs))
+
+
+def dpo(device: torch.device, compile_too: bool, pairs: int = PAIRS) -> Case:
+    chosen, rejected, ref_chosen, ref_rejected = 20.0 * draws(device, 4, pairs) - 100.0
+
+    def fused(c: Tensor, r: Tensor) -> Tensor:
+        return rlkernels.dpo_loss(c, r, ref_chosen, ref_rejected, beta=BETA)
+
+    def composed(c: Tensor, r: Tensor) -> Tensor:
+        return -F.logsigmoid(BETA * ((c - ref_chosen) - (r - ref_rejected))).mean()
+
+    return scalar_case(f"dpo_loss [{pairs}] forward+backward", fused, composed, [chosen, rejected], compile_too, (16 * pairs, 8 * pairs))
+
+
+def gae_loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = GAMMA, lam: float = LAM) -> tuple[Tensor, Tensor]:
+    """GAE as trainers write it: one step of Python per token, masked tokens skipped."""
+    following, trace, backwards = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0]), []
+    for t in reversed(range(rewards.shape[1])):
+        step = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * trace
+        following = torch.where(mask[:, t], values[:, t], following)
+        trace = torch.where(mask[:, t], step, trace)
+        backwards.append(trace)
+    advantages = torch.stack(backwards[::-1], 1)
+    return torch.where(mask, advantages, 0.0), torch.where(mask, advantages + values, 0.0)
+
+
+def gae_name(shape: tuple[int, int]) -> str:
+    return f"gae {list(shape)}"
+
+
+def gae(device: torch.device, shape: tuple[int, int], peers: dict[str, Callable], cache: int) -> Case:
+    rewards, values, chance = draws(device, 3, *shape)
+    mask = chance < 1.3
+    expected = gae_loop(rewards.double(), values.double(), mask)
+    count = copies_needed(17 * rewards.numel(), cache)
+    sets = [(rewards, values, mask), *((rewards.clone(), values.clone(), mask.clone()) for _ in range(count - 1))]
+
+    def check(outputs: tuple) -> dict[str, float]:
+        return {"advantage": compare(outputs[0], expected[0]), "return": compare(outputs[1], expected[1])}
+
+    def entry(label: str, function: Callable, judged: Callable = check, **rest: object) -> Entry:
+        return Entry(label, without_grad(lambda s: function(*s)), lambda buffer: sets[buffer % count], judged, **rest)
+
+    def fused(r: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        return rlkernels.gae(r, v, m, gamma=GAMMA, lam=LAM)
+
+    entries = [entry(label, on(backend, fused), ours=True, graph=True) for label, backend in ours(device.type).items()]
+    if "rl_triton" in peers:
+        ends = torch.zeros_like(rewards)
+        entries.append(entry(PEERS["rl_triton"].name, lambda r, v, m: peers["rl_triton"](r, v, ends, gamma=GAMMA, lambda_=LAM), lambda outputs: {},
+                             remark=PEERS["rl_triton"].remark))
+    entries.append(entry(EAGER, gae_loop, remark="the trainers' loop"))
+    slack = {name: 4 * EPS * max(1.0, x.abs().max().item()) for name, x in zip(("advantage", "return"), expected, strict=True)}
+    return Case(gae_name(shape), entries, "2R+2W fp32, mask", 9 * rewards.numel(), 8 * rewards.numel(), slack, count, shape)
+
+
+def linear(device: torch.device, peers: dict[str, Callable], compile_too: bool, tokens: int = 4096, hidden: int = 2048, vocab: int = 151936,
+           dtype: str = "bf16") -> Case:
+    """Log-probabilities from hidden states, any upstream gradient: four products. Other libraries return the loss, its negative."""
+    x, g = (draws(device, 1, tokens, n)[0] for n in (hidden, 1))
+    x, g = x.to(DTYPES[dtype]), g[:, 0]
+    head = (draws(device, 1, vocab, hidden, seed=1)[0] * (2.0 / hidden**0.5)).to(DTYPES[dtype])
+    y = torch.randint(vocab, (tokens,), device=device, generator=torch.Generator(device=device).manual_seed(2))
+    rows = torch.unique(torch.linspace(0, tokens - 1, min(16, tokens)).long()).to(device)
+    wide = x[rows].double().requires_grad_()
+    logits = torch.cat([wide @ piece.double().T for piece in head.split(8192)], 1)
+    logp = torch.log_softmax(logits, -1).gather(1, y[rows, None])[:, 0]
+    dhidden, = torch.autograd.grad(logp, wide, g[rows].double())
+    logp = logp.detach()
+
+    def check(outputs: tuple) -> dict[str, float]:
+        return {"logp": compare(outputs[0][rows], logp), "dhidden": relative(outputs[1][rows], dhidden)}
+
+    def entry(label: str, function: Callable, **rest: object) -> Entry:
+        def run(leaves: tuple[Tensor, Tensor]) -> tuple:
+            found = function(*leaves)
+            dx, _ = torch.autograd.grad(found, leaves, g)
+            return found, dx
+        return Entry(label, run, lambda _: (x.detach().requires_grad_(), head.detach().requires_grad_()), check, **rest)
+
+    def fused(h: Tensor, w: Tensor) -> Tensor:
+        return rlkernels.linear_token_logprobs(h, w, y)
+
+    def torch_head(h: Tensor, w: Tensor) -> Tensor:
+        return log_softmax_gather(h @ w.T, y)
+
+    entries = [entry(label, on(backend, fused), ours=True) for label, backend in ours(device.type).items()]
+    if "cce" in peers:
+        entries.append(entry(PEERS["cce"].name, lambda h, w: -peers["cce"](h, w, y, reduction="none"), remark=PEERS["cce"].remark))
+    if "verl_linear" in peers:
+        entries.append(entry(PEERS["verl_linear"].name, lambda h, w: peers["verl_linear"](h, w, y, 1.0, "none")[0],
+                             remark=PEERS["verl_linear"].remark))
+    if hasattr(F, "linear_cross_entropy"):
+        entries.append(entry("F.linear_cross_entropy", lambda h, w: -F.linear_cross_entropy(h, w, y, reduction="none")))
+    entries.append(entry(EAGER, torch_head))
+    if compile_too:
+        entries.append(entry(COMPILED, compiled(torch_head)))
+    size = x.element_size()
+    reads, writes = (size * (x.numel() + head.numel()) for _ in range(2))
+    return Case(f"linear_token_logprobs {[tokens, hidden, vocab]} forward+backward", entries, "4 products", reads, writes,
+                {"logp": 4 * EPS * max(1.0, logp.abs().max().item())}, 1, (tokens, hidden, vocab), 8 * tokens * hidden * vocab)

@@ -1,0 +1,192 @@
+"""The losses on the device: every objective from logits and over columns, the pair losses and the scan, against float64."""
+import gpu_support as gpu
+import oracles
+import pytest
+import reference
+import torch
+from torch.nn.functional import logsigmoid
+
+import rlkernels
+from rlkernels.objectives import OBJECTIVES
+
+both = pytest.mark.parametrize("backend", gpu.BACKENDS, indirect=True)
+every_dtype = pytest.mark.parametrize("dtype", gpu.DTYPES, ids=str)
+KL, ENTROPY = 0.04, 0.01
+
+
+def close(got, expected, scale=1.0, rtol=2e-6):
+    error = (got.detach().double() - expected).abs().max().item()
+    assert error <= rtol * max(scale, 1e-30), f"error {error:.3g}, allowed {rtol * scale:.3g}"
+
+
+def options(objective):
+    return {p: gpu.PARAMS[p] for p in OBJECTIVES[objective].params}
+
+
+def run(backend, x, targets, columns, objective, inplace=False, **rest):
+    leaf = x.clone().requires_grad_()
+    with gpu.using(backend):
+        loss = rlkernels.logits_policy_loss(
+            leaf.view_as(leaf) if inplace else leaf, targets, columns["old"], columns["advantage"], columns["mask"], objective=objective,
+            inplace_backward=inplace, **rest, **options(objective))
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), grad
+
+
+@both
+@every_dtype
+@pytest.mark.parametrize("objective", gpu.POLICIES)
+def test_every_objective_from_logits_equals_its_oracle(backend, objective, dtype):
+    x, targets, _ = gpu.rows((2, 6), 1030, dtype, seed=1)
+    columns = gpu.policy_inputs(x, targets)
+    loss, grad = run(backend, x, targets, columns, objective)
+    expected, dlogits, allowed, size = gpu.policy_truth(objective, x, targets, columns)
+    close(loss, expected, size, 2e-5)
+    reference.assert_gradient(grad, dlogits, allowed, objective)
+
+
+@both
+@every_dtype
+@pytest.mark.parametrize("kl", ("k1", "k2", "k3"))
+@pytest.mark.parametrize("vocab", (7, 32000, 151936, 262144))
+def test_policy_loss_with_kl_and_entropy_equals_its_oracle(backend, vocab, kl, dtype):
+    if vocab > 151936 and kl != "k3":
+        pytest.skip("the widest rows are judged with one estimator")
+    x, targets, _ = gpu.rows((6,), vocab, dtype, seed=2)
+    columns = gpu.policy_inputs(x, targets, 0.8)
+    rest = {"kl": kl, "kl_coef": KL, "entropy_coef": ENTROPY, "temperature": 0.8}
+    loss, grad = run(backend, x, targets, columns, "ppo_clip", ref_logprobs=columns["ref"], **rest)
+    expected, dlogits, allowed, size = gpu.policy_truth("ppo_clip", x, targets, columns, **rest)
+    close(loss, expected, size + 1.0, 2e-5)
+    reference.assert_gradient(grad, dlogits, allowed, kl)
+
+
+@both
+@every_dtype
+@pytest.mark.parametrize("vocab", (37, 4099, 151936))
+def test_in_place_gives_the_bits_of_a_new_gradient(backend, vocab, dtype):
+    x, targets, _ = gpu.rows((6,), vocab, dtype, seed=3)
+    columns = gpu.policy_inputs(x, targets)
+    fresh = run(backend, x, targets, columns, "ppo_clip", ref_logprobs=columns["ref"], kl_coef=KL, entropy_coef=ENTROPY)
+    placed = run(backend, x, targets, columns, "ppo_clip", True, ref_logprobs=columns["ref"], kl_coef=KL, entropy_coef=ENTROPY)
+    assert gpu.bits(fresh[0], placed[0]) and gpu.bits(fresh[1], placed[1])
+
+
+@both
+@every_dtype
+@pytest.mark.parametrize("vocab", (37, 32000, 151936))
+def test_the_gradient_made_in_the_forward_has_the_bits_of_the_two_pass_one(backend, vocab, dtype):
+    from rlkernels import ops
+
+    x, targets, _ = gpu.rows((6,), vocab, dtype, seed=4)
+    columns, one = gpu.policy_inputs(x, targets, 0.9), ops.number(0.9)
+    weight = torch.full((6,), 1 / 6, device=gpu.DEVICE)
+    bonus, penalty = weight * ENTROPY, weight * KL
+    arguments = ("ppo_clip", x, targets, one, -100, None, [columns["old"], columns["advantage"]], ops.numbers((0.2, 0.28)), weight, bonus, "k3",
+                 columns["ref"], penalty)
+    with torch.no_grad():
+        loss, dlogits, _, shift, total, entropy, dlogp = ops.fused_policy(*arguments, True, False, backend)
+        loss_alone, *rest = ops.fused_policy(*arguments, False, False, backend)
+        live = targets != -100
+        passes = ops.token_stats_backward(dlogp, torch.where(live, -bonus, 0.0), None, x, targets, one, -100, None, None, shift, total, entropy,
+                                          None, None, None, backend)
+    assert gpu.bits(loss, loss_alone)
+    assert gpu.bits(dlogits.view(x.shape), passes)
+
+
+@both
+@pytest.mark.parametrize("n", (1, 1023, 1025, 64 * 2048, 300_001))
+@pytest.mark.parametrize("objective", sorted(n for n in OBJECTIVES if hasattr(oracles, n)))
+def test_every_objective_over_columns_equals_its_oracle(backend, objective, n):
+    from rlkernels import ops
+
+    entry = OBJECTIVES[objective]
+    known = {**gpu.PARAMS, "clip_range": 0.2, "beta": 0.5, "label_smoothing": 0.1}
+    params = [known[p] for p in entry.params]
+    columns = [gpu.noise(n, seed=k) * 0.5 for k, _ in enumerate(entry.columns)]
+    weight = torch.where(gpu.noise(n, seed=9) > -1, gpu.noise(n, seed=8).abs() / n, 0.0)
+    loss, value, derivative = ops.elementwise(objective, columns[0], columns[1:], ops.numbers(params), weight, backend)
+    wide = [c.double() for c in columns]
+    wide[0].requires_grad_()
+    expected = getattr(oracles, objective)(*wide, *params)
+    (slope,) = torch.autograd.grad(expected.sum(), wide[0])
+    live = weight != 0
+    torch.testing.assert_close(value.double(), torch.where(live, expected.detach(), 0.0), rtol=4e-6, atol=2e-6)
+    torch.testing.assert_close(derivative.double(), torch.where(live, slope, 0.0), rtol=4e-6, atol=2e-6)
+    close(loss, (weight.double() * expected.detach()).sum(), (weight.double() * expected.detach()).abs().sum().item(), 4e-6)
+
+
+@both
+@pytest.mark.parametrize("pairs", (1, 7, 4096, 100_003))
+def test_pair_losses_equal_logsigmoid_in_float64(backend, pairs):
+    a, b, c, d = (10 * gpu.noise(pairs, seed=k) for k in range(4))
+    leaves = [x.clone().requires_grad_() for x in (a, b)]
+    wide = [x.double().requires_grad_() for x in (a, b)]
+    with gpu.using(backend):
+        pair = rlkernels.pairwise_reward_loss(*leaves)
+        dpo = rlkernels.dpo_loss(*leaves, c, d, beta=0.3)
+    truths = (-logsigmoid(wide[0] - wide[1]).mean(), -logsigmoid(0.3 * ((wide[0] - c) - (wide[1] - d))).mean())
+    for got, expected in zip((pair, dpo), truths, strict=True):
+        close(got, expected.detach(), expected.item())
+        for x, y in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, wide), strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-6 / pairs)
+
+
+@both
+def test_F24_the_pair_loss_is_finite_far_from_zero(backend):
+    gap = torch.tensor([-1e4, -1000.0, -90.0, 20.0, 1e4], device=gpu.DEVICE)
+    with gpu.using(backend):
+        each = [rlkernels.pairwise_reward_loss(g.view(1), torch.zeros(1, device=gpu.DEVICE)).item() for g in gap]
+    assert each[:3] == [1e4, 1000.0, 90.0] and each[4] == 0.0
+    assert abs(each[3] - 2.0611536e-9) < 1e-15
+
+
+@both
+@pytest.mark.parametrize("masked", ("skip", "zero", "none"))
+@pytest.mark.parametrize("shape", ((1, 1), (3, 7), (5, 1023), (64, 4096), (300, 131)))
+def test_gae_equals_the_recurrence_in_float64(backend, shape, masked):
+    r, v, chance = (gpu.noise(*shape, seed=k) for k in range(3))
+    mask = chance < 1.0
+    with gpu.using(backend):
+        advantages, returns = rlkernels.gae(r, v, mask, gamma=0.99, lam=0.95, masked=masked)
+    wide_r, wide_v = r.double(), v.double()
+    if masked == "zero":
+        wide_r, wide_v = torch.where(mask, wide_r, 0.0), torch.where(mask, wide_v, 0.0)
+    following = trace = torch.zeros(shape[0], dtype=torch.float64, device=gpu.DEVICE)
+    expected = torch.zeros_like(wide_r)
+    for t in reversed(range(shape[1])):
+        step = wide_r[:, t] + 0.99 * following - wide_v[:, t] + 0.99 * 0.95 * trace
+        live = mask[:, t] if masked == "skip" else torch.ones_like(mask[:, t])
+        following, trace = torch.where(live, wide_v[:, t], following), torch.where(live, step, trace)
+        expected[:, t] = trace
+    shown = torch.ones_like(mask) if masked == "none" else mask
+    expected = torch.where(shown, expected, 0.0)
+    close(advantages, expected, max(1.0, expected.abs().max().item()))
+    close(returns, torch.where(shown, expected + wide_v, 0.0), max(1.0, expected.abs().max().item()))
+
+
+@both
+def test_packed_gae_is_the_padded_one_of_each_sequence(backend):
+    lengths = [1, 1023, 5, 2049, 64]
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=gpu.DEVICE)
+    r, v = gpu.noise(sum(lengths), seed=1), gpu.noise(sum(lengths), seed=2)
+    with gpu.using(backend):
+        advantages, returns = rlkernels.gae(r, v, cu_seqlens=offsets, gamma=0.97, lam=0.9)
+        start = 0
+        for n in lengths:
+            here = slice(start, start + n)
+            alone = rlkernels.gae(r[None, here], v[None, here], gamma=0.97, lam=0.9)
+            assert gpu.bits(advantages[here], alone[0][0]) and gpu.bits(returns[here], alone[1][0])
+            start += n
+
+
+@both
+def test_garbage_under_the_mask_changes_no_bit(backend):
+    x, targets, _ = gpu.rows((2, 6), 1025, torch.float32, seed=6)
+    columns = gpu.policy_inputs(x, targets)
+    dead = ~columns["mask"]
+    dirty = {k: v if k == "mask" else torch.where(dead, float("nan"), v) for k, v in columns.items()}
+    poisoned = torch.where(dead[..., None], float("nan"), x)
+    clean = run(backend, x, targets, columns, "ppo_clip", ref_logprobs=columns["ref"], kl_coef=KL, entropy_coef=ENTROPY)
+    got = run(backend, poisoned, targets, dirty, "ppo_clip", ref_logprobs=dirty["ref"], kl_coef=KL, entropy_coef=ENTROPY)
+    assert gpu.bits(clean[0], got[0]) and gpu.bits(clean[1], got[1])
