@@ -1,7 +1,7 @@
 """Builds ``rlkernels._cpu`` where a C++ compiler is present; without one the package is pure Python and says so when asked.
 
 One generated ninja file per module: an edge per object with its depfile, an edge for the link. No torch: the kernels see pointers.
-``CXX`` names the compiler; ``RLKERNELS_CUDA=0|1|auto`` is reserved for the module ``rlkernels._cuda``.
+``CXX`` names the compiler. ``rlkernels._cuda`` joins where ``RLKERNELS_CUDA`` asks for it: see ``setup_cuda.py``.
 """
 import os
 import platform
@@ -17,16 +17,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # not there when pip builds in isolation
+import setup_cuda  # noqa: E402
 CXX = shlex.split(os.getenv("CXX", "")) or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
 FOUND = bool(CXX) and shutil.which(CXX[0]) is not None
 HEADERS = Path(sysconfig.get_path("include"), "Python.h").is_file()  # a Debian python3 without python3-dev has none
-CUDA = os.getenv("RLKERNELS_CUDA", "auto")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-if CUDA not in ("0", "1", "auto"):
-    raise SystemExit(f"RLKERNELS_CUDA must be 0, 1 or auto, got {CUDA!r}")
-if CUDA == "1":
-    raise SystemExit("RLKERNELS_CUDA=1, but this version has no CUDA sources yet; unset it, or set it to auto or 0")
 if CXX and not FOUND:
     raise SystemExit(f"CXX={os.environ['CXX']} was not found on PATH; unset it to build without a compiler")
 
@@ -55,6 +52,14 @@ def openmp_flag():
         return "-fopenmp" if subprocess.run(command, capture_output=True).returncode == 0 else "-Wno-unknown-pragmas"
 
 
+def write_cpu(plan, out, cxx, include):
+    openmp = openmp_flag()
+    plan.rule("compile", f"{cxx} {FLAGS} {openmp} {include} $extra -MD -MF $out.d -c $in -o $out", deps="gcc", depfile="$out.d")
+    plan.rule("link", f"{cxx} {LINK} {openmp} $in -o $out")
+    edges = [plan.build(f"{name}.o", "compile", str(ROOT / source), variables={"extra": extra})[0] for name, source, extra in objects()]
+    plan.build(str(out), "link", edges)
+
+
 class NinjaBuild(build_ext):
     def build_extension(self, ext):
         import ninja
@@ -64,17 +69,20 @@ class NinjaBuild(build_ext):
         out, tmp = Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp).resolve() / ext.name
         tmp.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        cxx = shlex.join(CXX)
-        include, openmp = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}", openmp_flag()
+        cxx, include = shlex.join(CXX), f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
         with open(tmp / "build.ninja", "w") as file:
             plan = Writer(file)
-            plan.rule("compile", f"{cxx} {FLAGS} {openmp} {include} $extra -MD -MF $out.d -c $in -o $out", deps="gcc", depfile="$out.d")
-            plan.rule("link", f"{cxx} {LINK} {openmp} $in -o $out")
-            edges = [plan.build(f"{name}.o", "compile", str(ROOT / source), variables={"extra": extra})[0] for name, source, extra in objects()]
-            plan.build(str(out), "link", edges)
+            if ext.name.endswith("_cuda"):
+                setup_cuda.write_ninja(plan, ROOT, out, cxx, include)
+            else:
+                write_cpu(plan, out, cxx, include)
         subprocess.check_call([Path(ninja.BIN_DIR) / "ninja", "-C", tmp, f"-j{os.cpu_count() or 1}"])
 
 
-# Where nvcc is found and RLKERNELS_CUDA allows it, a second module joins this list: rlkernels._cuda from csrc/cuda.
-MODULES = [Extension("rlkernels._cpu", sorted({source for _, source, _ in objects()}))] if FOUND and HEADERS else []
+MODULES = []
+CUDA_WANTED = setup_cuda.wanted()  # asked in any case: a wish that cannot be met must not pass in silence
+if FOUND and HEADERS:
+    MODULES.append(Extension("rlkernels._cpu", sorted({source for _, source, _ in objects()})))
+    if CUDA_WANTED:
+        MODULES.append(Extension("rlkernels._cuda", sorted({source for _, source, _ in setup_cuda.kernels()} | {"csrc/cuda/bindings.cpp"})))
 setup(ext_modules=MODULES, cmdclass={"build_ext": NinjaBuild})

@@ -1,13 +1,11 @@
 """The rules of the design, executed: who imports whom, how large a file may be, what may not be written, what an import costs."""
 import ast
-import os
 import re
 import runpy
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
+import children
 import pytest
 
 import rlkernels
@@ -17,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlkernels"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 CODE = [path for folder in ("rlkernels", "csrc", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*"))
-        if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}] + [ROOT / "setup.py"]
+        if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}] + [ROOT / "setup.py", ROOT / "setup_cuda.py"]
 
 LAYERS = [
     {"_math", "checks"},
@@ -158,7 +156,7 @@ def test_no_file_names_a_folder_of_one_machine():
 
 def test_every_environment_variable_is_in_the_table_of_doctor():
     read = set()
-    for path in [*MODULES, ROOT / "setup.py"]:
+    for path in [*MODULES, ROOT / "setup.py", ROOT / "setup_cuda.py"]:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in {"os.getenv", "os.environ.get"}:
                 read.update(a.value for a in node.args[:1] if isinstance(a, ast.Constant))
@@ -169,8 +167,7 @@ def test_every_environment_variable_is_in_the_table_of_doctor():
 
 def python(code, **variables):
     """What code prints in a fresh interpreter that sees the package under test."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(rlkernels.__file__).resolve().parents[1]), **variables}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, timeout=300)
+    done = children.code(code, **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

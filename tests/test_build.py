@@ -103,7 +103,7 @@ def test_a_broken_compiler_fails_loudly_with_its_own_message(source, tmp_path):
 
 @needs_sources
 @pytest.mark.parametrize(("variables", "message"), [
-    ({"RLKERNELS_CUDA": "1"}, "RLKERNELS_CUDA=1, but this version has no CUDA sources yet"),
+    ({"RLKERNELS_CUDA": "1", "PATH": "", "CUDA_HOME": "nowhere"}, "RLKERNELS_CUDA=1, but nvcc was found neither on PATH nor under CUDA_HOME"),
     ({"RLKERNELS_CUDA": "yes"}, "RLKERNELS_CUDA must be 0, 1 or auto, got 'yes'"),
     ({"CXX": "no-such-compiler -O2"}, "CXX=no-such-compiler -O2 was not found on PATH"),
 ])

@@ -1,9 +1,6 @@
 """The native CPU backend at its own door: the protocol functions of ``backends/cpu.py``, judged against float64."""
-import os
-import subprocess
-import sys
-import textwrap
 
+import children
 import pytest
 import torch
 from reference import assert_gradient, assert_within_policy, cotangents, draw_rows, gradient_allowance, same_bits, statistics
@@ -81,16 +78,13 @@ def test_each_lower_instruction_set_keeps_the_error_policy(isa):
     if order.index(isa) >= order.index(cpu.isa()):
         pytest.skip(f"this machine's best is {cpu.isa()}")
     chosen = "error_policy and (1- or 7- or 1025- or 4097-) or 16_bits or streamed or block_of"
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__, "-k", chosen],
-                          env={**os.environ, "RLKERNELS_CPU_ISA": isa}, capture_output=True, text=True)
+    done = children.child("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__, "-k", chosen, RLKERNELS_CPU_ISA=isa)
     assert done.returncode == 0, done.stdout
-    code = "from rlkernels.backends import cpu; print(cpu.isa())"
-    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "RLKERNELS_CPU_ISA": isa}, capture_output=True, text=True).stdout.strip() == isa
+    assert children.code("from rlkernels.backends import cpu; print(cpu.isa())", RLKERNELS_CPU_ISA=isa).stdout.strip() == isa
 
 
 def test_an_instruction_set_that_is_not_there_is_refused():
-    code = "from rlkernels.backends import cpu"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "RLKERNELS_CPU_ISA": "avx1024"}, capture_output=True, text=True)
+    done = children.code("from rlkernels.backends import cpu", RLKERNELS_CPU_ISA="avx1024")
     assert done.returncode != 0 and "RLKERNELS_CPU_ISA must be avx512, avx2 or baseline" in done.stderr and "got 'avx1024'" in done.stderr
 
 
@@ -234,5 +228,5 @@ GUARDED = """
 
 
 def test_F02_no_kernel_touches_a_byte_behind_its_tensors():
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(GUARDED)], capture_output=True, text=True)
+    done = children.code(GUARDED)
     assert done.stdout.strip() == "no byte beyond", done.stderr

@@ -1,9 +1,8 @@
 """The rest of the native CPU backend's protocol: the fused pass, elementwise objectives, the scan, and the memory of large gradients."""
 import os
-import subprocess
-import sys
 import time
 
+import children
 import oracles
 import pytest
 import torch
@@ -259,7 +258,7 @@ assert count() == before, (before, count())
 """
     if not os.path.isdir("/proc/self/task"):
         pytest.skip("no /proc on this system")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
+    done = children.code(code, without=("OMP_NUM_THREADS",))
     assert done.returncode == 0, done.stderr
 
 

@@ -8,19 +8,20 @@ import subprocess
 import sys
 import time
 
+import children
 import pytest
 import torch
 
 from rlkernels.cli import demo, demo_corpus, main
 
-ENVIRONMENT = {**os.environ, "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = children.environment(COLUMNS="100", PYTHONUNBUFFERED="1")
 PATIENCE = 300
 
 
 def run(code, *argv):
     """The command in a process of its own, after ``code``; the demo changes warnings, logging and the environment of its process."""
     program = f"import sys\n{code}\nfrom rlkernels.cli import main\nsys.exit(main({['demo', *map(str, argv)]!r}))"
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT, cwd=os.sep)
 
 
 @pytest.fixture(scope="module")

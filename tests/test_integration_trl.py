@@ -2,10 +2,9 @@
 import importlib
 import os
 import random
-import subprocess
-import sys
 import types
 
+import children
 import pytest
 import torch
 
@@ -174,7 +173,7 @@ def test_patching_before_trl_is_imported_reaches_the_trainers():
         "assert 'rlkernels' in repr(utils._ChunkedLogProbFunction)\n"
         "assert 'rlkernels' in repr(RewardTrainer.compute_loss.__globals__['nn'].functional.logsigmoid)\nintegration.unpatch()\n"
         "assert utils._ChunkedLogProbFunction.__module__ == 'trl.kernels.chunked_logprob'\n")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    done = children.child("-W", "ignore", "-c", code)
     assert done.returncode == 0, done.stderr
     assert f"trl.trainer.utils._ChunkedLogProbFunction -> rlkernels (fused) (TRL {trl.__version__})" in done.stdout.splitlines()
 

@@ -2,11 +2,10 @@
 import ctypes
 import mmap
 import os
-import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
+import children
 import pytest
 import torch
 from present_backends import native, on_each_backend  # noqa: F401  (a fixture)
@@ -85,10 +84,8 @@ GUARD_PAGES = textwrap.dedent("""
 @pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="mprotect of an anonymous mapping is used as on Linux")
 @native
 def test_F02_F93_no_byte_outside_a_tensor_and_no_dead_row_is_read():
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    child = subprocess.run([sys.executable, "-c", GUARD_PAGES], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
-    assert child.returncode == 0 and "survived" in child.stdout, f"exit {child.returncode}: {child.stderr[-2000:]}"
+    done = children.code(GUARD_PAGES)
+    assert done.returncode == 0 and "survived" in done.stdout, f"exit {done.returncode}: {done.stderr[-2000:]}"
 
 
 def test_canary_parents_stay_as_they_are_and_are_not_read(backend):

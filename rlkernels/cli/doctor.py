@@ -13,7 +13,10 @@ from rlkernels.cli import machine, tables
 ENVIRONMENT = {
     "RLKERNELS_CHECK": "run time, read at import: 1 also checks the values of cu_seqlens on devices where that stops the queue",
     "RLKERNELS_CPU_ISA": "run time, read once: highest instruction set of the cpu backend (avx512, avx2, baseline)",
-    "RLKERNELS_CUDA": "build time: 0, 1 or auto; whether the cuda backend is built (auto: where nvcc is found)",
+    "RLKERNELS_CUDA": "build time: 0 (default), 1 or auto; whether the cuda backend is built (auto: where nvcc is found)",
+    "RLKERNELS_CUDA_ARCHS": "build time: architectures of the cuda backend (default 80 90a 100a 120)",
+    "RLKERNELS_CUDA_FLAGS": "build time: further flags for nvcc, such as -lineinfo",
+    "CUDA_HOME": "build time: where nvcc is looked for when it is not on PATH",
     "TRITON_INTERPRET": "Triton's own: 1 runs its kernels on CPU tensors, in an interpreter; use_backend(\"triton\") then accepts them",
     "CXX": "build time: the C++ compiler of the cpu backend (default c++)",
 }

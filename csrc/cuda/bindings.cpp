@@ -1,0 +1,102 @@
+// The door to Python. Numbers cross it, addresses among them; shapes, dtypes and allocation stay on the other side.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "launchers.h"
+
+namespace py = pybind11;
+using namespace rlk;
+
+namespace {
+
+using Place = std::array<long long, 4>;  // address, outer, inner, level
+
+Layout layout(const Place& p) { return {uintptr_t(p[0]), p[1], p[2], p[3]}; }
+
+Rows rows(int dtype, long long rows, long long columns, const Place& logits, const Place& ref, uintptr_t targets, long long target_stride,
+          int target_bytes, long long ignore_index, float inverse_temperature, uintptr_t temperatures, uintptr_t mask, long long mask_stride) {
+  return {Dtype(dtype), rows,         columns,      layout(logits),      layout(ref),  targets, target_stride,
+          target_bytes, ignore_index, inverse_temperature, temperatures, mask,         mask_stride};
+}
+
+// Calls `run` with the dtype as a template argument.
+template <class F>
+void by_dtype(Dtype dtype, F run) {
+  switch (dtype) {
+    case Dtype::f32: return run(std::integral_constant<Dtype, Dtype::f32>());
+    case Dtype::bf16: return run(std::integral_constant<Dtype, Dtype::bf16>());
+    case Dtype::f16: return run(std::integral_constant<Dtype, Dtype::f16>());
+    default: throw std::invalid_argument("the CUDA kernels take float32, bfloat16 and float16");
+  }
+}
+
+void stats(const Rows& r, const std::array<uintptr_t, 11>& to, int device, uintptr_t stream) {
+  const StatsOutputs out{to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7], to[8], to[9], to[10]};
+  by_dtype(r.dtype, [&](auto d) { token_stats<decltype(d)::value>(r, out, {device, stream}); });
+}
+
+void backward(const Rows& r, const std::array<uintptr_t, 9>& from, const Place& out, int device, uintptr_t stream) {
+  const BackwardInputs in{from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], from[8]};
+  by_dtype(r.dtype, [&](auto d) { token_stats_backward<decltype(d)::value>(r, in, layout(out), {device, stream}); });
+}
+
+// At most kMaxColumns of each: the array of a kernel argument has a fixed size.
+template <class To, class From, class Convert>
+void fill(To (&to)[kMaxColumns], const std::vector<From>& from, Convert convert) {
+  if (from.size() > size_t(kMaxColumns)) throw std::invalid_argument("too many columns or parameters for one objective");
+  for (size_t k = 0; k < from.size(); ++k) to[k] = convert(from[k]);
+}
+
+void policy(const Rows& r, const std::string& objective, const std::vector<uintptr_t>& columns, const std::vector<double>& params,
+            uintptr_t weight, uintptr_t entropy_weight, const std::string& kl, uintptr_t ref_logp, uintptr_t kl_weight,
+            const std::array<uintptr_t, 8>& to, const Place& gradient, int device, uintptr_t stream) {
+  PolicyInputs in{objective_id(objective.c_str()), objective_id(kl.c_str()), {}, {}, weight, entropy_weight, ref_logp, kl_weight};
+  fill(in.columns, columns, [](uintptr_t a) { return a; });
+  fill(in.params, params, [](double p) { return float(p); });
+  const PolicyOutputs out{to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7]};
+  by_dtype(r.dtype, [&](auto d) { fused_policy<decltype(d)::value>(r, in, out, layout(gradient), {device, stream}); });
+}
+
+template <class S>
+void apply(const std::string& objective, const std::vector<uintptr_t>& columns, const std::vector<double>& params, uintptr_t weight,
+           uintptr_t value, uintptr_t derivative, uintptr_t loss, uintptr_t parts, uintptr_t ticket, long long n, int device, uintptr_t stream) {
+  ElementwiseJob<S> job{{}, {}, reals<const S>(weight), reals<S>(value), reals<S>(derivative), reals<S>(loss), reals<double>(parts),
+                        reals<unsigned>(ticket), n};
+  fill(job.columns, columns, [](uintptr_t a) { return reals<const S>(a); });
+  fill(job.params, params, [](double p) { return S(p); });
+  elementwise<S>(objective.c_str(), job, {device, stream});
+}
+
+template <class S>
+void scan(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t bounds, long long sequences, long long length, double gamma, double lam,
+          int masked, uintptr_t advantages, uintptr_t returns, int device, uintptr_t stream) {
+  gae<S>({reals<const S>(rewards), reals<const S>(values), reals<const unsigned char>(mask), reals<const int64_t>(bounds), sequences, length,
+          gamma, lam, Masked(masked), reals<S>(advantages), reals<S>(returns)},
+         {device, stream});
+}
+
+void choose(int fused_cluster, long long backward_slice) { choices() = {fused_cluster, backward_slice}; }
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  py::class_<Rows>(m, "Rows").def(py::init(&rows));
+  m.def("token_stats", &stats);
+  m.def("token_stats_backward", &backward);
+  m.def("fused_policy", &policy);
+  m.def("elementwise_f32", &apply<float>);
+  m.def("elementwise_f64", &apply<double>);
+  m.def("elementwise_parts", &elementwise_parts);
+  m.def("gae_f32", &scan<float>);
+  m.def("gae_f64", &scan<double>);
+  m.def("choose", &choose, py::arg("fused_cluster") = 0, py::arg("backward_slice") = 0);
+  py::dict objectives;  // name -> (columns, params)
+#define RLK_ENTRY(name, columns, params) objectives[#name] = py::make_tuple(columns, params);
+  RLK_OBJECTIVES(RLK_ENTRY)
+  m.attr("OBJECTIVES") = objectives;
+}

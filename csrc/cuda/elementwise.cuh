@@ -1,0 +1,58 @@
+// Any objective over columns of state: value, derivative and the weighted sum in one launch. The functor is a template argument, inlined.
+#pragma once
+#include "parts.cuh"
+#include "rows.h"
+
+namespace rlk {
+
+constexpr int kPart = 1024;  // elements per block: fixed, so that the order of the sum depends on the number of elements alone
+
+template <class F, class S, size_t... C, size_t... P>
+__device__ __forceinline__ Term<S> evaluate_at(const ElementwiseJob<S>& job, long long i, std::index_sequence<C...>, std::index_sequence<P...>) {
+  return F{}(job.columns[C][i]..., job.params[P]...);
+}
+
+template <class F, int C, int P, class S, int BLOCK>
+__global__ void __launch_bounds__(BLOCK) elementwise(const ElementwiseJob<S> job) {
+  CUDA_DYN_SHARED(double, warps);  // one per warp, four for add_parts, and the flag
+  const int t = int(threadIdx.x);
+  double sum = 0;
+#pragma unroll
+  for (int k = 0; k < kPart / BLOCK; ++k) {
+    const long long i = (long long)blockIdx.x * kPart + k * BLOCK + t;
+    if (i >= job.n) break;
+    const S weight = job.weight ? job.weight[i] : S(1);
+    Term<S> term{S(0), S(0)};
+    if (weight != 0) {  // an element of weight 0 is not evaluated: what stands in its columns may be anything
+      term = evaluate_at<F>(job, i, std::make_index_sequence<C>{}, std::make_index_sequence<P>{});
+      sum += double(weight) * double(term.value);
+    }
+    job.value[i] = term.value;
+    job.derivative[i] = term.derivative;
+  }
+  sum = warp_sum(sum);
+  if (t % 32 == 0) warps[t / 32] = sum;
+  __syncthreads();
+  if (t == 0) {
+    double part = 0;
+#pragma unroll
+    for (int w = 0; w < BLOCK / 32; ++w) part += warps[w];
+    if (job.ticket) {
+      job.parts[blockIdx.x] = part;
+    } else {
+      *job.loss = S(part);
+    }
+  }
+  if (!job.ticket) return;
+  double* const adders = warps + BLOCK / 32;
+  if (!comes_last(job.ticket, gridDim.x, reinterpret_cast<unsigned*>(adders + 4))) return;
+  const double all = add_parts(job.parts, gridDim.x, adders);
+  if (t == 0) *job.loss = S(all);
+}
+
+template <int BLOCK>
+constexpr int elementwise_shared() {
+  return (BLOCK / 32 + 5) * int(sizeof(double));
+}
+
+}  // namespace rlk

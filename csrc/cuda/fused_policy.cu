@@ -1,0 +1,43 @@
+// Launches of fused_policy; compiled once per dtype (-DRLK_DTYPE=f32|bf16|f16).
+#include "fused_policy.cuh"
+
+#include "launch.h"
+
+namespace rlk {
+
+// Blocks that share a row: the fewest of which two fit a multiprocessor, so that one row's reduction hides behind another's copies; else the
+// fewest that hold the row at all; -1 where none do. Unmeasured: a guess from sizes, to be replaced by a measured table.
+template <class T>
+int choose_cluster(const std::string& name, long long columns, int device) {
+  const long long limit = shared_limit(name, device);
+  const int most = has_clusters(name, device) ? 8 : 1;
+  for (const long long share : {2, 1})
+    for (int cluster = 1; cluster <= most; cluster *= 2)
+      if (slot_bytes<T>(columns, cluster) + kFixedBytes + 1024 <= limit / share) return cluster;
+  return -1;
+}
+
+template <Dtype D>
+void fused_policy(const Rows& rows, const PolicyInputs& in, const PolicyOutputs& out, const Layout& gradient, Where where) {
+  using T = typename LogitsOf<D>::type;
+  const std::string name = kernel_name("fused_policy", D);
+  const OnDevice guard(name, where.device);
+  clear_ticket(name, out.ticket, where);
+  const auto run = [&](auto kernel, int block, int cluster, bool keep) {
+    const long long shared = kFixedBytes + (keep ? slot_bytes<T>(rows.columns, cluster) : 0);
+    launch(name, kernel, Grid{rows.rows * cluster, block, shared, cluster}, where, rows, in, out, gradient);
+  };
+  // Without a gradient nothing is read twice, and nothing need be kept.
+  const int forced = choices().fused_cluster;
+  switch (!gradient.address ? -1 : forced ? forced : choose_cluster<T>(name, rows.columns, where.device)) {
+    case 1: return run(fused_policy<T, 256, 1, true>, 256, 1, true);
+    case 2: return run(fused_policy<T, 256, 2, true>, 256, 2, true);
+    case 4: return run(fused_policy<T, 256, 4, true>, 256, 4, true);
+    case 8: return run(fused_policy<T, 128, 8, true>, 128, 8, true);
+    default: return run(fused_policy<T, 512, 1, false>, 512, 1, false);
+  }
+}
+
+template void fused_policy<Dtype::RLK_DTYPE>(const Rows&, const PolicyInputs&, const PolicyOutputs&, const Layout&, Where);
+
+}  // namespace rlk

@@ -1,0 +1,117 @@
+// One launch: on the tensors' device, on the caller's stream, checked, with the kernel's name in the error.
+#pragma once
+#include <stdexcept>
+#include <string>
+
+#include "launchers.h"
+
+namespace rlk {
+
+struct Grid {
+  long long blocks;
+  int threads;
+  long long shared = 0;
+  int cluster = 1;
+};
+
+inline void check_grid(const char* name, const Grid& grid) {
+  if (grid.blocks > 0x7fffffff)  // 2^31 - 1 blocks lie along axis 0, far more than along the others
+    throw std::runtime_error(std::string(name) + ": " + std::to_string(grid.blocks) + " blocks in one launch; split the rows");
+}
+
+inline const char* dtype_name(Dtype dtype) {
+  return dtype == Dtype::bf16 ? "bfloat16" : dtype == Dtype::f16 ? "float16" : dtype == Dtype::f32 ? "float32" : "float64";
+}
+
+inline std::string kernel_name(const char* op, Dtype dtype) { return std::string(op) + "<" + dtype_name(dtype) + ">"; }
+
+}  // namespace rlk
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+
+namespace rlk {
+
+inline void check(const std::string& name, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // a failed launch must not be reported again by the next caller
+  throw std::runtime_error(name + ": " + cudaGetErrorString(error));
+}
+
+// The caller's current device is left as it was.
+class OnDevice {
+ public:
+  OnDevice(const std::string& name, int device) {
+    check(name, cudaGetDevice(&before_));
+    if (before_ != device) check(name, cudaSetDevice(device));
+    changed_ = before_ != device;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// Of the current device.
+inline int device_attribute(const std::string& name, cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check(name, cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+inline long long shared_limit(const std::string& name, int device) {
+  return device_attribute(name, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+inline bool has_clusters(const std::string& name, int device) {
+  return device_attribute(name, cudaDevAttrComputeCapabilityMajor, device) >= 9;
+}
+
+inline void clear_ticket(const std::string& name, uintptr_t ticket, Where where) {
+  check(name, cudaMemsetAsync(reinterpret_cast<void*>(ticket), 0, sizeof(unsigned), reinterpret_cast<cudaStream_t>(where.stream)));
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& grid, Where where, Arguments... arguments) {
+  if (grid.blocks == 0) return;  // an empty grid is a launch error
+  check_grid(name.c_str(), grid);
+  if (grid.shared > 48 * 1024) check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared)));
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(grid.blocks));
+  config.blockDim = dim3(unsigned(grid.threads));
+  config.dynamicSmemBytes = size_t(grid.shared);
+  config.stream = reinterpret_cast<cudaStream_t>(where.stream);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(grid.cluster), 1, 1};
+  config.attrs = &cluster;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  check(name, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+}  // namespace rlk
+#else  // the same on the CPU, for the tests
+#include "cuda_host.h"
+
+namespace rlk {
+
+class OnDevice {
+ public:
+  OnDevice(const std::string&, int) {}
+};
+inline long long shared_limit(const std::string&, int) { return 227 * 1024; }
+inline bool has_clusters(const std::string&, int) { return true; }
+inline void clear_ticket(const std::string&, uintptr_t ticket, Where) { *reinterpret_cast<unsigned*>(ticket) = 0; }
+
+template <class... Parameters, class... Arguments>
+void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& grid, Where, Arguments... arguments) {
+  if (grid.blocks == 0) return;
+  check_grid(name.c_str(), grid);
+  cuda_host::launch({dim3(unsigned(grid.blocks)), dim3(unsigned(grid.threads)), size_t(grid.shared), unsigned(grid.cluster)},
+                    [=] { kernel(Parameters(arguments)...); });
+}
+
+}  // namespace rlk
+#endif

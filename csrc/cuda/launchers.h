@@ -1,0 +1,34 @@
+// What the bindings may call. No CUDA type here: a device is a number, a stream an address.
+#pragma once
+#include "rows.h"
+
+namespace rlk {
+
+struct Where {
+  int device = 0;
+  uintptr_t stream = 0;
+};
+
+// Forced launch choices, for measurements: 0 leaves the table's choice. No result depends on them, only speed.
+struct Choices {
+  int fused_cluster = 0;        // 1, 2, 4, 8: blocks that share a row; -1: two sweeps over device memory
+  long long backward_slice = 0;  // columns per block, a multiple of 8
+};
+Choices& choices();
+
+template <Dtype>
+void token_stats(const Rows&, const StatsOutputs&, Where);
+template <Dtype>
+void token_stats_backward(const Rows&, const BackwardInputs&, const Layout& out, Where);
+// Writes no gradient where gradient.address is 0.
+template <Dtype>
+void fused_policy(const Rows&, const PolicyInputs&, const PolicyOutputs&, const Layout& gradient, Where);
+template <class S>
+void elementwise(const char* objective, const ElementwiseJob<S>&, Where);
+template <class Real>
+void gae(const GaeJob<Real>&, Where);
+
+int objective_id(const char* name);  // its place in RLK_OBJECTIVES, or -1
+long long elementwise_parts(long long n);
+
+}  // namespace rlk

@@ -1,0 +1,28 @@
+// An objective named by its place in RLK_OBJECTIVES: a switch, taken once per row, where a row costs as much as a vocabulary.
+#pragma once
+#include "platform.cuh"
+
+namespace rlk {
+
+enum ObjectiveId : int {
+#define RLK_ID(name, columns, params) id_##name,
+  RLK_OBJECTIVES(RLK_ID)
+#undef RLK_ID
+};
+
+constexpr int kWidest = 4;  // columns and parameters of any objective; an array of constant size stays in registers
+
+template <class S>
+__device__ inline Term<S> evaluate_objective(int id, const S (&columns)[kWidest], const S (&params)[kWidest]) {
+  switch (id) {
+#define RLK_CASE(name, n_columns, n_params)                                                                            \
+  case id_##name:                                                                                                      \
+    static_assert(n_columns <= kWidest && n_params <= kWidest, "raise kWidest");                                       \
+    return evaluate<rlk::name, S>(columns, params, std::make_index_sequence<n_columns>{}, std::make_index_sequence<n_params>{});
+    RLK_OBJECTIVES(RLK_CASE)
+#undef RLK_CASE
+  }
+  return {S(NAN), S(NAN)};
+}
+
+}  // namespace rlk

@@ -1,0 +1,78 @@
+// The threads of one row, and the reduction over them.
+//
+// A row is always added up by 1024 lanes: lane l takes the groups l, l + 1024, l + 2048 ... of eight columns, one after another; 32
+// neighbouring lanes are folded, then the 32 results. How many threads stand behind the lanes is another matter: a thread serves one
+// lane or several, and the threads are those of one block or of a cluster of blocks. So every kernel, every block size and every
+// cluster size gives a row the same bits, and a ratio of log-probabilities from two of them is exactly 1.
+#pragma once
+#ifdef __CUDACC__
+#include <cooperative_groups.h>
+#endif
+
+#include "sums.cuh"
+
+namespace rlk {
+
+constexpr int kLanes = 1024, kWarps = kLanes / 32;
+constexpr long long kStripe = (long long)kLanes * kGroup;  // columns that all lanes take in one step
+constexpr int kRecordBytes = kFields * kWarps * int(sizeof(float));
+
+// Clusters exist from sm_90 on; the code of older targets never meets a CLUSTER above 1.
+#if defined(CUDA_HOST) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+#define RLK_CLUSTERS 1
+#endif
+
+template <int BLOCK, int CLUSTER>
+struct Team {
+  static_assert(BLOCK % 32 == 0 && kLanes % (BLOCK * CLUSTER) == 0, "lanes are shared out evenly, by whole warps");
+  static constexpr int kPerThread = kLanes / (BLOCK * CLUSTER);
+
+  __device__ static int rank() {
+#ifdef RLK_CLUSTERS
+    if (CLUSTER > 1) return int(cooperative_groups::this_cluster().block_rank());
+#endif
+    return 0;
+  }
+
+  // The k-th lane of this thread.
+  __device__ static int lane(int k) { return (k * CLUSTER + rank()) * BLOCK + int(threadIdx.x); }
+
+  // A barrier for all threads of the row. The first one also says that every block has started: its shared memory may be written.
+  __device__ static void sync() {
+#ifdef RLK_CLUSTERS
+    if (CLUSTER > 1) return cooperative_groups::this_cluster().sync();
+#endif
+    __syncthreads();
+  }
+
+  // The sums of the row, in every thread. Also the barrier between the last read of the row and the first store over it.
+  // Records are pushed to all blocks, not fetched: nobody reads a neighbour's memory later, so a block may leave when it is done.
+  template <unsigned kWhat>
+  __device__ static Sums reduce(Sums (&s)[kPerThread], float* records, float scale) {
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) fold_warp<kWhat>(s[k], scale);
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+      for (int to = 0; to < CLUSTER; ++to) {
+        float* const there = at_rank(records, to);
+#pragma unroll
+        for (int k = 0; k < kPerThread; ++k) write_record<kWhat>(there + lane(k) / 32, s[k], kWarps);
+      }
+    }
+    sync();
+    Sums all = read_record<kWhat>(records + threadIdx.x % 32, kWarps);
+    fold_warp<kWhat>(all, scale);
+    finish<kWhat>(all);
+    return all;
+  }
+
+ private:
+  __device__ static float* at_rank(float* mine, int rank) {
+#ifdef RLK_CLUSTERS
+    if (CLUSTER > 1) return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
+#endif
+    return mine;
+  }
+};
+
+}  // namespace rlk

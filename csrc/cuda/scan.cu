@@ -1,0 +1,18 @@
+// Launches of gae.
+#include "scan.cuh"
+
+#include "launch.h"
+
+namespace rlk {
+
+template <class Real>
+void gae(const GaeJob<Real>& job, Where where) {
+  constexpr int kBlock = 256, kItems = 8;
+  const OnDevice guard("gae", where.device);
+  launch("gae", gae<Real, kBlock, kItems>, Grid{job.sequences, kBlock, scan_shared<kBlock>()}, where, job);
+}
+
+template void gae(const GaeJob<float>&, Where);
+template void gae(const GaeJob<double>&, Where);
+
+}  // namespace rlk

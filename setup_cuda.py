@@ -1,0 +1,74 @@
+"""The plan of ``rlkernels._cuda`` for ``setup.py``: objects, compilers and flags. Looks for nvcc and nothing else of the machine.
+
+``RLKERNELS_CUDA=0|1|auto`` (auto: where nvcc is found). The default is 0 until these kernels have been measured on a GPU: they take minutes to
+build, and Triton serves GPUs before them. ``RLKERNELS_CUDA_ARCHS`` such as ``"90a 120"``: machine code for each, and PTX, which the driver compiles for
+other chips when the module is first used there. ``RLKERNELS_CUDA_FLAGS`` is added for nvcc (``-lineinfo`` for a profiler). ``CUDA_HOME`` is
+searched where nvcc is not on PATH.
+"""
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.getenv('CUDA_HOME', '/usr/local/cuda')}/bin")
+ARCHS = os.getenv("RLKERNELS_CUDA_ARCHS", "80 90a 100a 120").split()
+WANTED = os.getenv("RLKERNELS_CUDA", "0")
+
+# No contraction: a fused multiply-add is written where it is meant, or bits would depend on what the compiler inlined.
+FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden " + os.getenv("RLKERNELS_CUDA_FLAGS", "")
+BY_DTYPE = ("token_stats", "backward", "fused_policy")  # compiled once per dtype, so that they build side by side
+DTYPES = ("f32", "bf16", "f16")
+ALONE = ("elementwise", "scan")
+
+
+def wanted():
+    """Is the module to be built here?
+
+    Raises:
+        SystemExit: ``RLKERNELS_CUDA`` is unknown, or asks for what cannot be.
+    """
+    if WANTED not in ("0", "1", "auto"):
+        raise SystemExit(f"RLKERNELS_CUDA must be 0, 1 or auto, got {WANTED!r}")
+    if WANTED == "1" and NVCC is None:
+        raise SystemExit("RLKERNELS_CUDA=1, but nvcc was found neither on PATH nor under CUDA_HOME; install the CUDA toolkit, or unset it")
+    return WANTED != "0" and NVCC is not None
+
+
+def arch_flags():
+    """Machine code for every arch, and PTX of the newest that is not above 90: unlike that of 120 it runs on every later chip."""
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+    plain = sorted(int(a.rstrip("af")) for a in ARCHS)
+    ptx = max([a for a in plain if a <= 90], default=plain[0])
+    return " ".join([*codes, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"])
+
+
+def kernels():
+    """``(object name, source, definitions)`` of every file that nvcc compiles."""
+    for source in BY_DTYPE:
+        for dtype in DTYPES:
+            yield f"{source}_{dtype}", f"csrc/cuda/{source}.cu", f"-DRLK_DTYPE={dtype}"
+    for source in ALONE:
+        yield source, f"csrc/cuda/{source}.cu", ""
+
+
+def digest(root):
+    """The hash of every source of the module: the report of a build says what it was a build of."""
+    text = hashlib.sha256()
+    for file in sorted(f for folder in ("csrc", "csrc/cuda") for f in Path(root, folder).iterdir() if f.suffix in (".h", ".cuh", ".cu", ".cpp")):
+        text.update(file.name.encode() + file.read_bytes())
+    return text.hexdigest()
+
+
+def write_ninja(plan, root, out, cxx, include):
+    """Adds the rules and edges of the module to a ninja ``plan``; ``out`` is the shared library.
+
+    What ptxas says of every kernel (registers, spills) is kept beside it in ``_cuda.ptxas.txt``: the tests read it, and nobody compiles twice.
+    """
+    out = Path(out)
+    command = f"{NVCC} {FLAGS} {arch_flags()} -Xptxas -v $extra -MD -MF $out.d -c $in -o $out"
+    plan.rule("nvcc", f"{command} 2> $out.log || (cat $out.log >&2; exit 1)", deps="gcc", depfile="$out.d")
+    plan.rule("cxx", f"{cxx} -std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra {include} -MD -MF $out.d -c $in -o $out", deps="gcc", depfile="$out.d")
+    plan.rule("link_cuda", f"{NVCC} -shared -cudart static $in -o $out && (echo sources {digest(root)}; cat *.o.log) > $report")
+    edges = [plan.build(f"{name}.o", "nvcc", f"{root}/{source}", variables={"extra": extra})[0] for name, source, extra in kernels()]
+    edges += plan.build("bindings.o", "cxx", f"{root}/csrc/cuda/bindings.cpp")
+    plan.build(str(out), "link_cuda", edges, variables={"report": str(out.parent / "_cuda.ptxas.txt")})

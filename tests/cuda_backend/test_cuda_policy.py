@@ -1,0 +1,217 @@
+"""The one-launch policy loss on the CUDA backend, run on the CPU: against float64, against the two separate passes, for every team of blocks."""
+import math
+
+import oracles
+import pytest
+import torch
+from reference import assert_gradient, draw_rows, gradient_allowance, same_bits, statistics
+from row_calls import same
+
+from rlkernels.objectives import OBJECTIVES, objective
+
+TEAMS = (-1, 1, 2, 4, 8)  # two sweeps over device memory; a row in the shared memory of so many blocks
+PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "beta": 0.3, "label_smoothing": 0.1, "clip_range": 0.2}
+NATIVE = [name for name, o in OBJECTIVES.items() if o.function.__module__.startswith("rlkernels.")]
+
+
+def problem(vocab, dtype, *, rows=5, seed=0, masked=False):
+    """Rows with old and reference log-probabilities near their own, and one row without any weight."""
+    x, targets, mask = draw_rows((rows,), vocab, dtype, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    mask = mask if masked else None
+    logp = statistics(x.double(), targets, 0.8, vocab_mask=mask)["logprobs"].float()
+    near = [logp + 0.4 * torch.randn(rows, generator=generator) for _ in range(2)]
+    columns = {"old_logp": near[0], "ref_logp": near[1], "advantage": torch.randn(rows, generator=generator), "returns": near[1], "old_value": near[0]}
+    weight, entropy_weight, kl_weight = torch.rand(3, rows, generator=generator)
+    for w in (weight, entropy_weight, kl_weight):
+        w[-1] = 0.0
+    return x, targets, mask, columns, weight, entropy_weight, kl_weight
+
+
+def call(backend, name, case, *, kl="k3", with_grad=True, out=None, temperature=0.8):
+    x, targets, mask, columns, weight, entropy_weight, kl_weight = case
+    o = OBJECTIVES[name]
+    return backend.fused_policy(
+        name, x, targets, temperature, -100, mask, [columns[c] for c in o.columns[1:]], [PARAMS[p] for p in o.params], weight, entropy_weight, kl,
+        columns["ref_logp"] if kl else None, kl_weight if kl else None, with_grad, out)
+
+
+def truth(name, case, kl="k3", temperature=0.8):
+    """``(loss, dlogits, upstream gradients of logp and entropy)`` in float64 autograd, from the formulas of the papers."""
+    x, targets, mask, columns, weight, entropy_weight, kl_weight = case
+    leaf = x.double().requires_grad_()
+    found = statistics(leaf, targets, temperature, vocab_mask=mask)
+    logp, o = found["logprobs"], OBJECTIVES[name]
+    wide = {k: v.double() for k, v in columns.items()}
+    live = (targets != -100).double()
+    term = getattr(oracles, name)(logp, *(wide[c] for c in o.columns[1:]), *(PARAMS[p] for p in o.params))
+    value = weight.double() * live * term
+    if kl:
+        value = value + kl_weight.double() * live * getattr(oracles, kl)(logp, wide["ref_logp"])
+    (dlogp,) = torch.autograd.grad(value.sum(), logp, retain_graph=True)
+    loss = value.sum() - (entropy_weight.double() * live * found["entropy"]).sum()
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0], {"logprobs": dlogp, "entropy": entropy_weight}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_every_objective_matches_float64(backend, name):
+    case = problem(1031, torch.float32, seed=len(name))
+    loss, expected, upstream = truth(name, case)
+    got = call(backend, name, case)
+    terms = sum(abs(float(w)) for w in case[4]) + 1
+    assert abs(float(got[0]) - float(loss)) <= 4e-6 * max(abs(float(loss)), terms)
+    allowed = gradient_allowance(upstream, case[0], case[1], 0.8)  # and what 4 eps32 in a logp of 16 do to a ratio
+    assert_gradient(got[1], expected, allowed + 8e-6 * expected.abs(), "dlogits")
+
+
+@pytest.mark.parametrize("vocab", (1, 7, 1025, 20001))
+@pytest.mark.parametrize("kl", [None, "k1", "k2", "k3"])
+def test_the_policy_loss_with_entropy_bonus_and_penalty_matches_float64(backend, dtype, vocab, kl):
+    case = problem(vocab, dtype, seed=vocab, masked=vocab > 1 and kl == "k3")
+    loss, expected, upstream = truth("ppo_clip", case, kl)
+    got = call(backend, "ppo_clip", case, kl=kl)
+    assert abs(float(got[0]) - float(loss)) <= 1e-5 * max(1.0, abs(float(loss)))
+    allowed = gradient_allowance(upstream, case[0], case[1], 0.8, vocab_mask=case[2])
+    assert_gradient(got[1], expected, allowed + 8e-6 * expected.abs(), "dlogits")
+
+
+@pytest.mark.parametrize("vocab", (1, 1031, 8192, 20001))
+def test_every_team_of_blocks_gives_the_bits_of_the_two_separate_passes(backend, host_module, dtype, vocab):
+    case = problem(vocab, dtype, rows=3, seed=vocab, masked=vocab == 1031)
+    x, targets, mask, _, _, entropy_weight, _ = case
+    live = targets.clone()
+    live[-1] = -100
+    stats = backend.token_stats(x, live, 0.8, -100, mask, None, 1)
+    first = None
+    for team in TEAMS:
+        host_module[0].choose(team)
+        loss, dx, logp, shift, sum_exp, entropy, dlogp = got = call(backend, "ppo_clip", case)
+        assert same((logp, shift, sum_exp, entropy), stats[:4]), team
+        assert same_bits(dx, backend.token_stats_backward(dlogp, -entropy_weight, None, x, live, 0.8, -100, mask, None, *stats[1:4], None, None, None, None))
+        first = first or got
+        assert same(got, first), team
+
+
+def test_F15_F53_no_alignment_and_no_company_changes_a_bit(backend, host_module):
+    case = problem(4099, torch.bfloat16, rows=4, seed=3)
+    for team in (-1, 1, 4):
+        host_module[0].choose(team)
+        together = call(backend, "cispo", case)
+        parent = torch.full((4, 4200), math.nan, dtype=torch.bfloat16)
+        moved = parent[:, 3:4102].copy_(case[0])
+        assert same(call(backend, "cispo", (moved, *case[1:])), together)
+        for r in range(4):
+            x, targets, _, columns, *weights = case
+            one = slice(r, r + 1)
+            alone = call(backend, "cispo", (x[one], targets[one], None, {k: v[one] for k, v in columns.items()}, *(w[one] for w in weights)))
+            assert same(alone[1:], [t[r : r + 1] for t in together[1:]])
+
+
+def test_without_a_gradient_the_loss_and_the_statistics_have_the_same_bits(backend, dtype):
+    case = problem(2053, dtype, seed=5)
+    with_it, without = call(backend, "ppo_clip", case), call(backend, "ppo_clip", case, with_grad=False)
+    assert without[1].shape == (0, 0)
+    assert same([without[0], *without[2:]], [with_it[0], *with_it[2:]])
+
+
+@pytest.mark.parametrize("team", TEAMS)
+def test_F12_F26_rows_without_weight_are_not_read_and_their_gradient_is_zero(backend, host_module, team):
+    host_module[0].choose(team)
+    case = problem(1031, torch.bfloat16, seed=6)
+    expected = call(backend, "ppo_clip", case)
+    x, targets, _, columns, *_ = case
+    x[2], x[-1] = math.nan, math.nan  # row 2 is ignored by its target, the last one by its weights
+    assert targets[2] == -100
+    for column in columns.values():
+        column[2], column[-1] = math.nan, math.inf
+    got = call(backend, "ppo_clip", case)
+    assert same(got, expected)
+    assert all((part[[2, -1]] == 0).all() for part in got[1:])
+
+
+def test_a_term_of_weight_zero_is_left_out_though_its_column_is_nan(backend):
+    case = problem(257, torch.float32, seed=7)
+    _, _, _, columns, weight, entropy_weight, kl_weight = case
+    weight[0], kl_weight[1], entropy_weight[3] = 0.0, 0.0, 0.0
+    expected = call(backend, "ppo_clip", case)
+    columns["old_logp"][0], columns["advantage"][0], columns["ref_logp"][1] = math.nan, math.inf, math.nan
+    assert same(call(backend, "ppo_clip", case), expected)
+    assert expected[0].isfinite()
+
+
+def test_F84_the_ratio_to_log_probabilities_of_the_other_kernel_is_exactly_one(backend, host_module):
+    x, targets, _ = draw_rows((4,), 9001, torch.bfloat16, seed=8)
+    targets = targets.clamp(min=0)
+    old = backend.token_stats(x, targets, 1.0, -100, None, None, 0)[0]
+    for team in TEAMS:
+        host_module[0].choose(team)
+        got = backend.fused_policy("k2", x, targets, 1.0, -100, None, [old], [], torch.ones(4), None, None, None, None, True, None)
+        assert float(got[0]) == 0.0 and (got[1] == 0).all() and (got[6] == 0).all()
+
+
+@pytest.mark.parametrize("team", TEAMS)
+def test_in_place_the_gradient_has_the_bits_of_a_fresh_one(backend, host_module, dtype, team):
+    host_module[0].choose(team)
+    case = problem(2053, dtype, rows=4, seed=9, masked=True)
+    fresh = call(backend, "dual_clip", case)
+    parent = torch.full((2, 3, 2060), math.nan, dtype=dtype)
+    x = parent[:, :2, :2053]
+    x.copy_(case[0].view(2, 2, -1))
+    got = call(backend, "dual_clip", (x, *case[1:]), out=x)
+    assert same([got[0], *got[2:]], [fresh[0], *fresh[2:]])
+    assert same_bits(x.reshape(4, -1), fresh[1])
+    x.fill_(math.nan)
+    assert parent.isnan().all()
+
+
+@pytest.mark.parametrize("team", (-1, 1, 4))
+def test_F02_a_target_outside_the_vocabulary_is_nan_in_its_row_alone(backend, host_module, team):
+    host_module[0].choose(team)
+    case = problem(300, torch.float32, rows=4, seed=10)
+    case[1][1] = 300
+    _, dx, logp, *_ = call(backend, "reinforce", case)
+    assert logp[1].isnan() and dx[1].isnan().all()
+    assert logp[[0, 3]].isfinite().all() and dx[[0, 3]].isfinite().all()
+
+
+def test_a_target_outside_the_mask_gets_no_gradient_of_the_objective(backend):
+    case = problem(300, torch.float32, rows=4, seed=11, masked=True)
+    x, targets, mask, _, weight, _, _ = case
+    targets[1], mask[1, 5] = 5, False
+    got = backend.fused_policy("reinforce", x, targets, 0.8, -100, mask, [torch.ones(4)], [], weight, None, None, None, None, True, None)
+    assert (got[1][1] == 0).all() and (got[1][0] != 0).any()
+
+
+def test_many_rows_are_summed_in_their_order_whichever_block_comes_last(backend, host_module):
+    host_module[0].choose(1)
+    x, targets, _ = draw_rows((140,), 5, torch.float32, seed=12)  # more rows than threads that add them
+    weight = torch.rand(140, generator=torch.Generator().manual_seed(1)) * 10.0 ** torch.arange(140).remainder(7)
+    losses = []
+    for order in ("forward", "reverse", "random:1"):
+        host_module[1](order)
+        losses.append(backend.fused_policy("reinforce", x, targets, 1.0, -100, None, [torch.ones(140)], [], weight, None, None, None, None, True, None)[0])
+    assert same_bits(losses[0], losses[1]) and same_bits(losses[0], losses[2])
+    expected = -(weight.double() * statistics(x.double(), targets)["logprobs"]).sum()
+    assert abs(float(losses[0]) - float(expected)) <= 2e-6 * abs(float(expected))
+
+
+def test_a_users_objective_runs_through_the_two_native_passes(backend):
+    @objective
+    def steep_for_cuda(logp, advantage, beta):
+        r"""``-beta A logp``. A test."""
+        return -beta * advantage * logp, -beta * advantage
+
+    try:
+        case = problem(1031, torch.float32, seed=13)
+        x, targets, _, columns, weight, *_ = case
+        got = backend.fused_policy("steep_for_cuda", x, targets, 0.8, -100, None, [columns["advantage"]], [2.0], weight, None, None, None, None, True, None)
+        twice = backend.fused_policy("reinforce", x, targets, 0.8, -100, None, [2 * columns["advantage"]], [], weight, None, None, None, None, True, None)
+        assert same(got[1:], twice[1:])
+    finally:
+        del OBJECTIVES["steep_for_cuda"]
+
+
+def test_F11_no_rows_give_a_loss_of_zero(backend):
+    none, targets = torch.empty(0), torch.empty(0, dtype=torch.long)
+    got = backend.fused_policy("reinforce", torch.empty(0, 37), targets, 1.0, -100, None, [none], [], none, None, None, None, None, True, None)
+    assert float(got[0]) == 0.0 and got[1].shape == (0, 37)
