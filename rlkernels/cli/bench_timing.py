@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rlkernels.backends import cpu
 from rlkernels.cli import machine
 
 
@@ -129,6 +130,8 @@ def memory(contender: Contender) -> None:
 
 def _resident_growth(contender: Contender) -> int | None:
     state = contender.prepare()
+    if cpu.available()[0]:
+        cpu.release_memory()  # a gradient kept from the run before would hide that this one needs its own
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of the resident set
         before = _status("VmRSS")
