@@ -13,7 +13,7 @@ PYTHON ?= $(or $(call at_least,11),$(call at_least,10))
 SOURCES := pyproject.toml setup.py setup_cuda.py constraints.txt $(shell find rlkernels csrc -type f \
 	\( -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name py.typed \))
 
-.PHONY: demo test bench bench-suite gpu lint clean trl-python
+.PHONY: demo test test-triton bench bench-suite gpu lint clean trl-python
 .NOTPARALLEL:
 
 demo: trl-python $(VENV)/.installed
@@ -27,6 +27,16 @@ trl-python: $(VENV)/bin/python
 # One torch thread per worker: the suite is many small cases, and two workers with two threads each would fight for two cores.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# Triton lies beside the environment, not in it: TRL would choose other paths. Its interpreter is switched on for a whole process.
+TRITON ?= 3.9.0 3.6.0
+test-triton: $(VENV)/.installed
+	@for v in $(TRITON); do \
+		[ -d .triton/$$v ] || $(PIP) install -q --no-deps --target .triton/$$v triton==$$v $$([ $$v = 3.6.0 ] && echo 'numpy<2.4') || exit 1; \
+		echo "Triton $$v"; export PYTHONPATH=$(CURDIR)/.triton/$$v OMP_NUM_THREADS=1 TRITON_CACHE_DIR=$(CURDIR)/.triton/cache-$$v; \
+		TRITON_INTERPRET=1 $(VENV)/bin/pytest -q -n $(JOBS) tests/triton_backend/interpreted $(ARGS) || exit 1; \
+		$(VENV)/bin/pytest -q -n $(JOBS) tests/triton_backend/compiled $(ARGS) || exit 1; \
+	done
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/rlkernels bench --device cpu $(ARGS)
@@ -56,6 +66,6 @@ $(VENV)/.installed: $(SOURCES) | $(VENV)/bin/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist rlkernels.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .triton build dist rlkernels.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f rlkernels/_cpu*.so rlkernels/_cuda*.so rlkernels/_cuda.ptxas.txt

@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # not there when pip builds in isolation
 import setup_cuda  # noqa: E402
+
 CXX = shlex.split(os.getenv("CXX", "")) or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
 FOUND = bool(CXX) and shutil.which(CXX[0]) is not None
 HEADERS = Path(sysconfig.get_path("include"), "Python.h").is_file()  # a Debian python3 without python3-dev has none

@@ -36,10 +36,11 @@ def interpreted():
 def absent(name):
     """Why backend ``name`` cannot be used here, or None where it can."""
     if name == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed; install rlkernels[triton]"
+        found = importlib.util.find_spec("triton")
+        if found is None or found.origin is None:  # a folder of that name on the path is found too, as a namespace
+            return "Triton is not installed; install rlkernels[triton]"
         if not (torch.cuda.is_available() or torch.xpu.is_available() or interpreted()):
-            return "torch sees no GPU here"
+            return "torch sees no GPU here, and TRITON_INTERPRET=1 is not set"
         return None
     if name == "eager":
         return None

@@ -1,0 +1,178 @@
+"""Triton backend: launchers, and the rebinding that turns an objective into a device function. Imported only where it serves."""
+import ctypes
+import functools
+import types
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+from rlkernels import _math
+from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS, check_rows, real_dtype
+from rlkernels.backends.triton import configs, kernels, math, scan
+from rlkernels.backends.triton import elementwise as blocks
+from rlkernels.backends.triton.rows import PER
+from rlkernels.objectives import OBJECTIVES
+
+TWINS = {name: getattr(math, name) for name in _math.FUNCTIONS}
+REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
+FUSION = {"enable_fp_fusion": True}  # explicit: the default flips in Triton 3.10, and with it the bits
+SLICES = 2048  # programs that a gradient is divided into where there are fewer rows
+
+
+@functools.cache
+def device_function(function):
+    """``function`` with its math names bound to Triton's: the same code object, jitted.
+
+    ``tl`` must be in scope too: the interpreter asserts that it can find it.
+    """
+    scope = {**function.__globals__, **TWINS, "tl": tl}
+    twin = types.FunctionType(function.__code__, scope, function.__name__)
+    twin.__module__, twin.__qualname__ = function.__module__, function.__qualname__
+    return triton.jit(twin)
+
+
+@functools.cache
+def warp_width(device):
+    """Threads of a warp: 64 on AMD's data-centre chips, where 32 warps would be more threads than a program may have."""
+    return 32 if device.type == "cpu" else triton.runtime.driver.active.get_current_target().warp_size
+
+
+def device_of(x):
+    """Context in which launches go to the device of ``x``; a CPU tensor arrives only in Triton's interpreter."""
+    return nullcontext() if x.device.type == "cpu" else getattr(torch, x.device.type).device_of(x)
+
+
+def options(device, threads):
+    return {"num_warps": max(1, threads // warp_width(device)), **FUSION}
+
+
+def split(x):
+    """A number as the sum of two fp32 numbers: what a kernel can be given of an fp64 number."""
+    high = ctypes.c_float(x).value
+    return high, x - high
+
+
+def inverse(temperature):
+    """``1 / T`` as a kernel forms it from an fp32 entry of a temperature tensor: the same bits."""
+    return ctypes.c_float(1.0 / ctypes.c_float(temperature).value).value
+
+
+class _Launch:
+    """What every kernel over rows takes: addresses and strides of logits, targets, temperature and mask."""
+
+    def __init__(self, op, logits, targets, temperature, ignore_index, vocab_mask):
+        check_rows(targets, logits.shape[-1], ignore_index, temperature)
+        self.tokens, self.vocab, self.real = targets.shape[0], logits.shape[-1], real_dtype(logits.dtype)
+        if self.real == torch.float64 and not isinstance(temperature, torch.Tensor):
+            temperature = logits.new_full((self.tokens,), temperature, dtype=torch.float64)  # a kernel's number argument is fp32
+        per_row = isinstance(temperature, torch.Tensor)
+        self.level = max(logits.shape[1], 1) if logits.dim() == 3 else 1
+        self.labels = (targets, targets.stride(0), ignore_index)
+        if vocab_mask is not None and vocab_mask.stride(-1) != 1:
+            vocab_mask = vocab_mask.contiguous()  # a byte per column, where logits have two: kernels know rows of masks, not columns apart
+        mask_stride = 0 if vocab_mask is None or vocab_mask.dim() == 1 else vocab_mask.stride(0)
+        keep = targets if vocab_mask is None else vocab_mask.view(torch.int8)
+        self.softmax = (1.0 if per_row else inverse(temperature), temperature if per_row else targets, keep, mask_stride, self.vocab)
+        self.config = configs.row_config(op, logits.element_size(), self.vocab)
+        self.flags = {"PER_ROW": per_row, "MASKED": vocab_mask is not None, "REAL": REAL[self.real], "LANES": self.config.lanes,
+                      **options(logits.device, self.config.threads)}
+
+    def places(self, *tensors):
+        """``(outer, inner)`` of each tensor's rows and the unit ``ALIGN``: row r is at ``(r // level) outer + (r % level) inner``, level 1 for [T, V]."""
+        pairs = []
+        for x in tensors:
+            flat = x.dim() == 2  # a fresh gradient is [T, V] where the logits are [B, L, V]
+            pairs.append((x.stride(0) * self.level, x.stride(0)) if flat else (x.stride(0), x.stride(1)))
+        align = 16 if all(stride % 16 == 0 for pair in pairs for stride in pair) else 1
+        return [(outer // align, inner // align) for outer, inner in pairs], align
+
+
+def _per_row(tokens, like, real):
+    return torch.empty(tokens, dtype=real, device=like.device)
+
+
+def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logits, wanted):
+    at = _Launch("token_stats" if ref_logits is None else "token_stats_ref", logits, targets, temperature, ignore_index, vocab_mask)
+    ref = logits if ref_logits is None else ref_logits
+    has_ref = ref_logits is not None
+    present = (True, True, True, wanted & ENTROPY, wanted & LOG_SUM_SQ, wanted & MEAN_LOGITS, wanted & IS_TOP1, has_ref, has_ref, has_ref, wanted & KL)
+    outputs = [_per_row(at.tokens if p else 0, logits, torch.bool if k == 6 else at.real) for k, p in enumerate(present)]
+    if at.tokens:
+        (place, ref_place), align = at.places(logits, ref)
+        with device_of(logits):
+            kernels.token_stats[(at.tokens,)](
+                logits, *place, at.level, ref, *ref_place, *at.labels, *at.softmax, *(x.view(torch.int8) if k == 6 else x for k, x in enumerate(outputs)),
+                WANTED=wanted, REF=has_ref, ALIGN=align, AHEAD=at.config.ahead, **at.flags)
+    return tuple(outputs)
+
+
+def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ignore_index, vocab_mask, ref_logits, shift, sum_exp, entropy,
+                         ref_shift, ref_sum_exp, kl, out):
+    at = _Launch("token_stats_backward" if dkl is None else "token_stats_backward_ref", logits, targets, temperature, ignore_index, vocab_mask)
+    gradient = logits.new_empty((at.tokens, at.vocab)) if out is None else out
+    if at.tokens:
+        tiles = triton.cdiv(at.vocab, at.config.lanes * PER.value)
+        slice_tiles = triton.cdiv(tiles, min(tiles, max(1, SLICES // at.tokens), 65535))
+        ref = logits if ref_logits is None else ref_logits
+        (place, ref_place, out_place), align = at.places(logits, ref, gradient)
+        some = [shift if x is None or x.numel() == 0 else x for x in (dlogp, dentropy, dkl, entropy, ref_shift, ref_sum_exp, kl)]
+        with device_of(logits):
+            kernels.token_stats_backward[(at.tokens, triton.cdiv(tiles, slice_tiles))](
+                *some[:3], logits, *place, at.level, ref, *ref_place, *at.labels, *at.softmax, shift, sum_exp, *some[3:], gradient, *out_place, slice_tiles,
+                LOGP_TERM=dlogp is not None, ENTROPY_TERM=dentropy is not None, KL_TERM=dkl is not None, ALIGN=align, **at.flags)
+    return gradient
+
+
+def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp,
+                 kl_weight, with_grad, out):
+    at = _Launch("fused_policy", logits, targets, temperature, ignore_index, vocab_mask)
+    loss, logp, shift, total, entropy, dlogp = (_per_row(at.tokens, logits, at.real) for _ in range(6))
+    gradient = logits.new_empty((at.tokens, at.vocab) if with_grad else (0, 0)) if out is None or not with_grad else out
+    if at.tokens:
+        (place, out_place), align = at.places(logits, gradient if with_grad else logits)  # narrow loads are many without looking ahead
+        with device_of(logits):
+            kernels.fused_policy[(at.tokens,)](
+                device_function(OBJECTIVES[objective].function), device_function(OBJECTIVES[kl or "k1"].function), logits, *place, at.level, *at.labels,
+                *at.softmax, tuple(columns), *_numbers(params, at.real), weight, *(weight if x is None else x for x in (entropy_weight, ref_logp, kl_weight)),
+                loss, logp, shift, total, entropy, dlogp, gradient if with_grad else logits, *out_place, WITH_GRAD=with_grad,
+                ENTROPY_TERM=entropy_weight is not None, KL_TERM=kl is not None, ALIGN=align, AHEAD=at.config.ahead if align > 1 else 1, **at.flags)
+    return loss.sum(dtype=torch.float64).to(at.real), gradient, logp, shift, total, entropy, dlogp
+
+
+def _numbers(params, real):
+    """``(params, params_low)``: fp32 kernels take them as they are."""
+    if real == torch.float32:
+        return tuple(params), ()
+    pairs = [split(p) for p in params]
+    return tuple(high for high, _ in pairs), tuple(low for _, low in pairs)
+
+
+def elementwise(objective, columns, params, weight):
+    first = columns[0]
+    n = first.numel()
+    value, derivative = torch.empty_like(first), torch.empty_like(first)
+    count = triton.cdiv(n, configs.BLOCK)
+    partial, loss = first.new_empty(count, dtype=torch.float64), first.new_zeros(())
+    if n:
+        launch = {"BLOCK": configs.BLOCK, **options(first.device, configs.THREADS)}
+        with device_of(first):
+            blocks.elementwise[(count,)](
+                device_function(OBJECTIVES[objective].function), tuple(columns), *_numbers(params, first.dtype), first if weight is None else weight,
+                value, derivative, partial, n, WEIGHTED=weight is not None, **launch)
+            blocks.sum_partials[(1,)](partial, loss, count, **launch)
+    return loss, value, derivative
+
+
+def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    sequences, length = (cu_seqlens.shape[0] - 1, 0) if cu_seqlens is not None else rewards.shape
+    use_mask = mask is not None and masked != "none"
+    if sequences and rewards.numel():
+        with device_of(rewards):
+            scan.gae[(sequences,)](
+                rewards, values, mask.contiguous().view(torch.int8) if use_mask else rewards, rewards if cu_seqlens is None else cu_seqlens.long(), length,
+                *split(gamma), *split(gamma * lam), advantages, returns, PACKED=cu_seqlens is not None, MASKED=use_mask, SKIP=masked == "skip",
+                BLOCK=configs.SCAN, **options(rewards.device, configs.THREADS))
+    return advantages, returns

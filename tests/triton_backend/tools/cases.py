@@ -1,0 +1,111 @@
+"""Every variant of a kernel that is launched: the launchers called with empty CPU tensors, under ``launches.recording``.
+
+The classes of ``configs.TABLE`` and the registered objectives are walked, so a new entry is compiled without a line here.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from rlkernels.backends import triton as backend
+from rlkernels.backends.triton import configs
+from rlkernels.objectives import OBJECTIVES
+
+NVIDIA, AMD = ("sm_80", "sm_90", "sm_100", "sm_120"), ("gfx942", "gfx1100")
+EVERY, TWO, ONE = NVIDIA + AMD, ("sm_90", "gfx942"), ("sm_90",)
+DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+BIG = 151_936
+ROWS = 4
+
+
+class Case(NamedTuple):
+    """A name, the call that launches, and the targets that it is compiled for."""
+
+    name: str
+    call: Callable
+    targets: tuple[str, ...]
+
+
+def real(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows(dtype, vocab, masked=False, per_row=False):
+    """The arguments that every kernel over rows takes, up to vocab_mask."""
+    temperature = torch.ones(ROWS, dtype=real(dtype)) if per_row else 0.7
+    mask = torch.ones(ROWS, vocab, dtype=torch.bool) if masked else None
+    return torch.empty(ROWS, vocab, dtype=dtype), torch.zeros(ROWS, dtype=torch.int64), temperature, -100, mask
+
+
+def stats(dtype, vocab, wanted, ref=False, **flags):
+    x, *rest = rows(dtype, vocab, **flags)
+    return lambda: backend.token_stats(x, *rest, torch.empty_like(x) if ref else None, wanted)
+
+
+def backward(dtype, vocab, terms=(True, False, False), in_place=False, **flags):
+    x, *rest = rows(dtype, vocab, **flags)
+    column = torch.zeros(ROWS, dtype=real(dtype))
+    upstream = [column if term else None for term in terms]
+    reference = [torch.empty_like(x), *[column] * 3, column, column, column] if terms[2] else [None, *[column] * 3, None, None, None]
+    return lambda: backend.token_stats_backward(*upstream, x, *rest, *reference, x if in_place else None)
+
+
+def policy(name, dtype, vocab, entropy=True, kl="k3", with_grad=True, **flags):
+    x, *rest = rows(dtype, vocab, **flags)
+    column = torch.zeros(ROWS, dtype=real(dtype))
+    entry = OBJECTIVES[name]
+    extra = (column if entropy else None, kl, column if kl else None, column if kl else None)
+    return lambda: backend.fused_policy(name, x, *rest, [column] * (len(entry.columns) - 1), [0.5] * len(entry.params), column, *extra, with_grad, None)
+
+
+def objective(name, weighted, dtype=torch.float32):
+    column, entry = torch.zeros(4096, dtype=dtype), OBJECTIVES[name]
+    return lambda: backend.elementwise(name, [column] * len(entry.columns), [0.5] * len(entry.params), column if weighted else None)
+
+
+def scan(masked, packed, has_mask):
+    r = torch.zeros(64) if packed else torch.zeros(4, 16)
+    ends, mask = torch.tensor([0, 30, 64]) if packed else None, torch.ones(r.shape, dtype=torch.bool) if has_mask else None
+    return lambda: backend.gae(r, r.clone(), mask, ends, 0.99, 0.95, masked)
+
+
+BUILDERS = {"token_stats": lambda dtype, vocab: stats(dtype, vocab, 1), "token_stats_ref": lambda dtype, vocab: stats(dtype, vocab, 17, ref=True),
+            "token_stats_backward": lambda dtype, vocab: backward(dtype, vocab, (True, True, False)),
+            "token_stats_backward_ref": lambda dtype, vocab: backward(dtype, vocab, (True, True, True)),
+            "fused_policy": lambda dtype, vocab: policy("ppo_clip", dtype, vocab)}
+
+
+def every_case():
+    """The hot variants for every target, each class of the table and the other flags for fewer."""
+    yield Case("entropy", stats(torch.bfloat16, BIG, 1), EVERY)
+    yield Case("entropy fp32", stats(torch.float32, BIG, 1), EVERY)
+    yield Case("two models", stats(torch.bfloat16, BIG, 17, ref=True), EVERY)
+    yield Case("everything fp32", stats(torch.float32, BIG, 31, ref=True, masked=True, per_row=True), EVERY)
+    yield Case("gradient", backward(torch.bfloat16, BIG, (True, True, False)), EVERY)
+    yield Case("gradient of everything fp32", backward(torch.float32, BIG, (True, True, True), masked=True, per_row=True), EVERY)
+    yield Case("policy", policy("ppo_clip", torch.bfloat16, BIG), EVERY)
+    yield Case("policy fp32 masked", policy("dual_clip", torch.float32, BIG, masked=True, per_row=True), EVERY)
+    yield Case("objective", objective("ppo_clip", True), EVERY)
+    yield Case("scan", scan("skip", False, True), EVERY)
+    for (op, itemsize), entries in configs.TABLE.items():
+        for largest, config in entries:
+            vocab = min(largest, BIG) // 16 * 16
+            yield Case(f"{op} {itemsize} bytes {config}", BUILDERS[op](DTYPES[itemsize], vocab), TWO if itemsize == 2 else ONE)
+    for op, build in BUILDERS.items():
+        yield Case(f"{op} fp16", build(torch.float16, BIG), TWO)
+        yield Case(f"{op} one column", build(torch.bfloat16, 1), ONE)
+        yield Case(f"{op} odd vocabulary", build(torch.bfloat16, 50_257), ONE)
+    for wanted, ref in ((0, False), (0, True), (31, True)):
+        yield Case(f"token_stats {wanted} {ref}", stats(torch.bfloat16, BIG, wanted, ref=ref, masked=wanted == 31), ONE)
+    for terms in ((True, False, False), (False, True, False), (False, False, True), (True, True, True)):
+        yield Case(f"gradient {terms}", backward(torch.bfloat16, BIG, terms, in_place=terms[1]), ONE)
+    for name, entry in OBJECTIVES.items():
+        if entry.columns[0] == "logp" and "ref_logp" not in entry.columns:
+            yield Case(f"policy {name}", policy(name, torch.bfloat16, 32_000, entropy=False, kl=None), ONE)
+        yield Case(f"objective {name}", objective(name, False), ONE)
+    yield Case("objective fp64", objective("ppo_clip", True, torch.float64), ONE)
+    yield Case("policy without gradient", policy("ppo_clip", torch.bfloat16, BIG, with_grad=False), ONE)
+    for masked, packed, has_mask in (("skip", False, False), ("zero", False, True), ("skip", True, True)):
+        yield Case(f"scan {masked} {packed} {has_mask}", scan(masked, packed, has_mask), ONE)
