@@ -36,7 +36,7 @@ def source(tmp_path):
     """A copy of what a source distribution holds: nothing that a build here has left behind."""
     tree = tmp_path / "source"
     tree.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("setup.py", "setup_cuda.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tree)
     for name in ("csrc", "rlkernels"):

@@ -16,7 +16,7 @@ if importlib.util.find_spec("rlkernels._cuda") is None:
 else:
     from rlkernels import _cuda
 
-ABSENT = "rlkernels._cuda was not built; install the CUDA toolkit and run RLKERNELS_CUDA=1 pip install again"
+ABSENT = "rlkernels._cuda was not built; where nvcc is installed, RLKERNELS_CUDA=1 pip install builds it"
 NO_DEVICE = "torch sees no CUDA device here"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NOWHERE = (0, 0, 0, 1)
