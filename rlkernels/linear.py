@@ -13,7 +13,7 @@ from rlkernels.logprobs import collect
 from rlkernels.rows import Rows
 
 LOGITS_BYTES = 256 * 2**20
-"""Of a chunk's logits. On 2 CPU cores, 64 MiB to 1 GiB are equally fast; below that the matmuls grow too thin."""
+"""Of a chunk's logits: rows by the byte, so that a large vocabulary cannot make a chunk outgrow memory. Not tuned."""
 
 
 def linear_token_logprobs(hidden, weight, targets, *, bias=None, temperature=1.0, softcap=None, logit_scale=1.0, ignore_index=-100,

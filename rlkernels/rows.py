@@ -49,8 +49,6 @@ def rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_
         checks.inplace(where, logits)
     per_row = isinstance(temperature, torch.Tensor)
     temperature = temperature.reshape(-1).to(real_dtype(logits.dtype)).contiguous() if per_row else ops.number(temperature)
-    if per_row and temperature.dim() == 1 and not shape:
-        temperature = temperature.reshape(1)
     if vocab_mask is not None and vocab_mask.dim() > 1:
         vocab_mask = vocab_mask.reshape(-1, vocab_mask.shape[-1])
     return Rows(matrix(logits), targets.reshape(-1), temperature, ignore_index, vocab_mask, shape)

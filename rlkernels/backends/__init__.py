@@ -17,7 +17,7 @@ DEVICES = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager"), "xpu": 
 
 
 class _Modules(dict):
-    """Name to module. Triton's is imported when it first serves: that import alone takes longer than all of ours."""
+    """Name to module. Triton's is imported when it first serves: ``import rlkernels`` must not load Triton."""
 
     def __missing__(self, name):
         self[name] = importlib.import_module(f"rlkernels.backends.{name}")

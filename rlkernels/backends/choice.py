@@ -10,7 +10,7 @@ TABLE: dict[tuple[str, str, int, str], tuple[str, ...]] = {}
 
 
 def vocabulary_class(vocab):
-    """``"large"`` where a bf16 row no longer fits the shared memory of one block."""
+    """``"large"`` from 65536 columns on: a bf16 row is then 128 KiB or more, most of an SM's shared memory or all of it."""
     return "large" if vocab is not None and vocab >= LARGE else "small"
 
 
