@@ -6,6 +6,8 @@
   X(k1, 2, 0) \
   X(k2, 2, 0) \
   X(k3, 2, 0) \
+  X(nll, 1, 0) \
+  X(dft, 1, 0) \
   X(reinforce, 2, 0) \
   X(ppo_clip, 3, 2) \
   X(dual_clip, 3, 3) \
@@ -13,8 +15,29 @@
   X(sapo, 3, 2) \
   X(pairwise, 1, 0) \
   X(dpo_sigmoid, 1, 2) \
+  X(robust, 1, 2) \
+  X(exo_pair, 1, 2) \
+  X(hinge, 1, 1) \
+  X(ipo, 1, 1) \
+  X(kto, 1, 1) \
+  X(discopop, 1, 2) \
+  X(alpha_divergence, 1, 1) \
+  X(js_divergence, 1, 0) \
+  X(log_odds, 1, 0) \
   X(value_plain, 2, 0) \
   X(value_clip, 3, 1)
+
+#define RLK_ROW_OBJECTIVES(X) \
+  X(k1, 2, 0) \
+  X(k2, 2, 0) \
+  X(k3, 2, 0) \
+  X(nll, 1, 0) \
+  X(dft, 1, 0) \
+  X(reinforce, 2, 0) \
+  X(ppo_clip, 3, 2) \
+  X(dual_clip, 3, 3) \
+  X(cispo, 3, 2) \
+  X(sapo, 3, 2)
 
 namespace rlk {
 
@@ -38,6 +61,21 @@ struct k3 {
   RLK_HD Term<S> operator()(S logp, S ref_logp) const {
     const S gap = (ref_logp - logp);
     return {(rlk::expm1(gap) - gap), (-rlk::expm1(gap))};
+  }
+};
+
+struct nll {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp) const {
+    return {(-logp), (-S(1.0))};
+  }
+};
+
+struct dft {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp) const {
+    const S prob = rlk::exp(logp);
+    return {((-prob) * logp), (-prob)};
   }
 };
 
@@ -107,6 +145,88 @@ struct dpo_sigmoid {
     const S scaled = (beta * margin);
     const S value = (((label_smoothing - S(1.0)) * rlk::log_sigmoid(scaled)) - (label_smoothing * rlk::log_sigmoid((-scaled))));
     return {value, (beta * ((label_smoothing * rlk::sigmoid(scaled)) - ((S(1.0) - label_smoothing) * rlk::sigmoid((-scaled)))))};
+  }
+};
+
+struct robust {
+  template <class S>
+  RLK_HD Term<S> operator()(S margin, S beta, S label_smoothing) const {
+    const S scaled = (beta * margin);
+    const S clean = (S(1.0) - label_smoothing);
+    const S spread = (S(1.0) - (S(2.0) * label_smoothing));
+    const S value = (((label_smoothing * rlk::log_sigmoid((-scaled))) - (clean * rlk::log_sigmoid(scaled))) / spread);
+    return {value, (((-beta) * ((clean * rlk::sigmoid((-scaled))) + (label_smoothing * rlk::sigmoid(scaled)))) / spread)};
+  }
+};
+
+struct exo_pair {
+  template <class S>
+  RLK_HD Term<S> operator()(S margin, S beta, S label_smoothing) const {
+    const S scaled = (beta * margin);
+    const S win = rlk::sigmoid(scaled);
+    const S lose = rlk::sigmoid((-scaled));
+    const S log_win = rlk::log((S(1.0) - label_smoothing));
+    const S log_lose = rlk::log(label_smoothing);
+    const S value = ((win * (rlk::log_sigmoid(scaled) - log_win)) + (lose * (rlk::log_sigmoid((-scaled)) - log_lose)));
+    return {value, (((beta * win) * lose) * ((scaled - log_win) + log_lose))};
+  }
+};
+
+struct hinge {
+  template <class S>
+  RLK_HD Term<S> operator()(S margin, S beta) const {
+    const S slack = (S(1.0) - (beta * margin));
+    return {rlk::where((slack <= S(0.0)), S(0.0), slack), rlk::where((slack <= S(0.0)), S(0.0), ((S(0.0) * slack) - beta))};
+  }
+};
+
+struct ipo {
+  template <class S>
+  RLK_HD Term<S> operator()(S margin, S beta) const {
+    const S gap = (margin - (S(0.5) / beta));
+    return {(gap * gap), (S(2.0) * gap)};
+  }
+};
+
+struct kto {
+  template <class S>
+  RLK_HD Term<S> operator()(S margin, S beta) const {
+    const S tail = rlk::sigmoid(((-beta) * margin));
+    return {tail, (((-beta) * tail) * rlk::sigmoid((beta * margin)))};
+  }
+};
+
+struct discopop {
+  template <class S>
+  RLK_HD Term<S> operator()(S margin, S beta, S tau) const {
+    const S scaled = (beta * margin);
+    const S share = rlk::sigmoid((scaled / tau));
+    const S rest = rlk::sigmoid(((-scaled) / tau));
+    const S power = rlk::exp((rlk::log_sigmoid((scaled / tau)) - scaled));
+    const S value = (power - (rlk::log_sigmoid(scaled) * rest));
+    return {value, (beta * (((power * ((rest / tau) - S(1.0))) - (rlk::sigmoid((-scaled)) * rest)) + (((rlk::log_sigmoid(scaled) * share) * rest) / tau)))};
+  }
+};
+
+struct alpha_divergence {
+  template <class S>
+  RLK_HD Term<S> operator()(S log_ratio, S alpha) const {
+    const S reach = ((alpha - S(1.0)) * log_ratio);
+    return {(rlk::expm1(rlk::where((reach > S(80.0)), S(80.0), reach)) / (alpha - S(1.0))), rlk::where((reach > S(80.0)), S(0.0), rlk::exp(reach))};
+  }
+};
+
+struct js_divergence {
+  template <class S>
+  RLK_HD Term<S> operator()(S log_ratio) const {
+    return {(S(0.6931471805599453) + rlk::log_sigmoid(log_ratio)), rlk::sigmoid((-log_ratio))};
+  }
+};
+
+struct log_odds {
+  template <class S>
+  RLK_HD Term<S> operator()(S mean_logp) const {
+    return {(mean_logp - rlk::log((-rlk::expm1(mean_logp)))), rlk::where((mean_logp >= S(0.0)), S(0.0), ((-S(1.0)) / rlk::expm1(mean_logp)))};
   }
 };
 

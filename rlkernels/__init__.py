@@ -8,17 +8,23 @@ from rlkernels.advantages import discounted_returns, gae, masked_whiten
 from rlkernels.backends import backends, use_backend
 from rlkernels.groups import group_advantages
 from rlkernels.linear import linear_token_logprobs, linear_token_stats
+from rlkernels.linear_losses import linear_policy_loss, linear_sft_loss
+from rlkernels.linear_preferences import linear_dpo_loss, linear_unpaired_preference_loss
 from rlkernels.logprobs import TokenStats, token_logprobs, token_stats
-from rlkernels.losses import dpo_loss, logits_policy_loss, policy_loss, value_loss
+from rlkernels.losses import logits_policy_loss, policy_loss, value_loss
 from rlkernels.objectives import objective
+from rlkernels.preferences import dpo_loss, length_desensitized_weights
 from rlkernels.rewards import pairwise_reward_loss, reward_scores
 from rlkernels.segments import broadcast_to_tokens, sequence_means, sequence_sums, spans_to_mask
+from rlkernels.supervised import logprobs_sft_loss, sft_loss
+from rlkernels.unpaired import unpaired_preference_loss
 from rlkernels.weights import aggregate, token_weights
 
 __version__ = "0.1.0"
 __all__ = [
     "TokenStats", "aggregate", "backends", "broadcast_to_tokens", "discounted_returns", "dpo_loss", "gae", "group_advantages",
-    "linear_token_logprobs", "linear_token_stats", "logits_policy_loss", "masked_whiten", "objective", "objectives", "pairwise_reward_loss",
-    "policy_loss", "reward_scores", "sequence_means", "sequence_sums", "spans_to_mask", "token_logprobs", "token_stats", "token_weights",
-    "use_backend", "value_loss",
+    "length_desensitized_weights", "linear_dpo_loss", "linear_policy_loss", "linear_sft_loss", "linear_token_logprobs",
+    "linear_token_stats", "linear_unpaired_preference_loss", "logits_policy_loss", "logprobs_sft_loss", "masked_whiten", "objective",
+    "objectives", "pairwise_reward_loss", "policy_loss", "reward_scores", "sequence_means", "sequence_sums", "sft_loss", "spans_to_mask",
+    "token_logprobs", "token_stats", "token_weights", "unpaired_preference_loss", "use_backend", "value_loss",
 ]

@@ -37,13 +37,22 @@ def builtin():
     return [name for name, entry in OBJECTIVES.items() if entry.function.__module__.startswith("rlkernels.objectives.")]
 
 
+def table(macro, names):
+    """A list ``macro(X)`` of ``X(name, columns, parameters)``."""
+    return f"#define {macro}(X) \\\n" + " \\\n".join(f"  X({n}, {len(OBJECTIVES[n].columns)}, {len(OBJECTIVES[n].params)})" for n in names)
+
+
 def header(names=None):
-    """The whole header: a functor per objective, and the list ``RLK_OBJECTIVES(X)`` of ``X(name, columns, parameters)``."""
+    """The whole header: a functor per objective, the list of them all, and of those that begin with the log-probability of a row of logits.
+
+    A pass over logits meets those alone: a switch over all of them costs the CUDA kernel up to 8 registers.
+    """
     names = builtin() if names is None else names
-    table = " \\\n".join(f"  X({n}, {len(OBJECTIVES[n].columns)}, {len(OBJECTIVES[n].params)})" for n in names)
+    of_rows = [n for n in names if OBJECTIVES[n].columns[0] == "logp"]
+    tables = f"{table('RLK_OBJECTIVES', names)}\n\n{table('RLK_ROW_OBJECTIVES', of_rows)}"
     functors = "\n\n".join(map(functor, names))
     return (f"// Printed by `python -m rlkernels.codegen`; a test holds it fresh. Do not edit.\n#pragma once\n#include \"scalar.h\"\n\n"
-            f"#define RLK_OBJECTIVES(X) \\\n{table}\n\nnamespace rlk {{\n\n{functors}\n\n}}  // namespace rlk\n")
+            f"{tables}\n\nnamespace rlk {{\n\n{functors}\n\n}}  // namespace rlk\n")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ import torch
 from rlkernels import checks, ops
 from rlkernels.backends.eager import real_dtype
 from rlkernels.metrics import policy_metrics
-from rlkernels.rewards import mean_objective
-from rlkernels.rows import rows
+from rlkernels.rows import dense, rows
 from rlkernels.segments import broadcast_to_tokens, sequence_means, sequence_sums
 from rlkernels.terms import check_terms, column, live_tokens, one_loss_per_sequence, resolve, state, term_weights
 from rlkernels.weights import weights_for
@@ -50,11 +49,11 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
     live = live_tokens(where, logprobs, mask)
     if ratio_level == "sequence_sum":
         one_loss_per_sequence(where, aggregation, weights, normalizers)
-    weights, bonus = term_weights(where, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
+    weights, bonus = term_weights(where, logprobs, live, aggregation, weights, cu_seqlens, normalizers, bonus=entropy_coef != 0)
     check_terms(where, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
 
     real = real_dtype(logprobs.dtype)
-    logp = logprobs.to(real)
+    logp = dense(logprobs, real)
     loss = _ratio_term(where, objective, logp, columns, values, weights, live, cu_seqlens, ratio_level)
     if kl_coef != 0:
         loss = loss + run(kl, logp, [ref_logprobs], (), weights * kl_coef)
@@ -95,19 +94,19 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
     columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
     check_terms(where, like, ref_logprobs, kl, kl_coef, None, 0.0)
     checks.finite(where, "entropy_coef", entropy_coef)
-    live = live_tokens(where, like, mask) & (targets != ignore_index)
+    scored = targets != ignore_index
+    live = scored if mask is None else live_tokens(where, like, mask) & scored
     if ratio_level != "token":
         stats = ops.token_stats(row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, None, ops.ENTROPY, inplace_backward,
                                 ops.serving("token_stats", logits))
         return policy_loss(stats[0].view(row.shape), old_logprobs, advantages, live, objective=objective, aggregation=aggregation, weights=weights,
                            ref_logprobs=ref_logprobs, kl=kl, kl_coef=kl_coef, entropy=stats[3].view(row.shape), entropy_coef=entropy_coef,
                            cu_seqlens=cu_seqlens, ratio_level=ratio_level, normalizers=normalizers, return_metrics=return_metrics, **params)
-    weights, bonus = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
+    weights, bonus = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers, bonus=entropy_coef != 0)
     # A second tensor of the logits' size is made in the forward only where the backward is sure to take it over.
-    with_grad = (torch.is_grad_enabled() and logits.requires_grad and logits.device.type == "cpu" and not inplace_backward
-                 and not torch.compiler.is_compiling())
+    with_grad = torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     loss, _, logp, _, _, entropy, _ = ops.fused_policy(
-        objective, row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, [row.flat(c) for c in columns], ops.numbers(values),
+        objective, row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, [row.flat(c) for c in columns], tuple(values),
         row.flat(weights), row.flat(bonus * entropy_coef) if entropy_coef != 0 else None, kl if kl_coef != 0 else None,
         row.flat(ref_logprobs) if kl_coef != 0 else None, row.flat(weights * kl_coef) if kl_coef != 0 else None, with_grad, inplace_backward,
         ops.serving("fused_policy", logits))
@@ -144,8 +143,8 @@ def value_loss(values, old_values, returns, mask=None, *, clip_range=None, aggre
     if clip_range is not None:
         checks.positive(where, "clip_range", clip_range)
     live = live_tokens(where, values, mask)
-    weights, _ = term_weights(where, values, live, aggregation, weights, cu_seqlens, normalizers)
-    prediction = values.to(real_dtype(values.dtype))
+    weights, _ = term_weights(where, values, live, aggregation, weights, cu_seqlens, normalizers, bonus=False)
+    prediction = dense(values, real_dtype(values.dtype))
     objective, parameters = ("value_plain", ()) if clip_range is None else ("value_clip", (clip_range,))
     loss = run(objective, prediction, list(given.values()), parameters, weights)
     if not return_metrics:
@@ -160,62 +159,11 @@ def value_loss(values, old_values, returns, mask=None, *, clip_range=None, aggre
     return loss, metrics
 
 
-def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_logps=None, *, beta=0.1, loss_type="sigmoid", label_smoothing=0.0,
-             reference_free=False, return_metrics=False):
-    r"""Direct preference optimisation from the summed log-probabilities of pairs.
-
-    ``mean_i [-(1-e) log sigmoid(beta m_i) - e log sigmoid(-beta m_i)]``, ``m = (chosen - ref_chosen) - (rejected - ref_rejected)``.
-
-    Args:
-        chosen_logps, rejected_logps: sequence log-probabilities under the policy, ``[B]``; both get a gradient.
-        ref_chosen_logps, ref_rejected_logps: the same under the reference, ``[B]``; may be left out with ``reference_free``.
-        beta: strength of the tie to the reference, > 0.
-        loss_type: ``"sigmoid"``.
-        label_smoothing: ``e``, the assumed share of flipped labels, in ``[0, 0.5)`` (conservative DPO).
-        reference_free: the reference counts as 0 in ``m``.
-
-    Returns:
-        Scalar, fp32 (fp64 for fp64 log-probabilities). No pair gives 0. With ``return_metrics``, ``(loss, dict)`` with the implicit
-        rewards ``beta (logp - ref)``, their margin and the accuracy (strict).
-
-    Raises:
-        ValueError: ``beta``, ``label_smoothing`` or ``loss_type`` out of range; unequal numbers of pairs; a reference missing.
-
-    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing: Mitchell 2023.
-    """
-    where = "dpo_loss"
-    checks.pairs(where, chosen_logps, rejected_logps, ("chosen_logps", "rejected_logps"))
-    checks.choice(where, "loss_type", loss_type, ("sigmoid",))
-    checks.positive(where, "beta", beta)
-    checks.interval(where, "label_smoothing", label_smoothing, 0, 0.5, closed=False)
-    checks.no_forward_ad(where, chosen_logps, rejected_logps)
-    real = real_dtype(torch.promote_types(chosen_logps.dtype, rejected_logps.dtype))
-    chosen, rejected = chosen_logps.to(real), rejected_logps.to(real)
-    references = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
-    for name, x in references.items():
-        if x is None and not reference_free:
-            raise ValueError(f"{where}: {name} is missing; pass it, or reference_free=True")
-        if x is not None:
-            column(where, name, x, chosen_logps, "chosen_logps")
-    ref_chosen, ref_rejected = (torch.zeros_like(chosen) if x is None else x.to(real) for x in references.values())
-    margin = chosen - rejected
-    if not reference_free:
-        margin = (chosen - ref_chosen) - (rejected - ref_rejected)
-    loss = mean_objective("dpo_sigmoid", margin, (beta, label_smoothing))
-    if not return_metrics:
-        return loss
-    with torch.no_grad():
-        count = max(chosen.numel(), 1)
-        rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
-        return loss, {"reward_chosen": rewards[0].sum() / count, "reward_rejected": rewards[1].sum() / count,
-                      "reward_margin": (rewards[0] - rewards[1]).sum() / count, "accuracy": (rewards[0] > rewards[1]).sum() / count}
-
-
 def run(objective, first, others, params, weights):
     """The weighted sum of an objective; ``first`` carries the gradient."""
-    others = [x.detach().to(first.dtype).reshape(-1).contiguous() for x in others]
-    weights = weights.detach().to(first.dtype).reshape(-1).contiguous()
-    loss, _, _ = ops.elementwise(objective, first.reshape(-1).contiguous(), others, ops.numbers(params), weights, ops.serving("elementwise", first))
+    others = [dense(x.detach() if x.requires_grad else x, first.dtype) for x in others]
+    loss, _, _ = ops.elementwise(objective, first.contiguous(), others, tuple(params), dense(weights.detach(), first.dtype),
+                                 ops.serving("elementwise", first))
     return loss
 
 

@@ -2,6 +2,7 @@
 
 An adapter takes the input tensors and the parameters and pops each parameter that it honours: what is left over is not offered.
 """
+import golden_preferences
 import golden_tokens
 import torch
 from golden_adapter import aggregation, expect
@@ -148,22 +149,6 @@ def value_loss(x, p):
     return {"loss": loss if p.pop("half") else 2.0 * loss, **metrics}
 
 
-def nll(x, p):
-    mode, normalizers = aggregation(p)
-    expect(not p.pop("normalize_by_weight", False), "weights in the denominator")
-    weight = x.get("weight", torch.ones_like(x["logp"][:, 0], requires_grad=False))
-    return {"loss": rlk.policy_loss(x["logp"], None, weight, x["mask"], objective="reinforce", aggregation=mode, normalizers=normalizers)}
-
-
-def sft_loss(x, p):
-    expect(p.pop("kind") == "nll" and p.pop("shift"), "other kinds of likelihood")
-    mode, normalizers = aggregation(p)
-    logits, labels = x["logits"][:, :-1], x["labels"][:, 1:]
-    ones = torch.ones(labels.shape, dtype=logits.dtype)
-    return {"loss": rlk.logits_policy_loss(logits, labels, None, ones, objective="reinforce", ignore_index=p.pop("ignore_index"),
-                                           aggregation=mode, normalizers=normalizers)}
-
-
 def pairwise_reward_loss(x, p):
     expect(p.pop("aggregation") == "mean", "other reductions")
     margin = x.get("margin") if p.pop("kind") == "logsigmoid" else None  # "logexp" is the same loss without a margin
@@ -188,52 +173,13 @@ def end_token_index(x, p):
     return {"index": rlk.reward_scores(position, head, attention_mask=mask)}
 
 
-def preference_loss(x, p):
-    kind = p.pop("loss_type")
-    expect(kind in ("sigmoid", "cpo"), f"loss_type {kind}")
-    expect(p.pop("f_divergence", "reverse_kl") == "reverse_kl", "f-divergences")
-    options = {"beta": p.pop("beta"), "label_smoothing": p.pop("label_smoothing"), "reference_free": p.pop("reference_free", kind == "cpo")}
-    arguments = [x.get(name) for name in ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")]
-    loss, metrics = rlk.dpo_loss(*arguments, **options, return_metrics=True)
-    singles = [rlk.dpo_loss(*(None if a is None else a[i:i + 1] for a in arguments), **options, return_metrics=True)
-               for i in range(len(arguments[0]))]
-    outputs = {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["reward_margin"]}
-    if singles:
-        outputs |= {"per_pair": torch.stack([one for one, _ in singles]),
-                    "chosen_rewards": torch.stack([one["reward_chosen"] for _, one in singles]),
-                    "rejected_rewards": torch.stack([one["reward_rejected"] for _, one in singles])}
-    return outputs
-
-
-def preference_loss_from_tokens(x, p):
-    kind = p.pop("loss_type")
-    expect(kind in ("sigmoid", "sigmoid_norm", "sft"), f"loss_type {kind}")
-    expect(p.pop("f_divergence", "reverse_kl") == "reverse_kl", "f-divergences")
-    p.pop("length_normalized", None)  # said by the loss type
-    live, options = x["completion_mask"][:, 1:], {"beta": p.pop("beta"), "label_smoothing": p.pop("label_smoothing")}
-    logp, ref = x["per_token_logp"], x["ref_per_token_logp"]
-    pairs = logp.shape[0] // 2
-
-    def dpo(reduce):
-        policy, reference = reduce(logp, live), reduce(ref, live)
-        return rlk.dpo_loss(policy[:pairs], policy[pairs:], reference[:pairs], reference[pairs:], **options, return_metrics=True)
-
-    loss, metrics = dpo(rlk.sequence_sums)
-    if kind == "sigmoid_norm":
-        loss, _ = dpo(rlk.sequence_means)
-    elif kind == "sft":
-        ones = torch.ones(pairs, dtype=logp.dtype)
-        loss = rlk.policy_loss(logp[:pairs], None, ones, live[:pairs], objective="reinforce")
-    return {"loss": loss, "reward_chosen": metrics["reward_chosen"], "reward_rejected": metrics["reward_rejected"],
-            "reward_margins": metrics["reward_margin"], "reward_accuracies": metrics["accuracy"]}
-
-
 LOSSES = (token_logprob, linear_token_logprob, sequence_logprob, kl_estimate, vocab_divergence, policy_loss, ppo_step_per_sample,
-          ppo_step_masked, value_loss, sft_loss, pairwise_reward_loss, value_head_pairwise, end_token_index, preference_loss,
-          preference_loss_from_tokens)
+          ppo_step_masked, value_loss, pairwise_reward_loss, value_head_pairwise, end_token_index, golden_preferences.preference_loss,
+          golden_preferences.preference_loss_from_tokens, golden_preferences.unpaired_preference_loss, golden_preferences.sft_loss)
 TOKENS = (golden_tokens.aggregate, golden_tokens.gae, golden_tokens.discounted_returns, golden_tokens.group_advantage,
           golden_tokens.token_advantage, golden_tokens.whiten, golden_tokens.broadcast_advantage, golden_tokens.spans_to_mask)
-ADAPTERS = {function.__name__: function for function in LOSSES + TOKENS} | {"nll_from_logp": nll, "weighted_nll": nll}
+ADAPTERS = {function.__name__: function for function in LOSSES + TOKENS} | dict.fromkeys(
+    ("nll_from_logp", "weighted_nll"), golden_preferences.nll)
 
 
 def run(case, inputs):

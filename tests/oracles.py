@@ -53,3 +53,54 @@ def pairwise(margin):
 
 def dpo_sigmoid(margin, beta, label_smoothing):
     return -(1 - label_smoothing) * logsigmoid(beta * margin) - label_smoothing * logsigmoid(-beta * margin)
+
+
+def robust(margin, beta, label_smoothing):
+    clean, flipped = -logsigmoid(beta * margin), -logsigmoid(-beta * margin)
+    return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def exo_pair(margin, beta, label_smoothing):
+    log_p = torch.log_softmax(torch.stack([beta * margin, torch.zeros_like(margin)]), 0)
+    log_q = torch.tensor([1 - label_smoothing, label_smoothing], dtype=margin.dtype).log()[:, None]
+    return (log_p.exp() * (log_p - log_q)).sum(0)
+
+
+def hinge(margin, beta):
+    return torch.relu(1 - beta * margin)
+
+
+def ipo(margin, beta):
+    return (margin - 1 / (2 * beta)).square()
+
+
+def kto(margin, beta):
+    return 1 - torch.sigmoid(beta * margin)
+
+
+def discopop(margin, beta, tau):
+    x, share = beta * margin, torch.sigmoid(beta * margin / tau)
+    return -logsigmoid(x) * (1 - share) + (-x).exp() * share
+
+
+def alpha_divergence(log_ratio, alpha):
+    ratio = log_ratio.exp()
+    return (ratio ** (alpha - 1) - 1) / (alpha - 1)
+
+
+def js_divergence(log_ratio):
+    ratio = log_ratio.exp()
+    return (2 * ratio / (1 + ratio)).log()
+
+
+def log_odds(mean_logp):
+    prob = mean_logp.exp()
+    return (prob / (1 - prob)).log()
+
+
+def nll(logp):
+    return -logp
+
+
+def dft(logp):
+    return -logp.exp().detach() * logp

@@ -9,7 +9,8 @@ from rlkernels.backends import BACKENDS, DEVICES, absent
 OBJECTIVES = objectives.OBJECTIVES
 BUILTIN = codegen.builtin()
 PRESENT = [name for name in DEVICES["cpu"] if absent(name) is None]
-PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "clip_range": 0.2, "beta": 0.5, "label_smoothing": 0.1}
+PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "clip_range": 0.2, "beta": 0.5, "label_smoothing": 0.1,
+          "tau": 0.05, "alpha": 0.5}
 
 
 def case(name, n=1000, dtype=torch.float32, seed=0):
@@ -18,8 +19,9 @@ def case(name, n=1000, dtype=torch.float32, seed=0):
     columns = {"logp": -3 * torch.rand(n, generator=draw, dtype=dtype)}
     for other in ("old_logp", "ref_logp"):
         columns[other] = columns["logp"] + 0.5 * torch.randn(n, generator=draw, dtype=dtype)
-    for other in ("advantage", "value", "returns", "margin"):
+    for other in ("advantage", "value", "returns", "margin", "log_ratio"):
         columns[other] = torch.randn(n, generator=draw, dtype=dtype)
+    columns["mean_logp"] = columns["logp"] - 0.01  # away from 0, where the log-odds of the oracle itself lose their digits
     columns["old_value"] = columns["value"] + 0.5 * torch.randn(n, generator=draw, dtype=dtype)
     entry = OBJECTIVES[name]
     return [columns[c].clone() for c in entry.columns], [PARAMS[p] for p in entry.params]
@@ -107,6 +109,36 @@ def test_F24_tails_keep_their_digits(backend):
     value, derivative = run(backend, "pairwise", [margin], [])
     torch.testing.assert_close(value, -torch.nn.functional.logsigmoid(margin.double()).float(), atol=0, rtol=2e-6)
     torch.testing.assert_close(derivative, -torch.sigmoid(-margin.double()).float(), atol=1e-30, rtol=2e-6)
+
+
+TAILS = [20.0, 88.0, 90.0, 200.0, 1e4, 1e6]
+
+
+@pytest.mark.parametrize("backend", PRESENT)
+@pytest.mark.parametrize("name", [n for n in BUILTIN if OBJECTIVES[n].columns[0] in ("margin", "log_ratio")])
+def test_F24_F25_both_tails_are_finite_and_those_of_the_oracle_where_it_is(name, backend):
+    column = torch.tensor([*TAILS, *(-x for x in TAILS), 0.0, 1e-8])
+    params = [PARAMS[p] for p in OBJECTIVES[name].params]
+    value, derivative = run(backend, name, [column], params)
+    assert value.isfinite().all() and derivative.isfinite().all()
+    want_value, want_derivative = expected(name, [column.double()], params)
+    sound = want_value.isfinite() & want_derivative.isfinite()  # ratios of 1e4 overflow float64, and DiscoPOP's formula is inf * 0 then
+    if name == "alpha_divergence":
+        sound &= 0.5 * column.abs() < 80  # capped beyond
+        assert (derivative[-0.5 * column > 80] == 0).all()
+    assert sound.sum() >= 8
+    torch.testing.assert_close(value[sound], want_value[sound].float(), atol=2e-7, rtol=4e-6)
+    torch.testing.assert_close(derivative[sound], want_derivative[sound].float(), atol=2e-7, rtol=4e-6)
+
+
+@pytest.mark.parametrize("backend", PRESENT)
+def test_F79_log_odds_keep_their_digits_up_to_a_certain_answer(backend):
+    logp = torch.tensor([-1e-30, -1e-8, -1e-4, -0.69, -0.7, -50.0, -1e4, 0.0])
+    value, derivative = run(backend, "log_odds", [logp], [])
+    exact = logp.double()
+    torch.testing.assert_close(value, (exact - (-exact.expm1()).log()).float(), atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(derivative[:-1], (-1 / exact.expm1()).float()[:-1], atol=0, rtol=1e-6)
+    assert derivative[-1] == 0  # at probability 1: documented
 
 
 @pytest.mark.parametrize("backend", PRESENT)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from rlkernels import _math
 
-COLUMNS = ("logp", "old_logp", "ref_logp", "advantage", "value", "old_value", "returns", "margin")
+COLUMNS = ("logp", "old_logp", "ref_logp", "advantage", "value", "old_value", "returns", "margin", "log_ratio", "mean_logp")
 """Argument names that are per-row tensors. Every other argument is one run-time float per launch."""
 
 ARITY = {name: len(inspect.signature(function).parameters) for name, function in _math.FUNCTIONS.items()}

@@ -1,0 +1,152 @@
+"""Losses of answers that were judged one by one, from their log-probabilities: KTO, APO-zero, BCO."""
+from typing import NamedTuple
+
+import torch
+
+from rlkernels import checks, ops
+from rlkernels.backends.eager import real_dtype
+from rlkernels.preferences import weighted_terms
+from rlkernels.terms import column
+
+LOSS_TYPES = ("kto", "apo_zero_unpaired", "bco", "kto_paired_batch")
+
+
+class UnpairedOptions(NamedTuple):
+    """The options of ``unpaired_preference_loss``, checked. ``baseline``: what is taken off a log-ratio (kto) or a reward (bco)."""
+
+    loss_type: str
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+    baseline: torch.Tensor | float
+
+    @property
+    def separable(self):
+        """Whether the loss of an answer depends on that answer alone: then a batch may be cut into parts."""
+        return self.loss_type != "kto_paired_batch"
+
+
+def unpaired_options(where, like, *, loss_type="kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0, kl=None, kl_logps=None,
+                     ref_kl_logps=None, delta=None):
+    """Checks the options; ``like``: a tensor of the dtype and device of the losses."""
+    checks.choice(where, "loss_type", loss_type, LOSS_TYPES)
+    checks.positive(where, "beta", beta)
+    for name, x in {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}.items():
+        checks.finite(where, name, x)
+        if x < 0:
+            raise ValueError(f"{where}: {name} must not be negative, got {x}; the labels say which way an answer moves")
+    takes = {"kto": ("kl", "kl_logps", "ref_kl_logps"), "bco": ("delta",)}.get(loss_type, ())
+    for name, x in {"kl": kl, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps, "delta": delta}.items():
+        if x is not None and name not in takes:
+            raise ValueError(f"{where}: loss_type {loss_type!r} takes no {name}; leave it out")
+    baseline = 0.0
+    if loss_type == "bco":
+        baseline = _number(where, "delta", delta, like)
+    elif loss_type == "kto" and kl_logps is None and ref_kl_logps is None:
+        baseline = _number(where, "kl", kl, like)
+    elif loss_type == "kto":
+        baseline = _kl(where, kl, kl_logps, ref_kl_logps, like)
+    return UnpairedOptions(loss_type, beta, desirable_weight, undesirable_weight, baseline)
+
+
+def _number(where, name, x, like):
+    """A float, or a tensor of one element: then nothing waits for a device."""
+    if x is None:
+        what = "kl, or kl_logps and ref_kl_logps" if name == "kl" else name
+        raise ValueError(f"{where}: {name} is missing; pass {what}")
+    if not isinstance(x, torch.Tensor):
+        checks.finite(where, name, x)
+        return x
+    column(where, name, x, like.new_empty(()), "logps")
+    return x.to(like.dtype)
+
+
+def _kl(where, kl, kl_logps, ref_kl_logps, like):
+    if kl is not None or kl_logps is None or ref_kl_logps is None:
+        raise ValueError(f"{where}: kl_logps and ref_kl_logps go together, instead of kl; pass both of them, or kl alone")
+    checks.floating(where, "kl_logps", kl_logps)
+    column(where, "ref_kl_logps", ref_kl_logps, kl_logps, "kl_logps")
+    checks.one_device(where, "logps", like, kl_logps=kl_logps)
+    drift = kl_logps.detach().to(like.dtype) - ref_kl_logps.to(like.dtype)
+    return (drift.sum() / max(drift.numel(), 1)).clamp(min=0.0)
+
+
+def sequence_losses(where, logps, ref_logps, desirable, options):
+    """The loss of each answer times the weight of its class, ``[N]``, differentiable in ``logps``, sums of log-probabilities ``[N]``."""
+    margin, objective, params = _margins(where, logps, ref_logps, desirable, options)
+    value = ops.elementwise(objective, margin, [], params, None, ops.serving("elementwise", margin))[1]
+    return value * _class_weights(desirable, options, value.dtype)
+
+
+def _class_weights(desirable, options, dtype):
+    return torch.where(desirable != 0, options.desirable_weight, options.undesirable_weight).to(dtype)
+
+
+def _margins(where, logps, ref_logps, desirable, options):
+    """One number per answer that the loss wants large, and the objective of it."""
+    checks.floating(where, "logps", logps)
+    column(where, "ref_logps", ref_logps, logps, "logps")
+    checks.tensor(where, "desirable", desirable)
+    checks.mask(where, desirable, logps.shape, "desirable")
+    checks.one_device(where, "logps", logps, desirable=desirable)
+    real, good = real_dtype(logps.dtype), desirable != 0
+    log_ratio = logps.to(real) - ref_logps.to(real)
+    if options.loss_type == "bco":
+        reward = options.beta * log_ratio - options.baseline
+        return torch.where(good, reward, -reward), "pairwise", ()
+    if options.loss_type == "kto_paired_batch":
+        means = [(torch.where(one, log_ratio, 0.0).sum() / one.sum().clamp(min=1)).clamp(min=0.0) for one in (good, ~good)]
+        return torch.where(good, log_ratio - means[1], means[0] - log_ratio), "kto", (options.beta,)
+    log_ratio = log_ratio - options.baseline
+    return torch.where(good, log_ratio, -log_ratio), "kto", (options.beta,)
+
+
+def unpaired_preference_loss(logps, ref_logps, desirable, *, loss_type="kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0,
+                             kl=None, kl_logps=None, ref_kl_logps=None, delta=None, return_metrics=False):
+    r"""Losses of answers that are desirable or not, without pairs: value and derivative in one launch.
+
+    The mean over all answers of ``w l``. With ``rho = logp - ref``, ``b = beta``, ``s`` the logistic function:
+
+    - ``"kto"`` desirable ``1 - s(b (rho - kl))``, undesirable ``1 - s(b (kl - rho))``;
+    - ``"apo_zero_unpaired"`` the same without ``kl``: ``1 - s(b rho)`` and ``s(b rho)``;
+    - ``"kto_paired_batch"`` the same, where ``kl`` of each class is the mean ``rho`` of the other one, at least 0, with its gradient;
+    - ``"bco"`` ``-log s(b rho - delta)`` and ``-log s(delta - b rho)``.
+
+    Args:
+        logps: sums of log-probabilities of the answers under the policy, ``[N]``; the only argument that gets a gradient.
+        ref_logps: the same under the reference.
+        desirable: which answers are, ``[N]``, bool or a number that is not 0. A batch of one class will do.
+        beta: strength of the tie to the reference, > 0.
+        desirable_weight, undesirable_weight: ``w`` of each class, at least 0.
+        kl: for ``"kto"``: how far the policy has drifted, at least 0, a number or a tensor of shape ``()`` (averaged over ranks, say).
+        kl_logps, ref_kl_logps: instead of ``kl``: ``[M]``, log-probabilities of answers to other prompts; ``kl`` is then the mean of their
+            difference, at least 0. None of them gives 0.
+        delta: for ``"bco"``: the running mean of all rewards, a number or a tensor of shape ``()``.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 log-probabilities). No answer gives 0. With ``return_metrics``, ``(loss, dict)`` with the mean implicit
+        reward ``beta rho`` of each class (0 where it has no answer), and ``kl`` with ``"kto"``.
+
+    Raises:
+        ValueError: an option out of range, unknown, or not looked at by the loss; shapes that differ; ``kl`` or ``delta`` missing.
+
+    Ethayarajh et al. 2024, arXiv:2402.01306 (KTO); D'Oosterlinck et al. 2024, arXiv:2408.06266 (APO); Jung et al. 2024,
+    arXiv:2404.04656 (BCO).
+    """
+    where = "unpaired_preference_loss"
+    checks.floating(where, "logps", logps)
+    checks.no_forward_ad(where, logps)
+    like = logps.detach().to(real_dtype(logps.dtype))
+    options = unpaired_options(where, like, loss_type=loss_type, beta=beta, desirable_weight=desirable_weight,
+                               undesirable_weight=undesirable_weight, kl=kl, kl_logps=kl_logps, ref_kl_logps=ref_kl_logps, delta=delta)
+    margin, objective, params = _margins(where, logps, ref_logps, desirable, options)
+    loss = weighted_terms([(1.0, objective, margin, params)], _class_weights(desirable, options, like.dtype), 1.0 / max(like.numel(), 1))
+    if not return_metrics:
+        return loss
+    with torch.no_grad():
+        rewards, good = beta * (like - ref_logps), desirable != 0
+        metrics = {f"reward_{name}": torch.where(one, rewards, 0.0).sum() / one.sum().clamp(min=1)
+                   for name, one in (("desirable", good), ("undesirable", ~good))}
+        if loss_type == "kto":
+            metrics["kl"] = torch.as_tensor(options.baseline, dtype=like.dtype, device=like.device)
+        return loss, metrics
