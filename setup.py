@@ -30,34 +30,52 @@ if CXX and not FOUND:
 
 # rows.cpp is compiled once per instruction set, into a namespace of that name; the module chooses among them when it is loaded.
 ISAS = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
-SOURCES = ["rows_f64", "token_stats", "backward", "fused_policy", "elementwise", "scan", "machine", "buffer", "bindings"]
+SOURCES = ["rows_f64", "token_stats", "backward", "fused_policy", "elementwise", "scan", "gemm", "machine", "buffer", "bindings"]
+# Younger than the others: a compiler may lack them (g++ before 10), and the matrix product is then absent.
+BF16 = f"{ISAS['avx512']} -mavx512bf16"
 # No contraction: a fused multiply-add is written where it is meant, or bits would depend on what the compiler inlined.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi"
 LINK = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
 
 
-def objects():
-    """``(object name, source, extra flags)`` of every edge."""
+def objects(bf16):
+    """``(object name, source, extra flags)`` of every edge; ``bf16``: whether the compiler has AVX512_BF16."""
     for name in SOURCES:
-        yield name, f"csrc/cpu/{name}.cpp", "-DRLK_X86" if X86 else ""
+        yield name, f"csrc/cpu/{name}.cpp", " ".join(["-DRLK_X86"] * X86 + ["-DRLK_BF16"] * bf16)
+    if bf16:
+        for name in ("gemm_tiles", "rounding"):
+            yield name, f"csrc/cpu/{name}.cpp", BF16
     for isa in ISAS if X86 else ["baseline"]:
         yield f"rows_{isa}", "csrc/cpu/rows.cpp", f"-DRLK_ISA={isa} {ISAS[isa]}"
 
 
-def openmp_flag():
-    """``-fopenmp`` where the compiler takes it: without it the kernels run on one thread."""
+def compiles(code, *flags):
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-        command = [*CXX, "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
-        return "-fopenmp" if subprocess.run(command, capture_output=True).returncode == 0 else "-Wno-unknown-pragmas"
+        source.write_text(code)
+        command = [*CXX, *flags, str(source), "-o", str(source.with_suffix(""))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def openmp_flag():
+    """``-fopenmp`` where the compiler takes it: without it the kernels run on one thread."""
+    code = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
+    return "-fopenmp" if compiles(code, "-fopenmp") else "-Wno-unknown-pragmas"
+
+
+def has_bf16():
+    """Whether the compiler has AVX512_BF16; whether the machine has it is asked at run time."""
+    code = ("#include <cpuid.h>\n#include <immintrin.h>\n"
+            "int main() { __m512i x{}; return int(_mm512_reduce_add_ps(_mm512_dpbf16_ps(__m512{}, (__m512bh)x, (__m512bh)x))); }\n")
+    return X86 and compiles(code, *BF16.split())
 
 
 def write_cpu(plan, out, cxx, include):
     openmp = openmp_flag()
     plan.rule("compile", f"{cxx} {FLAGS} {openmp} {include} $extra -MD -MF $out.d -c $in -o $out", deps="gcc", depfile="$out.d")
     plan.rule("link", f"{cxx} {LINK} {openmp} $in -o $out")
-    edges = [plan.build(f"{name}.o", "compile", str(ROOT / source), variables={"extra": extra})[0] for name, source, extra in objects()]
+    edges = [plan.build(f"{name}.o", "compile", str(ROOT / source), variables={"extra": extra})[0]
+             for name, source, extra in objects(has_bf16())]
     plan.build(str(out), "link", edges)
 
 
@@ -83,7 +101,7 @@ class NinjaBuild(build_ext):
 MODULES = []
 CUDA_WANTED = setup_cuda.wanted()  # asked in any case: a wish that cannot be met must not pass in silence
 if FOUND and HEADERS:
-    MODULES.append(Extension("rlkernels._cpu", sorted({source for _, source, _ in objects()})))
+    MODULES.append(Extension("rlkernels._cpu", sorted({source for _, source, _ in objects(X86)})))
     if CUDA_WANTED:
         MODULES.append(Extension("rlkernels._cuda", sorted({source for _, source, _ in setup_cuda.kernels()} | {"csrc/cuda/bindings.cpp"})))
 setup(ext_modules=MODULES, cmdclass={"build_ext": NinjaBuild})

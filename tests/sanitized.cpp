@@ -5,10 +5,19 @@
 #include <vector>
 
 #include "cpu/batch.h"
+#include "cpu/gemm.h"
 
 using namespace rlk;
 
 RowKernels rlk::row_kernels(Dtype dtype) { return dtype == Dtype::f64 ? row_kernels_f64() : RLK_ISA::row_kernels(dtype); }
+
+GemmKernels rlk::gemm_kernels() {
+#if defined(RLK_BF16)
+  return avx512_bf16::gemm_kernels();
+#else
+  return {};
+#endif
+}
 
 namespace {
 
@@ -78,6 +87,49 @@ void lists(int64_t n) {
   gae<Real>(x.get(), x.get(), mask.get(), nullptr, 1, n, 0.9, 0.9, Masked::zero, value.get(), derivative.get(), 2);
 }
 
+// A matrix of ones: row-major, column-major, or with every other element of it left out.
+struct Ones {
+  std::unique_ptr<unsigned char[]> block;
+  Operand operand;
+  Ones(int64_t rows, int64_t columns, int layout, bool wide) {
+    const int64_t row = layout == 0 ? columns : layout == 1 ? 1 : 2 * columns, column = layout == 0 ? 1 : layout == 1 ? rows : 2;
+    const int64_t count = (rows - 1) * row + (columns - 1) * column + 1;
+    block = filled<unsigned char>(count * (wide ? 4 : 2), 0);
+    for (int64_t i = wide ? 2 : 0; i < count * (wide ? 4 : 2); i += wide ? 4 : 2) block[i] = 0x80, block[i + 1] = 0x3f;
+    operand = {address(block), row, column, wide};
+  }
+};
+
+// out = a b + a b of ones, in rows that lie 3 elements apart: true where every element is 2 k and nothing between the rows has changed.
+bool product(int64_t m, int64_t n, int64_t k, int layout, bool wide) {
+  const Ones a(m, k, layout, wide), b(k, n, (layout + m) % 3, false);
+  const auto out = filled<float>(m * (n + 3) - 3, 0.5f);
+  for (const bool accumulate : {false, true}) gemm({m, n, k, a.operand, b.operand, out.get(), n + 3, accumulate, 2});
+  bool right = true;
+  for (int64_t i = 0; i < m * (n + 3) - 3; ++i) right &= out[i] == (i % (n + 3) < n ? float(2 * k) : 0.5f);
+  return right;
+}
+
+#if defined(RLK_BF16)
+// Rows of one large element each, the last one of many: what rounding took from them comes back into both gradients.
+bool repaired(int64_t rows, int64_t columns, int64_t width) {
+  const auto d = filled<float>(rows * columns, 0.0f), dhidden = filled<float>(rows * width, 0.0f), dweight = filled<float>(columns * width, 0.0f);
+  for (int64_t t = 0; t < rows; ++t) d[t * columns + t % columns] = 1.001f;
+  for (int64_t v = 0; v < columns; ++v) d[(rows - 1) * columns + v] = 1.001f;
+  const auto one = filled<uint16_t>((rows + columns) * width, 0x3f80);
+  const auto kept = filled<Kept>(rows, Kept{});
+  avx512_bf16::add_rounding({rows, columns, width, d.get(), columns, one.get(), width, one.get(), width, dhidden.get(), width, dweight.get(), width, 2},
+                            kept.get());
+  const float lost = 1.001f - 1.0f;
+  float first = 0;  // what column 0 got: from every row that has its element there, and from the last
+  for (int64_t t = 0; t < rows; ++t)
+    if (t % columns == 0 || t == rows - 1) first += lost;
+  bool right = dweight[0] == first && dweight[width - 1] == first;
+  for (int64_t i = 0; i < (rows - 1) * width; ++i) right &= dhidden[i] == lost;
+  return right;
+}
+#endif
+
 }  // namespace
 
 int main() {
@@ -87,5 +139,16 @@ int main() {
       rows<double>(Dtype::f64, vocab, options & 1, options & 2);
     }
   for (const int64_t n : {0, 1, 4097, 9000}) lists<float>(n), lists<double>(n);
+  constexpr int64_t kSizes[][3] = {{1, 1, 1},    {1, 50, 31},   {9, 1, 33},     {17, 47, 2},
+                                   {7, 49, 129}, {70, 33, 515}, {515, 100, 70}, {33, 1000, 40}};
+  for (const auto& size : kSizes)
+    for (const int layout : {0, 1, 2})
+      for (const bool wide : {false, true})
+        if (gemm_available() && !product(size[0], size[1], size[2], layout, wide)) return 1;
+#if defined(RLK_BF16)
+  for (const int64_t columns : {1, 63, 64, 1000})
+    for (const int64_t width : {1, 17, 64})
+      if (!repaired(5, columns, width)) return 1;
+#endif
   std::puts("clean");
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlkernels.backends import cpu
+from rlkernels.backends import cpu, cpu_gemm
 
 ROOT = Path(__file__).resolve().parents[1]
 CXX = shutil.which("c++") or shutil.which("g++")
@@ -54,7 +54,7 @@ def test_the_module_knows_nothing_of_torch():
 @needs_sources
 @needs_compiler
 def test_the_headers_compile_without_a_warning(tmp_path):
-    for header in ("objectives.h", "dispatch.h", "scalar.h", "cpu/batch.h"):
+    for header in ("objectives.h", "dispatch.h", "scalar.h", "cpu/batch.h", "cpu/gemm.h"):
         unit = tmp_path / "unit.cpp"
         unit.write_text(f'#include "{header}"\nint main() {{}}\n')
         run([CXX, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", unit])
@@ -120,11 +120,14 @@ def test_the_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
     isa = cpu.isa()
     flags = ["-std=c++17", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off", "-Wno-psabi", "-fopenmp",
              f"-I{ROOT / 'csrc'}", f"-DRLK_ISA={isa}", *ISA_FLAGS[isa]]
+    names = ["rows", "rows_f64", "token_stats", "backward", "fused_policy", "elementwise", "scan", "gemm"]
+    if cpu_gemm.available():
+        flags += ["-DRLK_BF16", "-mavx512bf16"]
+        names += ["gemm_tiles", "rounding"]
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() {}\n")
     if run([CXX, *flags, probe, "-o", tmp_path / "probe"], check=False).returncode != 0:
         pytest.skip("this compiler has no sanitizers")
-    names = ("rows", "rows_f64", "token_stats", "backward", "fused_policy", "elementwise", "scan")
     sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in names] + [ROOT / "tests" / "sanitized.cpp"]
     objects = [tmp_path / f"{path.stem}.o" for path in sources]
     with ThreadPoolExecutor(2) as pool:

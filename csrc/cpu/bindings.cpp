@@ -9,6 +9,7 @@
 
 #include "batch.h"
 #include "buffer.h"
+#include "gemm.h"
 
 namespace py = pybind11;
 using namespace rlk;
@@ -71,6 +72,26 @@ void scan(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t bounds,
             reals<Real>(returns), threads);
 }
 
+using Matrix = std::array<int64_t, 4>;  // address, row stride, column stride, whether it is fp32
+
+void product(const std::array<int64_t, 3>& sizes, const Matrix& a, const Matrix& b, uintptr_t out, int64_t out_row, bool accumulate,
+             int threads) {
+  py::gil_scoped_release release;
+  const auto operand = [](const Matrix& x) { return Operand{uintptr_t(x[0]), x[1], x[2], x[3] != 0}; };
+  gemm({sizes[0], sizes[1], sizes[2], operand(a), operand(b), reals<float>(out), out_row, accumulate, threads});
+}
+
+using Rows = std::array<int64_t, 2>;  // address, row stride
+
+void give_back(const std::array<int64_t, 3>& sizes, const Rows& dlogits, const Rows& weight, const Rows& hidden, const Rows& dhidden,
+               const Rows& dweight, int threads) {
+  py::gil_scoped_release release;
+  const auto wide = [](const Rows& x) { return reals<float>(uintptr_t(x[0])); };
+  const auto narrow = [](const Rows& x) { return reinterpret_cast<const uint16_t*>(x[0]); };
+  add_rounding({sizes[0], sizes[1], sizes[2], wide(dlogits), dlogits[1], narrow(weight), weight[1], narrow(hidden), hidden[1], wide(dhidden),
+                dhidden[1], wide(dweight), dweight[1], threads});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -91,6 +112,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("elementwise_f64", &apply<double>);
   m.def("gae_f32", &scan<float>);
   m.def("gae_f64", &scan<double>);
+  m.def("gemm_available", &gemm_available);
+  m.def("gemm", &product);
+  m.def("add_rounding", &give_back);
   py::dict objectives;  // name -> (columns, params)
 #define RLK_ENTRY(name, columns, params) objectives[#name] = py::make_tuple(columns, params);
   RLK_OBJECTIVES(RLK_ENTRY)

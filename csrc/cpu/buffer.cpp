@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -17,7 +18,13 @@ struct Kept {
   void* data = nullptr;
   int64_t capacity = 0;
 };
-Kept kept;
+constexpr size_t kSlots = 3;  // a step of a head frees its logits, the sum of its weight's gradient and, rounded, that gradient
+// The oldest first. Never destroyed: a tensor may outlive this module's statics.
+std::vector<Kept>& kept = *[] {
+  auto* blocks = new std::vector<Kept>;
+  blocks->reserve(kSlots);  // a destructor adds to it, and may not throw
+  return blocks;
+}();
 std::mutex guard;
 
 #if defined(__linux__)
@@ -58,11 +65,14 @@ void lend(const Kept&) {}
 Buffer::Buffer(int64_t size) : data_(nullptr), size_(size), capacity_((size + kHugePage - 1) / kHugePage * kHugePage) {
   {
     const std::lock_guard<std::mutex> lock(guard);
-    // A block twice as large as needed is not tied up: it would hold memory that nobody asked for.
-    if (kept.capacity >= capacity_ && kept.capacity / 2 <= capacity_) {
-      data_ = kept.data;
-      capacity_ = kept.capacity;
-      kept = {};
+    // The smallest that is large enough. One more than twice as large is not tied up: it would hold memory that nobody asked for.
+    auto best = kept.end();
+    for (auto it = kept.begin(); it != kept.end(); ++it)
+      if (it->capacity >= capacity_ && it->capacity / 2 <= capacity_ && (best == kept.end() || it->capacity < best->capacity)) best = it;
+    if (best != kept.end()) {
+      data_ = best->data;
+      capacity_ = best->capacity;
+      kept.erase(best);
     }
   }
   if (!data_) data_ = map(capacity_);
@@ -72,19 +82,24 @@ Buffer::~Buffer() {
   const Kept mine{data_, capacity_};
   lend(mine);
   const std::lock_guard<std::mutex> lock(guard);
-  unmap(kept);
-  kept = mine;
+  if (kept.size() == kSlots) {
+    unmap(kept.front());
+    kept.erase(kept.begin());
+  }
+  kept.push_back(mine);
 }
 
 int64_t kept_bytes() {
   const std::lock_guard<std::mutex> lock(guard);
-  return kept.capacity;
+  int64_t bytes = 0;
+  for (const Kept& block : kept) bytes += block.capacity;
+  return bytes;
 }
 
 void release() {
   const std::lock_guard<std::mutex> lock(guard);
-  unmap(kept);
-  kept = {};
+  for (const Kept& block : kept) unmap(block);
+  kept.clear();
 }
 
 }  // namespace rlk

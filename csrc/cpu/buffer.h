@@ -1,4 +1,4 @@
-// Memory for a large gradient. A freed one is kept for the next step: the kernel clears every page that a process touches for the
+// Memory for a large gradient. A few freed ones are kept for the next step: the kernel clears every page that a process touches for the
 // first time, and clearing 262 MB takes as long as computing the gradient that goes there.
 #pragma once
 #include <cstdint>
@@ -19,7 +19,7 @@ class Buffer {
   int64_t size_, capacity_;
 };
 
-int64_t kept_bytes();  // of the one buffer that is kept
+int64_t kept_bytes();  // of what is kept
 void release();        // gives it back
 
 }  // namespace rlk

@@ -1,7 +1,13 @@
 // The instruction set: chosen once, when the module is loaded.
 #include <cstdlib>
+#include <vector>
 
 #include "batch.h"
+#include "gemm.h"
+
+#if defined(RLK_BF16)
+#include <cpuid.h>
+#endif
 
 namespace rlk {
 namespace {
@@ -34,6 +40,19 @@ Isa choose() {
 
 const Isa kIsa = choose();
 
+// Asked of the processor itself: not every compiler that has the instructions knows their name in __builtin_cpu_supports. That the system
+// saves the registers is part of what "avx512f" means.
+bool has_bf16() {
+#if defined(RLK_BF16)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return kIsa == kAvx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+#else
+  return false;
+#endif
+}
+
+const bool kBf16 = has_bf16();
+
 }  // namespace
 
 const char* isa() { return kNames[kIsa]; }
@@ -47,6 +66,22 @@ RowKernels row_kernels(Dtype dtype) {
   if (kIsa == kAvx2) return avx2::row_kernels(dtype);
 #endif
   return baseline::row_kernels(dtype);
+}
+
+void add_rounding(const Rounding& job) {
+#if defined(RLK_BF16)
+  std::vector<Kept> kept(size_t(job.rows));
+  if (kBf16) avx512_bf16::add_rounding(job, kept.data());
+#else
+  (void)job;
+#endif
+}
+
+GemmKernels gemm_kernels() {
+#if defined(RLK_BF16)
+  if (kBf16) return avx512_bf16::gemm_kernels();
+#endif
+  return {};
 }
 
 }  // namespace rlk

@@ -1,5 +1,6 @@
 """Native CPU kernels: addresses, sizes and strides across, nothing else. Python owns shapes, dtypes and allocation."""
 import importlib.util
+import math
 import sys
 
 import torch
@@ -33,7 +34,7 @@ def isa():
 
 
 def kept_bytes():
-    """Bytes of the one freed gradient that is kept for the next; the kernel may take them back at any time."""
+    """Bytes of freed gradients (three at most) that are kept for the next ones; the kernel may take them back at any time."""
     return _cpu.kept_bytes()
 
 
@@ -53,7 +54,9 @@ def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logi
 
 
 def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ignore_index, vocab_mask, ref_logits, shift, sum_exp, entropy,
-                         ref_shift, ref_sum_exp, kl, out):
+                         ref_shift, ref_sum_exp, kl, out, unless=None):
+    if unless is not None and unless.item() == 1.0:
+        return out
     vocab_mask = _unit_stride(vocab_mask)
     batch = _batch(logits, targets, temperature, ignore_index, vocab_mask, ref_logits)
     gradient = _fresh_gradient(logits, targets) if out is None else out
@@ -78,7 +81,7 @@ def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_ma
     loss = _cpu.fused_policy(
         batch, objective, [x.data_ptr() for x in columns], params, weight.data_ptr(), _address(entropy_weight), kl, *kl_inputs,
         [x.data_ptr() for x in outputs], _place(gradient) if with_grad else NOWHERE)
-    return like.new_tensor(loss), gradient, *outputs
+    return like.new_full((), loss), gradient, *outputs
 
 
 def elementwise(objective, columns, params, weight):
@@ -91,7 +94,7 @@ def elementwise(objective, columns, params, weight):
     value, derivative = torch.empty_like(first), torch.empty_like(first)
     loss = kernel(objective, [x.data_ptr() for x in columns], params, _address(weight), value.data_ptr(), derivative.data_ptr(), first.numel(),
                   torch.get_num_threads())
-    return first.new_tensor(loss), value, derivative
+    return first.new_full((), loss), value, derivative
 
 
 def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
@@ -133,12 +136,15 @@ def _place(rows):
 
 
 def _fresh_gradient(logits, targets):
-    shape = targets.shape[0], logits.shape[-1]
-    size = shape[0] * shape[1] * logits.element_size()
-    if size < LARGE:
-        return logits.new_empty(shape)
-    # The tensor owns the buffer: when its storage is freed the memory goes to the next gradient, without page faults.
-    return torch.frombuffer(_cpu.Buffer(size), dtype=logits.dtype).view(shape)
+    return fresh((targets.shape[0], logits.shape[-1]), logits.dtype)
+
+
+def fresh(shape, dtype):
+    """An uninitialised tensor. The memory of a large one goes to the next when it is freed: page faults would cost as much as the work."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE or _cpu is None:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(_cpu.Buffer(size), dtype=dtype).view(shape)  # the tensor owns the buffer
 
 
 def _like(logits):
