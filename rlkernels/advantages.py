@@ -2,6 +2,7 @@
 import torch
 
 from rlkernels import checks, checks_tokens, ops
+from rlkernels.rows import dense
 from rlkernels.segments import real_dtype, segment_ids
 
 MASKED = ("skip", "zero", "none")
@@ -42,7 +43,7 @@ def gae(rewards, values, mask=None, *, gamma=1.0, lam=0.95, masked="skip", cu_se
     checks.one_device(where, "rewards", rewards, values=values, bootstrap_values=bootstrap_values)
     live = _live(where, rewards, mask, gamma, masked, cu_seqlens)
     real = real_dtype(rewards, values)
-    rewards, values = rewards.detach().to(real), values.detach().to(real)
+    rewards, values = dense(rewards.detach(), real), dense(values.detach(), real)
     if bootstrap_values is not None:
         checks.floating(where, "bootstrap_values", bootstrap_values)
         checks.shape(where, "bootstrap_values", bootstrap_values, rewards.shape[:1] if cu_seqlens is None else (cu_seqlens.shape[0] - 1,))
@@ -97,7 +98,7 @@ def _live(where, rewards, mask, gamma, masked, cu_seqlens):
 def _scan(rewards, values, live, cu_seqlens, gamma, lam, masked):
     live = None if live is None else live.contiguous()
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.long().contiguous()
-    return ops.gae(rewards.contiguous(), values.contiguous(), live, cu_seqlens, ops.number(gamma), ops.number(lam), masked,
+    return ops.gae(rewards.contiguous(), values.contiguous(), live, cu_seqlens, float(gamma), float(lam), masked,
                    ops.serving("gae", rewards))
 
 

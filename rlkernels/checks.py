@@ -190,3 +190,11 @@ def params(where, objective, entry, given, defaults):
         if name in values and name in entry.params:
             positive(where, name, values[name])
     return [values[name] for name in entry.params]
+
+
+def positive_integer(where, name, x):
+    """None will do."""
+    if x is not None and (not isinstance(x, (int, torch.SymInt)) or isinstance(x, bool)):
+        raise TypeError(f"{where}: {name} must be a positive int or None, got {type(x).__name__}")
+    if x is not None and x < 1:
+        raise ValueError(f"{where}: {name} must be a positive int or None, got {x}")

@@ -47,7 +47,7 @@ def token_logprobs(logits, targets, *, temperature=1.0, ignore_index=-100, vocab
     row = rows("token_logprobs", logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
     logp, *_ = ops.token_stats(row.logits, row.targets, row.temperature, row.ignore_index, row.vocab_mask, None, 0, inplace_backward,
                                ops.serving("token_stats", logits))
-    return logp.view(row.shape)
+    return shaped(logp, row.shape)
 
 
 def token_stats(logits, targets, *, temperature=1.0, ignore_index=-100, vocab_mask=None, ref_logits=None, kl=None, outputs=("entropy",),
@@ -88,6 +88,11 @@ def token_stats(logits, targets, *, temperature=1.0, ignore_index=-100, vocab_ma
     return collect(found, row, outputs, ref_logits is not None, kl)
 
 
+def shaped(x, shape):
+    """``x`` in the caller's shape; ``x`` itself where it has that, since a view costs as much as an operation."""
+    return x if x.shape == shape else x.view(shape)
+
+
 def collect(found, row, outputs, has_reference, kl):
     """The op's tuple as TokenStats of the caller's shape."""
     logp, shift, sum_exp, entropy, log_sum_sq, mean_logits, is_top1, ref_logp, _, _, exact = found
@@ -100,6 +105,6 @@ def collect(found, row, outputs, has_reference, kl):
     if kl == "exact":
         stats["kl"] = exact.view(row.shape)
     elif kl is not None:
-        _, value, _ = ops.elementwise(kl, logp, [ref_logp], ops.numbers(()), None, ops.serving("elementwise", logp))
+        _, value, _ = ops.elementwise(kl, logp, [ref_logp], (), None, ops.serving("elementwise", logp))
         stats["kl"] = value.view(row.shape)
     return TokenStats(logp.view(row.shape), logsumexp.view(row.shape), **stats)

@@ -3,6 +3,7 @@ import torch
 
 from rlkernels import checks, ops
 from rlkernels.backends.eager import real_dtype
+from rlkernels.rows import dense
 from rlkernels.segments import last_live_index
 
 
@@ -33,21 +34,21 @@ def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
         checks.shape(where, "margin", margin, chosen.shape)
         checks.one_device(where, "chosen", chosen, margin=margin)
     checks.no_forward_ad(where, chosen, rejected, margin)
-    real = real_dtype(torch.promote_types(chosen.dtype, rejected.dtype))
-    chosen, rejected = chosen.to(real), rejected.to(real)
+    real = torch.float64 if torch.float64 in (chosen.dtype, rejected.dtype) else torch.float32
+    chosen, rejected = dense(chosen, real), dense(rejected, real)
     gap = chosen - rejected if margin is None else chosen - rejected - margin.to(real)
-    loss, centring = mean_objective("pairwise", gap, ()), None
-    if center_coef != 0:
-        total = chosen + rejected
-        centring = center_coef * (total * total).sum() / max(total.numel(), 1)
-    return loss if centring is None else loss + centring
+    loss = mean_objective("pairwise", gap, ())
+    if center_coef == 0:
+        return loss
+    total = chosen + rejected
+    return loss + center_coef * (total * total).sum() / max(total.numel(), 1)
 
 
 def mean_objective(objective, first, params):
     """Mean over all elements of an objective of one column; 0, still attached to the graph, where there is none."""
-    first = first.reshape(-1).contiguous()
+    first = first.contiguous()
     weight = torch.full_like(first, 1.0 / max(first.numel(), 1), requires_grad=False)
-    loss, _, _ = ops.elementwise(objective, first, [], ops.numbers(params), weight, ops.serving("elementwise", first))
+    loss, _, _ = ops.elementwise(objective, first, [], params, weight, ops.serving("elementwise", first))
     return loss
 
 

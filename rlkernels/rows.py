@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlkernels import checks, ops
+from rlkernels import checks
 from rlkernels.backends.eager import real_dtype
 
 
@@ -12,7 +12,7 @@ class Rows(NamedTuple):
 
     logits: torch.Tensor
     targets: torch.Tensor
-    temperature: torch.Tensor
+    temperature: float | torch.Tensor
     ignore_index: int
     vocab_mask: torch.Tensor | None
     shape: torch.Size
@@ -23,7 +23,15 @@ class Rows(NamedTuple):
 
     def flat(self, x):
         """A per-row tensor as a contiguous ``[T]`` of the arithmetic's dtype; None stays None."""
-        return None if x is None else x.detach().reshape(-1).to(self.real).contiguous()
+        if x is None:
+            return None
+        x = dense(x.detach() if x.requires_grad else x, self.real)
+        return x if x.dim() == 1 else x.view(-1)
+
+
+def dense(x, dtype):
+    """Contiguous, in ``dtype``; ``x`` itself where it is that already: a conversion that does nothing costs 1 us, and its node in the backward more."""
+    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
 def matrix(logits):
@@ -48,7 +56,7 @@ def rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_
     if inplace_backward:
         checks.inplace(where, logits)
     per_row = isinstance(temperature, torch.Tensor)
-    temperature = temperature.reshape(-1).to(real_dtype(logits.dtype)).contiguous() if per_row else ops.number(temperature)
+    temperature = dense(temperature, real_dtype(logits.dtype)).view(-1) if per_row else float(temperature)
     if vocab_mask is not None and vocab_mask.dim() > 1:
         vocab_mask = vocab_mask.reshape(-1, vocab_mask.shape[-1])
-    return Rows(matrix(logits), targets.reshape(-1), temperature, ignore_index, vocab_mask, shape)
+    return Rows(matrix(logits), targets if targets.dim() == 1 else targets.reshape(-1), temperature, ignore_index, vocab_mask, shape)

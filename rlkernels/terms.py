@@ -5,7 +5,7 @@ from rlkernels import checks
 from rlkernels.backends.eager import real_dtype
 from rlkernels.objectives import OBJECTIVES
 from rlkernels.segments import segment_ids
-from rlkernels.weights import weights_for
+from rlkernels.weights import token_mean, weights_for
 
 DEFAULTS = {
     "ppo_clip": {"clip_low": 0.2, "clip_high": 0.2},
@@ -18,17 +18,23 @@ RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 
 def resolve(where, objective, params):
     """The registered objective and the values of its parameters, in order."""
-    policies = [name for name, entry in OBJECTIVES.items() if entry.columns[0] == "logp" and "ref_logp" not in entry.columns]
-    checks.choice(where, "objective", objective, policies)
-    entry = OBJECTIVES[objective]
+    entry = OBJECTIVES.get(objective)
+    if entry is None or not _is_policy(entry):
+        checks.choice(where, "objective", objective, [name for name, entry in OBJECTIVES.items() if _is_policy(entry)])
     return entry, checks.params(where, objective, entry, params, DEFAULTS)
+
+
+def _is_policy(entry):
+    return entry.columns[0] == "logp" and "ref_logp" not in entry.columns
 
 
 def live_tokens(where, like, mask):
     """The mask as bool, shaped like ``like``."""
     checks.mask(where, mask, like.shape)
     checks.one_device(where, "logprobs", like, mask=mask)
-    return torch.ones_like(like, dtype=torch.bool, requires_grad=False) if mask is None else mask != 0
+    if mask is None:
+        return torch.ones_like(like, dtype=torch.bool, requires_grad=False)
+    return mask if mask.dtype == torch.bool else mask != 0
 
 
 def state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level):
@@ -72,8 +78,8 @@ def one_loss_per_sequence(where, aggregation, weights, normalizers):
                          f"normalizers and no aggregation but 'seq-mean'; got {aggregation!r}")
 
 
-def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers):
-    """The aggregation's weights and those of the entropy bonus; 0 on dead tokens."""
+def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers, bonus=True):
+    """The aggregation's weights and, with ``bonus``, those of the entropy bonus; 0 on dead tokens."""
     checks.one_device(where, "logprobs", like, weights=weights, cu_seqlens=cu_seqlens)
     real = real_dtype(like.dtype)
     if weights is not None:
@@ -82,11 +88,13 @@ def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizer
         column(where, "weights", weights, like)
         weights = torch.where(live, weights.to(real), 0.0)
         return weights, weights
-    normalizers = normalizers or {}
-    weights = weights_for(where, live, aggregation, cu_seqlens=cu_seqlens, dtype=real, **normalizers)
-    if aggregation == "token-mean":
+    if aggregation == "token-mean" and not normalizers and cu_seqlens is None:
+        weights = token_mean(where, live, real)
         return weights, weights
-    return weights, weights_for(where, live, "token-mean", cu_seqlens=cu_seqlens, dtype=real)
+    weights = weights_for(where, live, aggregation, cu_seqlens=cu_seqlens, dtype=real, **(normalizers or {}))
+    if aggregation == "token-mean" or not bonus:
+        return weights, weights
+    return weights, token_mean(where, live, real)
 
 
 def check_terms(where, like, ref_logprobs, kl, kl_coef, entropy, entropy_coef):

@@ -1,0 +1,42 @@
+"""Shapes and dtypes of what each op returns, for callers that hold no data."""
+import torch
+
+from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS, real_dtype
+
+
+def token_stats_fake(logits, targets, temperature, ignore_index, vocab_mask, ref_logits, wanted, inplace, backend):
+    real = real_dtype(logits.dtype)
+
+    def row(present=True, dtype=real):
+        return logits.new_empty(targets.shape if present else (0,), dtype=dtype)
+
+    ref = ref_logits is not None
+    return (row(), row(), row(), row(wanted & ENTROPY), row(wanted & LOG_SUM_SQ), row(wanted & MEAN_LOGITS),
+            row(wanted & IS_TOP1, torch.bool), row(ref), row(ref), row(ref), row(wanted & KL))
+
+
+def gradient_fake(dlogp, dentropy, dkl, logits, *rest):
+    return logits.new_empty(logits.shape)
+
+
+def nothing_fake(*arguments):
+    """Of an op that writes into an argument."""
+
+
+def fused_policy_fake(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp,
+                      kl_weight, with_grad, inplace, backend):
+    real = real_dtype(logits.dtype)
+    dlogits = logits.new_empty((targets.shape[0], logits.shape[-1]) if with_grad else (0, 0))
+    return logits.new_empty((), dtype=real), dlogits, *(logits.new_empty(targets.shape, dtype=real) for _ in range(5))
+
+
+def elementwise_fake(objective, first, *rest):
+    return first.new_empty(()), torch.empty_like(first), torch.empty_like(first)
+
+
+def elementwise_backward_fake(dloss, dvalue, first, *rest):
+    return torch.empty_like(first)
+
+
+def gae_fake(rewards, *rest):
+    return torch.empty_like(rewards), torch.empty_like(rewards)

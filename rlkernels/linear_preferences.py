@@ -1,0 +1,185 @@
+"""Preference losses from hidden states and the lm_head: whole answers per chunk, the gradient made in the forward."""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from rlkernels import checks, checks_tokens, ops, sweep
+from rlkernels.head import Head, head
+from rlkernels.linear import linear_token_logprobs
+from rlkernels.preferences import dpo_loss, pair_losses, preference_options
+from rlkernels.segments import segment_ids, sequence_sums
+from rlkernels.terms import live_tokens
+from rlkernels.unpaired import sequence_losses, unpaired_options, unpaired_preference_loss
+
+HEAD = ("bias", "temperature", "softcap", "logit_scale", "ignore_index", "logits_dtype", "chunk_tokens", "logits_budget", "max_live_tokens", "valid_vocab",
+        "process_group", "vocab_start")
+
+
+def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None, ref_rejected_logps=None, cu_seqlens=None, return_metrics=False,
+                    **options):
+    r"""``dpo_loss``, of any of its types, from hidden states and the lm_head, without ``[T, V]`` logits: three products.
+
+    The summed log-probabilities of each answer's live tokens go into ``dpo_loss``. Chunks hold whole pairs; a pair that outgrows a chunk is
+    multiplied once more, and so is everything under ``torch.compile`` and with ``"aot"``, ``"aot_unpaired"``, which sort the batch.
+
+    Args:
+        hidden: ``[2B, L, H]``, the ``B`` chosen answers first, then the rejected ones in the same order; or packed ``[T, H]`` with ``cu_seqlens``
+            ``[2B + 1]``. weight: ``[V, H]``. Both, and ``bias``, get gradients where they require them.
+        targets: ``[2B, L]`` or ``[T]``, shifted already. mask: the tokens of the answers; the others enter no product.
+        ref_chosen_logps, ref_rejected_logps: sums under the reference, ``[B]``, as for ``dpo_loss``.
+        options: the keywords of ``linear_token_logprobs`` but ``max_live_tokens``, and those of ``dpo_loss``; lengths are those of the live tokens
+            unless given.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)`` as ``dpo_loss``.
+
+    Raises:
+        TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``dpo_loss``; an odd number of answers.
+
+    Rafailov et al. 2023, arXiv:2305.18290; the others: see ``dpo_loss``.
+    """
+    where = "linear_dpo_loss"
+    answers, options = _answers(where, hidden, weight, targets, mask, cu_seqlens, options, preference_options)
+    if answers.count % 2:
+        raise ValueError(f"{where}: hidden holds {answers.count} answers; they come in pairs: the chosen ones first, then the rejected ones")
+    pairs, lengths = answers.count // 2, answers.lengths()
+    options = {"chosen_lengths": lengths[:pairs], "rejected_lengths": lengths[pairs:], **options}
+    references = ref_chosen_logps, ref_rejected_logps
+    checked = preference_options(where, torch.empty(pairs, dtype=answers.head.real, device=hidden.device), **options)
+
+    def whole(logps):
+        return dpo_loss(logps[:pairs], logps[pairs:], *references, return_metrics=return_metrics, **options)
+
+    if torch.compiler.is_compiling() or not checked.separable:
+        return whole(answers.sums(answers.again()))
+
+    def score(sums, first, last):
+        part = (None if x is None else x[first:last] for x in references)
+        return pair_losses(where, sums[0::2], sums[1::2], *part, checked.part(first, last)).sum() / max(pairs, 1)
+
+    references = _references(where, references, pairs)
+    if checked.pair_weights is not None:
+        checked = checked._replace(pair_weights=checked.pair_weights.clone())
+        answers = answers.only(checked.pair_weights[answers.answer % max(pairs, 1)] != 0)
+    place = answers.answer % max(pairs, 1) * 2 + answers.answer // max(pairs, 1)  # the pair's chosen answer, then its rejected one
+    loss, logp = answers.scored(place, 2, score)
+    return (loss, whole(answers.sums(logp))[1]) if return_metrics else loss
+
+
+def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirable, mask=None, *, cu_seqlens=None, return_metrics=False, **options):
+    r"""``unpaired_preference_loss`` (KTO, APO-zero, BCO) from hidden states and the lm_head, without ``[T, V]`` logits: three products.
+
+    Args:
+        hidden: ``[N, L, H]``, or packed ``[T, H]`` with ``cu_seqlens`` ``[N + 1]``; weight: ``[V, H]``; targets: ``[N, L]`` or ``[T]``, shifted
+            already; mask: the tokens of the answers.
+        ref_logps, desirable: ``[N]``, as for ``unpaired_preference_loss``.
+        options: the keywords of ``linear_token_logprobs`` but ``max_live_tokens``, and those of ``unpaired_preference_loss``. ``"kto_paired_batch"``
+            looks at the whole batch: four products.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``.
+
+    Raises:
+        TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``unpaired_preference_loss``.
+
+    Ethayarajh et al. 2024, arXiv:2402.01306 (KTO); the others: see ``unpaired_preference_loss``.
+    """
+    where = "linear_unpaired_preference_loss"
+    answers, options = _answers(where, hidden, weight, targets, mask, cu_seqlens, options, unpaired_options)
+    count = answers.count
+    checked = unpaired_options(where, torch.empty(count, dtype=answers.head.real, device=hidden.device), **options)
+    checks.floating(where, "ref_logps", ref_logps)
+    checks.shape(where, "ref_logps", ref_logps, (count,))
+    checks.tensor(where, "desirable", desirable)
+    checks.mask(where, desirable, (count,), "desirable")
+    checks.one_device(where, "hidden", hidden, ref_logps=ref_logps, desirable=desirable)
+
+    def whole(logps):
+        return unpaired_preference_loss(logps, ref_logps, desirable, return_metrics=return_metrics, **options)
+
+    if torch.compiler.is_compiling() or not checked.separable:
+        return whole(answers.sums(answers.again()))
+
+    weighs = torch.where(desirable != 0, checked.desirable_weight, checked.undesirable_weight) != 0
+    refs, good = torch.where(weighs, ref_logps, 0.0), desirable != 0
+    if isinstance(checked.baseline, torch.Tensor):
+        checked = checked._replace(baseline=checked.baseline.clone())
+    if not return_metrics:  # which are of both classes
+        answers = answers.only(weighs[answers.answer])
+
+    def score(sums, first, last):
+        sums = torch.where(weighs[first:last], sums, 0.0)
+        return sequence_losses(where, sums, refs[first:last], good[first:last], checked).sum() / max(count, 1)
+
+    loss, logp = answers.scored(answers.answer, 1, score)
+    return (loss, whole(answers.sums(logp))[1]) if return_metrics else loss
+
+
+class _Answers(NamedTuple):
+    """The head, and for each row whether it is live and which of ``count`` answers it belongs to."""
+
+    head: Head
+    live: torch.Tensor
+    answer: torch.Tensor
+    count: int
+    again: Callable  # the log-probabilities of the live rows, by four products
+
+    def sums(self, logp):
+        """Of each answer, ``[count]``. Its rows lie side by side, so their number says where it ends."""
+        ends = torch.cumsum(torch.bincount(self.answer, minlength=self.count), 0)
+        return sequence_sums(logp, self.live, torch.cat([ends.new_zeros(1), ends]))
+
+    def only(self, kept):
+        """Only the rows where ``kept`` holds; the others enter no product."""
+        return self._replace(live=self.live & kept)
+
+    def lengths(self):
+        return torch.bincount(torch.where(self.live, self.answer, self.count), minlength=self.count + 1)[:self.count]
+
+    def scored(self, place, per_unit, score):
+        """Loss and log-probabilities. ``score(sums, first, last)``: the loss of units ``first`` to ``last`` from the sums of their answers."""
+        plain = sweep.checked(self.head, self.live)
+        plan = sweep.units(self.live, place, self.count, per_unit)
+
+        def of_rows(index, logp, entropy, first, last):
+            return score(sequence_sums(logp, None, plan.cu_seqlens(first, last)), first, last)
+
+        backend = ops.serving("fused_policy", self.head.hidden)
+        loss, logp, _ = sweep.differentiable(self.head, lambda needs: sweep.per_unit(plain, plan, of_rows, needs, False, backend))
+        return loss, logp
+
+
+def _answers(where, hidden, weight, targets, mask, cu_seqlens, options, loss_options):
+    """The answers, and the options that ``loss_options`` takes."""
+    for name in options:
+        if name not in HEAD and name not in loss_options.__kwdefaults__:
+            raise TypeError(f"{where}: got an unknown option {name!r}; it takes {', '.join((*HEAD, *loss_options.__kwdefaults__))}")
+    given = {name: options[name] for name in HEAD if name in options}
+    h = head(where, hidden, weight, targets, **given)
+    if h.bound is not None:
+        raise ValueError(f"{where}: max_live_tokens is for losses of single tokens; the lengths of answers are read on the host")
+    if hidden.dim() != (3 if cu_seqlens is None else 2):
+        raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}, expected [B, L, H], or [T, H] together with cu_seqlens")
+    live = live_tokens(where, targets.new_empty(targets.shape, dtype=h.real), mask) & (targets != h.ignore_index)
+    rows = torch.arange(targets.numel(), device=targets.device)
+    if cu_seqlens is None:
+        count, answer = hidden.shape[0], rows // max(hidden.shape[1], 1)
+    else:
+        checks_tokens.segments(where, cu_seqlens, targets)
+        count, answer = cu_seqlens.shape[0] - 1, segment_ids(cu_seqlens, targets.shape[0])
+
+    def again():
+        return linear_token_logprobs(hidden, weight, torch.where(live, targets, h.ignore_index), **given).reshape(-1)
+
+    return _Answers(h, live.reshape(-1), answer, count, again), {name: x for name, x in options.items() if name not in HEAD}
+
+
+def _references(where, references, pairs):
+    """Checked; copies, because a second backward scores again what the caller may have written over since."""
+    for name, x in zip(("ref_chosen_logps", "ref_rejected_logps"), references, strict=True):
+        if x is not None:
+            checks.floating(where, name, x)
+            checks.shape(where, name, x, (pairs,))
+            checks.no_gradient(where, **{name: x})
+    return [None if x is None else x.clone() for x in references]

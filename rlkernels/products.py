@@ -1,0 +1,113 @@
+"""The three products of a head, ``hidden weight^T`` and its two gradients, with the accumulator kept, on each device.
+
+cuBLAS and oneDNN do the work wherever they keep fp32. A CPU library hands a 16-bit product out in 16 bits: there bf16 goes to our own
+product, and what is left is widened, one block of the vocabulary at a time.
+"""
+import torch
+
+from rlkernels.backends import cpu_gemm
+from rlkernels.backends.eager import real_dtype
+
+BLOCK_BYTES = 16 * 2**20
+"""Of the weight, widened at a time."""
+
+
+def products(weight, logits_dtype):
+    """The products of this head for logits of this dtype."""
+    if weight.device.type != "cpu":
+        return Accelerated(weight)
+    if logits_dtype == weight.dtype == real_dtype(weight.dtype):
+        return Plain(weight)
+    native = weight.dtype == torch.bfloat16 and logits_dtype in (torch.float32, torch.bfloat16) and cpu_gemm.available()
+    return Native(weight) if native else Widened(weight)
+
+
+class Plain:
+    """Everything in one dtype that is its own accumulator."""
+
+    extra_bytes = 0  # per logit, beside the logits themselves
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def logits(self, hidden, out):
+        """``hidden weight^T`` into ``out``."""
+        torch.mm(hidden, self.weight.t(), out=out)
+
+    def gradients(self, dlogits, hidden, want_hidden, dweight, first):
+        """Adds to ``dweight`` (None: frozen), or fills it at ``first``; returns the gradient of ``hidden`` (None: not wanted)."""
+        if dweight is not None:
+            dweight.addmm_(dlogits.t(), hidden, beta=0 if first else 1)
+        return dlogits @ self.weight if want_hidden else None
+
+
+class Native(Plain):
+    """bf16 on a CPU with instructions for it: products of bf16 numbers, sums in fp32."""
+
+    def logits(self, hidden, out):
+        if out.dtype == torch.float32:
+            cpu_gemm.mm(hidden, self.weight.t(), out)
+        else:
+            torch.mm(hidden, self.weight.t(), out=out)
+
+    def gradients(self, dlogits, hidden, want_hidden, dweight, first):
+        dhidden = torch.empty(hidden.shape, dtype=torch.float32) if want_hidden else None
+        if want_hidden:
+            cpu_gemm.mm(dlogits, self.weight, dhidden)
+        if dweight is not None:
+            cpu_gemm.mm(dlogits.t(), hidden, dweight, accumulate=not first)
+        if dlogits.dtype == torch.float32:
+            cpu_gemm.add_what_rounding_lost(dlogits, self.weight, hidden, dhidden, dweight)
+        return dhidden
+
+
+class Widened(Plain):
+    """16-bit operands, or 16-bit logits, on a CPU: blocks of the weight in fp32."""
+
+    def _blocks(self):
+        real = real_dtype(self.weight.dtype)
+        rows = max(1, BLOCK_BYTES // (self.weight.shape[1] * real.itemsize))
+        for start in range(0, self.weight.shape[0], rows):
+            yield slice(start, start + rows), self.weight[start:start + rows].to(real)
+
+    def logits(self, hidden, out):
+        hidden = hidden.to(real_dtype(hidden.dtype))
+        for block, weight in self._blocks():
+            if out.dtype == weight.dtype:
+                torch.mm(hidden, weight.t(), out=out[:, block])
+            else:
+                out[:, block].copy_(hidden @ weight.t())
+
+    def gradients(self, dlogits, hidden, want_hidden, dweight, first):
+        real = real_dtype(self.weight.dtype)
+        hidden = hidden.to(real)
+        dhidden = torch.zeros_like(hidden) if want_hidden else None
+        for block, weight in self._blocks():
+            d = dlogits[:, block].to(real)
+            if want_hidden:
+                dhidden.addmm_(d, weight)
+            if dweight is not None:
+                dweight[block].addmm_(d.t(), hidden, beta=0 if first else 1)
+        return dhidden
+
+
+class Accelerated(Plain):
+    """Matrix units take 16-bit operands and give fp32: the gradient of the logits is rounded to them once, sums are kept."""
+
+    def __init__(self, weight):
+        super().__init__(weight)
+        self.extra_bytes = weight.element_size() if weight.element_size() < 4 else 0
+
+    def logits(self, hidden, out):
+        if out.dtype == self.weight.dtype:
+            torch.mm(hidden, self.weight.t(), out=out)
+        else:
+            torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
+
+    def gradients(self, dlogits, hidden, want_hidden, dweight, first):
+        dlogits = dlogits.to(self.weight.dtype)
+        if dweight is not None and dweight.dtype == hidden.dtype:
+            dweight.addmm_(dlogits.t(), hidden, beta=0 if first else 1)
+        elif dweight is not None:
+            torch.addmm(dweight, dlogits.t(), hidden, out_dtype=dweight.dtype, beta=0 if first else 1, out=dweight)
+        return dlogits @ self.weight if want_hidden else None

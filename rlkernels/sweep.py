@@ -1,0 +1,239 @@
+"""A loss over chunks of rows, its gradients made as soon as a chunk's derivatives are known: three products, nothing recomputed.
+
+Per-token losses take one launch per chunk. A loss of whole sequences or pairs is scored when all its rows are in the chunk; one that
+outgrows a chunk is swept twice (four products). A shard's rows are scored the same way, after the ranks have met.
+"""
+from typing import NamedTuple
+
+import torch
+
+from rlkernels import ops, parallel
+from rlkernels.chunks import ROWS, Rows, live_rows, moving_and_still_rows
+from rlkernels.head import Chunk, check_targets
+from rlkernels.linear import Gradients
+from rlkernels.objectives import OBJECTIVES
+from rlkernels.objectives.zeros import still_where_zero
+
+
+class Terms(NamedTuple):
+    """A per-token loss: ``sum_t weight_t l_t + kl_weight_t KL_t - entropy_weight_t H_t``; everything ``[T]``."""
+
+    objective: str
+    columns: list
+    params: list
+    weight: torch.Tensor
+    entropy_weight: torch.Tensor | None
+    kl: str | None
+    ref_logp: torch.Tensor | None
+    kl_weight: torch.Tensor | None
+
+    def live(self):
+        live = self.weight != 0
+        for extra in (self.entropy_weight, self.kl_weight):
+            live = live if extra is None else live | (extra != 0)
+        return live
+
+    def still(self):
+        """Rows that provably have no gradient: no advantage, and neither KL nor entropy term. None where there is no such proof."""
+        if self.kl is not None or self.entropy_weight is not None or not still_where_zero(self.objective, "advantage"):
+            return None
+        return self.columns[OBJECTIVES[self.objective].columns.index("advantage") - 1] == 0
+
+    def at(self, index):
+        return Terms(self.objective, [c[index] for c in self.columns], self.params, *(x[index] if isinstance(x, torch.Tensor) else x for x in self[3:]))
+
+
+class Found(NamedTuple):
+    """``gradients``: of hidden states, weight and bias, None where frozen. ``logp``, ``entropy``: ``[T]``, 0 where not worked on."""
+
+    loss: torch.Tensor
+    gradients: tuple
+    logp: torch.Tensor
+    entropy: torch.Tensor
+
+
+class _Sweep:
+    """What both sweeps share: the buffer, the sums, and the outputs per row."""
+
+    def __init__(self, head, needs, rows, size):
+        self.head, self.needs = head, needs
+        self.total = Gradients(head.hidden, head.weight, head.bias, needs, head.shard, keep=True)
+        size = -(-max(min(size, rows), 1) // ROWS) * ROWS
+        self.chunk = Chunk(head.weight, head.bias, head.softcap, head.logit_scale, head.logits_dtype, head.shard, size)
+        self.loss = torch.zeros((), dtype=torch.float64, device=head.hidden.device)
+        self.logp, self.entropy = (torch.zeros(head.targets.shape, dtype=head.real, device=head.hidden.device) for _ in range(2))
+
+    def arguments(self, rows):
+        temperature = rows.of(self.head.temperature) if self.head.temperature.dim() else self.head.temperature.item()
+        return rows.targets(self.head.targets, self.head.ignore_index), temperature, self.head.ignore_index
+
+    def logits(self, rows):
+        hidden = rows.hidden(self.head.hidden)
+        return self.chunk.logits(hidden)[:len(rows)], hidden
+
+    def add(self, rows, dlogits, x, hidden, moving):
+        """Feeds the rows that have a gradient to the products. On a CPU, where that is known, the others are taken out."""
+        if moving.device.type == "cpu" and not moving.all():
+            kept = moving.nonzero()[:, 0]
+            for moved in {id(x): x, id(dlogits): dlogits}.values():
+                for to, row in enumerate(kept.tolist()):
+                    if to != row:
+                        moved[to].copy_(moved[row])
+            rows = Rows(rows.index[kept], None if rows.dead is None else rows.dead[kept])
+            hidden, dlogits, x = hidden[kept], dlogits[:len(rows)], x[:len(rows)]
+        if len(rows):
+            self.total.add(self.chunk, rows, dlogits, x, hidden)
+
+    def found(self):
+        gradients = self.total.kept() if any(self.needs) else (None, None, None)
+        return Found(self.loss.to(self.head.real), gradients, self.logp, self.entropy)
+
+
+@torch.no_grad()
+def per_token(head, terms, needs, backend):
+    """One launch per chunk: statistics, loss and the gradient of the logits."""
+    live, still = terms.live() & (head.targets != head.ignore_index), terms.still()
+    if still is None or head.bound is not None:
+        parts = [(live_rows(live, head.bound), any(needs))]
+    else:  # without a gradient too: in another order the loss would have other bits
+        parts = list(zip(moving_and_still_rows(live, still), (any(needs), False), strict=True))
+    sweep = _Sweep(head, needs, max(len(rows) for rows, _ in parts), head.chunk)
+    for rows, moving in parts:
+        for start in range(0, len(rows), head.chunk):
+            _token_chunk(sweep, rows.part(start, start + head.chunk), terms, moving, backend)
+    return sweep.found()
+
+
+def _token_chunk(sweep, rows, terms, moving, backend):
+    x, hidden = sweep.logits(rows)
+    targets, temperature, ignore = sweep.arguments(rows)
+    weight, entropy_weight, ref_logp, kl_weight = (rows.of(c) for c in (terms.weight, terms.entropy_weight, terms.ref_logp, terms.kl_weight))
+    out = sweep.chunk.gradient_of(x) if moving else None
+    loss, _, logp, _, _, entropy, dlogp = ops.run(
+        "fused_policy", backend, terms.objective, x, targets, temperature, ignore, None, [rows.of(c) for c in terms.columns], terms.params, weight,
+        entropy_weight, terms.kl, ref_logp, kl_weight, moving, out)
+    sweep.loss += loss
+    sweep.logp[rows.index], sweep.entropy[rows.index] = logp, entropy
+    if moving:
+        sweep.add(rows, out, x, hidden, dlogp != 0 if entropy_weight is None else (dlogp != 0) | (entropy_weight != 0))
+
+
+class Units(NamedTuple):
+    """Rows in the order of the units that a loss is scored by; unit ``i`` owns ``index[ends[i]:ends[i + 1]]``.
+
+    ``offsets``: on the device, the ends of the sequences that units are made of, ``offsets[::per_unit] == ends``.
+    """
+
+    index: torch.Tensor
+    ends: list
+    offsets: torch.Tensor | None = None
+
+    def chunks(self, size):
+        """``(first unit, last unit)`` of each chunk: as many whole units as fit, one at least."""
+        first, units = 0, len(self.ends) - 1
+        while first < units:
+            last = first + 1
+            while last < units and self.ends[last + 1] - self.ends[first] <= size:
+                last += 1
+            yield first, last
+            first = last
+
+    def cu_seqlens(self, first, last):
+        """Of the sequences of units ``first`` to ``last``."""
+        per_unit = (self.offsets.shape[0] - 1) // max(len(self.ends) - 1, 1)
+        offsets = self.offsets[first * per_unit:last * per_unit + 1]
+        return offsets - offsets[:1]
+
+
+def units(live, sequence, count, per_unit=1):
+    """Live rows by sequence (``sequence``: ``[T]``, of ``count``), ``per_unit`` sequences to a unit. One host read: the lengths."""
+    sequence = torch.where(live, sequence, count)
+    ends = torch.cumsum(torch.bincount(sequence, minlength=count + 1)[:count], 0)
+    offsets = torch.cat([ends.new_zeros(1), ends])
+    ends = offsets[::per_unit].tolist()
+    return Units(torch.argsort(sequence, stable=True)[:ends[-1]], ends, offsets)
+
+
+def blocks(index, size):
+    """Rows that belong to no sequence, cut anywhere."""
+    return Units(index, [*range(0, index.shape[0], size), index.shape[0]])
+
+
+@torch.no_grad()
+def per_unit(head, plan, score, needs, with_entropy, backend):
+    """``score(rows, logp, entropy, first, last) -> loss`` by autograd over a few numbers per row, units ``first`` to ``last``."""
+    chunks = list(plan.chunks(head.chunk))
+    sweep = _Sweep(head, needs, max((plan.ends[b] - plan.ends[a] for a, b in chunks), default=0), head.chunk)
+    wanted = ops.ENTROPY if with_entropy else 0
+    for first, last in chunks:
+        rows = Rows(plan.index[plan.ends[first]:plan.ends[last]])
+        parts = [rows.part(start, start + head.chunk) for start in range(0, len(rows), head.chunk)]
+        statistics, kept = [], None
+        for part in parts:
+            kept = sweep.logits(part)
+            statistics.append(_statistics(head, backend, kept[0], *sweep.arguments(part), wanted))
+        logp, shift, sum_exp, entropy = (torch.cat(s) for s in zip(*statistics, strict=True)) if parts else (sweep.logp[:0],) * 4
+        loss, dlogp, dentropy = _scored(score, rows.index, logp, entropy if with_entropy else None, first, last, any(needs))
+        sweep.loss += loss
+        sweep.logp[rows.index] = logp
+        if with_entropy:
+            sweep.entropy[rows.index] = entropy
+        if not any(needs):
+            continue
+        start = 0
+        for part in parts:
+            here = slice(start, start + len(part))
+            start += len(part)
+            x, hidden = kept if len(parts) == 1 else sweep.logits(part)
+            upstream = [None if d is None else d[here].contiguous() for d in (dlogp, dentropy)]
+            out = sweep.chunk.gradient_of(x)
+            _gradient(head, backend, *upstream, x, *sweep.arguments(part), shift[here], sum_exp[here], entropy[here], out)
+            sweep.add(part, out, x, hidden, torch.stack([d != 0 for d in upstream if d is not None]).any(0))
+    return sweep.found()
+
+
+def _statistics(head, backend, x, targets, temperature, ignore, wanted):
+    if head.shard is None:
+        logp, shift, sum_exp, entropy, *_ = ops.run("token_stats", backend, x, targets, temperature, ignore, None, None, wanted)
+    else:
+        logp, shift, sum_exp, entropy, *_ = parallel.token_stats(head.shard, backend, x, targets, temperature, ignore, wanted)
+    return logp, shift, sum_exp, entropy
+
+
+def _gradient(head, backend, dlogp, dentropy, x, targets, temperature, ignore, shift, sum_exp, entropy, out):
+    if head.shard is None:
+        ops.run("token_stats_backward", backend, dlogp, dentropy, None, x, targets, temperature, ignore, None, None, shift, sum_exp, entropy, None, None,
+                None, out)
+    else:
+        parallel.token_stats_backward(head.shard, backend, dlogp, dentropy, x, targets, temperature, ignore, shift, sum_exp, entropy, out)
+
+
+def _scored(score, index, logp, entropy, first, last, needs):
+    with torch.set_grad_enabled(needs):
+        leaves = [x.detach().requires_grad_(needs) for x in (logp, entropy) if x is not None]
+        loss = score(index, *leaves, *(() if entropy is not None else (None,)), first, last)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True) if needs and loss.requires_grad else [None] * len(leaves)
+    dlogp = torch.zeros_like(logp) if grads[0] is None else grads[0]
+    return loss.detach(), dlogp, grads[1] if len(grads) > 1 else None
+
+
+def differentiable(h, compute):
+    """Runs ``compute(needs)`` and hands its gradients to autograd; returns ``(loss, logp, entropy)``."""
+    inputs = h.hidden, h.weight, h.bias
+    needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs)
+
+    def run():  # autocast, which may be on in the backward too, would take the products of fp32 back to 16 bits
+        with torch.autocast(h.hidden.device.type, enabled=False):
+            return compute(needs)
+
+    found = run()
+    if not any(needs):
+        return found.loss, found.logp, found.entropy
+    return ops.with_gradients(found.loss, found.gradients, lambda: run().gradients, *inputs), found.logp, found.entropy
+
+
+def checked(h, live):
+    """The head without its graph, dead targets ignored, the others looked at."""
+    h = h.detached()._replace(targets=torch.where(live, h.targets, h.ignore_index), temperature=h.temperature.clone())
+    check_targets(h.targets, h.ignore_index, h.temperature, h.weight.shape[0], h.shard)
+    return h
