@@ -106,7 +106,8 @@ def _operands(where, hidden, weight, bias):
 
 
 def _bytes_per_logit(weight, logits_dtype, softcap):
-    return logits_dtype.itemsize * (1 if softcap is None else 2) + products(weight, logits_dtype).extra_bytes
+    beside = 0 if weight.device.type == "cpu" else products(weight, logits_dtype).extra_bytes  # which product a CPU takes is not for a graph to ask
+    return logits_dtype.itemsize * (1 if softcap is None else 2) + beside
 
 
 def fresh(shape, dtype, device):

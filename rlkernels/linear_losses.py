@@ -132,7 +132,7 @@ def _by_token(h, terms, with_entropy, backend):
         return weighted_sum(part.objective, logp, part.columns, part.params, part.weight) + _extras(part, logp, entropy)
 
     def compute(needs):
-        plan = sweep.blocks(live_rows(h.targets != h.ignore_index).index, h.chunk)
+        plan = sweep.blocks(live_rows(h.targets != h.ignore_index, h.bound), h.chunk)
         return sweep.per_unit(h, plan, score, needs, with_entropy, backend)
 
     return compute

@@ -8,7 +8,7 @@ from rlkernels import checks, checks_tokens, ops, sweep
 from rlkernels.head import Head, head
 from rlkernels.linear import linear_token_logprobs
 from rlkernels.preferences import dpo_loss, pair_losses, preference_options
-from rlkernels.segments import segment_ids, sequence_sums
+from rlkernels.segments import segment_ids, sequence_sums, token_counts
 from rlkernels.terms import live_tokens
 from rlkernels.unpaired import sequence_losses, unpaired_options, unpaired_preference_loss
 
@@ -122,20 +122,20 @@ class _Answers(NamedTuple):
     head: Head
     live: torch.Tensor
     answer: torch.Tensor
+    offsets: torch.Tensor  # the ends of the answers
     count: int
     again: Callable  # the log-probabilities of the live rows, by four products
 
     def sums(self, logp):
-        """Of each answer, ``[count]``. Its rows lie side by side, so their number says where it ends."""
-        ends = torch.cumsum(torch.bincount(self.answer, minlength=self.count), 0)
-        return sequence_sums(logp, self.live, torch.cat([ends.new_zeros(1), ends]))
+        """Of each answer, ``[count]``."""
+        return sequence_sums(logp, self.live, self.offsets)
 
     def only(self, kept):
         """Only the rows where ``kept`` holds; the others enter no product."""
         return self._replace(live=self.live & kept)
 
     def lengths(self):
-        return torch.bincount(torch.where(self.live, self.answer, self.count), minlength=self.count + 1)[:self.count]
+        return token_counts(self.live, self.offsets)
 
     def scored(self, place, per_unit, score):
         """Loss and log-probabilities. ``score(sums, first, last)``: the loss of units ``first`` to ``last`` from the sums of their answers."""
@@ -165,14 +165,15 @@ def _answers(where, hidden, weight, targets, mask, cu_seqlens, options, loss_opt
     rows = torch.arange(targets.numel(), device=targets.device)
     if cu_seqlens is None:
         count, answer = hidden.shape[0], rows // max(hidden.shape[1], 1)
+        offsets = torch.arange(count + 1, device=targets.device) * hidden.shape[1]
     else:
         checks_tokens.segments(where, cu_seqlens, targets)
-        count, answer = cu_seqlens.shape[0] - 1, segment_ids(cu_seqlens, targets.shape[0])
+        count, answer, offsets = cu_seqlens.shape[0] - 1, segment_ids(cu_seqlens, targets.shape[0]), cu_seqlens
 
     def again():
         return linear_token_logprobs(hidden, weight, torch.where(live, targets, h.ignore_index), **given).reshape(-1)
 
-    return _Answers(h, live.reshape(-1), answer, count, again), {name: x for name, x in options.items() if name not in HEAD}
+    return _Answers(h, live.reshape(-1), answer, offsets, count, again), {name: x for name, x in options.items() if name not in HEAD}
 
 
 def _references(where, references, pairs):

@@ -127,6 +127,11 @@ class Units(NamedTuple):
     index: torch.Tensor
     ends: list
     offsets: torch.Tensor | None = None
+    dead: torch.Tensor | None = None
+
+    def rows(self, first, last):
+        here = slice(self.ends[first], self.ends[last])
+        return Rows(self.index[here], None if self.dead is None else self.dead[here])
 
     def chunks(self, size):
         """``(first unit, last unit)`` of each chunk: as many whole units as fit, one at least."""
@@ -154,9 +159,9 @@ def units(live, sequence, count, per_unit=1):
     return Units(torch.argsort(sequence, stable=True)[:ends[-1]], ends, offsets)
 
 
-def blocks(index, size):
+def blocks(rows, size):
     """Rows that belong to no sequence, cut anywhere."""
-    return Units(index, [*range(0, index.shape[0], size), index.shape[0]])
+    return Units(rows.index, [*range(0, len(rows), size), len(rows)], None, rows.dead)
 
 
 @torch.no_grad()
@@ -166,7 +171,7 @@ def per_unit(head, plan, score, needs, with_entropy, backend):
     sweep = _Sweep(head, needs, max((plan.ends[b] - plan.ends[a] for a, b in chunks), default=0), head.chunk)
     wanted = ops.ENTROPY if with_entropy else 0
     for first, last in chunks:
-        rows = Rows(plan.index[plan.ends[first]:plan.ends[last]])
+        rows = plan.rows(first, last)
         parts = [rows.part(start, start + head.chunk) for start in range(0, len(rows), head.chunk)]
         statistics, kept = [], None
         for part in parts:
