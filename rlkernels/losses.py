@@ -113,7 +113,10 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
     if not return_metrics:
         return loss
     shape = row.shape
-    return loss, policy_metrics(logp.view(shape), columns, live, ref_logprobs, kl, entropy.view(shape), entry, values)
+    read = live & (weights != 0)  # a row of weight 0 is not read, and has no metrics
+    if entropy_coef != 0:
+        read = read | live & (bonus != 0)
+    return loss, policy_metrics(logp.view(shape), columns, read, ref_logprobs, kl, entropy.view(shape), entry, values)
 
 
 def value_loss(values, old_values, returns, mask=None, *, clip_range=None, aggregation="token-mean", weights=None, cu_seqlens=None,

@@ -67,8 +67,11 @@ class Widened(Plain):
     def _blocks(self):
         real = real_dtype(self.weight.dtype)
         rows = max(1, BLOCK_BYTES // (self.weight.shape[1] * real.itemsize))
+        one = None if self.weight.dtype == real else self.weight.new_empty(min(rows, self.weight.shape[0]), self.weight.shape[1], dtype=real)
         for start in range(0, self.weight.shape[0], rows):
-            yield slice(start, start + rows), self.weight[start:start + rows].to(real)
+            part = self.weight[start:start + rows]
+            # In one place: the caller holds on to a block while it asks for the next.
+            yield slice(start, start + rows), part if one is None else one[:part.shape[0]].copy_(part)
 
     def logits(self, hidden, out):
         hidden = hidden.to(real_dtype(hidden.dtype))

@@ -74,8 +74,9 @@ def _kl(where, kl, kl_logps, ref_kl_logps, like):
 def sequence_losses(where, logps, ref_logps, desirable, options):
     """The loss of each answer times the weight of its class, ``[N]``, differentiable in ``logps``, sums of log-probabilities ``[N]``."""
     margin, objective, params = _margins(where, logps, ref_logps, desirable, options)
-    value = ops.elementwise(objective, margin, [], params, None, ops.serving("elementwise", margin))[1]
-    return value * _class_weights(desirable, options, value.dtype)
+    weights = _class_weights(desirable, options, margin.dtype)
+    value = ops.elementwise(objective, margin, [], params, weights, ops.serving("elementwise", margin))[1]  # 0 in a class of weight 0, whatever it holds
+    return value * weights
 
 
 def _class_weights(desirable, options, dtype):

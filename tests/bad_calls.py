@@ -39,6 +39,10 @@ def dpo(**options):
     return rlk.dpo_loss(*pairs(), *pairs(), **options)
 
 
+def unpaired(**options):
+    return rlk.unpaired_preference_loss(*pairs(), torch.tensor([True, False, True, False]), **options)
+
+
 def backward_into(make):
     """The in-place backward of logits made from a leaf by ``make``."""
     return logps(make(torch.zeros(4, 8, 37, requires_grad=True)), inplace_backward=True)

@@ -26,14 +26,26 @@ from bad_calls import (
     pow_objective,
     sharded_weight,
     stats,
+    unpaired,
     with_target,
     with_temperature,
 )
+from torch import distributed
 
 import rlkernels as rlk
 from rlkernels.backends import BACKENDS, KNOWN, absent, serving, use_backend
 
 NAN, INF = math.nan, math.inf
+
+
+def in_one_process(**options):
+    """A head over a group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        return linear(process_group=distributed.group.WORLD, **options)
+    finally:
+        distributed.destroy_process_group()
+
 
 # number: (function that must raise, exception, what the message matches). The text after the number tells cases apart.
 CASES = {
@@ -163,15 +175,28 @@ CASES = {
     "B42 NaN": (lambda: dpo(beta=NAN), ValueError, "beta must be positive"),
     "B42 clip_range": (lambda: rlk.value_loss(A, A, A, clip_range=0.0), ValueError, "clip_range must be positive and finite, got 0.0"),
     "B42 temperatures of SAPO": (lambda: policy(objective="sapo", tau_pos=0.0), ValueError, "tau_pos must be positive"),
+    "B42 NaN unpaired": (lambda: unpaired(kl=0.0, beta=NAN), ValueError, "unpaired_preference_loss: beta must be positive and finite, got nan"),
+    "B42 discopop_tau": (lambda: dpo(loss_type="discopop", discopop_tau=0.0), ValueError, "discopop_tau must be positive and finite, got 0.0"),
+    "B42 weight of a class": (lambda: unpaired(kl=0.0, desirable_weight=-1.0), ValueError, "desirable_weight must not be negative, got -1.0"),
+    "B43 one half of robust": (lambda: dpo(loss_type="robust", label_smoothing=0.5), ValueError, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+    "B43 zero of exo_pair": (lambda: dpo(loss_type="exo_pair"), ValueError, r"label_smoothing must be in \(0, 0.5\) for loss_type 'exo_pair', got 0.0"),
     "B43 one half": (lambda: dpo(label_smoothing=0.5), ValueError, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
     "B43 negative": (lambda: dpo(label_smoothing=-0.1), ValueError, r"label_smoothing must be in \[0, 0.5\), got -0.1"),
-    "B44 loss_type": (lambda: dpo(loss_type="sigmoidal"), ValueError, "loss_type must be one of sigmoid; got 'sigmoidal'"),
+    "B44 loss_type": (lambda: dpo(loss_type="sigmoidal"), ValueError, "loss_type must be one of sigmoid, hinge, .*; got 'sigmoidal'"),
+    "B44 loss_type of a mixture": (lambda: dpo(loss_type=("sigmoid", "dpo")), ValueError, "loss_type must be one of .*; got 'dpo'"),
+    "B44 loss_type unpaired": (lambda: unpaired(loss_type="sigmoid"), ValueError, "loss_type must be one of kto, .*; got 'sigmoid'"),
+    "B44 f_divergence": (lambda: dpo(f_divergence="js"), ValueError, "f_divergence must be one of reverse_kl, .*; got 'js'"),
+    "B44 kind": (lambda: rlk.sft_loss(X, Y, kind="asft"), ValueError, "sft_loss: kind must be one of nll, dft; got 'asft'"),
+    "B44 kind of log-probabilities": (lambda: rlk.logprobs_sft_loss(A, kind="mse"), ValueError, "kind must be one of nll, dft; got 'mse'"),
     "B44 masked": (lambda: rlk.gae(A, A, masked="drop"), ValueError, "masked must be one of skip, zero, none; got 'drop'"),
     "B44 baseline": (lambda: rlk.group_advantages(PACKED, PACKED.long(), baseline="median"), ValueError, "baseline must be one of .* got 'median'"),
     "B44 scale": (lambda: rlk.group_advantages(PACKED, PACKED.long(), scale="var"), ValueError, "scale must be one of .* got 'var'"),
     "B44 ratio_level": (lambda: policy(ratio_level="row"), ValueError, "ratio_level must be one of .* got 'row'"),
     "B45": (lambda: rlk.pairwise_reward_loss(*pairs(4, 5)), ValueError, "chosen has 4 pairs, rejected has 5"),
     "B45 dpo": (lambda: rlk.dpo_loss(*pairs(4, 5), *pairs()), ValueError, "chosen_logps has 4 pairs, rejected_logps has 5"),
+    "B45 lengths": (lambda: dpo(loss_type="sigmoid_norm", chosen_lengths=torch.ones(5)), ValueError, r"chosen_lengths has shape \(5,\), expected \(4,\)"),
+    "B45 masks": (lambda: rlk.length_desensitized_weights(torch.ones(4, 3), torch.ones(5, 3), 0.5), ValueError, r"rejected_mask has shape \(5, 3\)"),
+    "B45 unpaired": (lambda: rlk.unpaired_preference_loss(torch.zeros(4), torch.zeros(5), torch.ones(4), kl=0.0), ValueError, r"ref_logps has shape \(5,\)"),
     "B49 gamma": (lambda: rlk.gae(A, A, gamma=1.1), ValueError, r"gamma must be in \[0, 1\], got 1.1"),
     "B49 lam": (lambda: rlk.gae(A, A, lam=-0.1), ValueError, r"lam must be in \[0, 1\], got -0.1"),
     "B49 NaN": (lambda: rlk.discounted_returns(A, gamma=NAN), ValueError, r"gamma must be in \[0, 1\], got nan"),
@@ -179,6 +204,10 @@ CASES = {
     "B50 returns": (lambda: rlk.value_loss(A, None, A[:, :7]), ValueError, r"returns has shape \(4, 7\), expected \(4, 8\)"),
     "B51 dtype": (lambda: rlk.group_advantages(PACKED, PACKED), TypeError, "group_ids must be an integer tensor, got torch.float32"),
     "B51 shape": (lambda: rlk.group_advantages(PACKED, PACKED[:7].long()), ValueError, r"group_ids has shape \(7,\), expected \(8,\)"),
+    "B52": (lambda: in_one_process(valid_vocab=40), ValueError, r"the vocabulary shards hold 37 of 40 columns; .*\[\[0, 37, 40\]\]"),
+    "B52 first column": (lambda: in_one_process(vocab_start=3, valid_vocab=40), ValueError, "a vocabulary shard starts at 3, expected 0"),
+    "B52 no whole": (lambda: in_one_process(vocab_start=0), ValueError, "pass the whole vocabulary as valid_vocab"),
+    "B52 no group": (lambda: linear(vocab_start=0, valid_vocab=37), ValueError, "vocab_start says where a shard begins; it needs process_group"),
     "B53": (lambda: use_backend("cuda2").__enter__(), ValueError, "backend must be one of .*eager.* got 'cuda2'"),
     "B56": (lambda: serving("token_stats", "mps"), RuntimeError, "no backend for device mps; available: .*cpu"),
     "B57 power": (pow_objective, TypeError, r"objective 'mine', line 4: 'logp \*\* 2.0' is not in the language; write multiply: x \* x"),
@@ -198,7 +227,6 @@ NOT_HERE = {
     "B46": "span_reward_loss, the function of interleaved pairs, is not part of this version",
     "B47": "span_reward_loss, the function of interleaved pairs, is not part of this version",
     "B48": "rank_list_loss, the function of ranked lists, is not part of this version",
-    "B52": "no function takes a process_group in this version",
     **({} if any(absent(name) for name in KNOWN) else {"B54": "every backend is present here"}),
     **({} if "B55" in CASES else {"B55": "the eager backend lacks nothing, and the native one was not built here"}),
 }

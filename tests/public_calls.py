@@ -20,6 +20,7 @@ def data(seed=0):
             "hidden": torch.randn(B, L, H, generator=draw), "weight": torch.randn(V, H, generator=draw), "bias": torch.randn(V, generator=draw),
             "head": torch.randn(1, H, generator=draw), "pair_a": torch.randn(6, generator=draw), "pair_b": torch.randn(6, generator=draw),
             "pair_c": torch.randn(6, generator=draw), "pair_d": torch.randn(6, generator=draw), "groups": torch.tensor([4, 1, 4, 1, 4, 4]),
+            "lengths": torch.tensor([3, 1, 2, 5, 4, 2]), "answers": torch.tensor([0, 3, 8, 11, 15]),
             "token_weights": torch.rand(B, L, generator=draw)}
 
 
@@ -30,6 +31,20 @@ CALLS = {
                                              ref_logits=d["ref_logits"], kl="exact", outputs=ALL),
     "linear_token_logprobs": lambda d: rlk.linear_token_logprobs(d["hidden"], d["weight"], d["targets"], bias=d["bias"], softcap=5.0, chunk_tokens=4),
     "linear_token_stats": lambda d: rlk.linear_token_stats(d["hidden"], d["weight"], d["targets"], bias=d["bias"], temperature=d["temperature"]),
+    "linear_policy_loss": lambda d: rlk.linear_policy_loss(
+        d["hidden"], d["weight"], d["targets"], d["old"], d["advantages"], d["mask"], bias=d["bias"], temperature=d["temperature"], softcap=5.0,
+        logit_scale=0.9, chunk_tokens=4, weights=d["token_weights"], ref_logprobs=d["ref"], kl_coef=0.1, entropy_coef=0.1, return_metrics=True),
+    "linear_policy_loss of sequences": lambda d: rlk.linear_policy_loss(
+        d["hidden"], d["weight"], d["targets"], d["old"], d["advantages"], d["mask"], bias=d["bias"], chunk_tokens=4, ratio_level="sequence",
+        aggregation="seq-mean-token-mean", return_metrics=True),
+    "linear_sft_loss": lambda d: rlk.linear_sft_loss(d["hidden"], d["weight"], d["targets"], d["mask"], bias=d["bias"], chunk_tokens=4, kind="dft",
+                                                     temperature=d["temperature"], sample_weights=d["advantages"], return_metrics=True),
+    "linear_dpo_loss": lambda d: rlk.linear_dpo_loss(
+        d["hidden"].view(-1, H), d["weight"], d["targets"].view(-1), d["mask"].view(-1), bias=d["bias"], cu_seqlens=d["answers"], chunk_tokens=4,
+        ref_chosen_logps=d["pair_c"][:2], ref_rejected_logps=d["pair_d"][:2], pair_weights=d["token_weights"].view(-1)[:2], return_metrics=True),
+    "linear_unpaired_preference_loss": lambda d: rlk.linear_unpaired_preference_loss(
+        d["hidden"], d["weight"], d["targets"], d["pair_c"][:3], d["groups"][:3] == 4, d["mask"], bias=d["bias"], chunk_tokens=4, kl_logps=d["pair_a"].detach(),
+        ref_kl_logps=d["pair_d"], return_metrics=True),
     "policy_loss": lambda d: rlk.policy_loss(d["logprobs"], d["old"], d["advantages"], d["mask"], ref_logprobs=d["ref"], kl_coef=0.1,
                                              entropy=d["entropy"], entropy_coef=0.1, return_metrics=True),
     "policy_loss of sequences": lambda d: rlk.policy_loss(d["logprobs"], d["old"], d["advantages"], d["mask"], ratio_level="sequence"),
@@ -40,6 +55,19 @@ CALLS = {
                                                                         ratio_level="sequence_token", aggregation="seq-mean-token-mean"),
     "value_loss": lambda d: rlk.value_loss(d["values"], d["old_values"], d["returns"], d["mask"], clip_range=0.2, return_metrics=True),
     "dpo_loss": lambda d: rlk.dpo_loss(d["pair_a"], d["pair_b"], d["pair_c"], d["pair_d"], label_smoothing=0.1, return_metrics=True),
+    "dpo_loss of a mixture": lambda d: rlk.dpo_loss(
+        d["pair_a"], d["pair_b"], d["pair_c"], d["pair_d"], loss_type=("exo_pair", "sft"), loss_weights=(1.0, 0.5), label_smoothing=0.1,
+        f_divergence="js_divergence", length_normalized=True, chosen_lengths=d["lengths"], rejected_lengths=d["lengths"],
+        pair_weights=d["token_weights"].view(-1)[:6], return_metrics=True),
+    "dpo_loss without a reference": lambda d: rlk.dpo_loss(-d["pair_a"].exp(), -d["pair_b"].exp(), loss_type=("orpo", "cpo"), alphapo_alpha=0.2,
+                                                           chosen_lengths=d["lengths"], rejected_lengths=d["lengths"], return_metrics=True),
+    "unpaired_preference_loss": lambda d: rlk.unpaired_preference_loss(d["pair_a"], d["pair_c"], d["groups"] == 4, kl_logps=d["pair_d"],
+                                                                       ref_kl_logps=d["pair_c"], return_metrics=True),
+    "length_desensitized_weights": lambda d: rlk.length_desensitized_weights(d["mask"], d["mask"].flip(0), 0.5),
+    "sft_loss": lambda d: rlk.sft_loss(d["logits"], d["targets"], d["mask"], kind="dft", temperature=d["temperature"], vocab_mask=d["vocab_mask"],
+                                       sample_weights=d["advantages"], return_metrics=True),
+    "logprobs_sft_loss": lambda d: rlk.logprobs_sft_loss(d["logprobs"], d["mask"], kind="dft", sample_weights=d["advantages"][:, 0],
+                                                         return_metrics=True),
     "pairwise_reward_loss": lambda d: rlk.pairwise_reward_loss(d["pair_a"], d["pair_b"], margin=d["pair_c"], center_coef=0.1),
     "reward_scores": lambda d: rlk.reward_scores(d["hidden"], d["head"], attention_mask=d["mask"]),
     "gae": lambda d: rlk.gae(d["rewards"], d["values"], d["mask"], lam=0.9),

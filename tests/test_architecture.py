@@ -18,18 +18,23 @@ CODE = [path for folder in ("rlkernels", "csrc", "benchmarks", "tests") for path
         if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}] + [ROOT / "setup.py", ROOT / "setup_cuda.py"]
 
 LAYERS = [
-    {"_math", "checks"},
+    {"_math", "checks", "plain"},
     {"objectives", "checks_tokens"},
     {"backends", "codegen", "segments"},
-    {"ops", "weights", "groups", "metrics"},
-    {"rows", "terms"},
-    {"logprobs", "rewards", "advantages"},
-    {"linear", "losses"},
+    {"fakes", "weights", "groups", "metrics"},
+    {"ops"},
+    {"rows", "terms", "chunks", "parallel", "products"},
+    {"head"},
+    {"logprobs", "rewards", "advantages", "preference_kinds"},
+    {"losses", "preferences"},
+    {"linear", "supervised", "unpaired"},
+    {"sweep"},
+    {"linear_losses", "linear_preferences"},
     {"integrations"},
     {"cli"},
 ]
 """Lowest first. A module imports from layers below its own, and a package from itself."""
-WITHOUT_OPS = {"_math", "checks", "objectives", "checks_tokens", "codegen", "segments", "weights", "groups", "metrics"}
+WITHOUT_OPS = {"_math", "checks", "plain", "objectives", "checks_tokens", "codegen", "segments", "weights", "groups", "metrics"}
 COMPILED = {"_cpu": "backends/cpu.py", "_cuda": "backends/cuda.py"}
 
 

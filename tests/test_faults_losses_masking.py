@@ -5,7 +5,7 @@ import pytest
 import torch
 from loss_batches import AGGREGATED, LEVELS, B, L, batch
 from present_backends import on_each_backend  # noqa: F401  (a fixture)
-from reference import draw_rows, same_bits
+from reference import draw_rows, same_bits, statistics
 
 import rlkernels as rlk
 
@@ -150,3 +150,16 @@ def test_a_token_of_weight_zero_is_not_evaluated(backend):
         results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
     assert results[1][0].isfinite() and not results[1][1][dead].any()
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_metrics_leave_out_tokens_that_were_not_read_because_they_weigh_nothing(entropy_coef, backend):
+    d = batch()
+    x, targets, _ = draw_rows((B, L), 37)
+    old = rlk.token_logprobs(x, targets).detach()
+    weights = torch.rand(B, L) + 0.1
+    weights[:, ::2] = 0.0
+    _, metrics = rlk.logits_policy_loss(x, targets, old, d["advantages"].nan_to_num(0.0), weights=weights, entropy_coef=entropy_coef, return_metrics=True)
+    assert metrics["ratio"] == 1.0 and metrics["approx_kl"] == 0.0
+    entropy = statistics(x, targets)["entropy"][(weights != 0) & (targets != -100)].mean()
+    assert metrics["entropy"].item() == pytest.approx(entropy.item(), rel=2e-6)

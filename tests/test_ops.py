@@ -46,7 +46,7 @@ def test_opcheck_of_token_stats(layout, backend):
     shaped = LAYOUTS[layout]
     x, y, m, ref = shaped(logits), shaped(targets).reshape(-1), shaped(mask).reshape(-1, V), shaped(rest["ref"])
     for temperature, wanted in ((ops.number(0.7), 0), (torch.full(y.shape, 0.7, dtype=torch.float64), ops.ENTROPY | ops.KL)):
-        opcheck(ops.token_stats, (x, y, temperature, -100, m, ref if wanted else None, wanted, False, backend))
+        opcheck(ops.token_stats.op, (x, y, temperature, -100, m, ref if wanted else None, wanted, False, backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,8 +57,8 @@ def test_opcheck_of_the_backward_ops(dtype, backend):
     _, shift, sum_exp, entropy, *_, ref_shift, ref_sum, kl = found
     g = [rest[k].reshape(-1).float() for k in ("g1", "g2", "g3")]
     saved = (shift, sum_exp, entropy, ref_shift, ref_sum, kl, backend)
-    opcheck(ops.token_stats_backward, (*g, x, y, ops.number(0.7), -100, m, rest["ref"], *saved))
-    opcheck(ops.token_stats_backward_, (*g, x.clone(), y, ops.number(0.7), -100, m, rest["ref"], *saved))
+    opcheck(ops.token_stats_backward.op, (*g, x, y, ops.number(0.7), -100, m, rest["ref"], *saved))
+    opcheck(ops.token_stats_backward_.op, (*g, x.clone(), y, ops.number(0.7), -100, m, rest["ref"], *saved))
 
 
 def test_opcheck_of_fused_policy(backend):
@@ -67,7 +67,7 @@ def test_opcheck_of_fused_policy(backend):
     weight = torch.rand(6)
     for with_grad, extra in ((False, (weight, "k3", columns[0], weight)), (False, (None, None, None, None))):
         entropy_weight, kl, ref, kl_weight = extra
-        opcheck(ops.fused_policy, ("ppo_clip", logits, targets.reshape(-1), ops.number(1.0), -100, mask.reshape(-1, V), columns, ops.numbers((0.2, 0.28)),
+        opcheck(ops.fused_policy.op, ("ppo_clip", logits, targets.reshape(-1), ops.number(1.0), -100, mask.reshape(-1, V), columns, ops.numbers((0.2, 0.28)),
                                    weight, entropy_weight, kl, ref, kl_weight, with_grad, False, backend))
 
 
@@ -75,21 +75,22 @@ def test_opcheck_of_elementwise_and_gae(backend):
     _, _, _, rest = problem((6,))
     first = rest["g1"].clone().requires_grad_()
     for weight in (None, rest["g2"].abs()):
-        opcheck(ops.elementwise, ("ppo_clip", first, [rest["old"], rest["advantage"]], ops.numbers((0.2, 0.2)), weight, backend))
-    opcheck(ops.elementwise_backward, (ops.number(0.3), rest["g3"], first.detach(), rest["g2"], rest["g1"]))
-    opcheck(ops.gae, (rest["g1"].view(2, 3), rest["g2"].view(2, 3), rest["g3"].view(2, 3) > 0, None, ops.number(0.9), ops.number(0.95), "skip", backend))
+        opcheck(ops.elementwise.op, ("ppo_clip", first, [rest["old"], rest["advantage"]], ops.numbers((0.2, 0.2)), weight, backend))
+    opcheck(ops.elementwise_backward.op, (ops.number(0.3), rest["g3"], first.detach(), rest["g2"], rest["g1"]))
+    opcheck(ops.gae.op, (rest["g1"].view(2, 3), rest["g2"].view(2, 3), rest["g3"].view(2, 3) > 0, None, ops.number(0.9), ops.number(0.95), "skip", backend))
 
 
 def test_opcheck_of_the_linear_ops(backend):
     _, targets, _, rest = problem((6,))
     draw = torch.Generator().manual_seed(1)
     hidden, weight, bias = (torch.randn(*s, generator=draw, requires_grad=True) for s in ((6, 5), (V, 5), (V,)))
-    head = (targets, ops.number(0.7), ops.number(4.0), ops.number(1.2), -100)
-    opcheck(linear.linear_stats, (hidden, weight, bias, *head, ops.ENTROPY, torch.float32, 4, backend))
-    found = linear.linear_stats(hidden.detach(), weight.detach(), bias.detach(), *head, ops.ENTROPY, torch.float32, 4, backend)
     g = rest["g1"].float()
-    operands = (hidden.detach(), weight.detach(), bias.detach(), *head, *found[1:4])
-    opcheck(linear.linear_stats_backward, (g, g, *operands, torch.float32, 4, True, False, True, backend))
+    for temperature, softcap, bound in ((ops.number(0.7), 4.0, None), (torch.full((6,), 0.7), float("nan"), 6)):  # NaN: no softcap
+        head = (targets, temperature, ops.number(softcap), ops.number(1.2), -100, torch.float32, 4, bound, *linear.NO_SHARD)
+        opcheck(linear.linear_stats.op, (hidden, weight, bias, *head, ops.ENTROPY, backend))
+        operands = (hidden.detach(), weight.detach(), bias.detach(), *head)
+        found = linear.linear_stats(*operands, ops.ENTROPY, backend)
+        opcheck(linear.linear_stats_backward.op, (g, g, *operands, *found[1:4], True, False, True, backend))
 
 
 FUNCTIONS = {

@@ -133,3 +133,11 @@ def test_ld_weights_count_live_tokens_up_to_the_shorter_answer():
     assert second.tolist() == [[1, 0, 1], [1, 1, 0.25], [0.25, 0.25, 0.25]]
     with pytest.raises(ValueError, match=r"ld_alpha must be in \[0, 1\], got 1.5"):
         rlk.length_desensitized_weights(chosen, rejected, 1.5)
+
+
+def test_a_class_of_weight_zero_is_left_out_of_the_losses_whatever_it_holds():
+    options = unpaired_options("test", torch.empty(2), kl=0.1, undesirable_weight=0.0)
+    logps = torch.tensor([-3.0, float("nan")], requires_grad=True)
+    losses = sequence_losses("test", logps, torch.zeros(2), torch.tensor([True, False]), options)
+    losses.sum().backward()
+    assert losses[0] > 0 and losses[1] == 0 and logps.grad[0] < 0 and logps.grad[1] == 0

@@ -29,6 +29,17 @@ FUNCTIONS = {
     "dpo_loss": ("a", lambda a, d: rlk.dpo_loss(a, d["b"], d["c"], d["e"])),
     "linear_token_logprobs": ("weight", lambda w, d: rlk.linear_token_logprobs(d["hidden"], w, d["targets"], bias=d["bias"], chunk_tokens=4)),
     "linear entropy": ("hidden", lambda h, d: rlk.linear_token_stats(h, d["weight"], d["targets"], softcap=5.0).entropy),
+    "linear_policy_loss": ("hidden", lambda h, d: rlk.linear_policy_loss(
+        h, d["weight"], d["targets"], rlk.linear_token_logprobs(d["hidden"], d["weight"], d["targets"]) + 0.1 * d["b"], d["c"], entropy_coef=0.1,
+        chunk_tokens=4)),
+    "linear_policy_loss of sequences": ("weight", lambda w, d: rlk.linear_policy_loss(
+        d["hidden"], w, d["targets"], rlk.linear_token_logprobs(d["hidden"], d["weight"], d["targets"]) + 0.1 * d["b"], d["c"], ratio_level="sequence",
+        cu_seqlens=torch.tensor([0, 4, 6]), chunk_tokens=4)),
+    "linear_sft_loss": ("bias", lambda b, d: rlk.linear_sft_loss(d["hidden"], d["weight"], d["targets"], bias=b, softcap=5.0)),
+    "linear_dpo_loss": ("weight", lambda w, d: rlk.linear_dpo_loss(
+        d["hidden"], w, d["targets"], cu_seqlens=torch.tensor([0, 2, 4, 5, 6]), beta=0.05, reference_free=True, chunk_tokens=1)),
+    "linear_unpaired_preference_loss": ("hidden", lambda h, d: rlk.linear_unpaired_preference_loss(
+        h, d["weight"], d["targets"], 4 * d["e"][:3], d["a"][:3] > 0, cu_seqlens=torch.tensor([0, 2, 4, 6]), kl=0.1, beta=0.05)),
     "reward_scores": ("hidden", lambda h, d: rlk.reward_scores(h[None], d["weight"][:1])),
     "aggregate": ("a", lambda a, d: rlk.aggregate(a[None], d["b"][None] > 0)),
 }
