@@ -212,7 +212,7 @@ def bench(context):
     start = time.monotonic()
 
     def once(name, figures, left, *more):
-        command = [sys.executable, "-m", "rlkernels.cli", "bench", "--device", "cuda", "--plain", "--seconds", "0.15", "--budget",
+        command = [sys.executable, "-m", "rlkernels.cli", "bench", "--device", "cuda", "--plain", "--headline", "--seconds", "0.15", "--budget",
                    f"{max(left - 25, 10):.0f}", "--json", str(context.folder / figures), "--plot", str(context.folder), *more]
         if context.commit:
             command += ["--commit", context.commit]

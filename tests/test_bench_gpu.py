@@ -10,6 +10,7 @@ import torch
 import rlkernels
 from rlkernels.cli import bench, bench_gpu, bench_gpu_cases, bench_gpu_device, bench_gpu_plots, bench_gpu_problem, bench_gpu_report, bench_gpu_small, main
 from rlkernels.cli import bench_gpu_timing as timing
+from rlkernels.cli.bench_gpu_linear import NAMES as LINEAR
 from rlkernels.cli.bench_gpu_timing import Entry
 
 
@@ -154,13 +155,13 @@ def test_a_floor_is_the_larger_of_moving_and_computing():
 def test_the_command_writes_every_case_judges_it_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "host_seconds", lambda device, run, prepare: len([run(prepare(0))]) * 1e-5)  # once, not thirty times
     file = tmp_path / "bench.json"
-    wanted = [bench_gpu_cases.STATS, bench_gpu_cases.LOGP, bench_gpu_cases.POLICY, bench_gpu_cases.TWO_BOTH, *bench_gpu.SMALL]
+    wanted = [bench_gpu_cases.STATS, bench_gpu_cases.LOGP, bench_gpu_cases.POLICY, bench_gpu_cases.TWO_BOTH, *bench_gpu.SMALL, *LINEAR]
     pictures = ["--plot", str(tmp_path / "pictures")] if bench_gpu_plots_work() else []
     assert run("--json", str(file), "--commit", "abc", *pictures, *(x for name in wanted for x in ("--case", name))) == 0
     printed, data = capsys.readouterr().out, json.loads(file.read_text())
     assert data["complete"] and not data["not_measured"] and data["device"]["name"] == Device.name
     measured = [c["name"].split(" [")[0] for c in data["cases"]]
-    assert measured == [*wanted[:4], "policy_loss", "pairwise_reward_loss", "dpo_loss", "gae", "gae", "linear_token_logprobs"]
+    assert measured == [*wanted[:4], "policy_loss", "pairwise_reward_loss", "dpo_loss", "gae", "gae", *LINEAR]
     for case in data["cases"]:
         assert case["faults"] == [] and case["floor_s"] > 0 and case["state"]["driver_version"] == "1.2"
         assert {e["name"] for e in case["entries"]} >= {"rlkernels auto", bench_gpu_cases.EAGER}

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from test_bench_gpu import Device
 
-from rlkernels.cli import bench_gpu_cases, bench_gpu_peers, bench_gpu_problem, bench_gpu_report, bench_gpu_small, bench_gpu_timing, bench_problem
+from rlkernels.cli import (
+    bench_gpu_cases,
+    bench_gpu_linear,
+    bench_gpu_peers,
+    bench_gpu_problem,
+    bench_gpu_report,
+    bench_gpu_timing,
+    bench_linear_problem,
+    bench_problem,
+)
 from rlkernels.cli.bench_gpu_peers import PEERS
 
 
@@ -47,12 +56,13 @@ def test_our_call_fits_the_installed_peer(key):
         pytest.skip(f"{peer.package} is not installed")
     found = definition(peer.module, peer.attribute)
     if isinstance(found, ast.ClassDef):
-        found = next(n for n in found.body if isinstance(n, ast.FunctionDef) and n.name == "forward")
+        found = next(n for n in found.body if isinstance(n, ast.FunctionDef) and n.name in ("forward", "apply"))
     arguments = [a.arg for a in (*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs)]
     missing = [p for p in peer.parameters if p not in arguments]
     assert not missing, f"{peer.attribute} takes {arguments}; our call passes {missing}"
-    positional = {"liger_grpo": 6, "verl_linear": 5, "fla_grpo": 4, "cce": 3, "rl_triton": 3}.get(key, 2)
-    plain = [a for a in arguments if a != "ctx"][:positional]
+    positional = {"liger_grpo": 6, "verl_linear": 5, "fla_grpo": 4, "cce": 3, "rl_triton": 3, "trl_chunked": 9, "liger_chunked": 5,
+                  "liger_sm90": 7, "verl_chunked": 4}.get(key, 2)
+    plain = [a for a in arguments if a not in ("ctx", "self")][:positional]
     assert plain == list(peer.parameters[:positional]), "passed by position in another order"
 
 
@@ -164,13 +174,84 @@ def test_a_wrong_gradient_of_a_peer_is_remarked(judged):
     assert "other numbers: gradient" in bench_gpu_report.remark(case.named("Liger GRPO"))
 
 
-def test_peers_over_hidden_states_are_judged_on_logprobs_and_gradient():
-    def head(hidden, weight, labels, *rest):
-        return -cross_entropy(hidden.float() @ weight.float().T, labels)
+def head(hidden, weight, targets):
+    return -cross_entropy(hidden.float() @ weight.float().T, targets)
 
-    peers = {"cce": lambda e, c, targets, reduction: -head(e, c, targets), "verl_linear": lambda h, w, y, temperature, reduction: (head(h, w, y), None)}
-    case = bench_gpu_small.linear(torch.device("cpu"), peers, False, 16, 32, 259)
+
+def head_stats(hidden, weight, targets):
+    return bench_problem.stats(hidden.float() @ weight.float().T, targets)
+
+
+def tiled(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
+    assert bias is None and softcap is None and (temperature, logit_scale) == (1.0, 1.0)
+    logp, entropy = head_stats(hidden, weight, targets)
+    return logp, entropy if "entropy" in outputs else None, None, None, None
+
+
+def scaled(hidden, weight, target, temperature, ignore_index, m_tiles_per_cluster, return_entropy):
+    logp, entropy = head_stats(hidden, weight, target)
+    return (-logp, entropy) if return_entropy else -logp
+
+
+class Chunked(torch.nn.Module):
+    """As verl's."""
+
+    def __init__(self, chunk_size):
+        super().__init__()
+
+    def forward(self, hidden_states, vocab_weights, input_ids, temperature):
+        return head_stats(hidden_states, vocab_weights, input_ids)
+
+
+class Grpo(torch.nn.Module):
+    """As Liger's: the loss over sequences, the advantage one per sequence."""
+
+    def __init__(self, beta, compiled, use_ref_model, chunk_size, epsilon_low, epsilon_high, loss_type):
+        super().__init__()
+        assert beta == 0.0 and not use_ref_model and loss_type == "bnpo"
+        self.low, self.high = epsilon_low, epsilon_high
+
+    def forward(self, hidden, weight, ids, mask, advantages, bias=None, ref_per_token_logps=None, old_per_token_logps=None):
+        logp = head(hidden.flatten(0, 1), weight, ids.flatten()).view(ids.shape)
+        ratio, a = (logp - old_per_token_logps).exp(), advantages[:, None]
+        return ((-torch.minimum(ratio * a, ratio.clamp(1 - self.low, 1 + self.high) * a) * mask).sum() / mask.sum(), [])
+
+
+HEADS = {
+    "trl_chunked": tiled, "liger_sm90": scaled, "verl_chunked": Chunked, "liger_chunked": Grpo, "cce": lambda e, c, t, reduction: -head(e, c, t),
+    "verl_linear": lambda h, w, y, temperature, reduction: head_stats(h, w, y),
+}
+
+
+@pytest.mark.parametrize(("name", "absent"), [("linear_policy_loss", set()), ("linear_token_stats", {"cut-cross-entropy", "Liger chunked GRPO"}),
+                                              ("linear_token_logprobs", {"Liger chunked GRPO"})])
+def test_every_fused_head_of_the_right_formula_is_found_right(name, absent):
+    problem = bench_linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
+    case = bench_gpu_linear.CASES[name](problem, HEADS, False)
     bench_gpu_timing.ready(Device(), case.entries, False)
-    for name in ("cut-cross-entropy", "verl linear"):
-        assert case.named(name).errors["logp"] < 1e-5 and case.named(name).errors["dhidden"] < 1e-2
+    own = [PEERS[key].name for key in HEADS if PEERS[key].name not in absent]
+    assert {e.name for e in case.entries if e.remark != "the floor of this run"} >= {*own, "torch eager", "rlkernels auto"}
+    assert not absent & {e.name for e in case.entries}
+    for e in case.entries:
+        assert not e.failed and e.errors, (e.name, e.remark)
+        if e.name in own:  # they work in fp32: one rounding of the gradient is all that they lose
+            assert all(e.errors[q] < 1e-5 for q in ("loss", "logp", "entropy") if q in e.errors), (e.name, e.errors)
+            assert all(e.errors[q] <= 1.05 * e.errors[f"{q} rounding"] + 1e-5 for q in ("dhidden", "dweight")), (e.name, e.errors)
     assert bench_gpu_report.faults(case) == []
+    assert case.flops == 2 * (3 if name == "linear_policy_loss" else 4) * 16 * 32 * 259
+
+
+def test_at_the_longest_batch_nothing_that_holds_all_logits_runs(monkeypatch):
+    problem = bench_linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
+    monkeypatch.setattr(bench_gpu_linear, "LONG", 16)
+    names = {e.name for e in bench_gpu_linear.policy(problem, HEADS, False).entries}
+    assert "torch eager" not in names and "F.linear_cross_entropy" not in names and names >= {"rlkernels auto", "TRL chunked"}
+
+
+def test_a_gradient_of_ours_off_by_two_roundings_is_a_fault():
+    problem = bench_linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
+    case = bench_gpu_linear.policy(problem, {}, False)
+    bench_gpu_timing.ready(Device(), case.entries, False)
+    mine = next(e for e in case.entries if e.ours)
+    mine.errors["dweight"] = 2 * mine.errors["dweight rounding"]
+    assert [f.split(": ")[1].split(" is")[0] for f in bench_gpu_report.faults(case)] == ["error of dweight"]

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import rlkernels
-from rlkernels.cli import bench, bench_cases, bench_problem, bench_report, bench_timing, doctor, machine, main, tables
+from rlkernels.backends import DEVICES, choice
+from rlkernels.cli import bench, bench_cases, bench_host, bench_linear, bench_problem, bench_report, bench_timing, doctor, machine, main, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["bench", "--device", "cpu", "--quick", "--tokens", "6", "--vocab", "515", "--rounds", "3", "--no-compile", "--no-peers", "--plain"]
@@ -48,6 +49,28 @@ def test_doctor_tells_the_reason_where_the_cpu_backend_is_absent(capsys, monkeyp
     assert "every backend is available" not in printed
 
 
+def test_doctor_prints_the_measured_choice_or_says_that_nothing_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr(choice, "TABLE", {})
+    main(["doctor", "--plain"])
+    printed = capsys.readouterr().out
+    assert "nothing has been measured on a GPU yet; the order below is used" in printed
+    assert re.search(r"^cuda +triton, cuda, eager$", printed, re.MULTILINE)
+    monkeypatch.setattr(choice, "TABLE", {("fused_policy", "cuda", 2, "large"): ("cuda", "triton"), ("fused_policy", "cuda", 2, "small"): ("triton", "cuda")})
+    main(["doctor", "--plain"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^fused_policy +cuda +2 bytes +large +cuda, triton$", printed, re.MULTILINE)
+    assert re.search(r"^fused_policy +cuda +2 bytes +small +triton, cuda$", printed, re.MULTILINE)
+    assert "nothing has been measured" not in printed
+
+
+def test_what_doctor_prints_is_what_is_chosen(monkeypatch):
+    monkeypatch.setattr(choice, "TABLE", {("fused_policy", "cuda", 2, "large"): ("cuda",)})
+    order = DEVICES["cuda"]
+    assert choice.preferred("fused_policy", "cuda", torch.bfloat16, 151936, order) == ("cuda", "triton", "eager")
+    for op, dtype, vocab in (("token_stats", torch.bfloat16, 151936), ("fused_policy", torch.float32, 151936), ("fused_policy", torch.bfloat16, 32000)):
+        assert choice.preferred(op, "cuda", dtype, vocab, order) == order
+
+
 def test_bench_writes_every_figure_it_prints(capsys, tmp_path):
     file, picture = tmp_path / "figures" / "bench.json", tmp_path / "bench.png"
     plot = ["--plot", str(picture)] if machine.version("matplotlib") else []
@@ -55,7 +78,7 @@ def test_bench_writes_every_figure_it_prints(capsys, tmp_path):
     printed = capsys.readouterr().out
     data = json.loads(file.read_text())
     assert {"command", "machine", "threads", "shape", "dtype", "rounds", "checked_rows", "correct", "faults", "remarks",
-            "read_bandwidth", "cases", "targets"} == set(data)
+            "read_bandwidth", "cases", "targets", "host", "linear"} == set(data)
     assert data["correct"] is True and data["shape"] == [6, 515] and data["dtype"] == "bf16"
     assert [case["name"] for case in data["cases"]] == list(bench_cases.CASES)
     for case in data["cases"]:
@@ -63,6 +86,13 @@ def test_bench_writes_every_figure_it_prints(capsys, tmp_path):
         for contender in case["contenders"]:
             assert len(contender["samples_s"]) == 3 and min(contender["samples_s"]) > 0
             assert contender["peak_bytes"] is not None and f"{1e3 * contender['median_s']:.2f}" in printed
+    assert {f["name"].split(" ")[0] for f in data["host"]} == {"policy_loss", "value_loss", "pairwise_reward_loss", "token_logprobs"}
+    for figures in data["host"]:
+        assert figures["name"] in printed and figures["error"] < 1e-5
+        for who, samples in figures["samples_us"].items():
+            assert len(samples) == 3 and min(samples) > 0 and f"{figures['median_us'][who]:.1f}" in printed
+    assert {(c["kind"], c["dtype"]) for c in data["linear"]["cases"]} == {(kind, dtype) for kind in bench_linear.CASES for dtype in ("fp32", "bf16")}
+    assert all(c["name"] in printed and c["shape"] == [6, bench_linear.QUICK_HIDDEN, 515] for c in data["linear"]["cases"])
     assert len(data["machine"]["sources"]["package_sha256"]) == 64 and data["machine"]["processor"]
     assert {t["text"] for t in data["targets"]} and "other shape" in printed and "NOT MET" not in printed
     assert not plot or picture.read_bytes().startswith(b"\x89PNG")
@@ -95,6 +125,13 @@ def test_bench_fails_when_an_answer_is_one_percent_wrong(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "WRONG: token_logprobs forward, rlkernels: error of logp" in printed
     assert "WRONG: token_logprobs forward+backward, rlkernels: error of gradient" in printed
+
+
+def test_bench_fails_when_a_small_loss_is_one_percent_wrong(monkeypatch, capsys):
+    true = rlkernels.policy_loss
+    monkeypatch.setattr(rlkernels, "policy_loss", lambda *a, **k: true(*a, **k) * 1.01)
+    assert main([*TINY, "--case", bench_host.NAME]) == 1
+    assert f"WRONG: {bench_host.NAME}, policy_loss [64, 32]: error is 0.01" in capsys.readouterr().out
 
 
 def test_bench_shows_a_competitor_that_fails_as_one_line(monkeypatch, capsys):

@@ -4,13 +4,13 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 import rlkernels
-from rlkernels.cli import bench_cases, bench_gpu, bench_problem, bench_report, bench_timing, machine
+from rlkernels.cli import bench_cases, bench_gpu, bench_gpu_linear, bench_host, bench_linear, bench_problem, bench_report, bench_timing, machine
 from rlkernels.cli.bench_cases import Case
 
 QUICK = {"tokens": 128, "vocab": 32000, "rounds": 5}
@@ -22,15 +22,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a small shape and few rounds: shows that it runs, gives no figures to quote")
     parser.add_argument("--tokens", type=positive, help=f"rows of logits (default {FULL['tokens']}; cuda: {' and '.join(map(str, bench_gpu.ROWS))})")
     parser.add_argument("--vocab", type=positive, help=f"columns of logits (default {FULL['vocab']}; cuda: {', '.join(map(str, bench_gpu.VOCABULARIES))})")
-    parser.add_argument("--dtype", choices=sorted(bench_problem.DTYPES), default="bf16", help="dtype of the logits")
-    parser.add_argument("--rounds", type=positive, help=f"timed runs of each contender on the CPU (default {FULL['rounds']})")
-    parser.add_argument("--case", choices=sorted({*bench_cases.CASES, *bench_gpu.NAMES}), action="append", help="measure only this case; may be repeated")
+    parser.add_argument("--dtype", choices=sorted(bench_problem.DTYPES),
+                        help="dtype of the logits (default bf16) or of the fused head's operands (default fp32 and bf16; cuda: bf16)")
+    parser.add_argument("--hidden", type=positive,
+                        help=f"features of the hidden states, for the fused head (default {bench_linear.HIDDEN}; cuda: {bench_gpu_linear.HIDDEN})")
+    parser.add_argument("--rounds", type=positive,
+                        help=f"timed runs of each contender on the CPU (default {FULL['rounds']}, for the fused head {bench_linear.ROUNDS})")
+    parser.add_argument("--case", choices=sorted({*bench_cases.CASES, bench_host.NAME, *bench_linear.NAMES, *bench_gpu.NAMES}), action="append",
+                        help=f"measure only this case; may be repeated; {bench_linear.ALL}: the fused head, on all of its shapes")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
     cuda = parser.add_argument_group("cuda", "further options of --device cuda; --json is rewritten as each case ends, --plot names a folder")
     cuda.add_argument("--seconds", type=seconds, help="hot time of each contender and shape (default 1; for figures to publish 3)")
     cuda.add_argument("--budget", type=seconds, help="start no case after so many seconds; what was left out is listed")
     cuda.add_argument("--compile-all", action="store_true", help="measure torch.compile on every shape, not on the first alone: minutes more")
+    cuda.add_argument("--headline", action="store_true", help="of the fused head one shape and the longest alone: a part of an hour's grid")
     cuda.add_argument("--flash-attn", type=Path, metavar="FILE", help="flash-attn's Triton cross entropy, loaded from this file")
     cuda.add_argument("--commit", help="the commit to record where the checkout came without its history")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample, the machine and the sources' digests")
@@ -64,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         except ImportError:
             tell("rlkernels bench: --plot needs matplotlib; install it with: pip install 'rlkernels[bench]'")
             return 2
-    known = bench_cases.CASES if args.device == "cpu" else bench_gpu.NAMES
+    known = [*bench_cases.CASES, bench_host.NAME, *bench_linear.NAMES] if args.device == "cpu" else bench_gpu.NAMES
     unknown = [name for name in args.case or [] if name not in known]
     if unknown:
         tell(f"rlkernels bench: --device {args.device} has no case {unknown[0]!r}; it has: {', '.join(known)}")
@@ -73,13 +79,14 @@ def run(args: argparse.Namespace) -> int:
         return bench_gpu.run(args)
     size = {key: getattr(args, key) or (QUICK if args.quick else FULL)[key] for key in FULL}
     try:
-        return measure(args, **size)
+        return measure_linear(args) if bench_linear.only(args.case) else measure(args, **size)
     except KeyboardInterrupt:
         tell("rlkernels bench: interrupted")
         return 130
 
 
-def measure(args: argparse.Namespace, tokens: int, vocab: int, rounds: int) -> int:
+def conditions() -> list[str]:
+    """What a reader of the times must know of this machine now."""
     remarks = []
     reason = rlkernels.backends()["absent"].get("cpu")
     if reason:
@@ -87,11 +94,16 @@ def measure(args: argparse.Namespace, tokens: int, vocab: int, rounds: int) -> i
     busy = os.getloadavg()[0] / machine.cores()
     if busy > 0.5:
         remarks.append(f"other work was running (load {busy:.1f} per core at the start): these times are not to be quoted")
-    problem = bench_problem.make(tokens, vocab, args.dtype)
+    return remarks
+
+
+def measure(args: argparse.Namespace, tokens: int, vocab: int, rounds: int) -> int:
+    remarks, dtype = conditions(), args.dtype or "bf16"
+    problem = bench_problem.make(tokens, vocab, dtype)
     cache = machine.last_level_cache()
     if cache and problem.bytes < 4 * cache:
         remarks.append("the logits are smaller than four last-level caches: these are times with a warm cache")
-    what = f"{args.dtype} logits [{tokens}, {vocab}], {problem.bytes / 2**20:.0f} MiB, {torch.get_num_threads()} threads"
+    what = f"{dtype} logits [{tokens}, {vocab}], {problem.bytes / 2**20:.0f} MiB, {torch.get_num_threads()} threads"
     tell(f"rlkernels bench: {what}, {rounds} rounds")
     judge = bench_cases.Judge(problem, bench_problem.truth(problem))
     peers: dict[str, Callable] = {}
@@ -100,17 +112,42 @@ def measure(args: argparse.Namespace, tokens: int, vocab: int, rounds: int) -> i
         remarks += missing
     reader = bench_timing.reader(args.quick)
     cases = {}
-    for name in args.case or bench_cases.CASES:
+    wanted = args.case or [*bench_cases.CASES, bench_host.NAME]
+    for name in (n for n in wanted if n in bench_cases.CASES):
         case = bench_cases.CASES[name](problem, judge, peers)
         tell(f"  {name}: {', '.join(c.name for c in case.contenders)}")
         remarks += ready(case, args)
         bench_timing.race([*case.contenders, reader], rounds, warmup=1)
         cases[name] = case
+    if not cases:
+        bench_timing.race([reader], rounds, warmup=1)
     goals = bench_report.targets(cases, problem.bytes)
-    bench_report.show(list(cases.values()), reader, goals, (tokens, vocab, args.dtype), args.plain)
+    bench_report.show(list(cases.values()), reader, goals, (tokens, vocab, dtype), args.plain)
+    host = bench_host.measure(rounds) if bench_host.NAME in wanted else []
+    if host:
+        bench_host.show(host, args.plain)
+    linear = bench_linear.measure(args, ready, tell)
+    linear.show(args.plain)
+    faults = bench_cases.wrong(list(cases.values()), judge) + bench_host.wrong(host) + linear.faults
+    figures = {"shape": [tokens, vocab], "dtype": dtype, "rounds": rounds, "checked_rows": problem.rows.tolist(),
+               **bench_report.record(list(cases.values()), reader, goals), "host": host, "linear": linear.record()}
+    return conclude(args, remarks + linear.remarks, faults, [*cases.values(), *linear.cases], figures, what)
+
+
+def measure_linear(args: argparse.Namespace) -> int:
+    """The fused head alone: no logits are drawn."""
+    remarks = conditions()
+    what = f"fused head, {torch.get_num_threads()} threads"
+    tell(f"rlkernels bench: {what}")
+    linear = bench_linear.measure(args, ready, tell)
+    linear.show(args.plain)
+    return conclude(args, remarks + linear.remarks, linear.faults, linear.cases, {"linear": linear.record()}, what)
+
+
+def conclude(args: argparse.Namespace, remarks: list[str], faults: list[str], cases: Sequence[Case], figures: dict[str, object], what: str) -> int:
+    """Tells what is wrong and where the figures are from, and writes the files; 1 if an answer is wrong."""
     for remark in remarks:
         print(f"note: {remark}")
-    faults = bench_cases.wrong(list(cases.values()), judge)
     for fault in faults:
         print(f"WRONG: {fault}")
     where = machine.describe()
@@ -120,11 +157,10 @@ def measure(args: argparse.Namespace, tokens: int, vocab: int, rounds: int) -> i
         commit += ", dirty"
     print(f"\n{where['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {commit}, seed 0: {command}")
     if args.json:
-        head = {"command": command, "machine": where, "threads": torch.get_num_threads(), "shape": [tokens, vocab], "dtype": args.dtype,
-                "rounds": rounds, "checked_rows": problem.rows.tolist(), "correct": not faults, "faults": faults, "remarks": remarks}
-        bench_report.save(args.json, {**head, **bench_report.record(list(cases.values()), reader, goals)})
-    if args.plot:
-        bench_report.plot(args.plot, list(cases.values()), f"{what}, {where['processor']}")
+        head = {"command": command, "machine": where, "threads": torch.get_num_threads(), "correct": not faults, "faults": faults, "remarks": remarks}
+        bench_report.save(args.json, {**head, **figures})
+    if args.plot and cases:
+        bench_report.plot(args.plot, cases, f"{what}, {where['processor']}")
     return 1 if faults else 0
 
 

@@ -10,7 +10,16 @@ from pathlib import Path
 import torch
 
 import rlkernels
-from rlkernels.cli import bench_gpu_peers, bench_gpu_plots, bench_gpu_problem, bench_gpu_report, bench_gpu_small, machine
+from rlkernels.cli import (
+    bench_gpu_linear,
+    bench_gpu_peers,
+    bench_gpu_plots,
+    bench_gpu_problem,
+    bench_gpu_report,
+    bench_gpu_small,
+    bench_linear_problem,
+    machine,
+)
 from rlkernels.cli.bench_gpu_cases import CASES, WITH_REFERENCE, Case
 from rlkernels.cli.bench_gpu_device import Cuda
 from rlkernels.cli.bench_gpu_timing import DeviceLost, Roofline, first_line, race, ready, roofline
@@ -19,8 +28,8 @@ VOCABULARIES, ROWS = (151936, 128256, 32000, 262144), (8192, 2048)
 QUICK_VOCABULARIES, QUICK_ROWS = (151936, 32000), (2048,)
 HEADLINE = (8192, 151936)
 """The shape that is measured first, and the only one where torch.compile runs, launches are counted and the host's time is taken."""
-SMALL = ("policy_loss", "pairwise_reward_loss", "dpo_loss", "gae", "linear_token_logprobs")
-NAMES = (*CASES, *SMALL)
+SMALL = ("policy_loss", "pairwise_reward_loss", "dpo_loss", "gae")
+NAMES = (*CASES, *SMALL, bench_gpu_linear.ALL, *bench_gpu_linear.NAMES)
 
 
 def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
@@ -38,7 +47,6 @@ def small_cases(device: object, peers: dict[str, Callable], compile_too: bool, w
         ("pairwise_reward_loss", lambda: bench_gpu_small.pairwise(d, compile_too)),
         ("dpo_loss", lambda: bench_gpu_small.dpo(d, compile_too)),
         *(("gae", lambda s=s: bench_gpu_small.gae(d, (s[0] // min(scale, 32), s[1] // scale), peers, device.cache_bytes)) for s in bench_gpu_small.SCANS),
-        ("linear_token_logprobs", lambda: bench_gpu_small.linear(d, peers, compile_too, 4096 // scale, 2048 // scale, 151936 // scale)),
     ]
     return [(name, make) for name, make in makers if name in wanted]
 
@@ -123,6 +131,22 @@ class Run:
         for name in names:
             self.measure(lambda name=name: CASES[name](problem, judge, self.peers, compile_too), f"{name} {what}", headline)
 
+    def linear_cases(self, shape: tuple[int, int, int], names: list[str], headline: bool) -> None:
+        """The fused head on one shape; launches are counted and torch.compile runs on the first."""
+        what = str(list(shape))
+        if self.over:
+            self.data["not_measured"] += [f"{n} {what}: the budget of {self.args.budget:g} s was spent" for n in names]
+            return
+        try:
+            problem = bench_linear_problem.make(self.device.device, *shape, self.args.dtype)
+        except RuntimeError as error:  # too large for this device
+            self.data["not_measured"] += [f"{n} {what}: {first_line(error)}" for n in names]
+            return
+        self.device.release()
+        compile_too = not self.args.no_compile and headline
+        for name in names:
+            self.measure(lambda name=name: bench_gpu_linear.CASES[name](problem, self.peers, compile_too), f"{name} {what}", headline)
+
     @property
     def faults(self) -> list[str]:
         return [f for c in self.data["cases"] for f in c["faults"]]
@@ -140,6 +164,7 @@ def run(args: argparse.Namespace, device: object | None = None, small: int = 1, 
         device, small, options: a stand-in for the device, a divisor of the small cases' sizes and the roofline's sizes, for tests.
     """
     started = time.monotonic()
+    args.dtype = args.dtype or "bf16"
     if device is None:
         if not torch.cuda.is_available():
             tell("rlkernels bench: --device cuda needs a CUDA device that torch can see; none is visible")
@@ -160,6 +185,8 @@ def run(args: argparse.Namespace, device: object | None = None, small: int = 1, 
         state.logits_cases(*first, wanted, True)
         for name, make in small_cases(device, state.peers, not args.no_compile, wanted, small):
             state.measure(make, name, True)
+        for position, (shape, names) in enumerate(bench_gpu_linear.plan(args, wanted, small)):
+            state.linear_cases(shape, names, position == 0)
         for shape in grid:
             if shape != first:
                 state.logits_cases(*shape, wanted, False)

@@ -51,6 +51,15 @@ PEERS = {
     "verl": Peer("verl", "verl", "verl.utils.torch_functional", "logprobs_from_logits", ("logits", "labels", "inplace_backward")),
     "verl_linear": Peer("verl linear", "verl", "verl.utils.kernel.linear_cross_entropy", "LinearCrossEntropy",
                         ("hidden", "weight", "labels", "temperature", "reduction"), "entropy too"),
+    "trl_chunked": Peer("TRL chunked", "trl", "trl.kernels", "ChunkedLogProbFunction",
+                        ("hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs")),
+    "liger_chunked": Peer("Liger chunked GRPO", "liger-kernel", "liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss",
+                          ("_input", "lin_weight", "selected_token_ids", "attention_mask", "advantages", "old_per_token_logps")),
+    "liger_sm90": Peer("Liger scaled CE", "liger-kernel", "liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction",
+                       ("_input", "weight", "target", "temperature", "ignore_index", "m_tiles_per_cluster", "return_entropy"),
+                       "its fused kernel on compute capability 9.0 alone, chunks of torch elsewhere"),
+    "verl_chunked": Peer("verl FusedLinearForPPO", "verl", "verl.utils.experimental.torch_functional", "FusedLinearForPPO",
+                         ("hidden_states", "vocab_weights", "input_ids", "temperature"), "entropy too"),
     "cce": Peer("cut-cross-entropy", "cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy", ("e", "c", "targets", "reduction"),
                 "drops small gradients"),
     "rl_triton": Peer("rl-triton", "rl-triton", "rl_triton", "compute_gae", ("rewards", "values", "terminateds", "gamma", "lambda_"),
@@ -59,10 +68,10 @@ PEERS = {
 
 
 def parameters_of(found: object) -> list[str]:
-    """Parameter names of a function; of the ``forward`` of an ``autograd.Function``, without its context."""
-    if inspect.isclass(found) and hasattr(found, "apply"):
+    """Parameter names of a function; of the ``forward`` of a module or an ``autograd.Function``, without ``self`` or the context; else of ``apply``."""
+    if inspect.isclass(found) and hasattr(found, "forward"):
         return list(inspect.signature(found.forward).parameters)[1:]
-    return list(inspect.signature(found).parameters)
+    return list(inspect.signature(getattr(found, "apply", found)).parameters)
 
 
 def by_path(path: Path) -> ModuleType:
@@ -74,7 +83,7 @@ def by_path(path: Path) -> ModuleType:
 
 
 def load(key: str, path: Path | None = None) -> tuple[Callable | None, str]:
-    """The peer's function, or None, and one line: its version, or why it is not measured."""
+    """The peer's function (of a module its class, for the caller to construct), or None, and one line: its version, or why it is not measured."""
     peer = PEERS[key]
     try:
         module = by_path(path) if path else importlib.import_module(peer.module)
@@ -85,7 +94,8 @@ def load(key: str, path: Path | None = None) -> tuple[Callable | None, str]:
     missing = [p for p in peer.parameters if p not in known]
     if missing:
         return None, f"{peer.name}: not measured: {peer.attribute} takes no {', '.join(missing)}; it takes {', '.join(known)}"
-    return getattr(found, "apply", found), f"{peer.name}: {peer.package} {machine.version(peer.package) or 'of unknown version'}"
+    module_class = inspect.isclass(found) and issubclass(found, torch.nn.Module)
+    return found if module_class else getattr(found, "apply", found), f"{peer.name}: {peer.package} {machine.version(peer.package) or 'of unknown version'}"
 
 
 def available(flash_attn: Path | None = None) -> tuple[dict[str, Callable], list[str]]:

@@ -1,4 +1,4 @@
-"""The cases that move few bytes: losses over log-probabilities and pairs, the scan of GAE, and the linear head."""
+"""The cases that move few bytes: losses over log-probabilities and pairs, and the scan of GAE."""
 from collections.abc import Callable
 
 import torch
@@ -10,7 +10,7 @@ from rlkernels.cli.bench_gpu_cases import COMPILED, EAGER, Case, compiled, on, o
 from rlkernels.cli.bench_gpu_peers import PEERS
 from rlkernels.cli.bench_gpu_problem import copies_needed
 from rlkernels.cli.bench_gpu_timing import Entry
-from rlkernels.cli.bench_problem import CLIP_HIGH, CLIP_LOW, DTYPES, log_softmax_gather
+from rlkernels.cli.bench_problem import CLIP_HIGH, CLIP_LOW
 
 PAIRS = 4096
 BETA, GAMMA, LAM = 0.1, 0.99, 0.95
@@ -134,50 +134,3 @@ def gae(device: torch.device, shape: tuple[int, int], peers: dict[str, Callable]
     entries.append(entry(EAGER, gae_loop, remark="the trainers' loop"))
     slack = {name: 4 * EPS * max(1.0, x.abs().max().item()) for name, x in zip(("advantage", "return"), expected, strict=True)}
     return Case(gae_name(shape), entries, "2R+2W fp32, mask", 9 * rewards.numel(), 8 * rewards.numel(), slack, count, shape)
-
-
-def linear(device: torch.device, peers: dict[str, Callable], compile_too: bool, tokens: int = 4096, hidden: int = 2048, vocab: int = 151936,
-           dtype: str = "bf16") -> Case:
-    """Log-probabilities from hidden states, any upstream gradient: four products. Other libraries return the loss, its negative."""
-    x, g = (draws(device, 1, tokens, n)[0] for n in (hidden, 1))
-    x, g = x.to(DTYPES[dtype]), g[:, 0]
-    head = (draws(device, 1, vocab, hidden, seed=1)[0] * (2.0 / hidden**0.5)).to(DTYPES[dtype])
-    y = torch.randint(vocab, (tokens,), device=device, generator=torch.Generator(device=device).manual_seed(2))
-    rows = torch.unique(torch.linspace(0, tokens - 1, min(16, tokens)).long()).to(device)
-    wide = x[rows].double().requires_grad_()
-    logits = torch.cat([wide @ piece.double().T for piece in head.split(8192)], 1)
-    logp = torch.log_softmax(logits, -1).gather(1, y[rows, None])[:, 0]
-    dhidden, = torch.autograd.grad(logp, wide, g[rows].double())
-    logp = logp.detach()
-
-    def check(outputs: tuple) -> dict[str, float]:
-        return {"logp": compare(outputs[0][rows], logp), "dhidden": relative(outputs[1][rows], dhidden)}
-
-    def entry(label: str, function: Callable, **rest: object) -> Entry:
-        def run(leaves: tuple[Tensor, Tensor]) -> tuple:
-            found = function(*leaves)
-            dx, _ = torch.autograd.grad(found, leaves, g)
-            return found, dx
-        return Entry(label, run, lambda _: (x.detach().requires_grad_(), head.detach().requires_grad_()), check, **rest)
-
-    def fused(h: Tensor, w: Tensor) -> Tensor:
-        return rlkernels.linear_token_logprobs(h, w, y)
-
-    def torch_head(h: Tensor, w: Tensor) -> Tensor:
-        return log_softmax_gather(h @ w.T, y)
-
-    entries = [entry(label, on(backend, fused), ours=True) for label, backend in ours(device.type).items()]
-    if "cce" in peers:
-        entries.append(entry(PEERS["cce"].name, lambda h, w: -peers["cce"](h, w, y, reduction="none"), remark=PEERS["cce"].remark))
-    if "verl_linear" in peers:
-        entries.append(entry(PEERS["verl_linear"].name, lambda h, w: peers["verl_linear"](h, w, y, 1.0, "none")[0],
-                             remark=PEERS["verl_linear"].remark))
-    if hasattr(F, "linear_cross_entropy"):
-        entries.append(entry("F.linear_cross_entropy", lambda h, w: -F.linear_cross_entropy(h, w, y, reduction="none")))
-    entries.append(entry(EAGER, torch_head))
-    if compile_too:
-        entries.append(entry(COMPILED, compiled(torch_head)))
-    size = x.element_size()
-    reads, writes = (size * (x.numel() + head.numel()) for _ in range(2))
-    return Case(f"linear_token_logprobs {[tokens, hidden, vocab]} forward+backward", entries, "4 products", reads, writes,
-                {"logp": 4 * EPS * max(1.0, logp.abs().max().item())}, 1, (tokens, hidden, vocab), 8 * tokens * hidden * vocab)

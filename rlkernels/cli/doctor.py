@@ -7,12 +7,13 @@ import platform
 import torch
 
 import rlkernels
-from rlkernels.backends import cpu
+from rlkernels.backends import DEVICES, choice, cpu
 from rlkernels.cli import machine, tables
 
 ENVIRONMENT = {
-    "RLKERNELS_CHECK": "run time, read at import: 1 also checks the values of cu_seqlens on devices where that stops the queue",
+    "RLKERNELS_CHECK": "run time, read at import: 1 also checks the values of cu_seqlens, and that shards cover the vocabulary, where that stops the queue",
     "RLKERNELS_CPU_ISA": "run time, read once: highest instruction set of the cpu backend (avx512, avx2, baseline)",
+    "RLKERNELS_LOGITS_BUDGET": "run time: bytes of logits that a chunk of the linear_* functions holds (default 1 GiB, on a CPU 256 MiB)",
     "RLKERNELS_CUDA": "build time: 0 (default), 1 or auto; whether the cuda backend is built (auto: where nvcc is found)",
     "RLKERNELS_CUDA_ARCHS": "build time: architectures of the cuda backend (default 80 90a 100a 120)",
     "RLKERNELS_CUDA_FLAGS": "build time: further flags for nvcc, such as -lineinfo",
@@ -25,6 +26,17 @@ ENVIRONMENT = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plain", action="store_true", help="plain text even where rich is installed")
+
+
+def show_choices(*, plain: bool) -> None:
+    """The measured table that decides between backends, and the order where it has no entry."""
+    rows = [[op, device, f"{itemsize} bytes", vocabulary, ", ".join(order)] for (op, device, itemsize, vocabulary), order in sorted(choice.TABLE.items())]
+    if rows:
+        tables.show(f"Measured choice of a backend (large: a vocabulary of {choice.LARGE} or more)", ["op", "device", "per logit", "vocabulary", "order"],
+                    rows, plain=plain)
+    else:
+        print("\nMeasured choice of a backend: no entry, since nothing has been measured on a GPU yet; the order below is used.")
+    tables.show("Order of the backends where nothing was measured", ["device", "order"], [[d, ", ".join(order)] for d, order in DEVICES.items()], plain=plain)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     ops = list(state["serves"]["cpu"])
     rows = [[op, *(state["serves"][device][op] for device in devices)] for op in ops]
     tables.show("Which backend serves which op", ["op", *devices], rows, plain=args.plain)
+    show_choices(plain=args.plain)
     rows = [[name, reason] for name, reason in state["absent"].items()] or [["none", "every backend is available"]]
     tables.show("Absent backends", ["backend", "reason"], rows, plain=args.plain)
     rows = [[name, os.environ.get(name, "not set"), meaning] for name, meaning in ENVIRONMENT.items()]
