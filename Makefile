@@ -24,12 +24,20 @@ trl-python: $(VENV)/bin/python
 	@$(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "make demo: TRL needs Python >= 3.11; install one and run: make clean && make demo PYTHON=python3.11 (the library itself runs on 3.10)"; exit 1; }
 
+# The proofs of the Triton kernels with the newest version, then the suite; with ARGS a part of the suite alone.
 # One torch thread per worker: the suite is many small cases, and two workers with two threads each would fight for two cores.
+TRITON ?= 3.9.0 3.6.0
 test: $(VENV)/.installed
+ifneq ($(strip $(ARGS)),)
+	@echo "make test: ARGS select from the suite; the proofs of the Triton kernels are left out (make test-triton)"
+else ifneq ($(shell uname -s),Linux)
+	@echo "make test: Triton has no wheels for $(shell uname -s); the proofs of its kernels are left out"
+else
+	@$(MAKE) --no-print-directory test-triton TRITON=$(firstword $(TRITON))
+endif
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # Triton lies beside the environment, not in it: TRL would choose other paths. Its interpreter is switched on for a whole process.
-TRITON ?= 3.9.0 3.6.0
 test-triton: $(VENV)/.installed
 	@for v in $(TRITON); do \
 		[ -d .triton/$$v ] || $(PIP) install -q --no-deps --target .triton/$$v triton==$$v $$([ $$v = 3.6.0 ] && echo 'numpy<2.4') || exit 1; \

@@ -47,7 +47,9 @@ def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
 def mean_objective(objective, first, params):
     """Mean over all elements of an objective of one column; 0, still attached to the graph, where there is none."""
     first = first.contiguous()
-    weight = torch.full_like(first, 1.0 / max(first.numel(), 1), requires_grad=False)
+    share = 1.0 / max(first.numel(), 1)
+    # Under compilation a fill value is a constant: one graph for each number of pairs. A number that is added is not.
+    weight = torch.zeros_like(first, requires_grad=False) + share if torch.compiler.is_compiling() else torch.full_like(first, share, requires_grad=False)
     loss, _, _ = ops.elementwise(objective, first, [], params, weight, ops.serving("elementwise", first))
     return loss
 

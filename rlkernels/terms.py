@@ -25,7 +25,8 @@ def resolve(where, objective, params):
 
 
 def _is_policy(entry):
-    return entry.columns[0] == "logp" and "ref_logp" not in entry.columns
+    # Without an advantage it is no policy objective: the caller's would be ignored in silence.
+    return entry.columns[0] == "logp" and "advantage" in entry.columns
 
 
 def live_tokens(where, like, mask):

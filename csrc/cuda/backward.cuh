@@ -11,6 +11,7 @@ constexpr int kTogetherOf = sizeof(T) == 4 ? 2 : 4;
 template <class T, bool kRef, int BLOCK>
 __global__ void __launch_bounds__(BLOCK) token_stats_backward(const Rows rows, const BackwardInputs in, const Layout to, const long long slices,
                                                               const long long slice) {
+  if (get(in.unless, 0) == 1.0f) return;
   constexpr int kTogether = kTogetherOf<T>;
   constexpr long long kStep = (long long)BLOCK * kGroup;
   const long long r = blockIdx.x / slices, from = blockIdx.x % slices * slice;

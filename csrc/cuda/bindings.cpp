@@ -40,8 +40,8 @@ void stats(const Rows& r, const std::array<uintptr_t, 11>& to, int device, uintp
   by_dtype(r.dtype, [&](auto d) { token_stats<decltype(d)::value>(r, out, {device, stream}); });
 }
 
-void backward(const Rows& r, const std::array<uintptr_t, 9>& from, const Place& out, int device, uintptr_t stream) {
-  const BackwardInputs in{from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], from[8]};
+void backward(const Rows& r, const std::array<uintptr_t, 10>& from, const Place& out, int device, uintptr_t stream) {
+  const BackwardInputs in{from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], from[8], from[9]};
   by_dtype(r.dtype, [&](auto d) { token_stats_backward<decltype(d)::value>(r, in, layout(out), {device, stream}); });
 }
 

@@ -1,4 +1,4 @@
-// An objective named by its place in RLK_OBJECTIVES: a switch, taken once per row, where a row costs as much as a vocabulary.
+// An objective of rows named by its place in RLK_OBJECTIVES: a switch, taken once per row, where a row costs as much as a vocabulary.
 #pragma once
 #include "platform.cuh"
 
@@ -19,7 +19,7 @@ __device__ inline Term<S> evaluate_objective(int id, const S (&columns)[kWidest]
   case id_##name:                                                                                                      \
     static_assert(n_columns <= kWidest && n_params <= kWidest, "raise kWidest");                                       \
     return evaluate<rlk::name, S>(columns, params, std::make_index_sequence<n_columns>{}, std::make_index_sequence<n_params>{});
-    RLK_OBJECTIVES(RLK_CASE)
+    RLK_ROW_OBJECTIVES(RLK_CASE)
 #undef RLK_CASE
   }
   return {S(NAN), S(NAN)};

@@ -54,6 +54,7 @@ struct StatsOutputs {
 
 struct BackwardInputs {
   uintptr_t dlogp, dentropy, dkl, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl;
+  uintptr_t unless;  // one number: where it is exactly 1, nothing is written; 0: no such number
 };
 
 struct PolicyInputs {

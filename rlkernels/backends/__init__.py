@@ -26,6 +26,7 @@ class _Modules(dict):
 
 BACKENDS = _Modules(eager=eager, cpu=cpu, cuda=cuda)
 _forced = threading.local()
+_present = set()  # accelerator backends that have been found: looking for Triton and a GPU again costs 30 us per call
 
 
 def interpreted():
@@ -62,14 +63,21 @@ def serving(op, device, dtype=None, vocab=None):
     choices = DEVICES.get(device)
     if choices is None:
         raise RuntimeError(f"no backend for device {device}; available: {', '.join(sorted(DEVICES))}")
-    name = forced()
+    name = getattr(_forced, "name", None)
     if name is not None:
         if name != "eager" and name not in choices and not (name == "triton" and device == "cpu" and interpreted()):
             raise RuntimeError(f"backend {name!r} does not serve device {device} (asked for {op}); move the tensors or leave use_backend")
         return name
     if len(choices) > 2:
         choices = preferred(op, device, dtype, vocab, choices)
-    return next(choice for choice in choices if absent(choice) is None)
+    for name in choices:
+        if name in _present:
+            return name
+        if absent(name) is None:
+            if device != "cpu":
+                _present.add(name)
+            return name
+    raise RuntimeError(f"no backend for device {device} is present here: {', '.join(choices)}")
 
 
 @contextmanager

@@ -40,10 +40,10 @@ def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logi
 
 
 def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ignore_index, vocab_mask, ref_logits, shift, sum_exp, entropy,
-                         ref_shift, ref_sum_exp, kl, out):
+                         ref_shift, ref_sum_exp, kl, out, unless=None):
     rows = _rows(logits, targets, temperature, ignore_index, vocab_mask, ref_logits)
     gradient = _fresh_gradient(logits, targets) if out is None else out
-    inputs = [_address(x) for x in (dlogp, dentropy, dkl, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl)]
+    inputs = [_address(x) for x in (dlogp, dentropy, dkl, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, unless)]
     _cuda.token_stats_backward(rows, inputs, _place(gradient), *_where(logits))
     return gradient
 

@@ -98,7 +98,11 @@ def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logi
 
 
 def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ignore_index, vocab_mask, ref_logits, shift, sum_exp, entropy,
-                         ref_shift, ref_sum_exp, kl, out):
+                         ref_shift, ref_sum_exp, kl, out, unless=None):
+    """With ``unless``, a number on the device: where it is exactly 1, ``out`` stays as it is, and no host has read the number.
+
+    ``out`` then holds the gradient for an upstream gradient of 1, made in the forward; for any other it is made here, with one rounding.
+    """
     live, x, target = _rows(logits, targets, temperature, ignore_index, vocab_mask)
     active = torch.stack([d != 0 for d in (dlogp, dentropy, dkl) if d is not None]).any(0)
     centred = (x - shift[:, None]) / _column(temperature)
@@ -120,6 +124,8 @@ def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ign
     if vocab_mask is not None:
         grad = torch.where(vocab_mask, grad, 0.0)
     grad = torch.where((live & active)[:, None], grad / _column(temperature), 0.0).to(logits.dtype)
+    if unless is not None:
+        grad = torch.where(unless == 1.0, out.view(grad.shape), grad)
     return grad if out is None else out.copy_(grad.view(out.shape))
 
 

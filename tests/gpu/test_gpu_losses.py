@@ -94,6 +94,57 @@ def test_the_gradient_made_in_the_forward_has_the_bits_of_the_two_pass_one(backe
     assert gpu.bits(dlogits.view(x.shape), passes)
 
 
+UPSTREAM = (1.0, 2.0**16, -0.5, 0.0)
+
+
+def held(x, targets, columns, inplace=False):
+    """A loss whose gradient is made in the forward; in place none is."""
+    leaf = x.clone().requires_grad_()
+    loss = rlkernels.logits_policy_loss(leaf.view_as(leaf) if inplace else leaf, targets, columns["old"], columns["advantage"], columns["mask"],
+                                        temperature=0.9, entropy_coef=ENTROPY, inplace_backward=inplace)
+    return loss, leaf
+
+
+@both
+@every_dtype
+@pytest.mark.parametrize("vocab", (37, 32000, 151936))
+def test_F31_F34_F84_the_gradient_of_the_forward_meets_any_upstream_gradient_in_one_launch(backend, vocab, dtype, monkeypatch):
+    from rlkernels import ops
+
+    if gpu.REHEARSAL:
+        monkeypatch.setattr(ops, "_known_to_be_one", lambda x: False)  # the way of a device
+    x, targets, _ = gpu.rows((6,), vocab, dtype, seed=11)
+    columns = gpu.policy_inputs(x, targets, 0.9)
+    with gpu.using(backend):
+        for g in (torch.tensor(g, device=gpu.DEVICE) for g in UPSTREAM):
+            placed, placed_leaf = held(x, targets, columns, inplace=True)
+            (expected,) = torch.autograd.grad(placed, placed_leaf, g)
+            before = ops.calls()
+            loss, leaf = held(x, targets, columns)
+            given = []
+            with gpu.hidden_syncs_raise():
+                for _ in range(3):  # retained: the second and third are made anew, in tensors of their own
+                    given.append(torch.autograd.grad(loss, leaf, g, retain_graph=True)[0])
+            assert ops.calls() - before == {("fused_policy", backend): 1, ("token_stats_backward", backend): 3}
+            assert len({got.data_ptr() for got in given}) == 3
+            assert all(gpu.bits(got, expected) for got in given), g.item()
+            assert g == 0 or expected.any()
+
+
+@both
+def test_F84_a_loss_scale_reaches_fp16_before_the_rounding(backend):
+    x, targets, _ = gpu.rows((6,), 4099, torch.float16, seed=12)
+    weights = torch.full((6,), 1e-7, device=gpu.DEVICE)
+    leaf = x.clone().requires_grad_()
+    with gpu.using(backend):
+        loss = rlkernels.logits_policy_loss(leaf, targets, None, torch.ones(6, device=gpu.DEVICE), objective="reinforce", weights=weights)
+        (got,) = torch.autograd.grad(loss, leaf, torch.tensor(2.0**16, device=gpu.DEVICE))
+    wide = x.double().requires_grad_()
+    (want,) = torch.autograd.grad(-(2.0**16 * 1e-7) * reference.statistics(wide, targets)["logprobs"][targets != -100].sum(), wide)
+    torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=6e-8)
+    assert want.abs().max() < 0.1 and got.any()
+
+
 @both
 @pytest.mark.parametrize("n", (1, 1023, 1025, 64 * 2048, 300_001))
 @pytest.mark.parametrize("objective", sorted(n for n in OBJECTIVES if hasattr(oracles, n)))

@@ -43,6 +43,12 @@ def policy(a):
     return loss.detach(), *torch.autograd.grad(loss, leaf)
 
 
+def scaled_policy(a):
+    leaf = a["x"].detach().requires_grad_()
+    loss = rlkernels.logits_policy_loss(leaf, a["targets"], a["old"], a["advantage"], entropy_coef=0.01)
+    return loss.detach(), *torch.autograd.grad(loss, leaf, a["advantage"][1])  # read by the kernel, never by the host
+
+
 def columns(a):
     leaf = a["old"].detach().requires_grad_()
     loss = rlkernels.policy_loss(leaf, a["ref_logp"], a["advantage"], ref_logprobs=a["ref_logp"], kl_coef=0.04)
@@ -59,7 +65,7 @@ def scan(a):
     return rlkernels.gae(a["rewards"], a["values"])
 
 
-CALLS = {f.__name__: f for f in (logprobs, statistics, two_models, policy, columns, pairs, scan)}
+CALLS = {f.__name__: f for f in (logprobs, statistics, two_models, policy, scaled_policy, columns, pairs, scan)}
 every_call = pytest.mark.parametrize("call", CALLS)
 
 
@@ -228,11 +234,11 @@ def test_F92_the_forward_takes_no_memory_and_the_backward_one_gradient(backend):
         return torch.autograd.grad(loss, own)
 
     with gpu.using(backend):
-        for function in (logprobs, two_models, policy):
+        for function in (logprobs, two_models, policy, scaled_policy):
             function(a)
         assert growth(lambda: rlkernels.token_stats(leaf, a["targets"], ref_logits=a["ref"], kl="exact")) <= 0.01 * size
         assert growth(lambda: rlkernels.token_logprobs(leaf, a["targets"])) <= 0.01 * size
-        for function in (logprobs, two_models, policy):
+        for function in (logprobs, two_models, policy, scaled_policy):
             assert growth(lambda function=function: function(a)) <= 1.02 * size, function.__name__
         assert growth(in_place) <= 0.01 * size and growth(policy_in_place) <= 0.01 * size
 

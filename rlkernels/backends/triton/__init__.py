@@ -3,6 +3,7 @@ import ctypes
 import functools
 import types
 from contextlib import nullcontext
+from math import gcd
 
 import torch
 import triton
@@ -75,17 +76,17 @@ class _Launch:
         mask_stride = 0 if vocab_mask is None or vocab_mask.dim() == 1 else vocab_mask.stride(0)
         keep = targets if vocab_mask is None else vocab_mask.view(torch.int8)
         self.softmax = (1.0 if per_row else inverse(temperature), temperature if per_row else targets, keep, mask_stride, self.vocab)
-        self.config = configs.row_config(op, logits.element_size(), self.vocab)
+        self.config = configs.row_config(op, logits.element_size(), self.vocab, vocab_mask is not None)
         self.flags = {"PER_ROW": per_row, "MASKED": vocab_mask is not None, "REAL": REAL[self.real], "LANES": self.config.lanes,
                       **options(logits.device, self.config.threads)}
 
     def places(self, *tensors):
-        """``(outer, inner)`` of each tensor's rows and the unit ``ALIGN``: row r is at ``(r // level) outer + (r % level) inner``, level 1 for [T, V]."""
+        """``(outer, inner)`` of each tensor's rows and their common unit: row r is at ``(r // level) outer + (r % level) inner``, level 1 for [T, V]."""
         pairs = []
         for x in tensors:
             flat = x.dim() == 2  # a fresh gradient is [T, V] where the logits are [B, L, V]
             pairs.append((x.stride(0) * self.level, x.stride(0)) if flat else (x.stride(0), x.stride(1)))
-        align = 16 if all(stride % 16 == 0 for pair in pairs for stride in pair) else 1
+        align = gcd(16, *(stride for pair in pairs for stride in pair))
         return [(outer // align, inner // align) for outer, inner in pairs], align
 
 
@@ -109,19 +110,22 @@ def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logi
 
 
 def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ignore_index, vocab_mask, ref_logits, shift, sum_exp, entropy,
-                         ref_shift, ref_sum_exp, kl, out):
+                         ref_shift, ref_sum_exp, kl, out, unless=None):
     at = _Launch("token_stats_backward" if dkl is None else "token_stats_backward_ref", logits, targets, temperature, ignore_index, vocab_mask)
     gradient = logits.new_empty((at.tokens, at.vocab)) if out is None else out
     if at.tokens:
         tiles = triton.cdiv(at.vocab, at.config.lanes * PER.value)
         slice_tiles = triton.cdiv(tiles, min(tiles, max(1, SLICES // at.tokens), 65535))
         ref = logits if ref_logits is None else ref_logits
-        (place, ref_place, out_place), align = at.places(logits, ref, gradient)
+        (place, ref_place), align = at.places(logits, ref)
+        (out_place,), out_align = at.places(gradient)
         some = [shift if x is None or x.numel() == 0 else x for x in (dlogp, dentropy, dkl, entropy, ref_shift, ref_sum_exp, kl)]
         with device_of(logits):
             kernels.token_stats_backward[(at.tokens, triton.cdiv(tiles, slice_tiles))](
                 *some[:3], logits, *place, at.level, ref, *ref_place, *at.labels, *at.softmax, shift, sum_exp, *some[3:], gradient, *out_place, slice_tiles,
-                LOGP_TERM=dlogp is not None, ENTROPY_TERM=dentropy is not None, KL_TERM=dkl is not None, ALIGN=align, **at.flags)
+                shift if unless is None else unless, int(unless is not None),  # not a compile-time flag: no second variant of the kernel
+                LOGP_TERM=dlogp is not None, ENTROPY_TERM=dentropy is not None, KL_TERM=dkl is not None, ALIGN=align, OUT_ALIGN=out_align,
+                **at.flags)
     return gradient
 
 
@@ -131,13 +135,15 @@ def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_ma
     loss, logp, shift, total, entropy, dlogp = (_per_row(at.tokens, logits, at.real) for _ in range(6))
     gradient = logits.new_empty((at.tokens, at.vocab) if with_grad else (0, 0)) if out is None or not with_grad else out
     if at.tokens:
-        (place, out_place), align = at.places(logits, gradient if with_grad else logits)  # narrow loads are many without looking ahead
+        (place,), align = at.places(logits)
+        (out_place,), out_align = at.places(gradient if with_grad else logits)
         with device_of(logits):
             kernels.fused_policy[(at.tokens,)](
                 device_function(OBJECTIVES[objective].function), device_function(OBJECTIVES[kl or "k1"].function), logits, *place, at.level, *at.labels,
                 *at.softmax, tuple(columns), *_numbers(params, at.real), weight, *(weight if x is None else x for x in (entropy_weight, ref_logp, kl_weight)),
                 loss, logp, shift, total, entropy, dlogp, gradient if with_grad else logits, *out_place, WITH_GRAD=with_grad,
-                ENTROPY_TERM=entropy_weight is not None, KL_TERM=kl is not None, ALIGN=align, AHEAD=at.config.ahead if align > 1 else 1, **at.flags)
+                ENTROPY_TERM=entropy_weight is not None, KL_TERM=kl is not None, ALIGN=align, OUT_ALIGN=out_align,
+                AHEAD=at.config.ahead if align >= PER.value else 1, **at.flags)  # narrow loads are many without looking ahead
     return loss.sum(dtype=torch.float64).to(at.real), gradient, logp, shift, total, entropy, dlogp
 
 
@@ -154,14 +160,16 @@ def elementwise(objective, columns, params, weight):
     n = first.numel()
     value, derivative = torch.empty_like(first), torch.empty_like(first)
     count = triton.cdiv(n, configs.BLOCK)
-    partial, loss = first.new_empty(count, dtype=torch.float64), first.new_zeros(())
+    loss = first.new_empty(()) if n else first.new_zeros(())
+    partial = loss if count == 1 else first.new_empty(count, dtype=torch.float64)  # one block: its partial, rounded once, is the loss
     if n:
         launch = {"BLOCK": configs.BLOCK, **options(first.device, configs.THREADS)}
         with device_of(first):
             blocks.elementwise[(count,)](
                 device_function(OBJECTIVES[objective].function), tuple(columns), *_numbers(params, first.dtype), first if weight is None else weight,
                 value, derivative, partial, n, WEIGHTED=weight is not None, **launch)
-            blocks.sum_partials[(1,)](partial, loss, count, **launch)
+            if count > 1:
+                blocks.sum_partials[(1,)](partial, loss, count, **launch)
     return loss, value, derivative
 
 

@@ -44,17 +44,23 @@ TABLE = {
     ("fused_policy", 8): DOUBLE,
 }
 """``_ref``: with reference logits."""
+MASKED = {
+    # With a mask of columns more is kept per column: these entries of TABLE would spill on sm_120 or gfx942 (four tiles ahead; all outputs at once).
+    ("token_stats_ref", 2): ((SMALL, Config(128, 128)), (LARGE, Config(512, 1024))),
+    ("fused_policy", 2): ((SMALL, Config(128, 128)), (LARGE, Config(512, 512, 2))),
+}
 BLOCK, SCAN, THREADS = 1024, 512, 128
 """Elements of a program of ``elementwise``, elements of a step of ``gae`` (1024 spill on gfx942), threads of both."""
 _overrides = {}
 
 
-def row_config(op, itemsize, vocab):
+def row_config(op, itemsize, vocab, masked=False):
     """The entry of the table; ``override`` wins."""
     name = op.removesuffix("_ref")
     if name in _overrides:
         return _overrides[name]
-    return next(config for largest, config in TABLE[op, itemsize] if vocab <= largest)
+    entries = masked and MASKED.get((op, itemsize)) or TABLE[op, itemsize]
+    return next(config for largest, config in entries if vocab <= largest)
 
 
 @contextmanager

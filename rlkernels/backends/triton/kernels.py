@@ -10,7 +10,8 @@ from rlkernels.backends.triton.gradient import row_gradient, row_zero
 from rlkernels.backends.triton.rows import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS, PER, place, row_stats, target_logit
 
 UNSPECIALISED = ["outer", "inner", "ref_outer", "ref_inner", "out_outer", "out_inner", "level", "mask_stride", "target_stride", "ignore_index"]
-# Strides of rows come in units of ALIGN elements: 16 where all of them allow it, for 128-bit loads, else 1. Two variants, whatever the lengths.
+# Strides of rows come in units of ALIGN elements, the largest of 16, 8, 4, 2, 1 that all of them allow: it decides how wide loads can be. A vocabulary
+# and a layout fix it, whatever the lengths.
 
 
 @triton.jit
@@ -85,17 +86,19 @@ def token_stats(logits_ptr, outer: tl.int64, inner: tl.int64, level, ref_ptr, re
                 tl.store(kl_ptr + token, tl.where(outside, nan, cross / total - log_total + ref_log_total))
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED + ["slice_tiles"])
+@triton.jit(do_not_specialize=UNSPECIALISED + ["slice_tiles", "unless_ptr", "guarded"])
 def token_stats_backward(dlogp_ptr, dentropy_ptr, dkl_ptr, logits_ptr, outer: tl.int64, inner: tl.int64, level, ref_ptr, ref_outer: tl.int64,
                          ref_inner: tl.int64, targets_ptr, target_stride, ignore_index, temperature, temperature_ptr, mask_ptr, mask_stride, vocab,
                          shift_ptr, total_ptr, entropy_ptr, ref_shift_ptr, ref_total_ptr, kl_ptr, out_ptr, out_outer: tl.int64, out_inner: tl.int64,
-                         slice_tiles, LOGP_TERM: tl.constexpr, ENTROPY_TERM: tl.constexpr, KL_TERM: tl.constexpr, PER_ROW: tl.constexpr,
-                         MASKED: tl.constexpr, REAL: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    """One slice of one row's gradient: one read and one write, in place where ``out`` is ``logits``."""
+                         slice_tiles, unless_ptr, guarded, LOGP_TERM: tl.constexpr, ENTROPY_TERM: tl.constexpr, KL_TERM: tl.constexpr, PER_ROW: tl.constexpr,
+                         MASKED: tl.constexpr, REAL: tl.constexpr, ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr, LANES: tl.constexpr):
+    """One slice of one row's gradient: one read and one write, in place where ``out`` is ``logits``; nothing where ``unless`` is exactly 1."""
+    if tl.load(unless_ptr, guarded != 0, other=0.0) == 1.0:
+        return
     token = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * slice_tiles * (LANES * PER)  # whole tiles: rows stay aligned for 128-bit loads
     stop = tl.minimum(start + slice_tiles * (LANES * PER), vocab)
-    out = place(out_ptr, token, out_outer, out_inner, level, ALIGN)
+    out = place(out_ptr, token, out_outer, out_inner, level, OUT_ALIGN)
     target = tl.load(targets_ptr + token * target_stride).to(tl.int64)
     mask = mask_ptr + token * mask_stride
     zero = tl.zeros((), REAL)
@@ -137,12 +140,12 @@ def fused_policy(OBJECTIVE: tl.constexpr, KL_OBJECTIVE: tl.constexpr, logits_ptr
                  ignore_index, temperature, temperature_ptr, mask_ptr, mask_stride, vocab, columns, parameters, parameters_low, weight_ptr,
                  entropy_weight_ptr, ref_logp_ptr, kl_weight_ptr, loss_ptr, logp_ptr, shift_ptr, total_ptr, entropy_ptr, dlogp_ptr, out_ptr,
                  out_outer: tl.int64, out_inner: tl.int64, WITH_GRAD: tl.constexpr, ENTROPY_TERM: tl.constexpr, KL_TERM: tl.constexpr,
-                 PER_ROW: tl.constexpr, MASKED: tl.constexpr, REAL: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr,
-                 AHEAD: tl.constexpr):
+                 PER_ROW: tl.constexpr, MASKED: tl.constexpr, REAL: tl.constexpr, ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,
+                 LANES: tl.constexpr, AHEAD: tl.constexpr):
     """One row: statistics, objective and gradient in one launch; the second sweep walks back over what the first left in the cache."""
     token = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + token * target_stride).to(tl.int64)
-    out = place(out_ptr, token, out_outer, out_inner, level, ALIGN)
+    out = place(out_ptr, token, out_outer, out_inner, level, OUT_ALIGN)
     weight = tl.load(weight_ptr + token)
     entropy_weight = tl.zeros((), REAL)
     kl_weight = entropy_weight
