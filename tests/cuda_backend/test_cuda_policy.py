@@ -10,7 +10,8 @@ from row_calls import same
 from rlkernels.objectives import OBJECTIVES, objective
 
 TEAMS = (-1, 1, 2, 4, 8)  # two sweeps over device memory; a row in the shared memory of so many blocks
-PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "beta": 0.3, "label_smoothing": 0.1, "clip_range": 0.2}
+PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "beta": 0.3, "label_smoothing": 0.1, "clip_range": 0.2,
+          "tau": 0.05, "alpha": 0.5}
 NATIVE = [name for name, o in OBJECTIVES.items() if o.function.__module__.startswith("rlkernels.")]
 
 
@@ -53,7 +54,7 @@ def truth(name, case, kl="k3", temperature=0.8):
     return loss.detach(), torch.autograd.grad(loss, leaf)[0], {"logprobs": dlogp, "entropy": entropy_weight}
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", [name for name in NATIVE if OBJECTIVES[name].columns[0] == "logp"])  # the row kernels compile no others in
 def test_every_objective_matches_float64(backend, name):
     case = problem(1031, torch.float32, seed=len(name))
     loss, expected, upstream = truth(name, case)
@@ -139,6 +140,17 @@ def test_a_term_of_weight_zero_is_left_out_though_its_column_is_nan(backend):
     assert expected[0].isfinite()
 
 
+@pytest.mark.parametrize("dead", [(4, 6), (4, 5), (5, 6)], ids=["entropy alone", "penalty alone", "objective alone"])
+def test_a_row_lives_by_any_of_its_terms(backend, dead):
+    case = problem(257, torch.float32, seed=7)
+    for term in dead:  # weight, entropy_weight, kl_weight stand at 4, 5, 6
+        case[term][0] = 0.0
+    loss, expected, upstream = truth("ppo_clip", case)
+    got = call(backend, "ppo_clip", case)
+    assert abs(float(got[0]) - float(loss)) <= 1e-5 * max(1.0, abs(float(loss))) and got[1][0].any()
+    assert_gradient(got[1], expected, gradient_allowance(upstream, case[0], case[1], 0.8) + 8e-6 * expected.abs(), "dlogits")
+
+
 def test_F84_the_ratio_to_log_probabilities_of_the_other_kernel_is_exactly_one(backend, host_module):
     x, targets, _ = draw_rows((4,), 9001, torch.bfloat16, seed=8)
     targets = targets.clamp(min=0)
@@ -209,6 +221,23 @@ def test_a_users_objective_runs_through_the_two_native_passes(backend):
         assert same(got[1:], twice[1:])
     finally:
         del OBJECTIVES["steep_for_cuda"]
+
+
+def test_F31_F84_the_gradient_of_the_forward_meets_any_upstream_gradient_without_the_host(public, dtype, monkeypatch):
+    monkeypatch.setattr(public.ops, "_known_to_be_one", lambda x: False)  # as on a device: the kernel reads it
+    x, targets, _, columns, *_ = problem(1031, dtype, seed=14)
+    leaf = x.requires_grad_()
+
+    def loss(logits, inplace):
+        return public.logits_policy_loss(logits, targets, columns["old_logp"], columns["advantage"], entropy_coef=0.1, inplace_backward=inplace)
+    for g in (1.0, 2.0**16, -0.5, 0.0):
+        g, copy = torch.tensor(g), (leaf.detach() * 1).requires_grad_()
+        (expected,) = torch.autograd.grad(loss(copy.view_as(copy), True), copy, g)
+        output = loss(leaf, False)
+        for _ in range(3):
+            (got,) = torch.autograd.grad(output, leaf, g, retain_graph=True)
+            assert same_bits(got, expected)
+            got.fill_(math.nan)
 
 
 def test_F11_no_rows_give_a_loss_of_zero(backend):

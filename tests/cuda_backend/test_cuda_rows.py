@@ -27,6 +27,16 @@ def test_F27_masks_a_temperature_per_row_and_a_reference_match_float64(public, d
     judge(public.token_stats, x, targets, temperature, vocab_mask=mask, ref_logits=ref)
 
 
+def test_the_gradient_kernel_writes_nothing_where_unless_is_exactly_1(backend, dtype):
+    x, targets, mask = draw_rows((4,), 9001, dtype, seed=12)
+    stats, g = run(backend, x, targets, mask=mask), cotangents(targets.shape, 2)
+    saved = (*g, None, x, targets, 1.0, -100, mask, None, *stats[1:4], None, None, None)
+    expected, before = backend.token_stats_backward(*saved, None), torch.full_like(x, 7.0)
+    for unless in (1.0, 2.0**16, -0.5, 0.0, 1.0 + 2.0**-23, math.nan):
+        out = backend.token_stats_backward(*saved, before.clone(), torch.tensor([math.nan, unless])[1])
+        assert same_bits(out, before if unless == 1.0 else expected), unless
+
+
 def test_F75_a_large_vocabulary_matches_float64(public):
     x, targets, _ = draw_rows((1, 2), 151_936, torch.bfloat16, seed=5)
     judge(public.token_stats, x, targets)

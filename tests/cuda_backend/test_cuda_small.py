@@ -10,7 +10,8 @@ from row_calls import same
 from rlkernels.backends import eager
 from rlkernels.objectives import OBJECTIVES
 
-PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "beta": 0.3, "label_smoothing": 0.1, "clip_range": 0.2}
+PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "beta": 0.3, "label_smoothing": 0.1, "clip_range": 0.2,
+          "tau": 0.05, "alpha": 0.5}
 NATIVE = [name for name, o in OBJECTIVES.items() if o.function.__module__.startswith("rlkernels.")]
 
 
@@ -40,7 +41,8 @@ def test_float64_columns_stay_float64(backend, name):
 
 
 # 1024 elements make a block: one short, one block, one over; 70 000: 69 blocks. 300 000: more blocks than threads that add their parts.
-@pytest.mark.parametrize("n", (1, 31, 1023, 1024, 1025, 70_000, 300_000))
+# 1 100 000: more parts than those threads load at once.
+@pytest.mark.parametrize("n", (1, 31, 1023, 1024, 1025, 70_000, 300_000, 1_100_000))
 def test_the_weighted_sum_is_exact_to_the_last_rounding(backend, n):
     generator = torch.Generator().manual_seed(n)
     columns = list(torch.randn(2, n, generator=generator))

@@ -49,6 +49,9 @@ def test_F49_twenty_lengths_temperatures_and_parameters_compile_a_row_kernel_at_
                 yield lambda x=x, y=y, t=temperature, i=ignore: backend.token_stats(x, y, t, i, None, None, 1)
                 yield lambda x=x, y=y, c=column, t=temperature, i=ignore: backend.token_stats_backward(
                     c, c, None, x, y, t, i, None, None, c, c, c, None, None, None, None)
+                unless = torch.empty(2, device="meta")[draw.choice([0, 1])]
+                yield lambda x=x, y=y, c=column, t=temperature, i=ignore, u=unless: backend.token_stats_backward(
+                    c, c, None, x, y, t, i, None, None, c, c, c, None, None, None, torch.empty(len(y), vocab, dtype=x.dtype, device="meta"), u)
                 yield lambda x=x, y=y, c=column, t=temperature, i=ignore, p=params: backend.fused_policy(
                     "ppo_clip", x, y, t, i, None, [c, c], p, c, c, "k3", c, c, True, None)
     found = variants(calls())
@@ -68,6 +71,13 @@ def test_F49_objectives_and_scans_compile_at_most_twice_over_lengths_and_numbers
             yield lambda g=grid, gamma=gamma: backend.gae(g, g, torch.empty_like(g, dtype=torch.bool), None, gamma, 0.95, "skip")
     found = variants(calls())
     assert set(found) == {"elementwise", "sum_partials", "gae"} and all(count <= 2 for count in found.values()), found
+
+
+def test_a_loss_of_one_block_is_one_launch(monkeypatch):
+    on_meta(monkeypatch)
+    for n, kernels in ((1, ["elementwise"]), (1024, ["elementwise"]), (1025, ["elementwise", "sum_partials"])):
+        column = torch.empty(n, device="meta")
+        assert [launch.kernel for launch in record(lambda c=column: backend.elementwise("pairwise", [c], [], c), "sm_90")] == kernels
 
 
 def test_the_count_sees_what_does_recompile(monkeypatch):

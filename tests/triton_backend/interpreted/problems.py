@@ -4,7 +4,8 @@ import torch
 from reference import draw_rows, gradient_allowance, statistics
 
 NAN = float("nan")
-PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "clip_range": 0.2, "beta": 0.5, "label_smoothing": 0.1}
+PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "clip_range": 0.2, "beta": 0.5, "label_smoothing": 0.1,
+          "tau": 0.05, "alpha": 0.5}
 EVERYTHING = 31  # entropy, log_sum_sq_probs, mean_logits, is_top1, kl
 
 

@@ -26,8 +26,9 @@ def objective_problem(name, n, dtype):
     columns = {"logp": -3 * torch.rand(n, generator=draw, dtype=dtype)}
     for other in ("old_logp", "ref_logp"):
         columns[other] = columns["logp"] + 0.5 * torch.randn(n, generator=draw, dtype=dtype)
-    for other in ("advantage", "value", "returns", "margin"):
+    for other in ("advantage", "value", "returns", "margin", "log_ratio"):
         columns[other] = torch.randn(n, generator=draw, dtype=dtype)
+    columns["mean_logp"] = columns["logp"] - 0.01  # away from 0, where the log-odds of the oracle itself lose their digits
     columns["old_value"] = columns["value"] + 0.5 * torch.randn(n, generator=draw, dtype=dtype)
     weight = torch.randn(n, generator=draw, dtype=dtype)
     weight[::3] = 0.0
@@ -133,6 +134,15 @@ def test_F85_advantages_equal_the_loop_and_garbage_at_dead_tokens_changes_nothin
             r[~mask], v[~mask] = NAN, math.inf
         for got, want in zip(kernels.gae(r, v, mask, None, gamma, lam, masked), expected, strict=True):
             torch.testing.assert_close(got, want, **tolerance)
+
+
+def test_dead_tokens_between_two_blocks_do_not_hide_the_value_behind_them():
+    rewards, values = torch.randn(2, 1, 50, generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(1, 50, dtype=torch.bool)
+    mask[0, [34, 17, 18, 19]] = False  # a block ends at token 34, the next one at 18
+    for lam in (0.0, 0.9):
+        for got, want in zip(kernels.gae(rewards, values, mask, None, 0.9, lam, "skip"), gae_truth(rewards, values, mask, 0.9, lam, "skip"), strict=True):
+            torch.testing.assert_close(got, want, rtol=3e-7, atol=3e-7)
 
 
 def test_gae_without_a_mask_is_returns_minus_values_at_gamma_and_lambda_one():

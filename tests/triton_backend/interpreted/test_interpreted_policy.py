@@ -78,6 +78,20 @@ def test_gradient_and_statistics_have_the_bits_of_the_two_kernels(dtype, small_t
     assert all(same_bits(a, b) for k, (a, b) in enumerate(zip(without, run("ppo_clip", x, targets, 0.7, mask, c, True, "k3"), strict=True)) if k != 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_the_gradient_kernel_writes_nothing_where_unless_is_exactly_1(dtype, small_tiles):
+    x, targets, mask, c = policy_problem(101, dtype)
+    stats, upstream = kernels.token_stats(x, targets, 0.7, -100, mask, None, 1), (c["weight"], c["entropy_weight"], None)
+
+    def run_with(out, unless):
+        return kernels.token_stats_backward(*upstream, x, targets, 0.7, -100, mask, None, *stats[1:4], None, None, None, out, unless)
+    expected, before = run_with(None, None), torch.full_like(x, 7.0)
+    for unless in (1.0, 2.0**16, -0.5, 0.0, 1.0 + 2.0**-23, NAN):
+        pair = torch.tensor([NAN, unless], dtype=stats[0].dtype)
+        out = run_with(before.clone(), pair[1])  # no multiple of 16 bytes from an allocation
+        assert same_bits(out, before if unless == 1.0 else expected), unless
+
+
 def test_F12_F26_F93_dead_rows_full_of_nan_change_nothing_and_get_zeros(small_tiles):
     x, targets, mask, c = policy_problem(69)
     clean = run("dual_clip", x, targets, 0.7, mask, c, True, "k3")

@@ -176,3 +176,26 @@ def test_F66_F76_rescaling_between_tiles_does_not_drift(shape, small_tiles, back
     x = {"rising": x, "falling": x.flip(0), "peak in the last tile": torch.cat([x[:-1] / 30, x[-1:] * 2]), "equal": torch.zeros_like(x),
          "far below zero": x * 0.1 - 1e4, "huge negative numbers": x * 1e33 - 1e36}[shape]
     judge(rlk.token_stats, x.expand(3, 200), torch.tensor([0, 199, 70]), ref_logits=x.flip(-1).expand(3, 200))
+
+
+# In the lane that meets the peak later, and in another one, which meets it when the lanes do.
+@pytest.mark.parametrize("peak", [32, 40])
+def test_F16_a_column_that_only_the_reference_excludes_counts_as_nothing_once_its_probability_is_zero(peak, small_tiles):
+    x, reference, targets = torch.zeros(1, 69), torch.zeros(1, 69), torch.tensor([peak])
+    x[0, peak], reference[0, 0] = 5000.0, -torch.inf
+    kl = kernels.token_stats(x, targets, 1.0, -100, None, reference, EVERYTHING)[10]
+    torch.testing.assert_close(kl.double(), statistics(x, targets, ref_logits=reference)["kl"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_F16_a_row_without_a_finite_logit_has_no_sum(masked, small_tiles):
+    x, targets, _ = draw_rows((3,), 69)
+    mask = torch.ones(3, 69, dtype=torch.bool)
+    if masked:
+        mask[1] = False
+    else:
+        x[1] = -torch.inf
+    stats = kernels.token_stats(x, targets.clamp(min=0), 0.7, -100, mask, x, EVERYTHING)
+    for found in (stats[0], stats[2], stats[3], stats[9]):  # logp, sum_exp, entropy, the reference's sum_exp
+        assert found[1].isnan() and found[[0, 2]].isfinite().all()
+    assert not stats[6][1]

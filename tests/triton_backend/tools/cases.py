@@ -17,6 +17,7 @@ NVIDIA, AMD = ("sm_80", "sm_90", "sm_100", "sm_120"), ("gfx942", "gfx1100")
 EVERY, TWO, ONE = NVIDIA + AMD, ("sm_90", "gfx942"), ("sm_90",)
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 BIG = 151_936
+SMALL = 1024
 ROWS = 4
 
 
@@ -71,10 +72,11 @@ def scan(masked, packed, has_mask):
     return lambda: backend.gae(r, r.clone(), mask, ends, 0.99, 0.95, masked)
 
 
-BUILDERS = {"token_stats": lambda dtype, vocab: stats(dtype, vocab, 1), "token_stats_ref": lambda dtype, vocab: stats(dtype, vocab, 17, ref=True),
-            "token_stats_backward": lambda dtype, vocab: backward(dtype, vocab, (True, True, False)),
-            "token_stats_backward_ref": lambda dtype, vocab: backward(dtype, vocab, (True, True, True)),
-            "fused_policy": lambda dtype, vocab: policy("ppo_clip", dtype, vocab)}
+BUILDERS = {"token_stats": lambda dtype, vocab, **flags: stats(dtype, vocab, 1, **flags),
+            "token_stats_ref": lambda dtype, vocab, **flags: stats(dtype, vocab, 17, ref=True, **flags),
+            "token_stats_backward": lambda dtype, vocab, **flags: backward(dtype, vocab, (True, True, False), **flags),
+            "token_stats_backward_ref": lambda dtype, vocab, **flags: backward(dtype, vocab, (True, True, True), **flags),
+            "fused_policy": lambda dtype, vocab, **flags: policy("ppo_clip", dtype, vocab, **flags)}
 
 
 def every_case():
@@ -82,10 +84,14 @@ def every_case():
     yield Case("entropy", stats(torch.bfloat16, BIG, 1), EVERY)
     yield Case("entropy fp32", stats(torch.float32, BIG, 1), EVERY)
     yield Case("two models", stats(torch.bfloat16, BIG, 17, ref=True), EVERY)
+    yield Case("everything masked", stats(torch.bfloat16, BIG, 31, ref=True, masked=True), EVERY)
+    yield Case("everything masked, temperatures", stats(torch.bfloat16, BIG, 31, ref=True, masked=True, per_row=True), TWO)
     yield Case("everything fp32", stats(torch.float32, BIG, 31, ref=True, masked=True, per_row=True), EVERY)
     yield Case("gradient", backward(torch.bfloat16, BIG, (True, True, False)), EVERY)
     yield Case("gradient of everything fp32", backward(torch.float32, BIG, (True, True, True), masked=True, per_row=True), EVERY)
     yield Case("policy", policy("ppo_clip", torch.bfloat16, BIG), EVERY)
+    yield Case("policy masked", policy("ppo_clip", torch.bfloat16, BIG, masked=True), EVERY)
+    yield Case("policy masked, temperatures", policy("ppo_clip", torch.bfloat16, BIG, masked=True, per_row=True), TWO)
     yield Case("policy fp32 masked", policy("dual_clip", torch.float32, BIG, masked=True, per_row=True), EVERY)
     yield Case("objective", objective("ppo_clip", True), EVERY)
     yield Case("scan", scan("skip", False, True), EVERY)
@@ -93,12 +99,14 @@ def every_case():
         for largest, config in entries:
             vocab = min(largest, BIG) // 16 * 16
             yield Case(f"{op} {itemsize} bytes {config}", BUILDERS[op](DTYPES[itemsize], vocab), TWO if itemsize == 2 else ONE)
+    for (op, itemsize), entries in configs.MASKED.items():
+        yield Case(f"{op} {itemsize} bytes masked {entries[0][1]}", BUILDERS[op](DTYPES[itemsize], SMALL, masked=True), TWO)
     for op, build in BUILDERS.items():
         yield Case(f"{op} fp16", build(torch.float16, BIG), TWO)
         yield Case(f"{op} one column", build(torch.bfloat16, 1), ONE)
         yield Case(f"{op} odd vocabulary", build(torch.bfloat16, 50_257), ONE)
-    for wanted, ref in ((0, False), (0, True), (31, True)):
-        yield Case(f"token_stats {wanted} {ref}", stats(torch.bfloat16, BIG, wanted, ref=ref, masked=wanted == 31), ONE)
+    for wanted, ref, masked in ((0, False, False), (0, True, False), (31, True, False), (1, False, True), (17, True, True)):
+        yield Case(f"token_stats {wanted} {ref} {masked}", stats(torch.bfloat16, BIG, wanted, ref=ref, masked=masked), TWO)
     for terms in ((True, False, False), (False, True, False), (False, False, True), (True, True, True)):
         yield Case(f"gradient {terms}", backward(torch.bfloat16, BIG, terms, in_place=terms[1]), ONE)
     for name, entry in OBJECTIVES.items():

@@ -18,7 +18,9 @@ Checked (the GPU would be silently wrong; raised as InterpreterError with the te
   * "race": two programs touch one element and at least one plain store is involved              [races]
   * tl.sum / tl.cumsum of 16-bit floats: "accumulates in 16 bits", cast to fp32 first            [strict_sum]
   * masked-off lanes of a float load without `other=` read NaN instead of 0                      [poison]
-  * `order`: programs run "forward", "reverse" or in a random order (an int seed); results must not depend on it.
+  * `order`: programs run "forward", "reverse" or in a random order (an int seed); results must not depend on it;
+  * "65535": a grid whose second or third axis is longer than a GPU takes.
+`programs`: numbers of the only programs that run, for a grid too large to run as a whole; None: all.
 Still invisible here: warps and shared memory, the GPU's reduction order and fast exp/log (2 ulp), inline assembly,
 power-of-two limits of tl.arange, num_warps/num_stages, compile errors.  A nested (not module-level) combine function of
 tl.reduce fails with NameError.  Keep T*V below about 20 000 per case: a program costs 0.1 to 10 ms.
@@ -188,22 +190,24 @@ def _patch(triton, tl, lib):
         return old["create_atomic_cas"](self, ptr, *rest)
 
     def set_grid_dim(self, *dims):
-        old["set_grid_dim"](self, *dims)
-        self._order = None
+        old["set_grid_dim"](self, *(self._whole or dims))
+        self._walked = dims  # fewer than the grid has where only some programs run
+        self._order = None if self._whole is None else np.asarray(OPTIONS.programs)
         if OPTIONS.order != "forward":
             n = int(np.prod(dims))
-            self._order = np.arange(n)[::-1] if OPTIONS.order == "reverse" else np.random.default_rng(int(OPTIONS.order)).permutation(n)
+            turns = np.arange(n)[::-1] if OPTIONS.order == "reverse" else np.random.default_rng(int(OPTIONS.order)).permutation(n)
+            self._order = turns if self._order is None else self._order[turns]
 
     def set_grid_idx(self, x, y, z):
         if self._order is not None:
-            gx, gy, gz = self.grid_dim
-            x, y, z = (int(v) for v in np.unravel_index(self._order[(x * gy + y) * gz + z], (gx, gy, gz)))
+            _, gy, gz = self._walked
+            x, y, z = (int(v) for v in np.unravel_index(self._order[(x * gy + y) * gz + z], self.grid_dim))
         old["set_grid_idx"](self, x, y, z)
 
     for name, member in list(locals().items()):
         if name.startswith(("create_", "set_grid")) or name in ("cast_impl", "binary_op", "unary_op", "ternary_op"):
             setattr(B, name, member)
-    B._order = None
+    B._order = B._whole = None
     B.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     B.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     if not hasattr(B, "get_bf16"):
@@ -261,12 +265,18 @@ def _patch(triton, tl, lib):
         return out
 
     def __call__(self, *args, **kwargs):
+        whole = self.grid
+        if not callable(whole) and any(n > 65535 for n in whole[1:]):
+            raise lib.InterpreterError(f"grid {whole}: axes behind the first end at 65535")
         REGIONS.append([])
         _patched.clear()
+        if OPTIONS.programs is not None:
+            B._whole, self.grid = (*whole, 1, 1)[:3], (len(OPTIONS.programs),)
         try:
             return call(self, *args, **kwargs)
         finally:
             REGIONS.pop()
+            B._whole, self.grid = None, whole
     lib.GridExecutor._init_args_hst, lib.GridExecutor.__call__ = _init_args_hst, __call__
 
     from triton.runtime.autotuner import Autotuner

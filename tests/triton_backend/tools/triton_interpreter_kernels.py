@@ -73,6 +73,11 @@ def store_all(Y):
 
 
 @triton.jit
+def number(Y):
+    tl.store(Y + tl.program_id(0), tl.program_id(0) + tl.num_programs(0))
+
+
+@triton.jit
 def shift(X):
     p = tl.program_id(0)
     tl.store(X + p, tl.load(X + p + 1) + 1)

@@ -16,6 +16,7 @@ class Options:
     tf32: bool = True
     order: str | int = "forward"
     config_index: int = 0
+    programs: tuple[int, ...] | None = None
 
 
 OPTIONS = Options()

@@ -73,6 +73,12 @@ def self_test():
             k.store_all[(5,)](y)
             results.append(y.item())
     expect("program order", results[0] == 4 and results[1] == 0 and results[2] in range(5))
+    for order in ("forward", "reverse", 3):
+        with configure(order=order, programs=(1, 69_999)):
+            y = torch.zeros(70_000, dtype=torch.int32)
+            k.number[(70_000,)](y)
+            expect("chosen programs", y.nonzero()[:, 0].tolist() == [1, 69_999] and y[1] == 70_001)
+    expect("long second axis", raises("65535", lambda: k.number[(1, 70_000)](torch.zeros(1, dtype=torch.int32))))
     expect("16-bit sum", raises("accumulates in 16 bits", lambda: k.sum16[(1,)](torch.ones(8, dtype=bf), torch.zeros(1), B=8)))
     y = torch.zeros(1)
     k.no_other[(1,)](torch.ones(8), y, 5, B=8)

@@ -1,0 +1,82 @@
+"""Mistakes in the C++ kernels for the CPU. Neighbours in the list share a header: what one mutant compiles again, the next would have to restore anyway."""
+from mutant import Mutant
+
+BACKEND, POLICY = "tests/test_cpu_backend.py", "tests/test_cpu_policy.py"
+GUARD = f"{BACKEND}::test_F02_no_kernel_touches_a_byte_behind_its_tensors"
+STATS = (f"{BACKEND}::test_statistics_and_gradients_keep_the_error_policy", f"{BACKEND}::test_F17_a_whole_block_of_minus_infinity_counts_as_absent",
+         f"{BACKEND}::test_bits_depend_on_the_row_alone", GUARD)
+DEAD = (f"{BACKEND}::test_what_a_dead_row_holds_reaches_nothing", *STATS)
+FUSED = (f"{POLICY}::test_the_fused_pass_is_float64_autograd", f"{POLICY}::test_the_fused_pass_has_the_bits_of_two_passes",
+         f"{POLICY}::test_a_term_of_weight_zero_is_left_out_of_the_fused_pass")
+SMALL = (f"{POLICY}::test_elementwise_is_the_oracle_and_its_derivative", f"{POLICY}::test_elementwise_sums_in_one_order_and_skips_weight_zero",
+         f"{POLICY}::test_gae_is_a_python_loop_padded_and_packed")
+ASKED = {"fused_policy.cpp": FUSED, "elementwise.cpp": SMALL, "scan.cpp": SMALL}
+
+
+def _m(name, file, old, new, *faults, equivalent="", tests=None):
+    return Mutant(name, f"csrc/cpu/{file}", old, new, tests or ASKED.get(file, DEAD), faults, equivalent)
+
+
+MUTANTS = (
+    _m("the tail counts as zeros", "blocks.h", "for (int64_t c = n; c < kChunk; ++c) set_none(to[c]);",
+       "for (int64_t c = n; c < kChunk; ++c) to[c] = T{};", 1),
+    _m("the tail is read one column too far", "blocks.h", "for (int64_t c = 0; c < n; ++c) to[c] = x[c];",
+       "for (int64_t c = 0; c <= n; ++c) to[c] = x[c];", 2),
+    _m("the maximum starts at zero", "sums.h", "float base = kNone;", "float base = 0;", 4),
+    _m("the sum is not rescaled", "sums.h", "        sum *= shrink;\n", "", 5),
+    _m("the weighted sum is not rescaled", "sums.h", "weighted = shrink * (weighted + step * sum)", "weighted = weighted + step * sum", 6),
+    _m("the squares are rescaled once", "sums.h", "squares *= shrink * shrink", "squares *= shrink"),
+    _m("no guard in the cross sum", "sums.h", "to.cross[2 * k] += e[2 * k] == 0.0f ? Vec{} : a;", "to.cross[2 * k] += a;", 7),
+    _m("the peaks of the block before are forgotten", "sums.h", "        sum[0] += peaks;  // they are like any other column now\n", ""),
+    _m("a row without a finite logit is not NaN", "sums.h", "if (base == kNone || out.sum != out.sum)", "if (out.sum != out.sum)", 7),
+    _m("the last lane is left out of the sum", "sums.h", "for (int i = 0; i < kLanes; ++i) sum += v[i];",
+       "for (int i = 0; i < kLanes - 1; ++i) sum += v[i];", 30),
+    _m("masked columns keep a NaN gradient", "gradient.h", "    select(out + c, out + c, X{}, job.mask + c, n);", "    (void)n;"),
+    _m("no guard in the gradient of the divergence", "gradient.h", "e == 0.0f ? Vec{} : e * rest", "e * rest", 7),
+    _m("the streamed head is left out", "gradient.h", "  if (head) gradient_block<kTerms, false>(out, row, ref, head, at);\n", "",
+       tests=(f"{BACKEND}::test_a_streamed_gradient_has_the_bits_of_a_small_one",)),
+    _m("bf16 is cut instead of rounded", "simd.h", "return bits + 0x7fff + ((bits >> 16) & 1);", "return bits;", 9),
+    _m("ties of bf16 are rounded up", "simd.h", "return bits + 0x7fff + ((bits >> 16) & 1);", "return bits + 0x8000;"),
+    _m("no bound before the exponential", "simd.h", "const { return larger(lowest, d); }", "const { return d; }", 7, 18),
+    _m("entropy from lse - E[x]", "token_stats.cpp", "return std::log(sums.sum) - sums.weighted / sums.sum / temperature;",
+       "return float(sums.shift / temperature + std::log(sums.sum)) - float(sums.shift / temperature + "
+       "sums.weighted / sums.sum / temperature);", 8,
+       tests=(*STATS, "tests/test_faults_rows.py::test_F18_a_peaked_row_keeps_its_tiny_entropy")),
+    _m("the log-probability is 1 % too large", "token_stats.cpp", "return (x - sums.shift) / batch.temperature_of(r) - std::log(sums.sum);",
+       "return 1.01 * ((x - sums.shift) / batch.temperature_of(r) - std::log(sums.sum));", 32),
+    _m("the temperature twice", "token_stats.cpp", "return (x - sums.shift) / batch.temperature_of(r) -",
+       "return (x - sums.shift) / batch.temperature_of(r) / batch.temperature_of(r) -", 24),
+    _m("the reference's sum is left out of the divergence", "token_stats.cpp", "- std::log(p.sum) + std::log(q.sum)", "- std::log(p.sum)"),
+    _m("the mask is not counted in the mean", "token_stats.cpp", "count += mask[c] != 0;", "count += 1;", 25),
+    _m("any maximum is the top one", "token_stats.cpp", "if (batch.supports(r, c) && batch.value(row, c) == sums.shift) return false;",
+       "(void)c;"),
+    _m("a dead row's outputs are not written", "token_stats.cpp", "        put(to, 0);\n", "        (void)to;\n", 16),
+    _m("g is ignored", "backward.cpp", "const Upstream upstream{double(get(in.dlogp)),", "const Upstream upstream{1.0,", 10),
+    _m("a dead row's gradient is not written", "backward.cpp", "      std::memset(to, 0, size_t(batch.columns * batch.bytes()));\n", "",
+       16),
+    _m("the target's gradient is not divided by the temperature", "backward.cpp", "at_target = dlogp * (1 - p) / temperature;",
+       "at_target = dlogp * (1 - p);", 23),
+    _m("p is rounded before it is taken from 1", "backward.cpp", "at_target = dlogp * (1 - p) / temperature;",
+       "{ uint16_t b[2]; float f = float(p); std::memcpy(b, &f, 4); b[0] = 0; std::memcpy(&f, b, 4); "
+       "at_target = dlogp * (1 - f) / temperature; }", 9),
+    _m("the sign of the entropy's gradient", "backward.cpp", "slope = -upstream.entropy / temperature;",
+       "slope = upstream.entropy / temperature;"),
+    _m("a target outside the mask moves its row", "backward.cpp", "const double dlogp = inside ? upstream.logp : 0;",
+       "const double dlogp = upstream.logp;",
+       tests=("tests/test_cpu_policy.py::test_eager_and_native_agree_where_a_target_is_outside_the_support",)),
+    _m("32-bit row offset", "batch.h", "((r / level) * outer + (r % level) * inner) * bytes",
+       "int32_t((r / level) * outer + (r % level) * inner) * bytes", 3, tests=("tests/test_faults_layouts.py",)),
+    _m("the stride of the targets is ignored", "batch.h", "+ r * target_stride * target_bytes", "+ r * target_bytes", 14,
+       tests=("tests/test_faults_layouts.py",)),
+    _m("targets are not checked", "batch.h", "if (y != ignore_index && (y < 0 || y >= columns)) return r;", "(void)y;", 15,
+       tests=(f"{POLICY}::test_bad_values_are_named",)),
+    _m("the penalty is left out of the gradient", "fused_policy.cpp", "      dlogp += kl_weight * term.derivative;\n", "", 22),
+    _m("a row without weight is evaluated", "fused_policy.cpp", "    if (weight != 0) {", "    {", 17),
+    _m("the entropy bonus has the wrong sign", "fused_policy.cpp", "loss -= double(entropy_weight)", "loss += double(entropy_weight)"),
+    _m("multiplied by the weight instead of left out", "elementwise.cpp", "    if (weight != 0) {", "    {", 17),
+    _m("the last part is left out", "elementwise.cpp", "for (const double sum : sums) total += sum;",
+       "for (size_t k = 0; k + 1 < sums.size(); ++k) total += sums[k];", 30),
+    _m("the scan reads dead tokens", "scan.cpp", "const bool live = !mask || mask[t];", "const bool live = true;", 31),
+    _m("zero is skip", "scan.cpp", "if (live || masked == Masked::zero) {", "if (live) {"),
+    _m("gamma is left out of the trace", "scan.cpp", "gamma * lam * trace", "lam * trace"),
+)

@@ -1,0 +1,99 @@
+"""Mistakes in the Python around the kernels: what is differentiated, weighed, masked and summed."""
+from mutant import Mutant
+
+T = "tests/"
+WEIGHTS, SEGMENTS, GROUPS, ADVANTAGES = (f"{T}test_{name}.py" for name in ("weights", "segments", "groups", "advantages"))
+TRUTH, MASKING, LOSSES, AUTOGRAD = (f"{T}test_faults_{name}.py" for name in ("losses_truth", "losses_masking", "losses", "autograd"))
+LAYOUTS, OBJECTIVES = T + "test_faults_layouts.py", T + "test_objectives.py"
+ASKED = {"weights.py": (WEIGHTS,), "segments.py": (SEGMENTS,), "groups.py": (GROUPS,), "advantages.py": (ADVANTAGES, T + "test_whiten.py"),
+         "losses.py": (TRUTH, MASKING, LOSSES), "terms.py": (LOSSES, MASKING, TRUTH), "ops.py": (AUTOGRAD, LAYOUTS, TRUTH),
+         "objectives/policy.py": (OBJECTIVES, TRUTH), "objectives/divergence.py": (OBJECTIVES, TRUTH)}
+
+
+def _m(name, file, old, new, *faults, equivalent="", tests=None):
+    return Mutant(name, f"rlkernels/{file}", old, new, tests or ASKED[file], faults, equivalent)
+
+
+MUTANTS = (
+    # objectives
+    _m("the larger side of the surrogate", "objectives/policy.py", "return -where(held < free, held, free), -where(held < free, 0.0, free)",
+       "return -where(free < held, held, free), -where(free < held, 0.0, free)", 20),
+    _m("the clip bounds are swapped", "objectives/policy.py", "weight = clip(exp(logp - old_logp), 1.0 - clip_low, 1.0 + clip_high)",
+       "weight = clip(exp(logp - old_logp), 1.0 - clip_high, 1.0 + clip_low)", 19),
+    _m("the sign of the advantage", "objectives/policy.py", "return -advantage * logp, -advantage", "return advantage * logp, advantage",
+       21),
+    _m("the slope of sapo forgets the ratio", "objectives/policy.py", "where(tail <= 0.0, 0.0 * advantage, tail * ratio)",
+       "where(tail <= 0.0, 0.0 * advantage, tail)"),
+    _m("an overflowing ratio times an advantage of 0", "objectives/policy.py", "reach = tau * (ratio - 1.0)",
+       "reach = tau * (ratio - 1.0) + 0.0 * ratio"),
+    _m("k3 with the gradient of k1", "objectives/divergence.py", "return expm1(gap) - gap, -expm1(gap)",
+       "return expm1(gap) - gap, 1.0 - 0.0 * gap", 22),
+    _m("k2 without its half", "objectives/divergence.py", "return 0.5 * gap * gap, gap", "return gap * gap, gap"),
+    # weights
+    _m("a token mean over all tokens", "weights.py", "live.sum(dtype=torch.float64).reciprocal()",
+       "torch.ones_like(live).sum(dtype=torch.float64).reciprocal()", 25, tests=(MASKING, LOSSES)),
+    _m("a mean of sums for a mean of means", "weights.py", "    return _inverse(rows.tokens) * _inverse(rows.rows())",
+       "    return _inverse(rows.rows())"),
+    _m("empty rows count", "weights.py", "return (tokens > 0).sum().double()", "return (tokens >= 0).sum().double()", 25),
+    _m("the ranks are not multiplied in", "weights.py", "weight(rows) * dp_size * scale", "weight(rows) * scale"),
+    _m("a prompt weighs as much as it has rows", "weights.py", "    return _inverse(tokens) * _inverse(number)",
+       "    return _inverse(rows.tokens) * _inverse(number)"),
+    _m("dead tokens have a weight", "weights.py", "return torch.where(live, weight, 0.0).to(dtype)",
+       "return torch.where(live, weight, weight).to(dtype)"),
+    _m("0 / 0 where nothing was counted", "weights.py", "return torch.where(x > 0, 1.0 / x.double(), 0.0)", "return 1.0 / x.double()"),
+    # segments
+    _m("an empty sequence has the mean NaN", "segments.py", "token_counts(live, cu_seqlens).clamp(min=1.0)",
+       "token_counts(live, cu_seqlens)"),
+    _m("sums multiply by the mask", "segments.py", "kept = torch.where(live, values, 0.0).double()", "kept = (values * live).double()", 17),
+    _m("dead tokens get their sequence's value", "segments.py", "return torch.where(mask != 0, spread, 0.0).to(real_dtype(values))",
+       "return spread.to(real_dtype(values))"),
+    _m("spans are not shifted", "segments.py", "torch.arange(1 if shift else 0, length", "torch.arange(0, length - 1 if shift else length"),
+    _m("a token at a boundary belongs to the sequence before", "segments.py", "device=ends.device), right=True)",
+       "device=ends.device), right=False)"),
+    _m("the last live token is the one behind it", "segments.py", "return torch.where(last == 0, length, last) - 1",
+       "return torch.where(last == 0, length, last).clamp(max=length - 1)"),
+    # groups and advantages
+    _m("the deviation of a population", "groups.py", "fewer = 1 if unbiased else 0", "fewer = 0"),
+    _m("leave-one-out leaves none out", "groups.py", '"leave-one-out": lambda: group.gap * group.count / (group.count - 1).clamp(min=1)',
+       '"leave-one-out": lambda: group.gap'),
+    _m("a group of one has an advantage", "groups.py", "torch.where(scored & ~alone, centred, 0.0)", "torch.where(scored, centred, 0.0)"),
+    _m("whitening of a population", "advantages.py", "fewer=1 if unbiased else 0", "fewer=0"),
+    _m("whitening sees dead elements", "advantages.py", "offset = torch.where(live, wide - base, 0.0)", "offset = (wide - base) * live",
+       17),
+    _m("the bootstrap value belongs to every token", "advantages.py",
+       "return torch.where(passed == passed_by_end, rewards + gains, rewards)", "return rewards + gains"),
+    # losses and terms
+    _m("the penalty is left out", "losses.py", "loss = loss + run(kl, logp, [ref_logprobs], (), weights * kl_coef)", "loss = loss + 0.0",
+       22),
+    _m("the entropy bonus has the wrong sign", "losses.py", "loss = loss - entropy_coef * torch.where(",
+       "loss = loss + entropy_coef * torch.where("),
+    _m("an ignored target is live", "losses.py", "live = scored if mask is None else live_tokens(where, like, mask) & scored",
+       "live = live_tokens(where, like, mask)", 25),
+    _m("sums for means in the ratio of a sequence", "losses.py",
+       "broadcast_to_tokens(sequence_means(x, live, cu_seqlens), live, cu_seqlens) for x in (logp, old)",
+       "broadcast_to_tokens(sequence_sums(x, live, cu_seqlens), live, cu_seqlens) for x in (logp, old)"),
+    _m("one advantage per row goes along the row", "terms.py", "return x.reshape(-1, 1).expand(like.shape) if per_row else x",
+       "return (x.reshape(-1, 1) if x.dim() == 2 or x.shape[0] != like.shape[1] else x).expand(like.shape) if per_row else x"),
+    _m("given weights live under a dead mask", "terms.py", "weights = torch.where(live, weights.to(real), 0.0)",
+       "weights = weights.to(real) * 1.0"),
+    # ops
+    _m("a gradient of stride 0 is read as a dense one", "ops.py", "None if g is None else g.contiguous() for g in upstream",
+       "g for g in upstream", 12),
+    _m("the bonus ignores what comes from above", "ops.py", "-entropy_weight * dloss", "-entropy_weight", 10),
+    _m("every upstream gradient passes for 1", "ops.py", 'return x.device.type == "cpu" and x.item() == 1.0',
+       'return x.device.type == "cpu"', 10),
+    _m("a gradient is given away twice", "ops.py", "held, ctx.dlogits = None if torch.is_grad_enabled() else ctx.dlogits, None",
+       "held = None if torch.is_grad_enabled() else ctx.dlogits", 27),
+    _m("the weighted gradient forgets the weights", "ops.py", "share = dloss if weight is None else dloss * weight", "share = dloss"),
+    _m("logits overwritten by their gradient look untouched", "ops.py", "    torch.autograd.graph.increment_version(logits)  #",
+       "    pass  #", 27),
+    # the head and the whole way
+    _m("the head's gradient is summed in the dtype of the weight", "linear.py", "fresh(weight.shape, real, weight.device)",
+       "fresh(weight.shape, weight.dtype, weight.device)", 26,
+       tests=(T + "test_faults_head.py::test_F21_F76_gradients_of_the_head_do_not_depend_on_the_number_of_chunks",)),
+    _m("log-probabilities are 1 % too large, seen by a trainer", "linear.py", "whole[rows.index] = values\n",
+       "whole[rows.index] = 1.01 * values if whole.is_floating_point() else values\n", 32,
+       tests=(T + "test_integration_trl.py::test_a_patched_trainer_has_the_losses_and_gradient_norms_of_the_stock_one",)),
+    _m("log-probabilities are 1 % too large", "logprobs.py", "return shaped(logp, row.shape)", "return shaped(logp * 1.01, row.shape)", 32,
+       tests=(T + "test_golden.py",)),
+)

@@ -1,0 +1,150 @@
+"""Mistakes in the Triton kernels and their launchers, which run in Triton's interpreter here."""
+from mutant import Mutant
+
+HERE = "tests/triton_backend/interpreted/"
+ROWS, POLICY, BLOCKS, ORDER = (f"{HERE}test_interpreted_{name}.py" for name in ("rows", "policy", "blocks", "order"))
+VALUES = tuple(f"{HERE}test_interpreted_shared.py::test_{name}" for name in (
+    "F16_special_values_follow_the_table_and_leave_the_neighbours_alone", "F16_kl_where_one_model_excludes_a_column",
+    "F16_a_target_outside_the_support_has_logprob_minus_infinity_and_moves_nothing", "F18_a_peaked_row_keeps_its_tiny_entropy"))
+STRIDES = tuple(f"{HERE}test_interpreted_shared.py::test_F07_strides_of_{what}_are_followed" for what in ("the_vocab_mask", "targets_and_temperatures"))
+ASKED = {"rows.py": (ROWS, *VALUES), "gradient.py": (ROWS, POLICY, *VALUES), "kernels.py": (POLICY, ROWS, *VALUES), "__init__.py": (*STRIDES, ROWS),
+         "elementwise.py": (BLOCKS,), "scan.py": (BLOCKS,), "math.py": (BLOCKS, POLICY)}
+WIDTHS, BARRIERS = ("tests/triton_backend/compiled/test_load_widths.py",), ("tests/triton_backend/compiled/test_barriers.py",)
+
+
+def _m(name, file, old, new, *faults, equivalent="", tests=None):
+    return Mutant(name, f"rlkernels/backends/triton/{file}", old, new, tests or ASKED[file], faults, equivalent)
+
+
+MUTANTS = (
+    # rows: statistics
+    _m("the tail of a row is read without its mask", "rows.py", 'tl.load(row + v, v < vocab, other=-float("inf"), eviction_policy=EVICT)',
+       "tl.load(row + v, eviction_policy=EVICT)", 1),
+    _m("the tail reads one column too many", "rows.py", 'v < vocab, other=-float("inf")', 'v <= vocab, other=-float("inf")', 2),
+    _m("columns past the end count", "rows.py", 'other=-float("inf"), eviction_policy', "other=0.0, eviction_policy", 1),
+    _m("a tail of one column is left out", "rows.py", "    if whole < vocab:", "    if whole < vocab - 1:"),
+    _m("the mask is dropped", "rows.py", '        x = tl.where(keep, x, -float("inf"))', "        x = x"),
+    _m("the mask is the first column's", "rows.py", "keep = tl.load(mask + v) != 0", "keep = tl.load(mask + v * 0) != 0"),
+    _m("the maximum starts at zero", "rows.py", "tl.full((LANES,), -3.4028234663852886e38, tl.float32)",
+       "tl.full((LANES,), 0.0, tl.float32)", 4),
+    _m("the sum is not rescaled", "rows.py", "total = decay * total + lane_sum(e)", "total = total + lane_sum(e)", 5),
+    _m("the reference's sum is not rescaled", "rows.py", "ref_total = ref_decay * ref_total + lane_sum", "ref_total = ref_total + lane_sum",
+       5),
+    _m("the weighted sum is not rescaled", "rows.py", "moment = decay * (moment + gap * total) + lane_sum", "moment = moment + lane_sum",
+       6),
+    _m("the weighted sum forgets the move of the base", "rows.py", "moment = decay * (moment + gap * total) + lane_sum",
+       "moment = decay * moment + lane_sum", 6),
+    _m("the squares are rescaled once", "rows.py", "squares = decay * decay * squares + lane_sum", "squares = decay * squares + lane_sum"),
+    _m("no guard against 0 times -inf in the entropy", "rows.py", "lane_sum(e * tl.maximum(centred, FAR))", "lane_sum(e * centred)", 7),
+    _m("no guard in the cross sum", "rows.py", "tl.where(e == 0.0, 0.0, e * (centred - ref_centred))", "e * (centred - ref_centred)", 7),
+    _m("no guard when the cross sum moves", "rows.py", "tl.where(decay == 0.0, 0.0, decay * (cross + (gap - ref_gap) * total))",
+       "decay * (cross + (gap - ref_gap) * total)", 7),
+    _m("the last of equal maxima wins", "rows.py", "tl.where(top > shift, here, first)", "tl.where(top >= shift, here, first)"),
+    _m("a row without a finite logit is not NaN", "rows.py", '    row_total = tl.where(row_total == 0.0, float("nan"), row_total)',
+       "    row_total = row_total"),
+    _m("lanes of another maximum are not rescaled", "rows.py", "row_total = sum_lanes(decay * total)", "row_total = sum_lanes(total)", 5),
+    _m("32-bit row offset", "rows.py", "return base + (row // level) * outer * ALIGN",
+       "return base + ((row // level) * outer * ALIGN).to(tl.int32)", 3, tests=(ORDER,)),
+    _m("the inner stride is ignored", "rows.py", " + (row % level) * inner * ALIGN", ""),
+    _m("a label outside the row reads a neighbour", "rows.py", "inside = (target >= start) & (target < stop)", "inside = target >= start",
+       15, tests=(f"{POLICY}::test_F02_a_label_outside_the_vocabulary_makes_its_row_nan_and_reads_no_neighbour",)),
+    _m("the label's own mask is not looked at", "rows.py", 'x = tl.where(keep != 0, x, -float("inf"))', "x = x"),
+    # the gradient
+    _m("p is rounded before it is taken from 1", "gradient.py", "grad = dlogp * (1.0 - p)",
+       "grad = dlogp * (1.0 - p.to(tl.bfloat16).to(p.dtype))", 9),
+    _m("the target's gradient is not divided by the temperature", "gradient.py", "return grad * inv_temperature", "return grad", 23),
+    _m("the gradient is not divided by the temperature", "gradient.py", "share = inv_temperature / total", "share = 1.0 / total", 23),
+    _m("the sign of the entropy's gradient", "gradient.py", "slope = dentropy * LN2 * share", "slope = -dentropy * LN2 * share"),
+    _m("no guard against 0 times -inf in the gradient", "gradient.py", "tl.maximum(z, FAR)", "z", 7),
+    _m("the divergence itself is left out of its gradient", "gradient.py", "level = ref_log_total - log_total - kl",
+       "level = ref_log_total - log_total", 22),
+    _m("no guard where the reference excludes a column", "gradient.py", "tl.where(e == 0.0, 0.0, e * pull * (z * LN2 + level - log_q))",
+       "e * pull * (z * LN2 + level - log_q)", 7),
+    _m("masked columns get a gradient", "gradient.py", "        grad = tl.where(keep, grad, 0.0)", "        grad = grad"),
+    _m("the tail stores one column too many", "gradient.py", "tl.store(out + v, grad, v < stop)", "tl.store(out + v, grad, v <= stop)", 2),
+    _m("the target's element is not written apart", "gradient.py", "    tl.store(out + target, at_target.to(out.dtype.element_ty), own)",
+       "    tl.store(out + target, at_target.to(out.dtype.element_ty), own & (start < 0))"),
+    _m("the tail of a dead row is not written", "gradient.py",
+       "    if whole < stop:\n        v = columns(whole, LANES)\n        tl.store(out + v, zero, v < stop)", "    whole = whole", 16),
+    # kernels
+    _m("an ignored row is read", "kernels.py", "    if target == ignore_index:", "    if target == ignore_index - 1:", 16),
+    _m("a label outside the vocabulary is not NaN", "kernels.py", "outside = (target < 0) | (target >= vocab)", "outside = target < 0", 15),
+    _m("entropy from a rounded log-sum-exp", "kernels.py", "tl.where(outside, nan, log_total - moment / total)",
+       "tl.where(outside, nan, (shift * inv + log_total) - (shift * inv + moment / total))", 8),
+    _m("the mean is not divided by the temperature", "kernels.py", "plain / kept * inv", "plain / kept"),
+    _m("the reference's sum is left out of the divergence", "kernels.py", "cross / total - log_total + ref_log_total",
+       "cross / total - log_total"),
+    _m("the temperature twice", "kernels.py", "tl.store(logp_ptr + token, (x - shift) * inv - log_total)",
+       "tl.store(logp_ptr + token, (x - shift) * inv * inv - log_total)", 24),
+    _m("the temperature of the first row for all", "kernels.py", "row_temperature = tl.load(temperature_ptr + token)",
+       "row_temperature = tl.load(temperature_ptr)"),
+    _m("the upstream gradient is ignored", "kernels.py", "dlogp = tl.load(dlogp_ptr + token)", "dlogp = zero + 1.0", 10),
+    _m("the upstream gradient of the first row for all", "kernels.py", "dlogp = tl.load(dlogp_ptr + token)", "dlogp = tl.load(dlogp_ptr)",
+       11),
+    _m("a target outside the mask moves its row", "kernels.py",
+       "dlogp = tl.where(tl.load(mask + target, inside, other=1) != 0, dlogp, 0.0)", "dlogp = dlogp"),
+    _m("a dead row's gradient is not written", "kernels.py", "row_zero(out, start, stop, LANES)", "row_zero(out, start, start, LANES)", 16),
+    _m("slices of a row overlap", "kernels.py", "stop = tl.minimum(start + slice_tiles * (LANES * PER), vocab)", "stop = vocab"),
+    _m("the entropy bonus has the wrong sign", "kernels.py", "loss -= entropy_weight * entropy", "loss += entropy_weight * entropy"),
+    _m("the gradient of the bonus has the wrong sign", "kernels.py", "push, -entropy_weight, zero", "push, entropy_weight, zero"),
+    _m("the penalty is left out of the gradient", "kernels.py", "                dlogp += kl_weight * derivative",
+       "                dlogp = dlogp", 22),
+    _m("a row without weight is evaluated", "kernels.py", "        if weight != 0.0:", "        if weight == weight:", 17),
+    _m("a clipped token loses its entropy bonus", "kernels.py", "if (push == 0.0) & (entropy_weight == 0.0):", "if push == 0.0:"),
+    _m("the low part of an fp64 number is lost", "kernels.py", "+ high[k] + low[k],)", "+ high[k],)", tests=(BLOCKS,)),
+    _m("the derivative is 1 % too large", "kernels.py", "dlogp += weight * derivative", "dlogp += 1.01 * weight * derivative", 32),
+    _m("a gradient that is already made is made again", "kernels.py", "if tl.load(unless_ptr, guarded != 0, other=0.0) == 1.0:",
+       "if tl.load(unless_ptr, guarded != 0, other=0.0) == 1.5:", tests=(POLICY,)),
+    _m("a gradient that is not yet made passes for made", "kernels.py", "if tl.load(unless_ptr, guarded != 0, other=0.0) == 1.0:",
+       "if tl.load(unless_ptr, guarded != 0, other=0.0) != 0.0:", tests=(POLICY,)),
+    # launchers
+    _m("the labels' stride is ignored", "__init__.py", "(targets, targets.stride(0), ignore_index)", "(targets, 1, ignore_index)", 14),
+    _m("the mask is the first row's", "__init__.py", "vocab_mask.dim() == 1 else vocab_mask.stride(0)", "vocab_mask.dim() == 1 else 0"),
+    _m("the row stride is V", "__init__.py", "(x.stride(0) * self.level, x.stride(0)) if flat",
+       "(x.shape[-1] * self.level, x.shape[-1]) if flat", 13),
+    _m("the gradient overwrites the logits", "__init__.py", "gradient = logits.new_empty((at.tokens, at.vocab)) if out is None else out",
+       "gradient = logits if out is None else out", 27),
+    _m("strides that are no multiple of the unit pass for one", "__init__.py", "gcd(16, *(stride for pair in pairs for stride in pair))",
+       "gcd(16, pairs[0][0])"),
+    _m("the gradient's rows are taken to lie as the logits' do", "__init__.py", "OUT_ALIGN=out_align,\n                **at.flags)",
+       "OUT_ALIGN=align,\n                **at.flags)", 13),
+    # objectives over [N]
+    _m("multiplied by the weight instead of left out", "elementwise.py", "live = inside & (weight != 0.0)", "live = inside", 17),
+    _m("the last block stores past the end", "elementwise.py", "tl.store(value_ptr + i, value, inside)", "tl.store(value_ptr + i, value)",
+       1),
+    _m("the sum forgets the weights", "elementwise.py", "share * weight.to(tl.float64)", "share"),
+    _m("partial sums behind the first block are lost", "elementwise.py", "for start in range(0, n, BLOCK):",
+       "for start in range(0, 1, BLOCK):", 30),
+    _m("the sum is taken in fp32", "elementwise.py", "share = value.to(tl.float64)", "share = value.to(tl.float32)"),
+    # the scan
+    _m("the scan reads dead tokens", "scan.py", "live = inside & (tl.load(mask_ptr + t, inside, other=0) != 0)", "live = inside", 31),
+    _m("maps are composed the wrong way round", "scan.py", "return q_a * q_b, q_b * s_a + s_b", "return q_a * q_b, q_a * s_b + s_a"),
+    _m("the trace is not carried from block to block", "scan.py", "trace = tl.sum(tl.where(last, advantage, 0.0), 0)", "trace = trace"),
+    _m("the value is not carried from block to block", "scan.py", "latest = tl.sum(tl.where(last, value_next, 0.0), 0)", "latest = latest"),
+    _m("zero is skip", "scan.py", "        step = inside\n", "        step = live\n"),
+    _m("the last token sees the value of the next row", "scan.py", "behind = inside & (t + 1 < stop)", "behind = inside"),
+    _m("the trace is kept in fp32", "scan.py", "s = tl.where(step, r - v + step_gamma * value_next.to(tl.float64), 0.0)",
+       "s = tl.where(step, (r - v + step_gamma * value_next.to(tl.float64)).to(tl.float32).to(tl.float64), 0.0)"),
+    # math
+    _m("expm1 by subtraction", "math.py",
+       "    return tl.where(u == 1.0, x, tl.where(u - 1.0 == -1.0, -1.0, tl.where(u == float(\"inf\"), u, near)))", "    return u - 1.0"),
+    _m("log1p by addition", "math.py", "    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))", "    return tl.log(u)"),
+    _m("a clamp that turns NaN into a number", "math.py", "    return tl.where(x < low, low, tl.where(x > high, high, x))",
+       "    return tl.clamp(x, low, high)"),
+    _m("the clip bounds are swapped", "math.py", "tl.where(x < low, low, tl.where(x > high, high, x))",
+       "tl.where(x < low, high, tl.where(x > high, low, x))", 19),
+)
+
+COMPILED = (
+    _m("no barrier before the target's logit is overwritten", "gradient.py",
+       "    tl.debug_barrier()  # in place, every thread has read the target's logit before one overwrites it\n", "", 28, tests=BARRIERS),
+    _m("no barrier before the target's element is written", "gradient.py",
+       "    tl.debug_barrier()  # two threads write the target's element: the right value comes last\n", "", 28, tests=BARRIERS),
+    _m("the main loop is masked", "rows.py", "        x = widen(tl.load(row + v, eviction_policy=EVICT))",
+       "        x = widen(tl.load(row + v, v < vocab, eviction_policy=EVICT))", tests=WIDTHS),
+    _m("the unit of the strides is not told to the compiler", "__init__.py", "align = gcd(16, *(stride for pair in pairs for stride in pair))", "align = 1",
+       tests=WIDTHS),
+    _m("the gradient is stored under the mask of the tail", "gradient.py", "        tl.store(out + v, grad)", "        tl.store(out + v, grad, v < stop)",
+       tests=WIDTHS),
+)
+"""What only the compiled kernels show."""
