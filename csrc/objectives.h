@@ -200,11 +200,12 @@ struct discopop {
   template <class S>
   RLK_HD Term<S> operator()(S margin, S beta, S tau) const {
     const S scaled = (beta * margin);
-    const S share = rlk::sigmoid((scaled / tau));
-    const S rest = rlk::sigmoid(((-scaled) / tau));
-    const S power = rlk::exp((rlk::log_sigmoid((scaled / tau)) - scaled));
-    const S value = (power - (rlk::log_sigmoid(scaled) * rest));
-    return {value, (beta * (((power * ((rest / tau) - S(1.0))) - (rlk::sigmoid((-scaled)) * rest)) + (((rlk::log_sigmoid(scaled) * share) * rest) / tau)))};
+    const S sharp = (scaled / tau);
+    const S rest = rlk::sigmoid((-sharp));
+    const S slope = (rest / tau);
+    const S tail = rlk::log_sigmoid(scaled);
+    const S power = rlk::exp((rlk::log_sigmoid(sharp) - scaled));
+    return {(power - (tail * rest)), (beta * (((power * (slope - S(1.0))) - (rlk::sigmoid((-scaled)) * rest)) + ((tail * rlk::sigmoid(sharp)) * slope)))};
   }
 };
 

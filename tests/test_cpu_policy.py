@@ -15,7 +15,8 @@ from rlkernels.objectives import OBJECTIVES, objective
 pytestmark = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
 
 NAN = float("nan")
-PARAMS = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "clip_range": 0.2, "beta": 0.1, "label_smoothing": 0.1}
+PARAMS = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "clip_range": 0.2, "beta": 0.1, "label_smoothing": 0.1,
+          "alpha": 0.5, "tau": 0.05}
 COMPILED = sorted(cpu._cpu.OBJECTIVES) if cpu.available()[0] else []
 OF_LOGP = [name for name in COMPILED if OBJECTIVES[name].columns[0] == "logp"]
 
@@ -26,7 +27,8 @@ def params(name):
 
 def columns(name, n, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for _ in OBJECTIVES[name].columns]
+    drawn = [torch.randn(n, generator=generator, dtype=torch.float64) for _ in OBJECTIVES[name].columns]
+    return [(-x.abs() if name == "log_odds" else x).to(dtype) for x in drawn]  # odds are of a probability below 1
 
 
 def test_every_objective_of_the_library_is_compiled_in():

@@ -80,11 +80,12 @@ def discopop(margin, beta, tau):
     ``e^-x u`` is formed as ``exp(log sigmoid(x / tau) - x)``: the factors alone are inf and 0 from ``x = -89`` on.
     """
     scaled = beta * margin
-    share = sigmoid(scaled / tau)
-    rest = sigmoid(-scaled / tau)
-    power = exp(log_sigmoid(scaled / tau) - scaled)
-    value = power - log_sigmoid(scaled) * rest
-    return value, beta * (power * (rest / tau - 1.0) - sigmoid(-scaled) * rest + log_sigmoid(scaled) * share * rest / tau)
+    sharp = scaled / tau
+    rest = sigmoid(-sharp)
+    slope = rest / tau
+    tail = log_sigmoid(scaled)
+    power = exp(log_sigmoid(sharp) - scaled)
+    return power - tail * rest, beta * (power * (slope - 1.0) - sigmoid(-scaled) * rest + tail * sigmoid(sharp) * slope)
 
 
 @objective

@@ -1,4 +1,4 @@
-"""Mistakes in the C++ kernels for the CPU. Neighbours in the list share a header: what one mutant compiles again, the next would have to restore anyway."""
+"""Mistakes in the C++ kernels for the CPU. Neighbours share a header: what one mutant compiles again, the next would have to restore anyway."""
 from mutant import Mutant
 
 BACKEND, POLICY = "tests/test_cpu_backend.py", "tests/test_cpu_policy.py"
@@ -10,6 +10,7 @@ FUSED = (f"{POLICY}::test_the_fused_pass_is_float64_autograd", f"{POLICY}::test_
          f"{POLICY}::test_a_term_of_weight_zero_is_left_out_of_the_fused_pass")
 SMALL = (f"{POLICY}::test_elementwise_is_the_oracle_and_its_derivative", f"{POLICY}::test_elementwise_sums_in_one_order_and_skips_weight_zero",
          f"{POLICY}::test_gae_is_a_python_loop_padded_and_packed")
+VALUES, EDGES = "tests/test_faults_values.py::test_F16_", "tests/test_faults_edges.py::test_"
 ASKED = {"fused_policy.cpp": FUSED, "elementwise.cpp": SMALL, "scan.cpp": SMALL}
 
 
@@ -28,15 +29,19 @@ MUTANTS = (
     _m("the squares are rescaled once", "sums.h", "squares *= shrink * shrink", "squares *= shrink"),
     _m("no guard in the cross sum", "sums.h", "to.cross[2 * k] += e[2 * k] == 0.0f ? Vec{} : a;", "to.cross[2 * k] += a;", 7),
     _m("the peaks of the block before are forgotten", "sums.h", "        sum[0] += peaks;  // they are like any other column now\n", ""),
-    _m("a row without a finite logit is not NaN", "sums.h", "if (base == kNone || out.sum != out.sum)", "if (out.sum != out.sum)", 7),
+    _m("a row without a finite logit is not NaN", "sums.h", "if (base == kNone || out.sum != out.sum)", "if (out.sum != out.sum)", 7,
+       tests=(EDGES + "F16_a_row_without_a_finite_logit_has_no_logsumexp",)),
     _m("the last lane is left out of the sum", "sums.h", "for (int i = 0; i < kLanes; ++i) sum += v[i];",
        "for (int i = 0; i < kLanes - 1; ++i) sum += v[i];", 30),
-    _m("masked columns keep a NaN gradient", "gradient.h", "    select(out + c, out + c, X{}, job.mask + c, n);", "    (void)n;"),
-    _m("no guard in the gradient of the divergence", "gradient.h", "e == 0.0f ? Vec{} : e * rest", "e * rest", 7),
+    _m("masked columns keep a NaN gradient", "gradient.h", "    select(out + c, out + c, X{}, job.mask + c, n);", "    (void)n;",
+       tests=(VALUES + "special_values_follow_the_table_and_leave_the_neighbours_alone",)),
+    _m("no guard in the gradient of the divergence", "gradient.h", "e == 0.0f ? Vec{} : e * rest", "e * rest", 7,
+       tests=(VALUES + "kl_where_one_model_excludes_a_column",)),
     _m("the streamed head is left out", "gradient.h", "  if (head) gradient_block<kTerms, false>(out, row, ref, head, at);\n", "",
        tests=(f"{BACKEND}::test_a_streamed_gradient_has_the_bits_of_a_small_one",)),
     _m("bf16 is cut instead of rounded", "simd.h", "return bits + 0x7fff + ((bits >> 16) & 1);", "return bits;", 9),
-    _m("ties of bf16 are rounded up", "simd.h", "return bits + 0x7fff + ((bits >> 16) & 1);", "return bits + 0x8000;"),
+    _m("ties of bf16 are rounded up", "simd.h", "return bits + 0x7fff + ((bits >> 16) & 1);", "return bits + 0x8000;",
+       tests=(EDGES + "F20_a_gradient_halfway_between_two_numbers_is_rounded_to_the_even_one",)),
     _m("no bound before the exponential", "simd.h", "const { return larger(lowest, d); }", "const { return d; }", 7, 18),
     _m("entropy from lse - E[x]", "token_stats.cpp", "return std::log(sums.sum) - sums.weighted / sums.sum / temperature;",
        "return float(sums.shift / temperature + std::log(sums.sum)) - float(sums.shift / temperature + "

@@ -40,7 +40,8 @@ MUTANTS = (
        "    return _inverse(rows.tokens) * _inverse(number)"),
     _m("dead tokens have a weight", "weights.py", "return torch.where(live, weight, 0.0).to(dtype)",
        "return torch.where(live, weight, weight).to(dtype)"),
-    _m("0 / 0 where nothing was counted", "weights.py", "return torch.where(x > 0, 1.0 / x.double(), 0.0)", "return 1.0 / x.double()"),
+    _m("0 / 0 where nothing was counted", "weights.py", "return torch.where(x > 0, 1.0 / x.double(), 0.0)", "return 1.0 / x.double()",
+       tests=(T + "test_faults_edges.py::test_a_global_count_of_zero_gives_live_tokens_the_weight_zero",)),
     # segments
     _m("an empty sequence has the mean NaN", "segments.py", "token_counts(live, cu_seqlens).clamp(min=1.0)",
        "token_counts(live, cu_seqlens)"),

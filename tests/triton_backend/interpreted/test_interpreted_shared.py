@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 
-MODULES = ("test_faults_layouts", "test_faults_values", "test_faults_rows", "test_faults_autograd", "test_held_gradient", "test_ops")
+MODULES = ("test_faults_layouts", "test_faults_edges", "test_faults_values", "test_faults_rows", "test_faults_autograd", "test_held_gradient", "test_ops")
 ELSEWHERE = ("test_F13_", "test_F75_", "test_F01_", "test_F04_", "test_F06_", "test_F17_", "test_F66_", "test_F76_", "test_gradcheck_")
 pytest.register_assert_rewrite(*MODULES)
 
