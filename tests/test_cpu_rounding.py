@@ -118,3 +118,18 @@ def test_three_freed_buffers_are_kept_for_the_next_call_and_given_back_on_reques
     del again
     cpu.release_memory()
     assert cpu.kept_bytes() == 0
+
+
+@pytest.mark.skipif(not cpu.available()[0], reason="the native backend is absent")
+def test_a_measurement_of_memory_can_have_large_tensors_come_from_torch():
+    cpu.release_memory()
+    with cpu.torchs_memory(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        x = cpu.fresh((34 << 18,), torch.float32)
+    seen = sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]" and event.nbytes() > 0)
+    assert seen >= 34 << 20
+    del x
+    assert cpu.kept_bytes() == 0, "it was not one of ours"
+    ours = cpu.fresh((34 << 18,), torch.float32)
+    del ours
+    assert cpu.kept_bytes() >= 34 << 20
+    cpu.release_memory()

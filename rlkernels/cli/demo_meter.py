@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from rlkernels.backends import cpu
 from rlkernels.integrations._seams import Namespace
 
 
@@ -127,7 +128,7 @@ def peak_extra_bytes(watch: Stopwatch) -> int:
         once()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - level
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with cpu.torchs_memory(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         once()
     with tempfile.TemporaryDirectory() as directory:
         trace = Path(directory) / "trace.json"
