@@ -46,7 +46,7 @@ test-triton: $(VENV)/.installed
 		$(VENV)/bin/pytest -q -n $(JOBS) tests/triton_backend/compiled $(ARGS) || exit 1; \
 	done
 
-# An hour: plants faults in every backend, one at a time, and counts how many the suite notices.
+# Long: plants faults in every backend, one at a time, and counts how many the suite notices.
 mutants: $(VENV)/.installed
 	@v=$(firstword $(TRITON)); [ -d .triton/$$v ] || $(PIP) install -q --no-deps --target .triton/$$v triton==$$v
 	$(VENV)/bin/python tests/mutation $(ARGS)

@@ -25,6 +25,11 @@ def rows_within(budget, bytes_per_row):
     return max(ROWS, budget // bytes_per_row // ROWS * ROWS)
 
 
+def filled_up(rows):
+    """The next multiple of ROWS."""
+    return -(-rows // ROWS) * ROWS
+
+
 class Rows(NamedTuple):
     """Positions of the rows that are worked on, in order. ``dead``: those among them that only fill a bound."""
 
@@ -41,14 +46,16 @@ class Rows(NamedTuple):
         """One number per row out of a ``[T]``; what is one for all, or absent, stays as it is."""
         return x if x is None or x.dim() == 0 or x.shape[0] == 0 else x[self.index]
 
-    def targets(self, targets, ignore_index):
+    def arguments(self, targets, temperature, ignore_index):
+        """``targets, temperature, ignore_index`` of these rows, as a backend takes them."""
         found = targets[self.index]
-        return found if self.dead is None else found.masked_fill(self.dead, ignore_index)
+        found = found if self.dead is None else found.masked_fill(self.dead, ignore_index)
+        return found, self.of(temperature) if temperature.dim() else temperature.item(), ignore_index
 
     def hidden(self, hidden):
         """``[m, H]``, ``m`` a multiple of ROWS; the rows that fill up are 0, and so are dead ones: 0 times a NaN there would be NaN."""
         count = len(self)
-        found = hidden.new_empty(-(-count // ROWS) * ROWS, hidden.shape[1])
+        found = hidden.new_empty(filled_up(count), hidden.shape[1])
         torch.index_select(hidden, 0, self.index, out=found[:count])
         found[count:].zero_()
         return found if self.dead is None else found.masked_fill_(_filled(self.dead, found.shape[0])[:, None], 0.0)

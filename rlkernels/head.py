@@ -139,6 +139,19 @@ class Chunk:
             x[:, self.columns] = parallel.absent(x.dtype)
         return x
 
+    def statistics(self, backend, x, arguments, wanted):
+        """``token_stats`` of whole rows; over a process group, one collective."""
+        if self.shard is None:
+            return ops.run("token_stats", backend, x, *arguments, None, None, wanted)
+        return parallel.token_stats(self.shard, backend, x, *arguments, wanted)
+
+    def dlogits(self, backend, dlogp, dentropy, x, arguments, saved):
+        """The gradient of the logits ``x``, written where ``gradient_of`` says; ``saved``: shift, sum_exp and entropy of the rows."""
+        out = self.gradient_of(x)
+        if self.shard is None:
+            return ops.run("token_stats_backward", backend, dlogp, dentropy, None, x, *arguments, None, None, *saved, None, None, None, out)
+        return parallel.token_stats_backward(self.shard, backend, dlogp, dentropy, x, *arguments, *saved, out)
+
     def gradient_of(self, x):
         """Where the gradient of the logits ``x`` is written: over them, unless the way back through the softcap needs them."""
         return x if self.softcap is None else self.buffers[1][:x.shape[0], :self.width]

@@ -10,7 +10,7 @@ import torch
 
 from rlkernels import checks, ops, parallel
 from rlkernels.backends.eager import real_dtype
-from rlkernels.chunks import live_rows
+from rlkernels.chunks import filled_up, live_rows
 from rlkernels.head import Chunk, check_targets, fresh, head
 from rlkernels.logprobs import collect
 from rlkernels.rows import Rows
@@ -36,7 +36,8 @@ def linear_token_logprobs(hidden, weight, targets, *, bias=None, temperature=1.0
             all ranks, and their gradient is summed over the group. vocab_start: first column of this rank where shards differ in size.
 
     Returns:
-        Tensor ``[...]``, fp32 (fp64 for fp64 hidden states).
+        Tensor ``[...]``, fp32 (fp64 for fp64 hidden states). On a CPU the bits of a row do not depend on the rows that come with it; an accelerator's
+        library may add in another order for another number of rows.
 
     Raises:
         TypeError, ValueError: shapes or dtypes do not fit; a sharded weight without elements; shards that do not cover the vocabulary.
@@ -109,13 +110,12 @@ class _Setting:
     def chunks(self, live):
         """``(Chunk, rows)`` by turns; the chunk's buffer is that of all."""
         rows = live_rows(live, self.bound)
-        chunk = Chunk(*self.head, -(-min(self.size, max(len(rows), 1)) // 16) * 16) if len(rows) else None
+        chunk = Chunk(*self.head, filled_up(min(self.size, len(rows)))) if len(rows) else None
         for start in range(0, len(rows), self.size):
             yield chunk, rows.part(start, start + self.size)
 
-    def row_arguments(self, rows):
-        temperature = rows.of(self.temperature) if self.temperature.dim() else self.temperature.item()
-        return rows.targets(self.targets, self.ignore_index), temperature, self.ignore_index
+    def arguments(self, rows):
+        return rows.arguments(self.targets, self.temperature, self.ignore_index)
 
 
 @_own_dtypes
@@ -126,11 +126,7 @@ def _linear_stats(hidden, weight, bias, targets, temperature, softcap, logit_sca
     found = tuple(x.zero_() for x in ops.token_stats_fake(hidden, targets, temperature, ignore_index, None, None, wanted, False, backend))
     for head_, rows in setting.chunks(targets != ignore_index):
         x = head_.logits(rows.hidden(hidden))[:len(rows)]
-        y, t, ignore = setting.row_arguments(rows)
-        if setting.shard is None:
-            part = ops.run("token_stats", backend, x, y, t, ignore, None, None, wanted)
-        else:
-            part = parallel.token_stats(setting.shard, backend, x, y, t, ignore, wanted)
+        part = head_.statistics(backend, x, setting.arguments(rows), wanted)
         for whole, values in zip(found, part, strict=True):
             if whole.numel():
                 whole[rows.index] = values
@@ -178,15 +174,9 @@ def _accumulate(total, setting, dlogp, dentropy, hidden, targets, shift, sum_exp
     for head_, rows in setting.chunks((targets != setting.ignore_index) & torch.stack(wanted).any(0)):
         h = rows.hidden(hidden)
         x = head_.logits(h)[:len(rows)]
-        y, t, ignore = setting.row_arguments(rows)
         upstream = (None if d is None else rows.of(d).contiguous() for d in (dlogp, dentropy))
-        saved = (rows.of(s) for s in (shift, sum_exp, entropy))
-        out = head_.gradient_of(x)
-        if setting.shard is None:
-            ops.run("token_stats_backward", backend, *upstream, None, x, y, t, ignore, None, None, *saved, None, None, None, out)
-        else:
-            parallel.token_stats_backward(setting.shard, backend, *upstream, x, y, t, ignore, *saved, out)
-        total.add(head_, rows, out, x, h)
+        dlogits = head_.dlogits(backend, *upstream, x, setting.arguments(rows), [rows.of(s) for s in (shift, sum_exp, entropy)])
+        total.add(head_, rows, dlogits, x, h)
 
 
 class Gradients:

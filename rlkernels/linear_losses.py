@@ -5,15 +5,12 @@ from rlkernels import checks, ops, sweep
 from rlkernels.chunks import live_rows
 from rlkernels.head import head
 from rlkernels.linear import linear_token_logprobs, linear_token_stats
-from rlkernels.losses import _ratio_term as ratio_term
-from rlkernels.losses import policy_loss
+from rlkernels.losses import policy_loss, ratio_term
 from rlkernels.losses import run as weighted_sum
 from rlkernels.metrics import policy_metrics
 from rlkernels.segments import segment_ids
 from rlkernels.supervised import KINDS as SFT_KINDS
-from rlkernels.supervised import _metrics as sft_metrics
-from rlkernels.supervised import _weights as sft_weights
-from rlkernels.supervised import logprobs_sft_loss
+from rlkernels.supervised import logprobs_sft_loss, sft_metrics, sft_weights
 from rlkernels.sweep import Terms
 from rlkernels.terms import check_terms, live_tokens, one_loss_per_sequence, resolve, state, term_weights
 

@@ -54,7 +54,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
 
     real = real_dtype(logprobs.dtype)
     logp = dense(logprobs, real)
-    loss = _ratio_term(where, objective, logp, columns, values, weights, live, cu_seqlens, ratio_level)
+    loss = ratio_term(where, objective, logp, columns, values, weights, live, cu_seqlens, ratio_level)
     if kl_coef != 0:
         loss = loss + run(kl, logp, [ref_logprobs], (), weights * kl_coef)
     if entropy_coef != 0:
@@ -170,7 +170,7 @@ def run(objective, first, others, params, weights):
     return loss
 
 
-def _ratio_term(where, objective, logp, columns, params, weights, live, cu_seqlens, level):
+def ratio_term(where, objective, logp, columns, params, weights, live, cu_seqlens, level):
     if level == "token":
         return run(objective, logp, columns, params, weights)
     if cu_seqlens is None and logp.dim() != 2:

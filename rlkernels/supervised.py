@@ -34,10 +34,10 @@ def logprobs_sft_loss(logprobs, mask=None, *, kind="nll", aggregation="token-mea
     checks.no_forward_ad(where, logprobs)
     checks.choice(where, "kind", kind, KINDS)
     live = live_tokens(where, logprobs, mask)
-    weights = _weights(where, logprobs, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
+    weights = sft_weights(where, logprobs, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
     logp = dense(logprobs, real_dtype(logprobs.dtype))
     loss, _, _ = ops.elementwise(kind, logp, [], (), dense(weights, logp.dtype), ops.serving("elementwise", logp))
-    return (loss, _metrics(logp, weights)) if return_metrics else loss
+    return (loss, sft_metrics(logp, weights)) if return_metrics else loss
 
 
 def sft_loss(logits, targets, mask=None, *, kind="nll", temperature=1.0, ignore_index=-100, vocab_mask=None, aggregation="token-mean",
@@ -75,17 +75,17 @@ def sft_loss(logits, targets, mask=None, *, kind="nll", temperature=1.0, ignore_
     checks.choice(where, "kind", kind, KINDS)
     like = targets.new_empty(targets.shape, dtype=row.real)
     live = live_tokens(where, like, mask) & (targets != ignore_index)
-    weights = row.flat(_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers))
+    weights = row.flat(sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers))
     with_grad = torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     loss, _, logp, _, _, entropy, _ = ops.fused_policy(
         kind, row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, [], (), weights, None, None, None, None, with_grad,
         inplace_backward, ops.serving("fused_policy", logits))
     if not return_metrics:
         return loss
-    return loss, {**_metrics(logp, weights), "entropy": _mean(entropy, weights)}
+    return loss, {**sft_metrics(logp, weights), "entropy": _mean(entropy, weights)}
 
 
-def _weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers):
+def sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers):
     weights, _ = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers, bonus=False)
     if sample_weights is None:
         return weights
@@ -100,7 +100,7 @@ def _weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens
 
 
 @torch.no_grad()
-def _metrics(logp, weights):
+def sft_metrics(logp, weights):
     return {"nll": _mean(-logp, weights), "probability": _mean(logp.exp(), weights)}
 
 

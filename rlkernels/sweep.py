@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from rlkernels import ops, parallel
-from rlkernels.chunks import ROWS, Rows, live_rows, moving_and_still_rows
+from rlkernels import ops
+from rlkernels.chunks import Rows, filled_up, live_rows, moving_and_still_rows
 from rlkernels.head import Chunk, check_targets
 from rlkernels.linear import Gradients
 from rlkernels.objectives import OBJECTIVES
@@ -58,14 +58,12 @@ class _Sweep:
     def __init__(self, head, needs, rows, size):
         self.head, self.needs = head, needs
         self.total = Gradients(head.hidden, head.weight, head.bias, needs, head.shard, keep=True)
-        size = -(-max(min(size, rows), 1) // ROWS) * ROWS
-        self.chunk = Chunk(head.weight, head.bias, head.softcap, head.logit_scale, head.logits_dtype, head.shard, size)
+        self.chunk = Chunk(head.weight, head.bias, head.softcap, head.logit_scale, head.logits_dtype, head.shard, filled_up(min(size, rows)))
         self.loss = torch.zeros((), dtype=torch.float64, device=head.hidden.device)
         self.logp, self.entropy = (torch.zeros(head.targets.shape, dtype=head.real, device=head.hidden.device) for _ in range(2))
 
     def arguments(self, rows):
-        temperature = rows.of(self.head.temperature) if self.head.temperature.dim() else self.head.temperature.item()
-        return rows.targets(self.head.targets, self.head.ignore_index), temperature, self.head.ignore_index
+        return rows.arguments(self.head.targets, self.head.temperature, self.head.ignore_index)
 
     def logits(self, rows):
         hidden = rows.hidden(self.head.hidden)
@@ -106,11 +104,10 @@ def per_token(head, terms, needs, backend):
 
 def _token_chunk(sweep, rows, terms, moving, backend):
     x, hidden = sweep.logits(rows)
-    targets, temperature, ignore = sweep.arguments(rows)
     weight, entropy_weight, ref_logp, kl_weight = (rows.of(c) for c in (terms.weight, terms.entropy_weight, terms.ref_logp, terms.kl_weight))
     out = sweep.chunk.gradient_of(x) if moving else None
     loss, _, logp, _, _, entropy, dlogp = ops.run(
-        "fused_policy", backend, terms.objective, x, targets, temperature, ignore, None, [rows.of(c) for c in terms.columns], terms.params, weight,
+        "fused_policy", backend, terms.objective, x, *sweep.arguments(rows), None, [rows.of(c) for c in terms.columns], terms.params, weight,
         entropy_weight, terms.kl, ref_logp, kl_weight, moving, out)
     sweep.loss += loss
     sweep.logp[rows.index], sweep.entropy[rows.index] = logp, entropy
@@ -176,7 +173,7 @@ def per_unit(head, plan, score, needs, with_entropy, backend):
         statistics, kept = [], None
         for part in parts:
             kept = sweep.logits(part)
-            statistics.append(_statistics(head, backend, kept[0], *sweep.arguments(part), wanted))
+            statistics.append(sweep.chunk.statistics(backend, kept[0], sweep.arguments(part), wanted)[:4])
         logp, shift, sum_exp, entropy = (torch.cat(s) for s in zip(*statistics, strict=True)) if parts else (sweep.logp[:0],) * 4
         loss, dlogp, dentropy = _scored(score, rows.index, logp, entropy if with_entropy else None, first, last, any(needs))
         sweep.loss += loss
@@ -191,26 +188,9 @@ def per_unit(head, plan, score, needs, with_entropy, backend):
             start += len(part)
             x, hidden = kept if len(parts) == 1 else sweep.logits(part)
             upstream = [None if d is None else d[here].contiguous() for d in (dlogp, dentropy)]
-            out = sweep.chunk.gradient_of(x)
-            _gradient(head, backend, *upstream, x, *sweep.arguments(part), shift[here], sum_exp[here], entropy[here], out)
-            sweep.add(part, out, x, hidden, torch.stack([d != 0 for d in upstream if d is not None]).any(0))
+            dlogits = sweep.chunk.dlogits(backend, *upstream, x, sweep.arguments(part), [s[here] for s in (shift, sum_exp, entropy)])
+            sweep.add(part, dlogits, x, hidden, torch.stack([d != 0 for d in upstream if d is not None]).any(0))
     return sweep.found()
-
-
-def _statistics(head, backend, x, targets, temperature, ignore, wanted):
-    if head.shard is None:
-        logp, shift, sum_exp, entropy, *_ = ops.run("token_stats", backend, x, targets, temperature, ignore, None, None, wanted)
-    else:
-        logp, shift, sum_exp, entropy, *_ = parallel.token_stats(head.shard, backend, x, targets, temperature, ignore, wanted)
-    return logp, shift, sum_exp, entropy
-
-
-def _gradient(head, backend, dlogp, dentropy, x, targets, temperature, ignore, shift, sum_exp, entropy, out):
-    if head.shard is None:
-        ops.run("token_stats_backward", backend, dlogp, dentropy, None, x, targets, temperature, ignore, None, None, shift, sum_exp, entropy, None, None,
-                None, out)
-    else:
-        parallel.token_stats_backward(head.shard, backend, dlogp, dentropy, x, targets, temperature, ignore, shift, sum_exp, entropy, out)
 
 
 def _scored(score, index, logp, entropy, first, last, needs):

@@ -8,6 +8,7 @@ import torch
 
 from rlkernels.backends import eager
 from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS
+from rlkernels.objectives import OBJECTIVES
 
 # find_spec, not try/except ImportError: a module that is absent is a fact, one that is present and broken is an error.
 # It carries its own CUDA runtime and no driver: it loads anywhere, and says what is missing when it is used.
@@ -53,7 +54,8 @@ def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_ma
     import sys
 
     _available_or_raise()
-    if objective not in _cuda.OBJECTIVES:  # a user's objective is not compiled in: our two passes around its Python function
+    # What is not compiled into the row kernels, such as a user's objective, takes our two passes around its Python function.
+    if objective not in _cuda.OBJECTIVES or OBJECTIVES[objective].columns[0] != "logp":
         return eager.fused_policy(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl,
                                   ref_logp, kl_weight, with_grad, out, native=sys.modules[__name__])
     rows = _rows(logits, targets, temperature, ignore_index, vocab_mask, None)

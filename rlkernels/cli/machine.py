@@ -1,5 +1,6 @@
 """What a figure must name: the machine, the versions and the exact sources that made it."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -26,12 +27,10 @@ def versions() -> dict[str, str | None]:
 
 def processor() -> str:
     """The processor's name as the kernel prints it."""
-    try:
+    with contextlib.suppress(OSError):  # no /proc: not Linux
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.lower().startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # no /proc: not Linux
     return platform.processor() or platform.machine()
 
 

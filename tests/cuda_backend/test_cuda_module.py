@@ -83,3 +83,13 @@ def test_F60_no_symbol_of_torch_or_of_a_shared_cuda_runtime_is_needed():
     wanted = subprocess.run(["nm", "-D", "--undefined-only", cuda._cuda.__file__], capture_output=True, text=True, check=True).stdout
     assert "PyObject" in wanted
     assert not [s for s in wanted.split() if s.startswith("cuda") or "c10" in s or "torch" in s]
+
+
+def test_an_objective_that_the_row_kernels_do_not_hold_takes_the_two_passes(monkeypatch):
+    """``pairwise`` is compiled into ``elementwise`` alone: the row kernel's switch would answer with NaN."""
+    monkeypatch.setattr(cuda, "_available_or_raise", lambda: None)
+    monkeypatch.setattr(cuda, "_cuda", SimpleNamespace(OBJECTIVES={"pairwise": (1, 0)}))
+    monkeypatch.setattr(cuda.eager, "fused_policy", lambda objective, *rest, native: (objective, native))
+    logits, targets = torch.zeros(2, 5), torch.zeros(2, dtype=torch.long)
+    arguments = "pairwise", logits, targets, 1.0, -100, None, [], [], torch.ones(2), None, None, None, None, True, None
+    assert cuda.fused_policy(*arguments) == ("pairwise", cuda)

@@ -34,13 +34,11 @@ import os
 import sys
 
 import numpy as np
+from triton_interpreter_bf16 import BF16_NAN, bf16_to_float, float_to_bf16
 from triton_interpreter_memory import OPTIONS, REGIONS, Options, Region, touch
 
 if "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
-
-
-_BF16_NAN = 0x7FC0
 
 
 @contextlib.contextmanager
@@ -59,20 +57,6 @@ def _set(values):
         setattr(OPTIONS, name, value)
     if _interp is not None:
         _interp.interpreter_builder.options = dataclasses.replace(_interp.interpreter_builder.options, debug=OPTIONS.debug)
-
-
-# ---- bf16 bits -----------------------------------------------------------------------------------------------------
-def float_to_bf16(x):
-    """fp32 (or anything numpy can turn into fp32) -> bf16 bits, round to nearest even."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        x = np.asarray(x).astype(np.float32)
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    out = ((bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(x), np.uint16(_BF16_NAN), out).reshape(np.shape(x))
-
-
-def bf16_to_float(bits):
-    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
 # ---- installation --------------------------------------------------------------------------------------------------
@@ -163,7 +147,7 @@ def _patch(triton, tl, lib):
         kind = ptrs.get_element_ty()
         if other is None and OPTIONS.poison and kind.is_floating() and kind.primitive_bitwidth >= 16 and not mask.data.all():
             np_type = lib._get_np_dtype(kind)
-            other = H(np.full(ptrs.data.shape, _BF16_NAN if kind == bf16 else np.nan, np_type), kind)
+            other = H(np.full(ptrs.data.shape, BF16_NAN if kind == bf16 else np.nan, np_type), kind)
         return old["create_masked_load"](self, ptrs, mask, other, *rest, **kw)
 
     def create_masked_store(self, ptrs, value, mask, *rest, **kw):
