@@ -18,9 +18,9 @@ def drifts_without_advantage(logp, old_logp, advantage):
 
 @objective
 def moves_below_a_bound(logp, old_logp, advantage):
-    """Still where the advantage is 0, but only on one side of a condition that is not known beforehand."""
+    """Still where the advantage is 0, but only on the first side of a condition that is not known beforehand."""
     ratio = exp(logp - old_logp)
-    slope = where(ratio < 1.0, -ratio, advantage)
+    slope = where(ratio < 1.0, advantage, -ratio)
     return slope * logp, slope
 
 
