@@ -11,6 +11,18 @@ AGGREGATED = [(level, a) for level in LEVELS for a in ("token-mean", "seq-mean-t
 B, L = 3, 6
 
 
+def objective_columns(n, dtype, draw):
+    """Every column that an objective may name: log-probs near each other, so that both sides of every clip are met."""
+    columns = {"logp": -3 * torch.rand(n, generator=draw, dtype=dtype)}
+    for other in ("old_logp", "ref_logp"):
+        columns[other] = columns["logp"] + 0.5 * torch.randn(n, generator=draw, dtype=dtype)
+    for other in ("advantage", "value", "returns", "margin", "log_ratio"):
+        columns[other] = torch.randn(n, generator=draw, dtype=dtype)
+    columns["mean_logp"] = columns["logp"] - 0.01  # away from 0, where the log-odds of the oracle itself lose their digits
+    columns["old_value"] = columns["value"] + 0.5 * torch.randn(n, generator=draw, dtype=dtype)
+    return columns
+
+
 def batch(seed=0, shape=(B, L)):
     """Log-probabilities as float32, a mask with holes; ratios from 0.3 to 3, so that every branch of every clip is taken."""
     draw = torch.Generator().manual_seed(seed)

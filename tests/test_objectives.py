@@ -2,6 +2,7 @@
 import oracles
 import pytest
 import torch
+from loss_batches import objective_columns
 
 from rlkernels import backends, codegen, objectives
 from rlkernels.backends import BACKENDS, DEVICES, absent
@@ -14,15 +15,9 @@ PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, 
 
 
 def case(name, n=1000, dtype=torch.float32, seed=0):
-    """Columns and parameters of an objective: log-probs near each other, so that both sides of every clip are met."""
+    """Columns and parameters of an objective."""
     draw = torch.Generator().manual_seed(seed)
-    columns = {"logp": -3 * torch.rand(n, generator=draw, dtype=dtype)}
-    for other in ("old_logp", "ref_logp"):
-        columns[other] = columns["logp"] + 0.5 * torch.randn(n, generator=draw, dtype=dtype)
-    for other in ("advantage", "value", "returns", "margin", "log_ratio"):
-        columns[other] = torch.randn(n, generator=draw, dtype=dtype)
-    columns["mean_logp"] = columns["logp"] - 0.01  # away from 0, where the log-odds of the oracle itself lose their digits
-    columns["old_value"] = columns["value"] + 0.5 * torch.randn(n, generator=draw, dtype=dtype)
+    columns = objective_columns(n, dtype, draw)
     entry = OBJECTIVES[name]
     return [columns[c].clone() for c in entry.columns], [PARAMS[p] for p in entry.params]
 

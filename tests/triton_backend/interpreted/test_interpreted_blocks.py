@@ -4,6 +4,7 @@ import math
 import oracles
 import pytest
 import torch
+from loss_batches import objective_columns
 from problems import NAN, PARAMS
 from reference import gae as gae_loop
 from reference import same_bits
@@ -23,13 +24,7 @@ def small_blocks(monkeypatch):
 
 def objective_problem(name, n, dtype):
     draw = torch.Generator().manual_seed(n)
-    columns = {"logp": -3 * torch.rand(n, generator=draw, dtype=dtype)}
-    for other in ("old_logp", "ref_logp"):
-        columns[other] = columns["logp"] + 0.5 * torch.randn(n, generator=draw, dtype=dtype)
-    for other in ("advantage", "value", "returns", "margin", "log_ratio"):
-        columns[other] = torch.randn(n, generator=draw, dtype=dtype)
-    columns["mean_logp"] = columns["logp"] - 0.01  # away from 0, where the log-odds of the oracle itself lose their digits
-    columns["old_value"] = columns["value"] + 0.5 * torch.randn(n, generator=draw, dtype=dtype)
+    columns = objective_columns(n, dtype, draw)
     weight = torch.randn(n, generator=draw, dtype=dtype)
     weight[::3] = 0.0
     entry = OBJECTIVES[name]
