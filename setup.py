@@ -31,7 +31,7 @@ if CXX and not FOUND:
 # rows.cpp is compiled once per instruction set, into a namespace of that name; the module chooses among them when it is loaded.
 ISAS = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
 SOURCES = ["rows_f64", "token_stats", "backward", "fused_policy", "elementwise", "scan", "gemm", "machine", "buffer", "bindings"]
-# Younger than the others: a compiler may lack them (g++ before 10), and the matrix product is then absent.
+# Younger than the others: a compiler may lack them (g++ before 10), and the bf16 matrix product is then absent.
 BF16 = f"{ISAS['avx512']} -mavx512bf16"
 # No contraction: a fused multiply-add is written where it is meant, or bits would depend on what the compiler inlined.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi"
@@ -43,8 +43,10 @@ def objects(bf16):
     for name in SOURCES:
         yield name, f"csrc/cpu/{name}.cpp", " ".join(["-DRLK_X86"] * X86 + ["-DRLK_BF16"] * bf16)
     if bf16:
-        for name in ("gemm_tiles", "rounding"):
+        for name in ("gemm_bf16", "rounding"):
             yield name, f"csrc/cpu/{name}.cpp", BF16
+    if X86:
+        yield "gemm_f32", "csrc/cpu/gemm_f32.cpp", ISAS["avx512"]
     for isa in ISAS if X86 else ["baseline"]:
         yield f"rows_{isa}", "csrc/cpu/rows.cpp", f"-DRLK_ISA={isa} {ISAS[isa]}"
 

@@ -1,7 +1,7 @@
 """The three products of a head, ``hidden weight^T`` and its two gradients, with the accumulator kept, on each device.
 
-cuBLAS and oneDNN do the work wherever they keep fp32. A CPU library hands a 16-bit product out in 16 bits: there bf16 goes to our own
-product, and what is left is widened, one block of the vocabulary at a time.
+cuBLAS and torch's CPU libraries do the work where they keep fp32 and are not behind. A CPU library hands a 16-bit product out in 16 bits: there
+bf16 goes to our own product, and what is left is widened, one block of the vocabulary at a time.
 """
 import torch
 
@@ -17,7 +17,7 @@ def products(weight, logits_dtype):
     if weight.device.type != "cpu":
         return Accelerated(weight)
     if logits_dtype == weight.dtype == real_dtype(weight.dtype):
-        return Plain(weight)
+        return Native(weight) if weight.dtype == torch.float32 and cpu_gemm.fp32_preferred() else Plain(weight)
     native = weight.dtype == torch.bfloat16 and logits_dtype in (torch.float32, torch.bfloat16) and cpu_gemm.available()
     return Native(weight) if native else Widened(weight)
 
@@ -42,7 +42,7 @@ class Plain:
 
 
 class Native(Plain):
-    """bf16 on a CPU with instructions for it: products of bf16 numbers, sums in fp32."""
+    """Our own on a CPU with instructions for it: products of bf16 or of fp32 numbers, sums in fp32."""
 
     def logits(self, hidden, out):
         if out.dtype == torch.float32:
@@ -56,7 +56,7 @@ class Native(Plain):
             cpu_gemm.mm(dlogits, self.weight, dhidden)
         if dweight is not None:
             cpu_gemm.mm(dlogits.t(), hidden, dweight, accumulate=not first)
-        if dlogits.dtype == torch.float32:
+        if dlogits.dtype != self.weight.dtype:
             cpu_gemm.add_what_rounding_lost(dlogits, self.weight, hidden, dhidden, dweight)
         return dhidden
 

@@ -19,6 +19,14 @@ GemmKernels rlk::gemm_kernels() {
 #endif
 }
 
+GemmKernels rlk::gemm_f32_kernels() {
+#if defined(__AVX512F__)
+  return avx512::gemm_f32_kernels();
+#else
+  return {};
+#endif
+}
+
 namespace {
 
 template <class T>
@@ -101,8 +109,8 @@ struct Ones {
 };
 
 // out = a b + a b of ones, in rows that lie 3 elements apart: true where every element is 2 k and nothing between the rows has changed.
-bool product(int64_t m, int64_t n, int64_t k, int layout, bool wide) {
-  const Ones a(m, k, layout, wide), b(k, n, (layout + m) % 3, false);
+bool product(int64_t m, int64_t n, int64_t k, int layout, bool wide_a, bool wide_b) {
+  const Ones a(m, k, layout, wide_a), b(k, n, (layout + m) % 3, wide_b);
   const auto out = filled<float>(m * (n + 3) - 3, 0.5f);
   for (const bool accumulate : {false, true}) gemm({m, n, k, a.operand, b.operand, out.get(), n + 3, accumulate, 2});
   bool right = true;
@@ -142,9 +150,11 @@ int main() {
   constexpr int64_t kSizes[][3] = {{1, 1, 1},    {1, 50, 31},   {9, 1, 33},     {17, 47, 2},
                                    {7, 49, 129}, {70, 33, 515}, {515, 100, 70}, {33, 1000, 40}};
   for (const auto& size : kSizes)
-    for (const int layout : {0, 1, 2})
+    for (const int layout : {0, 1, 2}) {
       for (const bool wide : {false, true})
-        if (gemm_available() && !product(size[0], size[1], size[2], layout, wide)) return 1;
+        if (gemm_available() && !product(size[0], size[1], size[2], layout, wide, false)) return 1;
+      if (gemm_f32_available() && !product(size[0], size[1], size[2], layout, true, true)) return 1;
+    }
 #if defined(RLK_BF16)
   for (const int64_t columns : {1, 63, 64, 1000})
     for (const int64_t width : {1, 17, 64})

@@ -121,9 +121,11 @@ def test_the_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
     flags = ["-std=c++17", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off", "-Wno-psabi", "-fopenmp",
              f"-I{ROOT / 'csrc'}", f"-DRLK_ISA={isa}", *ISA_FLAGS[isa]]
     names = ["rows", "rows_f64", "token_stats", "backward", "fused_policy", "elementwise", "scan", "gemm"]
+    if cpu_gemm.fp32_available():
+        names += ["gemm_f32"]
     if cpu_gemm.available():
         flags += ["-DRLK_BF16", "-mavx512bf16"]
-        names += ["gemm_tiles", "rounding"]
+        names += ["gemm_bf16", "rounding"]
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() {}\n")
     if run([CXX, *flags, probe, "-o", tmp_path / "probe"], check=False).returncode != 0:

@@ -1,4 +1,4 @@
-"""The bf16 matrix product of the CPU backend, judged against float64, and its bits against itself in other batches, layouts and threads."""
+"""The matrix products of the CPU backend in bf16 and in fp32, judged against float64, and its bits against itself in other batches, layouts and threads."""
 import os
 import sys
 
@@ -10,6 +10,9 @@ from reference import same_bits
 from rlkernels.backends import cpu, cpu_gemm
 
 native = pytest.mark.skipif(not cpu_gemm.available(), reason="this machine or this build has no AVX512_BF16")
+native_fp32 = pytest.mark.skipif(not cpu_gemm.fp32_available(), reason="this machine or this build has no AVX-512")
+both_dtypes = pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=native), pytest.param(torch.float32, marks=native_fp32)],
+                                      ids=["bf16", "fp32"])
 built = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
 
 NAN, INF = float("nan"), float("inf")
@@ -41,21 +44,21 @@ def product(a, b):
 
 
 def assert_close(got, a, b, start=0.0):
-    """Against float64 on operands rounded to bf16: a chain of 128 sums, then one per run, each off by half a unit of the magnitudes' sum."""
-    a, b = a.bfloat16().double(), b.double()
+    """Against float64 on operands of b's dtype: a chain of 128 sums, then one per run, each off by half a unit of the magnitudes' sum."""
+    a, b = a.to(b.dtype).double(), b.double()
     error, bound = (got.double() - (a @ b + start)).abs(), (132 + a.shape[1] / 128) * 2.0**-24 * (a.abs() @ b.abs() + abs(start))
     assert (error <= bound).all(), f"{tuple(a.shape)} by {tuple(b.shape)}: off by {error.max():.2e}, allowed there {bound.flatten()[error.argmax()]:.2e}"
 
 
-@native
-@pytest.mark.parametrize("wide", [False, True], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("of_a", "of_b"), [
+    pytest.param(torch.bfloat16, torch.bfloat16, marks=native), pytest.param(torch.float32, torch.bfloat16, marks=native),
+    pytest.param(torch.float32, torch.float32, marks=native_fp32)], ids=["bf16", "fp32 by bf16", "fp32"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_size_and_layout_agrees_with_float64(layout, wide):
+def test_every_size_and_layout_agrees_with_float64(layout, of_a, of_b):
     for i, k in enumerate(SIZES):
         for j, m in enumerate(SIZES):
             n = SIZES[(3 * i + 5 * j) % len(SIZES)]
-            a, b = normal(m, k, seed=i), normal(k, n, seed=j).bfloat16()
-            a = laid(a if wide else a.bfloat16(), layout)
+            a, b = laid(normal(m, k, seed=i).to(of_a), layout), normal(k, n, seed=j).to(of_b)
             parent = torch.full((m, n + 5), NAN)  # the gap between rows is not touched, and without accumulate nothing of out is read
             out = cpu_gemm.mm(a, laid(b, LAYOUTS[(i + j) % 4]), parent[:, :n])
             assert_close(out, a, b)
@@ -65,20 +68,20 @@ def test_every_size_and_layout_agrees_with_float64(layout, wide):
             assert parent[:, n:].isnan().all()
 
 
-@native
+@both_dtypes
 @pytest.mark.parametrize("width", [512, 1024, 4096])
-def test_logits_are_as_exact_as_a_product_in_fp32(width):
-    hidden, weight = normal(64, width).bfloat16(), (normal(3000, width, seed=1) * 10 / width**0.5).bfloat16()
+def test_logits_are_as_exact_as_a_product_in_fp32(width, dtype):
+    hidden, weight = normal(64, width).to(dtype), (normal(3000, width, seed=1) * 10 / width**0.5).to(dtype)
     truth = hidden.double() @ weight.double().t()
     error = (product(hidden, weight.t()).double() - truth).pow(2).mean().sqrt()
     fp32 = ((hidden.float() @ weight.float().t()).double() - truth).pow(2).mean().sqrt()
     assert 9 < truth.std() < 11 and error <= 2e-6 and error <= 1.5 * fp32, f"rms {error:.2e}, of torch in fp32 {fp32:.2e}"
 
 
-@native
-def test_the_bits_of_a_row_depend_on_nothing_beside_it():
-    m, n, k = 601, 1111, 1300  # several tasks, three slices, tails everywhere
-    a, b = normal(m, k), normal(k, n, seed=1).bfloat16()
+@both_dtypes
+def test_the_bits_of_a_row_depend_on_nothing_beside_it(dtype):
+    m, n, k = 601, 1111, 1300  # several tasks, three slices or more, tails everywhere
+    a, b = normal(m, k), normal(k, n, seed=1).to(dtype)
     whole, threads = product(a, b), torch.get_num_threads()
     try:
         for count in (1, 2, 3):
@@ -88,7 +91,8 @@ def test_the_bits_of_a_row_depend_on_nothing_beside_it():
         torch.set_num_threads(threads)
     for layout in LAYOUTS[1:]:
         assert same_bits(product(laid(a, layout), laid(b, layout)), whole), layout
-    assert same_bits(product(a.bfloat16(), b), whole)
+    if dtype == torch.bfloat16:
+        assert same_bits(product(a.bfloat16(), b), whole)
     for row in (0, 7, 8, 300, 600):
         assert same_bits(product(a[row : row + 1], b), whole[row : row + 1]), row
     assert same_bits(product(a[5:70], b), whole[5:70]) and same_bits(product(a.flip(0), b), whole.flip(0))
@@ -96,26 +100,34 @@ def test_the_bits_of_a_row_depend_on_nothing_beside_it():
         assert same_bits(product(a, b[:, columns]), whole[:, columns]), columns
 
 
-@native
-def test_a_streamed_product_has_the_bits_of_a_small_one():
-    a, b = normal(130, 65).bfloat16(), normal(65, 33000, seed=1).bfloat16()  # over 16 MiB is stored around the cache where rows are aligned
+@both_dtypes
+def test_a_streamed_product_has_the_bits_of_a_small_one(dtype):
+    a, b = normal(130, 65).to(dtype), normal(65, 33000, seed=1).to(dtype)  # over 16 MiB is stored around the cache where rows are aligned
     for n in (32768, 32777):
         large = product(a, b[:, :n])
         assert same_bits(large[[3, 129]], product(a[[3, 129]], b[:, :n])), n
 
 
-@native
-def test_slices_of_512_are_added_to_out_one_after_the_other():
-    a, b, start = normal(9, 1300).bfloat16(), normal(1300, 50, seed=1).bfloat16(), normal(9, 50, seed=2)
-    parts = [product(a[:, k : k + 512], b[k : k + 512]) for k in (0, 512, 1024)]
-    assert same_bits(product(a, b), parts[0] + parts[1] + parts[2])
-    assert same_bits(cpu_gemm.mm(a, b, start.clone(), accumulate=True), start + parts[0] + parts[1] + parts[2])
+@both_dtypes
+def test_slices_of_1_KiB_are_added_to_out_one_after_the_other(dtype):
+    a, b, start = normal(9, 1300).to(dtype), normal(1300, 50, seed=1).to(dtype), normal(9, 50, seed=2)
+    depth = 1024 // dtype.itemsize
+    parts = [product(a[:, k : k + depth], b[k : k + depth]) for k in range(0, 1300, depth)]
+    assert same_bits(product(a, b), sum(parts[1:], parts[0]))
+    assert same_bits(cpu_gemm.mm(a, b, start.clone(), accumulate=True), sum(parts, start))
 
 
-@native
-def test_nan_and_infinity_reach_their_row_or_column_and_no_other():
+@native_fp32
+def test_fp32_keeps_subnormals_and_rounds_nothing():
+    a, b = torch.tensor([[1e-20, 3e-38], [1.0 + 2.0**-23, 0.0]]), torch.tensor([[1e-20], [0.25]])
+    assert torch.equal(product(a, b).double(), (a.double() @ b.double()).float().double())
+    assert 0 < product(a, b)[0, 0] < 2.0**-126
+
+
+@both_dtypes
+def test_nan_and_infinity_reach_their_row_or_column_and_no_other(dtype):
     for depth in (33, 600):
-        a, b = normal(50, depth), normal(depth, 60, seed=1).bfloat16()
+        a, b = normal(50, depth), normal(depth, 60, seed=1).to(dtype)
         clean = product(a, b)
         a[13, depth - 1], a[20, 5], b[3, 44] = NAN, -INF, NAN
         b[depth - 1, 7] = INF
@@ -144,14 +156,14 @@ def test_an_fp32_operand_is_rounded_to_nearest_even(layout):
     assert expected[-1] == 2.0**-126 and expected[-2] == 0
 
 
-@native
-def test_empty_products_write_zeros_or_nothing():
+@both_dtypes
+def test_empty_products_write_zeros_or_nothing(dtype):
     out = torch.full((3, 4), NAN)
-    nothing = torch.empty(3, 0, dtype=torch.bfloat16), torch.empty(0, 4, dtype=torch.bfloat16)
+    nothing = torch.empty(3, 0, dtype=dtype), torch.empty(0, 4, dtype=dtype)
     assert (cpu_gemm.mm(*nothing, out.fill_(5.0), accumulate=True) == 5).all()
     assert (cpu_gemm.mm(*nothing, out.fill_(NAN)) == 0).all()
     for m, n in ((0, 4), (4, 0)):
-        assert product(torch.ones(m, 5), torch.ones(5, n).bfloat16()).shape == (m, n)
+        assert product(torch.ones(m, 5), torch.ones(5, n).to(dtype)).shape == (m, n)
 
 
 GUARDED = """
@@ -159,13 +171,17 @@ GUARDED = """
     from rlkernels.backends import cpu_gemm
     from test_laws_guard_pages import guarded
 
+    DTYPES = [(torch.float32, torch.float32)]
+    if cpu_gemm.available():
+        DTYPES += [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+
     def by_rows(x): return guarded(x)
     def by_columns(x): return guarded(x.t().contiguous()).t()
     def strided(x): return guarded(x.repeat_interleave(2, 1).flatten()[: 2 * x.numel() - 1]).as_strided(x.shape, (2 * x.shape[1], 2))
 
     for m, n, k in ((1, 1, 1), (3, 47, 31), (9, 50, 33), (17, 16, 2), (65, 97, 515), (520, 64, 70)):
-        for a in (torch.randn(m, k), torch.randn(m, k).bfloat16()):
-            b = torch.randn(k, n).bfloat16()
+        for of_a, of_b in DTYPES:
+            a, b = torch.randn(m, k).to(of_a), torch.randn(k, n).to(of_b)
             expected = cpu_gemm.mm(a, b, torch.empty(m, n))
             for place in (by_rows, by_columns, strided):
                 for other in (by_rows, by_columns, strided):
@@ -176,7 +192,7 @@ GUARDED = """
 """
 
 
-@native
+@native_fp32
 @pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="mprotect of an anonymous mapping is used as on Linux")
 def test_F02_no_byte_behind_an_operand_or_the_result_is_touched():
     done = children.code(GUARDED)
@@ -188,14 +204,16 @@ def test_a_lower_instruction_set_has_no_product_and_says_so():
     done = children.code("""
         import torch
         from rlkernels.backends import cpu_gemm
-        print(cpu_gemm.available())
-        try:
-            cpu_gemm.mm(torch.ones(1, 1), torch.ones(1, 1).bfloat16(), torch.ones(1, 1))
-        except RuntimeError as error:
-            print(error)
+        print(cpu_gemm.available(), cpu_gemm.fp32_available(), cpu_gemm.fp32_preferred())
+        for dtype in (torch.bfloat16, torch.float32):
+            try:
+                cpu_gemm.mm(torch.ones(1, 1), torch.ones(1, 1, dtype=dtype), torch.ones(1, 1))
+            except RuntimeError as error:
+                print(error)
     """, RLKERNELS_CPU_ISA="baseline")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == "False" and "mm: AVX512_BF16 is absent here" in done.stdout
+    said = done.stdout.splitlines()
+    assert said[0] == "False False False" and said[1].startswith("mm: AVX512_BF16 is absent here") and said[2].startswith("mm: AVX-512 is absent here")
 
 
 @native
@@ -203,7 +221,8 @@ def test_what_does_not_fit_is_refused_by_name():
     a, b, out = torch.ones(3, 4), torch.ones(4, 5).bfloat16(), torch.zeros(3, 5)
     for bad, error, message in [
         ((a.double(), b, out), TypeError, "a must be torch.bfloat16 or torch.float32 on the CPU, got torch.float64"),
-        ((a, b.float(), out), TypeError, "b must be torch.bfloat16 on the CPU, got torch.float32"),
+        ((a, b.double(), out), TypeError, "b must be torch.bfloat16 or torch.float32 on the CPU, got torch.float64"),
+        ((a.bfloat16(), b.float(), out), TypeError, "a must be torch.float32 on the CPU, got torch.bfloat16"),
         ((a, b, out.bfloat16()), TypeError, "out must be torch.float32 on the CPU, got torch.bfloat16"),
         ((a.to("meta"), b, out), TypeError, "a must be .* on the CPU, got torch.float32 on meta"),
         ((a[:, :3], b, out), ValueError, r"got \(3, 3\), \(4, 5\) and \(3, 5\)"),

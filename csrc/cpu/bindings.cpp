@@ -113,6 +113,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gae_f32", &scan<float>);
   m.def("gae_f64", &scan<double>);
   m.def("gemm_available", &gemm_available);
+  m.def("gemm_f32_available", &gemm_f32_available);
+  m.def("gemm_f32_preferred", &gemm_f32_preferred);
   m.def("gemm", &product);
   m.def("add_rounding", &give_back);
   py::dict objectives;  // name -> (columns, params)

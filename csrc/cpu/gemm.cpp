@@ -27,7 +27,7 @@ struct Cut {
   int64_t rows, columns, down, across;  // of a task; how many tasks
 };
 
-// The quickest of the cuts near the coarsest, if one product costs 1/32 cycle and packing one element half a cycle.
+// The quickest of the cuts near the coarsest, if the products of a word cost 1/16 cycle and packing a bf16 element half a cycle.
 Cut cut(const GemmJob& job, int threads) {
   Cut best{};
   double least = 0;
@@ -56,8 +56,9 @@ void task(const GemmJob& job, const GemmKernels& kernels, const Cut& cut, const 
   const auto start = [](const Operand& x, int64_t row, int64_t column) {
     return x.address + uintptr_t((row * x.row + column * x.column) * (x.wide ? 4 : 2));
   };
-  for (int64_t k = 0; k < job.k; k += kDepth) {
-    const int64_t depth = smaller(kDepth, job.k - k);
+  const int64_t slice = kSlice * kernels.elements;
+  for (int64_t k = 0; k < job.k; k += slice) {
+    const int64_t depth = smaller(slice, job.k - k);
     kernels.pack({start(job.a, i, k), job.a.row, job.a.column, rows, depth, job.a.wide}, {a, 2 * size.a_panel, size.a_panel, kTileRows});
     for (int64_t c = 0; c < columns; c += kTileColumns) {
       const int64_t width = smaller(kTileColumns, columns - c);
@@ -82,22 +83,24 @@ int thread() {
 
 bool gemm_available() { return gemm_kernels().tile != nullptr; }
 
+bool gemm_f32_available() { return gemm_f32_kernels().tile != nullptr; }
+
 void gemm(const GemmJob& job) {
   if (job.m == 0 || job.n == 0) return;
   if (job.k == 0) {
     for (int64_t i = 0; i < job.m && !job.accumulate; ++i) std::memset(job.out + i * job.out_row, 0, size_t(job.n) * sizeof(float));
     return;
   }
-  const GemmKernels kernels = gemm_kernels();
+  const GemmKernels kernels = job.b.wide ? gemm_f32_kernels() : gemm_kernels();
   const int wanted = double(job.m) * double(job.n) * double(job.k) < double(kAlone) ? 1 : job.threads;
   const Cut plan = cut(job, wanted);
-  const int64_t tasks = plan.down * plan.across, pairs = blocks(smaller(job.k, kDepth), 2);
+  const int64_t tasks = plan.down * plan.across, words = smaller(blocks(job.k, kernels.elements), kSlice);
   const int threads = int(smaller(wanted, tasks));
-  Scratch size{pairs * kTileRows + kApart, 0, pairs * kTileColumns};
+  Scratch size{words * kTileRows + kApart, 0, words * kTileColumns};
   size.a = whole(plan.rows, kLanes) / kTileRows * size.a_panel;
   const int64_t each = size.a + size.b;
   const bool aligned = (reinterpret_cast<uintptr_t>(job.out) | uintptr_t(job.out_row) * sizeof(float)) % 64 == 0;
-  const bool stream = aligned && !job.accumulate && job.k <= kDepth && job.m * job.n * int64_t(sizeof(float)) >= kStream;
+  const bool stream = aligned && !job.accumulate && job.k <= kSlice * kernels.elements && job.m * job.n * int64_t(sizeof(float)) >= kStream;
   struct Words {
     uint32_t* data;
     ~Words() { ::operator delete(data, std::align_val_t(64)); }

@@ -5,7 +5,7 @@
 #include "batch.h"
 #include "gemm.h"
 
-#if defined(RLK_BF16)
+#if defined(RLK_X86)
 #include <cpuid.h>
 #endif
 
@@ -53,6 +53,18 @@ bool has_bf16() {
 
 const bool kBf16 = has_bf16();
 
+// MKL, torch's product on x86, is written for Intel's processors: on two cores of Zen 4 it reaches 158 to 196 GFLOP/s, ours 194 to 204.
+bool made_by_amd() {
+#if defined(RLK_X86)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
+#else
+  return false;
+#endif
+}
+
+const bool kAmd = made_by_amd();
+
 }  // namespace
 
 const char* isa() { return kNames[kIsa]; }
@@ -75,6 +87,15 @@ void add_rounding(const Rounding& job) {
 #else
   (void)job;
 #endif
+}
+
+bool gemm_f32_preferred() { return kAmd && gemm_f32_available(); }
+
+GemmKernels gemm_f32_kernels() {
+#if defined(RLK_X86)
+  if (kIsa == kAvx512) return avx512::gemm_f32_kernels();
+#endif
+  return {};
 }
 
 GemmKernels gemm_kernels() {

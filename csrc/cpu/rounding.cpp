@@ -2,7 +2,7 @@
 //
 // A row of that gradient sums to 0: the target's element is as large as all others together, so at most 32 others reach 1/32 of it, and
 // the squares of the rest are below 1/16 of its square. Rounded alone, the row costs the gradients as much again as their own one
-// rounding to bf16 (0.16 %); with these elements given back in fp32 it adds less than a twentieth of that. Compiled like gemm_tiles.cpp.
+// rounding to bf16 (0.16 %); with these elements given back in fp32 it adds less than a twentieth of that. Compiled like gemm_bf16.cpp.
 #include "gemm.h"
 
 #include <cstring>

@@ -11,7 +11,9 @@ FUSED = (f"{POLICY}::test_the_fused_pass_is_float64_autograd", f"{POLICY}::test_
 SMALL = (f"{POLICY}::test_elementwise_is_the_oracle_and_its_derivative", f"{POLICY}::test_elementwise_sums_in_one_order_and_skips_weight_zero",
          f"{POLICY}::test_gae_is_a_python_loop_padded_and_packed")
 VALUES, EDGES = "tests/test_faults_values.py::test_F16_", "tests/test_faults_edges.py::test_"
-ASKED = {"fused_policy.cpp": FUSED, "elementwise.cpp": SMALL, "scan.cpp": SMALL}
+GEMM = ("tests/test_cpu_gemm.py",)
+ASKED = {name: GEMM for name in ("gemm.cpp", "gemm_tile.h", "gemm_bf16.cpp", "gemm_f32.cpp")} | {
+    "fused_policy.cpp": FUSED, "elementwise.cpp": SMALL, "scan.cpp": SMALL}
 
 
 def _m(name, file, old, new, *faults, equivalent="", tests=None):
@@ -84,4 +86,13 @@ MUTANTS = (
     _m("the scan reads dead tokens", "scan.cpp", "const bool live = !mask || mask[t];", "const bool live = true;", 31),
     _m("zero is skip", "scan.cpp", "if (live || masked == Masked::zero) {", "if (live) {"),
     _m("gamma is left out of the trace", "scan.cpp", "gamma * lam * trace", "lam * trace"),
+    _m("a slice forgets the one before", "gemm.cpp", "job.accumulate || k > 0", "job.accumulate"),
+    _m("a slice of fp32 has the elements of one of bf16", "gemm.cpp", "const int64_t slice = kSlice * kernels.elements;", "const int64_t slice = 2 * kSlice;"),
+    _m("a run forgets the one before", "gemm_tile.h", "    if (begin > 0)\n", "    if (begin < 0)\n"),
+    _m("the lanes behind the last column are written", "gemm_tile.h", "v + 1 < kVectors ? __mmask16(0xffff) : last", "__mmask16(0xffff)"),
+    _m("the element behind an odd depth counts", "gemm_bf16.cpp",
+       "rows > 1 ? lanes : 0, rows > 1 ? even + row : even));\n    return _mm512_or_si512(low, _mm512_slli",
+       "lanes, rows > 1 ? even + row : even));\n    return _mm512_or_si512(low, _mm512_slli"),
+    _m("fp32 is rounded down to bf16", "gemm_bf16.cpp", "_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd)", "bits"),
+    _m("fp32 operands are read one beyond", "gemm_f32.cpp", "_mm512_maskz_loadu_epi32(lanes, from)", "_mm512_loadu_epi32(from)"),
 )

@@ -1,5 +1,10 @@
-// The parts of a bf16 matrix product that need AVX512_BF16. As in simd.h, everything is forced inline and nothing of the standard library
-// is used: no template of this file may be linked into code for an older machine.
+// The parts of a matrix product that depend on the instruction set, written once for words of a pair of bf16 and of one fp32. Included by
+// gemm_bf16.cpp and gemm_f32.cpp, each compiled for its own instructions. As in simd.h, everything is forced inline and nothing of the
+// standard library is used: no template of this file may be linked into code for an older machine.
+//
+// A `Words` says what a word holds: `elements` of K; `along` makes 16 words of neighbouring elements, `across` of neighbouring lanes, `one`
+// adds an element to a word; `add_product` is the instruction.
+#pragma once
 #include <immintrin.h>
 
 #include "../scalar.h"
@@ -13,42 +18,10 @@
 #define RLK_UNROLL _Pragma("GCC unroll 16")
 
 namespace rlk {
-namespace avx512_bf16 {
 namespace {
 
-// The low `count` lanes, none below 0 and all beyond 16 or 32.
+// The low `count` lanes, none below 0 and all beyond 16.
 RLK_INLINE __mmask16 first16(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : __mmask16((1u << count) - 1); }
-RLK_INLINE __mmask32 first32(int64_t count) { return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : (1u << count) - 1; }
-
-// fp32 to bf16 in the upper half of each word, to nearest even; the lower half is rubbish. Not VCVTNEPS2BF16: it reads subnormals as zero.
-RLK_INLINE __m512i rounded(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  // Adding to a NaN could carry out of its payload and make it a zero.
-  return _mm512_mask_or_epi32(nearest, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
-}
-
-// 16 words of pairs from up to 32 neighbouring elements; what lies behind `count` is not touched.
-RLK_INLINE __m512i pairs_along(const Bf16* from, int64_t count) { return _mm512_maskz_loadu_epi16(first32(count), from); }
-RLK_INLINE __m512i pairs_along(const float* from, int64_t count) {
-  const __m512i low = rounded(_mm512_maskz_loadu_ps(first16(count), from));
-  const __m512i high = rounded(_mm512_maskz_loadu_ps(first16(count - 16), from + 16));
-  const __m512i upper_halves = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15,
-                                                13, 11, 9, 7, 5, 3, 1);
-  return _mm512_permutex2var_epi16(low, upper_halves, high);
-}
-
-// 16 words of pairs from two rows of up to 16 neighbouring elements.
-RLK_INLINE __m512i pairs_across(const Bf16* even, const Bf16* odd, __mmask16 lanes, __mmask16 odd_lanes) {
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, even));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd_lanes, odd));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
-RLK_INLINE __m512i pairs_across(const float* even, const float* odd, __mmask16 lanes, __mmask16 odd_lanes) {
-  const __m512i low = rounded(_mm512_maskz_loadu_ps(lanes, even)), high = rounded(_mm512_maskz_loadu_ps(odd_lanes, odd));
-  return _mm512_or_si512(_mm512_srli_epi32(low, 16), _mm512_and_si512(high, _mm512_set1_epi32(int(0xffff0000u))));
-}
 
 // Element (i, j) of 16 x 16 words goes to (j, i).
 RLK_INLINE void transpose(__m512i (&x)[16]) {
@@ -79,73 +52,67 @@ RLK_INLINE void put(__m512i words, uint32_t* to, int64_t half) {
 }
 
 // Lanes whose elements lie side by side.
-template <class T>
+template <class Words, class T>
 RLK_INLINE void pack_along(const T* from, const Block& x, const Panels& out) {
+  constexpr int64_t kTogether = kLanes * Words::elements;
   for (int64_t l = 0; l < x.lanes; l += kLanes)
-    for (int64_t k = 0; k < x.depth; k += 32) {
+    for (int64_t k = 0; k < x.depth; k += kTogether) {
       __m512i words[kLanes];
       RLK_UNROLL for (int i = 0; i < kLanes; ++i) {
         const T* const at = from + (l + i) * x.lane + k;
-        words[i] = l + i < x.lanes ? pairs_along(at, x.depth - k) : _mm512_setzero_si512();
-        __builtin_prefetch(at + 2 * 32), __builtin_prefetch(at + 2 * 32 + 16);  // one line of bf16, two of fp32
+        words[i] = l + i < x.lanes ? Words::along(at, x.depth - k) : _mm512_setzero_si512();
+        __builtin_prefetch(at + 2 * kTogether), __builtin_prefetch(at + 2 * kTogether + kTogether / 2);  // two lines of fp32 that becomes bf16
       }
       transpose(words);
-      uint32_t* const to = out.to + l / kLanes * out.group + k / 2 * out.step;
-      const int64_t pairs = (x.depth - k + 1) / 2;
-      if (pairs >= 16) {
-        RLK_UNROLL for (int p = 0; p < 16; ++p) put(words[p], to + p * out.step, out.half);
+      uint32_t* const to = out.to + l / kLanes * out.group + k / Words::elements * out.step;
+      const int64_t count = (x.depth - k + Words::elements - 1) / Words::elements;
+      if (count >= kLanes) {
+        RLK_UNROLL for (int p = 0; p < kLanes; ++p) put(words[p], to + p * out.step, out.half);
       } else {
-        for (int p = 0; p < pairs; ++p) put(words[p], to + p * out.step, out.half);
+        for (int p = 0; p < count; ++p) put(words[p], to + p * out.step, out.half);
       }
     }
 }
 
 // Lanes that lie side by side. A few rows of memory at a time, each read from end to end: 16 columns of all 512 rows, then the next 16,
 // took twice as long (fp32, 32000 columns, Zen 4). The rows asked for ahead save another 11 %, of bf16 27 %.
-template <class T>
+template <class Words, class T>
 RLK_INLINE void pack_across(const T* from, const Block& x, const Panels& out) {
-  constexpr int64_t kTogether = 8;
+  constexpr int64_t kTogether = 8, kStep = Words::elements;
   for (int64_t begin = 0; begin < x.depth; begin += kTogether) {
     const int64_t end = begin + kTogether < x.depth ? begin + kTogether : x.depth;
     for (int64_t l = 0; l < x.lanes; l += kLanes) {
       const __mmask16 lanes = first16(x.lanes - l);
       uint32_t* const to = out.to + l / kLanes * out.group;
-      for (int64_t k = begin; k < end; k += 2) {
-        const T* const even = from + l + k * x.along;
-        const bool last = k + 1 == x.depth;
-        __builtin_prefetch(even + 2 * kTogether * x.along), __builtin_prefetch(even + (2 * kTogether + 1) * x.along);
-        put(pairs_across(even, last ? even : even + x.along, lanes, last ? 0 : lanes), to + k / 2 * out.step, out.half);
+      for (int64_t k = begin; k < end; k += kStep) {
+        const T* const at = from + l + k * x.along;
+        RLK_UNROLL for (int i = 0; i < kStep; ++i) __builtin_prefetch(at + (2 * kTogether + i) * x.along);
+        put(Words::across(at, x.along, lanes, x.depth - k), to + k / kStep * out.step, out.half);
       }
     }
   }
 }
 
-template <class T>
+template <class Words, class T>
 RLK_INLINE void pack_any(const T* from, const Block& x, const Panels& out) {
   for (int64_t l = 0; l < x.lanes; l += kLanes)
-    for (int64_t k = 0; k < x.depth; k += 2) {
+    for (int64_t k = 0; k < x.depth; k += Words::elements) {
       uint32_t words[kLanes] = {};
       for (int64_t i = 0; i < kLanes && l + i < x.lanes; ++i)
-        for (int64_t j = 0; j < 2 && k + j < x.depth; ++j) {
-          Bf16 value;
-          narrow(widen(from[(l + i) * x.lane + (k + j) * x.along]), &value);
-          words[i] |= uint32_t(value.bits) << 16 * j;
-        }
-      put(_mm512_loadu_si512(words), out.to + l / kLanes * out.group + k / 2 * out.step, out.half);
+        for (int64_t j = 0; j < Words::elements && k + j < x.depth; ++j) words[i] |= Words::one(from[(l + i) * x.lane + (k + j) * x.along], j);
+      put(_mm512_loadu_si512(words), out.to + l / kLanes * out.group + k / Words::elements * out.step, out.half);
     }
 }
 
-template <class T>
+template <class Words, class T>
 RLK_INLINE void pack_from(const Block& x, const Panels& out) {
   const T* const from = reinterpret_cast<const T*>(x.address);
-  if (x.along == 1) return pack_along(from, x, out);
-  if (x.lane == 1) return pack_across(from, x, out);
-  pack_any(from, x, out);
+  if (x.along == 1) return pack_along<Words>(from, x, out);
+  if (x.lane == 1) return pack_across<Words>(from, x, out);
+  pack_any<Words>(from, x, out);
 }
 
-void pack(const Block& x, const Panels& out) { x.wide ? pack_from<float>(x, out) : pack_from<Bf16>(x, out); }
-
-template <int kVectors>
+template <class Words, int kVectors>
 RLK_INLINE void tile_of(const Tile& t) {
   const __mmask16 last = first16(t.columns - (kVectors - 1) * kLanes);
   if (!t.stream)
@@ -154,16 +121,16 @@ RLK_INLINE void tile_of(const Tile& t) {
   alignas(64) float sums[kTileRows][kVectors * kLanes];
   __m512 acc[kTileRows][kVectors];
   const uint32_t *a = t.a, *b = t.b;
-  const int64_t pairs = (t.depth + 1) / 2;
-  for (int64_t begin = 0; begin < pairs; begin += kRun / 2) {
-    const int64_t end = begin + kRun / 2 < pairs ? begin + kRun / 2 : pairs;
+  const int64_t words = (t.depth + Words::elements - 1) / Words::elements;
+  for (int64_t begin = 0; begin < words; begin += kRun) {
+    const int64_t end = begin + kRun < words ? begin + kRun : words;
     RLK_UNROLL for (int r = 0; r < kTileRows; ++r) RLK_UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_setzero_ps();
     for (int64_t p = begin; p < end; ++p) {
       __m512i row[kVectors];
       RLK_UNROLL for (int v = 0; v < kVectors; ++v) row[v] = _mm512_load_si512(b + v * kLanes);
       RLK_UNROLL for (int r = 0; r < kTileRows; ++r) {
-        const __m512bh pair = (__m512bh)_mm512_set1_epi32(int(a[r]));
-        RLK_UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], pair, (__m512bh)row[v]);
+        const __m512i word = _mm512_set1_epi32(int(a[r]));
+        RLK_UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = Words::add_product(acc[r][v], word, row[v]);
       }
       a += kTileRows, b += kTileColumns;
     }
@@ -186,17 +153,12 @@ RLK_INLINE void tile_of(const Tile& t) {
     }
 }
 
-void tile(const Tile& t) {
-  if (t.columns > 2 * kLanes) return tile_of<3>(t);
-  if (t.columns > kLanes) return tile_of<2>(t);
-  tile_of<1>(t);
+template <class Words>
+RLK_INLINE void tile_any(const Tile& t) {
+  if (t.columns > 2 * kLanes) return tile_of<Words, 3>(t);
+  if (t.columns > kLanes) return tile_of<Words, 2>(t);
+  tile_of<Words, 1>(t);
 }
 
-void fence() { _mm_sfence(); }
-
 }  // namespace
-
-GemmKernels gemm_kernels() { return {pack, tile, fence}; }
-
-}  // namespace avx512_bf16
 }  // namespace rlk
