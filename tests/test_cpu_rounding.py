@@ -1,4 +1,7 @@
 """What rounding the gradient of the logits to bf16 took from its largest elements is given back."""
+import sys
+
+import children
 import pytest
 import torch
 
@@ -118,6 +121,31 @@ def test_three_freed_buffers_are_kept_for_the_next_call_and_given_back_on_reques
     del again
     cpu.release_memory()
     assert cpu.kept_bytes() == 0
+
+
+RESIDENT = """
+    import torch
+    from rlkernels.backends import cpu
+
+    def resident():
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) // 1024
+
+    before = resident()
+    held = cpu.fresh((200 << 18,), torch.float32).zero_()
+    del held
+    for size in (20, 90):  # below and above what is taken from a kept block; neither fits into the one of 200 MiB
+        x = cpu.fresh((size << 18,), torch.float32).zero_()
+        print(resident() - before)
+        del x
+"""
+
+
+@pytest.mark.skipif(not cpu.available()[0], reason="the native backend is absent")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc and MADV_FREE")
+def test_new_memory_takes_its_room_from_what_is_kept():
+    done = children.code(RESIDENT)
+    assert done.returncode == 0, done.stderr
+    assert all(int(line) <= 208 for line in done.stdout.split()) and len(done.stdout.split()) == 2, done.stdout
 
 
 @pytest.mark.skipif(not cpu.available()[0], reason="the native backend is absent")

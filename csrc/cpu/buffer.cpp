@@ -50,7 +50,12 @@ void lend(const Kept& block) {
   (void)madvise(block.data, size_t(block.capacity), MADV_FREE);
 #endif
 }
+// The end of a block: its pages are gone at once, its addresses stay.
+void drop(const Kept& block, int64_t bytes) {
+  (void)madvise(static_cast<char*>(block.data) + (block.capacity - bytes), size_t(bytes), MADV_DONTNEED);
+}
 #else
+void drop(const Kept&, int64_t) {}
 void* map(int64_t capacity) {
   void* const data = std::malloc(size_t(capacity));
   if (!data) throw std::bad_alloc();
@@ -75,7 +80,10 @@ Buffer::Buffer(int64_t size) : data_(nullptr), size_(size), capacity_((size + kH
       kept.erase(best);
     }
   }
-  if (!data_) data_ = map(capacity_);
+  if (!data_) {
+    make_room(capacity_);
+    data_ = map(capacity_);
+  }
 }
 
 Buffer::~Buffer() {
@@ -87,6 +95,16 @@ Buffer::~Buffer() {
     kept.erase(kept.begin());
   }
   kept.push_back(mine);
+}
+
+void make_room(int64_t bytes) {
+  const std::lock_guard<std::mutex> lock(guard);
+  for (const Kept& block : kept) {
+    if (bytes <= 0) return;
+    const int64_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage, part = whole < block.capacity ? whole : block.capacity;
+    drop(block, part);
+    bytes -= part;
+  }
 }
 
 int64_t kept_bytes() {

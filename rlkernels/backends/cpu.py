@@ -20,6 +20,7 @@ ABSENT = ("rlkernels._cpu was not built: no C++ compiler, or no Python headers, 
           "install g++ (and python3-dev) and run pip install again")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 LARGE = 32 << 20  # bytes; from here on the C library maps fresh pages for every allocation
+ROOM = 1 << 20  # bytes; a smaller tensor may come on top of what is kept
 NOWHERE = (0, 0, 0, 1)
 MASKED = {"skip": 0, "zero": 1, "none": 2}
 
@@ -98,6 +99,10 @@ def elementwise(objective, columns, params, weight):
     return first.new_full((), loss), value, derivative
 
 
+def weighted_loss(*arguments):
+    return eager.weighted_loss(*arguments, columnwise=elementwise)
+
+
 def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
     kernel = {torch.float32: _cpu.gae_f32, torch.float64: _cpu.gae_f64}.get(rewards.dtype)
     if kernel is None:
@@ -144,6 +149,8 @@ def fresh(shape, dtype):
     """An uninitialised tensor. The memory of a large one goes to the next when it is freed: page faults would cost as much as the work."""
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE or _cpu is None:
+        if size >= ROOM and _cpu is not None:
+            _cpu.make_room(size)
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(_cpu.Buffer(size), dtype=dtype).view(shape)  # the tensor owns the buffer
 
