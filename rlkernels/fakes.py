@@ -38,5 +38,13 @@ def elementwise_backward_fake(dloss, dvalue, first, *rest):
     return torch.empty_like(first)
 
 
+def weighted_loss_fake(objective, first, minus, *rest):
+    return first.new_empty(()), first.new_empty((1 if minus is None else 2, *first.shape))
+
+
+def weighted_loss_backward_fake(dloss, slopes, *inputs):
+    return torch.empty_like(slopes)
+
+
 def gae_fake(rewards, *rest):
     return torch.empty_like(rewards), torch.empty_like(rewards)

@@ -12,7 +12,7 @@ from rlkernels.segments import segment_ids
 from rlkernels.supervised import KINDS as SFT_KINDS
 from rlkernels.supervised import logprobs_sft_loss, sft_metrics, sft_weights
 from rlkernels.sweep import Terms
-from rlkernels.terms import check_terms, live_tokens, one_loss_per_sequence, resolve, state, term_weights
+from rlkernels.terms import Share, check_terms, live_tokens, one_loss_per_sequence, resolve, state, term_weights
 
 
 def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=None, *, bias=None, temperature=1.0, softcap=None, logit_scale=1.0,
@@ -126,7 +126,7 @@ def _by_token(h, terms, with_entropy, backend):
 
     def score(index, logp, entropy, first, last):
         part = terms.at(index)
-        return weighted_sum(part.objective, logp, part.columns, part.params, part.weight) + _extras(part, logp, entropy)
+        return weighted_sum(part.objective, logp, part.columns, part.params, Share(part.weight)) + _extras(part, logp, entropy)
 
     def compute(needs):
         plan = sweep.blocks(live_rows(h.targets != h.ignore_index, h.bound), h.chunk)
@@ -139,7 +139,7 @@ def _extras(terms, logp, entropy):
     """The KL and the entropy term."""
     total = logp.new_zeros(())
     if terms.kl is not None:
-        total = total + weighted_sum(terms.kl, logp, [terms.ref_logp], (), terms.kl_weight)
+        total = total + weighted_sum(terms.kl, logp, [terms.ref_logp], (), Share(terms.kl_weight))
     if terms.entropy_weight is not None:
         total = total - torch.where(terms.entropy_weight != 0, terms.entropy_weight * entropy, 0.0).sum()
     return total
@@ -166,7 +166,7 @@ def _by_sequence(where, h, terms, shape, live, cu_seqlens, level, with_entropy, 
         cu = plan.cu_seqlens(first, last)
         part = terms.at(index)
         every = torch.ones_like(logp, dtype=torch.bool, requires_grad=False)
-        loss = ratio_term(where, terms.objective, logp, part.columns, terms.params, part.weight, every, cu, level)
+        loss = ratio_term(where, terms.objective, logp, part.columns, terms.params, Share(part.weight), every, cu, level)
         if level == "sequence_sum":  # the mean over the sequences of this chunk, as its share of the mean over all
             loss = loss * (_not_empty(plan.ends[first:last + 1]) / max(used, 1))
         return loss + _extras(part, logp, entropy)

@@ -6,14 +6,28 @@ from rlkernels.backends.eager import real_dtype
 from rlkernels.metrics import policy_metrics
 from rlkernels.rows import dense, rows
 from rlkernels.segments import broadcast_to_tokens, sequence_means, sequence_sums
-from rlkernels.terms import check_terms, column, live_tokens, one_loss_per_sequence, resolve, state, term_weights
+from rlkernels.terms import (
+    Share,
+    check_terms,
+    column,
+    every_token,
+    is_token_mean,
+    live_tokens,
+    mean_share,
+    one_loss_per_sequence,
+    resolve,
+    share_of,
+    some_tokens,
+    state,
+    term_weights,
+)
 from rlkernels.weights import weights_for
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo_clip", aggregation="token-mean", weights=None,
                 ref_logprobs=None, kl="k3", kl_coef=0.0, entropy=None, entropy_coef=0.0, cu_seqlens=None, ratio_level="token",
                 normalizers=None, return_metrics=False, **params):
-    r"""A policy objective over log-probabilities, with a KL and an entropy term: one launch per term.
+    r"""A policy objective over log-probabilities, with a KL and an entropy term: one launch per term, one to count the live tokens.
 
     ``sum_t w_t l(logp_t, old_t, A_t) + kl_coef sum_t w_t KL_t - entropy_coef sum_t h_t H_t``;  ``w``: the aggregation's weights,
     ``h``: those of a token mean (or ``weights``, where given).
@@ -46,22 +60,27 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
     checks.no_forward_ad(where, logprobs, entropy)
     entry, values = resolve(where, objective, params)
     columns = state(where, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
-    live = live_tokens(where, logprobs, mask)
+    live = some_tokens(where, logprobs, mask)
     if ratio_level == "sequence_sum":
         one_loss_per_sequence(where, aggregation, weights, normalizers)
-    weights, bonus = term_weights(where, logprobs, live, aggregation, weights, cu_seqlens, normalizers, bonus=entropy_coef != 0)
+    if is_token_mean(aggregation, weights, cu_seqlens, normalizers) and entropy_coef == 0:
+        share = mean_share(where, logprobs, live)
+    else:
+        live = every_token(logprobs, live)
+        weights, bonus = term_weights(where, logprobs, live, aggregation, weights, cu_seqlens, normalizers, bonus=entropy_coef != 0)
+        share = Share(weights)
     check_terms(where, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
 
     real = real_dtype(logprobs.dtype)
     logp = dense(logprobs, real)
-    loss = ratio_term(where, objective, logp, columns, values, weights, live, cu_seqlens, ratio_level)
+    loss = ratio_term(where, objective, logp, columns, values, share, live, cu_seqlens, ratio_level)
     if kl_coef != 0:
-        loss = loss + run(kl, logp, [ref_logprobs], (), weights * kl_coef)
+        loss = loss + run(kl, logp, [ref_logprobs], (), share._replace(share=share.share * kl_coef))
     if entropy_coef != 0:
         loss = loss - entropy_coef * torch.where(bonus != 0, bonus * torch.where(bonus != 0, entropy, 0.0).to(real), 0.0).sum()
     if not return_metrics:
         return loss
-    return loss, policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
+    return loss, policy_metrics(logp, columns, every_token(logprobs, live), ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
 
 
 def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, temperature=1.0, ignore_index=-100, vocab_mask=None,
@@ -145,13 +164,14 @@ def value_loss(values, old_values, returns, mask=None, *, clip_range=None, aggre
         column(where, name, x, values)
     if clip_range is not None:
         checks.positive(where, "clip_range", clip_range)
-    live = live_tokens(where, values, mask)
-    weights, _ = term_weights(where, values, live, aggregation, weights, cu_seqlens, normalizers, bonus=False)
+    live = some_tokens(where, values, mask)
+    share = share_of(where, values, live, aggregation, weights, cu_seqlens, normalizers)
     prediction = dense(values, real_dtype(values.dtype))
     objective, parameters = ("value_plain", ()) if clip_range is None else ("value_clip", (clip_range,))
-    loss = run(objective, prediction, list(given.values()), parameters, weights)
+    loss = run(objective, prediction, list(given.values()), parameters, share)
     if not return_metrics:
         return loss
+    live = every_token(values, live)
     with torch.no_grad():
         count = live.sum().clamp(min=1)
         error = (prediction - returns) ** 2
@@ -162,17 +182,20 @@ def value_loss(values, old_values, returns, mask=None, *, clip_range=None, aggre
     return loss, metrics
 
 
-def run(objective, first, others, params, weights):
+def run(objective, first, others, params, share):
     """The weighted sum of an objective; ``first`` carries the gradient."""
     others = [dense(x.detach() if x.requires_grad else x, first.dtype) for x in others]
-    loss, _, _ = ops.elementwise(objective, first.contiguous(), others, tuple(params), dense(weights.detach(), first.dtype),
-                                 ops.serving("elementwise", first))
-    return loss
+    weight = share.weight
+    if weight is not None:
+        weight = weight.contiguous() if weight.dtype == torch.bool else dense(weight.detach(), first.dtype)
+    return ops.weighted_loss(objective, first.contiguous(), None, None, others, tuple(params), weight, share.total, share.share,
+                             ops.serving("weighted_loss", first))[0]
 
 
-def ratio_term(where, objective, logp, columns, params, weights, live, cu_seqlens, level):
+def ratio_term(where, objective, logp, columns, params, share, live, cu_seqlens, level):
     if level == "token":
-        return run(objective, logp, columns, params, weights)
+        return run(objective, logp, columns, params, share)
+    live = every_token(logp, live)
     if cu_seqlens is None and logp.dim() != 2:
         raise ValueError(f"{where}: ratio_level {level!r} needs logprobs [B, L], or packed [T] with cu_seqlens; got shape {tuple(logp.shape)}")
     old, advantage = columns
@@ -180,9 +203,9 @@ def ratio_term(where, objective, logp, columns, params, weights, live, cu_seqlen
         # One loss per sequence; an advantage per token enters as its mean, being constant along the sequence in every published use.
         per_row = weights_for(where, live, "seq-mean", cu_seqlens=cu_seqlens, dtype=logp.dtype)
         reduced = [sequence_sums(x, live, cu_seqlens) for x in (logp, old, per_row)]
-        return run(objective, reduced[0], [reduced[1], sequence_means(advantage, live, cu_seqlens)], params, reduced[2])
+        return run(objective, reduced[0], [reduced[1], sequence_means(advantage, live, cu_seqlens)], params, Share(reduced[2]))
     if level == "sequence":
         mean, mean_old = (broadcast_to_tokens(sequence_means(x, live, cu_seqlens), live, cu_seqlens) for x in (logp, old))
-        return run(objective, mean, [mean_old, advantage], params, weights)
+        return run(objective, mean, [mean_old, advantage], params, share)
     drift = broadcast_to_tokens(sequence_means(logp.detach() - old, live, cu_seqlens), live, cu_seqlens)
-    return run(objective, logp, [logp.detach() - drift, advantage], params, weights)
+    return run(objective, logp, [logp.detach() - drift, advantage], params, share)

@@ -1,91 +1,40 @@
-"""The boundary between functions and backends: every op is registered here, with its fake and its autograd formula, and nowhere else.
+"""The boundary between functions and backends: every op with its autograd formula.
 
-A call with plain tensors outside of every mode goes straight to the implementation, with the same autograd formula (``plain.py``); any
-other call takes the registered op. Run-time numbers (temperature, clip bounds, beta) reach that one as float64 CPU tensors: ``torch.compile``
-specialises a Python float and compiles again for each value. The backend is an argument, chosen where the function was called: the backward
-of an accelerator runs in another thread.
+Run-time numbers (temperature, clip bounds, beta) reach a registered op as float64 CPU tensors: ``torch.compile`` specialises a Python float and
+compiles again for each value. The backend is an argument, chosen where the function was called: the backward of an accelerator runs in another
+thread.
 
 Protocol of a backend module (logits ``[T, V]`` or ``[B, L, V]`` with unit last stride, everything else ``[T]``): see ``backends/eager.py``.
 """
-from collections import Counter
-
 import torch
 
 from rlkernels.backends import BACKENDS
 from rlkernels.backends import serving as backend_serving  # rlkernels.backends itself is the public function
 from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS
-from rlkernels.fakes import elementwise_backward_fake, elementwise_fake, fused_policy_fake, gae_fake, gradient_fake, nothing_fake
+from rlkernels.fakes import (
+    elementwise_backward_fake,
+    elementwise_fake,
+    fused_policy_fake,
+    gae_fake,
+    gradient_fake,
+    nothing_fake,
+    weighted_loss_backward_fake,
+    weighted_loss_fake,
+)
 from rlkernels.fakes import token_stats_fake as token_stats_fake
-from rlkernels.plain import gradient_wanted, registered, value, values
 from rlkernels.plain import number as number
 from rlkernels.plain import numbers as numbers
+from rlkernels.plain import value, values
+from rlkernels.registry import DOUBLE_BACKWARD
+from rlkernels.registry import calls as calls
+from rlkernels.registry import define as define
+from rlkernels.registry import run as run
 
 FLAGS = {"entropy": ENTROPY, "log_sum_sq_probs": LOG_SUM_SQ, "mean_logits": MEAN_LOGITS, "is_top1": IS_TOP1}
-DOUBLE_BACKWARD = "double backward is not supported by rlkernels; use plain torch operations where second derivatives are needed"
-
-_library = torch.library.Library("rlkernels", "DEF")
-_calls = Counter()
-
-
-def calls():
-    """How often each ``(op, backend)`` has run in this process; a snapshot."""
-    return Counter(_calls)
-
 
 def serving(op, tensor):
     """The backend for ``op`` on this tensor; of logits, the last dimension counts too."""
     return backend_serving(op, tensor.device.type, tensor.dtype, tensor.shape[-1] if tensor.dim() > 1 else None)
-
-
-def run(op, backend, *arguments):
-    """Calls the backend's function; counted."""
-    _calls[op, backend] += 1
-    return getattr(BACKENDS[backend], op)(*arguments)
-
-
-def define(name, schema, implementation, fake, formula=None, setup=None):
-    """Registers an op with its fake and, unless it mutates, its autograd formula. Without one, a derivative of it is an error.
-
-    The result is what to call; its ``op`` is the registered op. A tensor argument that is a number may be given as a float, one that is a row
-    of numbers as a tuple of them.
-    """
-    _library.define(f"{name}{schema}")
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rlkernels::{name}", fake, lib=_library)
-    recorded, formula, setup = implementation, formula or _raises, setup or (lambda ctx, inputs, output: None)
-    if "!" not in schema:
-        # For the backward ops this makes the second derivative an error: autograd would treat the first one as a constant.
-        torch.library.register_autograd(f"rlkernels::{name}", formula, setup_context=setup, lib=_library)
-        recorded = _recorded(name, implementation, formula, setup)
-    op = getattr(torch.ops.rlkernels, name).default
-
-    def call(*arguments):
-        wanted = None if torch.compiler.is_compiling() else gradient_wanted(arguments)
-        if wanted is None:
-            return op(*registered(arguments))
-        return recorded(*arguments) if wanted else implementation(*arguments)
-
-    call.op = op
-    return call
-
-
-def _recorded(name, implementation, formula, setup):
-    """The same op for a call that autograd records outside of the dispatcher."""
-    def forward(ctx, *arguments):
-        output = implementation(*arguments)
-        setup(ctx, arguments, output)
-        return output
-
-    def backward(ctx, *grads):
-        return tuple([g if isinstance(g, torch.Tensor) else None for g in formula(ctx, *grads)])  # of a list of tensors: a list of None
-
-    base = torch.autograd.Function
-    function = type(base)(name, (base,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
-    return super(base, function).apply  # its own apply looks for wrappers of functorch in every argument, which are not plain
-
-
-def _raises(ctx, *grads):
-    raise RuntimeError(DOUBLE_BACKWARD)
 
 
 # token_stats -----------------------------------------------------------------------------------------------------------------------
@@ -251,6 +200,43 @@ elementwise = define(
 elementwise_backward = define(
     "elementwise_backward", "(Tensor? dloss, Tensor? dvalue, Tensor first, Tensor? weight, Tensor derivative) -> Tensor", _elementwise_backward,
     elementwise_backward_fake)
+
+
+# weighted_loss ------------------------------------------------------------------------------------------------------------------------
+
+def _weighted_loss(objective, first, minus, minus_too, others, params, weight, total, share, backend):
+    taken = [x for x in (minus, minus_too) if x is not None]
+    return run("weighted_loss", backend, objective, first, taken, others, values(params), weight, total, value(share))
+
+
+def _weighted_loss_setup(ctx, inputs, output):
+    _, first, minus, minus_too, others, *_ = inputs
+    _, slopes = output
+    ctx.others = [None] * len(others), *(None,) * 5
+    ctx.mark_non_differentiable(slopes)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(slopes, first, minus, minus_too)
+
+
+def _weighted_loss_grad(ctx, dloss, _):
+    slopes, *inputs = ctx.saved_tensors
+    if dloss is None:
+        return (None,) * 4 + ctx.others
+    gradients = weighted_loss_backward(dloss, slopes, *inputs)  # one launch for all
+    return None, gradients[0], *(None if x is None else gradients[1] for x in inputs[1:]), *ctx.others
+
+
+def _weighted_loss_backward(dloss, slopes, *inputs):
+    return dloss * slopes
+
+
+weighted_loss = define(
+    "weighted_loss", "(str objective, Tensor first, Tensor? minus, Tensor? minus_too, Tensor[] others, Tensor params, Tensor? weight, Tensor? total, "
+    "Tensor share, str backend) -> (Tensor, Tensor)", _weighted_loss, weighted_loss_fake, _weighted_loss_grad, _weighted_loss_setup)
+# The inputs take no part: a second derivative asks them, and is refused.
+weighted_loss_backward = define(
+    "weighted_loss_backward", "(Tensor dloss, Tensor slopes, Tensor first, Tensor? minus, Tensor? minus_too) -> Tensor", _weighted_loss_backward,
+    weighted_loss_backward_fake)
 
 
 # gae -------------------------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def numbers(values):
 
 def registered(arguments):
     """The arguments as a registered op takes them: numbers as tensors."""
-    return [number(x) if isinstance(x, float) else numbers(x) if isinstance(x, tuple) else x for x in arguments]
+    return [number(x) if isinstance(x, (float, torch.SymFloat)) else numbers(x) if isinstance(x, tuple) else x for x in arguments]
 
 
 def value(x):

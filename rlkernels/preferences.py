@@ -221,16 +221,12 @@ def weighted_terms(terms, weights, share):
     """The sum over rows and terms of ``share`` times weight times coefficient times objective: one launch a term."""
     total = None
     for coefficient, objective, x, params in terms:
-        weight = _filled(x, coefficient * share) if weights is None else weights * (coefficient * share)
-        loss, _, _ = ops.elementwise(objective, x.contiguous(), [], params, weight, ops.serving("elementwise", x))
+        weight, factor = weights, coefficient * share
+        if isinstance(factor, torch.Tensor):
+            weight, factor = torch.zeros_like(x, requires_grad=False) + factor if weights is None else weights * factor, 1.0
+        loss, _ = ops.weighted_loss(objective, x.contiguous(), None, None, [], params, weight, None, factor, ops.serving("weighted_loss", x))
         total = loss if total is None else total + loss
     return total
-
-
-def _filled(like, x):
-    if isinstance(x, torch.Tensor) or torch.compiler.is_compiling():  # which specialises a fill value: a compilation for each beta and size
-        return torch.zeros_like(like, requires_grad=False) + x
-    return torch.full_like(like, x, requires_grad=False)
 
 
 def length_desensitized_weights(chosen_mask, rejected_mask, ld_alpha):

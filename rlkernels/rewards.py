@@ -8,7 +8,7 @@ from rlkernels.segments import last_live_index
 
 
 def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
-    r"""Bradley-Terry loss of a reward model, value and derivative in one launch.
+    r"""Bradley-Terry loss of a reward model, one launch each way.
 
     ``mean_i softplus(-(c_i - q_i - g_i)) + center_coef mean_i (c_i + q_i)^2``; finite for every finite difference
     (-1e4 gives 1e4, +1e4 gives 0). No pair gives 0.
@@ -35,23 +35,12 @@ def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
         checks.one_device(where, "chosen", chosen, margin=margin)
     checks.no_forward_ad(where, chosen, rejected, margin)
     real = torch.float64 if torch.float64 in (chosen.dtype, rejected.dtype) else torch.float32
-    chosen, rejected = dense(chosen, real), dense(rejected, real)
-    gap = chosen - rejected if margin is None else chosen - rejected - margin.to(real)
-    loss = mean_objective("pairwise", gap, ())
+    chosen, rejected, margin = dense(chosen, real), dense(rejected, real), None if margin is None else dense(margin, real)
+    loss, _ = ops.weighted_loss("pairwise", chosen, rejected, margin, [], (), None, None, 1.0 / max(chosen.numel(), 1), ops.serving("weighted_loss", chosen))
     if center_coef == 0:
         return loss
     total = chosen + rejected
     return loss + center_coef * (total * total).sum() / max(total.numel(), 1)
-
-
-def mean_objective(objective, first, params):
-    """Mean over all elements of an objective of one column; 0, still attached to the graph, where there is none."""
-    first = first.contiguous()
-    share = 1.0 / max(first.numel(), 1)
-    # Under compilation a fill value is a constant: one graph for each number of pairs. A number that is added is not.
-    weight = torch.zeros_like(first, requires_grad=False) + share if torch.compiler.is_compiling() else torch.full_like(first, share, requires_grad=False)
-    loss, _, _ = ops.elementwise(objective, first, [], params, weight, ops.serving("elementwise", first))
-    return loss
 
 
 def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=None):

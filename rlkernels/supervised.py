@@ -36,7 +36,7 @@ def logprobs_sft_loss(logprobs, mask=None, *, kind="nll", aggregation="token-mea
     live = live_tokens(where, logprobs, mask)
     weights = sft_weights(where, logprobs, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
     logp = dense(logprobs, real_dtype(logprobs.dtype))
-    loss, _, _ = ops.elementwise(kind, logp, [], (), dense(weights, logp.dtype), ops.serving("elementwise", logp))
+    loss, _ = ops.weighted_loss(kind, logp, None, None, [], (), dense(weights, logp.dtype), None, 1.0, ops.serving("weighted_loss", logp))
     return (loss, sft_metrics(logp, weights)) if return_metrics else loss
 
 

@@ -1,7 +1,9 @@
 """The parts of a policy loss: its objective and state, which tokens live, and what each token weighs in each term."""
+from typing import NamedTuple
+
 import torch
 
-from rlkernels import checks
+from rlkernels import checks, checks_tokens
 from rlkernels.backends.eager import real_dtype
 from rlkernels.objectives import OBJECTIVES
 from rlkernels.segments import segment_ids
@@ -29,13 +31,40 @@ def _is_policy(entry):
     return entry.columns[0] == "logp" and "advantage" in entry.columns
 
 
+class Share(NamedTuple):
+    """What a token of a weighted sum weighs: ``weight`` (None: 1; bool: 1 or 0) times ``share``, divided by the count ``total``."""
+
+    weight: torch.Tensor | None
+    total: torch.Tensor | None = None
+    share: float = 1.0
+
+
 def live_tokens(where, like, mask):
     """The mask as bool, shaped like ``like``."""
+    return every_token(like, some_tokens(where, like, mask))
+
+
+def every_token(like, live):
+    """What ``some_tokens`` found, as a tensor in any case."""
+    return torch.ones_like(like, dtype=torch.bool, requires_grad=False) if live is None else live
+
+
+def some_tokens(where, like, mask):
+    """The mask as bool; None where all tokens live."""
     checks.mask(where, mask, like.shape)
     checks.one_device(where, "logprobs", like, mask=mask)
-    if mask is None:
-        return torch.ones_like(like, dtype=torch.bool, requires_grad=False)
-    return mask if mask.dtype == torch.bool else mask != 0
+    return mask if mask is None or mask.dtype == torch.bool else mask != 0
+
+
+def mean_share(where, like, live):
+    """The share of a mean over the tokens of ``live`` (None: all): what counts is divided by where it is used, in the loss's own launch."""
+    checks_tokens.rows(where, "mask", like if live is None else live, None)
+    return Share(None, None, 1.0 / max(like.numel(), 1)) if live is None else Share(live, live.sum())
+
+
+def is_token_mean(aggregation, weights, cu_seqlens, normalizers):
+    """Whether the weights are those of a plain mean over the live tokens."""
+    return weights is None and aggregation == "token-mean" and not normalizers and cu_seqlens is None
 
 
 def state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level):
@@ -89,13 +118,21 @@ def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizer
         column(where, "weights", weights, like)
         weights = torch.where(live, weights.to(real), 0.0)
         return weights, weights
-    if aggregation == "token-mean" and not normalizers and cu_seqlens is None:
+    if is_token_mean(aggregation, weights, cu_seqlens, normalizers):
         weights = token_mean(where, live, real)
         return weights, weights
     weights = weights_for(where, live, aggregation, cu_seqlens=cu_seqlens, dtype=real, **(normalizers or {}))
     if aggregation == "token-mean" or not bonus:
         return weights, weights
     return weights, token_mean(where, live, real)
+
+
+def share_of(where, like, live, aggregation, weights, cu_seqlens, normalizers):
+    """``term_weights`` without those of a bonus, as what a weighted loss takes; ``live``: what ``some_tokens`` found."""
+    if is_token_mean(aggregation, weights, cu_seqlens, normalizers):
+        checks.one_device(where, "logprobs", like, cu_seqlens=cu_seqlens)
+        return mean_share(where, like, live)
+    return Share(term_weights(where, like, every_token(like, live), aggregation, weights, cu_seqlens, normalizers, bonus=False)[0])
 
 
 def check_terms(where, like, ref_logprobs, kl, kl_coef, entropy, entropy_coef):

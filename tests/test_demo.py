@@ -58,7 +58,7 @@ def test_the_quick_demo_runs_offline_and_writes_what_it_says(libraries, tmp_path
         assert comparison["loss_gap"] == pytest.approx(worst) and worst <= 1e-4 and comparison["grad_norm_gap"] <= 1e-4
         assert comparison["calls"] >= steps and entry["stock"]["kernels"] == {} and comparison["failures"] == []
         op, backend = next(iter(comparison["kernels"])).split(" on ")
-        assert op in ("elementwise", "token_stats") and backend in ("cpu", "eager") and f"{op} on" in done.stdout
+        assert op in ("elementwise", "weighted_loss", "token_stats") and backend in ("cpu", "eager") and f"{op} on" in done.stdout
         assert len(set(stock)) > 1
     assert 0 <= record["trainers"]["reward"]["rlkernels"]["held_out_accuracy"] <= 1
     assert "accuracy" in done.stdout and len(re.findall(r"4/4", done.stdout)) == 6

@@ -31,6 +31,7 @@ def calls(backend, dtype=torch.float32):
                                             False, False, backend)),
         "elementwise": (ops.elementwise, ("ppo_clip", column.clone().requires_grad_(), [column - 0.1, other], (0.2, 0.28), weight, backend)),
         "elementwise unweighted": (ops.elementwise, ("k2", column.clone().requires_grad_(), [other], (), None, backend)),
+        "weighted_loss": (ops.weighted_loss, ("pairwise", column.clone().requires_grad_(), other, column, [], (), weight > 0, torch.tensor(4), 0.3, backend)),
         "gae": (ops.gae, (grid, grid.flip(0).contiguous(), grid > -0.5, None, 0.9, 0.95, "skip", backend)),
     }
 

@@ -66,9 +66,22 @@ template <class S>
 void apply(const std::string& objective, const std::vector<uintptr_t>& columns, const std::vector<double>& params, uintptr_t weight,
            uintptr_t value, uintptr_t derivative, uintptr_t loss, uintptr_t parts, uintptr_t ticket, long long n, int device, uintptr_t stream) {
   ElementwiseJob<S> job{{}, {}, reals<const S>(weight), reals<S>(value), reals<S>(derivative), reals<S>(loss), reals<double>(parts),
-                        reals<unsigned>(ticket), n};
+                        reals<unsigned>(ticket), n, {}, nullptr, nullptr, S(1), nullptr, false};
   fill(job.columns, columns, [](uintptr_t a) { return reals<const S>(a); });
   fill(job.params, params, [](double p) { return S(p); });
+  elementwise<S>(objective.c_str(), job, {device, stream});
+}
+
+template <class S>
+void weighted(const std::string& objective, const std::vector<uintptr_t>& columns, const std::vector<uintptr_t>& minus,
+              const std::vector<double>& params, uintptr_t weight, uintptr_t mask, uintptr_t total, double share, uintptr_t slope, uintptr_t opposite,
+              uintptr_t loss, uintptr_t parts, uintptr_t ticket, long long n, int device, uintptr_t stream) {
+  ElementwiseJob<S> job{{}, {}, reals<const S>(weight), nullptr, reals<S>(slope), reals<S>(loss), reals<double>(parts), reals<unsigned>(ticket), n,
+                        {}, reals<const unsigned char>(mask), reals<const int64_t>(total), S(share), reals<S>(opposite), true};
+  fill(job.columns, columns, [](uintptr_t a) { return reals<const S>(a); });
+  fill(job.params, params, [](double p) { return S(p); });
+  if (minus.size() > 2) throw std::invalid_argument("at most two columns are taken from the first");
+  for (size_t k = 0; k < minus.size(); ++k) job.minus[k] = reals<const S>(minus[k]);
   elementwise<S>(objective.c_str(), job, {device, stream});
 }
 
@@ -91,6 +104,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("fused_policy", &policy);
   m.def("elementwise_f32", &apply<float>);
   m.def("elementwise_f64", &apply<double>);
+  m.def("weighted_loss_f32", &weighted<float>);
+  m.def("weighted_loss_f64", &weighted<double>);
   m.def("elementwise_parts", &elementwise_parts);
   m.def("gae_f32", &scan<float>);
   m.def("gae_f64", &scan<double>);

@@ -7,28 +7,48 @@ namespace rlk {
 
 constexpr int kPart = 1024;  // elements per block: fixed, so that the order of the sum depends on the number of elements alone
 
-template <class F, class S, size_t... C, size_t... P>
-__device__ __forceinline__ Term<S> evaluate_at(const ElementwiseJob<S>& job, long long i, std::index_sequence<C...>, std::index_sequence<P...>) {
-  return F{}(job.columns[C][i]..., job.params[P]...);
+template <size_t C, class S>
+__device__ __forceinline__ S column(const ElementwiseJob<S>& job, long long i) {
+  S x = job.columns[C][i];
+  if (C == 0 && job.minus[0]) x -= job.minus[0][i];
+  if (C == 0 && job.minus[1]) x -= job.minus[1][i];
+  return x;
 }
 
+// 0 of a dead element, whatever the factor: with no live element it is infinite.
+template <class S>
+__device__ __forceinline__ S weight_at(const ElementwiseJob<S>& job, S factor, long long i) {
+  if (job.mask) return job.mask[i] ? factor : S(0);
+  const S own = job.weight ? job.weight[i] : S(1);
+  return own == 0 ? S(0) : own * factor;
+}
+
+template <class F, class S, size_t... C, size_t... P>
+__device__ __forceinline__ Term<S> evaluate_at(const ElementwiseJob<S>& job, long long i, std::index_sequence<C...>, std::index_sequence<P...>) {
+  return F{}(column<C>(job, i)..., job.params[P]...);
+}
+
+// Two blocks on an SM in fp64: told nothing, ptxas stops at 64 registers, and sapo and discopop spill.
 template <class F, int C, int P, class S, int BLOCK>
-__global__ void __launch_bounds__(BLOCK) elementwise(const ElementwiseJob<S> job) {
+__global__ void __launch_bounds__(BLOCK, sizeof(S) == 8 ? 2 : 4) elementwise(const ElementwiseJob<S> job) {
   CUDA_DYN_SHARED(double, warps);  // one per warp, four for add_parts, and the flag
   const int t = int(threadIdx.x);
+  const S factor = job.total ? S(1.0 / double(*job.total)) * job.share : job.share;
   double sum = 0;
 #pragma unroll
   for (int k = 0; k < kPart / BLOCK; ++k) {
     const long long i = (long long)blockIdx.x * kPart + k * BLOCK + t;
     if (i >= job.n) break;
-    const S weight = job.weight ? job.weight[i] : S(1);
+    const S weight = weight_at(job, factor, i);
     Term<S> term{S(0), S(0)};
     if (weight != 0) {  // an element of weight 0 is not evaluated: what stands in its columns may be anything
       term = evaluate_at<F>(job, i, std::make_index_sequence<C>{}, std::make_index_sequence<P>{});
       sum += double(weight) * double(term.value);
     }
-    job.value[i] = term.value;
-    job.derivative[i] = term.derivative;
+    const S slope = job.of_loss ? weight * term.derivative : term.derivative;
+    if (job.value) job.value[i] = term.value;
+    job.derivative[i] = slope;
+    if (job.opposite) job.opposite[i] = -slope;
   }
   sum = warp_sum(sum);
   if (t % 32 == 0) warps[t / 32] = sum;

@@ -75,10 +75,18 @@ struct ElementwiseJob {
   const S* columns[kMaxColumns];
   S params[kMaxColumns];
   const S* weight;
-  S *value, *derivative, *loss;
-  double* parts;     // one per block
-  unsigned* ticket;  // null where one block does it all
+  S *value, *derivative, *loss;  // value: null where nobody asked
+  double* parts;                 // one per block
+  unsigned* ticket;              // null where one block does it all
   long long n;
+  // Of a weighted loss: what is taken from the first column; a weight 0 or 1 instead of `weight`; every weight is multiplied by share and
+  // divided by total, a count. The derivative is then that of the loss; `opposite` gets its negative.
+  const S* minus[2];
+  const unsigned char* mask;
+  const int64_t* total;
+  S share = 1;
+  S* opposite;
+  bool of_loss;
 };
 
 enum class Masked : int { skip, zero, none };

@@ -10,7 +10,7 @@ import torch
 from rlkernels.backends import cpu, cuda, eager
 from rlkernels.backends.choice import preferred
 
-OPS = ("token_stats", "token_stats_backward", "fused_policy", "elementwise", "gae")
+OPS = ("token_stats", "token_stats_backward", "fused_policy", "elementwise", "weighted_loss", "gae")
 KNOWN = ("eager", "cpu", "triton", "cuda")
 DEVICES = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager"), "xpu": ("triton", "eager"), "meta": ("eager",)}
 """Device type to the backends that can serve it, first choice first; ``choice.TABLE`` overrides the order where something was measured."""

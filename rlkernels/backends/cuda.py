@@ -81,18 +81,45 @@ def elementwise(objective, columns, params, weight):
     if objective not in _cuda.OBJECTIVES:
         return eager.elementwise(objective, columns, params, weight)
     first = columns[0]
-    kernel = {torch.float32: _cuda.elementwise_f32, torch.float64: _cuda.elementwise_f64}.get(first.dtype)
-    if kernel is None:
-        raise NotImplementedError(f"columns of dtype {first.dtype} are not supported by backend 'cuda'; cast to float32 or use_backend(\"eager\")")
+    kernel = _column_kernel(first.dtype, _cuda.elementwise_f32, _cuda.elementwise_f64)
     n = first.numel()
     value, derivative, loss = torch.empty_like(first), torch.empty_like(first), _scalar(first, n, first.dtype)
-    count = _cuda.elementwise_parts(n)
-    parts = None if count <= 1 else _per_row(first, count + 1, torch.float64)
+    parts = _parts(first, n)
     if n:
-        places = (0, 0) if parts is None else (parts.data_ptr(), parts.data_ptr() + 8 * count)
         kernel(objective, [x.data_ptr() for x in columns], params, _address(weight), value.data_ptr(), derivative.data_ptr(), loss.data_ptr(),
-               *places, n, *_where(first))
+               *_places(parts), n, *_where(first))
     return loss, value, derivative
+
+
+def weighted_loss(objective, first, minus, others, params, weight, total, share):
+    _available_or_raise()
+    if objective not in _cuda.OBJECTIVES:
+        return eager.weighted_loss(objective, first, minus, others, params, weight, total, share)
+    kernel = _column_kernel(first.dtype, _cuda.weighted_loss_f32, _cuda.weighted_loss_f64)
+    n, masked = first.numel(), weight is not None and weight.dtype == torch.bool
+    slopes, loss, parts = first.new_empty((2 if minus else 1, *first.shape)), _scalar(first, n, first.dtype), _parts(first, n)
+    if n:
+        weights = (0, _address(weight)) if masked else (_address(weight), 0)
+        kernel(objective, [x.data_ptr() for x in (first, *others)], [x.data_ptr() for x in minus], params, *weights, _address(total), share,
+               slopes.data_ptr(), slopes[1].data_ptr() if minus else 0, loss.data_ptr(), *_places(parts), n, *_where(first))
+    return loss, slopes
+
+
+def _column_kernel(dtype, f32, f64):
+    kernel = {torch.float32: f32, torch.float64: f64}.get(dtype)
+    if kernel is None:
+        raise NotImplementedError(f"columns of dtype {dtype} are not supported by backend 'cuda'; cast to float32 or use_backend(\"eager\")")
+    return kernel
+
+
+def _parts(first, n):
+    """What the blocks leave for the last one, with the count of those that are done behind it; None for one block. Per call: streams must not share it."""
+    count = _cuda.elementwise_parts(n)
+    return None if count <= 1 else _per_row(first, count + 1, torch.float64)
+
+
+def _places(parts):
+    return (0, 0) if parts is None else (parts.data_ptr(), parts.data_ptr() + 8 * (parts.numel() - 1))
 
 
 def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):

@@ -47,6 +47,9 @@ def calls(backend, choose):
         columns = list(torch.randn(3, n, generator=torch.Generator().manual_seed(n)))
         yield f"elementwise n={n}", backend.elementwise("dual_clip", columns, [0.2, 0.28, 3.0], columns[0].abs())
         yield f"elementwise n={n} fp64", backend.elementwise("value_clip", [c.double() for c in columns], [0.2], None)
+        live = columns[1] > -1
+        yield f"weighted_loss n={n}", backend.weighted_loss("pairwise", columns[0], columns[1:], [], [], live, live.sum(), 0.5)
+        yield f"weighted_loss n={n} fp64", backend.weighted_loss("k2", columns[0].double(), [], [columns[1].double()], [], columns[2].double(), None, 0.5)
     rewards, values = torch.randn(2, 2, 2500, generator=torch.Generator().manual_seed(4))
     alive = rewards > -0.5
     for masked in ("skip", "zero", "none"):

@@ -6,6 +6,7 @@ import torch
 from reference import gae as gae_by_hand
 from reference import same_bits
 from row_calls import same
+from weighted_losses import CASES, check, check_without_a_live_element
 
 from rlkernels.backends import eager
 from rlkernels.objectives import OBJECTIVES
@@ -89,6 +90,17 @@ def test_F24_the_pair_loss_keeps_its_tails(backend):
 def test_no_elements_sum_to_zero(backend):
     loss, value, derivative = backend.elementwise("reinforce", [torch.empty(0), torch.empty(0)], [], None)
     assert float(loss) == 0.0 and value.shape == derivative.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("n", (1, 1025, 3000))
+@pytest.mark.parametrize(("objective", "taken", "kind"), CASES)
+def test_a_weighted_loss_and_its_slopes_are_the_definition(backend, objective, taken, kind, n, dtype):
+    check(backend.weighted_loss, objective, taken, kind, n, dtype)
+
+
+def test_a_weighted_loss_without_a_live_element_is_zero(backend):
+    check_without_a_live_element(backend.weighted_loss)
 
 
 def by_hand(rewards, values, live, gamma, lam, masked):

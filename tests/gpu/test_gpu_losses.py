@@ -4,9 +4,11 @@ import oracles
 import pytest
 import reference
 import torch
+import weighted_losses
 from torch.nn.functional import logsigmoid
 
 import rlkernels
+from rlkernels import ops
 from rlkernels.objectives import OBJECTIVES
 
 both = pytest.mark.parametrize("backend", gpu.BACKENDS, indirect=True)
@@ -76,8 +78,6 @@ def test_in_place_gives_the_bits_of_a_new_gradient(backend, vocab, dtype):
 @every_dtype
 @pytest.mark.parametrize("vocab", (37, 32000, 151936))
 def test_the_gradient_made_in_the_forward_has_the_bits_of_the_two_pass_one(backend, vocab, dtype):
-    from rlkernels import ops
-
     x, targets, _ = gpu.rows((6,), vocab, dtype, seed=4)
     columns, one = gpu.policy_inputs(x, targets, 0.9), ops.number(0.9)
     weight = torch.full((6,), 1 / 6, device=gpu.DEVICE)
@@ -109,8 +109,6 @@ def held(x, targets, columns, inplace=False):
 @every_dtype
 @pytest.mark.parametrize("vocab", (37, 32000, 151936))
 def test_F31_F34_F84_the_gradient_of_the_forward_meets_any_upstream_gradient_in_one_launch(backend, vocab, dtype, monkeypatch):
-    from rlkernels import ops
-
     if gpu.REHEARSAL:
         monkeypatch.setattr(ops, "_known_to_be_one", lambda x: False)  # the way of a device
     x, targets, _ = gpu.rows((6,), vocab, dtype, seed=11)
@@ -149,8 +147,6 @@ def test_F84_a_loss_scale_reaches_fp16_before_the_rounding(backend):
 @pytest.mark.parametrize("n", (1, 1023, 1025, 64 * 2048, 300_001))
 @pytest.mark.parametrize("objective", sorted(n for n in OBJECTIVES if hasattr(oracles, n)))
 def test_every_objective_over_columns_equals_its_oracle(backend, objective, n):
-    from rlkernels import ops
-
     entry = OBJECTIVES[objective]
     known = {**gpu.PARAMS, "clip_range": 0.2, "beta": 0.5, "label_smoothing": 0.1}
     params = [known[p] for p in entry.params]
@@ -165,6 +161,20 @@ def test_every_objective_over_columns_equals_its_oracle(backend, objective, n):
     torch.testing.assert_close(value.double(), torch.where(live, expected.detach(), 0.0), rtol=4e-6, atol=2e-6)
     torch.testing.assert_close(derivative.double(), torch.where(live, slope, 0.0), rtol=4e-6, atol=2e-6)
     close(loss, (weight.double() * expected.detach()).sum(), (weight.double() * expected.detach()).abs().sum().item(), 4e-6)
+
+
+@both
+@pytest.mark.parametrize("n", (1, 1025, 300_001))
+@pytest.mark.parametrize(("objective", "taken", "kind"), weighted_losses.CASES)
+def test_a_weighted_loss_and_its_slopes_are_the_definition(backend, objective, taken, kind, n):
+    def run(name, first, minus, others, params, weight, total, share):
+        def there(x):
+            return None if x is None else x.to(gpu.DEVICE)
+
+        given = [there(x) for x in (first, *(minus + [None, None])[:2])], [there(x) for x in others]
+        loss, slopes = ops.weighted_loss(name, *given[0], given[1], tuple(params), there(weight), there(total), share, backend)
+        return loss.cpu(), slopes.cpu()
+    weighted_losses.check(run, objective, taken, kind, n)
 
 
 @both

@@ -4,6 +4,7 @@ from mutant import Mutant
 T = "tests/"
 WEIGHTS, SEGMENTS, GROUPS, ADVANTAGES = (f"{T}test_{name}.py" for name in ("weights", "segments", "groups", "advantages"))
 TRUTH, MASKING, LOSSES, AUTOGRAD = (f"{T}test_faults_{name}.py" for name in ("losses_truth", "losses_masking", "losses", "autograd"))
+WEIGHTED = T + "test_weighted_loss.py"
 LAYOUTS, OBJECTIVES = T + "test_faults_layouts.py", T + "test_objectives.py"
 ASKED = {"weights.py": (WEIGHTS,), "segments.py": (SEGMENTS,), "groups.py": (GROUPS,), "advantages.py": (ADVANTAGES, T + "test_whiten.py"),
          "losses.py": (TRUTH, MASKING, LOSSES), "terms.py": (LOSSES, MASKING, TRUTH), "ops.py": (AUTOGRAD, LAYOUTS, TRUTH),
@@ -64,8 +65,8 @@ MUTANTS = (
     _m("the bootstrap value belongs to every token", "advantages.py",
        "return torch.where(passed == passed_by_end, rewards + gains, rewards)", "return rewards + gains"),
     # losses and terms
-    _m("the penalty is left out", "losses.py", "loss = loss + run(kl, logp, [ref_logprobs], (), weights * kl_coef)", "loss = loss + 0.0",
-       22),
+    _m("the penalty is left out", "losses.py", "loss = loss + run(kl, logp, [ref_logprobs], (), share._replace(share=share.share * kl_coef))",
+       "loss = loss + 0.0", 22),
     _m("the entropy bonus has the wrong sign", "losses.py", "loss = loss - entropy_coef * torch.where(",
        "loss = loss + entropy_coef * torch.where("),
     _m("an ignored target is live", "losses.py", "live = scored if mask is None else live_tokens(where, like, mask) & scored",
@@ -85,7 +86,14 @@ MUTANTS = (
        'return x.device.type == "cpu"', 10),
     _m("a gradient is given away twice", "ops.py", "held, ctx.dlogits = None if torch.is_grad_enabled() else ctx.dlogits, None",
        "held = None if torch.is_grad_enabled() else ctx.dlogits", 27),
-    _m("the weighted gradient forgets the weights", "ops.py", "share = dloss if weight is None else dloss * weight", "share = dloss"),
+    _m("the weighted gradient forgets the weights", "ops.py", "share = dloss if weight is None else dloss * weight", "share = dloss",
+       tests=(WEIGHTED,)),
+    _m("what is taken away gets the slope of the first", "ops.py", "None if x is None else gradients[1] for x", "None if x is None else gradients[0] for x",
+       tests=(WEIGHTED,)),
+    _m("a second derivative of a weighted loss passes for 0", "ops.py", "gradients = weighted_loss_backward(dloss, slopes, *inputs)",
+       "gradients = weighted_loss_backward(dloss, slopes, slopes, None, None)", tests=(T + "test_ops.py",)),
+    _m("slopes forget the weights", "backends/eager.py", "torch.mul(weight, derivative, out=slopes[0])", "slopes[0].copy_(derivative)", tests=(WEIGHTED,)),
+    _m("a mean counts the dead", "terms.py", "Share(live, live.sum())", "Share(live, live.new_full((), live.numel(), dtype=torch.int64))"),
     _m("logits overwritten by their gradient look untouched", "ops.py", "    torch.autograd.graph.increment_version(logits)  #",
        "    pass  #", 27),
     # the head and the whole way

@@ -116,6 +116,10 @@ MUTANTS = (
     _m("partial sums behind the first block are lost", "elementwise.py", "for start in range(0, n, BLOCK):",
        "for start in range(0, 1, BLOCK):", 30),
     _m("the sum is taken in fp32", "elementwise.py", "share = value.to(tl.float64)", "share = value.to(tl.float32)"),
+    _m("the count of a mean is left out", "elementwise.py", "(1.0 / tl.load(total_ptr).to(tl.float64)).to(real) * factor", "factor"),
+    _m("what is taken away is added", "elementwise.py", "x = x - tl.load(minus[k]", "x = x + tl.load(minus[k]"),
+    _m("both slopes have one sign", "elementwise.py", "tl.store(opposite_ptr + i, -slope, inside)", "tl.store(opposite_ptr + i, slope, inside)"),
+    _m("weights count twice", "elementwise.py", "weight = tl.where(live, own * factor, 0.0)", "weight = tl.where(live, own * own * factor, 0.0)"),
     # the scan
     _m("the scan reads dead tokens", "scan.py", "live = inside & (tl.load(mask_ptr + t, inside, other=0) != 0)", "live = inside", 31),
     _m("maps are composed the wrong way round", "scan.py", "return q_a * q_b, q_b * s_a + s_b", "return q_a * q_b, q_a * s_b + s_a"),

@@ -157,20 +157,36 @@ def _numbers(params, real):
 
 def elementwise(objective, columns, params, weight):
     first = columns[0]
-    n = first.numel()
     value, derivative = torch.empty_like(first), torch.empty_like(first)
+    loss = _summed(blocks.elementwise, first, lambda partial: (
+        device_function(OBJECTIVES[objective].function), tuple(columns), *_numbers(params, first.dtype), first if weight is None else weight,
+        value, derivative, partial, first.numel()), WEIGHTED=weight is not None)
+    return loss, value, derivative
+
+
+def weighted_loss(objective, first, minus, others, params, weight, total, share):
+    slopes, masked = first.new_empty((2 if minus else 1, *first.shape)), weight is not None and weight.dtype == torch.bool
+    weights = first if weight is None else weight.view(torch.int8) if masked else weight
+    loss = _summed(blocks.weighted_loss, first, lambda partial: (
+        device_function(OBJECTIVES[objective].function), first, tuple(minus), tuple(others), *_numbers(params, first.dtype), weights,
+        first if total is None else total, *_numbers([share], first.dtype), slopes[0], slopes[-1], partial, first.numel()),
+        WEIGHTED=weight is not None, MASKED=masked, COUNTED=total is not None)
+    return loss, slopes
+
+
+def _summed(kernel, first, arguments, **flags):
+    """Launches a kernel over columns like ``first``, and a second one where it leaves more than one partial; the sum."""
+    n = first.numel()
     count = triton.cdiv(n, configs.BLOCK)
     loss = first.new_empty(()) if n else first.new_zeros(())
     partial = loss if count == 1 else first.new_empty(count, dtype=torch.float64)  # one block: its partial, rounded once, is the loss
     if n:
         launch = {"BLOCK": configs.BLOCK, **options(first.device, configs.THREADS)}
         with device_of(first):
-            blocks.elementwise[(count,)](
-                device_function(OBJECTIVES[objective].function), tuple(columns), *_numbers(params, first.dtype), first if weight is None else weight,
-                value, derivative, partial, n, WEIGHTED=weight is not None, **launch)
+            kernel[(count,)](*arguments(partial), **flags, **launch)
             if count > 1:
                 blocks.sum_partials[(1,)](partial, loss, count, **launch)
-    return loss, value, derivative
+    return loss
 
 
 def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):

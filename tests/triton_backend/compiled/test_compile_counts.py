@@ -67,10 +67,13 @@ def test_F49_objectives_and_scans_compile_at_most_twice_over_lengths_and_numbers
         for n in LENGTHS:
             column, params = torch.empty(n, device="meta"), [draw.uniform(0.1, 0.9), draw.choice([0.2, 1.0])]
             yield lambda c=column, p=params: backend.elementwise("ppo_clip", [c, c, c], p, c)
+            live, share = torch.empty(n, dtype=torch.bool, device="meta"), draw.choice([1.0, 0.3])
+            count = torch.empty((), dtype=torch.int64, device="meta")
+            yield lambda c=column, p=params, w=live, k=count, s=share: backend.weighted_loss("ppo_clip", c, [], [c, c], p, w, k, s)
             grid, gamma = torch.empty(draw.choice([1, 3, 16, 64]), n, device="meta"), draw.choice([0.9, 0.95, 1.0])
             yield lambda g=grid, gamma=gamma: backend.gae(g, g, torch.empty_like(g, dtype=torch.bool), None, gamma, 0.95, "skip")
     found = variants(calls())
-    assert set(found) == {"elementwise", "sum_partials", "gae"} and all(count <= 2 for count in found.values()), found
+    assert set(found) == {"elementwise", "weighted_loss", "sum_partials", "gae"} and all(count <= 2 for count in found.values()), found
 
 
 def test_a_loss_of_one_block_is_one_launch(monkeypatch):
@@ -78,6 +81,8 @@ def test_a_loss_of_one_block_is_one_launch(monkeypatch):
     for n, kernels in ((1, ["elementwise"]), (1024, ["elementwise"]), (1025, ["elementwise", "sum_partials"])):
         column = torch.empty(n, device="meta")
         assert [launch.kernel for launch in record(lambda c=column: backend.elementwise("pairwise", [c], [], c), "sm_90")] == kernels
+        pairs = record(lambda c=column: backend.weighted_loss("pairwise", c, [c], [], [], None, None, 0.5), "sm_90")
+        assert [launch.kernel for launch in pairs] == ["weighted_loss", *kernels[1:]]
 
 
 def test_the_count_sees_what_does_recompile(monkeypatch):
@@ -91,10 +96,10 @@ def test_the_count_sees_what_does_recompile(monkeypatch):
 # 32-bit additions and products that a debug build would guard. All of them count columns, tiles or elements of a block, which stay below the
 # length of a row plus one block: V < 2^31. Rows, strides and elements of [T, V] are 64-bit. A new site fails here until it has been looked at.
 # The counts are those of Triton 3.5; 3.6 and 3.9 have one less in two kernels.
-COLUMN_ARITHMETIC = {"token_stats": 10, "token_stats_backward": 24, "fused_policy": 54, "elementwise": 0, "sum_partials": 1, "gae": 0}
+COLUMN_ARITHMETIC = {"token_stats": 10, "token_stats_backward": 24, "fused_policy": 54, "elementwise": 0, "weighted_loss": 0, "sum_partials": 1, "gae": 0}
 
 
-@pytest.mark.parametrize("name", ["two models", "gradient", "policy", "objective", "scan"])
+@pytest.mark.parametrize("name", ["two models", "gradient", "policy", "objective", "weighted loss", "scan"])
 def test_F01_no_unlisted_32_bit_arithmetic_may_wrap(name):
     case = next(case for case in cases.every_case() if case.name == name)
     for launch in record(case.call, "sm_90"):

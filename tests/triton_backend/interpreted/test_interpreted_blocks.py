@@ -8,6 +8,7 @@ from loss_batches import objective_columns
 from problems import NAN, PARAMS
 from reference import gae as gae_loop
 from reference import same_bits
+from weighted_losses import CASES, check, check_without_a_live_element
 
 from rlkernels.backends import triton as kernels
 from rlkernels.backends.triton import configs
@@ -53,6 +54,17 @@ def test_value_derivative_and_weighted_sum_equal_the_oracle(name, n):
     loss, weighted_value, weighted_derivative = kernels.elementwise(name, columns, params, weight)
     assert same_bits(weighted_value, torch.where(dead, 0.0, got_value)) and same_bits(weighted_derivative, torch.where(dead, 0.0, got_derivative))
     torch.testing.assert_close(loss.double(), (weight.double() * weighted_value.double()).sum(), rtol=2e-7, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 16, 70])
+@pytest.mark.parametrize(("objective", "taken", "kind"), CASES)
+def test_a_weighted_loss_and_its_slopes_are_the_definition(objective, taken, kind, n, dtype):
+    check(kernels.weighted_loss, objective, taken, kind, n, dtype)
+
+
+def test_a_weighted_loss_without_a_live_element_is_zero():
+    check_without_a_live_element(kernels.weighted_loss)
 
 
 @pytest.mark.parametrize("name", BUILTIN)

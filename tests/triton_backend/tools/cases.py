@@ -66,6 +66,13 @@ def objective(name, weighted, dtype=torch.float32):
     return lambda: backend.elementwise(name, [column] * len(entry.columns), [0.5] * len(entry.params), column if weighted else None)
 
 
+def weighted(name, taken=0, mask=False, counted=False, dtype=torch.float32):
+    column, entry = torch.zeros(4096, dtype=dtype), OBJECTIVES[name]
+    others, total = [column] * (len(entry.columns) - 1), torch.tensor(3) if counted else None
+    weight = torch.ones(4096, dtype=torch.bool) if mask else None if taken else column
+    return lambda: backend.weighted_loss(name, column, [column] * taken, others, [0.5] * len(entry.params), weight, total, 0.5)
+
+
 def scan(masked, packed, has_mask):
     r = torch.zeros(64) if packed else torch.zeros(4, 16)
     ends, mask = torch.tensor([0, 30, 64]) if packed else None, torch.ones(r.shape, dtype=torch.bool) if has_mask else None
@@ -94,6 +101,8 @@ def every_case():
     yield Case("policy masked, temperatures", policy("ppo_clip", torch.bfloat16, BIG, masked=True, per_row=True), TWO)
     yield Case("policy fp32 masked", policy("dual_clip", torch.float32, BIG, masked=True, per_row=True), EVERY)
     yield Case("objective", objective("ppo_clip", True), EVERY)
+    yield Case("weighted loss", weighted("ppo_clip", mask=True, counted=True), EVERY)
+    yield Case("weighted pairs", weighted("pairwise", taken=1), EVERY)
     yield Case("scan", scan("skip", False, True), EVERY)
     for (op, itemsize), entries in configs.TABLE.items():
         for largest, config in entries:
@@ -113,6 +122,9 @@ def every_case():
         if entry.columns[0] == "logp" and "ref_logp" not in entry.columns:
             yield Case(f"policy {name}", policy(name, torch.bfloat16, 32_000, entropy=False, kl=None), ONE)
         yield Case(f"objective {name}", objective(name, False), ONE)
+        yield Case(f"weighted {name}", weighted(name), ONE)
+    yield Case("weighted fp64", weighted("ppo_clip", mask=True, counted=True, dtype=torch.float64), ONE)
+    yield Case("weighted pairs with a margin", weighted("pairwise", taken=2), ONE)
     yield Case("objective fp64", objective("ppo_clip", True, torch.float64), ONE)
     yield Case("policy without gradient", policy("ppo_clip", torch.bfloat16, BIG, with_grad=False), ONE)
     for masked, packed, has_mask in (("skip", False, False), ("zero", False, True), ("skip", True, True)):
