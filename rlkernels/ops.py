@@ -205,7 +205,7 @@ elementwise_backward = define(
 # weighted_loss ------------------------------------------------------------------------------------------------------------------------
 
 def _weighted_loss(objective, first, minus, minus_too, others, params, weight, total, share, backend):
-    taken = [x for x in (minus, minus_too) if x is not None]
+    taken = [] if minus is None else [minus] if minus_too is None else [minus, minus_too]
     return run("weighted_loss", backend, objective, first, taken, others, values(params), weight, total, value(share))
 
 
@@ -223,7 +223,8 @@ def _weighted_loss_grad(ctx, dloss, _):
     if dloss is None:
         return (None,) * 4 + ctx.others
     gradients = weighted_loss_backward(dloss, slopes, *inputs)  # one launch for all
-    return None, gradients[0], *(None if x is None else gradients[1] for x in inputs[1:]), *ctx.others
+    opposite = None if inputs[1] is None else gradients[1]
+    return None, gradients[0], opposite, None if inputs[2] is None else opposite, *ctx.others
 
 
 def _weighted_loss_backward(dloss, slopes, *inputs):

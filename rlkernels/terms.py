@@ -130,7 +130,6 @@ def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizer
 def share_of(where, like, live, aggregation, weights, cu_seqlens, normalizers):
     """``term_weights`` without those of a bonus, as what a weighted loss takes; ``live``: what ``some_tokens`` found."""
     if is_token_mean(aggregation, weights, cu_seqlens, normalizers):
-        checks.one_device(where, "logprobs", like, cu_seqlens=cu_seqlens)
         return mean_share(where, like, live)
     return Share(term_weights(where, like, every_token(like, live), aggregation, weights, cu_seqlens, normalizers, bonus=False)[0])
 

@@ -90,6 +90,9 @@ void lists(int64_t n) {
   const uintptr_t columns[] = {address(x), address(x), address(x)};
   const double params[] = {0.2, 0.3};
   elementwise<Real>("ppo_clip", columns, params, x.get(), value.get(), derivative.get(), n, 2);
+  const int64_t total = n + 1;
+  const OfLoss of_loss{{address(x), address(x)}, mask.get(), &total, 0.5, address(value)};
+  elementwise<Real>("pairwise", columns, params, nullptr, nullptr, derivative.get(), n, 2, &of_loss);
   const int64_t bounds[] = {0, n / 2, n / 2, n};
   gae<Real>(x.get(), x.get(), mask.get(), bounds, 3, 0, 0.9, 0.9, Masked::skip, value.get(), derivative.get(), 2);
   gae<Real>(x.get(), x.get(), mask.get(), nullptr, 1, n, 0.9, 0.9, Masked::zero, value.get(), derivative.get(), 2);

@@ -143,10 +143,20 @@ struct PolicyOutputs {
 template <class Real>
 double fused_policy(const Batch&, const PolicyInputs&, const PolicyOutputs&, const Layout& out);
 
+// What a weighted loss has beside `elementwise`: columns taken from the first; a weight of 1 or 0; a factor of every weight and a count that
+// divides it. The derivative is then that of the loss; `opposite` gets its negative.
+struct OfLoss {
+  uintptr_t minus[2];
+  const uint8_t* mask;
+  const int64_t* total;
+  double share;
+  uintptr_t opposite;
+};
+
 // Of `elementwise`: null where an input or output is absent. Returns the weighted sum of the values.
 template <class Real>
 double elementwise(const char* objective, const uintptr_t* columns, const double* params, const Real* weight, Real* value, Real* derivative,
-                   int64_t n, int threads);
+                   int64_t n, int threads, const OfLoss* of_loss = nullptr);
 
 enum class Masked : int { skip, zero, none };
 // Segment s is [bounds[s], bounds[s + 1]), or row s of equal length where bounds is null.

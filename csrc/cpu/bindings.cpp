@@ -64,6 +64,16 @@ double apply(const std::string& objective, const std::vector<uintptr_t>& columns
 }
 
 template <class Real>
+double weighted(const std::string& objective, const std::vector<uintptr_t>& columns, const std::array<uintptr_t, 2>& minus,
+                const std::vector<double>& params, uintptr_t weight, uintptr_t mask, uintptr_t total, double share, uintptr_t slope,
+                uintptr_t opposite, int64_t n, int threads) {
+  py::gil_scoped_release release;
+  const OfLoss of_loss{{minus[0], minus[1]}, reinterpret_cast<const uint8_t*>(mask), reinterpret_cast<const int64_t*>(total), share, opposite};
+  return elementwise<Real>(objective.c_str(), columns.data(), params.data(), reals<const Real>(weight), nullptr, reals<Real>(slope), n, threads,
+                           &of_loss);
+}
+
+template <class Real>
 void scan(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t bounds, int64_t segments, int64_t length, double gamma, double lam,
           int masked, uintptr_t advantages, uintptr_t returns, int threads) {
   py::gil_scoped_release release;
@@ -111,6 +121,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("fused_policy", &policy);
   m.def("elementwise_f32", &apply<float>);
   m.def("elementwise_f64", &apply<double>);
+  m.def("weighted_loss_f32", &weighted<float>);
+  m.def("weighted_loss_f64", &weighted<double>);
   m.def("gae_f32", &scan<float>);
   m.def("gae_f64", &scan<double>);
   m.def("gemm_available", &gemm_available);

@@ -14,20 +14,43 @@ struct Job {
   Real params[kMaxColumns];
   const Real* weight;
   Real *value, *derivative;
+  const Real* minus[2];
+  const uint8_t* mask;
+  Real factor;
+  Real* opposite;
+  bool of_loss;
 };
+
+template <size_t C, class Real>
+Real column(const Job<Real>& job, int64_t i) {
+  Real x = job.columns[C][i];
+  if (C == 0 && job.minus[0]) x -= job.minus[0][i];
+  if (C == 0 && job.minus[1]) x -= job.minus[1][i];
+  return x;
+}
+
+// 0 of a dead element, whatever the factor: with no live element it is infinite.
+template <class Real>
+Real weight_at(const Job<Real>& job, int64_t i) {
+  if (job.mask) return job.mask[i] ? job.factor : Real(0);
+  const Real own = job.weight ? job.weight[i] : Real(1);
+  return own == 0 ? Real(0) : own * job.factor;
+}
 
 template <class F, class Real, size_t... C, size_t... P>
 double part(const Job<Real>& job, int64_t begin, int64_t end, std::index_sequence<C...>, std::index_sequence<P...>) {
   double sum = 0;
   for (int64_t i = begin; i < end; ++i) {
-    const Real weight = job.weight ? job.weight[i] : Real(1);
+    const Real weight = weight_at(job, i);
     Term<Real> term{0, 0};
     if (weight != 0) {
-      term = F{}(job.columns[C][i]..., job.params[P]...);
+      term = F{}(column<C>(job, i)..., job.params[P]...);
       sum += double(weight) * double(term.value);
     }
-    job.value[i] = term.value;
-    job.derivative[i] = term.derivative;
+    const Real slope = job.of_loss ? weight * term.derivative : term.derivative;
+    if (job.value) job.value[i] = term.value;
+    job.derivative[i] = slope;
+    if (job.opposite) job.opposite[i] = -slope;
   }
   return sum;
 }
@@ -52,9 +75,15 @@ double run(const Job<Real>& job, int64_t n, int threads) {
 
 template <class Real>
 double elementwise(const char* objective, const uintptr_t* columns, const double* params, const Real* weight, Real* value, Real* derivative,
-                   int64_t n, int threads) {
+                   int64_t n, int threads, const OfLoss* of_loss) {
   const Objective<Real>& found = *find_objective<Real>(objective);
-  Job<Real> job{{}, {}, weight, value, derivative};
+  Job<Real> job{{}, {}, weight, value, derivative, {}, nullptr, Real(1), nullptr, of_loss != nullptr};
+  if (of_loss) {
+    for (int k = 0; k < 2; ++k) job.minus[k] = reinterpret_cast<const Real*>(of_loss->minus[k]);
+    job.mask = of_loss->mask;
+    job.factor = (of_loss->total ? Real(1.0 / double(*of_loss->total)) : Real(1)) * Real(of_loss->share);
+    job.opposite = reinterpret_cast<Real*>(of_loss->opposite);
+  }
   for (int k = 0; k < found.columns; ++k) job.columns[k] = reinterpret_cast<const Real*>(columns[k]);
   for (int k = 0; k < found.params; ++k) job.params[k] = Real(params[k]);
 #define RLK_RUN(name, columns, params) \
@@ -64,7 +93,7 @@ double elementwise(const char* objective, const uintptr_t* columns, const double
   return 0;
 }
 
-template double elementwise(const char*, const uintptr_t*, const double*, const float*, float*, float*, int64_t, int);
-template double elementwise(const char*, const uintptr_t*, const double*, const double*, double*, double*, int64_t, int);
+template double elementwise(const char*, const uintptr_t*, const double*, const float*, float*, float*, int64_t, int, const OfLoss*);
+template double elementwise(const char*, const uintptr_t*, const double*, const double*, double*, double*, int64_t, int, const OfLoss*);
 
 }  // namespace rlk

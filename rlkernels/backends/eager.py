@@ -27,11 +27,10 @@ def elementwise(objective, columns, params, weight):
     return (weight * value).sum(dtype=torch.float64).to(first.dtype), value, derivative
 
 
-def weighted_loss(objective, first, minus, others, params, weight, total, share, columnwise=elementwise):
+def weighted_loss(objective, first, minus, others, params, weight, total, share):
     """``sum_i w_i l(first_i - minus_i, others_i)`` and its slopes ``[1, ...]``; with ``minus`` (one or two columns) ``[2, ...]``, theirs second.
 
     ``w``: ``weight`` (None: 1; bool: 1 or 0) times the number ``share``, over the count ``total``; an element of weight 0 is not evaluated.
-    ``columnwise``: the ``elementwise`` of the backend that takes this way around its own kernel.
     """
     for x in minus:
         first = first - x
@@ -43,7 +42,7 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share,
         weight = torch.where(weight, first.new_full((), share) if total is None else factor, 0.0)
     else:
         weight = torch.where(weight != 0, weight * factor, 0.0) if total is not None else weight if share == 1.0 else weight * share
-    loss, _, derivative = columnwise(objective, [first, *others], params, weight)
+    loss, _, derivative = elementwise(objective, [first, *others], params, weight)
     slopes = first.new_empty((2 if minus else 1, *first.shape))
     torch.mul(weight, derivative, out=slopes[0])
     if minus:

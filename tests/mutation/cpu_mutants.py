@@ -8,8 +8,8 @@ STATS = (f"{BACKEND}::test_statistics_and_gradients_keep_the_error_policy", f"{B
 DEAD = (f"{BACKEND}::test_what_a_dead_row_holds_reaches_nothing", *STATS)
 FUSED = (f"{POLICY}::test_the_fused_pass_is_float64_autograd", f"{POLICY}::test_the_fused_pass_has_the_bits_of_two_passes",
          f"{POLICY}::test_a_term_of_weight_zero_is_left_out_of_the_fused_pass")
-SMALL = (f"{POLICY}::test_elementwise_is_the_oracle_and_its_derivative", f"{POLICY}::test_elementwise_sums_in_one_order_and_skips_weight_zero",
-         f"{POLICY}::test_gae_is_a_python_loop_padded_and_packed")
+SMALL = ("tests/test_weighted_loss.py", f"{POLICY}::test_elementwise_is_the_oracle_and_its_derivative",
+         f"{POLICY}::test_elementwise_sums_in_one_order_and_skips_weight_zero", f"{POLICY}::test_gae_is_a_python_loop_padded_and_packed")
 VALUES, EDGES = "tests/test_faults_values.py::test_F16_", "tests/test_faults_edges.py::test_"
 GEMM = ("tests/test_cpu_gemm.py",)
 ASKED = {name: GEMM for name in ("gemm.cpp", "gemm_tile.h", "gemm_bf16.cpp", "gemm_f32.cpp")} | {
@@ -83,6 +83,10 @@ MUTANTS = (
     _m("multiplied by the weight instead of left out", "elementwise.cpp", "    if (weight != 0) {", "    {", 17),
     _m("the last part is left out", "elementwise.cpp", "for (const double sum : sums) total += sum;",
        "for (size_t k = 0; k + 1 < sums.size(); ++k) total += sums[k];", 30),
+    _m("the count of a mean is left out", "elementwise.cpp", "(of_loss->total ? Real(1.0 / double(*of_loss->total)) : Real(1))", "Real(1)"),
+    _m("what is taken away is added", "elementwise.cpp", "x -= job.minus[1][i]", "x += job.minus[1][i]"),
+    _m("0 times an infinite factor", "elementwise.cpp", "return own == 0 ? Real(0) : own * job.factor;", "return own * job.factor;", 17),
+    _m("both slopes have one sign", "elementwise.cpp", "job.opposite[i] = -slope", "job.opposite[i] = slope"),
     _m("the scan reads dead tokens", "scan.cpp", "const bool live = !mask || mask[t];", "const bool live = true;", 31),
     _m("zero is skip", "scan.cpp", "if (live || masked == Masked::zero) {", "if (live) {"),
     _m("gamma is left out of the trace", "scan.cpp", "gamma * lam * trace", "lam * trace"),
