@@ -11,9 +11,7 @@ from rlkernels.terms import (
     check_terms,
     column,
     every_token,
-    is_token_mean,
     live_tokens,
-    mean_share,
     one_loss_per_sequence,
     resolve,
     share_of,
@@ -27,7 +25,7 @@ from rlkernels.weights import weights_for
 def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo_clip", aggregation="token-mean", weights=None,
                 ref_logprobs=None, kl="k3", kl_coef=0.0, entropy=None, entropy_coef=0.0, cu_seqlens=None, ratio_level="token",
                 normalizers=None, return_metrics=False, **params):
-    r"""A policy objective over log-probabilities, with a KL and an entropy term: one launch per term, one to count the live tokens.
+    r"""A policy objective over log-probabilities, with a KL and an entropy term: one launch per term and one to count the tokens of a masked mean.
 
     ``sum_t w_t l(logp_t, old_t, A_t) + kl_coef sum_t w_t KL_t - entropy_coef sum_t h_t H_t``;  ``w``: the aggregation's weights,
     ``h``: those of a token mean (or ``weights``, where given).
@@ -63,11 +61,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
     live = some_tokens(where, logprobs, mask)
     if ratio_level == "sequence_sum":
         one_loss_per_sequence(where, aggregation, weights, normalizers)
-    if is_token_mean(aggregation, weights, cu_seqlens, normalizers) and entropy_coef == 0:
-        share = mean_share(where, logprobs, live)
+    if entropy_coef == 0:
+        share = share_of(where, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
     else:
-        live = every_token(logprobs, live)
-        weights, bonus = term_weights(where, logprobs, live, aggregation, weights, cu_seqlens, normalizers, bonus=entropy_coef != 0)
+        weights, bonus = term_weights(where, logprobs, every_token(logprobs, live), aggregation, weights, cu_seqlens, normalizers)
         share = Share(weights)
     check_terms(where, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
 

@@ -8,7 +8,7 @@ from rlkernels.segments import last_live_index
 
 
 def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
-    r"""Bradley-Terry loss of a reward model, one launch each way.
+    r"""Bradley-Terry loss of a reward model; of fp32 scores, without centring, one launch each way.
 
     ``mean_i softplus(-(c_i - q_i - g_i)) + center_coef mean_i (c_i + q_i)^2``; finite for every finite difference
     (-1e4 gives 1e4, +1e4 gives 0). No pair gives 0.

@@ -56,13 +56,7 @@ def some_tokens(where, like, mask):
     return mask if mask is None or mask.dtype == torch.bool else mask != 0
 
 
-def mean_share(where, like, live):
-    """The share of a mean over the tokens of ``live`` (None: all): what counts is divided by where it is used, in the loss's own launch."""
-    checks_tokens.rows(where, "mask", like if live is None else live, None)
-    return Share(None, None, 1.0 / max(like.numel(), 1)) if live is None else Share(live, live.sum())
-
-
-def is_token_mean(aggregation, weights, cu_seqlens, normalizers):
+def _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
     """Whether the weights are those of a plain mean over the live tokens."""
     return weights is None and aggregation == "token-mean" and not normalizers and cu_seqlens is None
 
@@ -118,7 +112,7 @@ def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizer
         column(where, "weights", weights, like)
         weights = torch.where(live, weights.to(real), 0.0)
         return weights, weights
-    if is_token_mean(aggregation, weights, cu_seqlens, normalizers):
+    if _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
         weights = token_mean(where, live, real)
         return weights, weights
     weights = weights_for(where, live, aggregation, cu_seqlens=cu_seqlens, dtype=real, **(normalizers or {}))
@@ -128,9 +122,13 @@ def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizer
 
 
 def share_of(where, like, live, aggregation, weights, cu_seqlens, normalizers):
-    """``term_weights`` without those of a bonus, as what a weighted loss takes; ``live``: what ``some_tokens`` found."""
-    if is_token_mean(aggregation, weights, cu_seqlens, normalizers):
-        return mean_share(where, like, live)
+    """``term_weights`` without those of a bonus, as what a weighted loss takes; ``live``: what ``some_tokens`` found.
+
+    A plain mean stays a mask and its count: the loss's own launch divides.
+    """
+    if _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
+        checks_tokens.rows(where, "mask", like, None)
+        return Share(None, None, 1.0 / max(like.numel(), 1)) if live is None else Share(live, live.sum())
     return Share(term_weights(where, like, every_token(like, live), aggregation, weights, cu_seqlens, normalizers, bonus=False)[0])
 
 

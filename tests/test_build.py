@@ -54,7 +54,7 @@ def test_the_module_knows_nothing_of_torch():
 @needs_sources
 @needs_compiler
 def test_the_headers_compile_without_a_warning(tmp_path):
-    for header in ("objectives.h", "dispatch.h", "scalar.h", "cpu/batch.h", "cpu/gemm.h"):
+    for header in ("objectives.h", "dispatch.h", "scalar.h", "columns.h", "cpu/batch.h", "cpu/gemm.h"):
         unit = tmp_path / "unit.cpp"
         unit.write_text(f'#include "{header}"\nint main() {{}}\n')
         run([CXX, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", unit])

@@ -1,6 +1,7 @@
 // Any objective over columns of state: value, derivative and the weighted sum. The functor is a template argument, inlined in the loop.
 #include <vector>
 
+#include "../columns.h"
 #include "batch.h"
 
 namespace rlk {
@@ -21,27 +22,11 @@ struct Job {
   bool of_loss;
 };
 
-template <size_t C, class Real>
-Real column(const Job<Real>& job, int64_t i) {
-  Real x = job.columns[C][i];
-  if (C == 0 && job.minus[0]) x -= job.minus[0][i];
-  if (C == 0 && job.minus[1]) x -= job.minus[1][i];
-  return x;
-}
-
-// 0 of a dead element, whatever the factor: with no live element it is infinite.
-template <class Real>
-Real weight_at(const Job<Real>& job, int64_t i) {
-  if (job.mask) return job.mask[i] ? job.factor : Real(0);
-  const Real own = job.weight ? job.weight[i] : Real(1);
-  return own == 0 ? Real(0) : own * job.factor;
-}
-
 template <class F, class Real, size_t... C, size_t... P>
 double part(const Job<Real>& job, int64_t begin, int64_t end, std::index_sequence<C...>, std::index_sequence<P...>) {
   double sum = 0;
   for (int64_t i = begin; i < end; ++i) {
-    const Real weight = weight_at(job, i);
+    const Real weight = weight_at(job, job.factor, i);
     Term<Real> term{0, 0};
     if (weight != 0) {
       term = F{}(column<C>(job, i)..., job.params[P]...);

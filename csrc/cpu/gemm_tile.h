@@ -1,6 +1,5 @@
 // The parts of a matrix product that depend on the instruction set, written once for words of a pair of bf16 and of one fp32. Included by
-// gemm_bf16.cpp and gemm_f32.cpp, each compiled for its own instructions. As in simd.h, everything is forced inline and nothing of the
-// standard library is used: no template of this file may be linked into code for an older machine.
+// gemm_bf16.cpp and gemm_f32.cpp, each compiled for its own instructions.
 //
 // A `Words` says what a word holds: `elements` of K; `along` makes 16 words of neighbouring elements, `across` of neighbouring lanes, `one`
 // adds an element to a word; `add_product` is the instruction.
@@ -9,13 +8,7 @@
 
 #include "../scalar.h"
 #include "gemm.h"
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // _mm512_undefined_ps of GCC's own header
-#endif
-
-#define RLK_INLINE static inline __attribute__((always_inline))
-#define RLK_UNROLL _Pragma("GCC unroll 16")
+#include "inline.h"
 
 namespace rlk {
 namespace {

@@ -1,20 +1,13 @@
 // One vector of floats in the instruction set that this file is compiled for (RLK_ISA names it), and the few operations on it.
-// Everything is forced inline and no function of the standard library is used: a template shared with another translation unit
-// could be linked in its AVX-512 form into code that runs on a machine without.
 #pragma once
 #include <cstdint>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // _mm512_undefined_ps of GCC's own header
-#endif
 
 #include "../scalar.h"
-
-#define RLK_INLINE static inline __attribute__((always_inline))
-#define RLK_UNROLL _Pragma("GCC unroll 16")
+#include "inline.h"
 
 namespace rlk {
 namespace RLK_ISA {

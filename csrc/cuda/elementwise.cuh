@@ -1,27 +1,12 @@
 // Any objective over columns of state: value, derivative and the weighted sum in one launch. The functor is a template argument, inlined.
 #pragma once
+#include "../columns.h"
 #include "parts.cuh"
 #include "rows.h"
 
 namespace rlk {
 
 constexpr int kPart = 1024;  // elements per block: fixed, so that the order of the sum depends on the number of elements alone
-
-template <size_t C, class S>
-__device__ __forceinline__ S column(const ElementwiseJob<S>& job, long long i) {
-  S x = job.columns[C][i];
-  if (C == 0 && job.minus[0]) x -= job.minus[0][i];
-  if (C == 0 && job.minus[1]) x -= job.minus[1][i];
-  return x;
-}
-
-// 0 of a dead element, whatever the factor: with no live element it is infinite.
-template <class S>
-__device__ __forceinline__ S weight_at(const ElementwiseJob<S>& job, S factor, long long i) {
-  if (job.mask) return job.mask[i] ? factor : S(0);
-  const S own = job.weight ? job.weight[i] : S(1);
-  return own == 0 ? S(0) : own * factor;
-}
 
 template <class F, class S, size_t... C, size_t... P>
 __device__ __forceinline__ Term<S> evaluate_at(const ElementwiseJob<S>& job, long long i, std::index_sequence<C...>, std::index_sequence<P...>) {

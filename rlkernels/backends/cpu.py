@@ -90,7 +90,7 @@ def elementwise(objective, columns, params, weight):
     if objective not in _cpu.OBJECTIVES:
         return eager.elementwise(objective, columns, params, weight)
     first = columns[0]
-    kernel = _column_kernel(first.dtype, _cpu.elementwise_f32, _cpu.elementwise_f64)
+    kernel = eager.column_kernel("cpu", "columns", first.dtype, _cpu.elementwise_f32, _cpu.elementwise_f64)
     value, derivative = torch.empty_like(first), torch.empty_like(first)
     loss = kernel(objective, [x.data_ptr() for x in columns], params, _address(weight), value.data_ptr(), derivative.data_ptr(), first.numel(),
                   torch.get_num_threads())
@@ -100,7 +100,7 @@ def elementwise(objective, columns, params, weight):
 def weighted_loss(objective, first, minus, others, params, weight, total, share):
     if objective not in _cpu.OBJECTIVES:
         return eager.weighted_loss(objective, first, minus, others, params, weight, total, share)
-    kernel = _column_kernel(first.dtype, _cpu.weighted_loss_f32, _cpu.weighted_loss_f64)
+    kernel = eager.column_kernel("cpu", "columns", first.dtype, _cpu.weighted_loss_f32, _cpu.weighted_loss_f64)
     n, masked, slopes = first.numel(), weight is not None and weight.dtype == torch.bool, first.new_empty((2 if minus else 1, *first.shape))
     at, slope = 0 if weight is None else weight.data_ptr(), slopes.data_ptr()
     taken = minus[0].data_ptr() if minus else 0, minus[1].data_ptr() if len(minus) > 1 else 0
@@ -109,17 +109,8 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
     return first.new_full((), loss), slopes
 
 
-def _column_kernel(dtype, f32, f64):
-    kernel = {torch.float32: f32, torch.float64: f64}.get(dtype)
-    if kernel is None:
-        raise NotImplementedError(f"columns of dtype {dtype} are not supported by backend 'cpu'; cast to float32 or use_backend(\"eager\")")
-    return kernel
-
-
 def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
-    kernel = {torch.float32: _cpu.gae_f32, torch.float64: _cpu.gae_f64}.get(rewards.dtype)
-    if kernel is None:
-        raise NotImplementedError(f"rewards of dtype {rewards.dtype} are not supported by backend 'cpu'; cast to float32 or use_backend(\"eager\")")
+    kernel = eager.column_kernel("cpu", "rewards", rewards.dtype, _cpu.gae_f32, _cpu.gae_f64)
     mask = None if mask is None else mask.contiguous()
     segments, length = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, 0)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)

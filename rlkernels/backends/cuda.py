@@ -81,7 +81,7 @@ def elementwise(objective, columns, params, weight):
     if objective not in _cuda.OBJECTIVES:
         return eager.elementwise(objective, columns, params, weight)
     first = columns[0]
-    kernel = _column_kernel(first.dtype, _cuda.elementwise_f32, _cuda.elementwise_f64)
+    kernel = eager.column_kernel("cuda", "columns", first.dtype, _cuda.elementwise_f32, _cuda.elementwise_f64)
     n = first.numel()
     value, derivative, loss = torch.empty_like(first), torch.empty_like(first), _scalar(first, n, first.dtype)
     parts = _parts(first, n)
@@ -95,7 +95,7 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
     _available_or_raise()
     if objective not in _cuda.OBJECTIVES:
         return eager.weighted_loss(objective, first, minus, others, params, weight, total, share)
-    kernel = _column_kernel(first.dtype, _cuda.weighted_loss_f32, _cuda.weighted_loss_f64)
+    kernel = eager.column_kernel("cuda", "columns", first.dtype, _cuda.weighted_loss_f32, _cuda.weighted_loss_f64)
     n, masked = first.numel(), weight is not None and weight.dtype == torch.bool
     slopes, loss, parts = first.new_empty((2 if minus else 1, *first.shape)), _scalar(first, n, first.dtype), _parts(first, n)
     if n:
@@ -103,13 +103,6 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
         kernel(objective, [x.data_ptr() for x in (first, *others)], [x.data_ptr() for x in minus], params, *weights, _address(total), share,
                slopes.data_ptr(), slopes[1].data_ptr() if minus else 0, loss.data_ptr(), *_places(parts), n, *_where(first))
     return loss, slopes
-
-
-def _column_kernel(dtype, f32, f64):
-    kernel = {torch.float32: f32, torch.float64: f64}.get(dtype)
-    if kernel is None:
-        raise NotImplementedError(f"columns of dtype {dtype} are not supported by backend 'cuda'; cast to float32 or use_backend(\"eager\")")
-    return kernel
 
 
 def _parts(first, n):
@@ -124,9 +117,7 @@ def _places(parts):
 
 def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
     _available_or_raise()
-    kernel = {torch.float32: _cuda.gae_f32, torch.float64: _cuda.gae_f64}.get(rewards.dtype)
-    if kernel is None:
-        raise NotImplementedError(f"rewards of dtype {rewards.dtype} are not supported by backend 'cuda'; cast to float32 or use_backend(\"eager\")")
+    kernel = eager.column_kernel("cuda", "rewards", rewards.dtype, _cuda.gae_f32, _cuda.gae_f64)
     mask = None if mask is None or masked == "none" else mask.contiguous()
     segments, length = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, 0)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)

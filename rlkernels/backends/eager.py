@@ -34,20 +34,25 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
     """
     for x in minus:
         first = first - x
-    factor = share if total is None else total.double().reciprocal().to(first.dtype) * share
-    if weight is None:
-        weight = first.new_full((), factor).expand(first.shape) if total is None else factor.expand(first.shape)
-        weight = weight.contiguous()
-    elif weight.dtype == torch.bool:
-        weight = torch.where(weight, first.new_full((), share) if total is None else factor, 0.0)
-    else:
-        weight = torch.where(weight != 0, weight * factor, 0.0) if total is not None else weight if share == 1.0 else weight * share
+    factor = first.new_full((), share)
+    if total is not None:
+        factor = total.double().reciprocal().to(first.dtype) * factor
+    # Asked for before it is multiplied: without a live element the factor is infinite.
+    weight = factor.expand(first.shape) if weight is None else torch.where(weight != 0, weight * factor, 0.0)
     loss, _, derivative = elementwise(objective, [first, *others], params, weight)
     slopes = first.new_empty((2 if minus else 1, *first.shape))
     torch.mul(weight, derivative, out=slopes[0])
     if minus:
         torch.neg(slopes[0], out=slopes[1])
     return loss, slopes
+
+
+def column_kernel(backend, what, dtype, f32, f64):
+    """A backend's kernel over columns of this dtype."""
+    kernel = {torch.float32: f32, torch.float64: f64}.get(dtype)
+    if kernel is None:
+        raise NotImplementedError(f"{what} of dtype {dtype} are not supported by backend {backend!r}; cast to float32 or use_backend(\"eager\")")
+    return kernel
 
 
 def check_rows(targets, vocab, ignore_index, temperature):

@@ -13,7 +13,7 @@ SMALL = ("tests/test_weighted_loss.py", f"{POLICY}::test_elementwise_is_the_orac
 VALUES, EDGES = "tests/test_faults_values.py::test_F16_", "tests/test_faults_edges.py::test_"
 GEMM = ("tests/test_cpu_gemm.py",)
 ASKED = {name: GEMM for name in ("gemm.cpp", "gemm_tile.h", "gemm_bf16.cpp", "gemm_f32.cpp")} | {
-    "fused_policy.cpp": FUSED, "elementwise.cpp": SMALL, "scan.cpp": SMALL}
+    "fused_policy.cpp": FUSED, "elementwise.cpp": SMALL, "../columns.h": SMALL, "scan.cpp": SMALL}
 
 
 def _m(name, file, old, new, *faults, equivalent="", tests=None):
@@ -84,8 +84,8 @@ MUTANTS = (
     _m("the last part is left out", "elementwise.cpp", "for (const double sum : sums) total += sum;",
        "for (size_t k = 0; k + 1 < sums.size(); ++k) total += sums[k];", 30),
     _m("the count of a mean is left out", "elementwise.cpp", "(of_loss->total ? Real(1.0 / double(*of_loss->total)) : Real(1))", "Real(1)"),
-    _m("what is taken away is added", "elementwise.cpp", "x -= job.minus[1][i]", "x += job.minus[1][i]"),
-    _m("0 times an infinite factor", "elementwise.cpp", "return own == 0 ? Real(0) : own * job.factor;", "return own * job.factor;", 17),
+    _m("what is taken away is added", "../columns.h", "x -= job.minus[1][i]", "x += job.minus[1][i]"),
+    _m("0 times an infinite factor", "../columns.h", "return own == 0 ? S(0) : own * factor;", "return own * factor;", 17),
     _m("both slopes have one sign", "elementwise.cpp", "job.opposite[i] = -slope", "job.opposite[i] = slope"),
     _m("the scan reads dead tokens", "scan.cpp", "const bool live = !mask || mask[t];", "const bool live = true;", 31),
     _m("zero is skip", "scan.cpp", "if (live || masked == Masked::zero) {", "if (live) {"),

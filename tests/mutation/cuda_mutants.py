@@ -10,7 +10,8 @@ LAYOUT = (*(f"{HERE}test_cuda_rows.py::test_{name}" for name in (
 BOUNDS = (HERE + "test_cuda_schedules.py::test_no_kernel_reads_or_writes_outside_its_tensors_and_shared_memory",)
 POLICY = (HERE + "test_cuda_policy.py", ROWS[3])
 SMALL = (HERE + "test_cuda_small.py",)
-ASKED = {"scan.cuh": SMALL, "elementwise.cuh": SMALL, "elementwise.cu": SMALL, "parts.cuh": (*SMALL, *POLICY), "fused_policy.cuh": POLICY,
+ASKED = {"scan.cuh": SMALL, "elementwise.cuh": SMALL, "elementwise.cu": SMALL, "../columns.h": SMALL, "parts.cuh": (*SMALL, *POLICY),
+         "fused_policy.cuh": POLICY,
          "rows.h": LAYOUT}
 
 
@@ -80,9 +81,9 @@ MUTANTS = (
        "  if (t % 32 == 0) warps[t / 32] = sum;", 28),
     _m("multiplied by the weight instead of left out", "elementwise.cuh", "if (weight != 0) {", "{", 17),
     _m("the count of a mean is left out", "elementwise.cuh", "job.total ? S(1.0 / double(*job.total)) * job.share : job.share", "job.share"),
-    _m("what is taken away is added", "elementwise.cuh", "x -= job.minus[1][i]", "x += job.minus[1][i]"),
+    _m("what is taken away is added", "../columns.h", "x -= job.minus[1][i]", "x += job.minus[1][i]"),
     _m("the slope is that of the value", "elementwise.cuh", "job.of_loss ? weight * term.derivative", "false ? weight * term.derivative"),
-    _m("0 times an infinite factor", "elementwise.cuh", "return own == 0 ? S(0) : own * factor;", "return own * factor;", 17),
+    _m("0 times an infinite factor", "../columns.h", "return own == 0 ? S(0) : own * factor;", "return own * factor;", 17),
     _m("the scan reads dead tokens", "scan.cuh", "live[i] = inside && (!job.mask || job.mask[t]);", "live[i] = inside;", 31),
     _m("zero is skip", "scan.cuh", "(inside && job.masked == Masked::zero)", "false"),
     _m("the scan forgets the carry of its warp", "scan.cuh", "if (w == warp) state = carry;", ""),
