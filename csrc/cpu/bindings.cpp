@@ -112,7 +112,6 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Buffer>(m, "Buffer", py::buffer_protocol()).def(py::init<int64_t>()).def_buffer([](Buffer& b) {
     return py::buffer_info(b.data(), 1, py::format_descriptor<uint8_t>::format(), b.size());
   });
-  m.def("make_room", &make_room);
   m.def("kept_bytes", &kept_bytes);
   m.def("release", &release);
   m.def("isa", &isa);

@@ -19,9 +19,6 @@ class Buffer {
   int64_t size_, capacity_;
 };
 
-// Before so many new bytes are touched: as many of those kept go back, or both would be resident (a head's logits and then its gradient,
-// rounded: 259 and 33 MB). Touching 33 MB anew takes 3 ms, once.
-void make_room(int64_t bytes);
 int64_t kept_bytes();  // of what is kept
 void release();        // gives it back
 

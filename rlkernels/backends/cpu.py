@@ -19,8 +19,9 @@ else:
 ABSENT = ("rlkernels._cpu was not built: no C++ compiler, or no Python headers, was found at install time; "
           "install g++ (and python3-dev) and run pip install again")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-LARGE = 32 << 20  # bytes; from here on the C library maps fresh pages for every allocation
-ROOM = 1 << 20  # bytes; a smaller tensor may come on top of what is kept
+# Bytes. From 32 MiB on the C library maps fresh pages for every allocation; half of it, so that a head's rounded gradient (31 MiB at 32000 x 512) comes
+# from what was kept, not on top of it.
+LARGE = 16 << 20
 NOWHERE = (0, 0, 0, 1)
 MASKED = {"skip": 0, "zero": 1, "none": 2}
 
@@ -153,8 +154,6 @@ def fresh(shape, dtype):
     """An uninitialised tensor. The memory of a large one goes to the next when it is freed: page faults would cost as much as the work."""
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE or _cpu is None:
-        if size >= ROOM and _cpu is not None:
-            _cpu.make_room(size)
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(_cpu.Buffer(size), dtype=dtype).view(shape)  # the tensor owns the buffer
 
