@@ -71,15 +71,18 @@ def live_rows(live, bound=None):
     Raises:
         ValueError: more live rows than the bound; on an accelerator a device-side assertion fails instead.
     """
-    if bound is None:
-        return Rows(live.nonzero()[:, 0])
+    return Rows(live.nonzero()[:, 0]) if bound is None else bounded_rows(live, bound, torch.argsort(~live, stable=True))
+
+
+def bounded_rows(live, bound, order):
+    """The first ``bound`` rows of ``order``, which begins with the live ones; raises as ``live_rows``."""
     enough = live.sum() <= bound
     if live.device.type == "cpu":
         if not enough:
             raise ValueError(f"max_live_tokens={bound}, but {int(live.sum())} tokens are live; raise the bound, or pass None to have them counted")
     else:
         torch._assert_async(enough, "rlkernels: more live tokens than max_live_tokens")
-    index = torch.argsort(~live, stable=True)[:bound]
+    index = order[:bound]
     return Rows(index, ~live[index])
 
 

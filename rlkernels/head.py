@@ -1,4 +1,5 @@
 """The lm_head as all ``linear_*`` functions see it: its checked arguments, the logits of a chunk, and the way back."""
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -96,13 +97,18 @@ def _operands(where, hidden, weight, bias):
         checks.floating(where, "bias", bias)
         checks.shape(where, "bias", bias, weight.shape[:1])
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(f"{where}: {name} has dtype {x.dtype}, hidden has {hidden.dtype}; cast one of them, or use autocast")
     return hidden, weight, bias
+
+
+def without_autocast(kind):
+    """On devices of this kind. It would take the products of fp32 back to 16 bits; ``head`` has cast what the caller wants cast."""
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 def _bytes_per_logit(weight, logits_dtype, softcap):

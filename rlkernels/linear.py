@@ -11,7 +11,7 @@ import torch
 from rlkernels import checks, ops, parallel
 from rlkernels.backends.eager import real_dtype
 from rlkernels.chunks import filled_up, live_rows
-from rlkernels.head import Chunk, check_targets, fresh, head
+from rlkernels.head import Chunk, check_targets, fresh, head, without_autocast
 from rlkernels.logprobs import collect
 from rlkernels.rows import Rows
 
@@ -87,10 +87,9 @@ NO_SHARD = parallel.Shard("", 0, 0, 0)
 
 
 def _own_dtypes(function):
-    """Autocast would run the matmuls of the op in bf16 again, after ``head`` has cast what the caller wants cast."""
     @functools.wraps(function)
     def call(*arguments):
-        with torch.autocast(next(x for x in arguments if isinstance(x, torch.Tensor)).device.type, enabled=False):
+        with without_autocast(next(x for x in arguments if isinstance(x, torch.Tensor)).device.type):
             return function(*arguments)
     return call
 

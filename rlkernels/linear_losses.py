@@ -30,8 +30,8 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
         hidden, weight, bias: as for ``linear_token_logprobs``; all three get gradients where they require them, scaled by the upstream gradient
             in the backward.
         targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk_tokens, logits_budget, max_live_tokens, valid_vocab,
-            process_group, vocab_start: as for ``linear_token_logprobs``. ``max_live_tokens`` bounds the tokens with a weight; sequence-level ratios
-            read lengths on the host and do not take it.
+            process_group, vocab_start: as for ``linear_token_logprobs``. ``max_live_tokens`` bounds the tokens with a weight; with
+            sequence-level ratios the live tokens, and where the bound does not fit in one chunk they take four products.
         the rest: as for ``logits_policy_loss``; ``old_logprobs`` and ``ref_logprobs`` under the same temperature.
 
     Returns:
@@ -51,7 +51,8 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
     check_terms(where, like, ref_logprobs, kl, kl_coef, None, 0.0)
     checks.finite(where, "entropy_coef", entropy_coef)
     live = live_tokens(where, like, mask) & (targets != ignore_index)
-    if torch.compiler.is_compiling():
+    by_sequence = ratio_level != "token"
+    if torch.compiler.is_compiling() or by_sequence and not sweep.fits(h):
         stats = linear_token_stats(
             hidden, weight, torch.where(live, targets, ignore_index), bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             ignore_index=ignore_index, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens, logits_budget=logits_budget,
@@ -66,7 +67,7 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
                   kl if kl_coef != 0 else None, h.flat(ref_logprobs) if kl_coef != 0 else None, h.flat(weights * kl_coef) if kl_coef != 0 else None)
     backend = ops.serving("fused_policy", hidden)
     with_entropy = return_metrics or entropy_coef != 0
-    if ratio_level != "token":
+    if by_sequence:
         compute = _by_sequence(where, h, terms, like.shape, live, cu_seqlens, ratio_level, with_entropy, backend)
     else:
         compute, live = _by_token(h, terms, with_entropy, backend), live & terms.live().view(h.shape)  # the others are not read: no metrics of them
@@ -124,8 +125,8 @@ def _by_token(h, terms, with_entropy, backend):
     if h.shard is None:
         return lambda needs: sweep.per_token(h, terms, needs, backend)
 
-    def score(index, logp, entropy, first, last):
-        part = terms.at(index)
+    def score(rows, logp, entropy, first, last):
+        part = terms.at(rows.index)
         return weighted_sum(part.objective, logp, part.columns, part.params, Share(part.weight)) + _extras(part, logp, entropy)
 
     def compute(needs):
@@ -145,13 +146,7 @@ def _extras(terms, logp, entropy):
     return total
 
 
-def _not_empty(ends):
-    return sum(end > start for start, end in zip(ends, ends[1:], strict=False))
-
-
 def _by_sequence(where, h, terms, shape, live, cu_seqlens, level, with_entropy, backend):
-    if h.bound is not None:
-        raise ValueError(f"{where}: ratio_level={level!r} reads the lengths of sequences on the host; max_live_tokens is for ratio_level='token'")
     if cu_seqlens is None and len(shape) != 2:
         raise ValueError(f"{where}: ratio_level {level!r} needs hidden [B, L, H], or packed [T, H] with cu_seqlens; got targets of shape {tuple(shape)}")
     live = live.reshape(-1)
@@ -159,16 +154,15 @@ def _by_sequence(where, h, terms, shape, live, cu_seqlens, level, with_entropy, 
     position = torch.arange(live.shape[0], device=live.device)
     unit = position // max(shape[-1], 1) if cu_seqlens is None else segment_ids(cu_seqlens, live.shape[0])
     h = sweep.checked(h, live)
-    plan = sweep.units(live, unit, count)
-    used = _not_empty(plan.ends)
+    plan = sweep.units(live, unit, count, bound=h.bound)
 
-    def score(index, logp, entropy, first, last):
+    def score(rows, logp, entropy, first, last):
         cu = plan.cu_seqlens(first, last)
-        part = terms.at(index)
-        every = torch.ones_like(logp, dtype=torch.bool, requires_grad=False)
+        part = terms.at(rows.index)
+        every = torch.ones_like(logp, dtype=torch.bool, requires_grad=False) if rows.dead is None else ~rows.dead
         loss = ratio_term(where, terms.objective, logp, part.columns, terms.params, Share(part.weight), every, cu, level)
         if level == "sequence_sum":  # the mean over the sequences of this chunk, as its share of the mean over all
-            loss = loss * (_not_empty(plan.ends[first:last + 1]) / max(used, 1))
+            loss = loss * plan.share(first, last)
         return loss + _extras(part, logp, entropy)
 
     return lambda needs: sweep.per_unit(h, plan, score, needs, with_entropy, backend)

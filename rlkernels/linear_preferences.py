@@ -28,8 +28,8 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
             ``[2B + 1]``. weight: ``[V, H]``. Both, and ``bias``, get gradients where they require them.
         targets: ``[2B, L]`` or ``[T]``, shifted already. mask: the tokens of the answers; the others enter no product.
         ref_chosen_logps, ref_rejected_logps: sums under the reference, ``[B]``, as for ``dpo_loss``.
-        options: the keywords of ``linear_token_logprobs`` but ``max_live_tokens``, and those of ``dpo_loss``; lengths are those of the live tokens
-            unless given.
+        options: the keywords of ``linear_token_logprobs``, and those of ``dpo_loss``; lengths are those of the live tokens unless given. With
+            ``max_live_tokens`` the host reads no lengths: where the bound fits in one chunk three products, else four.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)`` as ``dpo_loss``.
@@ -51,8 +51,10 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
     def whole(logps):
         return dpo_loss(logps[:pairs], logps[pairs:], *references, return_metrics=return_metrics, **options)
 
-    if torch.compiler.is_compiling() or not checked.separable:
-        return whole(answers.sums(answers.again()))
+    if checked.pair_weights is not None:
+        answers = answers.only(checked.pair_weights[answers.answer % max(pairs, 1)] != 0)
+    if torch.compiler.is_compiling() or not checked.separable or not sweep.fits(answers.head):
+        return whole(answers.sums(answers.again(answers.live)))
 
     def score(sums, first, last):
         part = (None if x is None else x[first:last] for x in references)
@@ -61,7 +63,6 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
     references = _references(where, references, pairs)
     if checked.pair_weights is not None:
         checked = checked._replace(pair_weights=checked.pair_weights.clone())
-        answers = answers.only(checked.pair_weights[answers.answer % max(pairs, 1)] != 0)
     place = answers.answer % max(pairs, 1) * 2 + answers.answer // max(pairs, 1)  # the pair's chosen answer, then its rejected one
     loss, logp = answers.scored(place, 2, score)
     return (loss, whole(answers.sums(logp))[1]) if return_metrics else loss
@@ -74,8 +75,8 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
         hidden: ``[N, L, H]``, or packed ``[T, H]`` with ``cu_seqlens`` ``[N + 1]``; weight: ``[V, H]``; targets: ``[N, L]`` or ``[T]``, shifted
             already; mask: the tokens of the answers.
         ref_logps, desirable: ``[N]``, as for ``unpaired_preference_loss``.
-        options: the keywords of ``linear_token_logprobs`` but ``max_live_tokens``, and those of ``unpaired_preference_loss``. ``"kto_paired_batch"``
-            looks at the whole batch: four products.
+        options: the keywords of ``linear_token_logprobs``, and those of ``unpaired_preference_loss``. ``"kto_paired_batch"`` looks at the whole
+            batch: four products; so does ``max_live_tokens`` where it does not fit in one chunk.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``.
@@ -98,15 +99,15 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
     def whole(logps):
         return unpaired_preference_loss(logps, ref_logps, desirable, return_metrics=return_metrics, **options)
 
-    if torch.compiler.is_compiling() or not checked.separable:
-        return whole(answers.sums(answers.again()))
-
     weighs = torch.where(desirable != 0, checked.desirable_weight, checked.undesirable_weight) != 0
+    if checked.separable and not return_metrics:  # which are of both classes
+        answers = answers.only(weighs[answers.answer])
+    if torch.compiler.is_compiling() or not checked.separable or not sweep.fits(answers.head):
+        return whole(answers.sums(answers.again(answers.live)))
+
     refs, good = torch.where(weighs, ref_logps, 0.0), desirable != 0
     if isinstance(checked.baseline, torch.Tensor):
         checked = checked._replace(baseline=checked.baseline.clone())
-    if not return_metrics:  # which are of both classes
-        answers = answers.only(weighs[answers.answer])
 
     def score(sums, first, last):
         sums = torch.where(weighs[first:last], sums, 0.0)
@@ -124,7 +125,7 @@ class _Answers(NamedTuple):
     answer: torch.Tensor
     offsets: torch.Tensor  # the ends of the answers
     count: int
-    again: Callable  # the log-probabilities of the live rows, by four products
+    again: Callable  # live rows -> log-probabilities, by four products
 
     def sums(self, logp):
         """Of each answer, ``[count]``."""
@@ -140,10 +141,10 @@ class _Answers(NamedTuple):
     def scored(self, place, per_unit, score):
         """Loss and log-probabilities. ``score(sums, first, last)``: the loss of units ``first`` to ``last`` from the sums of their answers."""
         plain = sweep.checked(self.head, self.live)
-        plan = sweep.units(self.live, place, self.count, per_unit)
+        plan = sweep.units(self.live, place, self.count, per_unit, plain.bound)
 
-        def of_rows(index, logp, entropy, first, last):
-            return score(sequence_sums(logp, None, plan.cu_seqlens(first, last)), first, last)
+        def of_rows(rows, logp, entropy, first, last):
+            return score(sequence_sums(logp, None if rows.dead is None else ~rows.dead, plan.cu_seqlens(first, last)), first, last)
 
         backend = ops.serving("fused_policy", self.head.hidden)
         loss, logp, _ = sweep.differentiable(self.head, lambda needs: sweep.per_unit(plain, plan, of_rows, needs, False, backend))
@@ -157,8 +158,6 @@ def _answers(where, hidden, weight, targets, mask, cu_seqlens, options, loss_opt
             raise TypeError(f"{where}: got an unknown option {name!r}; it takes {', '.join((*HEAD, *loss_options.__kwdefaults__))}")
     given = {name: options[name] for name in HEAD if name in options}
     h = head(where, hidden, weight, targets, **given)
-    if h.bound is not None:
-        raise ValueError(f"{where}: max_live_tokens is for losses of single tokens; the lengths of answers are read on the host")
     if hidden.dim() != (3 if cu_seqlens is None else 2):
         raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}, expected [B, L, H], or [T, H] together with cu_seqlens")
     live = live_tokens(where, targets.new_empty(targets.shape, dtype=h.real), mask) & (targets != h.ignore_index)
@@ -170,7 +169,8 @@ def _answers(where, hidden, weight, targets, mask, cu_seqlens, options, loss_opt
         checks_tokens.segments(where, cu_seqlens, targets)
         count, answer, offsets = cu_seqlens.shape[0] - 1, segment_ids(cu_seqlens, targets.shape[0]), cu_seqlens
 
-    def again():
+    def again(live):
+        live = live.view(targets.shape)
         return linear_token_logprobs(hidden, weight, torch.where(live, targets, h.ignore_index), **given).reshape(-1)
 
     return _Answers(h, live.reshape(-1), answer, offsets, count, again), {name: x for name, x in options.items() if name not in HEAD}

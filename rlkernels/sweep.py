@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import ops
-from rlkernels.chunks import Rows, filled_up, live_rows, moving_and_still_rows
-from rlkernels.head import Chunk, check_targets
+from rlkernels.chunks import Rows, bounded_rows, filled_up, live_rows, moving_and_still_rows
+from rlkernels.head import Chunk, check_targets, without_autocast
 from rlkernels.linear import Gradients
 from rlkernels.objectives import OBJECTIVES
 from rlkernels.objectives.zeros import still_where_zero
@@ -146,14 +146,48 @@ class Units(NamedTuple):
         offsets = self.offsets[first * per_unit:last * per_unit + 1]
         return offsets - offsets[:1]
 
+    def share(self, first, last):
+        """Of the units with a row, the part that ``first`` to ``last`` hold."""
+        return _not_empty(self.ends[first:last + 1]) / max(_not_empty(self.ends), 1)
 
-def units(live, sequence, count, per_unit=1):
-    """Live rows by sequence (``sequence``: ``[T]``, of ``count``), ``per_unit`` sequences to a unit. One host read: the lengths."""
-    sequence = torch.where(live, sequence, count)
-    ends = torch.cumsum(torch.bincount(sequence, minlength=count + 1)[:count], 0)
-    offsets = torch.cat([ends.new_zeros(1), ends])
+
+def _not_empty(ends):
+    return sum(end > start for start, end in zip(ends, ends[1:], strict=False))
+
+
+class OneChunk(NamedTuple):
+    """All ``count`` units at once: where they end is known to the device alone. The rows that fill the bound stand behind the last sequence's."""
+
+    found: Rows
+    count: int
+    offsets: torch.Tensor
+
+    def rows(self, first, last):
+        return self.found
+
+    def chunks(self, size):
+        yield 0, self.count
+
+    def cu_seqlens(self, first, last):
+        return torch.cat([self.offsets[:-1], self.offsets.new_full((1,), len(self.found))])
+
+    def share(self, first, last):
+        return 1.0
+
+
+def fits(head):
+    """Whether whole sequences can be laid out without four products: a bound hides from the host which of them a chunk would hold."""
+    return head.bound is None or head.bound <= head.chunk
+
+
+def units(live, sequence, count, per_unit=1, bound=None):
+    """Live rows by sequence (``sequence``: ``[T]``, of ``count``), ``per_unit`` sequences to a unit. One host read, the lengths; none with a ``bound``."""
+    ordered, order = torch.sort(torch.where(live, sequence, count), stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(count + 1, device=live.device))  # bincount would wait for the device
+    if bound is not None:
+        return OneChunk(bounded_rows(live, bound, order), count // per_unit, offsets)
     ends = offsets[::per_unit].tolist()
-    return Units(torch.argsort(sequence, stable=True)[:ends[-1]], ends, offsets)
+    return Units(order[:ends[-1]], ends, offsets)
 
 
 def blocks(rows, size):
@@ -164,18 +198,17 @@ def blocks(rows, size):
 @torch.no_grad()
 def per_unit(head, plan, score, needs, with_entropy, backend):
     """``score(rows, logp, entropy, first, last) -> loss`` by autograd over a few numbers per row, units ``first`` to ``last``."""
-    chunks = list(plan.chunks(head.chunk))
-    sweep = _Sweep(head, needs, max((plan.ends[b] - plan.ends[a] for a, b in chunks), default=0), head.chunk)
+    chunks = [(first, last, plan.rows(first, last)) for first, last in plan.chunks(head.chunk)]
+    sweep = _Sweep(head, needs, max((len(rows) for _, _, rows in chunks), default=0), head.chunk)
     wanted = ops.ENTROPY if with_entropy else 0
-    for first, last in chunks:
-        rows = plan.rows(first, last)
+    for first, last, rows in chunks:
         parts = [rows.part(start, start + head.chunk) for start in range(0, len(rows), head.chunk)]
         statistics, kept = [], None
         for part in parts:
             kept = sweep.logits(part)
             statistics.append(sweep.chunk.statistics(backend, kept[0], sweep.arguments(part), wanted)[:4])
         logp, shift, sum_exp, entropy = (torch.cat(s) for s in zip(*statistics, strict=True)) if parts else (sweep.logp[:0],) * 4
-        loss, dlogp, dentropy = _scored(score, rows.index, logp, entropy if with_entropy else None, first, last, any(needs))
+        loss, dlogp, dentropy = _scored(score, rows, logp, entropy if with_entropy else None, first, last, any(needs))
         sweep.loss += loss
         sweep.logp[rows.index] = logp
         if with_entropy:
@@ -193,10 +226,10 @@ def per_unit(head, plan, score, needs, with_entropy, backend):
     return sweep.found()
 
 
-def _scored(score, index, logp, entropy, first, last, needs):
+def _scored(score, rows, logp, entropy, first, last, needs):
     with torch.set_grad_enabled(needs):
         leaves = [x.detach().requires_grad_(needs) for x in (logp, entropy) if x is not None]
-        loss = score(index, *leaves, *(() if entropy is not None else (None,)), first, last)
+        loss = score(rows, *leaves, *(() if entropy is not None else (None,)), first, last)
         grads = torch.autograd.grad(loss, leaves, allow_unused=True) if needs and loss.requires_grad else [None] * len(leaves)
     dlogp = torch.zeros_like(logp) if grads[0] is None else grads[0]
     return loss.detach(), dlogp, grads[1] if len(grads) > 1 else None
@@ -207,8 +240,8 @@ def differentiable(h, compute):
     inputs = h.hidden, h.weight, h.bias
     needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs)
 
-    def run():  # autocast, which may be on in the backward too, would take the products of fp32 back to 16 bits
-        with torch.autocast(h.hidden.device.type, enabled=False):
+    def run():
+        with without_autocast(h.hidden.device.type):  # it may be on in the backward too
             return compute(needs)
 
     found = run()

@@ -102,7 +102,8 @@ def test_every_option_is_that_of_all_logits(name, bias, dtype, backend):
     options = state_options(d, name)
     for level in ("token", "sequence"):
         judge(d, bias, ratio_level=level, execution={"chunk_tokens": 8}, **options)
-    judge(d, bias, execution={"max_live_tokens": 20}, **options)
+        for chunk in ({}, {"chunk_tokens": 16}):  # a sequence's ratio takes three products where the bound fits, else four
+            judge(d, bias, ratio_level=level, execution={"max_live_tokens": 20, **chunk}, **options)
 
 
 IDS = torch.tensor([4, 1, 4])
@@ -120,6 +121,7 @@ def test_every_aggregation_weighs_all_terms(mode, normalizers, backend):
         d["mask"][1] = False  # a sequence without a live token
         for level in ("token", "sequence_token"):
             judge(d, ratio_level=level, aggregation_=mode, normalizers=normalizers, kl_coef=0.2, entropy_coef=0.1, execution={"chunk_tokens": 6})
+            judge(d, ratio_level=level, aggregation_=mode, normalizers=normalizers, kl_coef=0.2, entropy_coef=0.1, execution={"max_live_tokens": 20})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,9 +131,9 @@ def test_a_packed_batch_with_an_empty_sequence_and_one_of_one_token(level, dtype
     d["mask"][:6] = True
     modes = ("seq-mean",) if level == "sequence_sum" else ("token-mean", "seq-mean-token-mean")
     for mode in modes:
-        for chunk in (3, 9, None):
-            judge(d, ratio_level=level, aggregation_=mode, cu_seqlens=CU, kl_coef=0.1, execution={"chunk_tokens": chunk})
-            judge(d, ratio_level=level, aggregation_=mode, cu_seqlens=CU, advantages=d["advantages"][:5].clone(), execution={"chunk_tokens": chunk})
+        for execution in ({"chunk_tokens": 3}, {"chunk_tokens": 9}, {}, {"max_live_tokens": 30}, {"max_live_tokens": 20, "chunk_tokens": 7}):
+            judge(d, ratio_level=level, aggregation_=mode, cu_seqlens=CU, kl_coef=0.1, execution=execution)
+            judge(d, ratio_level=level, aggregation_=mode, cu_seqlens=CU, advantages=d["advantages"][:5].clone(), execution=execution)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -17,7 +17,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 P, BETA, SMOOTHING = 4, 0.4, 0.1
 HEAD = {"temperature": 0.8, "softcap": 6.0, "logit_scale": 1.2}
 CU = torch.tensor([0, 6, 9, 10, 14, 20, 25, 27, 33])  # eight answers, one of a single token
-CHUNKS = (None, 12, 3)  # all pairs at once; one or two; every pair outgrows its chunk
+# All pairs at once; one or two; every pair outgrows its chunk; a bound (at most 48 are live) that fits in a chunk, and one that does not.
+CHUNKS = ({}, {"chunk_tokens": 12}, {"chunk_tokens": 3}, {"max_live_tokens": 48}, {"max_live_tokens": 48, "chunk_tokens": 20})
 
 
 def batch(dtype=torch.float32, packed=False, seed=0, count=2 * P):
@@ -67,7 +68,7 @@ def judge(d, names, chunks=CHUNKS, coefficients=None, pair_weights=None, diverge
     want = gradients(truth, wide, -2.3)
     given = {"loss_weights": coefficients, "pair_weights": pair_weights, "f_divergence": divergence, "length_normalized": averaged, **options}
     for chunk in chunks:
-        loss = loss_of(d, operands, names, chunk_tokens=chunk, **given)
+        loss = loss_of(d, operands, names, **chunk, **given)
         assert loss.dtype == d["old"].dtype
         assert_loss(loss, truth, size)
         assert_gradients(gradients(loss, operands, -2.3), want, slope=1 + BETA / 0.05 if names == "discopop" else 1.0)
@@ -94,7 +95,7 @@ def test_mixtures_and_weights_of_pairs(dtype, backend):
 @pytest.mark.parametrize("averaged", [False, True], ids=["sums", "averages"])
 @pytest.mark.parametrize("name", oracle.OF_MARGIN)
 def test_every_divergence_and_averages_per_token(name, averaged, divergence, backend):
-    judge(batch(torch.float32), name, divergence=divergence, averaged=averaged, chunks=(12, 3))
+    judge(batch(torch.float32), name, divergence=divergence, averaged=averaged, chunks=CHUNKS[1:])
 
 
 def test_lengths_of_the_caller_take_the_place_of_the_live_tokens(backend):
@@ -114,7 +115,7 @@ def test_metrics_are_those_of_the_true_sums(names, packed, backend):
     halves = [x.detach()[half] for x in (sums, d["reference"].double()) for half in (slice(None, P), slice(P, None))]
     _, want = rlk.dpo_loss(*halves, chosen_lengths=n[:P], rejected_lengths=n[P:], return_metrics=True, **given)
     for chunk in CHUNKS:
-        loss, metrics = loss_of(d, own(d), names, chunk_tokens=chunk, return_metrics=True, pair_weights=given["pair_weights"])
+        loss, metrics = loss_of(d, own(d), names, **chunk, return_metrics=True, pair_weights=given["pair_weights"])
         assert metrics.keys() == want.keys() and loss.requires_grad and not any(x.requires_grad for x in metrics.values())
         for name, value in want.items():
             assert metrics[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-5), name
@@ -133,13 +134,14 @@ def test_law_2_a_pair_of_weight_0_is_left_out_whatever_it_holds_and_enters_no_pr
     clean = {k: v if v is None else v.clone() for k, v in d.items()}
     d["hidden"][1], d["hidden"][P + 1], d["reference"][1] = poison, poison, poison
     logits = sweep._Sweep.logits
-    monkeypatch.setattr(sweep._Sweep, "logits", lambda self, rows: entered.append(rows.index) or logits(self, rows))
+    monkeypatch.setattr(sweep._Sweep, "logits", lambda self, rows: entered.append(rows.index if rows.dead is None else rows.index[~rows.dead])
+                        or logits(self, rows))
     for name in ("sigmoid", "ipo", "orpo", "sft"):
-        for chunk in (None, 3):
+        for chunk in CHUNKS:
             results = []
             for inputs in (d, clean):
                 operands = own(inputs)
-                loss, metrics = loss_of(inputs, operands, name, pair_weights=weights, chunk_tokens=chunk, return_metrics=True)
+                loss, metrics = loss_of(inputs, operands, name, pair_weights=weights, **chunk, return_metrics=True)
                 results.append([loss.detach(), *gradients(loss, operands), *metrics.values()])
             assert all(same_bits(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True)), name
     rows = set(torch.cat(entered).tolist())
@@ -177,8 +179,8 @@ def test_every_unpaired_type_is_its_formula_over_all_logits(name, options, packe
         wide, operands = problems.leaves(d), own(d)
         truth = unpaired_truth(d, wide, name, up, down, **options).mean()
         want = gradients(truth, wide, 1.7)
-        for chunk in (None, 9, 3):
-            loss = unpaired(d, operands, name, chunk_tokens=chunk, desirable_weight=up, undesirable_weight=down, **options)
+        for chunk in CHUNKS:
+            loss = unpaired(d, operands, name, **chunk, desirable_weight=up, undesirable_weight=down, **options)
             assert_loss(loss, truth)
             assert_gradients(gradients(loss, operands, 1.7), want)
 
@@ -190,10 +192,11 @@ def test_metrics_of_unpaired_answers_are_those_of_the_true_sums(backend):
         for weights in ({}, {"undesirable_weight": 0.0}):
             _, want = rlk.unpaired_preference_loss(sums.detach(), d["reference"].double(), GOOD, loss_type=name, beta=BETA, return_metrics=True, **weights,
                                                    **{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()})
-            loss, metrics = unpaired(d, own(d), name, return_metrics=True, chunk_tokens=5, **weights, **options)
-            assert metrics.keys() == want.keys() and loss.requires_grad
-            for key, value in want.items():
-                assert metrics[key].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-5), (name, key)
+            for chunk in ({"chunk_tokens": 5}, *CHUNKS[3:]):
+                loss, metrics = unpaired(d, own(d), name, return_metrics=True, **chunk, **weights, **options)
+                assert metrics.keys() == want.keys() and loss.requires_grad
+                for key, value in want.items():
+                    assert metrics[key].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-5), (name, key)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -205,11 +208,11 @@ def test_law_2_a_class_of_weight_0_is_left_out_whatever_it_holds(of, poison, bac
     for name, options in UNPAIRED:
         if name == "kto_paired_batch":
             continue  # every answer sets the baseline of the other class
-        for metrics in (False, True):
+        for metrics, chunk in [(m, c) for m in (False, True) for c in ({"chunk_tokens": 4}, *CHUNKS[3:])]:
             results = []
             for inputs in (d, clean):
                 operands = own(inputs)
-                loss = unpaired(inputs, operands, name, undesirable_weight=0.0, chunk_tokens=4, return_metrics=metrics, **options)
+                loss = unpaired(inputs, operands, name, undesirable_weight=0.0, return_metrics=metrics, **chunk, **options)
                 loss = loss[0] if metrics else loss
                 results.append([loss.detach(), *gradients(loss, operands)])
             assert all(same_bits(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True)), name
@@ -220,8 +223,9 @@ def test_no_pair_and_no_answer_cost_nothing(backend):
         d = problem(shape=shape)
         d["cu_seqlens"], d["reference"] = None, torch.zeros(shape[0])
         operands = own(d)
-        loss = loss_of(d, operands, "sigmoid")
-        assert loss.item() == (0.0 if shape[0] == 0 else pytest.approx(0.9 * 0.6931472 + 0.1 * 0.6931472))
-        assert all(not g.any() for g in gradients(loss, operands))
-        if shape[0]:
-            assert unpaired(d, operands, "bco", delta=0.0).item() == pytest.approx(0.6931472)
+        for options in ({}, {"max_live_tokens": 1}):
+            loss = loss_of(d, operands, "sigmoid", **options)
+            assert loss.item() == (0.0 if shape[0] == 0 else pytest.approx(0.9 * 0.6931472 + 0.1 * 0.6931472))
+            assert all(not g.any() for g in gradients(loss, operands))
+            if shape[0]:
+                assert unpaired(d, operands, "bco", delta=0.0, **options).item() == pytest.approx(0.6931472)

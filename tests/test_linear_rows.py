@@ -83,8 +83,11 @@ def test_F93_a_row_without_a_weight_never_enters_a_product(dtype, entered, backe
         policy(d, operands, **options).backward()
         assert cleared(entered)["logits"] == rows_where(enter)  # each of them once
     for level in LEVELS[1:]:  # a ratio of a sequence takes all its live tokens
-        policy(d, own(d), level, weights=weights)
-        assert cleared(entered)["logits"] == rows_where(live)
+        for options in ({}, {"max_live_tokens": 18}):
+            policy(d, own(d), level, weights=weights, **options).backward()
+            assert cleared(entered)["logits"] == rows_where(live)  # each of them once: three products, with a bound too
+        policy(d, own(d), level, weights=weights, max_live_tokens=18, chunk_tokens=16).backward()
+        assert set(cleared(entered)["logits"]) == set(rows_where(live))
     rlk.linear_sft_loss(*own(d)[:2], d["targets"], d["mask"], sample_weights=weights).backward()
     assert cleared(entered)["logits"] == rows_where(live & (weights != 0))
     dead = numbered(dtype, shape=(4, 5))
@@ -175,10 +178,10 @@ def test_F40_without_gradients_the_bits_are_the_same_and_no_gradient_is_made(mod
 def test_law_2_what_stands_in_dead_rows_changes_no_bit(level, poison, dtype, backend):
     d = problem(dtype)
     live, weights = problems.live_of(d), d["token_weights"].masked_fill(torch.arange(L) % 3 == 1, 0.0)
-    runs = [({}, live)]
+    runs = [({}, live), ({"max_live_tokens": 18}, live), ({"max_live_tokens": 18, "chunk_tokens": 32}, live)]
     if level == "token":
         weighed = live & (weights != 0)
-        runs += [({"max_live_tokens": 18}, live), ({"weights": weights}, weighed), ({"weights": weights, "max_live_tokens": 18}, weighed)]
+        runs += [({"weights": weights}, weighed), ({"weights": weights, "max_live_tokens": 18}, weighed)]
     for options, kept in runs:
         results = []
         for filling in (0.25, poison):
@@ -186,8 +189,8 @@ def test_law_2_what_stands_in_dead_rows_changes_no_bit(level, poison, dtype, bac
             inputs["hidden"] = d["hidden"].masked_fill(~kept[..., None], filling)
             more = {k: v.masked_fill(~live, filling) if k == "weights" else v for k, v in options.items()}
             operands = own(inputs)
-            loss, metrics = policy(inputs, operands, level, chunk_tokens=8, entropy_coef=0.1, kl_coef=0.1, ref_logprobs=inputs["ref"], return_metrics=True,
-                                   temperature=torch.where(kept, d["temperature"], 1.0), **more)
+            loss, metrics = policy(inputs, operands, level, entropy_coef=0.1, kl_coef=0.1, ref_logprobs=inputs["ref"], return_metrics=True,
+                                   temperature=torch.where(kept, d["temperature"], 1.0), **{"chunk_tokens": 8, **more})
             results.append([loss.detach(), *gradients(loss, operands), *metrics.values()])
         assert all(same_bits(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True)), options
 

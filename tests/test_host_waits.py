@@ -1,0 +1,164 @@
+"""Where the host reads a device, without a device: tensors on ``meta`` take the ways of an accelerator, and have nothing that could be read."""
+import pytest
+import torch
+
+import rlkernels as rlk
+from rlkernels import fakes, linear, ops, registry
+from rlkernels.preference_kinds import KINDS
+from rlkernels.unpaired import LOSS_TYPES
+from rlkernels.weights import AGGREGATIONS
+
+N, L, H, V = 4, 8, 16, 37
+DTYPES = (torch.float32, torch.bfloat16)
+LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
+
+
+def _policy(objective, x, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp, kl_weight, with_grad, out):
+    loss, _, *rows = fakes.fused_policy_fake(objective, x, targets, *(None,) * 10, False, False, None)
+    return loss, out, *rows
+
+
+KERNELS = {"token_stats": lambda *a: fakes.token_stats_fake(*a, False, None), "token_stats_backward": lambda *a: a[3], "fused_policy": _policy}
+
+
+@pytest.fixture(autouse=True)
+def on_an_accelerator(monkeypatch):
+    """Kernels are their fakes; what calls them is ours. The heads' own ops are opened: their fakes would hide the loop over chunks."""
+    monkeypatch.setattr(ops, "serving", lambda *a: "triton")
+    monkeypatch.setattr(ops, "run", lambda op, backend, *a: KERNELS[op](*a))
+    monkeypatch.setattr(linear, "linear_stats_backward", linear._linear_backward)
+    monkeypatch.setattr(linear, "linear_stats", registry._recorded("linear_stats", linear._linear_stats, linear._linear_grad, linear._linear_setup))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the host asked of a device, answered as if every token were live."""
+    asked, tolist, nonzero = [], torch.Tensor.tolist, torch.Tensor.nonzero
+
+    def numbers(x):
+        if not x.is_meta:
+            return tolist(x)
+        asked.append("tolist")
+        return [N * L] * 2 if len(x) == 2 else [i * N * L // (len(x) - 1) for i in range(len(x))]  # two counts, or the ends of the sequences
+
+    def places(x):
+        if not x.is_meta:
+            return nonzero(x)
+        asked.append("nonzero")
+        return torch.empty(x.numel(), x.dim(), dtype=torch.long, device="meta")
+
+    monkeypatch.setattr(torch.Tensor, "tolist", numbers)
+    monkeypatch.setattr(torch.Tensor, "nonzero", places)
+    return asked
+
+
+def made(*shape, dtype=torch.float32, grad=False):
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
+
+
+def whole(*shape):
+    return made(*shape, dtype=torch.long)
+
+
+MASK, A = made(N, L, dtype=torch.bool), made(N, L)
+CU, GOOD = whole(N + 1), made(N, dtype=torch.bool)
+
+
+def heads(dtype, packed=False):
+    """``{name: call}``: every loss of a head; the call takes its options and gives a scalar."""
+    rows = (N * L,) if packed else (N, L)
+    h, w, b = made(*rows, H, dtype=dtype, grad=True), made(V, H, dtype=dtype, grad=True), made(V, dtype=dtype, grad=True)
+    y, mask, a, cu = whole(*rows), MASK.view(rows), A.view(rows), {"cu_seqlens": CU} if packed else {}
+    references = {"ref_chosen_logps": made(N // 2), "ref_rejected_logps": made(N // 2)}
+
+    def policy(level, **more):
+        return lambda **o: rlk.linear_policy_loss(h, w, y, a, a, mask, bias=b, ratio_level=level, kl_coef=0.1, ref_logprobs=a, **cu, **more, **o)
+
+    def pairs(name):
+        given = {"label_smoothing": 0.1} if name == "exo_pair" else {}
+        return lambda **o: rlk.linear_dpo_loss(h, w, y, mask, bias=b, loss_type=name, **given, **cu, **(references if KINDS[name].reference else {}), **o)
+
+    def answers(name):
+        given = {"kto": {"kl": 0.1}, "bco": {"delta": 0.1}}.get(name, {})
+        return lambda **o: rlk.linear_unpaired_preference_loss(h, w, y, made(N), GOOD, mask, bias=b, loss_type=name, **given, **cu, **o)
+
+    def stats(**o):
+        found = rlk.linear_token_stats(h, w, y, bias=b, temperature=a, **o)
+        return (found.logprobs + found.entropy).sum()
+
+    return {"stats": stats, "sft": lambda **o: rlk.linear_sft_loss(h, w, y, mask, bias=b, **o),
+            **{f"policy {level}": policy(level) for level in LEVELS}, "policy with entropy": policy("token", entropy_coef=0.1),
+            "policy of sequences with entropy": policy("sequence", entropy_coef=0.1),
+            **{f"pairs {name}": pairs(name) for name in KINDS}, **{f"answers {name}": answers(name) for name in LOSS_TYPES}}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("chunk", [None, 16], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("name", heads(torch.float32))
+def test_F48_with_a_bound_the_host_reads_nothing_of_a_head(name, chunk, packed, dtype):
+    loss = heads(dtype, packed)[name](max_live_tokens=N * L, chunk_tokens=chunk)
+    loss.backward()
+    assert loss.is_meta and loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("chunk", [None, 4], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("name", heads(torch.float32))
+def test_F48_without_one_it_reads_once_per_call(name, chunk, packed, asked):
+    loss = heads(torch.bfloat16, packed)[name](chunk_tokens=chunk)
+    assert len(asked) == 1, asked
+    four_products = name == "stats" or name.startswith("pairs aot") or name == "answers kto_paired_batch"
+    loss.backward()
+    assert len(asked) == 1 + four_products, asked
+
+
+def leaf(*shape):
+    return made(*shape, grad=True)
+
+
+LOGITS, TARGETS, ONE, TWO = leaf(N, L, V), whole(N, L), leaf(N, L), leaf(N)
+IDS = {"prompt-mean": {"group_ids": whole(N)}, "rollout-mean": {"rollout_ids": whole(N)}, "group-mean": {"group_ids": whole(N)},
+       "fixed-horizon": {"horizon": 9}, "global-token-mean": {"batch_num_tokens": made()}}
+CALLS = {
+    "token_stats": lambda: rlk.token_stats(LOGITS, TARGETS, temperature=A).logprobs.sum(),
+    "sft_loss": lambda: rlk.sft_loss(LOGITS, TARGETS, MASK),
+    "logprobs_sft_loss": lambda: rlk.logprobs_sft_loss(ONE, MASK),
+    **{f"logits_policy_loss {level}": lambda level=level: rlk.logits_policy_loss(LOGITS, TARGETS, A, A, MASK, ratio_level=level, entropy_coef=0.1)
+       for level in LEVELS},
+    **{f"policy_loss {mode}": lambda mode=mode: rlk.policy_loss(ONE, A, A, MASK, aggregation=mode, normalizers=IDS.get(mode)) for mode in AGGREGATIONS},
+    **{f"aggregate {mode}": lambda mode=mode: rlk.aggregate(ONE, MASK, mode, **IDS.get(mode, {})) for mode in AGGREGATIONS},
+    "policy_loss packed": lambda: rlk.policy_loss(ONE.view(-1), A.view(-1), A.view(-1), MASK.view(-1), cu_seqlens=CU, ratio_level="sequence"),
+    "value_loss": lambda: rlk.value_loss(ONE, A, A, MASK, clip_range=0.2),
+    "pairwise_reward_loss": lambda: rlk.pairwise_reward_loss(TWO, made(N)),
+    "dpo_loss": lambda: rlk.dpo_loss(TWO, TWO * 2, made(N), made(N), pair_weights=made(N)),
+    "unpaired_preference_loss": lambda: rlk.unpaired_preference_loss(TWO, made(N), GOOD, kl=made()),
+    "sequence_means": lambda: rlk.sequence_means(ONE.view(-1), MASK.view(-1), CU).sum(),
+    "broadcast_to_tokens": lambda: rlk.broadcast_to_tokens(TWO, MASK).sum(),
+    "reward_scores": lambda: rlk.reward_scores(leaf(N, L, H), leaf(1, H), attention_mask=MASK).sum(),
+}
+PLAIN = {
+    "gae": lambda: rlk.gae(A, A, MASK), "gae packed": lambda: rlk.gae(A.view(-1), A.view(-1), MASK.view(-1), cu_seqlens=CU),
+    "discounted_returns": lambda: (rlk.discounted_returns(A, MASK),), "masked_whiten": lambda: (rlk.masked_whiten(A, MASK),),
+    "group_advantages": lambda: (rlk.group_advantages(made(N), whole(N)),),
+    "token_weights": lambda: (rlk.token_weights(MASK, "seq-mean-token-mean"),),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_F48_no_loss_reads_the_device(name):
+    loss = CALLS[name]()
+    loss.backward()
+    assert loss.is_meta
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_F48_nothing_before_a_loss_reads_the_device(name):
+    assert all(x.is_meta for x in PLAIN[name]())
+
+
+def test_a_read_would_be_seen():
+    for read in (lambda: bool(MASK.any()), lambda: A.tolist(), lambda: A.nonzero(), lambda: A.cpu(), lambda: torch.bincount(TARGETS.view(-1)),
+                 lambda: MASK[MASK], lambda: torch.repeat_interleave(A[0], TARGETS[0]), lambda: torch.unique(TARGETS)):
+        with pytest.raises(Exception):  # noqa: B017  (each has its own)
+            read()
