@@ -149,5 +149,6 @@ def unpaired_preference_loss(logps, ref_logps, desirable, *, loss_type="kto", be
         metrics = {f"reward_{name}": torch.where(one, rewards, 0.0).sum() / one.sum().clamp(min=1)
                    for name, one in (("desirable", good), ("undesirable", ~good))}
         if loss_type == "kto":
-            metrics["kl"] = torch.as_tensor(options.baseline, dtype=like.dtype, device=like.device)
+            kl = options.baseline
+            metrics["kl"] = kl.to(like.dtype) if isinstance(kl, torch.Tensor) else like.new_full((), kl)  # filled there: a copy would wait for the device
         return loss, metrics

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 import rlkernels as rlk
-from rlkernels import fakes, linear, ops, registry
+from rlkernels import linear, ops, registry
+from rlkernels.backends import eager
+from rlkernels.objectives import OBJECTIVES
 from rlkernels.preference_kinds import KINDS
 from rlkernels.unpaired import LOSS_TYPES
 from rlkernels.weights import AGGREGATIONS
@@ -13,19 +15,21 @@ DTYPES = (torch.float32, torch.bfloat16)
 LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 
 
-def _policy(objective, x, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp, kl_weight, with_grad, out):
-    loss, _, *rows = fakes.fused_policy_fake(objective, x, targets, *(None,) * 10, False, False, None)
-    return loss, out, *rows
-
-
-KERNELS = {"token_stats": lambda *a: fakes.token_stats_fake(*a, False, None), "token_stats_backward": lambda *a: a[3], "fused_policy": _policy}
+def _made_there(function):
+    """Of numbers on the host: the copy would wait for the device."""
+    def call(data, *arguments, device=None, **options):
+        assert isinstance(data, torch.Tensor) or str(device) != "meta", f"{data!r} is copied to the device"
+        return function(data, *arguments, device=device, **options)
+    return call
 
 
 @pytest.fixture(autouse=True)
 def on_an_accelerator(monkeypatch):
-    """Kernels are their fakes; what calls them is ours. The heads' own ops are opened: their fakes would hide the loop over chunks."""
+    """Kernels are those of plain torch; what calls them is ours. The heads' own ops are opened: their fakes would hide the loop over chunks."""
     monkeypatch.setattr(ops, "serving", lambda *a: "triton")
-    monkeypatch.setattr(ops, "run", lambda op, backend, *a: KERNELS[op](*a))
+    monkeypatch.setattr(ops, "run", lambda op, backend, *a: getattr(eager, op)(*a))
+    for name in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, _made_there(getattr(torch, name)))
     monkeypatch.setattr(linear, "linear_stats_backward", linear._linear_backward)
     monkeypatch.setattr(linear, "linear_stats", registry._recorded("linear_stats", linear._linear_stats, linear._linear_grad, linear._linear_setup))
 
@@ -145,6 +149,26 @@ PLAIN = {
 }
 
 
+METRICS = {
+    **{f"policy_loss {level}": lambda level=level: rlk.policy_loss(ONE, A, A, MASK, ratio_level=level, kl_coef=0.1, ref_logprobs=A, return_metrics=True)
+       for level in LEVELS},
+    "logits_policy_loss": lambda: rlk.logits_policy_loss(LOGITS, TARGETS, A, A, MASK, return_metrics=True),
+    "value_loss": lambda: rlk.value_loss(ONE, A, A, MASK, clip_range=0.2, return_metrics=True),
+    "sft_loss": lambda: rlk.sft_loss(LOGITS, TARGETS, MASK, return_metrics=True),
+    "dpo_loss": lambda: rlk.dpo_loss(TWO, TWO * 2, made(N), made(N), return_metrics=True),
+    "unpaired_preference_loss": lambda: rlk.unpaired_preference_loss(TWO, made(N), GOOD, kl=0.1, return_metrics=True),
+    **{f"head: {name}": lambda name=name: heads(torch.bfloat16)[name](max_live_tokens=N * L, return_metrics=True)
+       for name in ("sft", "policy token", "policy sequence", "pairs sigmoid", "answers kto")},
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_F48_no_metric_reads_the_device(name):
+    loss, metrics = METRICS[name]()
+    loss.backward()
+    assert metrics and all(x.is_meta for x in metrics.values())
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_F48_no_loss_reads_the_device(name):
     loss = CALLS[name]()
@@ -157,8 +181,18 @@ def test_F48_nothing_before_a_loss_reads_the_device(name):
     assert all(x.is_meta for x in PLAIN[name]())
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_F48_no_objective_in_plain_torch_reads_the_device(name):
+    entry = OBJECTIVES[name]
+    columns, params = [made(N, L) for _ in entry.columns], [0.5] * len(entry.params)
+    for weight in (None, A):
+        assert all(x.is_meta for x in eager.elementwise(name, columns, params, weight))
+    assert all(x.is_meta for x in eager.weighted_loss(name, columns[0], [], columns[1:], params, MASK, made(), 1.0))
+
+
 def test_a_read_would_be_seen():
     for read in (lambda: bool(MASK.any()), lambda: A.tolist(), lambda: A.nonzero(), lambda: A.cpu(), lambda: torch.bincount(TARGETS.view(-1)),
-                 lambda: MASK[MASK], lambda: torch.repeat_interleave(A[0], TARGETS[0]), lambda: torch.unique(TARGETS)):
+                 lambda: torch.tensor(1.0, device="meta"), lambda: MASK[MASK], lambda: torch.repeat_interleave(A[0], TARGETS[0]),
+                 lambda: torch.unique(TARGETS)):
         with pytest.raises(Exception):  # noqa: B017  (each has its own)
             read()

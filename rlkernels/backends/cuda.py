@@ -22,6 +22,8 @@ NO_DEVICE = "torch sees no CUDA device here"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NOWHERE = (0, 0, 0, 1)
 MASKED = {"skip": 0, "zero": 1, "none": 2}
+# Private, so looked for: the public way builds an object of Python for every launch. Builds of torch without CUDA have none.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def available():
@@ -133,7 +135,8 @@ def _available_or_raise():
 
 def _where(tensor):
     """``(device index, stream)``: the launch goes to the tensor's device, whichever is current, and onto its current stream."""
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+    index = tensor.device.index
+    return index, torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else _raw_stream(index)
 
 
 def _rows(logits, targets, temperature, ignore_index, vocab_mask, ref_logits):

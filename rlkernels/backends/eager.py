@@ -16,9 +16,10 @@ def real_dtype(dtype):
 def elementwise(objective, columns, params, weight):
     first = columns[0]
     # Tensors of the columns' dtype: where(condition, 1.0, 1.05) on two Python floats is fp32 whatever the columns are.
-    params = [torch.full((), p, dtype=first.dtype, device=first.device) for p in params]
+    params = [first.new_full((), p) for p in params]
     outputs = OBJECTIVES[objective].function(*columns, *params)
-    value, derivative = (torch.as_tensor(x, dtype=first.dtype, device=first.device).expand(first.shape) for x in outputs)
+    # A constant is filled in where the columns are: a copy of it would wait for the device.
+    value, derivative = ((x.to(first.dtype) if isinstance(x, torch.Tensor) else first.new_full((), x)).expand(first.shape) for x in outputs)
     if weight is None:
         # Copies: an objective may return a column as it is, and an op's output must not alias its input.
         return value.sum(dtype=torch.float64).to(first.dtype), *(x.clone(memory_format=torch.contiguous_format) for x in (value, derivative))

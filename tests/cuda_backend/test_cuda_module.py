@@ -54,8 +54,10 @@ def test_F28_a_dtype_without_a_kernel_is_refused(backend, call, message):
 
 def test_F45_a_launch_names_the_device_and_the_stream_of_its_tensors(monkeypatch):
     device = torch.device("cuda", 1)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda d: SimpleNamespace(cuda_stream=77) if d == device else None)
-    assert cuda._where(SimpleNamespace(device=device)) == (1, 77)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda d: SimpleNamespace(cuda_stream=77) if d == 1 else None)
+    for raw in (None, {1: 77}.get):  # a torch without the private function, and one with it
+        monkeypatch.setattr(cuda, "_raw_stream", raw)
+        assert cuda._where(SimpleNamespace(device=device)) == (1, 77)
 
 
 def test_the_compiled_objectives_are_those_of_the_header(host_module):

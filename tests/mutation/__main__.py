@@ -22,6 +22,7 @@ sys.path.insert(0, str(HERE))
 
 import cpu_mutants  # noqa: E402
 import cuda_mutants  # noqa: E402
+import head_mutants  # noqa: E402
 import python_mutants  # noqa: E402
 import triton_mutants  # noqa: E402
 from mutant import problems  # noqa: E402
@@ -29,7 +30,7 @@ from tree import Tree  # noqa: E402
 
 ROOT = HERE.parents[1]
 LISTS = {"cpu": cpu_mutants.MUTANTS, "cuda": cuda_mutants.MUTANTS, "triton": triton_mutants.MUTANTS, "compiled": triton_mutants.COMPILED,
-         "python": python_mutants.MUTANTS}
+         "python": python_mutants.MUTANTS, "head": head_mutants.MUTANTS}
 BAR = 0.95
 
 
