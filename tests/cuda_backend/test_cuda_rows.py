@@ -84,6 +84,16 @@ def test_F15_no_storage_offset_changes_a_bit(backend, dtype):
         assert same_bits(gradient(backend, g, moved, targets, aligned), gradient(backend, g, x, targets, aligned))
 
 
+def test_F03_a_row_that_begins_behind_2_to_the_31_elements_has_its_bits(backend):
+    x, targets, _ = draw_rows((3,), 1030, torch.bfloat16, seed=14)
+    far = torch.empty(2**31 + 2048, dtype=torch.bfloat16).as_strided((3, 1030), (2**30, 1))  # 4 GB, of which three pages become resident
+    far.copy_(x)
+    stats, g = run(backend, x, targets), (*cotangents(targets.shape, 2), None)
+    assert same(run(backend, far, targets), stats)
+    expected = gradient(backend, g, x, targets, stats)
+    assert same_bits(gradient(backend, g, far, targets, stats, out=far), expected) and same_bits(far, expected)
+
+
 def test_F53_a_row_has_the_same_bits_alone_and_in_any_company(backend, dtype):
     x, targets, mask = draw_rows((5,), 2053, dtype, seed=11)
     together = run(backend, x, targets, mask=mask, ref=x.roll(1, -1))

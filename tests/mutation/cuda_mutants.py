@@ -26,7 +26,7 @@ MUTANTS = (
     _m("the tail stores one column too many", "columns.cuh", "if (column + i < columns) row[column + i] = item[i]",
        "if (column + i <= columns) row[column + i] = item[i]", 2),
     _m("32-bit row offset", "rows.h", "+ ((r / level) * outer + (r % level) * inner)", "+ int((r / level) * outer + (r % level) * inner)",
-       3),
+       3, tests=(HERE + "test_cuda_rows.py::test_F03_a_row_that_begins_behind_2_to_the_31_elements_has_its_bits",)),
     _m("the outer stride is ignored", "rows.h", "+ ((r / level) * outer + (r % level) * inner)",
        "+ (r * inner + (level == 1 ? r * outer : 0))", 13),
     _m("the stride of the targets is ignored", "rows.h", "r * target_stride * target_bytes", "r * target_bytes", 14),
