@@ -23,8 +23,8 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
 
     Tokens whose weights are all 0 enter no product. Tokens without advantage, KL and entropy term skip the two products of the gradient
     where the objective's source shows that it cannot move there; on the CPU so do all tokens whose gradient turns out to be 0 (clipped ones).
-    Sequence-level ratios take whole sequences per chunk; a sequence that outgrows a chunk is multiplied once more. Under ``torch.compile`` the
-    loss is ``policy_loss`` of ``linear_token_stats``: four products.
+    Sequence-level ratios take whole sequences per chunk; a sequence that outgrows a chunk is multiplied once more, but for its last part. Under
+    ``torch.compile`` the loss is ``policy_loss`` of ``linear_token_stats``: four products.
 
     Args:
         hidden, weight, bias: as for ``linear_token_logprobs``; all three get gradients where they require them, scaled by the upstream gradient
@@ -51,8 +51,7 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
     check_terms(where, like, ref_logprobs, kl, kl_coef, None, 0.0)
     checks.finite(where, "entropy_coef", entropy_coef)
     live = live_tokens(where, like, mask) & (targets != ignore_index)
-    by_sequence = ratio_level != "token"
-    if torch.compiler.is_compiling() or by_sequence and not sweep.fits(h):
+    if torch.compiler.is_compiling():
         stats = linear_token_stats(
             hidden, weight, torch.where(live, targets, ignore_index), bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             ignore_index=ignore_index, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens, logits_budget=logits_budget,
@@ -67,7 +66,7 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
                   kl if kl_coef != 0 else None, h.flat(ref_logprobs) if kl_coef != 0 else None, h.flat(weights * kl_coef) if kl_coef != 0 else None)
     backend = ops.serving("fused_policy", hidden)
     with_entropy = return_metrics or entropy_coef != 0
-    if by_sequence:
+    if ratio_level != "token":
         compute = _by_sequence(where, h, terms, like.shape, live, cu_seqlens, ratio_level, with_entropy, backend)
     else:
         compute, live = _by_token(h, terms, with_entropy, backend), live & terms.live().view(h.shape)  # the others are not read: no metrics of them
@@ -154,7 +153,7 @@ def _by_sequence(where, h, terms, shape, live, cu_seqlens, level, with_entropy, 
     position = torch.arange(live.shape[0], device=live.device)
     unit = position // max(shape[-1], 1) if cu_seqlens is None else segment_ids(cu_seqlens, live.shape[0])
     h = sweep.checked(h, live)
-    plan = sweep.units(live, unit, count, bound=h.bound)
+    plan = sweep.units(live, unit, count, bound=h.bound, still=terms.still())
 
     def score(rows, logp, entropy, first, last):
         cu = plan.cu_seqlens(first, last)

@@ -21,7 +21,8 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
     r"""``dpo_loss``, of any of its types, from hidden states and the lm_head, without ``[T, V]`` logits: three products.
 
     The summed log-probabilities of each answer's live tokens go into ``dpo_loss``. Chunks hold whole pairs; a pair that outgrows a chunk is
-    multiplied once more, and so is everything under ``torch.compile`` and with ``"aot"``, ``"aot_unpaired"``, which sort the batch.
+    multiplied once more, but for its last part. ``"aot"`` and ``"aot_unpaired"`` sort the batch: to them it is one pair. Under ``torch.compile``
+    everything is multiplied once more.
 
     Args:
         hidden: ``[2B, L, H]``, the ``B`` chosen answers first, then the rejected ones in the same order; or packed ``[T, H]`` with ``cu_seqlens``
@@ -48,12 +49,12 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
     references = ref_chosen_logps, ref_rejected_logps
     checked = preference_options(where, torch.empty(pairs, dtype=answers.head.real, device=hidden.device), **options)
 
-    def whole(logps):
+    def whole(logps, return_metrics=return_metrics):
         return dpo_loss(logps[:pairs], logps[pairs:], *references, return_metrics=return_metrics, **options)
 
     if checked.pair_weights is not None:
         answers = answers.only(checked.pair_weights[answers.answer % max(pairs, 1)] != 0)
-    if torch.compiler.is_compiling() or not checked.separable or not sweep.fits(answers.head):
+    if torch.compiler.is_compiling():
         return whole(answers.sums(answers.again(answers.live)))
 
     def score(sums, first, last):
@@ -64,7 +65,7 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
     if checked.pair_weights is not None:
         checked = checked._replace(pair_weights=checked.pair_weights.clone())
     place = answers.answer % max(pairs, 1) * 2 + answers.answer // max(pairs, 1)  # the pair's chosen answer, then its rejected one
-    loss, logp = answers.scored(place, 2, score)
+    loss, logp = answers.scored(place, 2, score) if checked.separable else answers.scored_whole(whole)
     return (loss, whole(answers.sums(logp))[1]) if return_metrics else loss
 
 
@@ -76,7 +77,7 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
             already; mask: the tokens of the answers.
         ref_logps, desirable: ``[N]``, as for ``unpaired_preference_loss``.
         options: the keywords of ``linear_token_logprobs``, and those of ``unpaired_preference_loss``. ``"kto_paired_batch"`` looks at the whole
-            batch: four products; so does ``max_live_tokens`` where it does not fit in one chunk.
+            batch, and with ``max_live_tokens`` the host reads no lengths: where that does not fit in one chunk, four products.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``.
@@ -96,15 +97,16 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
     checks.mask(where, desirable, (count,), "desirable")
     checks.one_device(where, "hidden", hidden, ref_logps=ref_logps, desirable=desirable)
 
-    def whole(logps):
+    def whole(logps, return_metrics=return_metrics):
         return unpaired_preference_loss(logps, ref_logps, desirable, return_metrics=return_metrics, **options)
 
     weighs = torch.where(desirable != 0, checked.desirable_weight, checked.undesirable_weight) != 0
     if checked.separable and not return_metrics:  # which are of both classes
         answers = answers.only(weighs[answers.answer])
-    if torch.compiler.is_compiling() or not checked.separable or not sweep.fits(answers.head):
+    if torch.compiler.is_compiling():
         return whole(answers.sums(answers.again(answers.live)))
 
+    ref_logps, desirable = ref_logps.clone(), desirable.clone()  # a second backward scores again what the caller may have written over since
     refs, good = torch.where(weighs, ref_logps, 0.0), desirable != 0
     if isinstance(checked.baseline, torch.Tensor):
         checked = checked._replace(baseline=checked.baseline.clone())
@@ -113,7 +115,7 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
         sums = torch.where(weighs[first:last], sums, 0.0)
         return sequence_losses(where, sums, refs[first:last], good[first:last], checked).sum() / max(count, 1)
 
-    loss, logp = answers.scored(answers.answer, 1, score)
+    loss, logp = answers.scored(answers.answer, 1, score) if checked.separable else answers.scored_whole(whole)
     return (loss, whole(answers.sums(logp))[1]) if return_metrics else loss
 
 
@@ -149,6 +151,10 @@ class _Answers(NamedTuple):
         backend = ops.serving("fused_policy", self.head.hidden)
         loss, logp, _ = sweep.differentiable(self.head, lambda needs: sweep.per_unit(plain, plan, of_rows, needs, False, backend))
         return loss, logp
+
+    def scored_whole(self, whole):
+        """The same of a loss that looks at all answers at once."""
+        return self.scored(self.answer, max(self.count, 1), lambda sums, first, last: whole(sums, return_metrics=False))
 
 
 def _answers(where, hidden, weight, targets, mask, cu_seqlens, options, loss_options):

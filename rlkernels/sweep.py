@@ -13,6 +13,7 @@ from rlkernels.head import Chunk, check_targets, without_autocast
 from rlkernels.linear import Gradients
 from rlkernels.objectives import OBJECTIVES
 from rlkernels.objectives.zeros import still_where_zero
+from rlkernels.segments import segment_reduce
 
 
 class Terms(NamedTuple):
@@ -118,27 +119,33 @@ def _token_chunk(sweep, rows, terms, moving, backend):
 class Units(NamedTuple):
     """Rows in the order of the units that a loss is scored by; unit ``i`` owns ``index[ends[i]:ends[i + 1]]``.
 
-    ``offsets``: on the device, the ends of the sequences that units are made of, ``offsets[::per_unit] == ends``.
+    ``offsets``: on the device, the ends of the sequences that units are made of, ``offsets[::per_unit] == ends``. ``moving``: how many units,
+    from the first on, may have a gradient; None: all.
     """
 
     index: torch.Tensor
     ends: list
     offsets: torch.Tensor | None = None
     dead: torch.Tensor | None = None
+    moving: int | None = None
 
     def rows(self, first, last):
         here = slice(self.ends[first], self.ends[last])
         return Rows(self.index[here], None if self.dead is None else self.dead[here])
 
     def chunks(self, size):
-        """``(first unit, last unit)`` of each chunk: as many whole units as fit, one at least."""
+        """``(first unit, last unit)`` of each chunk: as many whole units as fit, one at least; all of them may move, or none."""
         first, units = 0, len(self.ends) - 1
         while first < units:
-            last = first + 1
-            while last < units and self.ends[last + 1] - self.ends[first] <= size:
+            limit, last = self.moving if self.moves(first) and self.moving else units, first + 1
+            while last < limit and self.ends[last + 1] - self.ends[first] <= size:
                 last += 1
             yield first, last
             first = last
+
+    def moves(self, first):
+        """Whether the units of the chunk that begins with ``first`` may have a gradient."""
+        return self.moving is None or first < self.moving
 
     def cu_seqlens(self, first, last):
         """Of the sequences of units ``first`` to ``last``."""
@@ -155,8 +162,11 @@ def _not_empty(ends):
     return sum(end > start for start, end in zip(ends, ends[1:], strict=False))
 
 
-class OneChunk(NamedTuple):
-    """All ``count`` units at once: where they end is known to the device alone. The rows that fill the bound stand behind the last sequence's."""
+class AllAtOnce(NamedTuple):
+    """All ``count`` units at once: where they end is known to the device alone. The rows that fill the bound stand behind the last sequence's.
+
+    Rows that do not fit in a chunk are swept twice, as those of a unit that outgrows one.
+    """
 
     found: Rows
     count: int
@@ -168,6 +178,9 @@ class OneChunk(NamedTuple):
     def chunks(self, size):
         yield 0, self.count
 
+    def moves(self, first):
+        return True
+
     def cu_seqlens(self, first, last):
         return torch.cat([self.offsets[:-1], self.offsets.new_full((1,), len(self.found))])
 
@@ -175,19 +188,30 @@ class OneChunk(NamedTuple):
         return 1.0
 
 
-def fits(head):
-    """Whether whole sequences can be laid out without four products: a bound hides from the host which of them a chunk would hold."""
-    return head.bound is None or head.bound <= head.chunk
+def units(live, sequence, count, per_unit=1, bound=None, still=None):
+    """Live rows by sequence (``sequence``: ``[T]``, of ``count``), ``per_unit`` sequences to a unit. One host read, the lengths; none with a ``bound``.
 
-
-def units(live, sequence, count, per_unit=1, bound=None):
-    """Live rows by sequence (``sequence``: ``[T]``, of ``count``), ``per_unit`` sequences to a unit. One host read, the lengths; none with a ``bound``."""
-    ordered, order = torch.sort(torch.where(live, sequence, count), stable=True)
-    offsets = torch.searchsorted(ordered, torch.arange(count + 1, device=live.device))  # bincount would wait for the device
+    ``still``: rows without a gradient. A sequence of such rows alone comes behind the others, as unit ``count`` and more: there is a place for each
+    sequence on either side, one of them empty.
+    """
+    order, offsets = _by_sequence(torch.where(live, sequence, count), count)
     if bound is not None:
-        return OneChunk(bounded_rows(live, bound, order), count // per_unit, offsets)
-    ends = offsets[::per_unit].tolist()
-    return Units(order[:ends[-1]], ends, offsets)
+        return AllAtOnce(bounded_rows(live, bound, order), count // per_unit, offsets)
+    if still is None:
+        ends = offsets[::per_unit].tolist()
+        return Units(order[:ends[-1]], ends, offsets)
+    moves = segment_reduce((~still)[order].double(), offsets) > 0
+    place = torch.arange(count, device=live.device)
+    place = torch.where(moves, place, place + count)
+    order, offsets = _by_sequence(torch.where(live, place[sequence], 2 * count), 2 * count)
+    ends = offsets.tolist()
+    return Units(order[:ends[-1]], ends, offsets, moving=count)
+
+
+def _by_sequence(sequence, count):
+    """Rows in the order of their sequences, and where each of the ``count`` sequences begins and ends; bincount would wait for the device."""
+    ordered, order = torch.sort(sequence, stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(count + 1, device=sequence.device))
 
 
 def blocks(rows, size):
@@ -208,18 +232,20 @@ def per_unit(head, plan, score, needs, with_entropy, backend):
             kept = sweep.logits(part)
             statistics.append(sweep.chunk.statistics(backend, kept[0], sweep.arguments(part), wanted)[:4])
         logp, shift, sum_exp, entropy = (torch.cat(s) for s in zip(*statistics, strict=True)) if parts else (sweep.logp[:0],) * 4
-        loss, dlogp, dentropy = _scored(score, rows, logp, entropy if with_entropy else None, first, last, any(needs))
+        moving = any(needs) and plan.moves(first)
+        loss, dlogp, dentropy = _scored(score, rows, logp, entropy if with_entropy else None, first, last, moving)
         sweep.loss += loss
         sweep.logp[rows.index] = logp
         if with_entropy:
             sweep.entropy[rows.index] = entropy
-        if not any(needs):
+        if not moving:
             continue
-        start = 0
-        for part in parts:
-            here = slice(start, start + len(part))
-            start += len(part)
-            x, hidden = kept if len(parts) == 1 else sweep.logits(part)
+        end = len(rows)
+        for part in reversed(parts):  # the last one's logits are there already
+            here = slice(end - len(part), end)
+            end -= len(part)
+            x, hidden = kept or sweep.logits(part)
+            kept = None
             upstream = [None if d is None else d[here].contiguous() for d in (dlogp, dentropy)]
             dlogits = sweep.chunk.dlogits(backend, *upstream, x, sweep.arguments(part), [s[here] for s in (shift, sum_exp, entropy)])
             sweep.add(part, dlogits, x, hidden, torch.stack([d != 0 for d in upstream if d is not None]).any(0))

@@ -7,7 +7,7 @@ from present_backends import on_each_backend  # noqa: F401  (a fixture)
 from reference import same_bits
 
 import rlkernels as rlk
-from rlkernels import products
+from rlkernels import head, products
 from rlkernels.chunks import ROWS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -115,6 +115,25 @@ def test_a_row_whose_gradient_is_0_skips_the_products_of_the_gradient(dtype, ent
     d["advantages"][1] = 0.0
     policy(d, own(d), "sequence").backward()
     assert not set(cleared(entered)["gradients"]) & set(range(L, 2 * L))
+
+
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_the_sequences_that_cannot_move_have_chunks_of_their_own_without_a_gradient(level, entered, monkeypatch, backend):
+    d, made = numbered(shape=(8, 7)), []
+    back = head.Chunk.dlogits
+    monkeypatch.setattr(head.Chunk, "dlogits", lambda self, *a: made.append(len(a[-2][0])) or back(self, *a))
+    d["advantages"][[0, 3, 4, 7]] = 0.0
+    d["advantages"][1, ::2] = 0.0  # moves all the same
+    live = problems.live_of(d)
+    moves = live & (d["advantages"] != 0).any(-1, keepdim=True)
+    for options in ({}, {"chunk_tokens": 16}, {"chunk_tokens": 4}):
+        policy(d, own(d), level, **options).backward()
+        found = cleared(entered)
+        assert set(found["logits"]) == set(rows_where(live)) and set(found["gradients"]) <= set(rows_where(moves)), options
+        assert sum(made) == moves.sum(), options  # known before the logits are: an accelerator skips them too
+        made.clear()
+    policy(d, own(d), level, kl_coef=0.1, ref_logprobs=d["ref"]).backward()
+    assert sum(made) == live.sum()
 
 
 def test_a_pair_beyond_the_hinge_skips_the_products_of_the_gradient(entered, backend):
