@@ -16,8 +16,9 @@ WANTED = os.getenv("RLKERNELS_CUDA", "0")
 
 # No contraction: a fused multiply-add is written where it is meant, or bits would depend on what the compiler inlined.
 FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden " + os.getenv("RLKERNELS_CUDA_FLAGS", "")
-BY_DTYPE = ("token_stats", "backward", "fused_policy")  # compiled once per dtype, so that they build side by side
+# Compiled once per dtype, and what writes gradients once per dtype of those too, so that they build side by side.
 DTYPES = ("f32", "bf16", "f16")
+GRADIENTS = (*((d, d) for d in DTYPES), ("f32", "bf16"), ("f32", "f16"))
 ALONE = ("elementwise", "scan")
 
 
@@ -44,9 +45,11 @@ def arch_flags():
 
 def kernels():
     """``(object name, source, definitions)`` of every file that nvcc compiles."""
-    for source in BY_DTYPE:
-        for dtype in DTYPES:
-            yield f"{source}_{dtype}", f"csrc/cuda/{source}.cu", f"-DRLK_DTYPE={dtype}"
+    for dtype in DTYPES:
+        yield f"token_stats_{dtype}", "csrc/cuda/token_stats.cu", f"-DRLK_DTYPE={dtype}"
+    for source in ("backward", "fused_policy"):
+        for dtype, out in GRADIENTS:
+            yield f"{source}_{dtype}_{out}", f"csrc/cuda/{source}.cu", f"-DRLK_DTYPE={dtype} -DRLK_OUT={out}"
     for source in ALONE:
         yield source, f"csrc/cuda/{source}.cu", ""
 

@@ -124,12 +124,15 @@ def fresh(shape, dtype, device):
 class Chunk:
     """``hidden -> logits`` of some rows, in one buffer that all chunks of a call share, and back."""
 
-    def __init__(self, weight, bias, softcap, logit_scale, logits_dtype, shard, rows):
+    def __init__(self, weight, bias, softcap, logit_scale, logits_dtype, shard, rows, bias_gradient=True):
         self.products, self.columns, self.shard = products(weight, logits_dtype), weight.shape[0], shard
         self.bias, self.softcap, self.scale = None if bias is None else bias.to(logits_dtype), softcap, logit_scale
         self.width = self.columns + (shard is not None)  # a shard has one column more, for targets that are elsewhere
         stride = -(-self.width // ALIGNED) * ALIGNED
         self.buffers = [fresh((rows, stride), logits_dtype, weight.device) for _ in range(1 if softcap is None else 2)]
+        # Kernels write what the products take at once, where nothing else wants it unrounded: 14 bytes of memory traffic per logit instead of 22.
+        plain = softcap is None and logit_scale == 1.0 and not (bias is not None and bias_gradient)
+        self.rounded = self.products.gradient_dtype if plain and logits_dtype == torch.float32 else None
 
     def logits(self, hidden):
         x = self.buffers[0][:hidden.shape[0], :self.width]
@@ -159,8 +162,10 @@ class Chunk:
         return parallel.token_stats_backward(self.shard, backend, dlogp, dentropy, x, *arguments, *saved, out)
 
     def gradient_of(self, x):
-        """Where the gradient of the logits ``x`` is written: over them, unless the way back through the softcap needs them."""
-        return x if self.softcap is None else self.buffers[1][:x.shape[0], :self.width]
+        """Where the gradient of the logits ``x`` is written: over them, unless the way back through the softcap needs them or it is rounded."""
+        if self.rounded is not None and len(self.buffers) == 1:
+            self.buffers.append(torch.empty_like(self.buffers[0], dtype=self.rounded))
+        return x if len(self.buffers) == 1 else self.buffers[1][:x.shape[0], :self.width]
 
     def back(self, dlogits, x, hidden, want_hidden, dweight, dbias, first):
         """Adds to ``dweight`` and ``dbias`` (None: not wanted; ``dweight`` is filled at ``first``); returns the gradient of ``hidden``, or None.

@@ -106,10 +106,10 @@ class _Setting:
         check_targets(targets, ignore_index, temperature, weight.shape[0], self.shard)
         self.head = weight, bias, self.softcap, logit_scale.item(), logits_dtype, self.shard
 
-    def chunks(self, live):
+    def chunks(self, live, bias_gradient=False):
         """``(Chunk, rows)`` by turns; the chunk's buffer is that of all."""
         rows = live_rows(live, self.bound)
-        chunk = Chunk(*self.head, filled_up(min(self.size, len(rows)))) if len(rows) else None
+        chunk = Chunk(*self.head, filled_up(min(self.size, len(rows))), bias_gradient) if len(rows) else None
         for start in range(0, len(rows), self.size):
             yield chunk, rows.part(start, start + self.size)
 
@@ -170,7 +170,7 @@ def _linear_backward(dlogp, dentropy, hidden, weight, bias, targets, temperature
 def _accumulate(total, setting, dlogp, dentropy, hidden, targets, shift, sum_exp, entropy, backend):
     wanted = [d != 0 for d in (dlogp, dentropy) if d is not None]
     # Prompt and padding rows arrive with a gradient of exactly 0: they cost no product.
-    for head_, rows in setting.chunks((targets != setting.ignore_index) & torch.stack(wanted).any(0)):
+    for head_, rows in setting.chunks((targets != setting.ignore_index) & torch.stack(wanted).any(0), total.needs[2]):
         h = rows.hidden(hidden)
         x = head_.logits(h)[:len(rows)]
         upstream = (None if d is None else rows.of(d).contiguous() for d in (dlogp, dentropy))

@@ -13,6 +13,7 @@ from rlkernels.supervised import KINDS as SFT_KINDS
 from rlkernels.supervised import logprobs_sft_loss, sft_metrics, sft_weights
 from rlkernels.sweep import Terms
 from rlkernels.terms import Share, check_terms, live_tokens, one_loss_per_sequence, resolve, state, term_weights
+from rlkernels.units import blocks, units
 
 
 def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=None, *, bias=None, temperature=1.0, softcap=None, logit_scale=1.0,
@@ -129,8 +130,8 @@ def _by_token(h, terms, with_entropy, backend):
         return weighted_sum(part.objective, logp, part.columns, part.params, Share(part.weight)) + _extras(part, logp, entropy)
 
     def compute(needs):
-        plan = sweep.blocks(live_rows(h.targets != h.ignore_index, h.bound), h.chunk)
-        return sweep.per_unit(h, plan, score, needs, with_entropy, backend)
+        plan = blocks(live_rows(h.targets != h.ignore_index, h.bound), h.chunk)
+        return sweep.per_unit(h, plan, score, needs, with_entropy, backend, terms.largest())
 
     return compute
 
@@ -153,7 +154,7 @@ def _by_sequence(where, h, terms, shape, live, cu_seqlens, level, with_entropy, 
     position = torch.arange(live.shape[0], device=live.device)
     unit = position // max(shape[-1], 1) if cu_seqlens is None else segment_ids(cu_seqlens, live.shape[0])
     h = sweep.checked(h, live)
-    plan = sweep.units(live, unit, count, bound=h.bound, still=terms.still())
+    plan = units(live, unit, count, bound=h.bound, still=terms.still())
 
     def score(rows, logp, entropy, first, last):
         cu = plan.cu_seqlens(first, last)
@@ -164,4 +165,5 @@ def _by_sequence(where, h, terms, shape, live, cu_seqlens, level, with_entropy, 
             loss = loss * plan.share(first, last)
         return loss + _extras(part, logp, entropy)
 
-    return lambda needs: sweep.per_unit(h, plan, score, needs, with_entropy, backend)
+    largest = 1.0 / max(count, 1) if level == "sequence_sum" else terms.largest()  # of a sum every token has the slope of the whole
+    return lambda needs: sweep.per_unit(h, plan, score, needs, with_entropy, backend, largest)

@@ -10,6 +10,7 @@ from rlkernels.linear import linear_token_logprobs
 from rlkernels.preferences import dpo_loss, pair_losses, preference_options
 from rlkernels.segments import segment_ids, sequence_sums, token_counts
 from rlkernels.terms import live_tokens
+from rlkernels.units import units
 from rlkernels.unpaired import sequence_losses, unpaired_options, unpaired_preference_loss
 
 HEAD = ("bias", "temperature", "softcap", "logit_scale", "ignore_index", "logits_dtype", "chunk_tokens", "logits_budget", "max_live_tokens", "valid_vocab",
@@ -143,13 +144,13 @@ class _Answers(NamedTuple):
     def scored(self, place, per_unit, score):
         """Loss and log-probabilities. ``score(sums, first, last)``: the loss of units ``first`` to ``last`` from the sums of their answers."""
         plain = sweep.checked(self.head, self.live)
-        plan = sweep.units(self.live, place, self.count, per_unit, plain.bound)
+        plan = units(self.live, place, self.count, per_unit, plain.bound)
 
         def of_rows(rows, logp, entropy, first, last):
             return score(sequence_sums(logp, None if rows.dead is None else ~rows.dead, plan.cu_seqlens(first, last)), first, last)
 
         backend = ops.serving("fused_policy", self.head.hidden)
-        loss, logp, _ = sweep.differentiable(self.head, lambda needs: sweep.per_unit(plain, plan, of_rows, needs, False, backend))
+        loss, logp, _ = sweep.differentiable(self.head, lambda needs: sweep.per_unit(plain, plan, of_rows, needs, False, backend, 1.0 / max(self.count, 1)))
         return loss, logp
 
     def scored_whole(self, whole):

@@ -26,6 +26,7 @@ class Plain:
     """Everything in one dtype that is its own accumulator."""
 
     extra_bytes = 0  # per logit, beside the logits themselves
+    gradient_dtype = None  # in which the gradient of the logits is taken, where it is not that of the logits
 
     def __init__(self, weight):
         self.weight = weight
@@ -95,11 +96,15 @@ class Widened(Plain):
 
 
 class Accelerated(Plain):
-    """Matrix units take 16-bit operands and give fp32: the gradient of the logits is rounded to them once, sums are kept."""
+    """Matrix units take 16-bit operands and give fp32: the gradient of the logits is rounded to them once, sums and results are kept.
+
+    fp16 ends at 6e-8: whoever makes a gradient before its loss scale is known (``sweep``) brings it near 1 first.
+    """
 
     def __init__(self, weight):
         super().__init__(weight)
-        self.extra_bytes = weight.element_size() if weight.element_size() < 4 else 0
+        if weight.element_size() < 4:
+            self.extra_bytes, self.gradient_dtype = weight.element_size(), weight.dtype
 
     def logits(self, hidden, out):
         if out.dtype == self.weight.dtype:
@@ -113,4 +118,7 @@ class Accelerated(Plain):
             dweight.addmm_(dlogits.t(), hidden, beta=0 if first else 1)
         elif dweight is not None:
             torch.addmm(dweight, dlogits.t(), hidden, out_dtype=dweight.dtype, beta=0 if first else 1, out=dweight)
-        return dlogits @ self.weight if want_hidden else None
+        if not want_hidden:
+            return None
+        real = real_dtype(self.weight.dtype)
+        return dlogits @ self.weight if self.weight.dtype == real else torch.mm(dlogits, self.weight, out_dtype=real)

@@ -8,12 +8,11 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import ops
-from rlkernels.chunks import Rows, bounded_rows, filled_up, live_rows, moving_and_still_rows
+from rlkernels.chunks import Rows, filled_up, live_rows, moving_and_still_rows
 from rlkernels.head import Chunk, check_targets, without_autocast
 from rlkernels.linear import Gradients
 from rlkernels.objectives import OBJECTIVES
 from rlkernels.objectives.zeros import still_where_zero
-from rlkernels.segments import segment_reduce
 
 
 class Terms(NamedTuple):
@@ -40,6 +39,11 @@ class Terms(NamedTuple):
             return None
         return self.columns[OBJECTIVES[self.objective].columns.index("advantage") - 1] == 0
 
+    def largest(self):
+        """The largest weight, by which a gradient of 1 per token is multiplied."""
+        weights = [x.abs().amax() for x in (self.weight, self.entropy_weight, self.kl_weight) if x is not None and x.numel()]
+        return torch.stack(weights).amax() if weights else 1.0
+
     def at(self, index):
         return Terms(self.objective, [c[index] for c in self.columns], self.params, *(x[index] if isinstance(x, torch.Tensor) else x for x in self[3:]))
 
@@ -56,15 +60,21 @@ class Found(NamedTuple):
 class _Sweep:
     """What both sweeps share: the buffer, the sums, and the outputs per row."""
 
-    def __init__(self, head, needs, rows, size):
+    def __init__(self, head, needs, rows, size, largest):
         self.head, self.needs = head, needs
         self.total = Gradients(head.hidden, head.weight, head.bias, needs, head.shard, keep=True)
-        self.chunk = Chunk(head.weight, head.bias, head.softcap, head.logit_scale, head.logits_dtype, head.shard, filled_up(min(size, rows)))
+        self.chunk = Chunk(head.weight, head.bias, head.softcap, head.logit_scale, head.logits_dtype, head.shard, filled_up(min(size, rows)),
+                           needs[2])
+        self.scale = _power_of_two(largest, head) if self.chunk.products.gradient_dtype == torch.float16 else None
         self.loss = torch.zeros((), dtype=torch.float64, device=head.hidden.device)
         self.logp, self.entropy = (torch.zeros(head.targets.shape, dtype=head.real, device=head.hidden.device) for _ in range(2))
 
     def arguments(self, rows):
         return rows.arguments(self.head.targets, self.head.temperature, self.head.ignore_index)
+
+    def scaled(self, x):
+        """A weight or an upstream gradient, before products in fp16."""
+        return x if x is None or self.scale is None else x * self.scale
 
     def logits(self, rows):
         hidden = rows.hidden(self.head.hidden)
@@ -85,7 +95,18 @@ class _Sweep:
 
     def found(self):
         gradients = self.total.kept() if any(self.needs) else (None, None, None)
+        if self.scale is not None:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.div_(self.scale)
         return Found(self.loss.to(self.head.real), gradients, self.logp, self.entropy)
+
+
+def _power_of_two(largest, head):
+    """What brings ``largest`` to between 1 and 2, as a tensor that no host reads."""
+    largest = torch.as_tensor(largest, dtype=head.real) if isinstance(largest, float) else largest
+    usable = (largest > 0) & (largest < torch.inf)
+    return torch.exp2(-torch.floor(torch.log2(torch.where(usable, largest, 1.0))))
 
 
 @torch.no_grad()
@@ -96,7 +117,7 @@ def per_token(head, terms, needs, backend):
         parts = [(live_rows(live, head.bound), any(needs))]
     else:  # without a gradient too: in another order the loss would have other bits
         parts = list(zip(moving_and_still_rows(live, still), (any(needs), False), strict=True))
-    sweep = _Sweep(head, needs, max(len(rows) for rows, _ in parts), head.chunk)
+    sweep = _Sweep(head, needs, max(len(rows) for rows, _ in parts), head.chunk, terms.largest())
     for rows, moving in parts:
         for start in range(0, len(rows), head.chunk):
             _token_chunk(sweep, rows.part(start, start + head.chunk), terms, moving, backend)
@@ -105,125 +126,25 @@ def per_token(head, terms, needs, backend):
 
 def _token_chunk(sweep, rows, terms, moving, backend):
     x, hidden = sweep.logits(rows)
-    weight, entropy_weight, ref_logp, kl_weight = (rows.of(c) for c in (terms.weight, terms.entropy_weight, terms.ref_logp, terms.kl_weight))
+    weight, entropy_weight, kl_weight = (sweep.scaled(rows.of(c)) for c in (terms.weight, terms.entropy_weight, terms.kl_weight))
     out = sweep.chunk.gradient_of(x) if moving else None
     loss, _, logp, _, _, entropy, dlogp = ops.run(
         "fused_policy", backend, terms.objective, x, *sweep.arguments(rows), None, [rows.of(c) for c in terms.columns], terms.params, weight,
-        entropy_weight, terms.kl, ref_logp, kl_weight, moving, out)
-    sweep.loss += loss
+        entropy_weight, terms.kl, rows.of(terms.ref_logp), kl_weight, moving, out)
+    sweep.loss += loss if sweep.scale is None else loss / sweep.scale
     sweep.logp[rows.index], sweep.entropy[rows.index] = logp, entropy
     if moving:
         sweep.add(rows, out, x, hidden, dlogp != 0 if entropy_weight is None else (dlogp != 0) | (entropy_weight != 0))
 
 
-class Units(NamedTuple):
-    """Rows in the order of the units that a loss is scored by; unit ``i`` owns ``index[ends[i]:ends[i + 1]]``.
-
-    ``offsets``: on the device, the ends of the sequences that units are made of, ``offsets[::per_unit] == ends``. ``moving``: how many units,
-    from the first on, may have a gradient; None: all.
-    """
-
-    index: torch.Tensor
-    ends: list
-    offsets: torch.Tensor | None = None
-    dead: torch.Tensor | None = None
-    moving: int | None = None
-
-    def rows(self, first, last):
-        here = slice(self.ends[first], self.ends[last])
-        return Rows(self.index[here], None if self.dead is None else self.dead[here])
-
-    def chunks(self, size):
-        """``(first unit, last unit)`` of each chunk: as many whole units as fit, one at least; all of them may move, or none."""
-        first, units = 0, len(self.ends) - 1
-        while first < units:
-            limit, last = self.moving if self.moves(first) and self.moving else units, first + 1
-            while last < limit and self.ends[last + 1] - self.ends[first] <= size:
-                last += 1
-            yield first, last
-            first = last
-
-    def moves(self, first):
-        """Whether the units of the chunk that begins with ``first`` may have a gradient."""
-        return self.moving is None or first < self.moving
-
-    def cu_seqlens(self, first, last):
-        """Of the sequences of units ``first`` to ``last``."""
-        per_unit = (self.offsets.shape[0] - 1) // max(len(self.ends) - 1, 1)
-        offsets = self.offsets[first * per_unit:last * per_unit + 1]
-        return offsets - offsets[:1]
-
-    def share(self, first, last):
-        """Of the units with a row, the part that ``first`` to ``last`` hold."""
-        return _not_empty(self.ends[first:last + 1]) / max(_not_empty(self.ends), 1)
-
-
-def _not_empty(ends):
-    return sum(end > start for start, end in zip(ends, ends[1:], strict=False))
-
-
-class AllAtOnce(NamedTuple):
-    """All ``count`` units at once: where they end is known to the device alone. The rows that fill the bound stand behind the last sequence's.
-
-    Rows that do not fit in a chunk are swept twice, as those of a unit that outgrows one.
-    """
-
-    found: Rows
-    count: int
-    offsets: torch.Tensor
-
-    def rows(self, first, last):
-        return self.found
-
-    def chunks(self, size):
-        yield 0, self.count
-
-    def moves(self, first):
-        return True
-
-    def cu_seqlens(self, first, last):
-        return torch.cat([self.offsets[:-1], self.offsets.new_full((1,), len(self.found))])
-
-    def share(self, first, last):
-        return 1.0
-
-
-def units(live, sequence, count, per_unit=1, bound=None, still=None):
-    """Live rows by sequence (``sequence``: ``[T]``, of ``count``), ``per_unit`` sequences to a unit. One host read, the lengths; none with a ``bound``.
-
-    ``still``: rows without a gradient. A sequence of such rows alone comes behind the others, as unit ``count`` and more: there is a place for each
-    sequence on either side, one of them empty.
-    """
-    order, offsets = _by_sequence(torch.where(live, sequence, count), count)
-    if bound is not None:
-        return AllAtOnce(bounded_rows(live, bound, order), count // per_unit, offsets)
-    if still is None:
-        ends = offsets[::per_unit].tolist()
-        return Units(order[:ends[-1]], ends, offsets)
-    moves = segment_reduce((~still)[order].double(), offsets) > 0
-    place = torch.arange(count, device=live.device)
-    place = torch.where(moves, place, place + count)
-    order, offsets = _by_sequence(torch.where(live, place[sequence], 2 * count), 2 * count)
-    ends = offsets.tolist()
-    return Units(order[:ends[-1]], ends, offsets, moving=count)
-
-
-def _by_sequence(sequence, count):
-    """Rows in the order of their sequences, and where each of the ``count`` sequences begins and ends; bincount would wait for the device."""
-    ordered, order = torch.sort(sequence, stable=True)
-    return order, torch.searchsorted(ordered, torch.arange(count + 1, device=sequence.device))
-
-
-def blocks(rows, size):
-    """Rows that belong to no sequence, cut anywhere."""
-    return Units(rows.index, [*range(0, len(rows), size), len(rows)], None, rows.dead)
-
-
 @torch.no_grad()
-def per_unit(head, plan, score, needs, with_entropy, backend):
-    """``score(rows, logp, entropy, first, last) -> loss`` by autograd over a few numbers per row, units ``first`` to ``last``."""
+def per_unit(head, plan, score, needs, with_entropy, backend, largest):
+    """``score(rows, logp, entropy, first, last) -> loss`` by autograd over a few numbers per row, units ``first`` to ``last``.
+
+    ``largest``: about the largest derivative of the loss by a log-probability.
+    """
     chunks = [(first, last, plan.rows(first, last)) for first, last in plan.chunks(head.chunk)]
-    sweep = _Sweep(head, needs, max((len(rows) for _, _, rows in chunks), default=0), head.chunk)
+    sweep = _Sweep(head, needs, max((len(rows) for _, _, rows in chunks), default=0), head.chunk, largest)
     wanted = ops.ENTROPY if with_entropy else 0
     for first, last, rows in chunks:
         parts = [rows.part(start, start + head.chunk) for start in range(0, len(rows), head.chunk)]
@@ -246,7 +167,7 @@ def per_unit(head, plan, score, needs, with_entropy, backend):
             end -= len(part)
             x, hidden = kept or sweep.logits(part)
             kept = None
-            upstream = [None if d is None else d[here].contiguous() for d in (dlogp, dentropy)]
+            upstream = [None if d is None else sweep.scaled(d[here]).contiguous() for d in (dlogp, dentropy)]
             dlogits = sweep.chunk.dlogits(backend, *upstream, x, sweep.arguments(part), [s[here] for s in (shift, sum_exp, entropy)])
             sweep.add(part, dlogits, x, hidden, torch.stack([d != 0 for d in upstream if d is not None]).any(0))
     return sweep.found()

@@ -24,7 +24,7 @@ LAYERS = [
     {"fakes", "registry", "weights", "groups", "metrics"},
     {"ops"},
     {"rows", "terms", "chunks", "parallel", "products"},
-    {"head"},
+    {"head", "units"},
     {"logprobs", "rewards", "advantages", "preference_kinds"},
     {"losses", "preferences"},
     {"linear", "supervised", "unpaired"},

@@ -8,7 +8,7 @@ namespace rlk {
 template <class T>
 constexpr int kTogetherOf = sizeof(T) == 4 ? 2 : 4;
 
-template <class T, bool kRef, int BLOCK>
+template <class T, class Out, bool kRef, int BLOCK>
 __global__ void __launch_bounds__(BLOCK) token_stats_backward(const Rows rows, const BackwardInputs in, const Layout to, const long long slices,
                                                               const long long slice) {
   if (get(in.unless, 0) == 1.0f) return;
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(BLOCK) token_stats_backward(const Rows rows, c
   const long long stop = from + slice < rows.columns ? from + slice : rows.columns;
   const long long y = rows.target(r);
   const unsigned char* mask = rows.mask_row(r);
-  T* const out = to.row<T>(r);
+  Out* const out = to.row<Out>(r);
   Upstream up{get(in.dlogp, r), get(in.dentropy, r), get(in.dkl, r)};
   if (mask && rows.holds(y) && !mask[y]) up.logp = 0;  // a target outside the support moves nothing
   // A dead row is not read, so nothing in it can reach the loss; but its gradient must be written, or it is garbage.
@@ -39,13 +39,13 @@ __global__ void __launch_bounds__(BLOCK) token_stats_backward(const Rows rows, c
 #pragma unroll
     for (int k = 0; k < kTogether; ++k)
       store_group(out, column + k * kStep, rows.columns, true,
-                  gradient_packed<T, kRef>(slope, x[k], q[kRef ? k : 0], mask, column + k * kStep, rows.columns, y));
+                  gradient_packed<T, Out, kRef>(slope, x[k], q[kRef ? k : 0], mask, column + k * kStep, rows.columns, y));
   }
 #pragma unroll 1
   for (; column < stop; column += kStep) {
     const Packed<T> x = load_group<true>(row, column, rows.columns, wide);
     const Packed<T> q = kRef ? load_group<true>(ref, column, rows.columns, wide) : x;
-    store_group(out, column, rows.columns, wide_out, gradient_packed<T, kRef>(slope, x, q, mask, column, rows.columns, y));
+    store_group(out, column, rows.columns, wide_out, gradient_packed<T, Out, kRef>(slope, x, q, mask, column, rows.columns, y));
   }
 }
 

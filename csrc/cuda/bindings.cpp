@@ -35,14 +35,24 @@ void by_dtype(Dtype dtype, F run) {
   }
 }
 
+// The same with the dtype of a gradient behind that of its logits.
+template <class F>
+void by_dtypes(Dtype dtype, Dtype out, F run) {
+  using F32 = std::integral_constant<Dtype, Dtype::f32>;
+  if (dtype == out) return by_dtype(dtype, [&](auto d) { run(d, d); });
+  if (dtype == Dtype::f32 && out == Dtype::bf16) return run(F32(), std::integral_constant<Dtype, Dtype::bf16>());
+  if (dtype == Dtype::f32 && out == Dtype::f16) return run(F32(), std::integral_constant<Dtype, Dtype::f16>());
+  throw std::invalid_argument("a gradient has the dtype of its logits, or these are float32");
+}
+
 void stats(const Rows& r, const std::array<uintptr_t, 11>& to, int device, uintptr_t stream) {
   const StatsOutputs out{to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7], to[8], to[9], to[10]};
   by_dtype(r.dtype, [&](auto d) { token_stats<decltype(d)::value>(r, out, {device, stream}); });
 }
 
-void backward(const Rows& r, const std::array<uintptr_t, 10>& from, const Place& out, int device, uintptr_t stream) {
+void backward(const Rows& r, const std::array<uintptr_t, 10>& from, const Place& out, int dtype, int device, uintptr_t stream) {
   const BackwardInputs in{from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], from[8], from[9]};
-  by_dtype(r.dtype, [&](auto d) { token_stats_backward<decltype(d)::value>(r, in, layout(out), {device, stream}); });
+  by_dtypes(r.dtype, Dtype(dtype), [&](auto d, auto o) { token_stats_backward<decltype(d)::value, decltype(o)::value>(r, in, layout(out), {device, stream}); });
 }
 
 // At most kMaxColumns of each: the array of a kernel argument has a fixed size.
@@ -54,12 +64,14 @@ void fill(To (&to)[kMaxColumns], const std::vector<From>& from, Convert convert)
 
 void policy(const Rows& r, const std::string& objective, const std::vector<uintptr_t>& columns, const std::vector<double>& params,
             uintptr_t weight, uintptr_t entropy_weight, const std::string& kl, uintptr_t ref_logp, uintptr_t kl_weight,
-            const std::array<uintptr_t, 8>& to, const Place& gradient, int device, uintptr_t stream) {
+            const std::array<uintptr_t, 8>& to, const Place& gradient, int dtype, int device, uintptr_t stream) {
   PolicyInputs in{objective_id(objective.c_str()), objective_id(kl.c_str()), {}, {}, weight, entropy_weight, ref_logp, kl_weight};
   fill(in.columns, columns, [](uintptr_t a) { return a; });
   fill(in.params, params, [](double p) { return float(p); });
   const PolicyOutputs out{to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7]};
-  by_dtype(r.dtype, [&](auto d) { fused_policy<decltype(d)::value>(r, in, out, layout(gradient), {device, stream}); });
+  by_dtypes(r.dtype, Dtype(dtype), [&](auto d, auto o) {
+    fused_policy<decltype(d)::value, decltype(o)::value>(r, in, out, layout(gradient), {device, stream});
+  });
 }
 
 template <class S>

@@ -1,4 +1,4 @@
-// Launches of fused_policy; compiled once per dtype (-DRLK_DTYPE=f32|bf16|f16).
+// Launches of fused_policy; compiled once per dtype of the logits (-DRLK_DTYPE=f32|bf16|f16) and of their gradient (-DRLK_OUT).
 #include "fused_policy.cuh"
 
 #include "launch.h"
@@ -17,10 +17,11 @@ int choose_cluster(const std::string& name, long long columns, int device) {
   return -1;
 }
 
-template <Dtype D>
+template <Dtype D, Dtype O>
 void fused_policy(const Rows& rows, const PolicyInputs& in, const PolicyOutputs& out, const Layout& gradient, Where where) {
   using T = typename LogitsOf<D>::type;
-  const std::string name = kernel_name("fused_policy", D);
+  using Out = typename LogitsOf<O>::type;
+  const std::string name = kernel_name("fused_policy", D, O);
   const OnDevice guard(name, where.device);
   clear_ticket(name, out.ticket, where);
   const auto run = [&](auto kernel, int block, int cluster, bool keep) {
@@ -30,14 +31,14 @@ void fused_policy(const Rows& rows, const PolicyInputs& in, const PolicyOutputs&
   // Without a gradient nothing is read twice, and nothing need be kept.
   const int forced = choices().fused_cluster;
   switch (!gradient.address ? -1 : forced ? forced : choose_cluster<T>(name, rows.columns, where.device)) {
-    case 1: return run(fused_policy<T, 256, 1, true>, 256, 1, true);
-    case 2: return run(fused_policy<T, 256, 2, true>, 256, 2, true);
-    case 4: return run(fused_policy<T, 256, 4, true>, 256, 4, true);
-    case 8: return run(fused_policy<T, 128, 8, true>, 128, 8, true);
-    default: return run(fused_policy<T, 512, 1, false>, 512, 1, false);
+    case 1: return run(fused_policy<T, Out, 256, 1, true>, 256, 1, true);
+    case 2: return run(fused_policy<T, Out, 256, 2, true>, 256, 2, true);
+    case 4: return run(fused_policy<T, Out, 256, 4, true>, 256, 4, true);
+    case 8: return run(fused_policy<T, Out, 128, 8, true>, 128, 8, true);
+    default: return run(fused_policy<T, Out, 512, 1, false>, 512, 1, false);
   }
 }
 
-template void fused_policy<Dtype::RLK_DTYPE>(const Rows&, const PolicyInputs&, const PolicyOutputs&, const Layout&, Where);
+template void fused_policy<Dtype::RLK_DTYPE, Dtype::RLK_OUT>(const Rows&, const PolicyInputs&, const PolicyOutputs&, const Layout&, Where);
 
 }  // namespace rlk

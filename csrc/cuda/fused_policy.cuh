@@ -66,7 +66,8 @@ struct Kept {
   }
 };
 
-template <class T, int BLOCK, int CLUSTER, bool kKeep>
+// `Out`: of the gradient; fp32 logits of a fused head have it rounded to what its products take, and nobody writes it twice.
+template <class T, class Out, int BLOCK, int CLUSTER, bool kKeep>
 __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(const Rows rows, const PolicyInputs in, const PolicyOutputs out,
                                                                                const Layout gradient) {
   using Crew = Team<BLOCK, CLUSTER>;
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(
   const long long r = blockIdx.x / CLUSTER, y = rows.target(r);
   const bool leads = Crew::rank() == 0 && threadIdx.x == 0;
   const float weight = get(in.weight, r), entropy_weight = get(in.entropy_weight, r), kl_weight = in.kl < 0 ? 0.0f : get(in.kl_weight, r);
-  T* const to = gradient.address ? gradient.row<T>(r) : nullptr;
+  Out* const to = gradient.address ? gradient.row<Out>(r) : nullptr;
   const long long columns = rows.columns;
   RowState state{};
   float logp = 0, dlogp = 0;
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(
         const long long column = Kept<T, BLOCK, CLUSTER>::column(n);
         if (column >= columns) continue;
         const Packed<T> x = kKeep ? *kept.slot(n) : load_group<true>(row.logits, column, columns, row.wide);
-        store_group(to, column, columns, wide_out, gradient_packed<T, false>(slope, x, x, row.mask, column, columns, y));
+        store_group(to, column, columns, wide_out, gradient_packed<T, Out, false>(slope, x, x, row.mask, column, columns, y));
       }
     } else if (to) {
       fill_zero(to, 0, columns, columns, Crew::rank() * BLOCK + int(threadIdx.x), BLOCK * CLUSTER);

@@ -60,8 +60,8 @@ __device__ __forceinline__ float gradient_of_target(const Slope& at, float x, fl
 }
 
 // Loads, computes and stores nothing: the caller decides where a row lies.
-template <class T, bool kRef>
-__device__ __forceinline__ Packed<T> gradient_packed(const Slope& at, const Packed<T>& x, const Packed<T>& r, const unsigned char* mask,
+template <class T, class Out, bool kRef>
+__device__ __forceinline__ Packed<Out> gradient_packed(const Slope& at, const Packed<T>& x, const Packed<T>& r, const unsigned char* mask,
                                                      long long column, long long columns, long long y) {
   float a[kGroup], b[kGroup], g[kGroup];
   unpack(x, a);
@@ -77,7 +77,7 @@ __device__ __forceinline__ Packed<T> gradient_packed(const Slope& at, const Pack
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) g[i] = kept >> i & 1 ? g[i] : 0.0f;
   }
-  return pack(g, T());
+  return pack(g, Out());
 }
 
 }  // namespace rlk

@@ -24,6 +24,9 @@ inline const char* dtype_name(Dtype dtype) {
 }
 
 inline std::string kernel_name(const char* op, Dtype dtype) { return std::string(op) + "<" + dtype_name(dtype) + ">"; }
+inline std::string kernel_name(const char* op, Dtype dtype, Dtype out) {
+  return dtype == out ? kernel_name(op, dtype) : std::string(op) + "<" + dtype_name(dtype) + " to " + dtype_name(out) + ">";
+}
 
 }  // namespace rlk
 

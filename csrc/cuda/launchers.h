@@ -18,10 +18,11 @@ Choices& choices();
 
 template <Dtype>
 void token_stats(const Rows&, const StatsOutputs&, Where);
-template <Dtype>
+// Logits and their gradient have one dtype, or the logits are fp32; a gradient of another dtype never lies over the logits.
+template <Dtype, Dtype>
 void token_stats_backward(const Rows&, const BackwardInputs&, const Layout& out, Where);
 // Writes no gradient where gradient.address is 0.
-template <Dtype>
+template <Dtype, Dtype>
 void fused_policy(const Rows&, const PolicyInputs&, const PolicyOutputs&, const Layout& gradient, Where);
 template <class S>
 void elementwise(const char* objective, const ElementwiseJob<S>&, Where);

@@ -47,7 +47,7 @@ def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ign
     rows = _rows(logits, targets, temperature, ignore_index, vocab_mask, ref_logits)
     gradient = _fresh_gradient(logits, targets) if out is None else out
     inputs = [_address(x) for x in (dlogp, dentropy, dkl, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, unless)]
-    _cuda.token_stats_backward(rows, inputs, _place(gradient), *_where(logits))
+    _cuda.token_stats_backward(rows, inputs, _place(gradient), DTYPES[gradient.dtype], *_where(logits))
     return gradient
 
 
@@ -74,7 +74,7 @@ def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_ma
         _cuda.fused_policy(
             rows, objective, [x.data_ptr() for x in columns], params, weight.data_ptr(), _address(entropy_weight), *kl_inputs,
             [*(x.data_ptr() for x in outputs), losses.data_ptr(), losses.data_ptr() + 8 * tokens, loss.data_ptr()],
-            _place(gradient) if with_grad else NOWHERE, *_where(logits))
+            _place(gradient) if with_grad else NOWHERE, DTYPES[gradient.dtype], *_where(logits))
     return loss, gradient, *outputs
 
 

@@ -54,7 +54,7 @@ void policy(long long rows, long long columns, int team) {
   const PolicyOutputs to{at(found[0]), at(found[1]), at(found[2]), at(found[3]), at(found[4]),
                          at(losses),   at(losses) + 8 * uintptr_t(rows), at(loss)};
   choices().fused_cluster = team;
-  fused_policy<Dtype::f32>(at_rows, in, to, {at(out), columns, 0, 1}, {});
+  fused_policy<Dtype::f32, Dtype::f32>(at_rows, in, to, {at(out), columns, 0, 1}, {});
   Hash hash;
   for (const auto& column : found) hash.add(column);
   hash.add(out), hash.add(loss);

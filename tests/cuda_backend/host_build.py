@@ -18,7 +18,7 @@ ROOT = HERE.parents[1]
 CUDA = ROOT / "csrc/cuda"
 CXX = shutil.which(os.getenv("CXX", "c++"))
 DTYPES = ("f32", "bf16", "f16")
-BY_DTYPE = ("token_stats", "backward", "fused_policy")
+GRADIENTS = (*((d, d) for d in DTYPES), ("f32", "bf16"), ("f32", "f16"))
 ALONE = ("elementwise", "scan")
 
 # As the CPU kernels: no contraction. The vector loads view 16-bit elements as 128-bit words, which C++ knows as aliasing and CUDA does not.
@@ -31,8 +31,9 @@ KINDS = {"plain": "-O1", "tls": "-O1 -DCUDA_HOST_TLS_SHARED", "asan": "-O0 -g1 -
 def objects(kind):
     """``(name, flags, source)`` of every object of the module; none of our arithmetic is in the bindings."""
     flags = f"{FLAGS} {KINDS[kind]}"
-    for name in BY_DTYPE:
-        yield from ((f"{name}_{dtype}", f"{flags} -DRLK_DTYPE={dtype} -x c++", CUDA / f"{name}.cu") for dtype in DTYPES)
+    yield from ((f"token_stats_{dtype}", f"{flags} -DRLK_DTYPE={dtype} -x c++", CUDA / "token_stats.cu") for dtype in DTYPES)
+    for name in ("backward", "fused_policy"):
+        yield from ((f"{name}_{dtype}_{out}", f"{flags} -DRLK_DTYPE={dtype} -DRLK_OUT={out} -x c++", CUDA / f"{name}.cu") for dtype, out in GRADIENTS)
     yield from ((name, f"{flags} -x c++", CUDA / f"{name}.cu") for name in ALONE)
 
 
@@ -46,7 +47,7 @@ def build(folder, kind="plain"):
 def program(folder, kind, cuda=CUDA):
     """Path of ``cluster_kernels.cpp`` with the kernels that it runs, from the sources in ``cuda``."""
     flags = f"{FLAGS} {KINDS[kind]}"
-    every = [("fused_policy_f32", f"{flags} -DRLK_DTYPE=f32 -x c++", cuda / "fused_policy.cu"),
+    every = [("fused_policy_f32", f"{flags} -DRLK_DTYPE=f32 -DRLK_OUT=f32 -x c++", cuda / "fused_policy.cu"),
              *((name, f"{flags} -x c++", cuda / f"{name}.cu") for name in ALONE), ("cluster_kernels", flags, HERE / "cluster_kernels.cpp")]
     return object_files.build(Path(folder) / kind, CXX, KINDS[kind], every, [HERE / "tools", cuda])
 

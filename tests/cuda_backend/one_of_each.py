@@ -36,12 +36,19 @@ def calls(backend, choose):
             saved = (shift, total, entropy, ref_shift, ref_total, kl)
             yield f"backward {what}", [backend.token_stats_backward(*g, x, targets, temperature, -100, mask, ref, *saved, None)]
             yield f"backward {what} without reference", [backend.token_stats_backward(*g[:2], None, x, targets, 0.7, -100, None, None, *saved, None)]
+            if dtype == torch.float32:
+                for narrow in (torch.bfloat16, torch.float16):
+                    out = torch.empty(count, vocab, dtype=narrow)
+                    yield f"backward {what} to {narrow}", [backend.token_stats_backward(*g[:2], None, x, targets, 0.7, -100, None, None, *saved, out)]
             old, weight = g[0].abs().neg(), g[1].abs()
             for team in (-1, 1, 2, 4, 8):
                 choose(team)
                 args = ("ppo_clip", x, targets, 0.7, -100, mask, [old, g[2]], [0.2, 0.28], weight, weight, "k3", old, weight, True)
                 yield f"fused_policy {what} team={team}", backend.fused_policy(*args, None)
                 yield f"fused_policy {what} team={team} in place", backend.fused_policy(*args, x.clone())
+                if dtype == torch.float32:  # of a head: the gradient in the dtype of its products
+                    for narrow in (torch.bfloat16, torch.float16):
+                        yield f"fused_policy {what} team={team} to {narrow}", backend.fused_policy(*args, torch.empty(count, vocab, dtype=narrow))
             choose(0)
     for n in (1, 1023, 3000):
         columns = list(torch.randn(3, n, generator=torch.Generator().manual_seed(n)))

@@ -24,8 +24,10 @@ def short(mangled):
     text = mangled[name:].partition("EEvNS")[0]
     text = re.sub(r"NS_\d+(\w+?)E(?=Li)", r"\1,", text)  # an objective
     kernel, _, arguments = text.partition("I")
+    # One type argument, or two: those of the logits and of their gradient. S1_ says that the second one is the first.
+    arguments = re.sub(r"^(13__nv_bfloat16|6__half)S1_", r"\1\1", arguments)
+    arguments = re.sub(r"^[fd]+(?=L|\d)", lambda m: "".join({"f": "fp32,", "d": "fp64,"}[x] for x in m[0]), arguments)
     arguments = arguments.replace("13__nv_bfloat16", "bf16,").replace("6__half", "fp16,")
-    arguments = re.sub(r"^([fd])(?=L)", lambda m: {"f": "fp32,", "d": "fp64,"}[m[1]], arguments)
     arguments = re.sub(r"(?<=E)([fd])(?=L)", lambda m: {"f": "fp32,", "d": "fp64,"}[m[1]], arguments)
     arguments = re.sub(r"L[ijb](\d+)E?", r"\1,", arguments).strip(",")
     return f"{kernel}<{arguments}>"

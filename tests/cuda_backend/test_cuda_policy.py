@@ -93,6 +93,36 @@ def test_every_team_of_blocks_gives_the_bits_of_the_two_separate_passes(backend,
         assert same(got, first), team
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 13, 1033, 9001])
+def test_a_gradient_rounded_as_it_is_stored_has_the_bits_of_one_rounded_afterwards(backend, host_module, vocab, narrow):
+    case = problem(vocab, torch.float32, seed=vocab)
+    x, targets = case[:2]
+    place = torch.full((len(targets), vocab + 3), math.nan, dtype=narrow)
+    for team in TEAMS:
+        host_module[0].choose(team)
+        wide, out = call(backend, "ppo_clip", case), place[:, :vocab]
+        got = call(backend, "ppo_clip", case, out=out)
+        assert same_bits(out, wide[1].to(narrow)) and same((*got[:1], *got[2:]), (*wide[:1], *wide[2:])), team
+    _, _, logp, shift, total, entropy, dlogp = wide
+    for upstream in ((dlogp, None, None), (dlogp, -case[5], None)):
+        arguments = (*upstream, x, targets, 0.8, -100, None, None, shift, total, entropy, None, None, None)
+        expected = backend.token_stats_backward(*arguments, None)
+        assert same_bits(backend.token_stats_backward(*arguments, out.fill_(math.nan)), expected.to(narrow))
+    assert place[:, vocab:].isnan().all()
+
+
+def test_what_no_kernel_rounds_is_refused(backend):
+    x, targets, _, _, weight, *_ = case = problem(13, torch.bfloat16)
+    with pytest.raises(ValueError, match="a gradient has the dtype of its logits, or these are float32"):
+        call(backend, "ppo_clip", case, out=torch.empty(5, 13))
+    x = x.float()
+    _, shift, total, entropy, *_, ref_shift, ref_total, kl = backend.token_stats(x, targets, 0.8, -100, None, x.flip(0), 31)
+    with pytest.raises(ValueError, match="token_stats_backward<float32 to bfloat16>: the gradient of a KL to other logits has the dtype of the logits"):
+        backend.token_stats_backward(weight, None, weight, x, targets, 0.8, -100, None, x.flip(0), shift, total, entropy, ref_shift, ref_total, kl,
+                                     torch.empty(5, 13, dtype=torch.bfloat16))
+
+
 def test_F15_F53_no_alignment_and_no_company_changes_a_bit(backend, host_module):
     case = problem(4099, torch.bfloat16, rows=4, seed=3)
     for team in (-1, 1, 4):

@@ -78,6 +78,22 @@ def test_gradient_and_statistics_have_the_bits_of_the_two_kernels(dtype, small_t
     assert all(same_bits(a, b) for k, (a, b) in enumerate(zip(without, run("ppo_clip", x, targets, 0.7, mask, c, True, "k3"), strict=True)) if k != 1)
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [1, 33, 101])
+def test_a_gradient_rounded_as_it_is_stored_has_the_bits_of_one_rounded_afterwards(vocab, narrow, small_tiles):
+    x, targets, _, c = policy_problem(vocab, torch.float32, seed=vocab)
+    place = torch.full((len(targets), vocab + 3), NAN, dtype=narrow)
+    wide, out = run("ppo_clip", x, targets, 0.7, None, c, True, "k3"), place[:, :vocab]
+    got = run("ppo_clip", x, targets, 0.7, None, c, True, "k3", out=out)
+    assert same_bits(out, wide[1].to(narrow))
+    assert all(same_bits(a, b) for a, b in zip((got[0], *got[2:]), (wide[0], *wide[2:]), strict=True))
+    _, _, _, shift, total, entropy, dlogp = wide
+    arguments = (dlogp, -c["entropy_weight"], None, x, targets, 0.7, -100, None, None, shift, total, entropy, None, None, None)
+    expected = kernels.token_stats_backward(*arguments, None)
+    assert same_bits(kernels.token_stats_backward(*arguments, out.fill_(NAN)), expected.to(narrow))
+    assert place[:, vocab:].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_the_gradient_kernel_writes_nothing_where_unless_is_exactly_1(dtype, small_tiles):
     x, targets, mask, c = policy_problem(101, dtype)

@@ -45,20 +45,21 @@ def stats(dtype, vocab, wanted, ref=False, **flags):
     return lambda: backend.token_stats(x, *rest, torch.empty_like(x) if ref else None, wanted)
 
 
-def backward(dtype, vocab, terms=(True, False, False), in_place=False, **flags):
+def backward(dtype, vocab, terms=(True, False, False), in_place=False, out=None, **flags):
     x, *rest = rows(dtype, vocab, **flags)
     column = torch.zeros(ROWS, dtype=real(dtype))
     upstream = [column if term else None for term in terms]
     reference = [torch.empty_like(x), *[column] * 3, column, column, column] if terms[2] else [None, *[column] * 3, None, None, None]
-    return lambda: backend.token_stats_backward(*upstream, x, *rest, *reference, x if in_place else None)
+    return lambda: backend.token_stats_backward(*upstream, x, *rest, *reference, x if in_place else out and torch.empty_like(x, dtype=out))
 
 
-def policy(name, dtype, vocab, entropy=True, kl="k3", with_grad=True, **flags):
+def policy(name, dtype, vocab, entropy=True, kl="k3", with_grad=True, out=None, **flags):
     x, *rest = rows(dtype, vocab, **flags)
     column = torch.zeros(ROWS, dtype=real(dtype))
     entry = OBJECTIVES[name]
     extra = (column if entropy else None, kl, column if kl else None, column if kl else None)
-    return lambda: backend.fused_policy(name, x, *rest, [column] * (len(entry.columns) - 1), [0.5] * len(entry.params), column, *extra, with_grad, None)
+    out = out and torch.empty_like(x, dtype=out)
+    return lambda: backend.fused_policy(name, x, *rest, [column] * (len(entry.columns) - 1), [0.5] * len(entry.params), column, *extra, with_grad, out)
 
 
 def objective(name, weighted, dtype=torch.float32):
@@ -100,6 +101,8 @@ def every_case():
     yield Case("policy masked", policy("ppo_clip", torch.bfloat16, BIG, masked=True), EVERY)
     yield Case("policy masked, temperatures", policy("ppo_clip", torch.bfloat16, BIG, masked=True, per_row=True), TWO)
     yield Case("policy fp32 masked", policy("dual_clip", torch.float32, BIG, masked=True, per_row=True), EVERY)
+    yield Case("head policy", policy("ppo_clip", torch.float32, BIG, out=torch.bfloat16), EVERY)
+    yield Case("head gradient", backward(torch.float32, BIG, (True, True, False), out=torch.bfloat16), EVERY)
     yield Case("objective", objective("ppo_clip", True), EVERY)
     yield Case("weighted loss", weighted("ppo_clip", mask=True, counted=True), EVERY)
     yield Case("weighted pairs", weighted("pairwise", taken=1), EVERY)

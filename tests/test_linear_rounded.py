@@ -1,0 +1,123 @@
+"""The products of an accelerator, on the host: the gradient of fp32 logits is written in the 16 bits that they take, and in no other case."""
+import linear_problems as problems
+import pytest
+import torch
+from linear_problems import gradients, own, problem
+from reference import same_bits
+
+import rlkernels as rlk
+from rlkernels import head, products
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+class OnHost(products.Accelerated):
+    """Operands and results as on the device, products in fp32 and one order."""
+
+    seen = None
+
+    def logits(self, hidden, out):
+        out.copy_(hidden.float() @ self.weight.float().t())
+
+    def gradients(self, dlogits, hidden, want_hidden, dweight, first):
+        OnHost.seen.append(dlogits.dtype)
+        dlogits = dlogits.to(self.weight.dtype).float()
+        if dweight is not None:
+            dweight.addmm_(dlogits.t(), hidden.float(), beta=0 if first else 1)
+        return dlogits @ self.weight.float() if want_hidden else None
+
+
+@pytest.fixture
+def on_host(monkeypatch):
+    OnHost.seen = []
+    monkeypatch.setattr(head, "products", lambda weight, logits_dtype: OnHost(weight))
+    with rlk.use_backend("eager"):  # as a kernel it takes an output of another dtype
+        yield
+
+
+@pytest.fixture(params=[True, False], ids=["rounded at once", "rounded afterwards"])
+def at_once(request, on_host, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(head.Chunk, "gradient_of", lambda self, x: x if self.softcap is None else self.buffers[1][:x.shape[0], :self.width])
+    return request.param
+
+
+def losses(d, h, w, b, **options):
+    y, mask = d["targets"], d["mask"]
+    stats = rlk.linear_token_stats(h, w, y, bias=b, **options)
+    yield (stats.logprobs * d["advantages"] + stats.entropy * d["token_weights"]).sum()
+    for level in ("token", "sequence"):
+        yield rlk.linear_policy_loss(h, w, y, d["old"], d["advantages"], mask, bias=b, ratio_level=level, entropy_coef=0.1, **options)
+    yield rlk.linear_dpo_loss(h, w, y, mask, bias=b, reference_free=True, **options)
+    yield rlk.linear_sft_loss(h, w, y, mask, bias=b, **options)
+
+
+KEPT = {}
+
+
+@pytest.mark.parametrize("chunk", [{}, {"chunk_tokens": 16}, {"max_live_tokens": 28}], ids=str)
+def test_rounding_at_once_changes_no_bit_and_spares_a_pass(chunk, at_once):
+    dtype = torch.bfloat16  # fp16 is brought near 1 as well
+    d = problem(dtype, (4, 7))
+    found = []
+    for k in range(5):
+        operands = [*own(d)[:2], None]
+        loss = list(losses(d, *operands, **chunk))[k]
+        found += [loss.detach(), *gradients(loss, operands)]
+    assert set(OnHost.seen) == {dtype if at_once else torch.float32}
+    before = KEPT.setdefault(str(chunk), found)
+    assert all(same_bits(a, b) for a, b in zip(found, before, strict=True))  # whichever came first
+
+
+@pytest.mark.parametrize("options", [{"softcap": 5.0}, {"logit_scale": 0.7}, {"bias": True}, {"logits_dtype": torch.bfloat16}], ids=str)
+def test_what_needs_the_gradient_unrounded_gets_it(options, on_host):
+    d, options = problem(torch.bfloat16, (4, 7)), dict(options)
+    own_bias = options.pop("bias", False)
+    for k in range(5):
+        h, w, b = own(d)
+        loss = list(losses(d, h, w, b if own_bias else None, **options))[k]
+        loss.backward()
+    assert set(OnHost.seen) == {options.get("logits_dtype", torch.float32)}
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_a_frozen_bias_keeps_nothing_unrounded(dtype, on_host):
+    d = problem(dtype, (4, 7))
+    h, w, b = own(d)
+    list(losses(d, h, w, b.detach()))[1].backward()
+    assert set(OnHost.seen) == {dtype}
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_sum"])
+@pytest.mark.parametrize("tokens", [None, 2.0**20, 2.0**-9])
+def test_F44_gradients_made_before_the_loss_scale_are_those_of_float64(tokens, level, dtype, on_host):
+    """Over a million tokens in all: without a scale of its own the gradient of a logit would be 0 in fp16; with weights of 512, infinite."""
+    d = problem(dtype, (4, 48), hidden=64, vocab=515)
+    normal = {} if level == "sequence_sum" or tokens is None else {"normalizers": {"batch_num_tokens": tokens}}
+    upstream = 1.0 if tokens is None else tokens / 2.0**8  # a gradient scaler's, by a power of 2, so that the result is in reach of fp16
+    upstream = upstream if normal else 16.0
+    wide = problems.leaves(d, bias=False)
+    mode = "seq-mean" if level == "sequence_sum" else "token-mean"
+    truth = problems.policy(d, wide, ratio_level=level, aggregation_=mode, **normal)
+    want = gradients(truth, wide, upstream)
+    for chunk in ({}, {"chunk_tokens": 64}, {"chunk_tokens": 16}):
+        operands = own(d, bias=False)
+        loss = rlk.linear_policy_loss(*operands[:2], d["targets"], d["old"], d["advantages"], d["mask"], clip_low=0.2, clip_high=0.28, ratio_level=level,
+                                      **normal, **chunk)
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-4, atol=0)
+        for x, t in zip(gradients(loss, operands, upstream), want, strict=True):  # one rounding of the operand, one of the result
+            assert problems.frobenius(x, t) <= 2.0 * problems.frobenius(t.to(dtype), t), chunk
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_F44_gradients_of_pairs_are_those_of_float64(dtype, on_host):
+    d = problem(dtype, (16, 12), hidden=64, vocab=515)
+    wide = problems.leaves(d, bias=False)
+    sums, n = problems.answers(d, wide)
+    nothing = torch.zeros(8, dtype=torch.float64)
+    want = gradients(problems.pairs("sigmoid", sums[:8], sums[8:], nothing, nothing, n[:8], n[8:], beta=0.01, smoothing=0.0).mean(), wide, 2.0**8)
+    operands = own(d, bias=False)
+    loss = rlk.linear_dpo_loss(*operands[:2], d["targets"], d["mask"], reference_free=True, beta=0.01)
+    for x, t in zip(gradients(loss, operands, 2.0**8), want, strict=True):
+        assert problems.frobenius(x, t) <= 2.0 * problems.frobenius(t.to(dtype), t)
