@@ -141,6 +141,8 @@ def outputs(where, names, known):
 
 def no_forward_ad(where, *tensors):
     """Custom ops have no forward-mode formula: ``torch.func.jvp`` would return zero tangents without a word."""
+    if getattr(torch.autograd.forward_ad, "_current_level", 0) < 0:  # private, so looked for: outside of every level nothing need be unpacked
+        return
     for x in tensors:
         if isinstance(x, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
             raise RuntimeError(f"{where}: forward-mode AD is not supported by rlkernels")
