@@ -131,7 +131,7 @@ def _by_token(h, terms, with_entropy, backend):
 
     def compute(needs):
         plan = blocks(live_rows(h.targets != h.ignore_index, h.bound), h.chunk)
-        return sweep.per_unit(h, plan, score, needs, with_entropy, backend, terms.largest())
+        return sweep.per_unit(h, plan, score, needs, with_entropy, backend, terms.largest)
 
     return compute
 
@@ -165,5 +165,7 @@ def _by_sequence(where, h, terms, shape, live, cu_seqlens, level, with_entropy, 
             loss = loss * plan.share(first, last)
         return loss + _extras(part, logp, entropy)
 
-    largest = 1.0 / max(count, 1) if level == "sequence_sum" else terms.largest()  # of a sum every token has the slope of the whole
+    def largest():  # of a sum every token has the slope of the whole
+        return 1.0 / max(count, 1) if level == "sequence_sum" else terms.largest()
+
     return lambda needs: sweep.per_unit(h, plan, score, needs, with_entropy, backend, largest)

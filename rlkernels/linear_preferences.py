@@ -144,13 +144,15 @@ class _Answers(NamedTuple):
     def scored(self, place, per_unit, score):
         """Loss and log-probabilities. ``score(sums, first, last)``: the loss of units ``first`` to ``last`` from the sums of their answers."""
         plain = sweep.checked(self.head, self.live)
-        plan = units(self.live, place, self.count, per_unit, plain.bound)
+        plan, backend = units(self.live, place, self.count, per_unit, plain.bound), ops.serving("fused_policy", self.head.hidden)
 
         def of_rows(rows, logp, entropy, first, last):
             return score(sequence_sums(logp, None if rows.dead is None else ~rows.dead, plan.cu_seqlens(first, last)), first, last)
 
-        backend = ops.serving("fused_policy", self.head.hidden)
-        loss, logp, _ = sweep.differentiable(self.head, lambda needs: sweep.per_unit(plain, plan, of_rows, needs, False, backend, 1.0 / max(self.count, 1)))
+        def compute(needs):
+            return sweep.per_unit(plain, plan, of_rows, needs, False, backend, lambda: 1.0 / max(self.count, 1))
+
+        loss, logp, _ = sweep.differentiable(self.head, compute)
         return loss, logp
 
     def scored_whole(self, whole):

@@ -65,7 +65,7 @@ class _Sweep:
         self.total = Gradients(head.hidden, head.weight, head.bias, needs, head.shard, keep=True)
         self.chunk = Chunk(head.weight, head.bias, head.softcap, head.logit_scale, head.logits_dtype, head.shard, filled_up(min(size, rows)),
                            needs[2])
-        self.scale = _power_of_two(largest, head) if self.chunk.products.gradient_dtype == torch.float16 else None
+        self.scale = _power_of_two(largest(), head) if self.chunk.products.gradient_dtype == torch.float16 else None
         self.loss = torch.zeros((), dtype=torch.float64, device=head.hidden.device)
         self.logp, self.entropy = (torch.zeros(head.targets.shape, dtype=head.real, device=head.hidden.device) for _ in range(2))
 
@@ -117,7 +117,7 @@ def per_token(head, terms, needs, backend):
         parts = [(live_rows(live, head.bound), any(needs))]
     else:  # without a gradient too: in another order the loss would have other bits
         parts = list(zip(moving_and_still_rows(live, still), (any(needs), False), strict=True))
-    sweep = _Sweep(head, needs, max(len(rows) for rows, _ in parts), head.chunk, terms.largest())
+    sweep = _Sweep(head, needs, max(len(rows) for rows, _ in parts), head.chunk, terms.largest)
     for rows, moving in parts:
         for start in range(0, len(rows), head.chunk):
             _token_chunk(sweep, rows.part(start, start + head.chunk), terms, moving, backend)
@@ -141,7 +141,7 @@ def _token_chunk(sweep, rows, terms, moving, backend):
 def per_unit(head, plan, score, needs, with_entropy, backend, largest):
     """``score(rows, logp, entropy, first, last) -> loss`` by autograd over a few numbers per row, units ``first`` to ``last``.
 
-    ``largest``: about the largest derivative of the loss by a log-probability.
+    ``largest()``: about the largest derivative of the loss by a log-probability.
     """
     chunks = [(first, last, plan.rows(first, last)) for first, last in plan.chunks(head.chunk)]
     sweep = _Sweep(head, needs, max((len(rows) for _, _, rows in chunks), default=0), head.chunk, largest)
