@@ -106,6 +106,21 @@ def test_every_loss_of_a_head_is_that_of_all_logits(backend, call, dtype):
 
 
 @both
+@every_dtype
+def test_F44_a_mean_over_a_million_tokens_reaches_16_bits_before_its_loss_scale(backend, dtype):
+    d, total, upstream = problem(dtype), 2.0**20, 2.0**12
+    wide = problems.leaves(d)
+    expected = problems.gradients(problems.policy(d, wide, normalizers={"batch_num_tokens": total}), wide, upstream)
+    on_device = placed(d)
+    operands = leaves(on_device)
+    with gpu.using(backend):
+        loss = policy(on_device, operands, normalizers={"batch_num_tokens": total})
+        loss.backward(torch.tensor(upstream, device=gpu.DEVICE))
+    for x, t in zip(operands, expected, strict=True):
+        assert problems.frobenius(x.grad.cpu(), t) <= ALLOWED[dtype]
+
+
+@both
 @every_call
 def test_F48_with_a_bound_the_host_does_not_wait(backend, call):
     d = placed(problem(torch.bfloat16))
