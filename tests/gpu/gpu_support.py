@@ -18,8 +18,8 @@ DEVICE = torch.device(os.environ.get("GPU_SUITE_DEVICE", "cuda"))
 REHEARSAL = DEVICE.type == "cpu"
 BACKENDS = ("cpu",) if REHEARSAL else ("triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05}
-POLICIES = sorted(n for n, o in OBJECTIVES.items() if o.columns[0] == "logp" and "ref_logp" not in o.columns and hasattr(oracles, n))
+PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "tau": 0.05, "alpha": 0.5}
+POLICIES = sorted(n for n, o in OBJECTIVES.items() if o.columns[0] == "logp" and "advantage" in o.columns and hasattr(oracles, n))
 CUDA_ONLY = pytest.mark.skipif(REHEARSAL, reason="needs a CUDA device")
 """For what has no meaning in a rehearsal: streams, graphs, the memory of a GPU."""
 
