@@ -101,9 +101,9 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
     n, masked = first.numel(), weight is not None and weight.dtype == torch.bool
     slopes, loss, parts = first.new_empty((2 if minus else 1, *first.shape)), _scalar(first, n, first.dtype), _parts(first, n)
     if n:
-        weights = (0, _address(weight)) if masked else (_address(weight), 0)
+        weights, slope = (0, _address(weight)) if masked else (_address(weight), 0), slopes.data_ptr()
         kernel(objective, [x.data_ptr() for x in (first, *others)], [x.data_ptr() for x in minus], params, *weights, _address(total), share,
-               slopes.data_ptr(), slopes[1].data_ptr() if minus else 0, loss.data_ptr(), *_places(parts), n, *_where(first))
+               slope, slope + n * first.element_size() if minus else 0, loss.data_ptr(), *_places(parts), n, *_where(first))
     return loss, slopes
 
 
