@@ -124,7 +124,7 @@ def fresh(shape, dtype, device):
 class Chunk:
     """``hidden -> logits`` of some rows, in one buffer that all chunks of a call share, and back."""
 
-    def __init__(self, weight, bias, softcap, logit_scale, logits_dtype, shard, rows, bias_gradient=True):
+    def __init__(self, weight, bias, softcap, logit_scale, logits_dtype, shard, rows, bias_gradient):
         self.products, self.columns, self.shard = products(weight, logits_dtype), weight.shape[0], shard
         self.bias, self.softcap, self.scale = None if bias is None else bias.to(logits_dtype), softcap, logit_scale
         self.width = self.columns + (shard is not None)  # a shard has one column more, for targets that are elsewhere

@@ -52,7 +52,9 @@ void stats(const Rows& r, const std::array<uintptr_t, 11>& to, int device, uintp
 
 void backward(const Rows& r, const std::array<uintptr_t, 10>& from, const Place& out, int dtype, int device, uintptr_t stream) {
   const BackwardInputs in{from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], from[8], from[9]};
-  by_dtypes(r.dtype, Dtype(dtype), [&](auto d, auto o) { token_stats_backward<decltype(d)::value, decltype(o)::value>(r, in, layout(out), {device, stream}); });
+  by_dtypes(r.dtype, Dtype(dtype), [&](auto d, auto o) {
+    token_stats_backward<decltype(d)::value, decltype(o)::value>(r, in, layout(out), {device, stream});
+  });
 }
 
 // At most kMaxColumns of each: the array of a kernel argument has a fixed size.

@@ -17,9 +17,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CUDA = ROOT / "csrc/cuda"
 CXX = shutil.which(os.getenv("CXX", "c++"))
-DTYPES = ("f32", "bf16", "f16")
-GRADIENTS = (*((d, d) for d in DTYPES), ("f32", "bf16"), ("f32", "f16"))
-ALONE = ("elementwise", "scan")
+
+spec = importlib.util.spec_from_file_location("setup_cuda", ROOT / "setup_cuda.py")
+setup_cuda = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(setup_cuda)
 
 # As the CPU kernels: no contraction. The vector loads view 16-bit elements as 128-bit words, which C++ knows as aliasing and CUDA does not.
 FLAGS = ("-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -Wall -Wextra -Wno-unknown-pragmas -Wno-maybe-uninitialized "
@@ -30,11 +31,7 @@ KINDS = {"plain": "-O1", "tls": "-O1 -DCUDA_HOST_TLS_SHARED", "asan": "-O0 -g1 -
 
 def objects(kind):
     """``(name, flags, source)`` of every object of the module; none of our arithmetic is in the bindings."""
-    flags = f"{FLAGS} {KINDS[kind]}"
-    yield from ((f"token_stats_{dtype}", f"{flags} -DRLK_DTYPE={dtype} -x c++", CUDA / "token_stats.cu") for dtype in DTYPES)
-    for name in ("backward", "fused_policy"):
-        yield from ((f"{name}_{dtype}_{out}", f"{flags} -DRLK_DTYPE={dtype} -DRLK_OUT={out} -x c++", CUDA / f"{name}.cu") for dtype, out in GRADIENTS)
-    yield from ((name, f"{flags} -x c++", CUDA / f"{name}.cu") for name in ALONE)
+    return ((name, f"{FLAGS} {KINDS[kind]} {definitions} -x c++", ROOT / source) for name, source, definitions in setup_cuda.kernels())
 
 
 def build(folder, kind="plain"):
@@ -48,7 +45,7 @@ def program(folder, kind, cuda=CUDA):
     """Path of ``cluster_kernels.cpp`` with the kernels that it runs, from the sources in ``cuda``."""
     flags = f"{FLAGS} {KINDS[kind]}"
     every = [("fused_policy_f32", f"{flags} -DRLK_DTYPE=f32 -DRLK_OUT=f32 -x c++", cuda / "fused_policy.cu"),
-             *((name, f"{flags} -x c++", cuda / f"{name}.cu") for name in ALONE), ("cluster_kernels", flags, HERE / "cluster_kernels.cpp")]
+             *((name, f"{flags} -x c++", cuda / f"{name}.cu") for name in setup_cuda.ALONE), ("cluster_kernels", flags, HERE / "cluster_kernels.cpp")]
     return object_files.build(Path(folder) / kind, CXX, KINDS[kind], every, [HERE / "tools", cuda])
 
 

@@ -2,7 +2,6 @@
 where that is a build of these sources for these targets, else from a compilation here, kept by the hash of the sources."""
 import fcntl
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,15 +11,13 @@ from pathlib import Path
 import host_build
 import ptxas
 import pytest
+from host_build import setup_cuda
 
 import rlkernels
 
 TARGETS = ("80", "90a", "100a", "120")
 RECORDED = json.loads((host_build.HERE / "registers.json").read_text())
 
-spec = importlib.util.spec_from_file_location("setup_cuda", host_build.ROOT / "setup_cuda.py")
-setup_cuda = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(setup_cuda)
 
 
 def installed_report():

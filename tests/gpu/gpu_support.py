@@ -128,6 +128,19 @@ def policy_truth(objective, x, targets, columns, *, kl=None, kl_coef=0.0, entrop
     return loss, dlogits, allowed, total.abs().sum().item()
 
 
+def captured(function, static):
+    """``(graph, outputs)`` of ``function(static)``, captured after three runs on a side stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function(static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        return graph, function(static)
+
+
 @contextlib.contextmanager
 def hidden_syncs_raise():
     """Any operation that makes the host wait for the device raises inside."""

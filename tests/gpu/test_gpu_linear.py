@@ -148,15 +148,7 @@ def test_F48_with_a_bound_a_captured_graph_replays_to_the_bits_of_eager(backend,
         return loss.detach(), *torch.autograd.grad(loss, operands)
 
     with gpu.using(backend):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run(static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run(static)
+        graph, captured = gpu.captured(run, static)
         for seed in (1, 2):
             other = placed(problem(torch.bfloat16, seed=seed))
             for name, value in other.items():

@@ -78,15 +78,7 @@ def same(got, expected):
 def test_F48_a_captured_graph_replays_to_the_bits_of_eager(backend, call):
     function, static = CALLS[call], inputs(0)
     with gpu.using(backend):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                function(static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = function(static)
+        graph, captured = gpu.captured(function, static)
         for seed in (10, 20, 30):
             other = inputs(seed)
             for name, value in other.items():
