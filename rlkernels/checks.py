@@ -153,13 +153,30 @@ def inplace(where, x):
     if not x.requires_grad:
         return
     if x.is_leaf:
-        raise RuntimeError(f"{where}: inplace_backward needs a non-leaf tensor: a leaf's value would be lost to its own gradient")
+        raise RuntimeError(f"{where}: inplace_backward needs a non-leaf tensor: a leaf's value would be lost to its own gradient; leave it out")
+    base = x._base  # of a view of a view, the first of them
+    of_a_leaf = base is not None and base.is_leaf and base.requires_grad
+    if of_a_leaf or not torch.compiler.is_compiling() and _lies_in_a_leaf(x):
+        raise RuntimeError(f"{where}: inplace_backward needs non-leaf memory, got a view of a leaf: its value would be lost to its own gradient; "
+                           "leave it out, or pass a copy")
     spans = sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
     reach = 1
     for stride, size in spans:
         if stride < reach:
             raise RuntimeError(f"{where}: inplace_backward needs non-overlapping memory, got shape {tuple(x.shape)} with strides {x.stride()}")
         reach = stride * size
+
+
+def _lies_in_a_leaf(x):
+    """The same by the graph: unsafe_chunk, a view that was made a leaf and a Function that returns a detached input have no base that says so."""
+    node = x.grad_fn
+    while node is not None:
+        inputs = [found for found, _ in node.next_functions if found is not None]
+        leaves = [getattr(found, "variable", None) for found in inputs]
+        if any(isinstance(leaf, torch.Tensor) and leaf.layout == x.layout and torch._C._is_alias_of(leaf, x) for leaf in leaves):
+            return True
+        node = inputs[0] if len(inputs) == 1 else None  # a view has one input
+    return False
 
 
 def pairs(where, chosen, rejected, names=("chosen", "rejected")):

@@ -34,7 +34,8 @@ def token_logprobs(logits, targets, *, temperature=1.0, ignore_index=-100, vocab
         temperature: ``T > 0``; a number, or a tensor ``[...]`` with one per token.
         ignore_index: a token with this target is not read: its result and its gradient are 0.
         vocab_mask: bool ``[V]`` or ``[..., V]``, True keeps a column; the others count as logits of -inf.
-        inplace_backward: the backward writes the gradient over ``logits``; nothing of their size is allocated.
+        inplace_backward: the backward writes the gradient over ``logits``; nothing of their size is allocated. A later backward through the
+            logits, a view or a ``detach()`` of them raises. Memory that they share by ``.data``, ``set_`` or numpy is overwritten in silence.
 
     Returns:
         Tensor ``[...]``, fp32 (fp64 for fp64 logits), differentiable once.
@@ -42,7 +43,7 @@ def token_logprobs(logits, targets, *, temperature=1.0, ignore_index=-100, vocab
     Raises:
         TypeError, ValueError: wrong type, dtype or shape.
         IndexError: on the CPU, a target outside ``[0, V)`` that is not ``ignore_index``.
-        RuntimeError: tensors on several devices; ``inplace_backward`` on a leaf or on overlapping memory.
+        RuntimeError: tensors on several devices; ``inplace_backward`` on a leaf, a view of a leaf, or overlapping memory.
     """
     row = rows("token_logprobs", logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
     logp, *_ = ops.token_stats(row.logits, row.targets, row.temperature, row.ignore_index, row.vocab_mask, None, 0, inplace_backward,

@@ -94,12 +94,11 @@ def both(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
     work = problem.logits.clone()
 
     def restored() -> Tensor:
-        work.copy_(problem.logits)
-        return work.detach().requires_grad_()
+        # No leaf: the values of a leaf may not be given up, those of what a model computed may.
+        return work.detach().copy_(problem.leaf)
 
-    def in_place(leaf: Tensor, targets: Tensor) -> Tensor:
-        # A view: the values of a leaf may not be given up, those of what a model computed may.
-        return rlkernels.token_logprobs(leaf.view_as(leaf), targets, inplace_backward=True)
+    def in_place(logits: Tensor, targets: Tensor) -> Tensor:
+        return rlkernels.token_logprobs(logits, targets, inplace_backward=True)
 
     def contender(name: str, function: Callable, prepare: Callable[[], Tensor] = lambda: problem.leaf) -> Contender:
         run = differentiated(lambda leaf: function(leaf, y), g)

@@ -93,8 +93,8 @@ class Scratch:
     def __call__(self, buffer: int) -> Tensor:
         if self.work is None:
             self.work = torch.empty_like(self.problem.logits)
-        self.work.copy_(self.problem.logits)
-        return self.work.detach().requires_grad_()
+        # No leaf: the values of a leaf may not be given up, those of what a model computed may.
+        return self.work.detach().copy_(self.problem.leaf(buffer))
 
 
 def row_slack(judge: Judge) -> dict[str, float]:
@@ -151,9 +151,8 @@ def logprobs(problem: Problem, judge: Judge, peers: dict[str, Callable], compile
     def entry(label: str, function: Callable, prepare: Callable = problem.leaf, **rest: object) -> Entry:
         return Entry(label, differentiated(lambda leaf: function(leaf, y), g), prepare, check, **rest)
 
-    def in_place(leaf: Tensor, targets: Tensor) -> Tensor:
-        # A view: the values of a leaf may not be given up, those of what a model computed may.
-        return rlkernels.token_logprobs(leaf.view_as(leaf), targets, inplace_backward=True)
+    def in_place(logits: Tensor, targets: Tensor) -> Tensor:
+        return rlkernels.token_logprobs(logits, targets, inplace_backward=True)
 
     entries = []
     for label, name in ours(problem.logits.device.type).items():
@@ -197,7 +196,7 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_t
     entries = []
     for label, name in ours(problem.logits.device.type).items():
         entries.append(entry(label, on(name, our_loss), ours=True))
-        entries.append(entry(label + IN_PLACE, on(name, lambda leaf: our_loss(leaf.view_as(leaf), True)), scratch, ours=True))
+        entries.append(entry(label + IN_PLACE, on(name, lambda logits: our_loss(logits, True)), scratch, ours=True))
         entries.append(Entry(label + ONE_LAUNCH, one_launch(name), lambda buffer: buffer, check, ours=True))
     # The gradient of a mean over fewer rows, without the entropy term; rows that end a sequence are not in it.
     length = tokens // SEQUENCES

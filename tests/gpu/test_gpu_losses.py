@@ -29,7 +29,7 @@ def run(backend, x, targets, columns, objective, inplace=False, **rest):
     leaf = x.clone().requires_grad_()
     with gpu.using(backend):
         loss = rlkernels.logits_policy_loss(
-            leaf.view_as(leaf) if inplace else leaf, targets, columns["old"], columns["advantage"], columns["mask"], objective=objective,
+            leaf * 1 if inplace else leaf, targets, columns["old"], columns["advantage"], columns["mask"], objective=objective,
             inplace_backward=inplace, **rest, **options(objective))
     (grad,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), grad
@@ -100,7 +100,7 @@ UPSTREAM = (1.0, 2.0**16, -0.5, 0.0)
 def held(x, targets, columns, inplace=False):
     """A loss whose gradient is made in the forward; in place none is."""
     leaf = x.clone().requires_grad_()
-    loss = rlkernels.logits_policy_loss(leaf.view_as(leaf) if inplace else leaf, targets, columns["old"], columns["advantage"], columns["mask"],
+    loss = rlkernels.logits_policy_loss(leaf * 1 if inplace else leaf, targets, columns["old"], columns["advantage"], columns["mask"],
                                         temperature=0.9, entropy_coef=ENTROPY, inplace_backward=inplace)
     return loss, leaf
 

@@ -215,15 +215,14 @@ def test_F92_the_forward_takes_no_memory_and_the_backward_one_gradient(backend):
     size = a["x"].numel() * a["x"].element_size()
     leaf = a["x"].detach().requires_grad_()
 
+    made = leaf * 1
+
     def in_place():
-        own = leaf.detach().requires_grad_()
-        logp = rlkernels.token_logprobs(own.view_as(own), a["targets"], inplace_backward=True)
-        return torch.autograd.grad(logp, own, a["advantage"])
+        return torch.autograd.grad(rlkernels.token_logprobs(made, a["targets"], inplace_backward=True), made, a["advantage"])
 
     def policy_in_place():
-        own = leaf.detach().requires_grad_()
-        loss = rlkernels.logits_policy_loss(own.view_as(own), a["targets"], a["old"], a["advantage"], entropy_coef=0.01, inplace_backward=True)
-        return torch.autograd.grad(loss, own)
+        loss = rlkernels.logits_policy_loss(made, a["targets"], a["old"], a["advantage"], entropy_coef=0.01, inplace_backward=True)
+        return torch.autograd.grad(loss, made)
 
     with gpu.using(backend):
         for function in (logprobs, two_models, policy, scaled_policy):

@@ -50,7 +50,7 @@ def test_fused_policy_forward_and_backward(backend, vocab, inplace):
     old, advantage = gpu.put(torch.linspace(-9, -1, 5)), gpu.put(torch.linspace(-1, 1, 5))
     leaf = x.detach().requires_grad_()
     with gpu.using(backend):
-        loss = rlkernels.logits_policy_loss(leaf.view_as(leaf), targets, old, advantage, ref_logprobs=old, kl_coef=0.1, entropy_coef=0.01,
+        loss = rlkernels.logits_policy_loss(leaf * 1, targets, old, advantage, ref_logprobs=old, kl_coef=0.1, entropy_coef=0.01,
                                             inplace_backward=inplace)
         (grad,) = torch.autograd.grad(loss, leaf)
     assert loss.isfinite() and grad.isfinite().all() and (grad[2] == 0).all()
