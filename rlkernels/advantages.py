@@ -36,12 +36,13 @@ def gae(rewards, values, mask=None, *, gamma=1.0, lam=0.95, masked="skip", cu_se
     Schulman et al. 2016, arXiv:1506.02438, eq. 16.
     """
     where = "gae"
-    checks.interval(where, "lam", lam, 0, 1)
+    gamma, lam = (checks.interval(where, name, x, 0, 1) for name, x in (("gamma", gamma), ("lam", lam)))
     checks.floating(where, "values", values)
     checks.floating(where, "rewards", rewards)
     checks.shape(where, "values", values, rewards.shape)
     checks.one_device(where, "rewards", rewards, values=values, bootstrap_values=bootstrap_values)
-    live = _live(where, rewards, mask, gamma, masked, cu_seqlens)
+    checks.no_forward_ad(where, rewards, values, bootstrap_values)
+    live = _live(where, rewards, mask, masked, cu_seqlens)
     real = real_dtype(rewards, values)
     rewards, values = dense(rewards.detach(), real), dense(values.detach(), real)
     if bootstrap_values is not None:
@@ -77,15 +78,16 @@ def discounted_returns(rewards, mask=None, *, gamma=1.0, masked="skip", cu_seqle
     """
     where = "discounted_returns"
     checks.floating(where, "rewards", rewards)
-    live = _live(where, rewards, mask, gamma, masked, cu_seqlens)
+    checks.no_forward_ad(where, rewards)
+    gamma = checks.interval(where, "gamma", gamma, 0, 1)
+    live = _live(where, rewards, mask, masked, cu_seqlens)
     rewards = rewards.detach().to(real_dtype(rewards))
     # GAE with V = 0 and lam = 1.
     return _scan(rewards, torch.zeros_like(rewards), live, cu_seqlens, gamma, 1.0, masked)[1]
 
 
-def _live(where, rewards, mask, gamma, masked, cu_seqlens):
+def _live(where, rewards, mask, masked, cu_seqlens):
     """What both scans check; the mask as bool."""
-    checks.interval(where, "gamma", gamma, 0, 1)
     checks.choice(where, "masked", masked, MASKED)
     checks_tokens.layout(where, "rewards", rewards, cu_seqlens)
     checks.mask(where, mask, rewards.shape)
@@ -98,7 +100,7 @@ def _live(where, rewards, mask, gamma, masked, cu_seqlens):
 def _scan(rewards, values, live, cu_seqlens, gamma, lam, masked):
     live = None if live is None else live.contiguous()
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.long().contiguous()
-    return ops.gae(rewards.contiguous(), values.contiguous(), live, cu_seqlens, float(gamma), float(lam), masked,
+    return ops.gae(rewards.contiguous(), values.contiguous(), live, cu_seqlens, gamma, lam, masked,
                    ops.serving("gae", rewards))
 
 
@@ -114,6 +116,13 @@ def _bootstrap(rewards, gains, live, cu_seqlens):
         passed_by_end, gains = passed[(ends[ids] - 1).clamp(min=0)], gains[ids]
     # Dead tokens behind the last live one get the gain too; the scan does not read them.
     return torch.where(passed == passed_by_end, rewards + gains, rewards)
+
+
+def _dimensions(where, dim, count):
+    dims = tuple(checks.integer(where, "dim", one) for one in (dim if isinstance(dim, (tuple, list)) else (dim,)))
+    if any(not -count <= one < count for one in dims) or len({one % count for one in dims}) < len(dims):
+        raise ValueError(f"{where}: dim must name dimensions of x, each once, from {-count} to {count - 1}; got {dim!r}")
+    return dims
 
 
 def masked_whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, eps_mode="add", dim=None):
@@ -146,9 +155,9 @@ def masked_whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, eps
     checks.mask(where, mask, x.shape)
     checks.one_device(where, "x", x, mask=mask)
     checks.choice(where, "eps_mode", eps_mode, ("add", "clamp"))
-    checks_tokens.not_negative(where, "eps", eps)
+    eps = checks_tokens.not_negative(where, "eps", eps)
     live = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
-    dim = tuple(range(x.dim())) if dim is None else dim
+    dim = tuple(range(x.dim())) if dim is None else _dimensions(where, dim, x.dim())
 
     def mean(values, fewer=0):
         # sum, not nansum: a NaN in a live element is the caller's to see.

@@ -3,6 +3,11 @@ import math
 
 import torch
 
+from rlkernels.checks_names import choice, known_names, named, several
+from rlkernels.checks_numbers import finite, integer, interval, positive, positive_integer, real
+
+__all__ = ["choice", "finite", "integer", "interval", "known_names", "named", "positive", "positive_integer", "real", "several"]  # checks, too
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOAT_NAMES = "float32, bfloat16, float16, float64"
 
@@ -48,11 +53,6 @@ def targets(where, x, rows):
     shape(where, "targets", x, rows)
 
 
-def integer(where, name, x):
-    if not isinstance(x, int) or isinstance(x, bool):
-        raise TypeError(f"{where}: {name} must be int, got {type(x).__name__}")
-
-
 def temperature(where, x, rows):
     if isinstance(x, torch.Tensor):
         floating(where, "temperature", x)
@@ -60,35 +60,6 @@ def temperature(where, x, rows):
         no_gradient(where, temperature=x)
     else:
         positive(where, "temperature", x)
-
-
-def real(where, name, x):
-    if isinstance(x, (bool, str)) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{where}: {name} must be a number, got {type(x).__name__}")
-
-
-def positive(where, name, x):
-    real(where, name, x)
-    if not 0 < x < math.inf:  # NaN fails too
-        raise ValueError(f"{where}: {name} must be positive and finite, got {x}")
-
-
-def finite(where, name, x):
-    real(where, name, x)
-    if not -math.inf < x < math.inf:
-        raise ValueError(f"{where}: {name} must be finite, got {x}")
-
-
-def interval(where, name, x, low, high, closed=True):
-    """``low <= x <= high``, or ``low <= x < high`` where ``closed`` is False."""
-    real(where, name, x)
-    if not (low <= x <= high if closed else low <= x < high):
-        raise ValueError(f"{where}: {name} must be in [{low}, {high}{']' if closed else ')'}, got {x}")
-
-
-def choice(where, name, x, known):
-    if x not in known:
-        raise ValueError(f"{where}: {name} must be one of {', '.join(map(str, known))}; got {x!r}")
 
 
 def mask(where, x, expected, name="mask"):
@@ -111,9 +82,12 @@ def vocab_mask(where, x, logits_shape):
 
 
 def no_gradient(where, **tensors):
+    """Neither by a backward nor forwards."""
     for name, x in tensors.items():
         if isinstance(x, torch.Tensor) and x.requires_grad:
             raise ValueError(f"{where}: {name} gets no gradient; detach it")
+    if getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0:  # asked here too: a call would cost more than the question
+        no_forward_ad(where, *tensors.values())
 
 
 def reference(where, x, logits_, kl):
@@ -132,20 +106,25 @@ def reference(where, x, logits_, kl):
 
 
 def outputs(where, names, known):
-    if isinstance(names, str):
-        raise TypeError(f"{where}: outputs must be a tuple of names, got the string {names!r}")
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{where}: outputs: unknown {name!r}; known: {', '.join(known)}")
+    known_names(where, "outputs", names, known)
+
+
+# Private, so looked for: without it torch itself refuses, in words of its own.
+_transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 
 
 def no_forward_ad(where, *tensors):
-    """Custom ops have no forward-mode formula: ``torch.func.jvp`` would return zero tangents without a word."""
-    if getattr(torch.autograd.forward_ad, "_current_level", 0) < 0:  # private, so looked for: outside of every level nothing need be unpacked
+    """Ops of ours have no forward-mode formula, and none for torch.func: tangents would be zero without a word. So would those of what is detached."""
+    forward = getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0  # outside of every level nothing need be unpacked
+    if not forward and (torch.compiler.is_compiling() or _transform() is None):
         return
     for x in tensors:
-        if isinstance(x, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
-            raise RuntimeError(f"{where}: forward-mode AD is not supported by rlkernels")
+        if forward and isinstance(x, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(f"{where}: forward-mode AD is not supported by rlkernels; use reverse mode, or plain torch operations")
+        while isinstance(x, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
+            if torch._C._functorch.is_gradtrackingtensor(x):
+                raise RuntimeError(f"{where}: torch.func.grad, vjp and jacrev are not supported by rlkernels; use backward() or torch.autograd.grad")
+            x = torch._C._functorch.get_unwrapped(x)
 
 
 def inplace(where, x):
@@ -198,7 +177,7 @@ def params(where, objective, entry, given, defaults):
     for name in entry.params:
         if name not in values:
             raise TypeError(f"{where}: objective {objective!r} needs {name!r}")
-        real(where, name, values[name])
+        values[name] = real(where, name, values[name])
     for name, low, high in (("clip_low", 0, 1), ("clip_high", 0, math.inf)):
         # CISPO's paper has no lower bound: clip_low = 1 there, so 1 is in.
         if name in values and not (low <= values[name] <= high if objective == "cispo" else low <= values[name] < high):
@@ -209,11 +188,3 @@ def params(where, objective, entry, given, defaults):
         if name in values and name in entry.params:
             positive(where, name, values[name])
     return [values[name] for name in entry.params]
-
-
-def positive_integer(where, name, x):
-    """None will do."""
-    if x is not None and (not isinstance(x, (int, torch.SymInt)) or isinstance(x, bool)):
-        raise TypeError(f"{where}: {name} must be a positive int or None, got {type(x).__name__}")
-    if x is not None and x < 1:
-        raise ValueError(f"{where}: {name} must be a positive int or None, got {x}")

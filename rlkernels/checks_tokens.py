@@ -33,6 +33,7 @@ def segments(where, cu_seqlens, tokens):
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"{where}: cu_seqlens must be an int32 or int64 tensor, got {got}")
+    checks.tensor(where, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{where}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected [S + 1]: a 0, then the end of each sequence")
     checks.one_device(where, "cu_seqlens", cu_seqlens, tokens=tokens)
@@ -59,10 +60,23 @@ def not_negative(where, name, x):
     """A number, or a tensor of shape () whose value is not read."""
     if isinstance(x, torch.Tensor):
         checks.shape(where, name, x, ())
-    else:
-        checks.real(where, name, x)
-        if not 0 <= x < math.inf:
-            raise ValueError(f"{where}: {name} must be finite and not negative, got {x}")
+        return x
+    x = checks.real(where, name, x)
+    if not 0 <= x < math.inf:
+        raise ValueError(f"{where}: {name} must be finite and not negative, got {x}")
+    return x
+
+
+def keywords(where, given):
+    """``normalizers`` as the keywords of ``weights_for``, of which it may decide some alone."""
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise TypeError(f"{where}: normalizers must be a dict of keywords of token_weights, got {type(given).__name__}")
+    for name in given:
+        if not isinstance(name, str) or name in ("where", "mask", "mode", "cu_seqlens", "dtype"):
+            raise TypeError(f"{where}: normalizers takes no {name!r}: it is an argument of its own, or decided by the loss")
+    return given
 
 
 def normalizers(where, mode, given, required, optional):

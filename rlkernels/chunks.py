@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from rlkernels import checks
+
 BUDGET = {"cpu": 256 * 2**20}
 """Default bytes of logits per device type; elsewhere 1 GiB. On a CPU more only means more fresh pages to clear."""
 ROWS = 16
@@ -79,7 +81,8 @@ def bounded_rows(live, bound, order):
     enough = live.sum() <= bound
     if live.device.type == "cpu":
         if not enough:
-            raise ValueError(f"max_live_tokens={bound}, but {int(live.sum())} tokens are live; raise the bound, or pass None to have them counted")
+            raise checks.named(ValueError(
+                f"max_live_tokens={bound}, but {int(live.sum())} tokens are live; raise the bound, or pass None to have them counted"))
     else:
         torch._assert_async(enough, "rlkernels: more live tokens than max_live_tokens")
     index = order[:bound]

@@ -45,12 +45,13 @@ def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e
     checks_tokens.ids(where, "group_ids", group_ids, rewards.shape)
     checks.choice(where, "baseline", baseline, BASELINES)
     checks.choice(where, "scale", scale, SCALES)
-    checks_tokens.not_negative(where, "eps", eps)
+    eps = checks_tokens.not_negative(where, "eps", eps)
     if (lengths is not None) != (baseline == "length-mean"):
         raise ValueError(f"{where}: baseline {baseline!r} {'takes no' if lengths is not None else 'needs'} lengths")
     if lengths is not None:
         checks.mask(where, lengths, rewards.shape, name="lengths")
     checks.one_device(where, "rewards", rewards, group_ids=group_ids, lengths=lengths)
+    checks.no_forward_ad(where, rewards, lengths)
 
     scored = ~rewards.isnan()
     wide = torch.where(scored, rewards.detach().double(), 0.0)

@@ -51,14 +51,14 @@ def head(where, hidden, weight, targets, *, bias=None, temperature=1.0, softcap=
     shape = hidden.shape[:-1]
     checks.targets(where, targets, shape)
     checks.temperature(where, temperature, shape)
-    checks.integer(where, "ignore_index", ignore_index)
-    checks.finite(where, "logit_scale", logit_scale)
+    ignore_index = checks.integer(where, "ignore_index", ignore_index)
+    logit_scale = checks.finite(where, "logit_scale", logit_scale)
     if softcap is not None:
-        checks.positive(where, "softcap", softcap)
+        softcap = checks.positive(where, "softcap", softcap)
     if logits_dtype not in checks.FLOATS:
         raise TypeError(f"{where}: logits_dtype must be floating, one of {checks.FLOAT_NAMES}; got {logits_dtype}")
-    for name, x in (("chunk_tokens", chunk_tokens), ("logits_budget", logits_budget), ("max_live_tokens", max_live_tokens), ("valid_vocab", valid_vocab)):
-        checks.positive_integer(where, name, x)
+    chunk_tokens, logits_budget, max_live_tokens, valid_vocab = (checks.positive_integer(where, name, x) for name, x in (
+        ("chunk_tokens", chunk_tokens), ("logits_budget", logits_budget), ("max_live_tokens", max_live_tokens), ("valid_vocab", valid_vocab)))
     checks.one_device(where, "hidden", hidden, weight=weight, targets=targets, bias=bias, temperature=temperature)
     checks.no_forward_ad(where, hidden, weight, bias)
     if hidden.dtype == torch.float64 and logits_dtype == torch.float32:  # the default: the accumulator as it is
@@ -91,7 +91,7 @@ def _operands(where, hidden, weight, bias):
     if weight.numel() == 0:
         raise ValueError(f"{where}: weight has 0 elements; gather it first (ZeRO-3: deepspeed.zero.GatheredParameters)")
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{where}: hidden has {hidden.shape[-1] if hidden.dim() else 'no'} features, weight has {weight.shape[-1]}; "
+        raise ValueError(f"{where}: hidden has {hidden.shape[-1] if hidden.dim() else 'no'} features, weight has {weight.shape[-1] if weight.dim() else 'no'}; "
                          f"expected [..., H] and [V, H], got {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if bias is not None:
         checks.floating(where, "bias", bias)
@@ -184,4 +184,7 @@ class Chunk:
 
 def check_targets(targets, ignore_index, temperature, columns, shard):
     """On the CPU: a target outside the vocabulary, a temperature that is not positive, by the caller's row."""
-    check_rows(targets, columns if shard is None else shard.vocab, ignore_index, temperature if temperature.dim() else 1.0)
+    try:
+        check_rows(targets, columns if shard is None else shard.vocab, ignore_index, temperature if temperature.dim() else 1.0)
+    except (IndexError, ValueError) as error:
+        raise checks.named(error) from error

@@ -51,6 +51,7 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
     columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
     check_terms(where, like, ref_logprobs, kl, kl_coef, None, 0.0)
     checks.finite(where, "entropy_coef", entropy_coef)
+    ignore_index = h.ignore_index
     live = live_tokens(where, like, mask) & (targets != ignore_index)
     if torch.compiler.is_compiling():
         stats = linear_token_stats(
@@ -104,6 +105,7 @@ def linear_sft_loss(hidden, weight, targets, mask=None, *, bias=None, temperatur
     _not_one_row(where, hidden)
     checks.choice(where, "kind", kind, SFT_KINDS)
     like = targets.new_empty(targets.shape, dtype=h.real)
+    ignore_index = h.ignore_index
     live = live_tokens(where, like, mask) & (targets != ignore_index)
     if torch.compiler.is_compiling():
         logp = linear_token_logprobs(hidden, weight, torch.where(live, targets, ignore_index), **options)

@@ -11,7 +11,7 @@ from rlkernels.preferences import dpo_loss, pair_losses, preference_options
 from rlkernels.segments import segment_ids, sequence_sums, token_counts
 from rlkernels.terms import live_tokens
 from rlkernels.units import units
-from rlkernels.unpaired import sequence_losses, unpaired_options, unpaired_preference_loss
+from rlkernels.unpaired import class_weights, sequence_losses, unpaired_options, unpaired_preference_loss
 
 HEAD = ("bias", "temperature", "softcap", "logit_scale", "ignore_index", "logits_dtype", "chunk_tokens", "logits_budget", "max_live_tokens", "valid_vocab",
         "process_group", "vocab_start")
@@ -94,6 +94,7 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
     checked = unpaired_options(where, torch.empty(count, dtype=answers.head.real, device=hidden.device), **options)
     checks.floating(where, "ref_logps", ref_logps)
     checks.shape(where, "ref_logps", ref_logps, (count,))
+    checks.no_gradient(where, ref_logps=ref_logps)
     checks.tensor(where, "desirable", desirable)
     checks.mask(where, desirable, (count,), "desirable")
     checks.one_device(where, "hidden", hidden, ref_logps=ref_logps, desirable=desirable)
@@ -101,7 +102,7 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
     def whole(logps, return_metrics=return_metrics):
         return unpaired_preference_loss(logps, ref_logps, desirable, return_metrics=return_metrics, **options)
 
-    weighs = torch.where(desirable != 0, checked.desirable_weight, checked.undesirable_weight) != 0
+    weighs = class_weights(desirable, checked, answers.head.real) != 0
     if checked.separable and not return_metrics:  # which are of both classes
         answers = answers.only(weighs[answers.answer])
     if torch.compiler.is_compiling():

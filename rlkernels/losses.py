@@ -103,6 +103,7 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
     """
     where = "logits_policy_loss"
     row = rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
+    ignore_index = row.ignore_index
     if not row.shape:
         raise ValueError(f"{where}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row")
     entry, values = resolve(where, objective, params)
@@ -115,9 +116,12 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
     if ratio_level != "token":
         stats = ops.token_stats(row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, None, ops.ENTROPY, inplace_backward,
                                 ops.serving("token_stats", logits))
-        return policy_loss(stats[0].view(row.shape), old_logprobs, advantages, live, objective=objective, aggregation=aggregation, weights=weights,
-                           ref_logprobs=ref_logprobs, kl=kl, kl_coef=kl_coef, entropy=stats[3].view(row.shape), entropy_coef=entropy_coef,
-                           cu_seqlens=cu_seqlens, ratio_level=ratio_level, normalizers=normalizers, return_metrics=return_metrics, **params)
+        try:
+            return policy_loss(stats[0].view(row.shape), old_logprobs, advantages, live, objective=objective, aggregation=aggregation, weights=weights,
+                               ref_logprobs=ref_logprobs, kl=kl, kl_coef=kl_coef, entropy=stats[3].view(row.shape), entropy_coef=entropy_coef,
+                               cu_seqlens=cu_seqlens, ratio_level=ratio_level, normalizers=normalizers, return_metrics=return_metrics, **params)
+        except (TypeError, ValueError) as error:
+            raise checks.named(error, "policy_loss") from error
     weights, bonus = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers, bonus=entropy_coef != 0)
     # A second tensor of the logits' size is made in the forward only where the backward is sure to take it over.
     with_grad = torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
@@ -160,7 +164,7 @@ def value_loss(values, old_values, returns, mask=None, *, clip_range=None, aggre
     for name, x in given.items():
         column(where, name, x, values)
     if clip_range is not None:
-        checks.positive(where, "clip_range", clip_range)
+        clip_range = checks.positive(where, "clip_range", clip_range)
     live = some_tokens(where, values, mask)
     share = share_of(where, values, live, aggregation, weights, cu_seqlens, normalizers)
     prediction = dense(values, real_dtype(values.dtype))
@@ -175,7 +179,7 @@ def value_loss(values, old_values, returns, mask=None, *, clip_range=None, aggre
         metrics = {"error": torch.where(live, error, 0.0).sum() / count}
         if clip_range is not None:
             held = (old_values + (prediction - old_values).clamp(-clip_range, clip_range) - returns) ** 2
-            metrics["clip_fraction"] = (live & (held > error)).sum() / count
+            metrics["clip_fraction"] = (live & (held > error)).sum().to(prediction.dtype) / count
     return loss, metrics
 
 

@@ -37,8 +37,7 @@ def shard(where, weight, process_group, vocab_start, valid_vocab):
     elif valid_vocab is None:
         raise ValueError(f"{where}: with vocab_start the shards may differ in size; pass the whole vocabulary as valid_vocab")
     else:
-        checks.integer(where, "vocab_start", vocab_start)
-        start, vocab = vocab_start, valid_vocab
+        start, vocab = checks.integer(where, "vocab_start", vocab_start), valid_vocab
     if not torch.compiler.is_compiling() and (checks_tokens.CHECK_VALUES or weight.device.type == "cpu"):
         _check_cover(where, process_group, start, rows, vocab, weight.device)
     return Shard(process_group.group_name, start, max(0, min(rows, vocab - start)), vocab)

@@ -45,12 +45,12 @@ def gradient_wanted(arguments):
 def number(x):
     """A run-time number as the 0-d float64 tensor that a registered op takes."""
     # zeros + x, not full: torch 2.13 turns the sum into a graph input, but specialises the fill value.
-    return torch.zeros((), dtype=torch.float64) + x if torch.compiler.is_compiling() else torch.full((), x, dtype=torch.float64)
+    return torch.zeros((), dtype=torch.float64, device="cpu") + x if torch.compiler.is_compiling() else torch.full((), x, dtype=torch.float64, device="cpu")
 
 
 def numbers(values):
     """Run-time numbers as one float64 tensor."""
-    return torch.stack([number(x) for x in values]) if values else torch.empty(0, dtype=torch.float64)
+    return torch.stack([number(x) for x in values]) if values else torch.empty(0, dtype=torch.float64, device="cpu")
 
 
 def registered(arguments):

@@ -52,15 +52,14 @@ def preference_options(where, like, *, beta=0.1, loss_type="sigmoid", loss_weigh
                        f_divergence="reverse_kl", alpha=None, length_normalized=False, simpo_gamma=None, alphapo_alpha=0.0,
                        discopop_tau=None, cpo_alpha=None, chosen_lengths=None, rejected_lengths=None, pair_weights=None):
     """Checks the options of ``dpo_loss``. ``like``: a tensor ``[B]`` of the dtype and device of the losses."""
-    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    names = (loss_type,) if isinstance(loss_type, str) else checks.several(where, "loss_type", loss_type)
     for name in names:
         checks.choice(where, "loss_type", name, KINDS)
-    weights = (1.0,) * len(names) if loss_weights is None else tuple(loss_weights)
+    weights = (1.0,) * len(names) if loss_weights is None else checks.several(where, "loss_weights", loss_weights)
     if not names or len(weights) != len(names):
         raise ValueError(f"{where}: loss_weights has {len(weights)} elements, loss_type {len(names)}; "
                          "one weight for each of at least one type")
-    for weight in weights:
-        checks.finite(where, "loss_weights", weight)
+    weights = tuple(checks.finite(where, "loss_weights", weight) for weight in weights)
     checks.choice(where, "f_divergence", f_divergence, F_DIVERGENCES)
     if alpha is not None and f_divergence != "alpha_divergence":
         raise ValueError(f"{where}: alpha needs f_divergence='alpha_divergence', got {f_divergence!r}")
@@ -68,7 +67,7 @@ def preference_options(where, like, *, beta=0.1, loss_type="sigmoid", loss_weigh
         names, tuple(KINDS[name] for name in names), weights, beta, label_smoothing, reference_free, f_divergence,
         F_DIVERGENCES[f_divergence] if alpha is None else alpha, length_normalized, 0.5 if simpo_gamma is None else simpo_gamma,
         alphapo_alpha, 0.05 if discopop_tau is None else discopop_tau, cpo_alpha)
-    _numbers(where, options)
+    options = _numbers(where, options)
     _taken(where, options, label_smoothing=label_smoothing != 0, f_divergence=f_divergence != "reverse_kl",
            length_normalized=length_normalized, simpo_gamma=simpo_gamma is not None, alphapo_alpha=alphapo_alpha != 0,
            discopop_tau=discopop_tau is not None, cpo_alpha=cpo_alpha is not None)
@@ -76,16 +75,17 @@ def preference_options(where, like, *, beta=0.1, loss_type="sigmoid", loss_weigh
 
 
 def _numbers(where, options):
-    checks.positive(where, "beta", options.beta)
-    checks.interval(where, "label_smoothing", options.label_smoothing, 0, 0.5, closed=False)
+    """The options with Python's numbers for what came as others."""
+    found = {"beta": checks.positive(where, "beta", options.beta),
+             "label_smoothing": checks.interval(where, "label_smoothing", options.label_smoothing, 0, 0.5, closed=False)}
     if "exo_pair" in options.names and options.label_smoothing == 0:
         raise ValueError(f"{where}: label_smoothing must be in (0, 0.5) for loss_type 'exo_pair', got {options.label_smoothing}; "
                          "its paper uses 1e-3")
-    checks.positive(where, "discopop_tau", options.discopop_tau)
-    for name in ("alpha", "simpo_gamma", "alphapo_alpha"):
-        checks.finite(where, name, getattr(options, name))
-    if options.cpo_alpha is not None:
-        checks.finite(where, "cpo_alpha", options.cpo_alpha)
+    found["discopop_tau"] = checks.positive(where, "discopop_tau", options.discopop_tau)
+    for name in ("alpha", "simpo_gamma", "alphapo_alpha", *(() if options.cpo_alpha is None else ("cpo_alpha",))):
+        found[name] = checks.finite(where, name, getattr(options, name))
+    changed = {name: x for name, x in found.items() if x is not getattr(options, name)}
+    return options._replace(**changed) if changed else options
 
 
 def _taken(where, options, **given):
@@ -250,14 +250,17 @@ def length_desensitized_weights(chosen_mask, rejected_mask, ld_alpha):
     Liu et al. 2024, arXiv:2409.06411.
     """
     where, masks = "length_desensitized_weights", {"chosen_mask": chosen_mask, "rejected_mask": rejected_mask}
-    checks.interval(where, "ld_alpha", ld_alpha, 0, 1)
+    ld_alpha = checks.interval(where, "ld_alpha", ld_alpha, 0, 1)
     for name, x in masks.items():
         checks.tensor(where, name, x)
+        if x.dim() != 2:
+            raise ValueError(f"{where}: {name} has shape {tuple(x.shape)}, expected [B, L]: one row per answer")
         checks.mask(where, x, (chosen_mask.shape[0], x.shape[-1]), name)
     checks.one_device(where, "chosen_mask", chosen_mask, rejected_mask=rejected_mask)
     live = [x != 0 for x in masks.values()]
     shared = torch.minimum(*(x.sum(-1, keepdim=True) for x in live))
-    return tuple(torch.where(x, torch.where(x.cumsum(-1) <= shared, 1.0, ld_alpha), 0.0) for x in live)
+    zeros = [x.new_zeros(x.shape, dtype=torch.float32) for x in live]
+    return tuple(torch.where(x, torch.where(x.cumsum(-1) <= shared, zero + 1.0, zero + ld_alpha), zero) for x, zero in zip(live, zeros, strict=True))
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ class Native(Plain):
             torch.mm(hidden, self.weight.t(), out=out)
 
     def gradients(self, dlogits, hidden, want_hidden, dweight, first):
-        dhidden = torch.empty(hidden.shape, dtype=torch.float32) if want_hidden else None
+        dhidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if want_hidden else None
         if want_hidden:
             cpu_gemm.mm(dlogits, self.weight, dhidden)
         if dweight is not None:

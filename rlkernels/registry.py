@@ -7,6 +7,7 @@ from collections import Counter
 
 import torch
 
+from rlkernels import checks
 from rlkernels.backends import BACKENDS
 from rlkernels.plain import gradient_wanted, registered
 
@@ -24,7 +25,10 @@ def calls():
 def run(op, backend, *arguments):
     """Calls the backend's function; counted."""
     _calls[op, backend] += 1
-    return getattr(BACKENDS[backend], op)(*arguments)
+    try:
+        return getattr(BACKENDS[backend], op)(*arguments)
+    except (IndexError, ValueError) as error:  # a target or a temperature: a backend reads values, and does not know the function's name
+        raise checks.named(error) from error
 
 
 def define(name, schema, implementation, fake, formula=None, setup=None):

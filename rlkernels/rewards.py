@@ -28,7 +28,7 @@ def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
     """
     where = "pairwise_reward_loss"
     checks.pairs(where, chosen, rejected)
-    checks.finite(where, "center_coef", center_coef)
+    center_coef = checks.finite(where, "center_coef", center_coef)
     if margin is not None:
         checks.floating(where, "margin", margin)
         checks.shape(where, "margin", margin, chosen.shape)
@@ -67,6 +67,7 @@ def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=
         raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}, expected {'[T, H] with cu_seqlens' if expected == 2 else '[B, L, H]'}")
     checks.shape(where, "weight", weight, (1, hidden.shape[-1]))
     if bias is not None:
+        checks.floating(where, "bias", bias)
         checks.shape(where, "bias", bias, (1,))
     checks.one_device(where, "hidden", hidden, weight=weight, bias=bias, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
     if cu_seqlens is None:

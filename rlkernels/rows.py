@@ -48,7 +48,7 @@ def rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_
     checks.logits(where, logits)
     shape = logits.shape[:-1]
     checks.targets(where, targets, shape)
-    checks.integer(where, "ignore_index", ignore_index)
+    ignore_index = checks.integer(where, "ignore_index", ignore_index)
     checks.temperature(where, temperature, shape)
     checks.vocab_mask(where, vocab_mask, logits.shape)
     checks.one_device(where, "logits", logits, targets=targets, temperature=temperature, vocab_mask=vocab_mask)

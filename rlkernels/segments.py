@@ -141,19 +141,37 @@ def spans_to_mask(spans, length, *, shift=True):
         bool, ``[..., length - 1]`` with ``shift``, else ``[..., length]``.
 
     Raises:
-        ValueError: ``spans`` is not made of pairs.
+        ValueError: ``spans`` is not made of pairs; ``length`` negative, or 0 with ``shift``.
+        TypeError: ``spans`` is no tensor or nested list of integers; ``length`` no integer.
 
     Example:
         >>> spans_to_mask([[2, 4]], 5)
         tensor([False,  True,  True, False])
     """
-    spans = torch.as_tensor(spans, dtype=torch.int64)
+    where = "spans_to_mask"
+    spans = _integers(where, spans)
     if spans.numel() == 0 and spans.dim() < 2:
         spans = spans.reshape(0, 2)
     if spans.dim() < 2 or spans.shape[-1] != 2:
-        raise ValueError(f"spans_to_mask: spans has shape {tuple(spans.shape)}, expected [..., K, 2]: pairs of start and end")
+        raise ValueError(f"{where}: spans has shape {tuple(spans.shape)}, expected [..., K, 2]: pairs of start and end")
+    length = checks.integer(where, "length", length)
+    if length < (1 if shift else 0):
+        raise ValueError(f"{where}: length must be at least {1 if shift else 0}, got {length}; it counts the tokens of a row")
     token = torch.arange(1 if shift else 0, length, device=spans.device)
     return ((token >= spans[..., :1]) & (token < spans[..., 1:])).any(-2)
+
+
+def _integers(where, spans):
+    if not isinstance(spans, torch.Tensor):
+        try:
+            spans = torch.tensor(spans)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{where}: spans must be a tensor or a nested list of integers, got {type(spans).__name__}: {error}") from error
+        spans = spans if spans.numel() else spans.long()  # an empty list is of floats
+    checks.tensor(where, "spans", spans)
+    if spans.dtype.is_floating_point or spans.dtype.is_complex or spans.dtype == torch.bool:
+        raise TypeError(f"{where}: spans must hold integers, got {spans.dtype}")
+    return spans.long()
 
 
 def last_live_index(mask, shape, device=None):

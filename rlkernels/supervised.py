@@ -70,6 +70,7 @@ def sft_loss(logits, targets, mask=None, *, kind="nll", temperature=1.0, ignore_
     """
     where = "sft_loss"
     row = rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
+    ignore_index = row.ignore_index
     if not row.shape:
         raise ValueError(f"{where}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row")
     checks.choice(where, "kind", kind, KINDS)

@@ -104,7 +104,7 @@ class _Sweep:
 
 def _power_of_two(largest, head):
     """What brings ``largest`` to between 1 and 2, as a tensor that no host reads."""
-    largest = torch.as_tensor(largest, dtype=head.real) if isinstance(largest, float) else largest
+    largest = head.hidden.new_full((), largest, dtype=head.real) if isinstance(largest, float) else largest
     usable = (largest > 0) & (largest < torch.inf)
     return torch.exp2(-torch.floor(torch.log2(torch.where(usable, largest, 1.0))))
 

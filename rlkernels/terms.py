@@ -20,7 +20,7 @@ RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 
 def resolve(where, objective, params):
     """The registered objective and the values of its parameters, in order."""
-    entry = OBJECTIVES.get(objective)
+    entry = OBJECTIVES.get(objective) if isinstance(objective, str) else None
     if entry is None or not _is_policy(entry):
         checks.choice(where, "objective", objective, [name for name, entry in OBJECTIVES.items() if _is_policy(entry)])
     return entry, checks.params(where, objective, entry, params, DEFAULTS)
@@ -53,7 +53,8 @@ def some_tokens(where, like, mask):
     """The mask as bool; None where all tokens live."""
     checks.mask(where, mask, like.shape)
     checks.one_device(where, "logprobs", like, mask=mask)
-    return mask if mask is None or mask.dtype == torch.bool else mask != 0
+    # Contiguous: torch's sums follow strides, and a metric would have other last bits.
+    return mask if mask is None else mask.contiguous() if mask.dtype == torch.bool else (mask != 0).contiguous()
 
 
 def _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
@@ -115,7 +116,8 @@ def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizer
     if _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
         weights = token_mean(where, live, real)
         return weights, weights
-    weights = weights_for(where, live, aggregation, cu_seqlens=cu_seqlens, dtype=real, **(normalizers or {}))
+    weights = weights_for(where, live, aggregation, cu_seqlens=cu_seqlens, dtype=real, **checks_tokens.keywords(where, normalizers))
+    checks.no_forward_ad(where, weights)  # of a normaliser
     if aggregation == "token-mean" or not bonus:
         return weights, weights
     return weights, token_mean(where, live, real)

@@ -30,9 +30,10 @@ def unpaired_options(where, like, *, loss_type="kto", beta=0.1, desirable_weight
                      ref_kl_logps=None, delta=None):
     """Checks the options; ``like``: a tensor of the dtype and device of the losses."""
     checks.choice(where, "loss_type", loss_type, LOSS_TYPES)
-    checks.positive(where, "beta", beta)
+    beta = checks.positive(where, "beta", beta)
+    desirable_weight, undesirable_weight = (checks.finite(where, name, x) for name, x in (
+        ("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)))
     for name, x in {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}.items():
-        checks.finite(where, name, x)
         if x < 0:
             raise ValueError(f"{where}: {name} must not be negative, got {x}; the labels say which way an answer moves")
     takes = {"kto": ("kl", "kl_logps", "ref_kl_logps"), "bco": ("delta",)}.get(loss_type, ())
@@ -55,8 +56,7 @@ def _number(where, name, x, like):
         what = "kl, or kl_logps and ref_kl_logps" if name == "kl" else name
         raise ValueError(f"{where}: {name} is missing; pass {what}")
     if not isinstance(x, torch.Tensor):
-        checks.finite(where, name, x)
-        return x
+        return checks.finite(where, name, x)
     column(where, name, x, like.new_empty(()), "logps")
     return x.to(like.dtype)
 
@@ -65,6 +65,7 @@ def _kl(where, kl, kl_logps, ref_kl_logps, like):
     if kl is not None or kl_logps is None or ref_kl_logps is None:
         raise ValueError(f"{where}: kl_logps and ref_kl_logps go together, instead of kl; pass both of them, or kl alone")
     checks.floating(where, "kl_logps", kl_logps)
+    checks.no_forward_ad(where, kl_logps)
     column(where, "ref_kl_logps", ref_kl_logps, kl_logps, "kl_logps")
     checks.one_device(where, "logps", like, kl_logps=kl_logps)
     drift = kl_logps.detach().to(like.dtype) - ref_kl_logps.to(like.dtype)
@@ -74,13 +75,14 @@ def _kl(where, kl, kl_logps, ref_kl_logps, like):
 def sequence_losses(where, logps, ref_logps, desirable, options):
     """The loss of each answer times the weight of its class, ``[N]``, differentiable in ``logps``, sums of log-probabilities ``[N]``."""
     margin, objective, params = _margins(where, logps, ref_logps, desirable, options)
-    weights = _class_weights(desirable, options, margin.dtype)
+    weights = class_weights(desirable, options, margin.dtype)
     value = ops.elementwise(objective, margin, [], params, weights, ops.serving("elementwise", margin))[1]  # 0 in a class of weight 0, whatever it holds
     return value * weights
 
 
-def _class_weights(desirable, options, dtype):
-    return torch.where(desirable != 0, options.desirable_weight, options.undesirable_weight).to(dtype)
+def class_weights(desirable, options, dtype):
+    zeros = desirable.new_zeros(desirable.shape, dtype=dtype)  # a where of two numbers would be of torch's default dtype
+    return torch.where(desirable != 0, zeros + options.desirable_weight, zeros + options.undesirable_weight)
 
 
 def _margins(where, logps, ref_logps, desirable, options):
@@ -141,11 +143,11 @@ def unpaired_preference_loss(logps, ref_logps, desirable, *, loss_type="kto", be
     options = unpaired_options(where, like, loss_type=loss_type, beta=beta, desirable_weight=desirable_weight,
                                undesirable_weight=undesirable_weight, kl=kl, kl_logps=kl_logps, ref_kl_logps=ref_kl_logps, delta=delta)
     margin, objective, params = _margins(where, logps, ref_logps, desirable, options)
-    loss = weighted_terms([(1.0, objective, margin, params)], _class_weights(desirable, options, like.dtype), 1.0 / max(like.numel(), 1))
+    loss = weighted_terms([(1.0, objective, margin, params)], class_weights(desirable, options, like.dtype), 1.0 / max(like.numel(), 1))
     if not return_metrics:
         return loss
     with torch.no_grad():
-        rewards, good = beta * (like - ref_logps), desirable != 0
+        rewards, good = options.beta * (like - ref_logps), desirable != 0
         metrics = {f"reward_{name}": torch.where(one, rewards, 0.0).sum() / one.sum().clamp(min=1)
                    for name, one in (("desirable", good), ("undesirable", ~good))}
         if loss_type == "kto":

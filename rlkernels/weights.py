@@ -133,12 +133,13 @@ def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, d
     own_rows = cu_seqlens is None and mask.dim() == 1
     live = mask != 0
     tokens = live.double() if own_rows else token_counts(live, cu_seqlens)
-    for name, x in {**given, "dp_size": dp_size, "scale": scale}.items():
+    for name, x in given.items():
         if name.endswith("_ids"):
             checks_tokens.ids(where, name, x, tokens.shape)
             checks.one_device(where, "mask", mask, **{name: x})
         else:
-            checks_tokens.not_negative(where, name, x)
+            given[name] = checks_tokens.not_negative(where, name, x)
+    dp_size, scale = checks_tokens.not_negative(where, "dp_size", dp_size), checks_tokens.not_negative(where, "scale", scale)
 
     # zeros + x: a Python number would make a float32 of the where below, and a filled tensor a new compilation for each value.
     rows = _Rows(tokens.reshape(-1), count_empty_rows, mask.shape[-1], **given)

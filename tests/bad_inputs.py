@@ -79,7 +79,9 @@ CASES = {
     "B08 fused": (lambda: logits_policy(y=with_target(40)), IndexError, r"target 40 at row 5 is outside \[0, 37\)"),
     "B08 linear": (lambda: linear(y=with_target(40)), IndexError, r"target 40 at row 5 is outside \[0, 37\)"),
     "B09 float": (lambda: logps(ignore_index=-100.0), TypeError, "ignore_index must be int, got float"),
-    "B09 tensor": (lambda: logps(ignore_index=torch.tensor(-100)), TypeError, "ignore_index must be int, got Tensor"),
+    "B09 tensor": (lambda: logps(ignore_index=torch.tensor(-100.0)), TypeError, "ignore_index must be int, got float"),
+    "B09 tensors": (lambda: logps(ignore_index=torch.tensor([-100])), TypeError, r"ignore_index must be a number, got a tensor of shape \(1,\) on cpu"),
+    "B09 too long": (lambda: logps(ignore_index=2**70), ValueError, "ignore_index must be a 64-bit integer, got 1180591620717411303424"),
     "B10 zero": (lambda: logps(temperature=0), ValueError, "temperature must be positive and finite, got 0"),
     "B10 negative": (lambda: stats(temperature=-1.0), ValueError, "temperature must be positive and finite, got -1.0"),
     "B10 NaN": (lambda: logits_policy(temperature=NAN), ValueError, "temperature must be positive and finite, got nan"),
@@ -230,5 +232,5 @@ NOT_HERE = {
     **({} if any(absent(name) for name in KNOWN) else {"B54": "every backend is present here"}),
     **({} if "B55" in CASES else {"B55": "the eager backend lacks nothing, and the native one was not built here"}),
 }
-VALUES = ("B08", "B12")  # read by the backend, which does not know the function's name
+VALUES = ("B08", "B12")  # read by the backend
 NOT_OF_A_FUNCTION = ("B54", "B55", "B56", "B57", "B58")

@@ -18,6 +18,7 @@ CODE = [path for folder in ("rlkernels", "csrc", "benchmarks", "tests") for path
         if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}] + [ROOT / "setup.py", ROOT / "setup_cuda.py"]
 
 LAYERS = [
+    {"checks_names", "checks_numbers"},
     {"_math", "checks", "plain"},
     {"objectives", "checks_tokens"},
     {"backends", "codegen", "segments"},
@@ -34,7 +35,8 @@ LAYERS = [
     {"cli"},
 ]
 """Lowest first. A module imports from layers below its own, and a package from itself."""
-WITHOUT_OPS = {"_math", "checks", "plain", "objectives", "checks_tokens", "codegen", "segments", "weights", "groups", "metrics"}
+WITHOUT_OPS = {"_math", "checks", "checks_names", "checks_numbers", "plain", "objectives", "checks_tokens", "codegen", "segments", "weights", "groups",
+               "metrics"}
 COMPILED = {"_cpu": "backends/cpu.py", "_cuda": "backends/cuda.py"}
 
 

@@ -73,7 +73,6 @@ SHARED = {
     "vocabulary larger than the weight": ({"valid_vocab": 38}, ValueError, "valid_vocab is 38, weight has 37 rows"),
     "B52": ({"vocab_start": 0, "valid_vocab": 37}, ValueError, "vocab_start says where a shard begins; it needs process_group"),
 }
-VALUES = ("B08", "B12")  # read by the row, which does not know the function's name
 PACKED = {"h": H.view(32, 16), "y": Y.view(32)}
 POLICY = {"old": A.view(32), "advantages": A.view(32), **PACKED}
 OWN = {
@@ -151,7 +150,7 @@ def test_a_bad_argument_of_the_head_is_named_by_every_loss(case, function, backe
     with pytest.raises(error, match=message) as caught:
         FUNCTIONS[function](**arguments)
     assert type(caught.value) is error
-    assert case[:3] in VALUES or str(caught.value).startswith(f"{function}: ")
+    assert str(caught.value).startswith(f"{function}: ")
 
 
 @pytest.mark.parametrize("case", OWN, ids=[name.replace(" ", "-") for name in OWN])

@@ -154,7 +154,7 @@ def fresh(shape, dtype):
     """An uninitialised tensor. The memory of a large one goes to the next when it is freed: page faults would cost as much as the work."""
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE or _cpu is None:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(_cpu.Buffer(size), dtype=dtype).view(shape)  # the tensor owns the buffer
 
 
