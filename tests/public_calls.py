@@ -53,11 +53,12 @@ rlk = _Through()
 def data(seed=0):
     draw = torch.Generator().manual_seed(seed)
     logits, targets, vocab_mask = draw_rows((B, L), V, seed=seed)
-    columns = {name: torch.randn(B, L, generator=draw) for name in ("logprobs", "old", "ref", "advantages", "values", "old_values", "returns", "rewards")}
-    mask = torch.rand(B, L, generator=draw) < 0.8
+    per_token = {name: torch.randn(B, L, generator=draw) for name in ("logprobs", "old", "ref", "advantages", "values", "old_values", "returns", "rewards")}
+    mask, columns = torch.rand(B, L, generator=draw) < 0.8, torch.arange(V) % 3 > 0
+    columns[targets.clamp(min=0).view(-1)] = True
     mask[:, 0] = True
-    return {**columns, "logits": logits, "targets": targets, "vocab_mask": vocab_mask, "ref_logits": logits.flip(-1).clone(), "mask": mask,
-            "temperature": torch.rand(B, L, generator=draw) + 0.5, "entropy": torch.rand(B, L, generator=draw), "cu": torch.tensor([0, 4, 9, 15]),
+    return {**per_token, "columns": columns, "logits": logits, "targets": targets, "vocab_mask": vocab_mask, "ref_logits": logits.flip(-1).clone(),
+            "mask": mask, "temperature": torch.rand(B, L, generator=draw) + 0.5, "entropy": torch.rand(B, L, generator=draw), "cu": torch.tensor([0, 4, 9, 15]),
             "hidden": torch.randn(B, L, H, generator=draw), "weight": torch.randn(V, H, generator=draw), "bias": torch.randn(V, generator=draw),
             "head": torch.randn(1, H, generator=draw), "pair_a": torch.randn(6, generator=draw), "pair_b": torch.randn(6, generator=draw),
             "pair_c": torch.randn(6, generator=draw), "pair_d": torch.randn(6, generator=draw), "groups": torch.tensor([4, 1, 4, 1, 4, 4]),
@@ -123,6 +124,7 @@ CALLS = {
     "sequence_means": lambda d: rlk.sequence_means(d["values"].view(-1), d["mask"].view(-1), d["cu"]),
     "broadcast_to_tokens": lambda d: rlk.broadcast_to_tokens(d["values"][:, 0], d["mask"]),
     "spans_to_mask": lambda d: rlk.spans_to_mask(d["spans"], 16),
+    "token_logprobs under one mask": lambda d: rlk.token_logprobs(d["logits"], d["targets"], vocab_mask=d["columns"]),
     # The arguments and forms that the calls above leave out: packed batches, weights, normalisers, numbers as tensors.
     "linear_policy_loss of a packed batch": lambda d: rlk.linear_policy_loss(
         d["hidden"].view(-1, H), d["weight"], d["targets"].view(-1), d["old"].view(-1), d["per_row"], d["mask"].view(-1), bias=d["bias"], chunk_tokens=4,

@@ -3,6 +3,7 @@ import inspect
 
 import pytest
 import torch
+from argument_layouts import LAYOUTS, compared
 from present_backends import PRESENT
 from public_calls import CALLS, call_with, data, tensor_arguments
 from reference import same_bits
@@ -49,64 +50,6 @@ def test_every_tensor_argument_of_a_public_function_occurs_in_a_call(function):
     assert found & (TENSORS | NUMBERS_OR_TENSORS) <= passed
 
 
-def wrong(x):
-    """What lies beside the numbers of a tensor: it shows where it is read."""
-    return float("nan") if x.is_floating_point() else True if x.dtype == torch.bool else 10**6
-
-
-def apart(x):
-    """Two elements, or two rows, never side by side."""
-    parent = torch.full([2 * n + 1 for n in x.shape], wrong(x), dtype=x.dtype)
-    view = parent[tuple(slice(1, None, 2) for _ in x.shape)]
-    view.copy_(x)
-    return view
-
-
-def every_other(x):
-    parent = torch.full((*x.shape, 2), wrong(x), dtype=x.dtype)
-    parent[..., 0] = x
-    return parent[..., 0]
-
-
-def offset(x):
-    storage = torch.full((x.numel() + 3,), wrong(x), dtype=x.dtype)
-    storage[1:-2] = x.reshape(-1)
-    return storage[1:-2].view(x.shape)
-
-
-def overlapping(x):
-    """Rows that begin one element after each other."""
-    sizes = [max(n, 1) for n in x.shape]
-    return x.reshape(-1)[:1 + sum(n - 1 for n in sizes)].clone().as_strided(x.shape, (1,) * x.dim())
-
-
-def long_strides_of_single_elements(x):
-    strides = [7777 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
-    return x.clone().as_strided(x.shape, strides)
-
-
-LAYOUTS = {
-    "every element apart": apart,
-    "column of a table": every_other,
-    "storage offset": offset,
-    "dimensions reversed in memory": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))) if x.dim() > 1 else None,
-    "negative bit": lambda x: torch._neg_view(-x) if x.dtype != torch.bool else None,
-    "strides of single elements": lambda x: long_strides_of_single_elements(x) if 1 in x.shape else None,
-    # Those that change the numbers.
-    "expanded from one row": lambda x: x[:1].clone().expand(x.shape) if x.dim() else None,
-    "expanded from one element": lambda x: x.reshape(-1)[:1].clone().view((1,) * x.dim()).expand(x.shape) if x.dim() else None,
-    "overlapping": lambda x: overlapping(x) if x.dim() > 1 else None,
-}
-ORDERED = {"cu_seqlens", "spans"}  # no offsets are alike
-
-
-def laid_out(layout, argument, x):
-    """None where the layout does not exist for this argument."""
-    if argument in ORDERED and layout in ("expanded from one row", "expanded from one element", "overlapping"):
-        return None
-    return LAYOUTS[layout](x)
-
-
 def assert_same(got, expected, backend, what):
     assert len(got) == len(expected), what
     for k, (a, b) in enumerate(zip(got, expected, strict=True)):
@@ -122,14 +65,28 @@ def test_F07_F120_every_layout_of_every_argument_gives_the_bits_of_its_contiguou
     d, tried = data(), 0
     with rlk.use_backend(backend):
         for layout in LAYOUTS:
-            def change(key, x, layout=layout, dense=False):
-                y = laid_out(layout, key, x) if key == argument else x
-                if y is None:
-                    return x
-                nonlocal tried
-                tried += not dense and key == argument
-                return y.resolve_neg().clone(memory_format=torch.contiguous_format) if dense and key == argument else y
-
-            got, expected = call_with(name, d, change), call_with(name, d, lambda key, x, c=change: c(key, x, dense=True))
+            got, expected, times = compared(call_with, name, d, layout, only=argument)
+            tried += times
             assert_same(got, expected, backend, f"{argument} of {name}, {layout}")
-    assert tried >= 2
+    assert tried >= 4
+
+
+# One sequence, one token, one pair: a dimension of one element may have any stride.
+ONE = {"one sequence": (1, 5), "one token": (3, 1), "one token of one sequence": (1, 1)}
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if " " not in name or name.endswith(("of sequences", "of weights", "of sums"))])
+@pytest.mark.parametrize("shape", ONE)
+@pytest.mark.parametrize("backend", PRESENT)
+def test_F120_a_dimension_of_one_element_may_have_any_stride(name, shape, backend):
+    rows, length = ONE[shape]
+    d = {k: x[:rows, :length] if x.dim() > 1 and x.shape[:2] == (3, 5) else x[:rows] if k in ("per_row", "rows") else x for k, x in data().items()}
+    d = {k: x.contiguous() for k, x in d.items()}
+    d["cu"], d["answers"] = torch.tensor([0, rows * length]), torch.tensor([0, 0, 0, 0, rows * length])
+    with rlk.use_backend(backend):
+        try:
+            call_with(name, d, lambda argument, x: x)
+        except ValueError:
+            return  # a call that has three sequences in it
+        got, expected, _ = compared(call_with, name, d, "strides of single elements")
+    assert_same(got, expected, backend, f"{name}, {shape}")

@@ -9,6 +9,7 @@ from public_calls import CALLS, TRAINED, call, call_with, data, tensor_arguments
 from reference import same_bits
 
 import rlkernels as rlk
+from rlkernels.objectives import OBJECTIVES, objective, where
 
 
 @contextmanager
@@ -49,6 +50,28 @@ def test_F131_what_torch_makes_by_default_changes_no_bit(name, mode, backend):
         with MODES[mode]():
             got = call(name, d)
         assert_bits(got, expected, f"{name}, {mode}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_F131_two_literals_of_an_objective_are_what_is_written(mode, backend):
+    @objective
+    def of_two_literals(logp, advantage):
+        r"""``-s A logp``, ``s`` 1.05 or 1.0. A test."""
+        slope = where(advantage > 0.0, 1.05, 1.0)
+        return -slope * advantage * logp, -slope * advantage
+
+    logp, advantage = torch.linspace(-2, -1, 6, dtype=torch.float64), torch.linspace(-1, 1, 6, dtype=torch.float64)
+    truth = (torch.where(advantage > 0, torch.tensor(1.05, dtype=torch.float64), 1.0) * -advantage * logp).mean()
+    try:
+        for dtype in (torch.float64, torch.float32):
+            inputs = logp.to(dtype), advantage.to(dtype)
+            expected = rlk.policy_loss(inputs[0], None, inputs[1], objective="of_two_literals")
+            with MODES[mode]():
+                got = rlk.policy_loss(inputs[0], None, inputs[1], objective="of_two_literals")
+            assert same_bits(got, expected) and got.dtype == dtype
+            torch.testing.assert_close(got.double(), truth, rtol=1e-14 if dtype == torch.float64 else 3e-7, atol=0)
+    finally:
+        del OBJECTIVES["of_two_literals"]
 
 
 @pytest.mark.parametrize("name", CALLS)
