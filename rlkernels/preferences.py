@@ -102,7 +102,7 @@ def _tensors(where, options, like, chosen_lengths, rejected_lengths, pair_weight
         if not options.separable:
             raise ValueError(f"{where}: loss_type {_listed(options.names)} sorts the batch and takes no pair_weights: "
                              "they would lose their pairs")
-        pair_weights = pair_weights.to(like.dtype)
+        pair_weights = dense(pair_weights, like.dtype)
     averaged = options.length_normalized or any(kind.averages for kind in options.kinds)
     counted = any(kind.likelihood_coefficient(options) != 0 for kind in options.kinds)
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}

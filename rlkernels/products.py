@@ -29,7 +29,7 @@ class Plain:
     gradient_dtype = None  # in which the gradient of the logits is taken, where it is not that of the logits
 
     def __init__(self, weight):
-        self.weight = weight
+        self.weight = weight.resolve_neg()  # our own products go by the address, where a pending negation does not show
 
     def logits(self, hidden, out):
         """``hidden weight^T`` into ``out``."""

@@ -82,7 +82,7 @@ def sequence_losses(where, logps, ref_logps, desirable, options):
 
 def class_weights(desirable, options, dtype):
     zeros = desirable.new_zeros(desirable.shape, dtype=dtype)  # a where of two numbers would be of torch's default dtype
-    return torch.where(desirable != 0, zeros + options.desirable_weight, zeros + options.undesirable_weight)
+    return torch.where((desirable != 0).contiguous(), zeros + options.desirable_weight, zeros + options.undesirable_weight)
 
 
 def _margins(where, logps, ref_logps, desirable, options):
