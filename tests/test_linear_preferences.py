@@ -161,7 +161,7 @@ def unpaired_truth(d, operands, name, up=1.0, down=1.0, kl=0.0, delta=0.0, kl_lo
         kl = (kl_logps - ref_kl_logps).double().mean().clamp(min=0)
     if name == "kto_paired_batch":
         name, kl = "kto", torch.where(GOOD, rho[~GOOD].mean().clamp(min=0), rho[GOOD].mean().clamp(min=0))
-    return torch.where(GOOD, up, down).double() * oracle.OF_ONE[name](rho, GOOD, BETA, kl, delta)
+    return torch.where(GOOD, torch.tensor(up, dtype=torch.float64), down) * oracle.OF_ONE[name](rho, GOOD, BETA, kl, delta)
 
 
 def unpaired(d, operands, name, **options):
