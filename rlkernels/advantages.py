@@ -15,7 +15,7 @@ def gae(rewards, values, mask=None, *, gamma=1.0, lam=0.95, masked="skip", cu_se
     ``V`` is the bootstrap value, 0 without one.
 
     Args:
-        rewards, values: ``r``, ``V`` per token, ``[B, L]`` or packed ``[N]`` with ``cu_seqlens``; any float dtype.
+        rewards, values: ``r``, ``V`` per token, ``[B, L]`` or packed ``[N]`` with ``cu_seqlens``; any float dtype, rewards also bool or integers.
         mask: live tokens, any pattern. Dead positions return 0 in both outputs; what they hold changes nothing.
         gamma, lam: discount and trace decay per live token.
         masked: what a dead token between live ones does: ``"skip"`` carries value and trace over it undiscounted, ``"zero"`` is a step with
@@ -26,7 +26,7 @@ def gae(rewards, values, mask=None, *, gamma=1.0, lam=0.95, masked="skip", cu_se
         ``(advantages, returns)`` shaped like ``rewards``: float32, float64 for float64; not whitened, not differentiable.
 
     Raises:
-        TypeError: an argument is not a float tensor, or ``cu_seqlens`` not int32 or int64.
+        TypeError: an argument is not a tensor of such a dtype, or ``cu_seqlens`` neither int32 or int64 nor a list of ints.
         ValueError: shapes differ; ``gamma`` or ``lam`` outside [0, 1]; unknown ``masked``; ``cu_seqlens`` does not cover the tokens.
 
     Example:
@@ -38,18 +38,18 @@ def gae(rewards, values, mask=None, *, gamma=1.0, lam=0.95, masked="skip", cu_se
     where = "gae"
     gamma, lam = (checks.interval(where, name, x, 0, 1) for name, x in (("gamma", gamma), ("lam", lam)))
     checks.floating(where, "values", values)
-    checks.floating(where, "rewards", rewards)
+    checks_tokens.numbers(where, "rewards", rewards)
     checks.shape(where, "values", values, rewards.shape)
     checks.one_device(where, "rewards", rewards, values=values, bootstrap_values=bootstrap_values)
     checks.no_forward_ad(where, rewards, values, bootstrap_values)
-    live = _live(where, rewards, mask, masked, cu_seqlens)
+    live, offsets = _checked(where, rewards, mask, masked, cu_seqlens)
     real = real_dtype(rewards, values)
     rewards, values = dense(rewards.detach(), real), dense(values.detach(), real)
     if bootstrap_values is not None:
         checks.floating(where, "bootstrap_values", bootstrap_values)
-        checks.shape(where, "bootstrap_values", bootstrap_values, rewards.shape[:1] if cu_seqlens is None else (cu_seqlens.shape[0] - 1,))
-        rewards = _bootstrap(rewards, gamma * bootstrap_values.detach().to(real), live if masked != "none" else None, cu_seqlens)
-    return _scan(rewards, values, live, cu_seqlens, gamma, lam, masked)
+        checks.shape(where, "bootstrap_values", bootstrap_values, rewards.shape[:1] if offsets is None else (offsets.shape[0] - 1,))
+        rewards = _bootstrap(rewards, gamma * bootstrap_values.detach().to(real), live if masked != "none" else None, offsets)
+    return _scan(rewards, values, live, offsets, gamma, lam, masked)
 
 
 def discounted_returns(rewards, mask=None, *, gamma=1.0, masked="skip", cu_seqlens=None):
@@ -58,7 +58,7 @@ def discounted_returns(rewards, mask=None, *, gamma=1.0, masked="skip", cu_seqle
     ``G_t = r_t + gamma G_{t+1}``.
 
     Args:
-        rewards: ``r`` per token, ``[B, L]`` or packed ``[N]`` with ``cu_seqlens``; any float dtype.
+        rewards: ``r`` per token, ``[B, L]`` or packed ``[N]`` with ``cu_seqlens``; any float dtype, bool or integers.
         mask: live tokens, any pattern. Dead positions return 0; what they hold changes nothing.
         gamma: discount per live token.
         masked: what a dead token between live ones does: ``"skip"`` carries the return over it undiscounted, ``"zero"`` is a step
@@ -77,43 +77,39 @@ def discounted_returns(rewards, mask=None, *, gamma=1.0, masked="skip", cu_seqle
     REINFORCE++, arXiv:2501.03262, eq. 5, with KL in the reward.
     """
     where = "discounted_returns"
-    checks.floating(where, "rewards", rewards)
+    checks_tokens.numbers(where, "rewards", rewards)
     checks.no_forward_ad(where, rewards)
     gamma = checks.interval(where, "gamma", gamma, 0, 1)
-    live = _live(where, rewards, mask, masked, cu_seqlens)
+    live, offsets = _checked(where, rewards, mask, masked, cu_seqlens)
     rewards = rewards.detach().to(real_dtype(rewards))
     # GAE with V = 0 and lam = 1.
-    return _scan(rewards, torch.zeros_like(rewards), live, cu_seqlens, gamma, 1.0, masked)[1]
+    return _scan(rewards, torch.zeros_like(rewards), live, offsets, gamma, 1.0, masked)[1]
 
 
-def _live(where, rewards, mask, masked, cu_seqlens):
-    """What both scans check; the mask as bool."""
+def _checked(where, rewards, mask, masked, cu_seqlens):
+    """What both scans check; the mask as bool, and the offsets."""
     checks.choice(where, "masked", masked, MASKED)
     checks_tokens.layout(where, "rewards", rewards, cu_seqlens)
     checks.mask(where, mask, rewards.shape)
     checks.one_device(where, "rewards", rewards, mask=mask)
-    if cu_seqlens is not None:
-        checks_tokens.segments(where, cu_seqlens, rewards)
-    return None if mask is None else mask != 0
+    offsets = None if cu_seqlens is None else checks_tokens.segments(where, cu_seqlens, rewards)
+    return None if mask is None else mask != 0, offsets
 
 
-def _scan(rewards, values, live, cu_seqlens, gamma, lam, masked):
+def _scan(rewards, values, live, offsets, gamma, lam, masked):
     live = None if live is None else live.contiguous()
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.long().contiguous()
-    return ops.gae(rewards.contiguous(), values.contiguous(), live, cu_seqlens, gamma, lam, masked,
-                   ops.serving("gae", rewards))
+    return ops.gae(rewards.contiguous(), values.contiguous(), live, offsets, gamma, lam, masked, ops.serving("gae", rewards))
 
 
-def _bootstrap(rewards, gains, live, cu_seqlens):
+def _bootstrap(rewards, gains, live, offsets):
     """``gains``, one per sequence, added to the reward of its last live token: ``r + gamma V_next`` is all that GAE sees of the cut."""
     live = torch.ones_like(rewards, dtype=torch.bool) if live is None else live
     passed = live.cumsum(-1)
-    if cu_seqlens is None:
+    if offsets is None:
         passed_by_end, gains = passed[..., -1:], gains[..., None]
     else:
-        ids = segment_ids(cu_seqlens, rewards.shape[0])
-        ends = cu_seqlens[1:].long()
-        passed_by_end, gains = passed[(ends[ids] - 1).clamp(min=0)], gains[ids]
+        ids = segment_ids(offsets, rewards.shape[0])
+        passed_by_end, gains = passed[(offsets[1:][ids] - 1).clamp(min=0)], gains[ids]
     # Dead tokens behind the last live one get the gain too; the scan does not read them.
     return torch.where(passed == passed_by_end, rewards + gains, rewards)
 

@@ -48,3 +48,7 @@ def weighted_loss_backward_fake(dloss, slopes, *inputs):
 
 def gae_fake(rewards, *rest):
     return torch.empty_like(rewards), torch.empty_like(rewards)
+
+
+def offsets_fake(cu_seqlens, *rest):
+    return cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int64)

@@ -39,7 +39,7 @@ def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e
     Shao et al. 2024, arXiv:2402.03300, section 4.1.2; Ahmadian et al. 2024, arXiv:2402.14740; Liu et al. 2025, arXiv:2503.20783.
     """
     where = "group_advantages"
-    checks.floating(where, "rewards", rewards)
+    checks_tokens.numbers(where, "rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(f"{where}: rewards has shape {tuple(rewards.shape)}, expected [N], one per response; flatten it")
     checks_tokens.ids(where, "group_ids", group_ids, rewards.shape)

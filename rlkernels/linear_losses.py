@@ -1,7 +1,7 @@
 """Losses from hidden states and the lm_head to the scalar, without ``[T, V]`` logits: three products, the gradient made in the forward."""
 import torch
 
-from rlkernels import checks, ops, sweep
+from rlkernels import checks, checks_tokens, ops, sweep
 from rlkernels.chunks import live_rows
 from rlkernels.head import head
 from rlkernels.linear import linear_token_logprobs, linear_token_stats
@@ -48,6 +48,7 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
     _not_one_row(where, hidden)
     entry, values = resolve(where, objective, params)
     like = targets.new_empty(targets.shape, dtype=h.real)
+    cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
     check_terms(where, like, ref_logprobs, kl, kl_coef, None, 0.0)
     checks.finite(where, "entropy_coef", entropy_coef)
@@ -106,6 +107,7 @@ def linear_sft_loss(hidden, weight, targets, mask=None, *, bias=None, temperatur
     checks.choice(where, "kind", kind, SFT_KINDS)
     like = targets.new_empty(targets.shape, dtype=h.real)
     ignore_index = h.ignore_index
+    cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     live = live_tokens(where, like, mask) & (targets != ignore_index)
     if torch.compiler.is_compiling():
         logp = linear_token_logprobs(hidden, weight, torch.where(live, targets, ignore_index), **options)

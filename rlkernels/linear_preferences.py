@@ -8,7 +8,7 @@ from rlkernels import checks, checks_tokens, ops, sweep
 from rlkernels.head import Head, head
 from rlkernels.linear import linear_token_logprobs
 from rlkernels.preferences import dpo_loss, pair_losses, preference_options
-from rlkernels.segments import segment_ids, sequence_sums, token_counts
+from rlkernels.segments import segment_ids, sums, token_counts
 from rlkernels.terms import live_tokens
 from rlkernels.units import units
 from rlkernels.unpaired import class_weights, sequence_losses, unpaired_options, unpaired_preference_loss
@@ -133,7 +133,7 @@ class _Answers(NamedTuple):
 
     def sums(self, logp):
         """Of each answer, ``[count]``."""
-        return sequence_sums(logp, self.live, self.offsets)
+        return sums(logp, self.live, self.offsets)
 
     def only(self, kept):
         """Only the rows where ``kept`` holds; the others enter no product."""
@@ -148,7 +148,8 @@ class _Answers(NamedTuple):
         plan, backend = units(self.live, place, self.count, per_unit, plain.bound), ops.serving("fused_policy", self.head.hidden)
 
         def of_rows(rows, logp, entropy, first, last):
-            return score(sequence_sums(logp, None if rows.dead is None else ~rows.dead, plan.cu_seqlens(first, last)), first, last)
+            every = torch.ones_like(logp, dtype=torch.bool, requires_grad=False) if rows.dead is None else ~rows.dead
+            return score(sums(logp, every, plan.cu_seqlens(first, last)), first, last)
 
         def compute(needs):
             return sweep.per_unit(plain, plan, of_rows, needs, False, backend, lambda: 1.0 / max(self.count, 1))
@@ -176,8 +177,8 @@ def _answers(where, hidden, weight, targets, mask, cu_seqlens, options, loss_opt
         count, answer = hidden.shape[0], rows // max(hidden.shape[1], 1)
         offsets = torch.arange(count + 1, device=targets.device) * hidden.shape[1]
     else:
-        checks_tokens.segments(where, cu_seqlens, targets)
-        count, answer, offsets = cu_seqlens.shape[0] - 1, segment_ids(cu_seqlens, targets.shape[0]), cu_seqlens
+        offsets = checks_tokens.segments(where, cu_seqlens, targets)
+        count, answer = offsets.shape[0] - 1, segment_ids(offsets, targets.shape[0])
 
     def again(live):
         live = live.view(targets.shape)

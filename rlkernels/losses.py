@@ -1,11 +1,11 @@
 """Losses over log-probabilities and over logits. The objective is data; so is the aggregation."""
 import torch
 
-from rlkernels import checks, ops
+from rlkernels import checks, checks_tokens, ops
 from rlkernels.backends.eager import real_dtype
 from rlkernels.metrics import policy_metrics
 from rlkernels.rows import dense, rows
-from rlkernels.segments import broadcast_to_tokens, sequence_means, sequence_sums
+from rlkernels.segments import means, spread, sums
 from rlkernels.terms import (
     Share,
     check_terms,
@@ -33,14 +33,15 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
     Args:
         logprobs: ``[B, L]``, or packed ``[T]``; the log-probabilities under the policy, the only argument besides ``entropy`` that gets a gradient.
         old_logprobs: same shape, under the behaviour policy. An objective without this column (``reinforce``) ignores it; None will do there.
-        advantages: same shape, or one per sequence: ``[B]``, ``[B, 1]``, or ``[S]`` with ``cu_seqlens``.
+        advantages: same shape, or one per sequence: ``[B]``, ``[B, 1]``, or, with ``cu_seqlens``, ``[S, 1]`` or ``[S]``. Where ``[S]`` could be ``[T]``, too,
+            it raises.
         mask: live tokens, same shape, any pattern and real dtype; a dead token touches neither loss nor gradient, whatever it holds.
         objective: a registered name with first column ``logp``; its parameters are further keywords (``clip_low``, ``clip_high``, ...).
         aggregation, normalizers: mode and keyword arguments of ``token_weights``.
         weights: per-token weights, same shape, instead of an aggregation.
         ref_logprobs, kl, kl_coef: reference log-probabilities, the estimator ``"k1"``, ``"k2"`` or ``"k3"``, and its coefficient.
         entropy, entropy_coef: per-token entropies and the coefficient of their bonus.
-        cu_seqlens: ``[S + 1]`` offsets of a packed batch.
+        cu_seqlens: ``[S + 1]`` offsets of a packed batch, int32, int64 or a list. On a CPU wrong ones raise, in a compiled program, too.
         ratio_level: ``"token"``; ``"sequence"``: one ratio ``exp(mean_t d_t)`` per sequence (GSPO); ``"sequence_token"``: its value with a
             gradient per token (GSPO-token); ``"sequence_sum"``: ``exp(sum_t d_t)``, one loss per sequence, averaged over sequences.
 
@@ -56,6 +57,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
     where = "policy_loss"
     checks.floating(where, "logprobs", logprobs)
     checks.no_forward_ad(where, logprobs, entropy)
+    cu_seqlens = checks_tokens.rows(where, "logprobs", logprobs, cu_seqlens)
     entry, values = resolve(where, objective, params)
     columns = state(where, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
     live = some_tokens(where, logprobs, mask)
@@ -108,6 +110,7 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
         raise ValueError(f"{where}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row")
     entry, values = resolve(where, objective, params)
     like = targets.new_empty(targets.shape, dtype=row.real)
+    cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
     check_terms(where, like, ref_logprobs, kl, kl_coef, None, 0.0)
     checks.finite(where, "entropy_coef", entropy_coef)
@@ -160,6 +163,7 @@ def value_loss(values, old_values, returns, mask=None, *, clip_range=None, aggre
     where = "value_loss"
     checks.floating(where, "values", values)
     checks.no_forward_ad(where, values)
+    cu_seqlens = checks_tokens.rows(where, "values", values, cu_seqlens)
     given = {"returns": returns} if clip_range is None else {"old_values": old_values, "returns": returns}
     for name, x in given.items():
         column(where, name, x, values)
@@ -203,10 +207,10 @@ def ratio_term(where, objective, logp, columns, params, share, live, cu_seqlens,
     if level == "sequence_sum":
         # One loss per sequence; an advantage per token enters as its mean, being constant along the sequence in every published use.
         per_row = weights_for(where, live, "seq-mean", cu_seqlens=cu_seqlens, dtype=logp.dtype)
-        reduced = [sequence_sums(x, live, cu_seqlens) for x in (logp, old, per_row)]
-        return run(objective, reduced[0], [reduced[1], sequence_means(advantage, live, cu_seqlens)], params, Share(reduced[2]))
+        reduced = [sums(x, live, cu_seqlens) for x in (logp, old, per_row)]
+        return run(objective, reduced[0], [reduced[1], means(advantage, live, cu_seqlens)], params, Share(reduced[2]))
     if level == "sequence":
-        mean, mean_old = (broadcast_to_tokens(sequence_means(x, live, cu_seqlens), live, cu_seqlens) for x in (logp, old))
+        mean, mean_old = (spread(means(x, live, cu_seqlens), live, cu_seqlens) for x in (logp, old))
         return run(objective, mean, [mean_old, advantage], params, share)
-    drift = broadcast_to_tokens(sequence_means(logp.detach() - old, live, cu_seqlens), live, cu_seqlens)
+    drift = spread(means(logp.detach() - old, live, cu_seqlens), live, cu_seqlens)
     return run(objective, logp, [logp.detach() - drift, advantage], params, share)

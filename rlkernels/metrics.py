@@ -1,7 +1,7 @@
 """What a trainer plots beside the loss: masked, detached, never a host synchronisation."""
 import torch
 
-from rlkernels.segments import broadcast_to_tokens, sequence_means, sequence_sums
+from rlkernels.segments import means, spread, sums
 
 
 @torch.no_grad()
@@ -23,11 +23,11 @@ def policy_metrics(logprobs, columns, live, ref_logprobs, kl, entropy, entry, pa
     metrics = {}
     if "old_logp" in known:
         gap = logprobs.detach() - known["old_logp"]
-        spread = gap
+        drift = gap
         if ratio_level != "token":
-            reduce = sequence_sums if ratio_level == "sequence_sum" else sequence_means
-            spread = broadcast_to_tokens(reduce(gap, live, cu_seqlens), live, cu_seqlens)
-        ratio = spread.exp()
+            reduce = sums if ratio_level == "sequence_sum" else means
+            drift = spread(reduce(gap, live, cu_seqlens), live, cu_seqlens)
+        ratio = drift.exp()
         metrics |= {"ppo_kl": mean(-gap), "approx_kl": mean(0.5 * gap * gap), "ratio": mean(ratio)}
         if "clip_low" in settings:
             advantage = known["advantage"]

@@ -11,6 +11,7 @@ import torch
 from rlkernels.backends import BACKENDS
 from rlkernels.backends import serving as backend_serving  # rlkernels.backends itself is the public function
 from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS
+from rlkernels.checks_tokens import read_offsets
 from rlkernels.fakes import (
     elementwise_backward_fake,
     elementwise_fake,
@@ -18,6 +19,7 @@ from rlkernels.fakes import (
     gae_fake,
     gradient_fake,
     nothing_fake,
+    offsets_fake,
     weighted_loss_backward_fake,
     weighted_loss_fake,
 )
@@ -249,6 +251,12 @@ def _gae(rewards, values, mask, cu_seqlens, gamma, lam, masked, backend):
 gae = define(
     "gae", "(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor gamma, Tensor lam, str masked, str backend) -> (Tensor, Tensor)",
     _gae, gae_fake)
+
+
+# offsets ---------------------------------------------------------------------------------------------------------------------------
+
+# Of a compiled program, whose values are there at run time alone; ``checks_tokens.segments`` calls it.
+offsets = define("offsets", "(Tensor cu_seqlens, SymInt tokens, bool filled, str where) -> Tensor", read_offsets, offsets_fake)
 
 
 # a loss with its gradients --------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Reward models: the pairwise loss, and the head that reads one hidden state per sequence."""
 import torch
 
-from rlkernels import checks, ops
+from rlkernels import checks, checks_tokens, ops
 from rlkernels.backends.eager import real_dtype
 from rlkernels.rows import dense
 from rlkernels.segments import last_live_index
@@ -49,15 +49,18 @@ def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=
     Args:
         hidden: ``[B, L, H]``, or packed ``[T, H]`` with ``cu_seqlens``.
         weight: ``[1, H]``, the head's matrix.
-        attention_mask: ``[B, L]``; the end is the last 1 (left or right padding, holes); a row of zeros, or no mask, ends at ``L - 1``.
-        cu_seqlens: ``[B + 1]`` offsets of a packed batch; the end of sequence ``i`` is ``cu_seqlens[i + 1] - 1``.
-        bias: ``[1]``.
+        attention_mask: ``[B, L]``; the end is the last 1 (left or right padding, holes); a row of zeros, or no mask, ends at ``L - 1``. Not beside
+            ``cu_seqlens``.
+        cu_seqlens: ``[B + 1]`` offsets of a packed batch; the end of sequence ``i`` is ``cu_seqlens[i + 1] - 1``. An empty sequence has none: on
+            a CPU it is an error, on an accelerator, where values are not read, its score is 0 and has no gradient.
+        bias: ``[1]``. Hidden states, weight and bias have one dtype, or autocast is on.
 
     Returns:
         Tensor ``[B]``, fp32 (fp64 for fp64 hidden states), differentiable in ``hidden``, ``weight`` and ``bias``.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes do not fit.
+        ValueError: shapes do not fit; ``cu_seqlens`` does not cover the tokens, or makes a sequence empty; sequences of no token.
+        TypeError: dtypes do not fit.
     """
     where = "reward_scores"
     checks.floating(where, "hidden", hidden)
@@ -69,12 +72,30 @@ def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=
     if bias is not None:
         checks.floating(where, "bias", bias)
         checks.shape(where, "bias", bias, (1,))
-    checks.one_device(where, "hidden", hidden, weight=weight, bias=bias, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+    checks.one_device(where, "hidden", hidden, weight=weight, bias=bias, attention_mask=attention_mask)
+    checks_tokens.one_dtype(where, "hidden", hidden, weight=weight, bias=bias)
+    empty = None
     if cu_seqlens is None:
         checks.mask(where, attention_mask, hidden.shape[:2], "attention_mask")
+        if hidden.shape[0] and not hidden.shape[1]:
+            raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}: sequences without a token have no last one to score")
         rows = hidden[torch.arange(hidden.shape[0], device=hidden.device), last_live_index(attention_mask, hidden.shape[:2], hidden.device)]
     else:
-        rows = hidden[(cu_seqlens[1:] - 1).long()]
+        if attention_mask is not None:
+            raise ValueError(f"{where}: attention_mask is for padded hidden states [B, L, H], cu_seqlens for packed ones [T, H]; pass one of them")
+        rows, empty = _packed_ends(where, hidden, cu_seqlens)
     real = real_dtype(hidden.dtype)
     scores = (rows.to(real) * weight.to(real)).sum(-1)
-    return scores if bias is None else scores + bias.to(real)
+    scores = scores if bias is None else scores + bias.to(real)
+    return scores if empty is None else torch.where(empty, 0.0, scores)
+
+
+def _packed_ends(where, hidden, cu_seqlens):
+    """The last row of each sequence, and, where values are not read, which sequences are empty: their rows are 0."""
+    offsets = checks_tokens.segments(where, cu_seqlens, hidden, filled=True)
+    ends = offsets[1:]
+    if checks_tokens.values_are_read(cu_seqlens):
+        return hidden[ends - 1], None
+    empty = ends <= offsets[:-1]
+    rows = hidden[(ends - 1).clamp(min=0)] if hidden.shape[0] else hidden.new_zeros(ends.shape[0], hidden.shape[1]) + hidden.sum()
+    return torch.where(empty[:, None], 0.0, rows), empty

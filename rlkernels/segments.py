@@ -4,6 +4,9 @@ A batch of sequences is padded, ``[B, L]``, or packed, ``[N]`` with ``cu_seqlens
 Live tokens are those where the mask is not 0; the rest is left out by ``where``. Sums run in float64 and are rounded once: a row's result
 then does not depend on how much padding follows it, and sums over 8192 float32 tokens keep all their digits. No shape here depends on
 data, so nothing waits for a device.
+
+On a CPU offsets that do not cover the tokens raise, in a program of ``torch.compile`` when it runs. On an accelerator they are not read (unless
+``RLKERNELS_CHECK=1``): wrong ones give wrong numbers, from within the tokens.
 """
 from typing import NamedTuple
 
@@ -16,35 +19,85 @@ def real_dtype(*tensors):
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def segment_ids(cu_seqlens, tokens):
-    """Index of the sequence that each of ``tokens`` packed tokens belongs to; empty sequences own none."""
-    ends = cu_seqlens[1:].long()
+def segment_ids(offsets, tokens):
+    """Index of the sequence that each of ``tokens`` packed tokens belongs to; empty sequences own none. ``offsets``: of ``checks_tokens.segments``."""
+    ends = offsets[1:]
     ids = torch.searchsorted(ends, torch.arange(tokens, device=ends.device), right=True)
     # Tokens past the last end, which a device does not check, must not become an address out of bounds.
     return ids.clamp(max=max(ends.shape[0] - 1, 0))
 
 
-def segment_reduce(values, cu_seqlens, how="sum", initial=0.0):
-    """One fixed-order reduction per segment: no atomics, and NaN stays in its segment (a difference of prefix sums spreads it)."""
-    return torch.segment_reduce(values.contiguous(), how, offsets=cu_seqlens.long(), axis=0, unsafe=True, initial=initial)
+def segment_reduce(values, offsets, how="sum", initial=0.0):
+    """One fixed-order reduction per segment: no atomics, and NaN stays in its segment (a difference of prefix sums spreads it).
+
+    torch reads and writes wherever the offsets point (``unsafe``; it has no safe way for offsets): they must come from ``checks_tokens.segments``.
+    """
+    return torch.segment_reduce(values.contiguous(), how, offsets=offsets, axis=0, unsafe=True, initial=initial)
 
 
-def token_counts(live, cu_seqlens=None):
+def token_counts(live, offsets=None):
     """Live tokens per sequence, float64: exact up to ``2**53``."""
-    return live.sum(-1).double() if cu_seqlens is None else segment_reduce(live.double(), cu_seqlens)
+    return live.sum(-1).double() if offsets is None else segment_reduce(live.double(), offsets)
 
 
-def _live(where, values, mask, cu_seqlens):
+def sums(values, live, offsets):
+    """``sequence_sums`` of what is checked; ``live``: bool."""
+    return _sums(live, values, offsets).to(real_dtype(values))
+
+
+def means(values, live, offsets):
+    """``sequence_means`` of what is checked; ``live``: bool."""
+    return (_sums(live, values, offsets) / token_counts(live, offsets).clamp(min=1.0)).to(real_dtype(values))
+
+
+def spread(values, live, offsets):
+    """``broadcast_to_tokens`` of what is checked; ``live``: bool."""
+    wide = values.double()
+    # Indexing, not gather: its backward sorts instead of adding by atomics.
+    wide = wide.unsqueeze(-1).expand(live.shape) if offsets is None else wide[segment_ids(offsets, live.shape[0])]
+    return torch.where(live, wide, 0.0).to(real_dtype(values))
+
+
+def per_token(where, name, x, like, offsets):
+    """``x`` with one number per token where it has one per sequence: ``[S, 1]`` or ``[S]`` of a packed batch, ``[B, 1]`` or ``[B]`` of a padded one.
+
+    Any other shape is left to the caller's check.
+    """
+    if offsets is None:
+        # [B] belongs to rows [B, L]: plain broadcasting would align it with L, and (B,) against (B, 1) would become (B, B).
+        per_row = like.dim() == 2 and x.shape in (like.shape[:1], (like.shape[0], 1))
+        return x.reshape(-1, 1).expand(like.shape) if per_row else x
+    tokens, count = like.shape[0], offsets.shape[0] - 1
+    if x.shape == (count, 1):
+        x = x[:, 0]
+    elif x.shape != (count,):
+        return x
+    elif count == tokens:
+        if count > 1 and not _one_token_each(offsets):
+            raise ValueError(f"{where}: {name} has shape ({count},) in a batch of {tokens} tokens and {count} sequences: one per token or one per sequence? "
+                             "Pass [S, 1] for one per sequence; for one per token leave the empty sequences out of cu_seqlens")
+        return x
+    checks.one_device(where, "cu_seqlens", offsets, **{name: x})
+    return x[segment_ids(offsets, tokens)]
+
+
+def _one_token_each(offsets):
+    """Whether every sequence is known to be one token long."""
+    return offsets.device.type == "cpu" and not torch.compiler.is_compiling() and bool((offsets.diff() == 1).all())
+
+
+def _checked(where, values, mask, cu_seqlens):
+    """The mask as bool, and the offsets."""
     checks.floating(where, "values", values)
-    checks_tokens.rows(where, "values", values, cu_seqlens)
+    offsets = checks_tokens.rows(where, "values", values, cu_seqlens)
     checks.mask(where, mask, values.shape)
     checks.one_device(where, "values", values, mask=mask)
-    return torch.ones_like(values, dtype=torch.bool) if mask is None else mask != 0
+    return torch.ones_like(values, dtype=torch.bool) if mask is None else mask != 0, offsets
 
 
-def _sums(live, values, cu_seqlens):
+def _sums(live, values, offsets):
     kept = torch.where(live, values, 0.0).double()
-    return kept.sum(-1) if cu_seqlens is None else segment_reduce(kept, cu_seqlens)
+    return kept.sum(-1) if offsets is None else segment_reduce(kept, offsets)
 
 
 def sequence_sums(values, mask=None, cu_seqlens=None):
@@ -67,8 +120,7 @@ def sequence_sums(values, mask=None, cu_seqlens=None):
         >>> sequence_sums(torch.tensor([[1.0, 2.0, 4.0], [8.0, float("nan"), 0.5]]), torch.tensor([[1, 1, 0], [1, 0, 1]]))
         tensor([3.0000, 8.5000])
     """
-    live = _live("sequence_sums", values, mask, cu_seqlens)
-    return _sums(live, values, cu_seqlens).to(real_dtype(values))
+    return sums(values, *_checked("sequence_sums", values, mask, cu_seqlens))
 
 
 def sequence_means(values, mask=None, cu_seqlens=None):
@@ -93,8 +145,7 @@ def sequence_means(values, mask=None, cu_seqlens=None):
 
     Zheng et al. 2025, arXiv:2507.18071, eq. 7.
     """
-    live = _live("sequence_means", values, mask, cu_seqlens)
-    return (_sums(live, values, cu_seqlens) / token_counts(live, cu_seqlens).clamp(min=1.0)).to(real_dtype(values))
+    return means(values, *_checked("sequence_means", values, mask, cu_seqlens))
 
 
 def broadcast_to_tokens(values, mask, cu_seqlens=None):
@@ -118,15 +169,10 @@ def broadcast_to_tokens(values, mask, cu_seqlens=None):
     checks.floating(where, "values", values)
     checks.tensor(where, "mask", mask)
     checks.mask(where, mask, mask.shape)
-    checks_tokens.rows(where, "mask", mask, cu_seqlens)
+    offsets = checks_tokens.rows(where, "mask", mask, cu_seqlens)
     checks.one_device(where, "values", values, mask=mask)
-    checks.shape(where, "values", values, mask.shape[:-1] if cu_seqlens is None else (cu_seqlens.shape[0] - 1,))
-    if cu_seqlens is None:
-        spread = values.double().unsqueeze(-1).expand(mask.shape)
-    else:
-        # Indexing, not gather: its backward sorts instead of adding by atomics.
-        spread = values.double()[segment_ids(cu_seqlens, mask.shape[0])]
-    return torch.where(mask != 0, spread, 0.0).to(real_dtype(values))
+    checks.shape(where, "values", values, mask.shape[:-1] if offsets is None else (offsets.shape[0] - 1,))
+    return spread(values, mask != 0, offsets)
 
 
 def spans_to_mask(spans, length, *, shift=True):

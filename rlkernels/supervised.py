@@ -1,10 +1,10 @@
 """Supervised fine-tuning: the likelihood of given tokens, weighted, from their log-probabilities or straight from logits."""
 import torch
 
-from rlkernels import checks, ops
+from rlkernels import checks, checks_tokens, ops
 from rlkernels.backends.eager import real_dtype
 from rlkernels.rows import dense, rows
-from rlkernels.segments import segment_ids
+from rlkernels.segments import per_token
 from rlkernels.terms import column, live_tokens, term_weights
 
 KINDS = ("nll", "dft")
@@ -33,6 +33,7 @@ def logprobs_sft_loss(logprobs, mask=None, *, kind="nll", aggregation="token-mea
     checks.floating(where, "logprobs", logprobs)
     checks.no_forward_ad(where, logprobs)
     checks.choice(where, "kind", kind, KINDS)
+    cu_seqlens = checks_tokens.rows(where, "logprobs", logprobs, cu_seqlens)
     live = live_tokens(where, logprobs, mask)
     weights = sft_weights(where, logprobs, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
     logp = dense(logprobs, real_dtype(logprobs.dtype))
@@ -53,7 +54,7 @@ def sft_loss(logits, targets, mask=None, *, kind="nll", temperature=1.0, ignore_
         kind: ``"nll"``: ``l = -log pi``; ``"dft"``: ``-sg[pi] log pi``, which follows a token the less, the less likely it is. (ASFT adds
             an exact KL(ref || pi) to it, EAFT an entropy over the 20 largest logits: no backend has these, so neither is offered.)
         aggregation, normalizers, weights, cu_seqlens: as for ``policy_loss``; ``weights`` stand in for an aggregation.
-        sample_weights: ``v``, shaped like ``targets`` or one per sequence (``[B]``, ``[B, 1]``, ``[S]`` with ``cu_seqlens``), of any sign,
+        sample_weights: ``v``, shaped like ``targets`` or one per sequence (as ``advantages`` of ``policy_loss``), of any sign,
             without gradient. The aggregation goes on counting all live tokens; where ``v`` is 0 the gradient is exactly 0. A reward as
             ``v`` is rejection-sampling fine-tuning (0 or 1) or REINFORCE.
         inplace_backward: the backward writes the gradient over ``logits``.
@@ -75,6 +76,7 @@ def sft_loss(logits, targets, mask=None, *, kind="nll", temperature=1.0, ignore_
         raise ValueError(f"{where}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row")
     checks.choice(where, "kind", kind, KINDS)
     like = targets.new_empty(targets.shape, dtype=row.real)
+    cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     live = live_tokens(where, like, mask) & (targets != ignore_index)
     weights = row.flat(sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers))
     with_grad = torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
@@ -91,12 +93,7 @@ def sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seql
     if sample_weights is None:
         return weights
     checks.floating(where, "sample_weights", sample_weights)
-    x = sample_weights
-    if cu_seqlens is not None and x.shape != like.shape and x.shape == cu_seqlens[1:].shape:
-        x = x[segment_ids(cu_seqlens, like.shape[0])]
-    elif like.dim() == 2 and x.shape in (like.shape[:1], (like.shape[0], 1)):
-        x = x.reshape(-1, 1).expand(like.shape)  # [B] belongs to rows; plain broadcasting would align it with L
-    column(where, "sample_weights", x, like)
+    x = column(where, "sample_weights", per_token(where, "sample_weights", sample_weights, like, cu_seqlens), like)
     return torch.where(live, weights * x.to(weights.dtype), 0.0)
 
 

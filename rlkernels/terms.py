@@ -6,7 +6,7 @@ import torch
 from rlkernels import checks, checks_tokens
 from rlkernels.backends.eager import real_dtype
 from rlkernels.objectives import OBJECTIVES
-from rlkernels.segments import segment_ids
+from rlkernels.segments import per_token
 from rlkernels.weights import token_mean, weights_for
 
 DEFAULTS = {
@@ -74,18 +74,10 @@ def state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
             raise ValueError(f"{where}: the objective needs a column {name!r}, which {where} has no argument for; use rlkernels.ops.elementwise")
         argument, x = given[name]
         if name == "advantage":
-            x = _advantages(where, x, like, cu_seqlens)
+            checks.floating(where, argument, x)
+            x = per_token(where, argument, x, like, cu_seqlens)
         columns.append(column(where, argument, x, like))
     return columns
-
-
-def _advantages(where, x, like, cu_seqlens):
-    checks.floating(where, "advantages", x)
-    if cu_seqlens is not None and x.shape != like.shape and x.shape == cu_seqlens[1:].shape:
-        return x[segment_ids(cu_seqlens, like.shape[0])]
-    # [B] belongs to rows [B, L]: plain broadcasting would align it with L, and (B,) against (B, 1) would become (B, B).
-    per_row = like.dim() == 2 and x.shape in (like.shape[:1], (like.shape[0], 1))
-    return x.reshape(-1, 1).expand(like.shape) if per_row else x
 
 
 def column(where, name, x, like, like_name="logprobs"):
@@ -104,14 +96,14 @@ def one_loss_per_sequence(where, aggregation, weights, normalizers):
 
 
 def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers, bonus=True):
-    """The aggregation's weights and, with ``bonus``, those of the entropy bonus; 0 on dead tokens."""
-    checks.one_device(where, "logprobs", like, weights=weights, cu_seqlens=cu_seqlens)
+    """The aggregation's weights and, with ``bonus``, those of the entropy bonus; 0 on dead tokens. ``cu_seqlens``: of ``checks_tokens.rows``."""
+    checks.one_device(where, "logprobs", like, weights=weights)
     real = real_dtype(like.dtype)
     if weights is not None:
         if aggregation != "token-mean" or normalizers:
             raise ValueError(f"{where}: weights and aggregation={aggregation!r} both decide the weights; pass one of them")
         column(where, "weights", weights, like)
-        weights = torch.where(live, weights.to(real), 0.0)
+        weights = checks_tokens.tied(torch.where(live, weights.to(real), 0.0), cu_seqlens)
         return weights, weights
     if _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
         weights = token_mean(where, live, real)

@@ -118,11 +118,8 @@ AGGREGATIONS = tuple(_MODES)
 
 
 def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, dp_size=1, scale=1.0, dtype=torch.float32, **normalizers):
-    """``token_weights`` on behalf of the public function ``where``, whose name the errors carry."""
+    """``token_weights`` on behalf of the public function ``where``, whose name the errors carry; ``cu_seqlens``: of ``checks_tokens.rows``."""
     checks.choice(where, "aggregation", mode, AGGREGATIONS)
-    checks.tensor(where, "mask", mask)
-    checks.mask(where, mask, mask.shape)
-    checks_tokens.rows(where, "mask", mask, cu_seqlens)
     weight, required, optional, needs_rows = _MODES[mode]
     if needs_rows and cu_seqlens is None and mask.dim() == 1:
         raise ValueError(f"{where}: aggregation {mode!r} needs cu_seqlens, or a mask [B, L]; got a mask of shape {tuple(mask.shape)}")
@@ -144,11 +141,12 @@ def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, d
     # zeros + x: a Python number would make a float32 of the where below, and a filled tensor a new compilation for each value.
     rows = _Rows(tokens.reshape(-1), count_empty_rows, mask.shape[-1], **given)
     weight = mask.new_zeros((), dtype=torch.float64) + weight(rows) * dp_size * scale
-    if weight.dim():
-        if cu_seqlens is not None:
-            weight = weight[segment_ids(cu_seqlens, mask.shape[0])]
-        else:
-            weight = weight.reshape(mask.shape if own_rows else (*tokens.shape, 1))
+    if not weight.dim():
+        weight = checks_tokens.tied(weight, cu_seqlens)
+    elif cu_seqlens is not None:
+        weight = weight[segment_ids(cu_seqlens, mask.shape[0])]
+    else:
+        weight = weight.reshape(mask.shape if own_rows else (*tokens.shape, 1))
     return torch.where(live, weight, 0.0).to(dtype)
 
 
@@ -198,7 +196,11 @@ def token_weights(mask, mode="token-mean", *, cu_seqlens=None, batch_num_tokens=
 
     DAPO, arXiv:2503.14476 (token-mean); Dr. GRPO, arXiv:2503.20783 (fixed-horizon); ScaleRL, arXiv:2510.13786 (prompt-mean).
     """
-    return weights_for("token_weights", mask, mode, cu_seqlens=cu_seqlens, batch_num_tokens=batch_num_tokens, num_sequences=num_sequences,
+    where = "token_weights"
+    checks.tensor(where, "mask", mask)
+    checks.mask(where, mask, mask.shape)
+    cu_seqlens = checks_tokens.rows(where, "mask", mask, cu_seqlens)
+    return weights_for(where, mask, mode, cu_seqlens=cu_seqlens, batch_num_tokens=batch_num_tokens, num_sequences=num_sequences,
                        horizon=horizon, group_ids=group_ids, rollout_ids=rollout_ids, count_empty_rows=count_empty_rows, dp_size=dp_size,
                        scale=scale, dtype=dtype)
 
@@ -228,6 +230,7 @@ def aggregate(values, mask=None, mode="token-mean", *, cu_seqlens=None, **normal
     if mask is None:
         mask = torch.ones_like(values, dtype=torch.bool)
     normalizers.setdefault("dtype", torch.float64)
+    cu_seqlens = checks_tokens.rows("aggregate", "mask", mask, cu_seqlens)
     weights = weights_for("aggregate", mask, mode, cu_seqlens=cu_seqlens, **normalizers)
     kept = torch.where(mask != 0, values, 0.0).double()
     return (weights * kept).sum().to(real_dtype(values))
