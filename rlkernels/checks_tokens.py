@@ -31,9 +31,14 @@ def rows(where, name, x, cu_seqlens):
     return segments(where, cu_seqlens, x)
 
 
-def values_are_read(cu_seqlens):
-    """Whether bad offsets raise: a list is the host's own."""
-    return CHECK_VALUES or not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.device.type == "cpu"
+def values_are_read(x):
+    """Whether bad values raise: on the device of ``x``; in a list, which is the host's own."""
+    return CHECK_VALUES or not isinstance(x, torch.Tensor) or x.device.type == "cpu"
+
+
+def host_reads(x):
+    """Whether the host may read values of ``x`` here and now: it is free, and there are some, not those of a compiled, traced or fake program."""
+    return values_are_read(x) and not torch.compiler.is_compiling() and gradient_wanted((x,)) is not None
 
 
 def segments(where, cu_seqlens, tokens, filled=False):
@@ -57,7 +62,7 @@ def segments(where, cu_seqlens, tokens, filled=False):
         if count and cu_seqlens.shape[0] == 1:  # without a sequence every index of one is out of bounds
             raise ValueError(f"{where}: cu_seqlens has shape (1,), which is no sequence, expected the ends of sequences that hold {count} tokens")
         return cu_seqlens.long().clamp(0, count)
-    if torch.compiler.is_compiling() or gradient_wanted((cu_seqlens,)) is None:
+    if not host_reads(cu_seqlens):
         return torch.ops.rlkernels.offsets.default(cu_seqlens, count, filled, where)
     return read_offsets(cu_seqlens, count, filled, where)
 

@@ -16,21 +16,26 @@ def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e
     * baseline ``"mean"``: ``b = sum_j R_j / n`` (GRPO); ``"leave-one-out"``: the mean of the others (RLOO); ``"length-mean"``:
       ``sum_j l_j R_j / sum_j l_j`` (OPO); ``"batch-mean"``: the mean over all groups; None: 0
     * scale ``"std"``: ``sqrt(sum_j (R_j - mean)^2 / (n - 1))``; ``"batch-std"``: the same over all groups; ``"mean"``: the group's mean
-      (MaxRL); None: no division (Dr. GRPO)
+      (MaxRL), of rewards that are not negative; None: no division (Dr. GRPO)
+
+    With the scale ``"mean"`` and a baseline of the group (or None) no advantage is larger than ``n``, however small the mean. With the baseline
+    ``"batch-mean"`` a group whose mean is near 0 gets about ``-b / eps``.
 
     Args:
-        rewards: ``R``, ``[N]``; any float dtype. NaN is a response that could not be scored: it counts nowhere and gets 0.
+        rewards: ``R``, ``[N]``; any float dtype, bool or integers. NaN is a response that could not be scored: it counts nowhere and gets 0.
         group_ids: integers ``[N]``, in any order; groups may differ in size.
         eps: added to the scale.
         unbiased: False divides the variance by ``n`` instead of ``n - 1``.
-        lengths: ``l``, ``[N]``, live tokens of each response, for ``"length-mean"`` alone.
+        lengths: ``l``, ``[N]``, live tokens of each response, for ``"length-mean"`` alone; finite and not negative. That of a NaN reward is not read.
 
     Returns:
         ``[N]``: float32, float64 for float64; not differentiable. A group of one, or of equal rewards, has nothing to compare: 0.
 
     Raises:
-        TypeError: ``rewards`` not floating, ``group_ids`` not integers.
-        ValueError: shapes differ; unknown ``baseline`` or ``scale``; ``eps`` negative; ``lengths`` missing, or given where it is not used.
+        TypeError: ``rewards`` not real, ``group_ids`` not integers.
+        ValueError: shapes differ; unknown ``baseline`` or ``scale``; ``eps`` negative; ``lengths`` missing, or given where it is not used. On a CPU:
+            a negative reward with the scale ``"mean"``, a length that is negative or not finite; elsewhere, and in a compiled program, where
+            values are not read, its whole group gets NaN.
 
     Example:
         >>> group_advantages(torch.tensor([1.0, 5.0, 0.0]), torch.tensor([3, 7, 3]), scale=None)
@@ -55,6 +60,14 @@ def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e
 
     scored = ~rewards.isnan()
     wide = torch.where(scored, rewards.detach().double(), 0.0)
+    if scale == "mean":
+        # A mean over both signs is a scale of either sign, and as near to 0 as it likes.
+        _refuse(where, "rewards", wide, wide < 0, "rewards >= 0 for scale 'mean'; shift them, or take scale 'std'")
+    if lengths is not None:
+        lengths = torch.where(scored, lengths.double(), 0.0)
+        good = (lengths >= 0) & (lengths < torch.inf)
+        _refuse(where, "lengths", lengths, ~good, "finite lengths >= 0")
+        lengths = torch.where(good, lengths, torch.nan)
     groups = groups_of(group_ids)
     group = _Population(wide, scored, groups.reduce_each)
     batch = _Population(wide, scored, _reduce_all)
@@ -63,7 +76,7 @@ def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e
     centred = {
         "mean": lambda: group.gap,
         "leave-one-out": lambda: group.gap * group.count / (group.count - 1).clamp(min=1),
-        "length-mean": lambda: group.offset - group.weighted_mean(lengths.double()),
+        "length-mean": lambda: group.offset - group.weighted_mean(lengths),
         "batch-mean": lambda: batch.gap,
         None: lambda: wide,
     }[baseline]()
@@ -71,12 +84,19 @@ def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e
         size = {
             "std": lambda: group.spread(fewer),
             "batch-std": lambda: batch.spread(fewer),
-            "mean": lambda: group.base + group.centre,
+            "mean": lambda: torch.where(group.base < 0, torch.nan, group.base + group.centre),
         }[scale]()
         centred = torch.where(size == 0, 0.0, centred / torch.where(size == 0, 1.0, size + eps))
     of_group = baseline in ("mean", "leave-one-out", "length-mean") or scale in ("std", "mean")
     alone = (group.count < 2) if of_group else torch.zeros_like(scored)
     return torch.where(scored & ~alone, centred, 0.0).to(real_dtype(rewards))
+
+
+def _refuse(where, name, x, bad, needed):
+    """Raises for an entry that is ``bad``, where the host may read it."""
+    if checks_tokens.host_reads(bad) and bad.any():
+        at = int(bad.nonzero()[0, 0])
+        raise ValueError(f"{where}: {name} holds {x[at].item()} at entry {at}; it needs {needed}")
 
 
 def _reduce_all(values, how="sum", initial=0.0):
