@@ -30,6 +30,22 @@ def test_a_temperature_and_a_mask_per_row_hold_the_bounds(small_tiles, backend):
     judge(rlk.token_stats, x, targets, temperature, vocab_mask=mask, ref_logits=draw_rows((4,), 69, torch.bfloat16, seed=3)[0])
 
 
+def test_F136_the_coldest_and_the_hottest_temperature_hold_the_bounds(small_tiles, backend):
+    x, targets, _ = draw_rows((6,), 69)
+    judge(rlk.token_stats, x, targets, torch.tensor([2.0**-40, 2.0**40, 1e-12, 1e12, 1e-6, 1e6]), ref_logits=draw_rows((6,), 69, seed=3)[0])
+
+
+@pytest.mark.parametrize("t", [1.0, 1e-3])
+def test_F136_an_exact_kl_counts_how_far_the_reference_moves_over_tiles_that_either_side_excludes(t, small_tiles, backend):
+    """Tiles hold 32 columns: the policy, the reference or both are -inf in the first, and the reference's maximum comes last."""
+    x, targets, _ = draw_rows((4,), 96, seed=9)
+    ref, x = draw_rows((4,), 96, seed=10)[0].nan_to_num(), x.nan_to_num()
+    ref[:, 64:] += torch.arange(32) * 3.0
+    x[:2, :32], ref[1:3, :32] = -torch.inf, -torch.inf
+    x[2, :32] = -torch.inf
+    judge(rlk.token_stats, x, targets.clamp(min=32), t, ref_logits=ref)
+
+
 def backward_problem(dtype, vocab=69, rows=5):
     x, targets, mask = draw_rows((rows,), vocab, dtype, seed=7)
     reference = draw_rows((rows,), vocab, dtype, seed=8)[0]
