@@ -10,6 +10,8 @@ __all__ = ["choice", "finite", "integer", "interval", "known_names", "named", "p
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOAT_NAMES = "float32, bfloat16, float16, float64"
+COLDEST, HOTTEST = 2.0**-40, 2.0**40
+"""Temperatures: a gradient of entropies holds ``1/T**2`` in fp32. At 1e-20 it was NaN; at 1e-40 the best token had the log-probability -log V."""
 
 
 def tensor(where, name, x):
@@ -60,6 +62,8 @@ def temperature(where, x, rows):
         no_gradient(where, temperature=x)
     else:
         positive(where, "temperature", x)
+        if not COLDEST <= x <= HOTTEST:
+            raise ValueError(f"{where}: temperature must be from 2**-40 (9.1e-13) to 2**40 (1.1e12), got {x}; a bound is as good as its limit")
 
 
 def mask(where, x, expected, name="mask"):
@@ -138,6 +142,8 @@ def inplace(where, x):
     if of_a_leaf or not torch.compiler.is_compiling() and _lies_in_a_leaf(x):
         raise RuntimeError(f"{where}: inplace_backward needs non-leaf memory, got a view of a leaf: its value would be lost to its own gradient; "
                            "leave it out, or pass a copy")
+    if x.numel() == 0:  # nothing overlaps, whatever the strides
+        return
     spans = sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
     reach = 1
     for stride, size in spans:

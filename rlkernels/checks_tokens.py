@@ -107,6 +107,15 @@ def tied(x, offsets):
     return x + offsets[0] if offsets is not None and torch.compiler.is_compiling() else x
 
 
+def holding(where, targets, ignore_index):
+    """The targets in a dtype that holds ``ignore_index``: int64 where int32 does not; there torch would compare with its last 32 bits."""
+    if -2**31 <= ignore_index < 2**31:
+        return targets
+    if not -2**63 <= ignore_index < 2**63:
+        raise ValueError(f"{where}: ignore_index must be a 64-bit integer, got {ignore_index}; take one that no target has, such as -100")
+    return targets.long()
+
+
 def numbers(where, name, x):
     """Rewards count as whole numbers or as true and false, too."""
     checks.tensor(where, name, x)

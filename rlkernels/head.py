@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlkernels import checks, ops, parallel
+from rlkernels import checks, checks_tokens, ops, parallel
 from rlkernels.backends import cpu
 from rlkernels.backends.eager import check_rows, real_dtype
 from rlkernels.chunks import budget_bytes, rows_within
@@ -52,6 +52,7 @@ def head(where, hidden, weight, targets, *, bias=None, temperature=1.0, softcap=
     checks.targets(where, targets, shape)
     checks.temperature(where, temperature, shape)
     ignore_index = checks.integer(where, "ignore_index", ignore_index)
+    targets = checks_tokens.holding(where, targets, ignore_index)
     logit_scale = checks.finite(where, "logit_scale", logit_scale)
     if softcap is not None:
         softcap = checks.positive(where, "softcap", softcap)

@@ -47,6 +47,7 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
              valid_vocab=valid_vocab, process_group=process_group, vocab_start=vocab_start)
     _not_one_row(where, hidden)
     entry, values = resolve(where, objective, params)
+    targets = checks_tokens.holding(where, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=h.real)
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
@@ -105,6 +106,7 @@ def linear_sft_loss(hidden, weight, targets, mask=None, *, bias=None, temperatur
     h = head(where, hidden, weight, targets, **options)
     _not_one_row(where, hidden)
     checks.choice(where, "kind", kind, SFT_KINDS)
+    targets = checks_tokens.holding(where, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=h.real)
     ignore_index = h.ignore_index
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)

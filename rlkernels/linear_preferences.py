@@ -171,6 +171,7 @@ def _answers(where, hidden, weight, targets, mask, cu_seqlens, options, loss_opt
     h = head(where, hidden, weight, targets, **given)
     if hidden.dim() != (3 if cu_seqlens is None else 2):
         raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}, expected [B, L, H], or [T, H] together with cu_seqlens")
+    targets = checks_tokens.holding(where, targets, h.ignore_index)
     live = live_tokens(where, targets.new_empty(targets.shape, dtype=h.real), mask) & (targets != h.ignore_index)
     rows = torch.arange(targets.numel(), device=targets.device)
     if cu_seqlens is None:

@@ -109,6 +109,7 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
     if not row.shape:
         raise ValueError(f"{where}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row")
     entry, values = resolve(where, objective, params)
+    targets = checks_tokens.holding(where, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=row.real)
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)

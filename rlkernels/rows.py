@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlkernels import checks
+from rlkernels import checks, checks_tokens
 from rlkernels.backends.eager import real_dtype
 
 
@@ -40,7 +40,7 @@ def matrix(logits):
         logits = logits.contiguous()
     if logits.dim() == 1:
         return logits[None]
-    return logits if logits.dim() <= 3 else logits.reshape(-1, *logits.shape[-2:])
+    return logits if logits.dim() <= 3 else logits.flatten(0, -3)  # a reshape to -1 cannot tell how many, where there are no rows
 
 
 def rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward=False):
@@ -49,6 +49,7 @@ def rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_
     shape = logits.shape[:-1]
     checks.targets(where, targets, shape)
     ignore_index = checks.integer(where, "ignore_index", ignore_index)
+    targets = checks_tokens.holding(where, targets, ignore_index)
     checks.temperature(where, temperature, shape)
     checks.vocab_mask(where, vocab_mask, logits.shape)
     checks.one_device(where, "logits", logits, targets=targets, temperature=temperature, vocab_mask=vocab_mask)

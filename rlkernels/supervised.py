@@ -75,6 +75,7 @@ def sft_loss(logits, targets, mask=None, *, kind="nll", temperature=1.0, ignore_
     if not row.shape:
         raise ValueError(f"{where}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row")
     checks.choice(where, "kind", kind, KINDS)
+    targets = checks_tokens.holding(where, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=row.real)
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     live = live_tokens(where, like, mask) & (targets != ignore_index)

@@ -27,7 +27,8 @@ def by_hand(rewards, ids=IDS, eps=1e-6):
 
 @pytest.mark.parametrize("baseline", ["mean", "leave-one-out", "batch-mean", None], ids=str)
 def test_F130_a_negative_reward_is_refused_where_the_scale_is_the_mean(baseline):
-    for rewards, named in (([-1.0, 1.0, -1.0, -1.0, 0.0, 0.0, 2.0], "-1.0 at entry 0"), ([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, -2.0**-20], "-9.5367431640625e-07 at entry 6"),
+    for rewards, named in (([-1.0, 1.0, -1.0, -1.0, 0.0, 0.0, 2.0], "-1.0 at entry 0"),
+                           ([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, -2.0**-20], "-9.5367431640625e-07 at entry 6"),
                            ([1.0, 1.0, 1.0, 1.0, -math.inf, 0.0, 1.0], "-inf at entry 4")):
         with pytest.raises(ValueError, match=f"^group_advantages: rewards holds {named}; it needs rewards >= 0 for scale 'mean'"):
             maxrl(rewards, baseline=baseline)

@@ -67,9 +67,10 @@ struct Batch {
     }
     return -1;
   }
-  int64_t bad_temperature() const {  // the first row whose temperature is not positive and finite, or -1
+  // The first row whose temperature is outside of [2**-40, 2**40], or -1.
+  int64_t bad_temperature() const {
     for (int64_t r = 0; temperatures && r < rows; ++r)
-      if (const double t = temperature_of(r); !(t > 0 && t <= 1.7976931348623157e308)) return r;
+      if (const double t = temperature_of(r); !(t >= 0x1p-40 && t <= 0x1p40)) return r;
     return -1;
   }
 };

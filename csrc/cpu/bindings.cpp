@@ -30,7 +30,7 @@ Batch batch(int dtype, int64_t rows, int64_t columns, const Place& logits, const
                           std::to_string(columns) + ")");
   if (const int64_t r = b.bad_temperature(); r >= 0)
     throw py::value_error("temperature must be positive and finite, got " + std::string(py::str(py::float_(b.temperature_of(r)))) +
-                          " at row " + std::to_string(r));
+                          " at row " + std::to_string(r) + "; it may be from 2**-40 to 2**40");
   return b;
 }
 

@@ -3,6 +3,7 @@ import math
 
 import torch
 
+from rlkernels.checks import COLDEST, HOTTEST
 from rlkernels.objectives import OBJECTIVES
 
 ENTROPY, LOG_SUM_SQ, MEAN_LOGITS, IS_TOP1, KL = 1, 2, 4, 8, 16
@@ -65,10 +66,10 @@ def check_rows(targets, vocab, ignore_index, temperature):
         row = int(bad.nonzero()[0, 0])
         raise IndexError(f"target {int(targets[row])} at row {row} is outside [0, {vocab})")
     if isinstance(temperature, torch.Tensor):
-        bad = ~((temperature > 0) & (temperature < math.inf))
+        bad = ~((temperature >= COLDEST) & (temperature <= HOTTEST))
         if bad.any():
             row = int(bad.nonzero()[0, 0])
-            raise ValueError(f"temperature must be positive and finite, got {float(temperature[row])} at row {row}")
+            raise ValueError(f"temperature must be positive and finite, got {float(temperature[row])} at row {row}; it may be from 2**-40 to 2**40")
 
 
 def _column(temperature):

@@ -27,6 +27,13 @@ def test_F27_masks_a_temperature_per_row_and_a_reference_match_float64(public, d
     judge(public.token_stats, x, targets, temperature, vocab_mask=mask, ref_logits=ref)
 
 
+@pytest.mark.parametrize("vocab", (7, 1025))
+def test_F136_the_coldest_and_the_hottest_temperature_match_float64(public, vocab):
+    x, targets, _ = draw_rows((1, 6), vocab, seed=5)
+    temperature = torch.tensor([[2.0**-40, 2.0**40, 1e-12, 1e12, 1e-6, 1e6]])
+    judge(public.token_stats, x, targets, temperature, ref_logits=draw_rows((1, 6), vocab, seed=6)[0])
+
+
 def test_the_gradient_kernel_writes_nothing_where_unless_is_exactly_1(backend, dtype):
     x, targets, mask = draw_rows((4,), 9001, dtype, seed=12)
     stats, g = run(backend, x, targets, mask=mask), cotangents(targets.shape, 2)
