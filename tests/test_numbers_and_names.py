@@ -168,7 +168,7 @@ MEANT = [
 ]
 
 
-@pytest.mark.parametrize("argument,name,offered,function", MEANT, ids=[f"{a}-{n}" for a, n, *_ in MEANT])
+@pytest.mark.parametrize("argument,name,offered,function", MEANT, ids=[f"{a}-{getattr(n, '__name__', n)}" for a, n, *_ in MEANT])
 def test_F148_an_unknown_name_is_told_what_was_meant(argument, name, offered, function):
     with pytest.raises(ValueError, match=rf"^\w+: {argument}.*(got|unknown) .*;.* ({offered})"):
         function(**{argument: name})
