@@ -106,9 +106,9 @@ def linear_sft_loss(hidden, weight, targets, mask=None, *, bias=None, temperatur
     h = head(where, hidden, weight, targets, **options)
     _not_one_row(where, hidden)
     checks.choice(where, "kind", kind, SFT_KINDS)
+    ignore_index = h.ignore_index
     targets = checks_tokens.holding(where, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=h.real)
-    ignore_index = h.ignore_index
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     live = live_tokens(where, like, mask) & (targets != ignore_index)
     if torch.compiler.is_compiling():
