@@ -10,7 +10,7 @@ at_least = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, $(1)))' 2>/dev/null && echo $$p && break; done)
 PYTHON ?= $(or $(call at_least,11),$(call at_least,10))
 
-SOURCES := pyproject.toml setup.py setup_cuda.py constraints.txt $(shell find rlkernels csrc -type f \
+SOURCES := pyproject.toml setup.py setup_build.py setup_cuda.py constraints.txt $(shell find rlkernels csrc -type f \
 	\( -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name py.typed \))
 
 .PHONY: demo test test-triton mutants bench bench-suite gpu lint clean trl-python
@@ -81,4 +81,4 @@ $(VENV)/.installed: $(SOURCES) | $(VENV)/bin/python
 clean:
 	rm -rf $(VENV) .triton build dist rlkernels.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f rlkernels/_cpu*.so rlkernels/_cuda*.so rlkernels/_cuda.ptxas.txt
+	rm -f rlkernels/_cpu*.so rlkernels/_cuda*.so rlkernels/_cuda.ptxas.txt rlkernels/_*.build.log

@@ -14,8 +14,9 @@ from rlkernels.cli.doctor import ENVIRONMENT
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlkernels"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+BUILD = [ROOT / name for name in ("setup.py", "setup_build.py", "setup_cuda.py")]
 CODE = [path for folder in ("rlkernels", "csrc", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*"))
-        if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}] + [ROOT / "setup.py", ROOT / "setup_cuda.py"]
+        if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}] + BUILD
 
 LAYERS = [
     {"checks_names", "checks_numbers"},
@@ -163,7 +164,7 @@ def test_no_file_names_a_folder_of_one_machine():
 
 def test_every_environment_variable_is_in_the_table_of_doctor():
     read = set()
-    for path in [*MODULES, ROOT / "setup.py", ROOT / "setup_cuda.py"]:
+    for path in [*MODULES, *BUILD]:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in {"os.getenv", "os.environ.get"}:
                 read.update(a.value for a in node.args[:1] if isinstance(a, ast.Constant))

@@ -3,6 +3,7 @@ import importlib
 import importlib.util
 import os
 import threading
+import warnings
 from contextlib import contextmanager
 
 import torch
@@ -26,6 +27,7 @@ class _Modules(dict):
 
 BACKENDS = _Modules(eager=eager, cpu=cpu, cuda=cuda)
 _forced = threading.local()
+_said = False  # that CPU tensors are served without native code
 _present = set()  # accelerator backends that have been found: looking for Triton and a GPU again costs 30 us per call
 
 
@@ -54,8 +56,21 @@ def forced():
     return getattr(_forced, "name", None)
 
 
-def serving(op, device, dtype=None, vocab=None):
+def _say_once(reason):
+    """Warns in the first native-less call of a process: it is right, and slow without a word. Not where native code was switched off."""
+    global _said
+    if torch.compiler.is_compiling() or _said:
+        return
+    _said = True
+    if reason is not None and "RLKERNELS_CPU=0" not in reason:
+        warnings.warn(f"{reason}. CPU tensors take the eager backend meanwhile: the same results, slower. RLKERNELS_CPU=0 says that this is meant, "
+                      "and stops this warning", RuntimeWarning, stacklevel=5)
+
+
+def serving(op, device, dtype=None, vocab=None, *, aloud=True):
     """The backend that serves ``op`` on a device type, by the table of measurements where it has an entry for dtype and vocabulary.
+
+    ``aloud``: the choice is for a call, not for a report, so a process that has no native code for its CPU tensors says so once.
 
     Raises:
         RuntimeError: no backend serves the device, or the forced one does not.
@@ -76,6 +91,8 @@ def serving(op, device, dtype=None, vocab=None):
         if absent(name) is None:
             if device != "cpu":
                 _present.add(name)
+            elif aloud and name == "eager":
+                _say_once(absent("cpu"))
             return name
     raise RuntimeError(f"no backend for device {device} is present here: {', '.join(choices)}")
 
@@ -112,5 +129,5 @@ def backends():
     """
     devices = ["cpu"]
     devices += [d for d in ("cuda", "xpu") if getattr(torch, d).is_available()]
-    serves = {device: {op: serving(op, device, torch.bfloat16, 131072) for op in OPS} for device in devices}
+    serves = {device: {op: serving(op, device, torch.bfloat16, 131072, aloud=False) for op in OPS} for device in devices}
     return {"serves": serves, "absent": {name: reason for name in KNOWN if (reason := absent(name)) is not None}}

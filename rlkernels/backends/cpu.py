@@ -1,23 +1,26 @@
 """Native CPU kernels: addresses, sizes and strides across, nothing else. Python owns shapes, dtypes and allocation."""
 import importlib.util
 import math
+import os
 import sys
 from contextlib import contextmanager
 
 import torch
 
-from rlkernels.backends import eager
+from rlkernels.backends import built, eager
 from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS, real_dtype
 
 # find_spec, not try/except ImportError: a module that is absent is a fact, one that is present and broken is an error.
 # torch is imported first: its libgomp then serves our parallel loops too, and no second pool of threads competes with it.
-if importlib.util.find_spec("rlkernels._cpu") is None:
-    _cpu = None
+ABSENT = ("rlkernels._cpu was not built: no C++ compiler, or no Python headers, was found at install time; "
+          "install g++ (and python3-dev) and run pip install again")
+if os.environ.get("RLKERNELS_CPU") == "0":
+    _cpu, ABSENT = None, "RLKERNELS_CPU=0 is set; unset it before the import"
+elif importlib.util.find_spec("rlkernels._cpu") is None:
+    _cpu, ABSENT = None, built.why_not("_cpu", ABSENT)
 else:
     from rlkernels import _cpu
 
-ABSENT = ("rlkernels._cpu was not built: no C++ compiler, or no Python headers, was found at install time; "
-          "install g++ (and python3-dev) and run pip install again")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # Bytes. From 32 MiB on the C library maps fresh pages for every allocation; half of it, so that a head's rounded gradient (31 MiB at 32000 x 512) comes
 # from what was kept, not on top of it.

@@ -6,18 +6,18 @@ import importlib.util
 
 import torch
 
-from rlkernels.backends import eager
+from rlkernels.backends import built, eager
 from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS
 from rlkernels.objectives import OBJECTIVES
 
 # find_spec, not try/except ImportError: a module that is absent is a fact, one that is present and broken is an error.
 # It carries its own CUDA runtime and no driver: it loads anywhere, and says what is missing when it is used.
+ABSENT = "rlkernels._cuda was not built; where nvcc is installed, RLKERNELS_CUDA=1 pip install builds it"
 if importlib.util.find_spec("rlkernels._cuda") is None:
-    _cuda = None
+    _cuda, ABSENT = None, built.why_not("_cuda", ABSENT)
 else:
     from rlkernels import _cuda
 
-ABSENT = "rlkernels._cuda was not built; where nvcc is installed, RLKERNELS_CUDA=1 pip install builds it"
 NO_DEVICE = "torch sees no CUDA device here"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NOWHERE = (0, 0, 0, 1)
