@@ -2,6 +2,7 @@
 import torch
 
 from rlkernels import checks, checks_tokens, ops, sweep
+from rlkernels.agreement import agreed
 from rlkernels.chunks import live_rows
 from rlkernels.head import head
 from rlkernels.linear import linear_token_logprobs, linear_token_stats
@@ -16,6 +17,7 @@ from rlkernels.terms import Share, check_terms, live_tokens, one_loss_per_sequen
 from rlkernels.units import blocks, units
 
 
+@agreed
 def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=None, *, bias=None, temperature=1.0, softcap=None, logit_scale=1.0,
                        ignore_index=-100, logits_dtype=torch.float32, chunk_tokens=None, logits_budget=None, max_live_tokens=None, valid_vocab=None,
                        process_group=None, vocab_start=None, objective="ppo_clip", aggregation="token-mean", weights=None, ref_logprobs=None, kl="k3",
@@ -81,6 +83,7 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
     return loss, policy_metrics(logp.view(shape), columns, live, ref_logprobs, kl, entropy.view(shape), entry, values, ratio_level, cu_seqlens)
 
 
+@agreed
 def linear_sft_loss(hidden, weight, targets, mask=None, *, bias=None, temperature=1.0, softcap=None, logit_scale=1.0, ignore_index=-100,
                     logits_dtype=torch.float32, chunk_tokens=None, logits_budget=None, max_live_tokens=None, valid_vocab=None, process_group=None,
                     vocab_start=None, kind="nll", aggregation="token-mean", weights=None, sample_weights=None, cu_seqlens=None, normalizers=None,

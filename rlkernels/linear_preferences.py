@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import checks, checks_tokens, ops, sweep
+from rlkernels.agreement import agreed
 from rlkernels.head import Head, head
 from rlkernels.linear import linear_token_logprobs
 from rlkernels.preferences import dpo_loss, pair_losses, preference_options
@@ -17,6 +18,7 @@ HEAD = ("bias", "temperature", "softcap", "logit_scale", "ignore_index", "logits
         "process_group", "vocab_start")
 
 
+@agreed
 def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None, ref_rejected_logps=None, cu_seqlens=None, return_metrics=False,
                     **options):
     r"""``dpo_loss``, of any of its types, from hidden states and the lm_head, without ``[T, V]`` logits: three products.
@@ -70,6 +72,7 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
     return (loss, whole(answers.sums(logp))[1]) if return_metrics else loss
 
 
+@agreed
 def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirable, mask=None, *, cu_seqlens=None, return_metrics=False, **options):
     r"""``unpaired_preference_loss`` (KTO, APO-zero, BCO) from hidden states and the lm_head, without ``[T, V]`` logits: three products.
 

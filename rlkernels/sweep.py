@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import ops
+from rlkernels.agreement import meeting, met, pattern
 from rlkernels.chunks import Rows, filled_up, live_rows, moving_and_still_rows
 from rlkernels.head import Chunk, check_targets, without_autocast
 from rlkernels.linear import Gradients
@@ -144,6 +145,8 @@ def per_unit(head, plan, score, needs, with_entropy, backend, largest):
     ``largest()``: about the largest derivative of the loss by a log-probability.
     """
     chunks = [(first, last, plan.rows(first, last)) for first, last in plan.chunks(head.chunk)]
+    if head.shard is not None:
+        _compared(head, [len(rows) for _, _, rows in chunks], plan.offsets, needs, with_entropy)
     sweep = _Sweep(head, needs, max((len(rows) for _, _, rows in chunks), default=0), head.chunk, largest)
     wanted = ops.ENTROPY if with_entropy else 0
     for first, last, rows in chunks:
@@ -173,6 +176,17 @@ def per_unit(head, plan, score, needs, with_entropy, backend, largest):
     return sweep.found()
 
 
+def _compared(head, sizes, offsets, needs, with_entropy):
+    """The ranks of a process group, before anything that they do together."""
+    with meeting(head.where, head.shard.process_group(), head.hidden.device) as now:
+        if met(head.hidden.device):
+            facts, sums = head.in_common()
+            sequences = None if offsets is None else pattern(offsets >= 0, offsets)
+            facts += [("rows of each chunk", sizes), ("digest of sequences", sequences), ("gradients of hidden, weight, bias", needs),
+                      ("entropy", with_entropy)]
+            now.compare(head.shard[1:], facts, sums)
+
+
 def _scored(score, rows, logp, entropy, first, last, needs):
     with torch.set_grad_enabled(needs):
         leaves = [x.detach().requires_grad_(needs) for x in (logp, entropy) if x is not None]
@@ -200,5 +214,5 @@ def differentiable(h, compute):
 def checked(h, live):
     """The head without its graph, dead targets ignored, the others looked at."""
     h = h.detached()._replace(targets=torch.where(live, h.targets, h.ignore_index), temperature=h.temperature.clone())
-    check_targets(h.targets, h.ignore_index, h.temperature, h.weight.shape[0], h.shard)
+    check_targets(h.where, h.targets, h.ignore_index, h.temperature, h.weight.shape[0], h.shard)
     return h

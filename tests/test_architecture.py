@@ -22,7 +22,7 @@ LAYERS = [
     {"checks_names", "checks_numbers"},
     {"_math", "checks", "plain"},
     {"objectives", "checks_tokens"},
-    {"backends", "codegen", "segments"},
+    {"agreement", "backends", "codegen", "segments"},
     {"fakes", "registry", "weights", "groups", "metrics"},
     {"ops"},
     {"rows", "terms", "chunks", "parallel", "products"},

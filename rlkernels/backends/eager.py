@@ -57,19 +57,20 @@ def column_kernel(backend, what, dtype, f32, f64):
     return kernel
 
 
-def check_rows(targets, vocab, ignore_index, temperature):
-    """Values are read on the CPU only: on an accelerator that would synchronise the host."""
+def check_rows(targets, vocab, ignore_index, temperature, where=None):
+    """Values are read on the CPU only: on an accelerator that would synchronise the host. ``where``: the caller's name, if it is known."""
     if targets.device.type != "cpu":
         return
+    prefix = f"{where}: " if where else ""
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
     if bad.any():
         row = int(bad.nonzero()[0, 0])
-        raise IndexError(f"target {int(targets[row])} at row {row} is outside [0, {vocab})")
+        raise IndexError(f"{prefix}target {int(targets[row])} at row {row} is outside [0, {vocab})")
     if isinstance(temperature, torch.Tensor):
-        bad = ~((temperature >= COLDEST) & (temperature <= HOTTEST))
+        bad = (targets != ignore_index) & ~((temperature >= COLDEST) & (temperature <= HOTTEST))
         if bad.any():
             row = int(bad.nonzero()[0, 0])
-            raise ValueError(f"temperature must be positive and finite, got {float(temperature[row])} at row {row}; it may be from 2**-40 to 2**40")
+            raise ValueError(f"{prefix}temperature must be positive and finite, got {float(temperature[row])} at row {row}; it may be from 2**-40 to 2**40")
 
 
 def _column(temperature):
