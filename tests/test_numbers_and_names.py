@@ -174,6 +174,12 @@ def test_F148_an_unknown_name_is_told_what_was_meant(argument, name, offered, fu
         function(**{argument: name})
 
 
+@pytest.mark.parametrize("argument", ["scale", "baseline"])
+def test_F148_a_number_where_None_is_among_the_names_is_refused_by_name(argument):
+    with pytest.raises(ValueError, match=f"group_advantages: {argument} must be one of .*None; got 1.0"):
+        rlk.group_advantages(PAIRS[0], GROUPS, **{argument: 1.0})
+
+
 def test_F148_a_name_that_resembles_none_is_offered_none():
     for function, argument in ((policy, "objective"), (policy, "aggregation"), (dpo, "loss_type")):
         for name in ("zzzz", "", 3, None, [], object(), torch.tensor(1.0), numpy.array([1, 2])):
