@@ -207,7 +207,7 @@ def sketch(hidden, live):
     """A sum over the live rows in which features and rows have unlike factors, and its size. One pass over ``hidden``: 1/V of a product."""
     def factors(count, dtype):  # between -0.7 and 1.3: with a mean of 0 a constant that one rank adds would cancel
         x = torch.arange(1, count + 1, device=hidden.device) * 0x9E3779B1
-        return (((x ^ (x >> 15)) & 0xFFFF) / 32768 - 0.7).to(dtype)
+        return (((x ^ (x >> 15)) & 0xFFFF).double() / 32768 - 0.7).to(dtype)
 
     of_rows = torch.where(live, torch.mv(hidden, factors(hidden.shape[1], hidden.dtype)).double(), 0.0)
     return (of_rows * factors(of_rows.shape[0], of_rows.dtype)).sum().item(), of_rows.square().sum().sqrt().item()

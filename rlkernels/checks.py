@@ -56,14 +56,29 @@ def targets(where, x, rows):
 
 
 def temperature(where, x, rows):
-    if isinstance(x, torch.Tensor):
-        floating(where, "temperature", x)
-        shape(where, "temperature", x, rows)
-        no_gradient(where, temperature=x)
-    else:
-        positive(where, "temperature", x)
-        if not COLDEST <= x <= HOTTEST:
-            raise ValueError(f"{where}: temperature must be from 2**-40 (9.1e-13) to 2**40 (1.1e12), got {x}; a bound is as good as its limit")
+    """``x`` as a float, or as a tensor of shape ``rows``: given so, or one for each sequence (``rows`` without or with a last 1), or one for all.
+
+    A tensor of one number is read on the CPU alone.
+    """
+    if not isinstance(x, torch.Tensor) or (x.dim() == 0 and x.device.type == "cpu" and not torch.compiler.is_compiling()):
+        x = positive(where, "temperature", x)
+        within_reach(where, "temperature", x)
+        return x
+    floating(where, "temperature", x)
+    no_gradient(where, temperature=x)
+    if x.shape == rows:
+        return x.resolve_neg()
+    of_sequences = rows[:-1]
+    if x.shape not in ((), of_sequences, (*of_sequences, 1)):
+        raise ValueError(f"{where}: temperature has shape {tuple(x.shape)}, expected {tuple(rows)}, or {tuple(of_sequences)} or {(*of_sequences, 1)}: one for "
+                         "each sequence; or a number")
+    return (x.unsqueeze(-1) if x.dim() and x.shape == of_sequences else x).resolve_neg().expand(rows)
+
+
+def within_reach(where, name, x, limit="a bound"):
+    """A positive factor or divisor of logits that fp32 can take; ``limit``: what is as good as one that is not."""
+    if not COLDEST <= x <= HOTTEST:
+        raise ValueError(f"{where}: {name} must be from 2**-40 (9.1e-13) to 2**40 (1.1e12), got {x}; {limit} is as good as its limit")
 
 
 def mask(where, x, expected, name="mask"):

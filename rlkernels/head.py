@@ -55,12 +55,15 @@ def head(where, hidden, weight, targets, *, bias=None, temperature=1.0, softcap=
     hidden, weight, bias = _operands(where, hidden, weight, bias)
     shape = hidden.shape[:-1]
     checks.targets(where, targets, shape)
-    checks.temperature(where, temperature, shape)
+    temperature = checks.temperature(where, temperature, shape)
     ignore_index = checks.integer(where, "ignore_index", ignore_index)
     targets = checks_tokens.holding(where, targets, ignore_index)
     logit_scale = checks.finite(where, "logit_scale", logit_scale)
+    if logit_scale != 0:
+        checks.within_reach(where, "logit_scale", abs(logit_scale), "0")
     if softcap is not None:
         softcap = checks.positive(where, "softcap", softcap)
+        checks.within_reach(where, "softcap", softcap, "None")
     if logits_dtype not in checks.FLOATS:
         raise TypeError(f"{where}: logits_dtype must be floating, one of {checks.FLOAT_NAMES}; got {logits_dtype}")
     chunk_tokens, logits_budget, max_live_tokens, valid_vocab = (checks.positive_integer(where, name, x) for name, x in (

@@ -28,6 +28,7 @@ def linear_token_logprobs(hidden, weight, targets, *, bias=None, temperature=1.0
     Args:
         hidden: ``[..., H]``. weight: ``[V, H]``, same dtype. bias: ``[V]``. All three get gradients where they require them.
         targets, temperature, ignore_index: as for ``token_logprobs``. A token with an ignored target enters no product.
+        softcap, logit_scale: from ``2**-40`` to ``2**40``; no cap is None, and a scale may be negative or 0.
         logits_dtype: float32 keeps the matmul's accumulator; bfloat16 or float16 rounds the logits as an inference engine may.
         logits_budget: bytes that the logits of one chunk (and what their gradient needs beside them) may take; by default
             ``RLKERNELS_LOGITS_BUDGET``, else 1 GiB, on a CPU 256 MiB. chunk_tokens: rows per chunk instead.

@@ -50,7 +50,7 @@ def rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_
     checks.targets(where, targets, shape)
     ignore_index = checks.integer(where, "ignore_index", ignore_index)
     targets = checks_tokens.holding(where, targets, ignore_index)
-    checks.temperature(where, temperature, shape)
+    temperature = checks.temperature(where, temperature, shape)
     checks.vocab_mask(where, vocab_mask, logits.shape)
     checks.one_device(where, "logits", logits, targets=targets, temperature=temperature, vocab_mask=vocab_mask)
     checks.no_forward_ad(where, logits)

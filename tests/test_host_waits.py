@@ -125,6 +125,11 @@ IDS = {"prompt-mean": {"group_ids": whole(N)}, "rollout-mean": {"rollout_ids": w
        "fixed-horizon": {"horizon": 9}, "global-token-mean": {"batch_num_tokens": made()}}
 CALLS = {
     "token_stats": lambda: rlk.token_stats(LOGITS, TARGETS, temperature=A).logprobs.sum(),
+    "token_stats, one temperature": lambda: rlk.token_stats(LOGITS, TARGETS, temperature=made()).logprobs.sum(),
+    "token_stats, a temperature per sequence": lambda: rlk.token_stats(LOGITS, TARGETS, temperature=made(N)).logprobs.sum(),
+    "linear_sft_loss, one temperature": lambda: rlk.linear_sft_loss(leaf(N, L, H), leaf(V, H), TARGETS, temperature=made(), max_live_tokens=N * L),
+    "linear_token_logprobs, a temperature per sequence": lambda: rlk.linear_token_logprobs(leaf(N, L, H), leaf(V, H), TARGETS, temperature=made(N, 1),
+                                                                                           max_live_tokens=N * L).sum(),
     "sft_loss": lambda: rlk.sft_loss(LOGITS, TARGETS, MASK),
     "logprobs_sft_loss": lambda: rlk.logprobs_sft_loss(ONE, MASK),
     **{f"logits_policy_loss {level}": lambda level=level: rlk.logits_policy_loss(LOGITS, TARGETS, A, A, MASK, ratio_level=level, entropy_coef=0.1)
