@@ -9,11 +9,11 @@ from rlkernels.linear import linear_token_logprobs, linear_token_stats
 from rlkernels.losses import policy_loss, ratio_term
 from rlkernels.losses import run as weighted_sum
 from rlkernels.metrics import policy_metrics
-from rlkernels.segments import segment_ids
+from rlkernels.segments import segment_ids, sums
 from rlkernels.supervised import KINDS as SFT_KINDS
 from rlkernels.supervised import logprobs_sft_loss, sft_metrics, sft_weights
 from rlkernels.sweep import Terms
-from rlkernels.terms import Share, check_terms, live_tokens, one_loss_per_sequence, resolve, state, term_weights
+from rlkernels.terms import Share, check_terms, live_tokens, of_level, resolve, state, term_weights
 from rlkernels.units import blocks, units
 
 
@@ -65,10 +65,9 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
         return policy_loss(stats.logprobs, old_logprobs, advantages, live, objective=objective, aggregation=aggregation, weights=weights,
                            ref_logprobs=ref_logprobs, kl=kl, kl_coef=kl_coef, entropy=stats.entropy, entropy_coef=entropy_coef, cu_seqlens=cu_seqlens,
                            ratio_level=ratio_level, normalizers=normalizers, return_metrics=return_metrics, **params)
-    if ratio_level == "sequence_sum":
-        one_loss_per_sequence(where, aggregation, weights, normalizers)
-    weights, bonus = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
-    terms = Terms(objective, [h.flat(c) for c in columns], values, h.flat(weights), h.flat(bonus * entropy_coef) if entropy_coef != 0 else None,
+    aggregation = of_level(aggregation, weights, ratio_level)
+    weights = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
+    terms = Terms(objective, [h.flat(c) for c in columns], values, h.flat(weights), h.flat(weights * entropy_coef) if entropy_coef != 0 else None,
                   kl if kl_coef != 0 else None, h.flat(ref_logprobs) if kl_coef != 0 else None, h.flat(weights * kl_coef) if kl_coef != 0 else None)
     backend = ops.serving("fused_policy", hidden)
     with_entropy = return_metrics or entropy_coef != 0
@@ -151,7 +150,7 @@ def _extras(terms, logp, entropy):
     if terms.kl is not None:
         total = total + weighted_sum(terms.kl, logp, [terms.ref_logp], (), Share(terms.kl_weight))
     if terms.entropy_weight is not None:
-        total = total - torch.where(terms.entropy_weight != 0, terms.entropy_weight * entropy, 0.0).sum()
+        total = total + weighted_sum("nll", entropy, [], (), Share(terms.entropy_weight))
     return total
 
 
@@ -170,11 +169,11 @@ def _by_sequence(where, h, terms, shape, live, cu_seqlens, level, with_entropy, 
         part = terms.at(rows.index)
         every = torch.ones_like(logp, dtype=torch.bool, requires_grad=False) if rows.dead is None else ~rows.dead
         loss = ratio_term(where, terms.objective, logp, part.columns, terms.params, Share(part.weight), every, cu, level)
-        if level == "sequence_sum":  # the mean over the sequences of this chunk, as its share of the mean over all
-            loss = loss * plan.share(first, last)
         return loss + _extras(part, logp, entropy)
 
-    def largest():  # of a sum every token has the slope of the whole
-        return 1.0 / max(count, 1) if level == "sequence_sum" else terms.largest()
+    def largest():
+        if level != "sequence_sum" or not count:
+            return terms.largest()
+        return sums(terms.weight.view(shape), live.view(shape), cu_seqlens).abs().amax()  # of a sum every token has the slope of the whole
 
     return lambda needs: sweep.per_unit(h, plan, score, needs, with_entropy, backend, largest)

@@ -12,14 +12,13 @@ from rlkernels.terms import (
     column,
     every_token,
     live_tokens,
-    one_loss_per_sequence,
+    of_level,
     resolve,
     share_of,
     some_tokens,
     state,
     term_weights,
 )
-from rlkernels.weights import weights_for
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo_clip", aggregation="token-mean", weights=None,
@@ -27,8 +26,9 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
                 normalizers=None, return_metrics=False, **params):
     r"""A policy objective over log-probabilities, with a KL and an entropy term: one launch per term and one to count the tokens of a masked mean.
 
-    ``sum_t w_t l(logp_t, old_t, A_t) + kl_coef sum_t w_t KL_t - entropy_coef sum_t h_t H_t``;  ``w``: the aggregation's weights,
-    ``h``: those of a token mean (or ``weights``, where given).
+    ``sum_t w_t (l(logp_t, old_t, A_t) + kl_coef KL_t - entropy_coef H_t)``;  ``w``: the aggregation's weights. Every term has the same ones, so
+    the losses of micro-batches and ranks, with the normalisers of the whole batch, add up to the loss of the batch. (A bonus that is a token
+    mean in every aggregation, as TRL's: leave ``entropy_coef`` out and subtract ``entropy_coef * aggregate(entropy, mask)``.)
 
     Args:
         logprobs: ``[B, L]``, or packed ``[T]``; the log-probabilities under the policy, the only argument besides ``entropy`` that gets a gradient.
@@ -37,13 +37,14 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
             it raises.
         mask: live tokens, same shape, any pattern and real dtype; a dead token touches neither loss nor gradient, whatever it holds.
         objective: a registered name with first column ``logp``; its parameters are further keywords (``clip_low``, ``clip_high``, ...).
-        aggregation, normalizers: mode and keyword arguments of ``token_weights``.
+        aggregation, normalizers: mode and keyword arguments of ``token_weights``: totals of the whole batch, where this call sees a part of it.
         weights: per-token weights, same shape, instead of an aggregation.
         ref_logprobs, kl, kl_coef: reference log-probabilities, the estimator ``"k1"``, ``"k2"`` or ``"k3"``, and its coefficient.
         entropy, entropy_coef: per-token entropies and the coefficient of their bonus.
         cu_seqlens: ``[S + 1]`` offsets of a packed batch, int32, int64 or a list. On a CPU wrong ones raise, in a compiled program, too.
         ratio_level: ``"token"``; ``"sequence"``: one ratio ``exp(mean_t d_t)`` per sequence (GSPO); ``"sequence_token"``: its value with a
-            gradient per token (GSPO-token); ``"sequence_sum"``: ``exp(sum_t d_t)``, one loss per sequence, averaged over sequences.
+            gradient per token (GSPO-token); ``"sequence_sum"``: ``exp(sum_t d_t)``, one loss per sequence, which weighs what its live tokens
+            weigh together. The mean of such losses is one over sequences: ``"token-mean"`` stands for ``"seq-mean"`` there.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, dict)`` of masked, detached scalars.
@@ -61,13 +62,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
     entry, values = resolve(where, objective, params)
     columns = state(where, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
     live = some_tokens(where, logprobs, mask)
-    if ratio_level == "sequence_sum":
-        one_loss_per_sequence(where, aggregation, weights, normalizers)
-    if entropy_coef == 0:
-        share = share_of(where, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
-    else:
-        weights, bonus = term_weights(where, logprobs, every_token(logprobs, live), aggregation, weights, cu_seqlens, normalizers)
-        share = Share(weights)
+    aggregation = of_level(aggregation, weights, ratio_level)
+    share = share_of(where, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
     check_terms(where, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
 
     real = real_dtype(logprobs.dtype)
@@ -76,7 +72,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
     if kl_coef != 0:
         loss = loss + run(kl, logp, [ref_logprobs], (), share._replace(share=share.share * kl_coef))
     if entropy_coef != 0:
-        loss = loss - entropy_coef * torch.where(bonus != 0, bonus * torch.where(bonus != 0, entropy, 0.0).to(real), 0.0).sum()
+        # "nll" is minus its column: one launch, where plain torch takes six.
+        loss = loss + run("nll", dense(entropy, real), [], (), share._replace(share=share.share * entropy_coef))
     if not return_metrics:
         return loss
     return loss, policy_metrics(logp, columns, every_token(logprobs, live), ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
@@ -126,20 +123,18 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
                                cu_seqlens=cu_seqlens, ratio_level=ratio_level, normalizers=normalizers, return_metrics=return_metrics, **params)
         except (TypeError, ValueError) as error:
             raise checks.named(error, "policy_loss") from error
-    weights, bonus = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers, bonus=entropy_coef != 0)
+    weights = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
     # A second tensor of the logits' size is made in the forward only where the backward is sure to take it over.
     with_grad = torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     loss, _, logp, _, _, entropy, _ = ops.fused_policy(
         objective, row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, [row.flat(c) for c in columns], tuple(values),
-        row.flat(weights), row.flat(bonus * entropy_coef) if entropy_coef != 0 else None, kl if kl_coef != 0 else None,
+        row.flat(weights), row.flat(weights * entropy_coef) if entropy_coef != 0 else None, kl if kl_coef != 0 else None,
         row.flat(ref_logprobs) if kl_coef != 0 else None, row.flat(weights * kl_coef) if kl_coef != 0 else None, with_grad, inplace_backward,
         ops.serving("fused_policy", logits))
     if not return_metrics:
         return loss
     shape = row.shape
     read = live & (weights != 0)  # a row of weight 0 is not read, and has no metrics
-    if entropy_coef != 0:
-        read = read | live & (bonus != 0)
     return loss, policy_metrics(logp.view(shape), columns, read, ref_logprobs, kl, entropy.view(shape), entry, values)
 
 
@@ -207,8 +202,7 @@ def ratio_term(where, objective, logp, columns, params, share, live, cu_seqlens,
     old, advantage = columns
     if level == "sequence_sum":
         # One loss per sequence; an advantage per token enters as its mean, being constant along the sequence in every published use.
-        per_row = weights_for(where, live, "seq-mean", cu_seqlens=cu_seqlens, dtype=logp.dtype)
-        reduced = [sums(x, live, cu_seqlens) for x in (logp, old, per_row)]
+        reduced = [sums(x, live, cu_seqlens) for x in (logp, old, share.weight)]
         return run(objective, reduced[0], [reduced[1], means(advantage, live, cu_seqlens)], params, Share(reduced[2]))
     if level == "sequence":
         mean, mean_old = (spread(means(x, live, cu_seqlens), live, cu_seqlens) for x in (logp, old))

@@ -90,7 +90,7 @@ def sft_loss(logits, targets, mask=None, *, kind="nll", temperature=1.0, ignore_
 
 
 def sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers):
-    weights, _ = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers, bonus=False)
+    weights = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
     if sample_weights is None:
         return weights
     checks.floating(where, "sample_weights", sample_weights)

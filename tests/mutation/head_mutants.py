@@ -29,8 +29,6 @@ MUTANTS = (
     _m("the rows that fill a bound count for the last sequence", "linear_losses.py", "if rows.dead is None else ~rows.dead", "", POLICY),
     _m("the rows that fill a bound belong to no sequence", "units.py",
        "return torch.cat([self.offsets[:-1], self.offsets.new_full((1,), len(self.found))])", "return self.offsets", POLICY, PREFERENCES),
-    _m("every chunk is the whole batch's mean", "units.py", "return _not_empty(self.ends[first:last + 1]) / max(_not_empty(self.ends), 1)",
-       "return 1.0", POLICY),
     _m("a chunk's units begin where the batch does", "units.py", "return offsets - offsets[:1]", "return offsets", POLICY, PREFERENCES),
     _m("bincount waits for the device", "units.py", "return order, torch.searchsorted(ordered, torch.arange(count + 1, device=sequence.device))",
        "return order, torch.cat([ordered.new_zeros(1), torch.bincount(ordered, minlength=count + 1)[:count].cumsum(0)])", WAITS),

@@ -4,7 +4,7 @@ from mutant import Mutant
 T = "tests/"
 WEIGHTS, SEGMENTS, GROUPS, ADVANTAGES = (f"{T}test_{name}.py" for name in ("weights", "segments", "groups", "advantages"))
 TRUTH, MASKING, LOSSES, AUTOGRAD = (f"{T}test_faults_{name}.py" for name in ("losses_truth", "losses_masking", "losses", "autograd"))
-WEIGHTED = T + "test_weighted_loss.py"
+WEIGHTED, ADDITIVITY = T + "test_weighted_loss.py", T + "test_additivity.py"
 LAYOUTS, OBJECTIVES = T + "test_faults_layouts.py", T + "test_objectives.py"
 ASKED = {"weights.py": (WEIGHTS,), "segments.py": (SEGMENTS,), "groups.py": (GROUPS,), "advantages.py": (ADVANTAGES, T + "test_whiten.py"),
          "losses.py": (TRUTH, MASKING, LOSSES), "terms.py": (LOSSES, MASKING, TRUTH), "ops.py": (AUTOGRAD, LAYOUTS, TRUTH),
@@ -67,8 +67,12 @@ MUTANTS = (
     # losses and terms
     _m("the penalty is left out", "losses.py", "loss = loss + run(kl, logp, [ref_logprobs], (), share._replace(share=share.share * kl_coef))",
        "loss = loss + 0.0", 22),
-    _m("the entropy bonus has the wrong sign", "losses.py", "loss = loss - entropy_coef * torch.where(",
-       "loss = loss + entropy_coef * torch.where("),
+    _m("the entropy bonus has the wrong sign", "losses.py", 'loss = loss + run("nll", dense(entropy, real)', 'loss = loss - run("nll", dense(entropy, real)'),
+    _m("the entropy bonus forgets the share", "losses.py", "share._replace(share=share.share * entropy_coef)", "share._replace(share=entropy_coef)"),
+    _m("a sum per sequence is averaged in every part", "losses.py", "for x in (logp, old, share.weight)]",
+       "for x in (logp, old, live / live.sum(-1, keepdim=True) / len(live))]", tests=(ADDITIVITY,)),
+    _m("tokens of a group in another micro-batch are not counted", "weights.py", "if rows.group_tokens is None else rows.group_tokens.reshape(-1).double()",
+       "", tests=(ADDITIVITY,)),
     _m("an ignored target is live", "losses.py", "live = scored if mask is None else live_tokens(where, like, mask) & scored",
        "live = live_tokens(where, like, mask)", 25),
     _m("sums for means in the ratio of a sequence", "losses.py",
