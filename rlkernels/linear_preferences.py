@@ -50,10 +50,10 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
     pairs, lengths = answers.count // 2, answers.lengths()
     options = {"chosen_lengths": lengths[:pairs], "rejected_lengths": lengths[pairs:], **options}
     references = ref_chosen_logps, ref_rejected_logps
-    checked = preference_options(where, torch.empty(pairs, dtype=answers.head.real, device=hidden.device), **options)
+    checked = preference_options(where, torch.empty(pairs, dtype=torch.float64, device=hidden.device), **options)
 
     def whole(logps, return_metrics=return_metrics):
-        return dpo_loss(logps[:pairs], logps[pairs:], *references, return_metrics=return_metrics, **options)
+        return answers.narrow(dpo_loss(logps[:pairs], logps[pairs:], *references, return_metrics=return_metrics, **options))
 
     if checked.pair_weights is not None:
         answers = answers.only(checked.pair_weights[answers.answer % max(pairs, 1)] != 0)
@@ -94,7 +94,7 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
     where = "linear_unpaired_preference_loss"
     answers, options = _answers(where, hidden, weight, targets, mask, cu_seqlens, options, unpaired_options)
     count = answers.count
-    checked = unpaired_options(where, torch.empty(count, dtype=answers.head.real, device=hidden.device), **options)
+    checked = unpaired_options(where, torch.empty(count, dtype=torch.float64, device=hidden.device), **options)
     checks.floating(where, "ref_logps", ref_logps)
     checks.shape(where, "ref_logps", ref_logps, (count,))
     checks.no_gradient(where, ref_logps=ref_logps)
@@ -103,7 +103,7 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
     checks.one_device(where, "hidden", hidden, ref_logps=ref_logps, desirable=desirable)
 
     def whole(logps, return_metrics=return_metrics):
-        return unpaired_preference_loss(logps, ref_logps, desirable, return_metrics=return_metrics, **options)
+        return answers.narrow(unpaired_preference_loss(logps, ref_logps, desirable, return_metrics=return_metrics, **options))
 
     weighs = class_weights(desirable, checked, answers.head.real) != 0
     if checked.separable and not return_metrics:  # which are of both classes
@@ -135,8 +135,14 @@ class _Answers(NamedTuple):
     again: Callable  # live rows -> log-probabilities, by four products
 
     def sums(self, logp):
-        """Of each answer, ``[count]``."""
-        return sums(logp, self.live, self.offsets)
+        """Of each answer, ``[count]``; float64: a loss looks at small differences of large sums."""
+        return sums(logp.double(), self.live, self.offsets)
+
+    def narrow(self, found):
+        """A loss, or a loss and its metrics, in the dtype that the head's losses have."""
+        if isinstance(found, tuple):
+            return self.narrow(found[0]), {name: self.narrow(x) for name, x in found[1].items()}
+        return found.to(self.head.real)
 
     def only(self, kept):
         """Only the rows where ``kept`` holds; the others enter no product."""
@@ -152,7 +158,7 @@ class _Answers(NamedTuple):
 
         def of_rows(rows, logp, entropy, first, last):
             every = torch.ones_like(logp, dtype=torch.bool, requires_grad=False) if rows.dead is None else ~rows.dead
-            return score(sums(logp, every, plan.cu_seqlens(first, last)), first, last)
+            return score(sums(logp.double(), every, plan.cu_seqlens(first, last)), first, last)
 
         def compute(needs):
             return sweep.per_unit(plain, plan, of_rows, needs, False, backend, lambda: 1.0 / max(self.count, 1))

@@ -4,7 +4,6 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import checks, ops
-from rlkernels.backends.eager import real_dtype
 from rlkernels.preference_kinds import KINDS, Kind, Pairs
 from rlkernels.rows import dense
 from rlkernels.terms import column
@@ -136,9 +135,14 @@ def pair_losses(where, chosen, rejected, ref_chosen, ref_rejected, options):
     return total if options.pair_weights is None else total * options.pair_weights
 
 
+def common_dtype(*logps):
+    """The dtype of the arithmetic: float64 where one of the log-probabilities has it; rounding it would lose what it was kept for."""
+    return torch.float64 if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in logps) else torch.float32
+
+
 def _pairs(where, chosen, rejected, ref_chosen, ref_rejected, options):
     """The pairs as they enter the loss; a reference may be absent where the loss does not look at it."""
-    real = real_dtype(torch.promote_types(chosen.dtype, rejected.dtype))
+    real = common_dtype(chosen, rejected, ref_chosen, ref_rejected)
     references = {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
     for name, x in references.items():
         if x is None and options.needs_reference:
@@ -192,7 +196,7 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_l
         pair_weights: ``w``, ``[B]``, without gradient (WPO); a pair of weight 0 is left out, whatever it holds.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 log-probabilities). No pair gives 0. With ``return_metrics``, ``(loss, dict)`` with means of the
+        Scalar, fp32 (fp64 where any of the log-probabilities is). No pair gives 0. With ``return_metrics``, ``(loss, dict)`` with means of the
         implicit rewards ``beta (logp - ref)`` (of averages per token where every loss is of those and none has a reference), their margin,
         the accuracy (strict), and the log of ORPO's odds ratio.
 
@@ -206,7 +210,7 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_l
     where = "dpo_loss"
     checks.pairs(where, chosen_logps, rejected_logps, ("chosen_logps", "rejected_logps"))
     checks.no_forward_ad(where, chosen_logps, rejected_logps)
-    like = chosen_logps.detach().to(real_dtype(torch.promote_types(chosen_logps.dtype, rejected_logps.dtype)))
+    like = chosen_logps.detach().to(common_dtype(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps))
     options = preference_options(
         where, like, beta=beta, loss_type=loss_type, loss_weights=loss_weights, label_smoothing=label_smoothing,
         reference_free=reference_free, f_divergence=f_divergence, alpha=alpha, length_normalized=length_normalized, simpo_gamma=simpo_gamma,

@@ -4,8 +4,7 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import checks, ops
-from rlkernels.backends.eager import real_dtype
-from rlkernels.preferences import weighted_terms
+from rlkernels.preferences import common_dtype, weighted_terms
 from rlkernels.terms import column
 
 LOSS_TYPES = ("kto", "apo_zero_unpaired", "bco", "kto_paired_batch")
@@ -92,7 +91,7 @@ def _margins(where, logps, ref_logps, desirable, options):
     checks.tensor(where, "desirable", desirable)
     checks.mask(where, desirable, logps.shape, "desirable")
     checks.one_device(where, "logps", logps, desirable=desirable)
-    real, good = real_dtype(logps.dtype), desirable != 0
+    real, good = common_dtype(logps, ref_logps), desirable != 0
     log_ratio = logps.to(real) - ref_logps.to(real)
     if options.loss_type == "bco":
         reward = options.beta * log_ratio - options.baseline
@@ -127,7 +126,7 @@ def unpaired_preference_loss(logps, ref_logps, desirable, *, loss_type="kto", be
         delta: for ``"bco"``: the running mean of all rewards, a number or a tensor of shape ``()``.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 log-probabilities). No answer gives 0. With ``return_metrics``, ``(loss, dict)`` with the mean implicit
+        Scalar, fp32 (fp64 where any of the log-probabilities is). No answer gives 0. With ``return_metrics``, ``(loss, dict)`` with the mean implicit
         reward ``beta rho`` of each class (0 where it has no answer), and ``kl`` with ``"kto"``.
 
     Raises:
@@ -139,7 +138,7 @@ def unpaired_preference_loss(logps, ref_logps, desirable, *, loss_type="kto", be
     where = "unpaired_preference_loss"
     checks.floating(where, "logps", logps)
     checks.no_forward_ad(where, logps)
-    like = logps.detach().to(real_dtype(logps.dtype))
+    like = logps.detach().to(common_dtype(logps, ref_logps))
     options = unpaired_options(where, like, loss_type=loss_type, beta=beta, desirable_weight=desirable_weight,
                                undesirable_weight=undesirable_weight, kl=kl, kl_logps=kl_logps, ref_kl_logps=ref_kl_logps, delta=delta)
     margin, objective, params = _margins(where, logps, ref_logps, desirable, options)
