@@ -9,6 +9,7 @@ from rlkernels.linear import linear_token_logprobs, linear_token_stats
 from rlkernels.losses import policy_loss, ratio_term
 from rlkernels.losses import run as weighted_sum
 from rlkernels.metrics import policy_metrics
+from rlkernels.rows import or_ignored, or_one
 from rlkernels.segments import segment_ids, sums
 from rlkernels.supervised import KINDS as SFT_KINDS
 from rlkernels.supervised import logprobs_sft_loss, sft_metrics, sft_weights
@@ -59,7 +60,7 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
     live = live_tokens(where, like, mask) & (targets != ignore_index)
     if torch.compiler.is_compiling():
         stats = linear_token_stats(
-            hidden, weight, torch.where(live, targets, ignore_index), bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+            hidden, weight, or_ignored(live, targets, ignore_index), bias=bias, temperature=or_one(live, temperature), softcap=softcap, logit_scale=logit_scale,
             ignore_index=ignore_index, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens, logits_budget=logits_budget,
             max_live_tokens=max_live_tokens, valid_vocab=valid_vocab, process_group=process_group, vocab_start=vocab_start)
         return policy_loss(stats.logprobs, old_logprobs, advantages, live, objective=objective, aggregation=aggregation, weights=weights,
@@ -114,7 +115,7 @@ def linear_sft_loss(hidden, weight, targets, mask=None, *, bias=None, temperatur
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     live = live_tokens(where, like, mask) & (targets != ignore_index)
     if torch.compiler.is_compiling():
-        logp = linear_token_logprobs(hidden, weight, torch.where(live, targets, ignore_index), **options)
+        logp = linear_token_logprobs(hidden, weight, or_ignored(live, targets, ignore_index), **{**options, "temperature": or_one(live, temperature)})
         return logprobs_sft_loss(logp, live, kind=kind, aggregation=aggregation, weights=weights, sample_weights=sample_weights, cu_seqlens=cu_seqlens,
                                  normalizers=normalizers, return_metrics=return_metrics)
     weights = sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)

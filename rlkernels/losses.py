@@ -85,8 +85,8 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
                        **params):
     r"""``policy_loss`` straight from logits: statistics, objective and the gradient with respect to the logits in one pass over each row.
 
-    The row of a token whose weights are all 0 is never read. Sequence-level ratios need every row before any gradient: they take the
-    two passes of ``token_stats``.
+    The row of a token of weight 0 is never read, nor its target and temperature: any id will do. Sequence-level ratios need every
+    row before any gradient: they take the two passes of ``token_stats``.
 
     Args:
         logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; ``old_logprobs`` and ``ref_logprobs`` under the
@@ -115,6 +115,7 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(where, like, mask) & scored
     if ratio_level != "token":
+        row = row.only(live)
         stats = ops.token_stats(row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, None, ops.ENTROPY, inplace_backward,
                                 ops.serving("token_stats", logits))
         try:
@@ -123,7 +124,9 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
                                cu_seqlens=cu_seqlens, ratio_level=ratio_level, normalizers=normalizers, return_metrics=return_metrics, **params)
         except (TypeError, ValueError) as error:
             raise checks.named(error, "policy_loss") from error
+    everywhere = mask is None and weights is None and not isinstance(row.temperature, torch.Tensor)
     weights = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
+    row = row if everywhere else row.only(weights != 0)
     # A second tensor of the logits' size is made in the forward only where the backward is sure to take it over.
     with_grad = torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     loss, _, logp, _, _, entropy, _ = ops.fused_policy(
