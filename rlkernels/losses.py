@@ -152,7 +152,8 @@ def value_loss(values, old_values, returns, mask=None, *, clip_range=None, aggre
         mask, aggregation, weights, cu_seqlens, normalizers: as for ``policy_loss``.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 values); with ``return_metrics``, ``(loss, {"clip_fraction": ..., "error": ...})``.
+        Scalar, fp32 (fp64 for fp64 values); with ``return_metrics``, ``(loss, {"clip_fraction": ..., "error": ...})``: the live tokens that moved
+        by more than ``c`` and whose clipped error is the larger one, and the mean squared error.
 
     Raises:
         ValueError: shapes that do not match, ``clip_range`` not positive.
@@ -178,11 +179,13 @@ def value_loss(values, old_values, returns, mask=None, *, clip_range=None, aggre
     live = every_token(values, live)
     with torch.no_grad():
         count = live.sum().clamp(min=1)
-        error = (prediction - returns) ** 2
-        metrics = {"error": torch.where(live, error, 0.0).sum() / count}
+        free = prediction - returns
+        metrics = {"error": torch.where(live, free * free, 0.0).sum() / count}
         if clip_range is not None:
-            held = (old_values + (prediction - old_values).clamp(-clip_range, clip_range) - returns) ** 2
-            metrics["clip_fraction"] = (live & (held > error)).sum().to(prediction.dtype) / count
+            gap = prediction - old_values
+            held = free + (gap.clamp(-clip_range, clip_range) - gap)  # as the loss: old + clip(gap) rounds away from the value inside the clip
+            clipped = live & (gap.abs() > clip_range) & (held * held > free * free)
+            metrics["clip_fraction"] = clipped.sum().to(prediction.dtype) / count
     return loss, metrics
 
 
