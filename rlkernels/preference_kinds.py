@@ -2,6 +2,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from rlkernels import ops
 
 
@@ -41,9 +43,11 @@ class Pairs:
         return chosen - rejected
 
     def odds(self):
-        """The log of the odds ratio, from averages per token."""
+        """The log of the odds ratio, from averages per token; 0 of a pair with an empty answer, and of two certain ones."""
         chosen, rejected = (self.scored("log_odds", x) for x in self.averages(self.policy))
-        return chosen - rejected
+        # Odds of probability 1 are infinite, and infinity less infinity would be NaN in the mean over the batch.
+        equal = self.options.empty | (chosen == torch.inf) & (rejected == torch.inf)
+        return torch.where(equal, 0.0, chosen - rejected)
 
     def terms(self):
         """Every term of every loss in the mixture: coefficient, objective, numbers per pair, parameters of the objective."""

@@ -29,6 +29,7 @@ class PreferenceOptions(NamedTuple):
     discopop_tau: float
     cpo_alpha: float | None
     lengths: tuple[torch.Tensor, torch.Tensor] | None = None  # of the chosen and the rejected answers, at least 1
+    empty: torch.Tensor | None = None  # pairs with an answer of no tokens; beside lengths
     pairs_per_token: torch.Tensor | None = None  # pairs of the batch / tokens of its chosen answers; the same in every part of the batch
     pair_weights: torch.Tensor | None = None
 
@@ -44,7 +45,8 @@ class PreferenceOptions(NamedTuple):
     def part(self, start, end):
         """The options of the pairs ``[start, end)`` of the batch."""
         lengths = None if self.lengths is None else tuple(x[start:end] for x in self.lengths)
-        return self._replace(lengths=lengths, pair_weights=None if self.pair_weights is None else self.pair_weights[start:end])
+        empty, weights = (None if x is None else x[start:end] for x in (self.empty, self.pair_weights))
+        return self._replace(lengths=lengths, empty=empty, pair_weights=weights)
 
 
 def preference_options(where, like, *, beta=0.1, loss_type="sigmoid", loss_weights=None, label_smoothing=0.0, reference_free=False,
@@ -116,6 +118,7 @@ def _tensors(where, options, like, chosen_lengths, rejected_lengths, pair_weight
                              f"the log-probabilities are averages already){hint}")
     return options._replace(
         lengths=tuple(x.to(like.dtype).clamp(min=1.0) for x in lengths.values()) if averaged else None,
+        empty=(chosen_lengths == 0) | (rejected_lengths == 0) if averaged else None,
         pairs_per_token=like.numel() / chosen_lengths.sum().to(like.dtype).clamp(min=1.0) if counted else None, pair_weights=pair_weights)
 
 
@@ -138,6 +141,12 @@ def pair_losses(where, chosen, rejected, ref_chosen, ref_rejected, options):
 def common_dtype(*logps):
     """The dtype of the arithmetic: float64 where one of the log-probabilities has it; rounding it would lose what it was kept for."""
     return torch.float64 if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in logps) else torch.float32
+
+
+def per_answer(where, name, x):
+    """One log-probability per answer. Those of tokens would be taken for as many answers, in silence."""
+    if x.dim() > 1:
+        raise ValueError(f"{where}: {name} has shape {tuple(x.shape)}, expected [B]; sum over tokens first, as sequence_sums does")
 
 
 def _pairs(where, chosen, rejected, ref_chosen, ref_rejected, options):
@@ -192,7 +201,8 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_l
         length_normalized: ``S/n`` (and ``logp/n``) instead of ``S`` (TRL's IPO).
         simpo_gamma, discopop_tau, cpo_alpha: see above; 0.5, 0.05, and 1 (0 with ``"simpo"``) unless given.
         alphapo_alpha: ``a``, not 0: ``(1 - e^(-a logp))/a`` in place of ``logp`` in the losses without a reference.
-        chosen_lengths, rejected_lengths: ``n``, tokens per answer, ``[B]``; looked at where something is averaged.
+        chosen_lengths, rejected_lengths: ``n``, tokens per answer, ``[B]``; looked at where something is averaged. The average of an answer of no
+            tokens is its sum, 0; a pair with one has odds of 1, so that ORPO's term is ``b log 2`` and moves nothing.
         pair_weights: ``w``, ``[B]``, without gradient (WPO); a pair of weight 0 is left out, whatever it holds.
 
     Returns:
@@ -209,6 +219,7 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_l
     """
     where = "dpo_loss"
     checks.pairs(where, chosen_logps, rejected_logps, ("chosen_logps", "rejected_logps"))
+    per_answer(where, "chosen_logps", chosen_logps)
     checks.no_forward_ad(where, chosen_logps, rejected_logps)
     like = chosen_logps.detach().to(common_dtype(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps))
     options = preference_options(

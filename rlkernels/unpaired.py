@@ -4,7 +4,7 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import checks, ops
-from rlkernels.preferences import common_dtype, weighted_terms
+from rlkernels.preferences import common_dtype, per_answer, weighted_terms
 from rlkernels.terms import column
 
 LOSS_TYPES = ("kto", "apo_zero_unpaired", "bco", "kto_paired_batch")
@@ -65,6 +65,7 @@ def _kl(where, kl, kl_logps, ref_kl_logps, like):
         raise ValueError(f"{where}: kl_logps and ref_kl_logps go together, instead of kl; pass both of them, or kl alone")
     checks.floating(where, "kl_logps", kl_logps)
     checks.no_forward_ad(where, kl_logps)
+    per_answer(where, "kl_logps", kl_logps)
     column(where, "ref_kl_logps", ref_kl_logps, kl_logps, "kl_logps")
     checks.one_device(where, "logps", like, kl_logps=kl_logps)
     drift = kl_logps.detach().to(like.dtype) - ref_kl_logps.to(like.dtype)
@@ -138,6 +139,7 @@ def unpaired_preference_loss(logps, ref_logps, desirable, *, loss_type="kto", be
     where = "unpaired_preference_loss"
     checks.floating(where, "logps", logps)
     checks.no_forward_ad(where, logps)
+    per_answer(where, "logps", logps)
     like = logps.detach().to(common_dtype(logps, ref_logps))
     options = unpaired_options(where, like, loss_type=loss_type, beta=beta, desirable_weight=desirable_weight,
                                undesirable_weight=undesirable_weight, kl=kl, kl_logps=kl_logps, ref_kl_logps=ref_kl_logps, delta=delta)
