@@ -1,13 +1,16 @@
 """Every check of a public argument: types, shapes, dtypes and devices, never a value on a device. Messages start with the function's name."""
 import math
+import os
 
 import torch
 
 from rlkernels.checks_names import choice, known_names, named, several
 from rlkernels.checks_numbers import finite, integer, interval, positive, positive_integer, real
+from rlkernels.plain import has_values
 
 __all__ = ["choice", "finite", "integer", "interval", "known_names", "named", "positive", "positive_integer", "real", "several"]  # checks, too
 
+CHECK_VALUES = os.environ.get("RLKERNELS_CHECK") == "1"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOAT_NAMES = "float32, bfloat16, float16, float64"
 COLDEST, HOTTEST = 2.0**-40, 2.0**40
@@ -81,13 +84,53 @@ def within_reach(where, name, x, limit="a bound"):
         raise ValueError(f"{where}: {name} must be from 2**-40 (9.1e-13) to 2**40 (1.1e12), got {x}; {limit} is as good as its limit")
 
 
+def host_reads(x):
+    """Whether the host may read values of ``x`` here and now: it is free, or was asked for, and there are some."""
+    return (CHECK_VALUES or x.device.type == "cpu") and has_values(x)
+
+
+def coefficient(check, where, name, x, *more, **options):
+    """A number as ``check`` gives it; a tensor of one number that the host may not read stays a tensor, and its range is not looked at."""
+    if type(x) is float or not isinstance(x, torch.Tensor) or x.dim() or x.dtype == torch.bool or x.dtype.is_complex or host_reads(x):
+        return check(where, name, x, *more, **options)
+    no_gradient(where, **{name: x})
+    return x
+
+
 def mask(where, x, expected, name="mask"):
+    """A mask: bool; integers, of which those that are not 0 are live; or floats, which must be 0 and 1."""
     if x is None:
         return
+    _countable(where, name, x, expected)
+    if x.dtype.is_floating_point:
+        _zeros_and_ones(where, name, x)
+
+
+def labels(where, name, x, expected):
+    """Labels of two classes: bool, or 0 and 1."""
+    _countable(where, name, x, expected)
+    if x.dtype != torch.bool:
+        _zeros_and_ones(where, name, x)
+
+
+def counts(where, name, x, expected):
+    """Numbers of tokens."""
+    _countable(where, name, x, expected)
+    if host_reads(x) and not (x >= 0).all():
+        raise ValueError(f"{where}: {name} holds {x[~(x >= 0)][0].item()}, expected numbers of tokens, at least 0")
+
+
+def _countable(where, name, x, expected):
     tensor(where, name, x)
     if x.dtype.is_complex:
         raise TypeError(f"{where}: {name} must be bool, integer or floating, got {x.dtype}")
     shape(where, name, x, expected)
+
+
+def _zeros_and_ones(where, name, x):
+    if host_reads(x) and not torch.equal((x != 0).to(x.dtype), x):
+        raise ValueError(f"{where}: {name} holds {x[(x != 0) & (x != 1)][0].item()}, expected 0 and 1 alone; weights of tokens go into weights=, an "
+                         f"additive mask is {name} == 0")
 
 
 def vocab_mask(where, x, logits_shape):
@@ -198,14 +241,16 @@ def params(where, objective, entry, given, defaults):
     for name in entry.params:
         if name not in values:
             raise TypeError(f"{where}: objective {objective!r} needs {name!r}")
-        values[name] = real(where, name, values[name])
+        if type(values[name]) is not float:
+            values[name] = coefficient(real, where, name, values[name])
+    known = values if not any([isinstance(x, torch.Tensor) for x in values.values()]) else {k: x for k, x in values.items() if not isinstance(x, torch.Tensor)}
     for name, low, high in (("clip_low", 0, 1), ("clip_high", 0, math.inf)):
         # CISPO's paper has no lower bound: clip_low = 1 there, so 1 is in.
-        if name in values and not (low <= values[name] <= high if objective == "cispo" else low <= values[name] < high):
-            raise ValueError(f"{where}: {name} must be in [{low}, {high}), got {values[name]}")
-    if "dual_clip" in values and not values["dual_clip"] > 1:
+        if name in known and not (low <= known[name] <= high if objective == "cispo" else low <= known[name] < high):
+            raise ValueError(f"{where}: {name} must be in [{low}, {high}), got {known[name]}")
+    if "dual_clip" in known and not known["dual_clip"] > 1:
         raise ValueError(f"{where}: dual_clip must be > 1, got {values['dual_clip']}")
     for name in ("beta", "tau_pos", "tau_neg", "clip_range"):
-        if name in values and name in entry.params:
-            positive(where, name, values[name])
+        if name in known and name in entry.params:
+            positive(where, name, known[name])
     return [values[name] for name in entry.params]

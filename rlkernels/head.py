@@ -10,6 +10,7 @@ from rlkernels.backends import cpu
 from rlkernels.backends.eager import check_rows, real_dtype
 from rlkernels.chunks import budget_bytes, rows_within
 from rlkernels.products import products
+from rlkernels.rows import or_one
 
 AUTOCAST = {kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla")}
 """Asked once: torch 2.11 cannot trace the question."""
@@ -43,6 +44,10 @@ class Head(NamedTuple):
     def in_common(self):
         return in_common(self.hidden, self.bias, self.targets, self.temperature, self.softcap, self.logit_scale, self.ignore_index, self.logits_dtype,
                          self.chunk, self.bound)
+
+    def temperature_without(self, dead, given):
+        """The temperature as it was ``given``, if it is one number; else one per row, 1 where ``dead``, whose shape is that of the rows."""
+        return or_one(dead, self.temperature.view(dead.shape)) if self.temperature.dim() else given
 
     def detached(self):
         return self._replace(hidden=self.hidden.detach(), weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())

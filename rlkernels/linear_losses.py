@@ -4,17 +4,18 @@ import torch
 from rlkernels import checks, checks_tokens, ops, sweep
 from rlkernels.agreement import agreed
 from rlkernels.chunks import live_rows
+from rlkernels.columns import parameters
 from rlkernels.head import head
 from rlkernels.linear import linear_token_logprobs, linear_token_stats
 from rlkernels.losses import policy_loss, ratio_term
 from rlkernels.losses import run as weighted_sum
 from rlkernels.metrics import policy_metrics
-from rlkernels.rows import or_ignored, or_one
+from rlkernels.rows import or_ignored
 from rlkernels.segments import segment_ids, sums
 from rlkernels.supervised import KINDS as SFT_KINDS
 from rlkernels.supervised import logprobs_sft_loss, sft_metrics, sft_weights
 from rlkernels.sweep import Terms
-from rlkernels.terms import Share, check_terms, live_tokens, of_level, resolve, state, term_weights
+from rlkernels.terms import ROW, Share, check_terms, live_tokens, of_level, present, resolve, state, term_weights
 from rlkernels.units import blocks, units
 
 
@@ -54,24 +55,24 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
     like = targets.new_empty(targets.shape, dtype=h.real)
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
-    check_terms(where, like, ref_logprobs, kl, kl_coef, None, 0.0)
-    checks.finite(where, "entropy_coef", entropy_coef)
+    kl_coef, entropy_coef = check_terms(where, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     ignore_index = h.ignore_index
     live = live_tokens(where, like, mask) & (targets != ignore_index)
     if torch.compiler.is_compiling():
         stats = linear_token_stats(
-            hidden, weight, or_ignored(live, targets, ignore_index), bias=bias, temperature=or_one(live, temperature), softcap=softcap, logit_scale=logit_scale,
-            ignore_index=ignore_index, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens, logits_budget=logits_budget,
+            hidden, weight, or_ignored(~live, targets, ignore_index), bias=bias, temperature=h.temperature_without(~live, temperature), softcap=softcap,
+            logit_scale=logit_scale, ignore_index=ignore_index, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens, logits_budget=logits_budget,
             max_live_tokens=max_live_tokens, valid_vocab=valid_vocab, process_group=process_group, vocab_start=vocab_start)
         return policy_loss(stats.logprobs, old_logprobs, advantages, live, objective=objective, aggregation=aggregation, weights=weights,
                            ref_logprobs=ref_logprobs, kl=kl, kl_coef=kl_coef, entropy=stats.entropy, entropy_coef=entropy_coef, cu_seqlens=cu_seqlens,
                            ratio_level=ratio_level, normalizers=normalizers, return_metrics=return_metrics, **params)
     aggregation = of_level(aggregation, weights, ratio_level)
     weights = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
-    terms = Terms(objective, [h.flat(c) for c in columns], values, h.flat(weights), h.flat(weights * entropy_coef) if entropy_coef != 0 else None,
-                  kl if kl_coef != 0 else None, h.flat(ref_logprobs) if kl_coef != 0 else None, h.flat(weights * kl_coef) if kl_coef != 0 else None)
+    bonus, penalty = (h.flat(weights * c) if present(c) else None for c in (entropy_coef, kl_coef))
+    terms = Terms(objective, [h.flat(c) for c in columns], parameters(values), h.flat(weights), bonus, None if penalty is None else kl,
+                  None if penalty is None else h.flat(ref_logprobs), penalty)
     backend = ops.serving("fused_policy", hidden)
-    with_entropy = return_metrics or entropy_coef != 0
+    with_entropy = return_metrics or present(entropy_coef)
     if ratio_level != "token":
         compute = _by_sequence(where, h, terms, like.shape, live, cu_seqlens, ratio_level, with_entropy, backend)
     else:
@@ -115,11 +116,12 @@ def linear_sft_loss(hidden, weight, targets, mask=None, *, bias=None, temperatur
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     live = live_tokens(where, like, mask) & (targets != ignore_index)
     if torch.compiler.is_compiling():
-        logp = linear_token_logprobs(hidden, weight, or_ignored(live, targets, ignore_index), **{**options, "temperature": or_one(live, temperature)})
+        options["temperature"] = h.temperature_without(~live, temperature)
+        logp = linear_token_logprobs(hidden, weight, or_ignored(~live, targets, ignore_index), **options)
         return logprobs_sft_loss(logp, live, kind=kind, aggregation=aggregation, weights=weights, sample_weights=sample_weights, cu_seqlens=cu_seqlens,
                                  normalizers=normalizers, return_metrics=return_metrics)
     weights = sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
-    terms = Terms(kind, [], [], h.flat(weights), None, None, None, None)
+    terms = Terms(kind, [], (), h.flat(weights), None, None, None, None)
     loss, logp, _ = sweep.differentiable(h, _by_token(h, terms, False, ops.serving("fused_policy", hidden)))
     return (loss, sft_metrics(logp, terms.weight)) if return_metrics else loss
 

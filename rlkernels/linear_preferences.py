@@ -9,7 +9,7 @@ from rlkernels.agreement import agreed
 from rlkernels.head import Head, head
 from rlkernels.linear import linear_token_logprobs
 from rlkernels.preferences import dpo_loss, pair_losses, preference_options
-from rlkernels.rows import or_ignored, or_one
+from rlkernels.rows import or_ignored
 from rlkernels.segments import segment_ids, sums, token_counts
 from rlkernels.terms import live_tokens
 from rlkernels.units import units
@@ -100,7 +100,7 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
     checks.shape(where, "ref_logps", ref_logps, (count,))
     checks.no_gradient(where, ref_logps=ref_logps)
     checks.tensor(where, "desirable", desirable)
-    checks.mask(where, desirable, (count,), "desirable")
+    checks.labels(where, "desirable", desirable, (count,))
     checks.one_device(where, "hidden", hidden, ref_logps=ref_logps, desirable=desirable)
 
     def whole(logps, return_metrics=return_metrics):
@@ -193,8 +193,8 @@ def _answers(where, hidden, weight, targets, mask, cu_seqlens, options, loss_opt
 
     def again(live):
         live = live.view(targets.shape)
-        each = {**given, "temperature": or_one(live, given.get("temperature", 1.0))}
-        return linear_token_logprobs(hidden, weight, or_ignored(live, targets, h.ignore_index), **each).reshape(-1)
+        each = {**given, "temperature": h.temperature_without(~live, given.get("temperature", 1.0))}
+        return linear_token_logprobs(hidden, weight, or_ignored(~live, targets, h.ignore_index), **each).reshape(-1)
 
     return _Answers(h, live.reshape(-1), answer, offsets, count, again), {name: x for name, x in options.items() if name not in HEAD}
 

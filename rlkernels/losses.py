@@ -3,16 +3,19 @@ import torch
 
 from rlkernels import checks, checks_tokens, ops
 from rlkernels.backends.eager import real_dtype
+from rlkernels.columns import parameters, weighted_sum
 from rlkernels.metrics import policy_metrics
 from rlkernels.rows import dense, rows
 from rlkernels.segments import means, spread, sums
 from rlkernels.terms import (
+    ROW,
     Share,
     check_terms,
     column,
     every_token,
     live_tokens,
     of_level,
+    present,
     resolve,
     share_of,
     some_tokens,
@@ -35,22 +38,27 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
         old_logprobs: same shape, under the behaviour policy. An objective without this column (``reinforce``) ignores it; None will do there.
         advantages: same shape, or one per sequence: ``[B]``, ``[B, 1]``, or, with ``cu_seqlens``, ``[S, 1]`` or ``[S]``. Where ``[S]`` could be ``[T]``, too,
             it raises.
-        mask: live tokens, same shape, any pattern and real dtype; a dead token touches neither loss nor gradient, whatever it holds.
+        mask: live tokens, same shape, any pattern: bool, integers (not 0: live), or floats that are 0 and 1. A dead token touches neither loss nor
+            gradient, whatever it holds.
         objective: a registered name with first column ``logp``; its parameters are further keywords (``clip_low``, ``clip_high``, ...).
         aggregation, normalizers: mode and keyword arguments of ``token_weights``: totals of the whole batch, where this call sees a part of it.
         weights: per-token weights, same shape, instead of an aggregation.
-        ref_logprobs, kl, kl_coef: reference log-probabilities, the estimator ``"k1"``, ``"k2"`` or ``"k3"``, and its coefficient.
-        entropy, entropy_coef: per-token entropies and the coefficient of their bonus.
+        ref_logprobs, kl, kl_coef: reference log-probabilities, the estimator ``"k1"``, ``"k2"`` or ``"k3"``, and its coefficient. With a coefficient
+            of 0 they are for the metric alone.
+        entropy, entropy_coef: per-token entropies and the coefficient of their bonus; with 0, for the metric alone.
         cu_seqlens: ``[S + 1]`` offsets of a packed batch, int32, int64 or a list. On a CPU wrong ones raise, in a compiled program, too.
         ratio_level: ``"token"``; ``"sequence"``: one ratio ``exp(mean_t d_t)`` per sequence (GSPO); ``"sequence_token"``: its value with a
             gradient per token (GSPO-token); ``"sequence_sum"``: ``exp(sum_t d_t)``, one loss per sequence, which weighs what its live tokens
             weigh together. The mean of such losses is one over sequences: ``"token-mean"`` stands for ``"seq-mean"`` there.
+        Coefficients and parameters: numbers, or tensors of shape ``()`` without gradient. One on a device is never read: its range is not checked,
+            and an objective with such a parameter runs in plain torch between the kernels (for a schedule or a learned bound).
 
     Returns:
         Scalar, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, dict)`` of masked, detached scalars.
 
     Raises:
-        ValueError: shapes that do not match, unknown names, a coefficient without its input, two sources of weights.
+        ValueError: shapes that do not match, unknown names, a coefficient without its input, two sources of weights; on a CPU (elsewhere with
+            ``RLKERNELS_CHECK=1``) a float mask of other values than 0 and 1.
         TypeError: a parameter that the objective does not take, or one it needs.
 
     Schulman et al. 2017, arXiv:1707.06347 (PPO); Shao et al. 2024, arXiv:2402.03300 (GRPO); Zheng et al. 2025, arXiv:2507.18071 (GSPO).
@@ -64,16 +72,16 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
     live = some_tokens(where, logprobs, mask)
     aggregation = of_level(aggregation, weights, ratio_level)
     share = share_of(where, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
-    check_terms(where, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
+    kl_coef, entropy_coef = check_terms(where, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
 
     real = real_dtype(logprobs.dtype)
     logp = dense(logprobs, real)
     loss = ratio_term(where, objective, logp, columns, values, share, live, cu_seqlens, ratio_level)
-    if kl_coef != 0:
-        loss = loss + run(kl, logp, [ref_logprobs], (), share._replace(share=share.share * kl_coef))
-    if entropy_coef != 0:
+    if present(kl_coef):
+        loss = loss + times(kl_coef, kl, logp, [ref_logprobs], share)
+    if present(entropy_coef):
         # "nll" is minus its column: one launch, where plain torch takes six.
-        loss = loss + run("nll", dense(entropy, real), [], (), share._replace(share=share.share * entropy_coef))
+        loss = loss + times(entropy_coef, "nll", dense(entropy, real), [], share)
     if not return_metrics:
         return loss
     return loss, policy_metrics(logp, columns, every_token(logprobs, live), ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
@@ -110,12 +118,11 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
     like = targets.new_empty(targets.shape, dtype=row.real)
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
-    check_terms(where, like, ref_logprobs, kl, kl_coef, None, 0.0)
-    checks.finite(where, "entropy_coef", entropy_coef)
+    kl_coef, entropy_coef = check_terms(where, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(where, like, mask) & scored
     if ratio_level != "token":
-        row = row.only(live)
+        row = row.without(~live)
         stats = ops.token_stats(row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, None, ops.ENTROPY, inplace_backward,
                                 ops.serving("token_stats", logits))
         try:
@@ -126,13 +133,13 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
             raise checks.named(error, "policy_loss") from error
     everywhere = mask is None and weights is None and not isinstance(row.temperature, torch.Tensor)
     weights = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
-    row = row if everywhere else row.only(weights != 0)
+    row = row if everywhere else row.without(weights == 0)
     # A second tensor of the logits' size is made in the forward only where the backward is sure to take it over.
     with_grad = torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     loss, _, logp, _, _, entropy, _ = ops.fused_policy(
-        objective, row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, [row.flat(c) for c in columns], tuple(values),
-        row.flat(weights), row.flat(weights * entropy_coef) if entropy_coef != 0 else None, kl if kl_coef != 0 else None,
-        row.flat(ref_logprobs) if kl_coef != 0 else None, row.flat(weights * kl_coef) if kl_coef != 0 else None, with_grad, inplace_backward,
+        objective, row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, [row.flat(c) for c in columns], parameters(values),
+        row.flat(weights), row.flat(weights * entropy_coef) if present(entropy_coef) else None, kl if present(kl_coef) else None,
+        row.flat(ref_logprobs) if present(kl_coef) else None, row.flat(weights * kl_coef) if present(kl_coef) else None, with_grad, inplace_backward,
         ops.serving("fused_policy", logits))
     if not return_metrics:
         return loss
@@ -168,7 +175,7 @@ def value_loss(values, old_values, returns, mask=None, *, clip_range=None, aggre
     for name, x in given.items():
         column(where, name, x, values)
     if clip_range is not None:
-        clip_range = checks.positive(where, "clip_range", clip_range)
+        clip_range = checks.coefficient(checks.positive, where, "clip_range", clip_range)
     live = some_tokens(where, values, mask)
     share = share_of(where, values, live, aggregation, weights, cu_seqlens, normalizers)
     prediction = dense(values, real_dtype(values.dtype))
@@ -195,8 +202,14 @@ def run(objective, first, others, params, share):
     weight = share.weight
     if weight is not None:
         weight = weight.contiguous() if weight.dtype == torch.bool else dense(weight.detach(), first.dtype)
-    return ops.weighted_loss(objective, first.contiguous(), None, None, others, tuple(params), weight, share.total, share.share,
-                             ops.serving("weighted_loss", first))[0]
+    return weighted_sum(objective, first, others, params, weight, share.total, share.share)
+
+
+def times(coefficient, objective, first, others, share):
+    """``coefficient`` times the weighted sum: folded into the share, or by tensor arithmetic where it is a tensor."""
+    if not isinstance(coefficient, torch.Tensor):
+        return run(objective, first, others, (), share._replace(share=share.share * coefficient))
+    return run(objective, first, others, (), share) * coefficient.to(first.dtype, copy=True)  # a copy: a scheduler may write the next one before the backward
 
 
 def ratio_term(where, objective, logp, columns, params, share, live, cu_seqlens, level):

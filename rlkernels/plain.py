@@ -42,6 +42,11 @@ def gradient_wanted(arguments):
     return wanted and torch.is_grad_enabled()
 
 
+def has_values(x):
+    """Whether a tensor has values here and now: not in a compiled, traced, transformed or fake program."""
+    return not torch.compiler.is_compiling() and gradient_wanted((x,)) is not None
+
+
 def number(x):
     """A run-time number as the 0-d float64 tensor that a registered op takes."""
     # zeros + x, not full: torch 2.13 turns the sum into a graph input, but specialises the fill value.
@@ -64,4 +69,12 @@ def value(x):
 
 
 def values(x):
-    return x.tolist() if isinstance(x, torch.Tensor) else [float(p) for p in x]
+    """Run-time numbers as a list of floats; those of a device stay tensors."""
+    if isinstance(x, torch.Tensor):
+        return list(x.unbind()) if on_device(x) else x.tolist()
+    return [float(p) for p in x]
+
+
+def on_device(x):
+    """Whether run-time numbers came as a tensor that no host knows."""
+    return isinstance(x, torch.Tensor) and x.device.type != "cpu"

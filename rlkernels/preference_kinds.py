@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from rlkernels import ops
+from rlkernels.columns import each
+from rlkernels.terms import present
 
 
 class Pairs:
@@ -17,26 +18,28 @@ class Pairs:
 
     def scored(self, objective, x, *params):
         """An objective's value, differentiable; 0 without a gradient for a pair of weight 0."""
-        x = x.contiguous()
-        return ops.elementwise(objective, x, [], params, self.options.pair_weights, ops.serving("elementwise", x))[1]
+        return each(objective, x, params, self.options.pair_weights)
+
+    def diverged(self, scores, alpha):
+        """Scores under an alpha-divergence; at 1 it is the reverse KL, whose score is the log-ratio itself."""
+        if not isinstance(alpha, torch.Tensor):
+            return scores if alpha == 1.0 else [self.scored("alpha_divergence", x, alpha) for x in scores]
+        other = torch.where(alpha == 1.0, 0.0, alpha)
+        return [torch.where(alpha == 1.0, x, self.scored("alpha_divergence", x, other)) for x in scores]
 
     def averages(self, both):
         return [x / n for x, n in zip(both, self.options.lengths, strict=True)]
 
     def margin(self, averaged):
         """``S_c - S_r``, ``S = f(log-ratio)``, each divided by the answer's length where ``averaged``."""
-        scores, divergence, alpha = self.log_ratios, self.options.f_divergence, self.options.alpha
-        if divergence == "js_divergence":
-            scores = [self.scored(divergence, x) for x in scores]
-        elif alpha != 1.0:  # 1: the reverse KL, whose score is the log-ratio itself
-            scores = [self.scored("alpha_divergence", x, alpha) for x in scores]
+        js = self.options.f_divergence == "js_divergence"
+        scores = [self.scored("js_divergence", x) for x in self.log_ratios] if js else self.diverged(self.log_ratios, self.options.alpha)
         chosen, rejected = self.averages(scores) if averaged else scores
         return chosen - rejected
 
     def policy_scores(self, averaged):
         """Log-probabilities, or averages per token, transformed by AlphaPO where it is asked for: no reference."""
-        scores, alpha = self.averages(self.policy) if averaged else self.policy, self.options.alphapo_alpha
-        return [self.scored("alpha_divergence", x, 1.0 - alpha) for x in scores] if alpha != 0 else scores
+        return self.diverged(self.averages(self.policy) if averaged else self.policy, 1.0 - self.options.alphapo_alpha)
 
     def policy_margin(self, averaged):
         chosen, rejected = self.policy_scores(averaged)
@@ -54,7 +57,7 @@ class Pairs:
         for kind, weight in zip(self.options.kinds, self.options.loss_weights, strict=True):
             yield from ((weight * coefficient, *rest) for coefficient, *rest in kind.terms(self, self.options))
             likelihood = kind.likelihood_coefficient(self.options)
-            if likelihood != 0:
+            if present(likelihood):
                 yield weight * likelihood * self.options.pairs_per_token, "nll", self.policy[0], ()
 
 

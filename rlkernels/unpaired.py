@@ -3,7 +3,8 @@ from typing import NamedTuple
 
 import torch
 
-from rlkernels import checks, ops
+from rlkernels import checks
+from rlkernels.columns import each
 from rlkernels.preferences import common_dtype, per_answer, weighted_terms
 from rlkernels.terms import column
 
@@ -29,11 +30,11 @@ def unpaired_options(where, like, *, loss_type="kto", beta=0.1, desirable_weight
                      ref_kl_logps=None, delta=None):
     """Checks the options; ``like``: a tensor of the dtype and device of the losses."""
     checks.choice(where, "loss_type", loss_type, LOSS_TYPES)
-    beta = checks.positive(where, "beta", beta)
-    desirable_weight, undesirable_weight = (checks.finite(where, name, x) for name, x in (
+    beta = checks.coefficient(checks.positive, where, "beta", beta)
+    desirable_weight, undesirable_weight = (checks.coefficient(checks.finite, where, name, x) for name, x in (
         ("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)))
     for name, x in {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}.items():
-        if x < 0:
+        if not isinstance(x, torch.Tensor) and x < 0:
             raise ValueError(f"{where}: {name} must not be negative, got {x}; the labels say which way an answer moves")
     takes = {"kto": ("kl", "kl_logps", "ref_kl_logps"), "bco": ("delta",)}.get(loss_type, ())
     for name, x in {"kl": kl, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps, "delta": delta}.items():
@@ -54,10 +55,16 @@ def _number(where, name, x, like):
     if x is None:
         what = "kl, or kl_logps and ref_kl_logps" if name == "kl" else name
         raise ValueError(f"{where}: {name} is missing; pass {what}")
-    if not isinstance(x, torch.Tensor):
-        return checks.finite(where, name, x)
-    column(where, name, x, like.new_empty(()), "logps")
-    return x.to(like.dtype)
+    if isinstance(x, torch.Tensor):
+        column(where, name, x, like.new_empty(()), "logps")
+        low = checks.host_reads(x) and name == "kl" and x < 0
+        found = x.to(like.dtype)
+    else:
+        found = checks.finite(where, name, x)
+        low = name == "kl" and found < 0
+    if low:
+        raise ValueError(f"{where}: kl must be at least 0, got {float(x)}; clamp the estimate: kl.clamp(min=0)")
+    return found
 
 
 def _kl(where, kl, kl_logps, ref_kl_logps, like):
@@ -76,8 +83,7 @@ def sequence_losses(where, logps, ref_logps, desirable, options):
     """The loss of each answer times the weight of its class, ``[N]``, differentiable in ``logps``, sums of log-probabilities ``[N]``."""
     margin, objective, params = _margins(where, logps, ref_logps, desirable, options)
     weights = class_weights(desirable, options, margin.dtype)
-    value = ops.elementwise(objective, margin, [], params, weights, ops.serving("elementwise", margin))[1]  # 0 in a class of weight 0, whatever it holds
-    return value * weights
+    return each(objective, margin, params, weights) * weights  # 0 in a class of weight 0, whatever it holds
 
 
 def class_weights(desirable, options, dtype):
@@ -90,7 +96,7 @@ def _margins(where, logps, ref_logps, desirable, options):
     checks.floating(where, "logps", logps)
     column(where, "ref_logps", ref_logps, logps, "logps")
     checks.tensor(where, "desirable", desirable)
-    checks.mask(where, desirable, logps.shape, "desirable")
+    checks.labels(where, "desirable", desirable, logps.shape)
     checks.one_device(where, "logps", logps, desirable=desirable)
     real, good = common_dtype(logps, ref_logps), desirable != 0
     log_ratio = logps.to(real) - ref_logps.to(real)
@@ -118,7 +124,7 @@ def unpaired_preference_loss(logps, ref_logps, desirable, *, loss_type="kto", be
     Args:
         logps: sums of log-probabilities of the answers under the policy, ``[N]``; the only argument that gets a gradient.
         ref_logps: the same under the reference.
-        desirable: which answers are, ``[N]``, bool or a number that is not 0. A batch of one class will do.
+        desirable: which answers are, ``[N]``, bool, or 1 and 0 in any dtype. A batch of one class will do.
         beta: strength of the tie to the reference, > 0.
         desirable_weight, undesirable_weight: ``w`` of each class, at least 0.
         kl: for ``"kto"``: how far the policy has drifted, at least 0, a number or a tensor of shape ``()`` (averaged over ranks, say).
@@ -131,7 +137,8 @@ def unpaired_preference_loss(logps, ref_logps, desirable, *, loss_type="kto", be
         reward ``beta rho`` of each class (0 where it has no answer), and ``kl`` with ``"kto"``.
 
     Raises:
-        ValueError: an option out of range, unknown, or not looked at by the loss; shapes that differ; ``kl`` or ``delta`` missing.
+        ValueError: an option out of range, unknown, or not looked at by the loss; shapes that differ; ``kl`` or ``delta`` missing; on a CPU ``kl``
+            below 0, or labels that are not 0 and 1.
 
     Ethayarajh et al. 2024, arXiv:2402.01306 (KTO); D'Oosterlinck et al. 2024, arXiv:2408.06266 (APO); Jung et al. 2024,
     arXiv:2404.04656 (BCO).

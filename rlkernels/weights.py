@@ -140,7 +140,7 @@ def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, d
             checks_tokens.ids(where, name, x, tokens.shape)
             checks.one_device(where, "mask", mask, **{name: x})
         else:
-            given[name] = checks_tokens.not_negative(where, name, x)
+            given[name] = checks_tokens.total(where, name, x)
     dp_size, scale = checks_tokens.not_negative(where, "dp_size", dp_size), checks_tokens.not_negative(where, "scale", scale)
 
     # zeros + x: a Python number would make a float32 of the where below, and a filled tensor a new compilation for each value.
@@ -178,10 +178,10 @@ def token_weights(mask, mode="token-mean", *, cu_seqlens=None, batch_num_tokens=
       on tokens, that spread over the row's ``n_i``
 
     Args:
-        mask: live tokens (not 0), any pattern, any real dtype; ``[..., L]``, packed ``[N]`` with ``cu_seqlens``, or ``[R]`` rows where the
-            mode allows it.
-        batch_num_tokens, num_sequences: replace ``sum_i n_i``, and ``R+``, ``R`` or ``P``, by totals over micro-batches and ranks;
-            0 gives weights 0.
+        mask: live tokens, any pattern: bool, integers (not 0), or floats that are 0 and 1; ``[..., L]``, packed ``[N]`` with ``cu_seqlens``, or
+            ``[R]`` rows where the mode allows it.
+        batch_num_tokens, num_sequences: replace ``sum_i n_i``, and ``R+``, ``R`` or ``P``, by totals over micro-batches and ranks; 0 gives
+            weights 0. Numbers, or tensors of shape ``()`` of a dtype that holds every count: 16 bits do not.
         horizon: tokens that every row is divided by; where it may be left out it is ``L``.
         group_ids, rollout_ids: one integer per row, in any order.
         group_tokens, group_rows: one integer per row: the live tokens of its whole prompt group or rollout, the rows of its group with a live

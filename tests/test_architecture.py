@@ -19,16 +19,17 @@ CODE = [path for folder in ("rlkernels", "csrc", "benchmarks", "tests") for path
         if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}] + BUILD
 
 LAYERS = [
-    {"checks_names", "checks_numbers"},
-    {"_math", "checks", "plain"},
+    {"checks_names", "checks_numbers", "plain"},
+    {"_math", "checks"},
     {"objectives", "checks_tokens"},
     {"agreement", "backends", "codegen", "segments"},
     {"fakes", "registry", "weights", "groups", "metrics"},
     {"ops"},
-    {"rows", "terms", "chunks", "parallel", "products"},
+    {"rows", "terms", "chunks", "columns", "parallel", "products"},
     {"head", "units"},
     {"logprobs", "rewards", "advantages", "preference_kinds"},
-    {"losses", "preferences"},
+    {"losses", "preference_options"},
+    {"preferences"},
     {"linear", "supervised", "unpaired"},
     {"sweep"},
     {"linear_losses", "linear_preferences"},

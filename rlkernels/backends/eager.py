@@ -17,7 +17,7 @@ def real_dtype(dtype):
 def elementwise(objective, columns, params, weight):
     first = columns[0]
     # Tensors of the columns' dtype: where(condition, 1.0, 1.05) on two Python floats is fp32 whatever the columns are.
-    params = [first.new_full((), p) for p in params]
+    params = [p.to(first.dtype) if isinstance(p, torch.Tensor) else first.new_full((), p) for p in params]
     outputs = OBJECTIVES[objective].function(*columns, *params)
     # A constant is filled in where the columns are: a copy of it would wait for the device.
     value, derivative = ((x.to(first.dtype) if isinstance(x, torch.Tensor) else first.new_full((), x)).expand(first.shape) for x in outputs)

@@ -65,10 +65,10 @@ MUTANTS = (
     _m("the bootstrap value belongs to every token", "advantages.py",
        "return torch.where(passed == passed_by_end, rewards + gains, rewards)", "return rewards + gains"),
     # losses and terms
-    _m("the penalty is left out", "losses.py", "loss = loss + run(kl, logp, [ref_logprobs], (), share._replace(share=share.share * kl_coef))",
+    _m("the penalty is left out", "losses.py", "loss = loss + times(kl_coef, kl, logp, [ref_logprobs], share)",
        "loss = loss + 0.0", 22),
-    _m("the entropy bonus has the wrong sign", "losses.py", 'loss = loss + run("nll", dense(entropy, real)', 'loss = loss - run("nll", dense(entropy, real)'),
-    _m("the entropy bonus forgets the share", "losses.py", "share._replace(share=share.share * entropy_coef)", "share._replace(share=entropy_coef)"),
+    _m("the entropy bonus has the wrong sign", "losses.py", 'loss = loss + times(entropy_coef, "nll", dense(entropy, real)', 'loss = loss - times(entropy_coef, "nll", dense(entropy, real)'),
+    _m("a term with a coefficient forgets the share", "losses.py", "share._replace(share=share.share * coefficient)", "share._replace(share=coefficient)"),
     _m("a sum per sequence is averaged in every part", "losses.py", "for x in (now, old, share.weight.double()))",
        "for x in (now, old, live / live.sum(-1, keepdim=True).double() / len(live)))", tests=(ADDITIVITY,)),
     _m("tokens of a group in another micro-batch are not counted", "weights.py", "if rows.group_tokens is None else rows.group_tokens.reshape(-1).double()",
