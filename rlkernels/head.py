@@ -6,7 +6,7 @@ import torch
 
 from rlkernels import checks, checks_tokens, ops, parallel
 from rlkernels.agreement import pattern, sketch
-from rlkernels.backends import cpu
+from rlkernels.backends import cpu, gate
 from rlkernels.backends.eager import check_rows, real_dtype
 from rlkernels.chunks import budget_bytes, rows_within
 from rlkernels.products import products
@@ -110,6 +110,9 @@ def _operands(where, hidden, weight, bias):
     if bias is not None:
         checks.floating(where, "bias", bias)
         checks.shape(where, "bias", bias, weight.shape[:1])
+    if not (where.startswith("linear_token_") or torch.compiler.is_compiling()):
+        # The losses hand their chunks to kernels without the dispatcher, which would unwrap a subclass of Tensor.
+        hidden, weight, bias = (x if x is None else gate.own(where, name, x) for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)))
     kind = hidden.device.type
     if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)

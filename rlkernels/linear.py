@@ -10,6 +10,7 @@ import torch
 
 from rlkernels import checks, ops, parallel
 from rlkernels.agreement import agreed, meeting, met, pattern
+from rlkernels.backends import gate
 from rlkernels.backends.eager import real_dtype
 from rlkernels.chunks import filled_up, live_rows
 from rlkernels.head import Chunk, check_targets, fresh, head, in_common, without_autocast
@@ -86,8 +87,15 @@ def _stats(where, hidden, weight, targets, outputs, **options):
     for name in outputs:
         wanted |= ops.FLAGS[name]
     shard = h.shard or NO_SHARD
-    found = linear_stats(h.hidden, h.weight, h.bias, h.targets, h.temperature, ops.number(math.nan if h.softcap is None else h.softcap),
-                         ops.number(h.logit_scale), h.ignore_index, h.logits_dtype, h.chunk, h.bound, *shard, where, wanted, ops.serving("token_stats", hidden))
+    try:
+        found = linear_stats(h.hidden, h.weight, h.bias, h.targets, h.temperature, ops.number(math.nan if h.softcap is None else h.softcap),
+                             ops.number(h.logit_scale), h.ignore_index, h.logits_dtype, h.chunk, h.bound, *shard, where, wanted,
+                             ops.serving("token_stats", hidden))
+    except (NotImplementedError, TypeError):  # of a subclass of Tensor that knows torch's own operations alone: say which, and what to pass
+        for name, x in (("hidden", hidden), ("weight", weight), ("bias", h.bias)):
+            if x is not None:
+                gate.own(where, name, x)
+        raise
     return found, h.shape, h.temperature
 
 
@@ -100,6 +108,21 @@ def _own_dtypes(function):
         with without_autocast(next(x for x in arguments if isinstance(x, torch.Tensor)).device.type):
             return function(*arguments)
     return call
+
+
+def _fits(hidden, weight, bias, targets, temperature, chunk, **per_row):
+    """What the public functions have checked, for whoever calls a registered op; ``per_row``: numbers for each target, or None."""
+    if weight.dim() != 2 or targets.dim() != 1 or chunk < 1 or hidden.shape != (targets.shape[0], weight.shape[1]):
+        raise ValueError(f"linear_stats: weight has shape {tuple(weight.shape)}, hidden {tuple(hidden.shape)}, targets "
+                         f"{tuple(targets.shape)}, chunk is {chunk}; expected [V, H], [T, H], [T] and a positive chunk")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(f"linear_stats: {name} has dtype {x.dtype}, hidden has {hidden.dtype}; cast one of them")
+    if temperature.dim():
+        per_row["temperature"] = temperature
+    for name, x, shape in (("bias", bias, weight.shape[:1]), *((name, x, targets.shape) for name, x in per_row.items())):
+        if x is not None:
+            checks.shape("linear_stats", name, x, shape)
 
 
 class _Setting:
@@ -142,6 +165,7 @@ def _linear_stats(hidden, weight, bias, targets, temperature, softcap, logit_sca
                   vocab, where, wanted, backend):
     setting = _Setting(weight, bias, targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk, bound, group, start, columns, vocab,
                        where, backend)
+    _fits(hidden, weight, bias, targets, temperature, chunk)
     setting.checked(hidden, "", lambda: ([("outputs", [name for name, flag in ops.FLAGS.items() if wanted & flag])], None))
     found = tuple(x.zero_() for x in ops.token_stats_fake(hidden, targets, temperature, ignore_index, None, None, wanted, False, backend))
     for head_, rows in setting.chunks(targets != ignore_index):
@@ -183,6 +207,8 @@ def _linear_backward(dlogp, dentropy, hidden, weight, bias, targets, temperature
                      start, columns, vocab, where, shift, sum_exp, entropy, need_hidden, need_weight, need_bias, backend):
     setting = _Setting(weight, bias, targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk, bound, group, start, columns, vocab,
                        where, backend)
+    _fits(hidden, weight, bias, targets, temperature, chunk, dlogp=dlogp, dentropy=dentropy, shift=shift, sum_exp=sum_exp,
+          entropy=None if dentropy is None else entropy)
     given, needs = [d for d in (dlogp, dentropy) if d is not None], (need_hidden, need_weight, need_bias)
     # Prompt and padding rows arrive with a gradient of exactly 0: they cost no product.
     live = (targets != ignore_index) & torch.stack([d != 0 for d in given]).any(0)
@@ -248,5 +274,5 @@ linear_stats_backward = ops.define(
     "linear_stats_backward", f"(Tensor? dlogp, Tensor? dentropy, {_OPERANDS}, Tensor shift, Tensor sum_exp, Tensor entropy, bool need_hidden, "
     "bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor)", _linear_backward,
     lambda dlogp, dentropy, hidden, weight, *rest: (
-        torch.empty_like(hidden) if rest[-4] else hidden.new_empty(0), torch.empty_like(weight) if rest[-3] else weight.new_empty(0),
+        hidden.new_empty(hidden.shape) if rest[-4] else hidden.new_empty(0), weight.new_empty(weight.shape) if rest[-3] else weight.new_empty(0),
         weight.new_empty(weight.shape[:1] if rest[-2] else (0,))))

@@ -39,6 +39,8 @@ FLAGS = {"entropy": ENTROPY, "log_sum_sq_probs": LOG_SUM_SQ, "mean_logits": MEAN
 
 def serving(op, tensor):
     """The backend for ``op`` on this tensor; of logits, the last dimension counts too."""
+    if tensor.is_cpu:
+        return backend_serving(op, "cpu")
     return backend_serving(op, tensor.device.type, tensor.dtype, tensor.shape[-1] if tensor.dim() > 1 else None)
 
 
@@ -97,10 +99,9 @@ UPSTREAM = "Tensor? dlogp, Tensor? dentropy, Tensor? dkl"
 
 
 def _token_stats_backward(*arguments, out=None, unless=None):
-    *upstream, logits, targets, temperature = arguments[:6]
-    upstream = (None if g is None else g.contiguous() for g in upstream)  # .sum() sends a gradient of stride 0
-    grad = run("token_stats_backward", arguments[-1], *upstream, logits, targets, value(temperature), *arguments[6:-1], out, unless)
-    return grad.view(logits.shape)
+    logits = arguments[3]
+    grad = run("token_stats_backward", arguments[-1], *arguments[:5], value(arguments[5]), *arguments[6:-1], out, unless)
+    return grad if grad.shape == logits.shape else grad.view(logits.shape)
 
 
 def _token_stats_backward_(*arguments):
@@ -214,7 +215,7 @@ def _elementwise_backward(dloss, dvalue, first, weight, derivative):
         share = dloss if weight is None else dloss * weight
         upstream = share if dvalue is None else share + dvalue
     grad = upstream * derivative
-    return grad if weight is None else grad.masked_fill_(weight == 0, 0.0)  # where, but 2 us less
+    return (grad if weight is None else grad.masked_fill_(weight == 0, 0.0)).contiguous()  # where, but 2 us less
 
 
 elementwise = define(
@@ -251,7 +252,7 @@ def _weighted_loss_grad(ctx, dloss, _):
 
 
 def _weighted_loss_backward(dloss, slopes, *inputs):
-    return dloss * slopes
+    return (dloss * slopes).contiguous()
 
 
 weighted_loss = define(

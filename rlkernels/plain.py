@@ -28,8 +28,7 @@ def gradient_wanted(arguments):
     for x in arguments:
         kind = type(x)
         if kind in _TYPES:
-            # The dispatcher carries out a pending negation, and on "meta" it chooses the fake.
-            if x.is_neg() or x.is_meta:
+            if x.is_meta:  # there the dispatcher chooses the fake
                 return None
             wanted = wanted or x.requires_grad
         elif kind is list:

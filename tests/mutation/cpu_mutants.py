@@ -73,7 +73,7 @@ MUTANTS = (
        tests=("tests/test_cpu_policy.py::test_eager_and_native_agree_where_a_target_is_outside_the_support",)),
     _m("32-bit row offset", "batch.h", "((r / level) * outer + (r % level) * inner) * bytes",
        "int32_t((r / level) * outer + (r % level) * inner) * bytes", 3, tests=("tests/test_faults_layouts.py",)),
-    _m("the stride of the targets is ignored", "batch.h", "+ r * target_stride * target_bytes", "+ r * target_bytes", 14,
+    _m("the stride of the targets is ignored", "batch.h", "at += stride * bytes)", "at += bytes)", 14,
        tests=("tests/test_faults_layouts.py",)),
     _m("targets are not checked", "batch.h", "if (y != ignore_index && (y < 0 || y >= columns)) return r;", "(void)y;", 15,
        tests=(f"{POLICY}::test_bad_values_are_named",)),

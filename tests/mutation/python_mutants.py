@@ -84,8 +84,8 @@ MUTANTS = (
     _m("given weights live under a dead mask", "terms.py", "tied(torch.where(live, weights.to(real), 0.0), cu_seqlens)",
        "tied(weights.to(real) * 1.0, cu_seqlens)"),
     # ops
-    _m("a gradient of stride 0 is read as a dense one", "ops.py", "None if g is None else g.contiguous() for g in upstream",
-       "g for g in upstream", 12),
+    _m("a gradient of stride 0 is read as a dense one", "backends/gate.py", 'move it")\n    return x.contiguous()',
+       'move it")\n    return x', 12, tests=("tests/test_faults_layouts.py::test_F08_a_gradient_of_stride_zero_is_read_as_it_is_meant",)),
     _m("the bonus ignores what comes from above", "ops.py", "-entropy_weight * dloss", "-entropy_weight", 10),
     _m("every upstream gradient passes for 1", "ops.py", 'return x.device.type == "cpu" and x.item() == 1.0',
        'return x.device.type == "cpu"', 10),
