@@ -97,34 +97,30 @@ def coefficient(check, where, name, x, *more, **options):
     return x
 
 
-def mask(where, x, expected, name="mask"):
-    """A mask: bool; integers, of which those that are not 0 are live; or floats, which must be 0 and 1."""
+def mask(where, x, expected, name="mask", counts=False):
+    """A mask: bool; integers, of which those that are not 0 are live; or floats, which must be 0 and 1 unless they are ``counts``."""
     if x is None:
         return
-    _countable(where, name, x, expected)
-    if x.dtype.is_floating_point:
+    tensor(where, name, x)
+    if x.dtype.is_complex:
+        raise TypeError(f"{where}: {name} must be bool, integer or floating, got {x.dtype}")
+    shape(where, name, x, expected)
+    if x.dtype.is_floating_point and not counts:
         _zeros_and_ones(where, name, x)
 
 
 def labels(where, name, x, expected):
     """Labels of two classes: bool, or 0 and 1."""
-    _countable(where, name, x, expected)
+    mask(where, x, expected, name)
     if x.dtype != torch.bool:
         _zeros_and_ones(where, name, x)
 
 
 def counts(where, name, x, expected):
     """Numbers of tokens."""
-    _countable(where, name, x, expected)
+    mask(where, x, expected, name, counts=True)
     if host_reads(x) and not (x >= 0).all():
         raise ValueError(f"{where}: {name} holds {x[~(x >= 0)][0].item()}, expected numbers of tokens, at least 0")
-
-
-def _countable(where, name, x, expected):
-    tensor(where, name, x)
-    if x.dtype.is_complex:
-        raise TypeError(f"{where}: {name} must be bool, integer or floating, got {x.dtype}")
-    shape(where, name, x, expected)
 
 
 def _zeros_and_ones(where, name, x):
@@ -237,13 +233,14 @@ def params(where, objective, entry, given, defaults):
         if name not in entry.params:
             known = f"it takes {', '.join(entry.params)}" if entry.params else "it takes no parameters"
             raise TypeError(f"{where}: objective {objective!r} takes no {name!r}; {known}")
-    values = {**defaults.get(objective, {}), **given}
+    values, plain = {**defaults.get(objective, {}), **given}, True
     for name in entry.params:
         if name not in values:
             raise TypeError(f"{where}: objective {objective!r} needs {name!r}")
         if type(values[name]) is not float:
             values[name] = coefficient(real, where, name, values[name])
-    known = values if not any([isinstance(x, torch.Tensor) for x in values.values()]) else {k: x for k, x in values.items() if not isinstance(x, torch.Tensor)}
+            plain = plain and not isinstance(values[name], torch.Tensor)
+    known = values if plain else {name: x for name, x in values.items() if not isinstance(x, torch.Tensor)}
     for name, low, high in (("clip_low", 0, 1), ("clip_high", 0, math.inf)):
         # CISPO's paper has no lower bound: clip_low = 1 there, so 1 is in.
         if name in known and not (low <= known[name] <= high if objective == "cispo" else low <= known[name] < high):

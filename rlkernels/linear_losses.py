@@ -15,7 +15,7 @@ from rlkernels.segments import segment_ids, sums
 from rlkernels.supervised import KINDS as SFT_KINDS
 from rlkernels.supervised import logprobs_sft_loss, sft_metrics, sft_weights
 from rlkernels.sweep import Terms
-from rlkernels.terms import ROW, Share, check_terms, live_tokens, of_level, present, resolve, state, term_weights
+from rlkernels.terms import ROW, Share, check_terms, live_tokens, of_sums, resolve, state, term_weights
 from rlkernels.units import blocks, units
 
 
@@ -55,7 +55,7 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
     like = targets.new_empty(targets.shape, dtype=h.real)
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
-    kl_coef, entropy_coef = check_terms(where, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
+    penalty, bonus = check_terms(where, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     ignore_index = h.ignore_index
     live = live_tokens(where, like, mask) & (targets != ignore_index)
     if torch.compiler.is_compiling():
@@ -66,13 +66,14 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
         return policy_loss(stats.logprobs, old_logprobs, advantages, live, objective=objective, aggregation=aggregation, weights=weights,
                            ref_logprobs=ref_logprobs, kl=kl, kl_coef=kl_coef, entropy=stats.entropy, entropy_coef=entropy_coef, cu_seqlens=cu_seqlens,
                            ratio_level=ratio_level, normalizers=normalizers, return_metrics=return_metrics, **params)
-    aggregation = of_level(aggregation, weights, ratio_level)
+    if ratio_level == "sequence_sum":
+        aggregation = of_sums(aggregation, weights)
     weights = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
-    bonus, penalty = (h.flat(weights * c) if present(c) else None for c in (entropy_coef, kl_coef))
+    bonus, penalty = (None if c is None else h.flat(weights * c) for c in (bonus, penalty))
     terms = Terms(objective, [h.flat(c) for c in columns], parameters(values), h.flat(weights), bonus, None if penalty is None else kl,
                   None if penalty is None else h.flat(ref_logprobs), penalty)
     backend = ops.serving("fused_policy", hidden)
-    with_entropy = return_metrics or present(entropy_coef)
+    with_entropy = return_metrics or bonus is not None
     if ratio_level != "token":
         compute = _by_sequence(where, h, terms, like.shape, live, cu_seqlens, ratio_level, with_entropy, backend)
     else:

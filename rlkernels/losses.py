@@ -14,8 +14,7 @@ from rlkernels.terms import (
     column,
     every_token,
     live_tokens,
-    of_level,
-    present,
+    of_sums,
     resolve,
     share_of,
     some_tokens,
@@ -70,16 +69,17 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
     entry, values = resolve(where, objective, params)
     columns = state(where, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
     live = some_tokens(where, logprobs, mask)
-    aggregation = of_level(aggregation, weights, ratio_level)
+    if ratio_level == "sequence_sum":
+        aggregation = of_sums(aggregation, weights)
     share = share_of(where, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
     kl_coef, entropy_coef = check_terms(where, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
 
     real = real_dtype(logprobs.dtype)
     logp = dense(logprobs, real)
     loss = ratio_term(where, objective, logp, columns, values, share, live, cu_seqlens, ratio_level)
-    if present(kl_coef):
+    if kl_coef is not None:
         loss = loss + times(kl_coef, kl, logp, [ref_logprobs], share)
-    if present(entropy_coef):
+    if entropy_coef is not None:
         # "nll" is minus its column: one launch, where plain torch takes six.
         loss = loss + times(entropy_coef, "nll", dense(entropy, real), [], share)
     if not return_metrics:
@@ -118,7 +118,7 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
     like = targets.new_empty(targets.shape, dtype=row.real)
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
-    kl_coef, entropy_coef = check_terms(where, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
+    penalty, bonus = check_terms(where, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(where, like, mask) & scored
     if ratio_level != "token":
@@ -138,8 +138,8 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
     with_grad = torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     loss, _, logp, _, _, entropy, _ = ops.fused_policy(
         objective, row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, [row.flat(c) for c in columns], parameters(values),
-        row.flat(weights), row.flat(weights * entropy_coef) if present(entropy_coef) else None, kl if present(kl_coef) else None,
-        row.flat(ref_logprobs) if present(kl_coef) else None, row.flat(weights * kl_coef) if present(kl_coef) else None, with_grad, inplace_backward,
+        row.flat(weights), None if bonus is None else row.flat(weights * bonus), None if penalty is None else kl,
+        None if penalty is None else row.flat(ref_logprobs), None if penalty is None else row.flat(weights * penalty), with_grad, inplace_backward,
         ops.serving("fused_policy", logits))
     if not return_metrics:
         return loss

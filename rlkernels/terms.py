@@ -90,9 +90,9 @@ def column(where, name, x, like, like_name="logprobs"):
     return x
 
 
-def of_level(aggregation, weights, ratio_level):
-    """The aggregation at this level. One loss per sequence has its mean over the sequences: of losses, the default is the mean."""
-    return "seq-mean" if ratio_level == "sequence_sum" and aggregation == "token-mean" and weights is None else aggregation
+def of_sums(aggregation, weights):
+    """The aggregation where there is one loss per sequence: the mean of losses is that over sequences."""
+    return "seq-mean" if aggregation == "token-mean" and weights is None else aggregation
 
 
 def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers):
@@ -130,16 +130,21 @@ def present(coefficient):
     return isinstance(coefficient, torch.Tensor) or coefficient != 0
 
 
+def _coefficient(where, name, x):
+    if type(x) is not float or x != 0:
+        x = checks.coefficient(checks.finite, where, name, x)
+    return x if present(x) else None
+
+
 def check_terms(where, like, ref_logprobs, kl, kl_coef, entropy, entropy_coef):
-    """The two coefficients, as ``checks.coefficient`` gives them; ``entropy``: the caller's, or ``ROW``, which any row of logits has."""
+    """The two coefficients, None where a term takes no part; ``entropy``: the caller's, or ``ROW``, which any row of logits has."""
     checks.choice(where, "kl", kl, ("k1", "k2", "k3"))
-    kl_coef = checks.coefficient(checks.finite, where, "kl_coef", kl_coef)
-    entropy_coef = checks.coefficient(checks.finite, where, "entropy_coef", entropy_coef)
-    if present(kl_coef) and ref_logprobs is None:
+    kl_coef, entropy_coef = _coefficient(where, "kl_coef", kl_coef), _coefficient(where, "entropy_coef", entropy_coef)
+    if kl_coef is not None and ref_logprobs is None:
         raise ValueError(f"{where}: kl={kl!r} needs ref_logprobs where kl_coef is not 0")
     if ref_logprobs is not None:
         column(where, "ref_logprobs", ref_logprobs, like)
-    if present(entropy_coef) and entropy is None:
+    if entropy_coef is not None and entropy is None:
         raise ValueError(f"{where}: entropy_coef needs entropy")
     if entropy is not None and entropy is not ROW:
         checks.floating(where, "entropy", entropy)
