@@ -9,6 +9,7 @@ from rlkernels.agreement import pattern, sketch
 from rlkernels.backends import cpu, gate
 from rlkernels.backends.eager import check_rows, real_dtype
 from rlkernels.chunks import budget_bytes, rows_within
+from rlkernels.plain import replaced
 from rlkernels.products import products
 from rlkernels.rows import or_one
 
@@ -50,7 +51,7 @@ class Head(NamedTuple):
         return or_one(dead, self.temperature.view(dead.shape)) if self.temperature.dim() else given
 
     def detached(self):
-        return self._replace(hidden=self.hidden.detach(), weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+        return replaced(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
 
 def head(where, hidden, weight, targets, *, bias=None, temperature=1.0, softcap=None, logit_scale=1.0, ignore_index=-100,

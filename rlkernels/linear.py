@@ -77,7 +77,7 @@ def linear_token_stats(hidden, weight, targets, *, bias=None, temperature=1.0, s
                                        logit_scale=logit_scale, ignore_index=ignore_index, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens,
                                        logits_budget=logits_budget, max_live_tokens=max_live_tokens, valid_vocab=valid_vocab,
                                        process_group=process_group, vocab_start=vocab_start)
-    return collect(found, Rows(None, None, temperature, ignore_index, None, shape), outputs, False, None)
+    return collect(found, Rows(None, None, temperature, ignore_index, None, shape, None), outputs, False, None)
 
 
 def _stats(where, hidden, weight, targets, outputs, **options):

@@ -8,6 +8,7 @@ from rlkernels import checks, checks_tokens, ops, sweep
 from rlkernels.agreement import agreed
 from rlkernels.head import Head, head
 from rlkernels.linear import linear_token_logprobs
+from rlkernels.plain import replaced
 from rlkernels.preferences import dpo_loss, pair_losses, preference_options
 from rlkernels.rows import or_ignored
 from rlkernels.segments import segment_ids, sums, token_counts
@@ -67,9 +68,9 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
 
     references = _references(where, references, pairs)
     if checked.pair_weights is not None:
-        checked = checked._replace(pair_weights=checked.pair_weights.clone())
+        checked = replaced(checked, pair_weights=checked.pair_weights.clone())
     place = answers.answer % max(pairs, 1) * 2 + answers.answer // max(pairs, 1)  # the pair's chosen answer, then its rejected one
-    loss, logp = answers.scored(place, 2, score) if checked.separable else answers.scored_whole(whole)
+    loss, logp = answers.scored(place, 2, score) if checked.separable() else answers.scored_whole(whole)
     return (loss, whole(answers.sums(logp))[1]) if return_metrics else loss
 
 
@@ -107,7 +108,7 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
         return answers.narrow(unpaired_preference_loss(logps, ref_logps, desirable, return_metrics=return_metrics, **options))
 
     weighs = class_weights(desirable, checked, answers.head.real) != 0
-    if checked.separable and not return_metrics:  # which are of both classes
+    if checked.separable() and not return_metrics:  # which are of both classes
         answers = answers.only(weighs[answers.answer])
     if torch.compiler.is_compiling():
         return whole(answers.sums(answers.again(answers.live)))
@@ -115,13 +116,13 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
     ref_logps, desirable = ref_logps.clone(), desirable.clone()  # a second backward scores again what the caller may have written over since
     refs, good = torch.where(weighs, ref_logps, 0.0), desirable != 0
     if isinstance(checked.baseline, torch.Tensor):
-        checked = checked._replace(baseline=checked.baseline.clone())
+        checked = replaced(checked, baseline=checked.baseline.clone())
 
     def score(sums, first, last):
         sums = torch.where(weighs[first:last], sums, 0.0)
         return sequence_losses(where, sums, refs[first:last], good[first:last], checked).sum() / max(count, 1)
 
-    loss, logp = answers.scored(answers.answer, 1, score) if checked.separable else answers.scored_whole(whole)
+    loss, logp = answers.scored(answers.answer, 1, score) if checked.separable() else answers.scored_whole(whole)
     return (loss, whole(answers.sums(logp))[1]) if return_metrics else loss
 
 
@@ -147,7 +148,7 @@ class _Answers(NamedTuple):
 
     def only(self, kept):
         """Only the rows where ``kept`` holds; the others enter no product."""
-        return self._replace(live=self.live & kept)
+        return replaced(self, live=self.live & kept)
 
     def lengths(self):
         return token_counts(self.live, self.offsets)

@@ -5,6 +5,7 @@ from rlkernels import checks, checks_tokens, ops
 from rlkernels.backends.eager import real_dtype
 from rlkernels.columns import parameters, weighted_sum
 from rlkernels.metrics import policy_metrics
+from rlkernels.plain import product, replaced
 from rlkernels.rows import dense, rows
 from rlkernels.segments import means, spread, sums
 from rlkernels.terms import (
@@ -208,7 +209,7 @@ def run(objective, first, others, params, share):
 def times(coefficient, objective, first, others, share):
     """``coefficient`` times the weighted sum: folded into the share, or by tensor arithmetic where it is a tensor."""
     if not isinstance(coefficient, torch.Tensor):
-        return run(objective, first, others, (), share._replace(share=share.share * coefficient))
+        return run(objective, first, others, (), replaced(share, share=product(share.share, coefficient)))
     return run(objective, first, others, (), share) * coefficient.to(first.dtype, copy=True)  # a copy: a scheduler may write the next one before the backward
 
 

@@ -46,10 +46,24 @@ def has_values(x):
     return not torch.compiler.is_compiling() and gradient_wanted((x,)) is not None
 
 
+def replaced(record, **fields):
+    """A named tuple with other values in some of its fields.
+
+    Not ``_replace``, and no property of a named tuple where a graph is traced: the Dynamo of torch 2.8 follows neither (F141).
+    """
+    kind = type(record)
+    return kind(*[fields.get(name, held) for name, held in zip(kind._fields, record, strict=True)])
+
+
 def number(x):
     """A run-time number as the 0-d float64 tensor that a registered op takes."""
     # zeros + x, not full: torch 2.13 turns the sum into a graph input, but specialises the fill value.
     return torch.zeros((), dtype=torch.float64, device="cpu") + x if torch.compiler.is_compiling() else torch.full((), x, dtype=torch.float64, device="cpu")
+
+
+def product(x, y):
+    """Of two run-time numbers; in a graph a 0-d tensor, because torch 2.11 compiles a graph for each value of a number times a size (F141)."""
+    return number(x) * number(y) if torch.compiler.is_compiling() and not isinstance(x, torch.Tensor) else x * y
 
 
 def numbers(values):

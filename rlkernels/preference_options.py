@@ -4,6 +4,7 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import checks
+from rlkernels.plain import replaced
 from rlkernels.preference_kinds import KINDS, Kind
 from rlkernels.rows import dense
 from rlkernels.terms import column, present
@@ -33,12 +34,10 @@ class PreferenceOptions(NamedTuple):
     pairs_per_token: torch.Tensor | None = None  # pairs of the batch / tokens of its chosen answers; the same in every part of the batch
     pair_weights: torch.Tensor | None = None
 
-    @property
     def separable(self):
         """Whether the loss of a pair depends on that pair alone: then a batch may be cut into parts."""
         return all(kind.separable for kind in self.kinds)
 
-    @property
     def needs_reference(self):
         return not self.reference_free and any(kind.reference for kind in self.kinds)
 
@@ -46,7 +45,7 @@ class PreferenceOptions(NamedTuple):
         """The options of the pairs ``[start, end)`` of the batch."""
         lengths = None if self.lengths is None else tuple(x[start:end] for x in self.lengths)
         empty, weights = (None if x is None else x[start:end] for x in (self.empty, self.pair_weights))
-        return self._replace(lengths=lengths, empty=empty, pair_weights=weights)
+        return replaced(self, lengths=lengths, empty=empty, pair_weights=weights)
 
 
 def preference_options(where, like, *, beta=0.1, loss_type="sigmoid", loss_weights=None, label_smoothing=0.0, reference_free=False,
@@ -87,7 +86,7 @@ def _numbers(where, options):
     for name in ("alpha", "simpo_gamma", "alphapo_alpha", *(() if options.cpo_alpha is None else ("cpo_alpha",))):
         found[name] = number(checks.finite, where, name, getattr(options, name))
     changed = {name: x for name, x in found.items() if x is not getattr(options, name)}
-    return options._replace(**changed) if changed else options
+    return replaced(options, **changed) if changed else options
 
 
 def _taken(where, options, **given):
@@ -101,7 +100,7 @@ def _taken(where, options, **given):
 def _tensors(where, options, like, chosen_lengths, rejected_lengths, pair_weights):
     if pair_weights is not None:
         column(where, "pair_weights", pair_weights, like, "chosen_logps")
-        if not options.separable:
+        if not options.separable():
             raise ValueError(f"{where}: loss_type {_listed(options.names)} sorts the batch and takes no pair_weights: "
                              "they would lose their pairs")
         pair_weights = dense(pair_weights, like.dtype)
@@ -117,8 +116,8 @@ def _tensors(where, options, like, chosen_lengths, rejected_lengths, pair_weight
             hint = ", or cpo_alpha=0 for none of their likelihood" if counted and not averaged and "sft" not in options.names else ""
             raise ValueError(f"{where}: loss_type {_listed(options.names)} needs {name}: the number of tokens of each answer (ones, where "
                              f"the log-probabilities are averages already){hint}")
-    return options._replace(
-        lengths=tuple(x.to(like.dtype).clamp(min=1.0) for x in lengths.values()) if averaged else None,
+    return replaced(
+        options, lengths=tuple(x.to(like.dtype).clamp(min=1.0) for x in lengths.values()) if averaged else None,
         empty=(chosen_lengths == 0) | (rejected_lengths == 0) if averaged else None,
         pairs_per_token=like.numel() / chosen_lengths.sum().to(like.dtype).clamp(min=1.0) if counted else None, pair_weights=pair_weights)
 

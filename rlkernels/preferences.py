@@ -3,6 +3,7 @@ import torch
 
 from rlkernels import checks
 from rlkernels.columns import weighted_sum
+from rlkernels.plain import product
 from rlkernels.preference_kinds import Pairs
 from rlkernels.preference_options import preference_options
 from rlkernels.rows import dense
@@ -37,7 +38,7 @@ def _pairs(where, chosen, rejected, ref_chosen, ref_rejected, options):
     real = common_dtype(chosen, rejected, ref_chosen, ref_rejected)
     references = {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
     for name, x in references.items():
-        if x is None and options.needs_reference:
+        if x is None and options.needs_reference():
             raise ValueError(f"{where}: {name} is missing; pass it, or reference_free=True")
         if x is not None:
             column(where, name, x, chosen, "chosen_logps")
@@ -121,9 +122,12 @@ def weighted_terms(terms, weights, share):
     """The sum over rows and terms of ``share`` times weight times coefficient times objective: one launch a term."""
     total = None
     for coefficient, objective, x, params in terms:
-        weight, factor = weights, coefficient * share
-        if isinstance(factor, torch.Tensor):
+        weight = weights
+        if isinstance(coefficient, torch.Tensor):
+            factor = coefficient * share
             weight, factor = torch.zeros_like(x, requires_grad=False) + factor if weights is None else weights * factor, 1.0
+        else:
+            factor = product(coefficient, share)
         loss = weighted_sum(objective, x, [], params, weight, None, factor)
         total = loss if total is None else total + loss
     return total

@@ -5,6 +5,7 @@ import torch
 
 from rlkernels import checks, checks_tokens
 from rlkernels.backends.eager import real_dtype
+from rlkernels.plain import replaced
 
 
 class Rows(NamedTuple):
@@ -16,15 +17,12 @@ class Rows(NamedTuple):
     ignore_index: int
     vocab_mask: torch.Tensor | None
     shape: torch.Size
-
-    @property
-    def real(self):
-        return real_dtype(self.logits.dtype)
+    real: torch.dtype | None  # of per-row results
 
     def without(self, dead):
         """The same with rows that are ``dead`` (bool, of any shape) ignored; nobody looks at the target and the temperature that they hold."""
         dead = dead.reshape(-1)
-        return self._replace(targets=or_ignored(dead, self.targets, self.ignore_index), temperature=or_one(dead, self.temperature))
+        return replaced(self, targets=or_ignored(dead, self.targets, self.ignore_index), temperature=or_one(dead, self.temperature))
 
     def flat(self, x):
         """A per-row tensor as a contiguous ``[T]`` of the arithmetic's dtype; None stays None."""
@@ -76,4 +74,4 @@ def rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_
     temperature = dense(temperature, real_dtype(logits.dtype)).view(-1) if per_row else float(temperature)
     if vocab_mask is not None and vocab_mask.dim() > 1:
         vocab_mask = vocab_mask.reshape(-1, vocab_mask.shape[-1])
-    return Rows(matrix(logits), targets if targets.dim() == 1 else targets.reshape(-1), temperature, ignore_index, vocab_mask, shape)
+    return Rows(matrix(logits), targets if targets.dim() == 1 else targets.reshape(-1), temperature, ignore_index, vocab_mask, shape, real_dtype(logits.dtype))

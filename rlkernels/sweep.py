@@ -14,6 +14,7 @@ from rlkernels.head import Chunk, check_targets, without_autocast
 from rlkernels.linear import Gradients
 from rlkernels.objectives import OBJECTIVES
 from rlkernels.objectives.zeros import still_where_zero
+from rlkernels.plain import replaced
 from rlkernels.rows import or_ignored, or_one
 
 
@@ -215,7 +216,7 @@ def differentiable(h, compute):
 def checked(h, live):
     """The head without its graph; what dead tokens hold ignored, the others' targets and temperatures looked at."""
     temperature = or_one(~live, h.temperature)
-    h = h.detached()._replace(targets=or_ignored(~live, h.targets, h.ignore_index),
-                              temperature=temperature.clone() if temperature is h.temperature else temperature)
+    h = replaced(h.detached(), targets=or_ignored(~live, h.targets, h.ignore_index),
+                 temperature=temperature.clone() if temperature is h.temperature else temperature)
     check_targets(h.where, h.targets, h.ignore_index, h.temperature, h.weight.shape[0], h.shard)
     return h

@@ -20,7 +20,6 @@ class UnpairedOptions(NamedTuple):
     undesirable_weight: float
     baseline: torch.Tensor | float
 
-    @property
     def separable(self):
         """Whether the loss of an answer depends on that answer alone: then a batch may be cut into parts."""
         return self.loss_type != "kto_paired_batch"

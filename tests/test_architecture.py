@@ -110,6 +110,17 @@ def test_integrations_import_other_libraries_inside_functions():
             assert module.split(".")[0] in allowed or id(node) in inside, f"{name_of(path)}:{node.lineno} imports {module} at import time"
 
 
+def test_F141_no_named_tuple_has_what_the_oldest_torch_cannot_trace():
+    """Dynamo of torch 2.8 follows neither a property of a named tuple nor its ``_replace``."""
+    for path in MODULES:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases):
+                properties = [f.name for f in node.body if isinstance(f, ast.FunctionDef) and "property" in map(ast.unparse, f.decorator_list)]
+                assert not properties, f"{name_of(path)}: {node.name} has properties {properties}; make them methods"
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("._replace"):
+                raise AssertionError(f"{name_of(path)}:{node.lineno}: {ast.unparse(node)}; call plain.replaced")
+
+
 def test_oracles_import_torch_alone():
     assert {module.split(".")[0] for module, _ in imports(parse(ROOT / "tests/oracles.py"))} == {"torch"}
 

@@ -139,7 +139,8 @@ def test_F149_whoever_ends_takes_away_his_own_choice_and_no_other():
 def test_F149_a_thread_starts_without_a_choice_unless_it_is_handed_the_context():
     seen = []
     with use_backend("eager"):
-        for target in (lambda: seen.append(forced()), lambda context=contextvars.copy_context(): context.run(lambda: seen.append(forced()))):
+        context = contextvars.copy_context()
+        for target in (lambda: seen.append(forced()), lambda: context.run(lambda: seen.append(forced()))):
             thread = threading.Thread(target=target)
             thread.start()
             thread.join()

@@ -23,6 +23,17 @@ def _made_there(function):
     return call
 
 
+def _widened(function):
+    """A product with ``out_dtype``, by shape alone: torch 2.8 to 2.11 know it on devices and not on "meta"."""
+    def call(*tensors, out_dtype=None, out=None, **options):
+        if out_dtype is None or not tensors[0].is_meta:
+            return function(*tensors, **options) if out is None else function(*tensors, out=out, **options)
+        found = made(tensors[-2].shape[0], tensors[-1].shape[1], dtype=out_dtype)
+        assert out is None or (out.shape, out.dtype) == (found.shape, found.dtype)
+        return found if out is None else out
+    return call
+
+
 @pytest.fixture(autouse=True)
 def on_an_accelerator(monkeypatch):
     """Kernels are those of plain torch; what calls them is ours. The heads' own ops are opened: their fakes would hide the loop over chunks."""
@@ -30,6 +41,11 @@ def on_an_accelerator(monkeypatch):
     monkeypatch.setattr(ops, "run", lambda op, backend, *a: getattr(eager, op)(*a))
     for name in ("tensor", "as_tensor"):
         monkeypatch.setattr(torch, name, _made_there(getattr(torch, name)))
+    for name, tensors in (("mm", (A, A.t())), ("addmm", (made(N, N), A, A.t()))):
+        try:
+            getattr(torch, name)(*(x.bfloat16() for x in tensors), out_dtype=torch.float32)
+        except TypeError:
+            monkeypatch.setattr(torch, name, _widened(getattr(torch, name)))
     monkeypatch.setattr(linear, "linear_stats_backward", linear._linear_backward)
     monkeypatch.setattr(linear, "linear_stats", registry._recorded("linear_stats", linear._linear_stats, linear._linear_grad, linear._linear_setup))
 

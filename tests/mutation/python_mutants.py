@@ -67,7 +67,8 @@ MUTANTS = (
     # losses and terms
     _m("the penalty is left out", "losses.py", "loss = loss + times(kl_coef, kl, logp, [ref_logprobs], share)", "loss = loss + 0.0", 22),
     _m("the entropy bonus has the wrong sign", "losses.py", 'loss = loss + times(entropy_coef, "nll"', 'loss = loss - times(entropy_coef, "nll"'),
-    _m("a term forgets the share", "losses.py", "share._replace(share=share.share * coefficient)", "share._replace(share=coefficient)"),
+    _m("a term forgets the share", "losses.py", "replaced(share, share=product(share.share, coefficient))",
+       "replaced(share, share=coefficient)"),
     _m("a coefficient of the device is left out", "losses.py", " * coefficient.to(first.dtype, copy=True)", "", tests=(T + "test_tensor_coefficients.py",)),
     _m("a dead token's target is looked at", "supervised.py", "row = row if everywhere else row.without(weights == 0)", "",
        tests=(T + "test_dead_tokens.py",)),
