@@ -13,7 +13,7 @@ PYTHON ?= $(or $(call at_least,11),$(call at_least,10))
 SOURCES := pyproject.toml setup.py setup_build.py setup_cuda.py constraints.txt $(shell find rlkernels csrc -type f \
 	\( -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name py.typed \))
 
-.PHONY: demo test test-triton mutants bench bench-suite gpu lint clean trl-python
+.PHONY: demo test test-triton matrix mutants bench bench-suite gpu lint clean trl-python
 .NOTPARALLEL:
 
 demo: trl-python $(VENV)/.installed
@@ -45,6 +45,10 @@ test-triton: $(VENV)/.installed
 		TRITON_INTERPRET=1 $(VENV)/bin/pytest -q -n $(JOBS) tests/triton_backend/interpreted $(ARGS) || exit 1; \
 		$(VENV)/bin/pytest -q -n $(JOBS) tests/triton_backend/compiled $(ARGS) || exit 1; \
 	done
+
+# Very long, and gigabytes of downloads: the core of the suite under the oldest and the newest versions; docs/versions.md holds the last result.
+matrix:
+	$(PYTHON) tests/matrix.py $(ARGS)
 
 # Long: plants faults in every backend, one at a time, and counts how many the suite notices.
 mutants: $(VENV)/.installed
