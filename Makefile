@@ -13,7 +13,7 @@ PYTHON ?= $(or $(call at_least,11),$(call at_least,10))
 SOURCES := pyproject.toml setup.py setup_build.py setup_cuda.py constraints.txt $(shell find rlkernels csrc -type f \
 	\( -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name py.typed \))
 
-.PHONY: demo test test-triton matrix mutants bench bench-suite gpu lint clean trl-python
+.PHONY: demo test test-triton matrix mutants fuzz fuzz-sanitized bench bench-suite gpu lint clean trl-python
 .NOTPARALLEL:
 
 demo: trl-python $(VENV)/.installed
@@ -54,6 +54,18 @@ matrix:
 mutants: $(VENV)/.installed
 	@v=$(firstword $(TRITON)); [ -d .triton/$$v ] || $(PIP) install -q --no-deps --target .triton/$$v triton==$$v
 	$(VENV)/bin/python tests/mutation $(ARGS)
+
+# Long: 59000 random calls, valid ones against float64 torch and hostile ones, five minutes on two cores; then threads and races.
+FUZZ := OMP_NUM_THREADS=1 $(VENV)/bin/python tests/fuzz --jobs $(JOBS)
+fuzz: $(VENV)/.installed
+	$(FUZZ) --seeds 0 1000 $(ARGS)
+	$(VENV)/bin/python -X faulthandler tests/fuzz/threads.py 60
+	$(VENV)/bin/python -X faulthandler tests/fuzz/races.py 60
+
+# The same with the native module under AddressSanitizer and UBSan, after a look whether these find a read out of bounds that is planted.
+fuzz-sanitized: $(VENV)/.installed
+	$(FUZZ) --sanitized --self-check --kind valid --case gae --seeds 0 40
+	$(FUZZ) --sanitized --seeds 0 1000 $(ARGS)
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/rlkernels bench --device cpu $(ARGS)
