@@ -5,7 +5,7 @@ from reference import statistics
 from fuzz.batches import Batch
 from fuzz.draws import NAN, leaf
 from fuzz.policies import SupervisedTerms, expect_metrics, upstream, with_metrics
-from fuzz.rows import OUTPUTS, sizes
+from fuzz.rows import OUTPUTS, sizes, with_cancelled
 from fuzz.terms import PolicyTerms
 from fuzz.tokens import targets_in_batch, temperature_in_batch
 from fuzz.trial import case, eps
@@ -92,7 +92,7 @@ class Head:
 
     def _allowed(self, inner):
         """Each gradient is a sum of products: so is the error allowed to it."""
-        d = sizes(self.z, self.known, self.t, None, inner) * self.scale
+        d = sizes(self.z, self.known, self.t, None, with_cancelled(inner)) * self.scale
         stored = {self.hidden.dtype, self.logits_dtype}
         if torch.float16 in stored and d.numel():
             d = d + 2.0**-13 * d.max()  # what is small beside the largest one loses digits

@@ -178,8 +178,12 @@ def _dual_call(trial, given):
         error, results, _, _ = outcome(getattr(rlkernels, trial.name), dual, {})
         if error is not None:
             judge_exception(trial, error, "dual")
-        elif not any(forward_ad.unpack_dual(x).tangent is not None for x in results if x.is_floating_point()):
-            trial.findings.append(f"the tangent of {name} is lost (dual)")
+            return
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in results if x.is_floating_point()):
+            return
+    moved = outcome(getattr(rlkernels, trial.name), {**given, name: given[name] + 0.25}, {})[1]
+    if not all(same_bits(x, forward_ad.unpack_dual(y).primal) for x, y in zip(moved, results, strict=False) if _plain(x)):
+        trial.findings.append(f"the tangent of {name} is lost (dual)")
 
 
 def _named(name):

@@ -179,10 +179,10 @@ def linear_dpo_loss(trial):
     batch = Batch(draw, 2 * pairs, longest=7)
     head = Head(draw, batch)
     options = PairOptions(draw, pairs, lengths=None, betas=(0.1, 0.5))
-    if any(name.startswith("orpo") for name in options.names) and not batch.counts().all():
-        return  # an empty answer is certain: its odds are infinite
     truth = head.statistics()
     sums, counts = batch.sums(truth["logprobs"]), batch.counts()
+    if any(name.startswith("orpo") for name in options.names) and bool((sums > -1e-3).any()):
+        return  # the odds of a certain answer, such as an empty one, are infinite
     refs = (None, None)
     if options.needs_reference:
         refs = tuple(draw.laid_out((x + draw.normal((pairs,))).float(), keep=True) for x in (sums[:pairs].detach(), sums[pairs:].detach()))

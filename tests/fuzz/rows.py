@@ -6,6 +6,7 @@ from reference import same_bits, statistics
 
 import rlkernels
 from fuzz.draws import INF, NAN, leaf
+from fuzz.tokens import shared_temperature
 from fuzz.trial import case, eps
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -38,15 +39,14 @@ def logits_like(draw, shape, dtype):
     return draw.laid_out(x)
 
 
-def temperature_of(draw, shape, dtype, dead=None):
-    """``(argument, float64 per row)``; at dead places anything."""
+def temperature_of(draw, shape, dtype):
+    """``(argument, float64 per row)``."""
+    if draw.flag(0.1):
+        return shared_temperature(draw, shape, dtype)
     if draw.flag(0.5):
         t = draw.choice((1.0, 1, 0.7, 2.5, 0.1, 10.0))
         return t, torch.full(shape, float(t), dtype=torch.float64)
-    t = draw.uniform(shape, 0.3, 2.3, draw.choice((torch.float32, torch.bfloat16, torch.float64)))
-    if dead is not None:
-        t = torch.where(dead & draw.coins(shape, 0.5), draw.choice((0.0, NAN, -1.0)), t).to(t.dtype)
-    t = draw.laid_out(t, keep=dead is not None)
+    t = draw.laid_out(draw.uniform(shape, 0.3, 2.3, draw.choice((torch.float32, torch.bfloat16, torch.float64))))
     real = torch.float64 if dtype == torch.float64 else torch.float32
     return t, t.to(real).double()
 
@@ -70,6 +70,11 @@ def vocab_mask_of(draw, shape, vocab):
 def log_softmax(x, temperature, vocab_mask):
     z = x.detach().double() / temperature[..., None]
     return (z if vocab_mask is None else z.masked_fill(~vocab_mask, -INF)).log_softmax(-1)
+
+
+def with_cancelled(upstream):
+    """The upstream gradients of a loss whose terms may cancel: the least of them has the digits of the others, not its own."""
+    return {name: g.abs() + 0.1 * g.abs().max() if g.numel() else g for name, g in upstream.items()}
 
 
 def sizes(x, targets, temperature, vocab_mask, upstream, ref_logits=None):
@@ -101,6 +106,13 @@ class Rows:
         self.wide = self.x.detach().double().contiguous().requires_grad_()
         self.options = {"temperature": self.temperature, "ignore_index": self.ignore_index, "vocab_mask": self.vocab_mask}
 
+    def nobody_knows(self):
+        """Broken rows whose target is outside the mask: NaN for the one reason, 0 for the other."""
+        if self.vocab_mask is None:
+            return torch.zeros(self.shape, dtype=torch.bool)
+        hit = torch.where(self.targets == self.ignore_index, 0, self.targets).long()
+        return self.broken(self.x) & ~self.vocab_mask.expand(*self.shape, self.vocab).gather(-1, hit[..., None])[..., 0]
+
     def truth(self, ref_logits=None):
         """By textbook formulas; NaN in a broken row, where they would say inf."""
         found = statistics(self.wide, self.targets, self.t, ignore_index=self.ignore_index, vocab_mask=self.vocab_mask, ref_logits=ref_logits)
@@ -128,13 +140,6 @@ class Rows:
             found["kl"] = unit * (base + (p * gap).sum(-1).nan_to_num(0.0))
         return found
 
-    def either_way(self):
-        """Broken rows whose target lies outside of the vocabulary mask: such a log-probability moves nothing, and a broken row is NaN. Either is right."""
-        if self.vocab_mask is None:
-            return torch.zeros(self.shape, dtype=torch.bool)
-        column = self.targets.long().clamp(0, self.vocab - 1)[..., None]
-        return self.broken(self.x) & ~self.vocab_mask.expand((*self.shape, self.vocab)).gather(-1, column)[..., 0]
-
     def gradient_of(self, truth, upstream):
         """True gradient, 0 in a row without any upstream gradient whatever it holds, and the error allowed to it."""
         (want,) = torch.autograd.grad([truth[name] for name in upstream], self.wide, [g.double() for g in upstream.values()], retain_graph=True)
@@ -149,7 +154,8 @@ def check_gradient(trial, rows, stats, truth, upstream, ref_logits=None):
     outputs = [stats[name] for name in upstream]
     (got,) = trial.gradients(outputs, [rows.x], [g.to(x.dtype) for g, x in zip(upstream.values(), outputs, strict=True)])
     want = rows.gradient_of(truth, upstream)
-    got = torch.where(rows.either_way()[..., None], want.to(got.dtype), got)
+    nobody = rows.nobody_knows()[..., None]
+    got, want = torch.where(nobody, 0.0, got).to(got.dtype), torch.where(nobody, 0.0, want)
     size = sizes(rows.x, rows.targets, rows.t, rows.vocab_mask, upstream, ref_logits)
     trial.expect(f"gradient of {' and '.join(upstream)} for {rows.dtype}", got, want, 16 * eps(rows.x) * (size + 1e-9))
 
@@ -211,8 +217,13 @@ def row_alone(trial):
     i = draw.randrange(count)
 
     def one(x):
-        return x if not isinstance(x, torch.Tensor) or x is rows.vocab_mask and x.dim() == 1 else x.reshape(count, *x.shape[len(rows.shape):])[i:i + 1].clone()
+        if not isinstance(x, torch.Tensor) or x is rows.vocab_mask and x.dim() == 1 or x.shape[:len(rows.shape)] != rows.shape:
+            return x
+        return x.reshape(count, *x.shape[len(rows.shape):])[i:i + 1].clone()
 
+    if isinstance(rows.temperature, torch.Tensor) and (rows.temperature.dim() == 0 or rows.temperature.shape != rows.shape):
+        # That of a sequence, for each of its rows; one for all is a number.
+        rows.options["temperature"] = rows.t.contiguous() if rows.temperature.dim() else float(rows.temperature)
     among = trial.call("token_stats", rows.x, rows.targets, outputs=OUTPUTS, **rows.options)
     with torch.no_grad():
         alone = trial.call("token_stats", one(rows.x.detach()), one(rows.targets), outputs=OUTPUTS, **{name: one(x) for name, x in rows.options.items()})
@@ -235,9 +246,10 @@ def rows_in_place(trial):
         got = trial.call("token_stats", view(whole), rows.targets, inplace_backward=True, **rows.options).logprobs
     g = cotangent(draw, rows)
     (found,) = trial.gradients([got], [base], [g.to(got.dtype)])
-    want = rows.gradient_of(rows.truth(), {"logprobs": g})
+    want, nobody = rows.gradient_of(rows.truth(), {"logprobs": g}), rows.nobody_knows()[..., None]
     size = sizes(rows.wide, rows.targets, rows.t, rows.vocab_mask, {"logprobs": g})
-    trial.expect(f"gradient in place for {rows.dtype}", view(found), want, 16 * eps(rows.x) * (size + 1e-9))
+    found, want = torch.where(nobody, 0.0, view(found)).to(found.dtype), torch.where(nobody, 0.0, want)
+    trial.expect(f"gradient in place for {rows.dtype}", found, want, 16 * eps(rows.x) * (size + 1e-9))
 
 
 def layout_without_overlap(draw, x):

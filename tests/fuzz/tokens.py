@@ -17,8 +17,19 @@ def targets_in_batch(draw, batch, vocab):
     return draw.laid_out(given.to(draw.choice((torch.int32, torch.int64))), keep=True), known, ignore
 
 
+def shared_temperature(draw, shape, dtype):
+    """``(argument, float64 per token)`` of one temperature for each sequence of ``[..., L]``, or for all."""
+    form = draw.choice(((), shape[:-1], (*shape[:-1], 1))) if shape else ()
+    t = draw.uniform(form, 0.3, 2.3, draw.choice((torch.float32, torch.bfloat16, torch.float64)))
+    real = torch.float64 if dtype == torch.float64 or not form else torch.float32  # one for all is a number
+    per_row = t.to(real).double()
+    return draw.laid_out(t, keep=True), (per_row[..., None] if form and form == shape[:-1] else per_row).expand(shape)
+
+
 def temperature_in_batch(draw, batch, dtype):
     """``(argument, float64 per token)``."""
+    if draw.flag(0.1):
+        return shared_temperature(draw, batch.shape, dtype)
     if draw.flag(0.5):
         t = draw.choice((1.0, 0.7, 2.5))
         return t, torch.full(batch.shape, t, dtype=torch.float64)
