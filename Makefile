@@ -10,10 +10,10 @@ at_least = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, $(1)))' 2>/dev/null && echo $$p && break; done)
 PYTHON ?= $(or $(call at_least,11),$(call at_least,10))
 
-SOURCES := pyproject.toml setup.py setup_cuda.py constraints.txt $(shell find rlkernels csrc -type f \
+SOURCES := pyproject.toml setup.py setup_build.py setup_cuda.py constraints.txt $(shell find rlkernels csrc -type f \
 	\( -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name py.typed \))
 
-.PHONY: demo test test-triton mutants bench bench-suite gpu lint clean trl-python
+.PHONY: demo test test-triton matrix mutants fuzz fuzz-sanitized bench bench-suite gpu lint clean trl-python
 .NOTPARALLEL:
 
 demo: trl-python $(VENV)/.installed
@@ -46,10 +46,26 @@ test-triton: $(VENV)/.installed
 		$(VENV)/bin/pytest -q -n $(JOBS) tests/triton_backend/compiled $(ARGS) || exit 1; \
 	done
 
+# Very long, and gigabytes of downloads: the core of the suite under the oldest and the newest versions; docs/versions.md holds the last result.
+matrix:
+	$(PYTHON) tests/matrix.py $(ARGS)
+
 # Long: plants faults in every backend, one at a time, and counts how many the suite notices.
 mutants: $(VENV)/.installed
 	@v=$(firstword $(TRITON)); [ -d .triton/$$v ] || $(PIP) install -q --no-deps --target .triton/$$v triton==$$v
 	$(VENV)/bin/python tests/mutation $(ARGS)
+
+# Long: 59000 random calls, valid ones against float64 torch and hostile ones, five minutes on two cores; then threads and races.
+FUZZ := OMP_NUM_THREADS=1 $(VENV)/bin/python tests/fuzz --jobs $(JOBS)
+fuzz: $(VENV)/.installed
+	$(FUZZ) --seeds 0 1000 $(ARGS)
+	$(VENV)/bin/python -X faulthandler tests/fuzz/threads.py 60
+	$(VENV)/bin/python -X faulthandler tests/fuzz/races.py 60
+
+# The same with the native module under AddressSanitizer and UBSan, after a look whether these find a read out of bounds that is planted.
+fuzz-sanitized: $(VENV)/.installed
+	$(FUZZ) --sanitized --self-check --kind valid --case gae --seeds 0 40
+	$(FUZZ) --sanitized --seeds 0 1000 $(ARGS)
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/rlkernels bench --device cpu $(ARGS)
@@ -81,4 +97,4 @@ $(VENV)/.installed: $(SOURCES) | $(VENV)/bin/python
 clean:
 	rm -rf $(VENV) .triton build dist rlkernels.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f rlkernels/_cpu*.so rlkernels/_cuda*.so rlkernels/_cuda.ptxas.txt
+	rm -f rlkernels/_cpu*.so rlkernels/_cuda*.so rlkernels/_cuda.ptxas.txt rlkernels/_*.build.log

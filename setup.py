@@ -1,32 +1,24 @@
-"""Builds ``rlkernels._cpu`` where a C++ compiler is present; without one the package is pure Python and says so when asked.
+"""Builds ``rlkernels._cpu`` where a C++ compiler works; where none does the package is pure Python, says so and notes why.
 
 One generated ninja file per module: an edge per object with its depfile, an edge for the link. No torch: the kernels see pointers.
-``CXX`` names the compiler. ``rlkernels._cuda`` joins where ``RLKERNELS_CUDA`` asks for it: see ``setup_cuda.py``.
+``RLKERNELS_CPU=0|1|auto`` (default auto; 1: a failure is an error). ``CXX`` names the compiler, ``MAX_JOBS`` how many of them run side by side.
+``rlkernels._cuda`` joins where ``RLKERNELS_CUDA`` asks for it: see ``setup_cuda.py``. What both builds share: ``setup_build.py``.
 """
 import os
 import platform
-import shlex
-import shutil
-import subprocess
 import sys
-import sysconfig
-import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # not there when pip builds in isolation
+import setup_build  # noqa: E402
 import setup_cuda  # noqa: E402
 
-CXX = shlex.split(os.getenv("CXX", "")) or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
-FOUND = bool(CXX) and shutil.which(CXX[0]) is not None
-HEADERS = Path(sysconfig.get_path("include"), "Python.h").is_file()  # a Debian python3 without python3-dev has none
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-
-if CXX and not FOUND:
-    raise SystemExit(f"CXX={os.environ['CXX']} was not found on PATH; unset it to build without a compiler")
 
 # rows.cpp is compiled once per instruction set, into a namespace of that name; the module chooses among them when it is loaded.
 ISAS = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
@@ -51,59 +43,94 @@ def objects(bf16):
         yield f"rows_{isa}", "csrc/cpu/rows.cpp", f"-DRLK_ISA={isa} {ISAS[isa]}"
 
 
-def compiles(code, *flags):
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text(code)
-        command = [*CXX, *flags, str(source), "-o", str(source.with_suffix(""))]
-        return subprocess.run(command, capture_output=True).returncode == 0
-
-
 def openmp_flag():
     """``-fopenmp`` where the compiler takes it: without it the kernels run on one thread."""
     code = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
-    return "-fopenmp" if compiles(code, "-fopenmp") else "-Wno-unknown-pragmas"
+    return "-fopenmp" if setup_build.compiles(CXX, code, "-fopenmp") else "-Wno-unknown-pragmas"
 
 
 def has_bf16():
     """Whether the compiler has AVX512_BF16; whether the machine has it is asked at run time."""
     code = ("#include <cpuid.h>\n#include <immintrin.h>\n"
             "int main() { __m512i x{}; return int(_mm512_reduce_add_ps(_mm512_dpbf16_ps(__m512{}, (__m512bh)x, (__m512bh)x))); }\n")
-    return X86 and compiles(code, *BF16.split())
+    return X86 and setup_build.compiles(CXX, code, *BF16.split())
 
 
-def write_cpu(plan, out, cxx, include):
-    openmp = openmp_flag()
-    plan.rule("compile", f"{cxx} {FLAGS} {openmp} {include} $extra -MD -MF $out.d -c $in -o $out", deps="gcc", depfile="$out.d")
+def write_cpu(plan, include):
+    openmp, cxx = openmp_flag(), setup_build.command(CXX)
+    plan.rule("compile", f"{cxx} {FLAGS} {openmp} $extra -MD -MF $out.d -c $in -o $out", deps="gcc", depfile="$out.d")
     plan.rule("link", f"{cxx} {LINK} {openmp} $in -o $out")
-    edges = [plan.build(f"{name}.o", "compile", str(ROOT / source), variables={"extra": extra})[0]
-             for name, source, extra in objects(has_bf16())]
-    plan.build(str(out), "link", edges)
+    edges = []
+    for name, source, extra in objects(has_bf16()):
+        edges += plan.build(f"{name}.o", "compile", source, variables={"extra": f"{extra} {include}" if name == "bindings" else extra})
+    plan.build("_cpu.so", "link", edges)
 
 
-class NinjaBuild(build_ext):
+def write_cuda(plan, include):
+    setup_cuda.write_ninja(plan, ROOT, setup_build.command(CXX), include)
+
+
+class Build(build_ext):
+    """The command that compiles; a module that cannot be built is left out, where it is not asked for by name."""
+
+    def run(self):
+        self.failed = {}
+        if "build_ext" in self.distribution.commands:  # the modules themselves are asked for, so nothing is left out in silence
+            for name, reason in ABSENT.items():
+                if reason and ASKED[name] == "":
+                    raise SystemExit(f"rlkernels.{name} cannot be built: {reason}")
+        super().run()
+        if self.inplace:
+            for name in WRITERS:
+                setup_build.note(self.get_finalized_command("build_py").get_package_dir("rlkernels"), name, *self.failed.get(name, [ABSENT[name]]))
+
     def build_extension(self, ext):
-        import ninja
-        import pybind11
-        from ninja.ninja_syntax import Writer
+        name = ext.name.rpartition(".")[2]
+        out = Path(self.get_ext_fullpath(ext.name)).resolve()
+        try:
+            setup_build.make(name, Path(self.build_temp).resolve() / ext.name, out, ROOT, JOBS, WRITERS[name])
+            if name == "_cuda":
+                setup_build.replace(Path(self.build_temp).resolve() / ext.name / setup_cuda.REPORT, out.parent / setup_cuda.REPORT)
+            setup_build.note(out.parent, name)
+        except setup_build.Failed as failed:
+            variable, asked = VARIABLES[name], ASKED[name]
+            if asked == "1" or (asked == "" and "build_ext" in self.distribution.commands):
+                raise SystemExit(f"rlkernels.{name} could not be built: {failed}; {variable}=auto goes without it, {variable}=0 does not try") from None
+            self.failed[name] = str(failed), failed.output
+            log = setup_build.note(out.parent, name, *self.failed[name])
+            setup_build.say(f"rlkernels.{name} was not built, and the package goes without it: {failed}; log: {log}; {variable}=1 makes this an error")
 
-        out, tmp = Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp).resolve() / ext.name
-        tmp.mkdir(parents=True, exist_ok=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        cxx, include = shlex.join(CXX), f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
-        with open(tmp / "build.ninja", "w") as file:
-            plan = Writer(file)
-            if ext.name.endswith("_cuda"):
-                setup_cuda.write_ninja(plan, ROOT, out, cxx, include)
-            else:
-                write_cpu(plan, out, cxx, include)
-        subprocess.check_call([Path(ninja.BIN_DIR) / "ninja", "-C", tmp, f"-j{os.cpu_count() or 1}"])
+
+class Python(build_py):
+    """The command that copies Python files; it notes in the package why a module is absent that is not even tried."""
+
+    def run(self):
+        super().run()
+        package = self.get_package_dir("rlkernels") if self.editable_mode else Path(self.build_lib, "rlkernels")
+        for name, reason in ABSENT.items():
+            setup_build.note(package, name, reason)
+            if reason:
+                setup_build.say(f"rlkernels.{name} is not built, and the package goes without it: {reason}")
 
 
-MODULES = []
-CUDA_WANTED = setup_cuda.wanted()  # asked in any case: a wish that cannot be met must not pass in silence
-if FOUND and HEADERS:
-    MODULES.append(Extension("rlkernels._cpu", sorted({source for _, source, _ in objects(X86)})))
-    if CUDA_WANTED:
-        MODULES.append(Extension("rlkernels._cuda", sorted({source for _, source, _ in setup_cuda.kernels()} | {"csrc/cuda/bindings.cpp"})))
-setup(ext_modules=MODULES, cmdclass={"build_ext": NinjaBuild})
+VARIABLES = {"_cpu": "RLKERNELS_CPU", "_cuda": "RLKERNELS_CUDA"}
+WRITERS = {"_cpu": write_cpu, "_cuda": write_cuda}
+ASKED = {"_cpu": os.getenv("RLKERNELS_CPU", ""), "_cuda": os.getenv("RLKERNELS_CUDA", "")}
+CPU = setup_build.switch("RLKERNELS_CPU", ASKED["_cpu"] or "auto")
+CUDA = setup_build.switch("RLKERNELS_CUDA", ASKED["_cuda"] or setup_cuda.DEFAULT)
+CXX = setup_build.compiler() if CPU != "0" or CUDA != "0" else []
+JOBS = setup_build.jobs()
+MISSING = setup_build.missing(CXX)
+# Why a module is not even tried, or None; of one that nobody asked for there is nothing to say.
+ABSENT = {"_cpu": "RLKERNELS_CPU=0 was set at install time; install without it to build" if CPU == "0" else MISSING,
+          "_cuda": None if CUDA == "0" else setup_cuda.missing() or MISSING}
+for module, value in (("_cpu", CPU), ("_cuda", CUDA)):
+    if value == "1" and ABSENT[module]:
+        raise SystemExit(f"{VARIABLES[module]}=1, but {ABSENT[module]}; or unset it")
+
+FILES = {"_cpu": sorted({source for _, source, _ in objects(X86)}),
+         "_cuda": sorted({source for _, source, _ in setup_cuda.kernels()} | {"csrc/cuda/bindings.cpp"})}
+# Optional: what could not be built is not copied beside the sources either.
+MODULES = [Extension(f"rlkernels.{module}", FILES[module], optional=True) for module, value in (("_cpu", CPU), ("_cuda", CUDA))
+           if value != "0" and ABSENT[module] is None]
+setup(ext_modules=MODULES, cmdclass={"build_ext": Build, "build_py": Python})

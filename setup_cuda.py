@@ -1,18 +1,21 @@
 """The plan of ``rlkernels._cuda`` for ``setup.py``: objects, compilers and flags. Looks for nvcc and nothing else of the machine.
 
-``RLKERNELS_CUDA=0|1|auto`` (auto: where nvcc is found). The default is 0 until these kernels have been measured on a GPU: they take minutes to
-build, and Triton serves GPUs before them. ``RLKERNELS_CUDA_ARCHS`` such as ``"90a 120"``: machine code for each, and PTX, which the driver compiles for
-other chips when the module is first used there. ``RLKERNELS_CUDA_FLAGS`` is added for nvcc (``-lineinfo`` for a profiler). ``CUDA_HOME`` is
-searched where nvcc is not on PATH.
+``RLKERNELS_CUDA=0|1|auto`` (auto: where nvcc works; 1: a failure is an error). The default is 0 until these kernels have been measured on a
+GPU: they take minutes to build, and Triton serves GPUs before them. ``RLKERNELS_CUDA_ARCHS`` such as ``"90a 120"``: machine code for each, and
+PTX, which the driver compiles for other chips when the module is first used there. ``RLKERNELS_CUDA_FLAGS`` is added for nvcc (``-lineinfo``
+for a profiler). ``CUDA_HOME`` is searched where nvcc is not on PATH.
 """
 import hashlib
 import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 
+DEFAULT = "0"
+REPORT = "_cuda.ptxas.txt"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.getenv('CUDA_HOME', '/usr/local/cuda')}/bin")
 ARCHS = os.getenv("RLKERNELS_CUDA_ARCHS", "80 90a 100a 120").split()
-WANTED = os.getenv("RLKERNELS_CUDA", "0")
 
 # No contraction: a fused multiply-add is written where it is meant, or bits would depend on what the compiler inlined.
 FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden " + os.getenv("RLKERNELS_CUDA_FLAGS", "")
@@ -22,17 +25,15 @@ GRADIENTS = (*((d, d) for d in DTYPES), ("f32", "bf16"), ("f32", "f16"))
 ALONE = ("elementwise", "scan")
 
 
-def wanted():
-    """Is the module to be built here?
+def missing():
+    """What the build needs of CUDA and is not here, in one line, or None.
 
     Raises:
-        SystemExit: ``RLKERNELS_CUDA`` is unknown, or asks for what cannot be.
+        SystemExit: ``RLKERNELS_CUDA_ARCHS`` is not a list of architectures.
     """
-    if WANTED not in ("0", "1", "auto"):
-        raise SystemExit(f"RLKERNELS_CUDA must be 0, 1 or auto, got {WANTED!r}")
-    if WANTED == "1" and NVCC is None:
-        raise SystemExit("RLKERNELS_CUDA=1, but nvcc was found neither on PATH nor under CUDA_HOME; install the CUDA toolkit, or unset it")
-    return WANTED != "0" and NVCC is not None
+    if not ARCHS or not all(re.fullmatch(r"[1-9]\d{1,2}[af]?", arch) for arch in ARCHS):
+        raise SystemExit(f"RLKERNELS_CUDA_ARCHS must be architectures such as '90a 120', got {' '.join(ARCHS)!r}")
+    return "nvcc was found neither on PATH nor under CUDA_HOME; install the CUDA toolkit" if NVCC is None else None
 
 
 def arch_flags():
@@ -62,16 +63,16 @@ def digest(root):
     return text.hexdigest()
 
 
-def write_ninja(plan, root, out, cxx, include):
-    """Adds the rules and edges of the module to a ninja ``plan``; ``out`` is the shared library.
+def write_ninja(plan, root, cxx, include):
+    """Adds the rules and edges of ``_cuda.so`` to a ninja ``plan``, in whose folder ``csrc`` lies; ``cxx``: the C++ compiler, as ninja wants it.
 
-    What ptxas says of every kernel (registers, spills) is kept beside it in ``_cuda.ptxas.txt``: the tests read it, and nobody compiles twice.
+    What ptxas says of every kernel (registers, spills) is kept beside it, in ``REPORT``: the tests read it, and nobody compiles twice.
     """
-    out = Path(out)
-    command = f"{NVCC} {FLAGS} {arch_flags()} -Xptxas -v $extra -MD -MF $out.d -c $in -o $out"
+    nvcc = shlex.quote(NVCC).replace("$", "$$")
+    command = f"{nvcc} {FLAGS.replace('$', '$$')} {arch_flags()} -Xptxas -v $extra -MD -MF $out.d -c $in -o $out"
     plan.rule("nvcc", f"{command} 2> $out.log || (cat $out.log >&2; exit 1)", deps="gcc", depfile="$out.d")
     plan.rule("cxx", f"{cxx} -std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra {include} -MD -MF $out.d -c $in -o $out", deps="gcc", depfile="$out.d")
-    plan.rule("link_cuda", f"{NVCC} -shared -cudart static $in -o $out && (echo sources {digest(root)}; cat *.o.log) > $report")
-    edges = [plan.build(f"{name}.o", "nvcc", f"{root}/{source}", variables={"extra": extra})[0] for name, source, extra in kernels()]
-    edges += plan.build("bindings.o", "cxx", f"{root}/csrc/cuda/bindings.cpp")
-    plan.build(str(out), "link_cuda", edges, variables={"report": str(out.parent / "_cuda.ptxas.txt")})
+    plan.rule("link_cuda", f"{nvcc} -shared -cudart static $in -o $out && (echo sources {digest(root)}; cat *.o.log) > {REPORT}")
+    edges = [plan.build(f"{name}.o", "nvcc", source, variables={"extra": extra})[0] for name, source, extra in kernels()]
+    edges += plan.build("bindings.o", "cxx", "csrc/cuda/bindings.cpp")
+    plan.build("_cuda.so", "link_cuda", edges)

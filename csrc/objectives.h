@@ -2,6 +2,8 @@
 #pragma once
 #include "scalar.h"
 
+#define RLK_OBJECTIVES_DIGEST "d7c5172fff437d86"
+
 #define RLK_OBJECTIVES(X) \
   X(k1, 2, 0) \
   X(k2, 2, 0) \

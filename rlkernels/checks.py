@@ -1,13 +1,16 @@
 """Every check of a public argument: types, shapes, dtypes and devices, never a value on a device. Messages start with the function's name."""
 import math
+import os
 
 import torch
 
 from rlkernels.checks_names import choice, known_names, named, several
 from rlkernels.checks_numbers import finite, integer, interval, positive, positive_integer, real
+from rlkernels.plain import has_values
 
 __all__ = ["choice", "finite", "integer", "interval", "known_names", "named", "positive", "positive_integer", "real", "several"]  # checks, too
 
+CHECK_VALUES = os.environ.get("RLKERNELS_CHECK") == "1"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOAT_NAMES = "float32, bfloat16, float16, float64"
 COLDEST, HOTTEST = 2.0**-40, 2.0**40
@@ -56,23 +59,74 @@ def targets(where, x, rows):
 
 
 def temperature(where, x, rows):
-    if isinstance(x, torch.Tensor):
-        floating(where, "temperature", x)
-        shape(where, "temperature", x, rows)
-        no_gradient(where, temperature=x)
-    else:
-        positive(where, "temperature", x)
-        if not COLDEST <= x <= HOTTEST:
-            raise ValueError(f"{where}: temperature must be from 2**-40 (9.1e-13) to 2**40 (1.1e12), got {x}; a bound is as good as its limit")
+    """``x`` as a float, or as a tensor of shape ``rows``: given so, or one for each sequence (``rows`` without or with a last 1), or one for all.
+
+    A tensor of one number is read on the CPU alone.
+    """
+    if not isinstance(x, torch.Tensor) or (x.dim() == 0 and x.device.type == "cpu" and not torch.compiler.is_compiling()):
+        x = positive(where, "temperature", x)
+        within_reach(where, "temperature", x)
+        return x
+    floating(where, "temperature", x)
+    no_gradient(where, temperature=x)
+    if x.shape == rows:
+        return x.resolve_neg()
+    of_sequences = rows[:-1]
+    if x.shape not in ((), of_sequences, (*of_sequences, 1)):
+        raise ValueError(f"{where}: temperature has shape {tuple(x.shape)}, expected {tuple(rows)}, or {tuple(of_sequences)} or {(*of_sequences, 1)}: one for "
+                         "each sequence; or a number")
+    return (x.unsqueeze(-1) if x.dim() and x.shape == of_sequences else x).resolve_neg().expand(rows)
 
 
-def mask(where, x, expected, name="mask"):
+def within_reach(where, name, x, limit="a bound"):
+    """A positive factor or divisor of logits that fp32 can take; ``limit``: what is as good as one that is not."""
+    if not COLDEST <= x <= HOTTEST:
+        raise ValueError(f"{where}: {name} must be from 2**-40 (9.1e-13) to 2**40 (1.1e12), got {x}; {limit} is as good as its limit")
+
+
+def host_reads(x):
+    """Whether the host may read values of ``x`` here and now: it is free, or was asked for, and there are some."""
+    return (CHECK_VALUES or x.device.type == "cpu") and has_values(x)
+
+
+def coefficient(check, where, name, x, *more, **options):
+    """A number as ``check`` gives it; a tensor of one number that the host may not read stays a tensor, and its range is not looked at."""
+    if type(x) is float or not isinstance(x, torch.Tensor) or x.dim() or x.dtype == torch.bool or x.dtype.is_complex or host_reads(x):
+        return check(where, name, x, *more, **options)
+    no_gradient(where, **{name: x})
+    return x
+
+
+def mask(where, x, expected, name="mask", counts=False):
+    """A mask: bool; integers, of which those that are not 0 are live; or floats, which must be 0 and 1 unless they are ``counts``."""
     if x is None:
         return
     tensor(where, name, x)
     if x.dtype.is_complex:
         raise TypeError(f"{where}: {name} must be bool, integer or floating, got {x.dtype}")
     shape(where, name, x, expected)
+    if x.dtype.is_floating_point and not counts:
+        _zeros_and_ones(where, name, x)
+
+
+def labels(where, name, x, expected):
+    """Labels of two classes: bool, or 0 and 1."""
+    mask(where, x, expected, name)
+    if x.dtype != torch.bool:
+        _zeros_and_ones(where, name, x)
+
+
+def counts(where, name, x, expected):
+    """Numbers of tokens."""
+    mask(where, x, expected, name, counts=True)
+    if host_reads(x) and not (x >= 0).all():
+        raise ValueError(f"{where}: {name} holds {x[~(x >= 0)][0].item()}, expected numbers of tokens, at least 0")
+
+
+def _zeros_and_ones(where, name, x):
+    if host_reads(x) and not torch.equal((x != 0).to(x.dtype), x):
+        raise ValueError(f"{where}: {name} holds {x[(x != 0) & (x != 1)][0].item()}, expected 0 and 1 alone; weights of tokens go into weights=, an "
+                         f"additive mask is {name} == 0")
 
 
 def vocab_mask(where, x, logits_shape):
@@ -179,18 +233,21 @@ def params(where, objective, entry, given, defaults):
         if name not in entry.params:
             known = f"it takes {', '.join(entry.params)}" if entry.params else "it takes no parameters"
             raise TypeError(f"{where}: objective {objective!r} takes no {name!r}; {known}")
-    values = {**defaults.get(objective, {}), **given}
+    values, plain = {**defaults.get(objective, {}), **given}, True
     for name in entry.params:
         if name not in values:
             raise TypeError(f"{where}: objective {objective!r} needs {name!r}")
-        values[name] = real(where, name, values[name])
+        if type(values[name]) is not float:
+            values[name] = coefficient(real, where, name, values[name])
+            plain = plain and not isinstance(values[name], torch.Tensor)
+    known = values if plain else {name: x for name, x in values.items() if not isinstance(x, torch.Tensor)}
     for name, low, high in (("clip_low", 0, 1), ("clip_high", 0, math.inf)):
         # CISPO's paper has no lower bound: clip_low = 1 there, so 1 is in.
-        if name in values and not (low <= values[name] <= high if objective == "cispo" else low <= values[name] < high):
-            raise ValueError(f"{where}: {name} must be in [{low}, {high}), got {values[name]}")
-    if "dual_clip" in values and not values["dual_clip"] > 1:
+        if name in known and not (low <= known[name] <= high if objective == "cispo" else low <= known[name] < high):
+            raise ValueError(f"{where}: {name} must be in [{low}, {high}), got {known[name]}")
+    if "dual_clip" in known and not known["dual_clip"] > 1:
         raise ValueError(f"{where}: dual_clip must be > 1, got {values['dual_clip']}")
     for name in ("beta", "tau_pos", "tau_neg", "clip_range"):
-        if name in values and name in entry.params:
-            positive(where, name, values[name])
+        if name in known and name in entry.params:
+            positive(where, name, known[name])
     return [values[name] for name in entry.params]

@@ -74,7 +74,8 @@ def known_names(where, name, given, known):
 
 def _instead(name, x, known):
     if not isinstance(x, str):
-        return f"; pass its name, {x.__name__!r}" if getattr(x, "__name__", None) in known else ""
+        name_of_x = getattr(x, "__name__", None)  # of a function or a class; None may be among the known names
+        return f"; pass its name, {name_of_x!r}" if name_of_x is not None and name_of_x in known else ""
     spelt = x.lower().replace(" ", "_")
     of_the_field = FIELD.get(name, {}).get(spelt)
     if of_the_field is not None and (of_the_field == "None" or of_the_field.split(" ")[0].rstrip(",") in known or " of " in of_the_field):

@@ -3,14 +3,13 @@
 The values of ``cu_seqlens`` are read where that is free: on the CPU; with ``RLKERNELS_CHECK=1`` on every device.
 """
 import math
-import os
 
 import torch
 
 from rlkernels import checks
-from rlkernels.plain import gradient_wanted
+from rlkernels.plain import has_values
 
-CHECK_VALUES = os.environ.get("RLKERNELS_CHECK") == "1"
+CHECK_VALUES = checks.CHECK_VALUES
 
 
 def layout(where, name, x, cu_seqlens):
@@ -38,7 +37,7 @@ def values_are_read(x):
 
 def host_reads(x):
     """Whether the host may read values of ``x`` here and now: it is free, and there are some, not those of a compiled, traced or fake program."""
-    return values_are_read(x) and not torch.compiler.is_compiling() and gradient_wanted((x,)) is not None
+    return values_are_read(x) and has_values(x)
 
 
 def segments(where, cu_seqlens, tokens, filled=False):
@@ -142,14 +141,25 @@ def ids(where, name, x, expected):
 
 
 def not_negative(where, name, x):
-    """A number, or a tensor of shape () whose value is not read."""
+    """A number, or a tensor of shape (), whose value is read where that is free."""
     if isinstance(x, torch.Tensor):
+        checks.tensor(where, name, x)
         checks.shape(where, name, x, ())
-        return x
+        checks.no_gradient(where, **{name: x})
+        if not checks.host_reads(x):
+            return x
     x = checks.real(where, name, x)
     if not 0 <= x < math.inf:
         raise ValueError(f"{where}: {name} must be finite and not negative, got {x}")
     return x
+
+
+def total(where, name, x):
+    """A count, as ``not_negative`` gives it. 16 bits do not hold it."""
+    if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(f"{where}: {name} has dtype {x.dtype}, which skips counts beyond {256 if x.dtype == torch.bfloat16 else 2048}; "
+                        "keep it an integer or float32")
+    return not_negative(where, name, x)
 
 
 def keywords(where, given):

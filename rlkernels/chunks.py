@@ -52,7 +52,10 @@ class Rows(NamedTuple):
         """``targets, temperature, ignore_index`` of these rows, as a backend takes them."""
         found = targets[self.index]
         found = found if self.dead is None else found.masked_fill(self.dead, ignore_index)
-        return found, self.of(temperature) if temperature.dim() else temperature.item(), ignore_index
+        if not temperature.dim():
+            return found, temperature.item(), ignore_index
+        of_each = self.of(temperature)
+        return found, of_each if self.dead is None else of_each.masked_fill(self.dead, 1.0), ignore_index
 
     def hidden(self, hidden):
         """``[m, H]``, ``m`` a multiple of ROWS; the rows that fill up are 0, and so are dead ones: 0 times a NaN there would be NaN."""

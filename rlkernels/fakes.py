@@ -1,4 +1,4 @@
-"""Shapes and dtypes of what each op returns, for callers that hold no data."""
+"""Shapes and dtypes of what each op returns, for callers that hold no data. Every output is contiguous, whatever the layout of the inputs."""
 import torch
 
 from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS, real_dtype
@@ -31,11 +31,11 @@ def fused_policy_fake(objective, logits, targets, temperature, ignore_index, voc
 
 
 def elementwise_fake(objective, first, *rest):
-    return first.new_empty(()), torch.empty_like(first), torch.empty_like(first)
+    return first.new_empty(()), first.new_empty(first.shape), first.new_empty(first.shape)
 
 
 def elementwise_backward_fake(dloss, dvalue, first, *rest):
-    return torch.empty_like(first)
+    return first.new_empty(first.shape)
 
 
 def weighted_loss_fake(objective, first, minus, *rest):
@@ -43,11 +43,11 @@ def weighted_loss_fake(objective, first, minus, *rest):
 
 
 def weighted_loss_backward_fake(dloss, slopes, *inputs):
-    return torch.empty_like(slopes)
+    return slopes.new_empty(slopes.shape)
 
 
 def gae_fake(rewards, *rest):
-    return torch.empty_like(rewards), torch.empty_like(rewards)
+    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 
 
 def offsets_fake(cu_seqlens, *rest):

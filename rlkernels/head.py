@@ -5,17 +5,23 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import checks, checks_tokens, ops, parallel
-from rlkernels.backends import cpu
+from rlkernels.agreement import pattern, sketch
+from rlkernels.backends import cpu, gate
 from rlkernels.backends.eager import check_rows, real_dtype
 from rlkernels.chunks import budget_bytes, rows_within
+from rlkernels.plain import replaced
 from rlkernels.products import products
+from rlkernels.rows import or_one
 
+AUTOCAST = {kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla")}
+"""Asked once: torch 2.11 cannot trace the question."""
 ALIGNED = 16  # columns: 16-byte loads in every row, whatever the vocabulary
 
 
 class Head(NamedTuple):
-    """Hidden states ``[T, H]``, a head, and what belongs to each row; checked."""
+    """Hidden states ``[T, H]``, a head, and what belongs to each row; checked. ``where``: the function that was called."""
 
+    where: str
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -29,18 +35,23 @@ class Head(NamedTuple):
     bound: int | None
     shard: parallel.Shard | None
     shape: torch.Size
-
-    @property
-    def real(self):
-        return real_dtype(self.hidden.dtype)
+    real: torch.dtype  # of per-row results. A field: torch 2.8 traces no property of a named tuple
 
     def flat(self, x):
         """A per-row tensor as a contiguous ``[T]`` of the arithmetic's dtype; None stays None."""
         # A copy: a second backward makes the gradients anew, from what the caller may have written over since.
         return None if x is None else x.detach().to(self.real, copy=True).reshape(-1).contiguous()
 
+    def in_common(self):
+        return in_common(self.hidden, self.bias, self.targets, self.temperature, self.softcap, self.logit_scale, self.ignore_index, self.logits_dtype,
+                         self.chunk, self.bound)
+
+    def temperature_without(self, dead, given):
+        """The temperature as it was ``given``, if it is one number; else one per row, 1 where ``dead``, whose shape is that of the rows."""
+        return or_one(dead, self.temperature.view(dead.shape)) if self.temperature.dim() else given
+
     def detached(self):
-        return self._replace(hidden=self.hidden.detach(), weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+        return replaced(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
 
 def head(where, hidden, weight, targets, *, bias=None, temperature=1.0, softcap=None, logit_scale=1.0, ignore_index=-100,
@@ -50,12 +61,15 @@ def head(where, hidden, weight, targets, *, bias=None, temperature=1.0, softcap=
     hidden, weight, bias = _operands(where, hidden, weight, bias)
     shape = hidden.shape[:-1]
     checks.targets(where, targets, shape)
-    checks.temperature(where, temperature, shape)
+    temperature = checks.temperature(where, temperature, shape)
     ignore_index = checks.integer(where, "ignore_index", ignore_index)
     targets = checks_tokens.holding(where, targets, ignore_index)
     logit_scale = checks.finite(where, "logit_scale", logit_scale)
+    if logit_scale != 0:
+        checks.within_reach(where, "logit_scale", abs(logit_scale), "0")
     if softcap is not None:
         softcap = checks.positive(where, "softcap", softcap)
+        checks.within_reach(where, "softcap", softcap, "None")
     if logits_dtype not in checks.FLOATS:
         raise TypeError(f"{where}: logits_dtype must be floating, one of {checks.FLOAT_NAMES}; got {logits_dtype}")
     chunk_tokens, logits_budget, max_live_tokens, valid_vocab = (checks.positive_integer(where, name, x) for name, x in (
@@ -80,8 +94,8 @@ def head(where, hidden, weight, targets, *, bias=None, temperature=1.0, softcap=
     temperature = temperature.reshape(-1).to(real_dtype(hidden.dtype)).contiguous() if per_row else ops.number(temperature)
     bytes_per_row = (width + ALIGNED) * _bytes_per_logit(weight, logits_dtype, softcap)
     chunk = chunk_tokens or rows_within(budget_bytes(logits_budget, hidden.device.type), bytes_per_row)
-    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), temperature, softcap, logit_scale, ignore_index, logits_dtype,
-                chunk, max_live_tokens, shard, shape)
+    return Head(where, hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), temperature, softcap, logit_scale, ignore_index, logits_dtype,
+                chunk, max_live_tokens, shard, shape, real_dtype(hidden.dtype))
 
 
 def _operands(where, hidden, weight, bias):
@@ -97,8 +111,11 @@ def _operands(where, hidden, weight, bias):
     if bias is not None:
         checks.floating(where, "bias", bias)
         checks.shape(where, "bias", bias, weight.shape[:1])
+    if not (where.startswith("linear_token_") or torch.compiler.is_compiling()):
+        # The losses hand their chunks to kernels without the dispatcher, which would unwrap a subclass of Tensor.
+        hidden, weight, bias = (x if x is None else gate.own(where, name, x) for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)))
     kind = hidden.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, x in (("weight", weight), ("bias", bias)):
@@ -107,9 +124,13 @@ def _operands(where, hidden, weight, bias):
     return hidden, weight, bias
 
 
+def _has_autocast(kind):
+    return AUTOCAST[kind] if kind in AUTOCAST else torch.amp.is_autocast_available(kind)
+
+
 def without_autocast(kind):
     """On devices of this kind. It would take the products of fp32 back to 16 bits; ``head`` has cast what the caller wants cast."""
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if _has_autocast(kind) else contextlib.nullcontext()
 
 
 def _bytes_per_logit(weight, logits_dtype, softcap):
@@ -183,9 +204,16 @@ class Chunk:
         return self.products.gradients(d, hidden, want_hidden, dweight, first)
 
 
-def check_targets(targets, ignore_index, temperature, columns, shard):
-    """On the CPU: a target outside the vocabulary, a temperature that is not positive, by the caller's row."""
-    try:
-        check_rows(targets, columns if shard is None else shard.vocab, ignore_index, temperature if temperature.dim() else 1.0)
-    except (IndexError, ValueError) as error:
-        raise checks.named(error) from error
+def check_targets(where, targets, ignore_index, temperature, columns, shard):
+    """On the CPU: a target outside the vocabulary, a temperature of a live row that is not positive, by the caller's row."""
+    check_rows(targets, columns if shard is None else shard.vocab, ignore_index, temperature if temperature.dim() else 1.0, where)
+
+
+def in_common(hidden, bias, targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk, bound):
+    """What all ranks of a process group must have alike, under the names that an error gives it; and a sum over hidden states. Read on the host."""
+    live = targets != ignore_index
+    bits = {torch.float32: torch.int32, torch.float64: torch.int64}[temperature.dtype]
+    return [("tokens", hidden.shape[0]), ("features", hidden.shape[1]), ("live tokens", live.sum().item()), ("rows per chunk", chunk),
+            ("max_live_tokens", bound), ("dtype of hidden", hidden.dtype), ("logits_dtype", logits_dtype), ("softcap", softcap), ("logit_scale", logit_scale),
+            ("with a bias", bias is not None), ("temperature", pattern(live, temperature.view(bits)) if temperature.dim() else temperature.item()),
+            ("digest of live targets", pattern(live, targets))], [("hidden states, each times a factor", *sketch(hidden, live))]

@@ -9,13 +9,16 @@ import math
 import torch
 
 from rlkernels import checks, ops, parallel
+from rlkernels.agreement import agreed, meeting, met, pattern
+from rlkernels.backends import gate
 from rlkernels.backends.eager import real_dtype
 from rlkernels.chunks import filled_up, live_rows
-from rlkernels.head import Chunk, check_targets, fresh, head, without_autocast
+from rlkernels.head import Chunk, check_targets, fresh, head, in_common, without_autocast
 from rlkernels.logprobs import collect
 from rlkernels.rows import Rows
 
 
+@agreed
 def linear_token_logprobs(hidden, weight, targets, *, bias=None, temperature=1.0, softcap=None, logit_scale=1.0, ignore_index=-100,
                           logits_dtype=torch.float32, chunk_tokens=None, logits_budget=None, max_live_tokens=None, valid_vocab=None,
                           process_group=None, vocab_start=None):
@@ -26,22 +29,27 @@ def linear_token_logprobs(hidden, weight, targets, *, bias=None, temperature=1.0
     Args:
         hidden: ``[..., H]``. weight: ``[V, H]``, same dtype. bias: ``[V]``. All three get gradients where they require them.
         targets, temperature, ignore_index: as for ``token_logprobs``. A token with an ignored target enters no product.
+        softcap, logit_scale: from ``2**-40`` to ``2**40``; no cap is None, and a scale may be negative or 0.
         logits_dtype: float32 keeps the matmul's accumulator; bfloat16 or float16 rounds the logits as an inference engine may.
         logits_budget: bytes that the logits of one chunk (and what their gradient needs beside them) may take; by default
             ``RLKERNELS_LOGITS_BUDGET``, else 1 GiB, on a CPU 256 MiB. chunk_tokens: rows per chunk instead.
         max_live_tokens: a bound on the tokens that are not ignored. Without it the host reads their number, once per direction; with it
             it reads nothing, and as many rows as the bound says are multiplied. On an accelerator a bound too small fails an assertion there.
         valid_vocab: columns from here on are padding and take no part; their rows of ``weight`` get a gradient of 0.
-        process_group: each rank holds ``[V_local, H]``, in rank order; targets and the result are global. Hidden states must be equal on
-            all ranks, and their gradient is summed over the group. vocab_start: first column of this rank where shards differ in size.
+        process_group: each rank holds ``[V_local, H]``, in rank order; targets and the result are global. Hidden states must be equal on all
+            ranks, as everything but the shard, and their gradient is summed over the group. vocab_start: first column of this rank, where shards
+            differ in size.
 
     Returns:
-        Tensor ``[...]``, fp32 (fp64 for fp64 hidden states). On a CPU the bits of a row do not depend on the rows that come with it; an accelerator's
-        library may add in another order for another number of rows.
+        Tensor ``[...]``, fp32 (fp64 for fp64 hidden states). The bits of a row depend neither on the rows that come with it nor on the
+        number of threads where the products are our own: on a CPU in bf16 with AVX512_BF16, and on AMD's with AVX-512 in fp32, fp16 and bf16
+        (bf16 logits of a bf16 head are a library's). Elsewhere a library may add in another order for another number of rows or threads.
 
     Raises:
         TypeError, ValueError: shapes or dtypes do not fit; a sharded weight without elements; shards that do not cover the vocabulary.
         IndexError: on the CPU, a target outside ``[0, V)`` that is not ``ignore_index``.
+        RuntimeError: on the CPU, or with ``RLKERNELS_CHECK=1``, ranks of ``process_group`` that differ in anything but their shard, or of which
+            one has raised: on every rank.
     """
     found, shape, _ = _stats("linear_token_logprobs", hidden, weight, targets, (), bias=bias, temperature=temperature, softcap=softcap,
                              logit_scale=logit_scale, ignore_index=ignore_index, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens,
@@ -50,6 +58,7 @@ def linear_token_logprobs(hidden, weight, targets, *, bias=None, temperature=1.0
     return found[0].view(shape)
 
 
+@agreed
 def linear_token_stats(hidden, weight, targets, *, bias=None, temperature=1.0, softcap=None, logit_scale=1.0, ignore_index=-100,
                        logits_dtype=torch.float32, chunk_tokens=None, logits_budget=None, max_live_tokens=None, valid_vocab=None,
                        process_group=None, vocab_start=None, outputs=("entropy",)):
@@ -68,7 +77,7 @@ def linear_token_stats(hidden, weight, targets, *, bias=None, temperature=1.0, s
                                        logit_scale=logit_scale, ignore_index=ignore_index, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens,
                                        logits_budget=logits_budget, max_live_tokens=max_live_tokens, valid_vocab=valid_vocab,
                                        process_group=process_group, vocab_start=vocab_start)
-    return collect(found, Rows(None, None, temperature, ignore_index, None, shape), outputs, False, None)
+    return collect(found, Rows(None, None, temperature, ignore_index, None, shape, None), outputs, False, None)
 
 
 def _stats(where, hidden, weight, targets, outputs, **options):
@@ -78,8 +87,15 @@ def _stats(where, hidden, weight, targets, outputs, **options):
     for name in outputs:
         wanted |= ops.FLAGS[name]
     shard = h.shard or NO_SHARD
-    found = linear_stats(h.hidden, h.weight, h.bias, h.targets, h.temperature, ops.number(math.nan if h.softcap is None else h.softcap),
-                         ops.number(h.logit_scale), h.ignore_index, h.logits_dtype, h.chunk, h.bound, *shard, wanted, ops.serving("token_stats", hidden))
+    try:
+        found = linear_stats(h.hidden, h.weight, h.bias, h.targets, h.temperature, ops.number(math.nan if h.softcap is None else h.softcap),
+                             ops.number(h.logit_scale), h.ignore_index, h.logits_dtype, h.chunk, h.bound, *shard, where, wanted,
+                             ops.serving("token_stats", hidden))
+    except (NotImplementedError, TypeError):  # of a subclass of Tensor that knows torch's own operations alone: say which, and what to pass
+        for name, x in (("hidden", hidden), ("weight", weight), ("bias", h.bias)):
+            if x is not None:
+                gate.own(where, name, x)
+        raise
     return found, h.shape, h.temperature
 
 
@@ -94,17 +110,44 @@ def _own_dtypes(function):
     return call
 
 
+def _fits(hidden, weight, bias, targets, temperature, chunk, **per_row):
+    """What the public functions have checked, for whoever calls a registered op; ``per_row``: numbers for each target, or None."""
+    if weight.dim() != 2 or targets.dim() != 1 or chunk < 1 or hidden.shape != (targets.shape[0], weight.shape[1]):
+        raise ValueError(f"linear_stats: weight has shape {tuple(weight.shape)}, hidden {tuple(hidden.shape)}, targets "
+                         f"{tuple(targets.shape)}, chunk is {chunk}; expected [V, H], [T, H], [T] and a positive chunk")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(f"linear_stats: {name} has dtype {x.dtype}, hidden has {hidden.dtype}; cast one of them")
+    if temperature.dim():
+        per_row["temperature"] = temperature
+    for name, x, shape in (("bias", bias, weight.shape[:1]), *((name, x, targets.shape) for name, x in per_row.items())):
+        if x is not None:
+            checks.shape("linear_stats", name, x, shape)
+
+
 class _Setting:
     """An op's flat arguments as the objects that they stand for."""
 
     def __init__(self, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk, bound, group, start, columns, vocab,
-                 backend):
+                 where, backend):
         self.targets, self.temperature, self.ignore_index, self.size, self.bound, self.backend = targets, temperature, ignore_index, chunk, bound, backend
-        self.shard = parallel.Shard(group, start, columns, vocab) if group else None
+        self.shard, self.where = parallel.Shard(group, start, columns, vocab) if group else None, where
         softcap = softcap.item()
         self.softcap = None if math.isnan(softcap) else softcap
-        check_targets(targets, ignore_index, temperature, weight.shape[0], self.shard)
         self.head = weight, bias, self.softcap, logit_scale.item(), logits_dtype, self.shard
+
+    def checked(self, hidden, direction, more):
+        """What the host can read: targets and temperatures; over a process group what its ranks share, and ``more()``: further facts, perhaps other sums."""
+        weight, bias, softcap, scale, dtype, shard = self.head
+        arguments = self.targets, self.ignore_index, self.temperature, weight.shape[0], shard
+        if shard is None:
+            return check_targets(self.where, *arguments)
+        with meeting(self.where + direction, shard.process_group(), hidden.device) as now:
+            check_targets(self.where, *arguments)
+            if met(hidden.device):
+                common, sums = in_common(hidden, bias, self.targets, self.temperature, softcap, scale, self.ignore_index, dtype, self.size, self.bound)
+                facts, others = more()
+                now.compare(shard[1:], common + facts, others or sums)
 
     def chunks(self, live, bias_gradient=False):
         """``(Chunk, rows)`` by turns; the chunk's buffer is that of all."""
@@ -119,9 +162,11 @@ class _Setting:
 
 @_own_dtypes
 def _linear_stats(hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk, bound, group, start, columns,
-                  vocab, wanted, backend):
+                  vocab, where, wanted, backend):
     setting = _Setting(weight, bias, targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk, bound, group, start, columns, vocab,
-                       backend)
+                       where, backend)
+    _fits(hidden, weight, bias, targets, temperature, chunk)
+    setting.checked(hidden, "", lambda: ([("outputs", [name for name, flag in ops.FLAGS.items() if wanted & flag])], None))
     found = tuple(x.zero_() for x in ops.token_stats_fake(hidden, targets, temperature, ignore_index, None, None, wanted, False, backend))
     for head_, rows in setting.chunks(targets != ignore_index):
         x = head_.logits(rows.hidden(hidden))[:len(rows)]
@@ -133,7 +178,7 @@ def _linear_stats(hidden, weight, bias, targets, temperature, softcap, logit_sca
 
 
 def _linear_stats_fake(hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk, bound, group, start, columns,
-                       vocab, wanted, backend):
+                       vocab, where, wanted, backend):
     return ops.token_stats_fake(hidden, targets, temperature, ignore_index, None, None, wanted, False, backend)
 
 
@@ -159,18 +204,28 @@ def _linear_grad(ctx, dlogp, dshift, dsum, dentropy, *_):
 
 @_own_dtypes
 def _linear_backward(dlogp, dentropy, hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk, bound, group,
-                     start, columns, vocab, shift, sum_exp, entropy, need_hidden, need_weight, need_bias, backend):
+                     start, columns, vocab, where, shift, sum_exp, entropy, need_hidden, need_weight, need_bias, backend):
     setting = _Setting(weight, bias, targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk, bound, group, start, columns, vocab,
-                       backend)
-    total = Gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias), setting.shard)
-    _accumulate(total, setting, dlogp, dentropy, hidden, targets, shift, sum_exp, entropy, backend)
+                       where, backend)
+    _fits(hidden, weight, bias, targets, temperature, chunk, dlogp=dlogp, dentropy=dentropy, shift=shift, sum_exp=sum_exp,
+          entropy=None if dentropy is None else entropy)
+    given, needs = [d for d in (dlogp, dentropy) if d is not None], (need_hidden, need_weight, need_bias)
+    # Prompt and padding rows arrive with a gradient of exactly 0: they cost no product.
+    live = (targets != ignore_index) & torch.stack([d != 0 for d in given]).any(0)
+
+    def of_upstream():
+        facts = [("gradients of hidden, weight, bias", needs), ("rows with an upstream gradient", live.sum().item()), ("their digest", pattern(live, targets))]
+        sums = [0.0 if d is None else torch.where(live, d, 0.0).double().abs().sum().item() for d in (dlogp, dentropy)]
+        return facts, [(f"sizes of upstream gradients of {name}", x, x) for name, x in zip(("logprobs", "entropy"), sums, strict=True)]
+
+    setting.checked(hidden, ", backward", of_upstream)
+    total = Gradients(hidden, weight, bias, needs, setting.shard)
+    _accumulate(total, setting, dlogp, dentropy, hidden, live, shift, sum_exp, entropy, backend)
     return total.finished()  # with the chunk's buffer given back
 
 
-def _accumulate(total, setting, dlogp, dentropy, hidden, targets, shift, sum_exp, entropy, backend):
-    wanted = [d != 0 for d in (dlogp, dentropy) if d is not None]
-    # Prompt and padding rows arrive with a gradient of exactly 0: they cost no product.
-    for head_, rows in setting.chunks((targets != setting.ignore_index) & torch.stack(wanted).any(0), total.needs[2]):
+def _accumulate(total, setting, dlogp, dentropy, hidden, live, shift, sum_exp, entropy, backend):
+    for head_, rows in setting.chunks(live, total.needs[2]):
         h = rows.hidden(hidden)
         x = head_.logits(h)[:len(rows)]
         upstream = (None if d is None else rows.of(d).contiguous() for d in (dlogp, dentropy))
@@ -211,7 +266,7 @@ class Gradients:
 
 
 _OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor temperature, Tensor softcap, Tensor logit_scale, int ignore_index, " \
-            "ScalarType logits_dtype, int chunk, int? bound, str group, int start, int columns, int vocab"
+            "ScalarType logits_dtype, int chunk, int? bound, str group, int start, int columns, int vocab, str where"
 linear_stats = ops.define(
     "linear_stats", f"({_OPERANDS}, int wanted, str backend) -> ({', '.join(['Tensor'] * 11)})", _linear_stats, _linear_stats_fake, _linear_grad,
     _linear_setup)
@@ -219,5 +274,5 @@ linear_stats_backward = ops.define(
     "linear_stats_backward", f"(Tensor? dlogp, Tensor? dentropy, {_OPERANDS}, Tensor shift, Tensor sum_exp, Tensor entropy, bool need_hidden, "
     "bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor)", _linear_backward,
     lambda dlogp, dentropy, hidden, weight, *rest: (
-        torch.empty_like(hidden) if rest[-4] else hidden.new_empty(0), torch.empty_like(weight) if rest[-3] else weight.new_empty(0),
+        hidden.new_empty(hidden.shape) if rest[-4] else hidden.new_empty(0), weight.new_empty(weight.shape) if rest[-3] else weight.new_empty(0),
         weight.new_empty(weight.shape[:1] if rest[-2] else (0,))))

@@ -2,20 +2,24 @@
 import torch
 
 from rlkernels import checks, checks_tokens, ops, sweep
+from rlkernels.agreement import agreed
 from rlkernels.chunks import live_rows
+from rlkernels.columns import parameters
 from rlkernels.head import head
 from rlkernels.linear import linear_token_logprobs, linear_token_stats
 from rlkernels.losses import policy_loss, ratio_term
 from rlkernels.losses import run as weighted_sum
 from rlkernels.metrics import policy_metrics
-from rlkernels.segments import segment_ids
+from rlkernels.rows import or_ignored
+from rlkernels.segments import segment_ids, sums
 from rlkernels.supervised import KINDS as SFT_KINDS
 from rlkernels.supervised import logprobs_sft_loss, sft_metrics, sft_weights
 from rlkernels.sweep import Terms
-from rlkernels.terms import Share, check_terms, live_tokens, one_loss_per_sequence, resolve, state, term_weights
+from rlkernels.terms import ROW, Share, check_terms, live_tokens, of_sums, resolve, state, term_weights
 from rlkernels.units import blocks, units
 
 
+@agreed
 def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=None, *, bias=None, temperature=1.0, softcap=None, logit_scale=1.0,
                        ignore_index=-100, logits_dtype=torch.float32, chunk_tokens=None, logits_budget=None, max_live_tokens=None, valid_vocab=None,
                        process_group=None, vocab_start=None, objective="ppo_clip", aggregation="token-mean", weights=None, ref_logprobs=None, kl="k3",
@@ -51,25 +55,25 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
     like = targets.new_empty(targets.shape, dtype=h.real)
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
-    check_terms(where, like, ref_logprobs, kl, kl_coef, None, 0.0)
-    checks.finite(where, "entropy_coef", entropy_coef)
+    penalty, bonus = check_terms(where, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     ignore_index = h.ignore_index
     live = live_tokens(where, like, mask) & (targets != ignore_index)
     if torch.compiler.is_compiling():
         stats = linear_token_stats(
-            hidden, weight, torch.where(live, targets, ignore_index), bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            ignore_index=ignore_index, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens, logits_budget=logits_budget,
+            hidden, weight, or_ignored(~live, targets, ignore_index), bias=bias, temperature=h.temperature_without(~live, temperature), softcap=softcap,
+            logit_scale=logit_scale, ignore_index=ignore_index, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens, logits_budget=logits_budget,
             max_live_tokens=max_live_tokens, valid_vocab=valid_vocab, process_group=process_group, vocab_start=vocab_start)
         return policy_loss(stats.logprobs, old_logprobs, advantages, live, objective=objective, aggregation=aggregation, weights=weights,
                            ref_logprobs=ref_logprobs, kl=kl, kl_coef=kl_coef, entropy=stats.entropy, entropy_coef=entropy_coef, cu_seqlens=cu_seqlens,
                            ratio_level=ratio_level, normalizers=normalizers, return_metrics=return_metrics, **params)
     if ratio_level == "sequence_sum":
-        one_loss_per_sequence(where, aggregation, weights, normalizers)
-    weights, bonus = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
-    terms = Terms(objective, [h.flat(c) for c in columns], values, h.flat(weights), h.flat(bonus * entropy_coef) if entropy_coef != 0 else None,
-                  kl if kl_coef != 0 else None, h.flat(ref_logprobs) if kl_coef != 0 else None, h.flat(weights * kl_coef) if kl_coef != 0 else None)
+        aggregation = of_sums(aggregation, weights)
+    weights = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
+    bonus, penalty = (None if c is None else h.flat(weights * c) for c in (bonus, penalty))
+    terms = Terms(objective, [h.flat(c) for c in columns], parameters(values), h.flat(weights), bonus, None if penalty is None else kl,
+                  None if penalty is None else h.flat(ref_logprobs), penalty)
     backend = ops.serving("fused_policy", hidden)
-    with_entropy = return_metrics or entropy_coef != 0
+    with_entropy = return_metrics or bonus is not None
     if ratio_level != "token":
         compute = _by_sequence(where, h, terms, like.shape, live, cu_seqlens, ratio_level, with_entropy, backend)
     else:
@@ -81,6 +85,7 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
     return loss, policy_metrics(logp.view(shape), columns, live, ref_logprobs, kl, entropy.view(shape), entry, values, ratio_level, cu_seqlens)
 
 
+@agreed
 def linear_sft_loss(hidden, weight, targets, mask=None, *, bias=None, temperature=1.0, softcap=None, logit_scale=1.0, ignore_index=-100,
                     logits_dtype=torch.float32, chunk_tokens=None, logits_budget=None, max_live_tokens=None, valid_vocab=None, process_group=None,
                     vocab_start=None, kind="nll", aggregation="token-mean", weights=None, sample_weights=None, cu_seqlens=None, normalizers=None,
@@ -112,11 +117,12 @@ def linear_sft_loss(hidden, weight, targets, mask=None, *, bias=None, temperatur
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     live = live_tokens(where, like, mask) & (targets != ignore_index)
     if torch.compiler.is_compiling():
-        logp = linear_token_logprobs(hidden, weight, torch.where(live, targets, ignore_index), **options)
+        options["temperature"] = h.temperature_without(~live, temperature)
+        logp = linear_token_logprobs(hidden, weight, or_ignored(~live, targets, ignore_index), **options)
         return logprobs_sft_loss(logp, live, kind=kind, aggregation=aggregation, weights=weights, sample_weights=sample_weights, cu_seqlens=cu_seqlens,
                                  normalizers=normalizers, return_metrics=return_metrics)
     weights = sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
-    terms = Terms(kind, [], [], h.flat(weights), None, None, None, None)
+    terms = Terms(kind, [], (), h.flat(weights), None, None, None, None)
     loss, logp, _ = sweep.differentiable(h, _by_token(h, terms, False, ops.serving("fused_policy", hidden)))
     return (loss, sft_metrics(logp, terms.weight)) if return_metrics else loss
 
@@ -148,7 +154,7 @@ def _extras(terms, logp, entropy):
     if terms.kl is not None:
         total = total + weighted_sum(terms.kl, logp, [terms.ref_logp], (), Share(terms.kl_weight))
     if terms.entropy_weight is not None:
-        total = total - torch.where(terms.entropy_weight != 0, terms.entropy_weight * entropy, 0.0).sum()
+        total = total + weighted_sum("nll", entropy, [], (), Share(terms.entropy_weight))
     return total
 
 
@@ -167,11 +173,11 @@ def _by_sequence(where, h, terms, shape, live, cu_seqlens, level, with_entropy, 
         part = terms.at(rows.index)
         every = torch.ones_like(logp, dtype=torch.bool, requires_grad=False) if rows.dead is None else ~rows.dead
         loss = ratio_term(where, terms.objective, logp, part.columns, terms.params, Share(part.weight), every, cu, level)
-        if level == "sequence_sum":  # the mean over the sequences of this chunk, as its share of the mean over all
-            loss = loss * plan.share(first, last)
         return loss + _extras(part, logp, entropy)
 
-    def largest():  # of a sum every token has the slope of the whole
-        return 1.0 / max(count, 1) if level == "sequence_sum" else terms.largest()
+    def largest():
+        if level != "sequence_sum" or not count:
+            return terms.largest()
+        return sums(terms.weight.view(shape), live.view(shape), cu_seqlens).abs().amax()  # of a sum every token has the slope of the whole
 
     return lambda needs: sweep.per_unit(h, plan, score, needs, with_entropy, backend, largest)

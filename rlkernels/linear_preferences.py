@@ -5,9 +5,12 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import checks, checks_tokens, ops, sweep
+from rlkernels.agreement import agreed
 from rlkernels.head import Head, head
 from rlkernels.linear import linear_token_logprobs
+from rlkernels.plain import replaced
 from rlkernels.preferences import dpo_loss, pair_losses, preference_options
+from rlkernels.rows import or_ignored
 from rlkernels.segments import segment_ids, sums, token_counts
 from rlkernels.terms import live_tokens
 from rlkernels.units import units
@@ -17,6 +20,7 @@ HEAD = ("bias", "temperature", "softcap", "logit_scale", "ignore_index", "logits
         "process_group", "vocab_start")
 
 
+@agreed
 def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None, ref_rejected_logps=None, cu_seqlens=None, return_metrics=False,
                     **options):
     r"""``dpo_loss``, of any of its types, from hidden states and the lm_head, without ``[T, V]`` logits: three products.
@@ -48,10 +52,10 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
     pairs, lengths = answers.count // 2, answers.lengths()
     options = {"chosen_lengths": lengths[:pairs], "rejected_lengths": lengths[pairs:], **options}
     references = ref_chosen_logps, ref_rejected_logps
-    checked = preference_options(where, torch.empty(pairs, dtype=answers.head.real, device=hidden.device), **options)
+    checked = preference_options(where, torch.empty(pairs, dtype=torch.float64, device=hidden.device), **options)
 
     def whole(logps, return_metrics=return_metrics):
-        return dpo_loss(logps[:pairs], logps[pairs:], *references, return_metrics=return_metrics, **options)
+        return answers.narrow(dpo_loss(logps[:pairs], logps[pairs:], *references, return_metrics=return_metrics, **options))
 
     if checked.pair_weights is not None:
         answers = answers.only(checked.pair_weights[answers.answer % max(pairs, 1)] != 0)
@@ -64,12 +68,13 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
 
     references = _references(where, references, pairs)
     if checked.pair_weights is not None:
-        checked = checked._replace(pair_weights=checked.pair_weights.clone())
+        checked = replaced(checked, pair_weights=checked.pair_weights.clone())
     place = answers.answer % max(pairs, 1) * 2 + answers.answer // max(pairs, 1)  # the pair's chosen answer, then its rejected one
-    loss, logp = answers.scored(place, 2, score) if checked.separable else answers.scored_whole(whole)
+    loss, logp = answers.scored(place, 2, score) if checked.separable() else answers.scored_whole(whole)
     return (loss, whole(answers.sums(logp))[1]) if return_metrics else loss
 
 
+@agreed
 def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirable, mask=None, *, cu_seqlens=None, return_metrics=False, **options):
     r"""``unpaired_preference_loss`` (KTO, APO-zero, BCO) from hidden states and the lm_head, without ``[T, V]`` logits: three products.
 
@@ -91,19 +96,19 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
     where = "linear_unpaired_preference_loss"
     answers, options = _answers(where, hidden, weight, targets, mask, cu_seqlens, options, unpaired_options)
     count = answers.count
-    checked = unpaired_options(where, torch.empty(count, dtype=answers.head.real, device=hidden.device), **options)
+    checked = unpaired_options(where, torch.empty(count, dtype=torch.float64, device=hidden.device), **options)
     checks.floating(where, "ref_logps", ref_logps)
     checks.shape(where, "ref_logps", ref_logps, (count,))
     checks.no_gradient(where, ref_logps=ref_logps)
     checks.tensor(where, "desirable", desirable)
-    checks.mask(where, desirable, (count,), "desirable")
+    checks.labels(where, "desirable", desirable, (count,))
     checks.one_device(where, "hidden", hidden, ref_logps=ref_logps, desirable=desirable)
 
     def whole(logps, return_metrics=return_metrics):
-        return unpaired_preference_loss(logps, ref_logps, desirable, return_metrics=return_metrics, **options)
+        return answers.narrow(unpaired_preference_loss(logps, ref_logps, desirable, return_metrics=return_metrics, **options))
 
     weighs = class_weights(desirable, checked, answers.head.real) != 0
-    if checked.separable and not return_metrics:  # which are of both classes
+    if checked.separable() and not return_metrics:  # which are of both classes
         answers = answers.only(weighs[answers.answer])
     if torch.compiler.is_compiling():
         return whole(answers.sums(answers.again(answers.live)))
@@ -111,13 +116,13 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
     ref_logps, desirable = ref_logps.clone(), desirable.clone()  # a second backward scores again what the caller may have written over since
     refs, good = torch.where(weighs, ref_logps, 0.0), desirable != 0
     if isinstance(checked.baseline, torch.Tensor):
-        checked = checked._replace(baseline=checked.baseline.clone())
+        checked = replaced(checked, baseline=checked.baseline.clone())
 
     def score(sums, first, last):
         sums = torch.where(weighs[first:last], sums, 0.0)
         return sequence_losses(where, sums, refs[first:last], good[first:last], checked).sum() / max(count, 1)
 
-    loss, logp = answers.scored(answers.answer, 1, score) if checked.separable else answers.scored_whole(whole)
+    loss, logp = answers.scored(answers.answer, 1, score) if checked.separable() else answers.scored_whole(whole)
     return (loss, whole(answers.sums(logp))[1]) if return_metrics else loss
 
 
@@ -132,12 +137,18 @@ class _Answers(NamedTuple):
     again: Callable  # live rows -> log-probabilities, by four products
 
     def sums(self, logp):
-        """Of each answer, ``[count]``."""
-        return sums(logp, self.live, self.offsets)
+        """Of each answer, ``[count]``; float64: a loss looks at small differences of large sums."""
+        return sums(logp.double(), self.live, self.offsets)
+
+    def narrow(self, found):
+        """A loss, or a loss and its metrics, in the dtype that the head's losses have."""
+        if isinstance(found, tuple):
+            return self.narrow(found[0]), {name: self.narrow(x) for name, x in found[1].items()}
+        return found.to(self.head.real)
 
     def only(self, kept):
         """Only the rows where ``kept`` holds; the others enter no product."""
-        return self._replace(live=self.live & kept)
+        return replaced(self, live=self.live & kept)
 
     def lengths(self):
         return token_counts(self.live, self.offsets)
@@ -149,7 +160,7 @@ class _Answers(NamedTuple):
 
         def of_rows(rows, logp, entropy, first, last):
             every = torch.ones_like(logp, dtype=torch.bool, requires_grad=False) if rows.dead is None else ~rows.dead
-            return score(sums(logp, every, plan.cu_seqlens(first, last)), first, last)
+            return score(sums(logp.double(), every, plan.cu_seqlens(first, last)), first, last)
 
         def compute(needs):
             return sweep.per_unit(plain, plan, of_rows, needs, False, backend, lambda: 1.0 / max(self.count, 1))
@@ -183,7 +194,8 @@ def _answers(where, hidden, weight, targets, mask, cu_seqlens, options, loss_opt
 
     def again(live):
         live = live.view(targets.shape)
-        return linear_token_logprobs(hidden, weight, torch.where(live, targets, h.ignore_index), **given).reshape(-1)
+        each = {**given, "temperature": h.temperature_without(~live, given.get("temperature", 1.0))}
+        return linear_token_logprobs(hidden, weight, or_ignored(~live, targets, h.ignore_index), **each).reshape(-1)
 
     return _Answers(h, live.reshape(-1), answer, offsets, count, again), {name: x for name, x in options.items() if name not in HEAD}
 

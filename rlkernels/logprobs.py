@@ -31,7 +31,8 @@ def token_logprobs(logits, targets, *, temperature=1.0, ignore_index=-100, vocab
     Args:
         logits: ``[..., V]``, float32, bfloat16, float16 or float64. A unit last stride and any others cost no copy.
         targets: ``[...]`` token ids, int32 or int64. ``logits[t]`` scores ``targets[t]``: nothing is shifted here.
-        temperature: ``T``, from ``2**-40`` (9.1e-13) to ``2**40``; a number, or a tensor ``[...]`` with one per token.
+        temperature: ``T``, from ``2**-40`` (9.1e-13) to ``2**40``; a number, or a tensor: ``[...]`` with one per token, ``[B]`` or
+            ``[B, 1]`` with one per sequence of ``[B, L]``, ``[]`` with one for all. That of an ignored token is not looked at.
         ignore_index: a token with this target is not read: its result and its gradient are 0.
         vocab_mask: bool ``[V]`` or ``[..., V]``, True keeps a column; the others count as logits of -inf.
         inplace_backward: the backward writes the gradient over ``logits``; nothing of their size is allocated. A later backward through the

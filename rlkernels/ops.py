@@ -6,6 +6,8 @@ thread.
 
 Protocol of a backend module (logits ``[T, V]`` or ``[B, L, V]`` with unit last stride, everything else ``[T]``): see ``backends/eager.py``.
 """
+from typing import NamedTuple
+
 import torch
 
 from rlkernels.backends import BACKENDS
@@ -26,16 +28,19 @@ from rlkernels.fakes import (
 from rlkernels.fakes import token_stats_fake as token_stats_fake
 from rlkernels.plain import number as number
 from rlkernels.plain import numbers as numbers
-from rlkernels.plain import value, values
+from rlkernels.plain import on_device, value, values
 from rlkernels.registry import DOUBLE_BACKWARD
 from rlkernels.registry import calls as calls
 from rlkernels.registry import define as define
 from rlkernels.registry import run as run
+from rlkernels.registry import with_gradients as with_gradients
 
 FLAGS = {"entropy": ENTROPY, "log_sum_sq_probs": LOG_SUM_SQ, "mean_logits": MEAN_LOGITS, "is_top1": IS_TOP1}
 
 def serving(op, tensor):
     """The backend for ``op`` on this tensor; of logits, the last dimension counts too."""
+    if tensor.is_cpu:
+        return backend_serving(op, "cpu")
     return backend_serving(op, tensor.device.type, tensor.dtype, tensor.shape[-1] if tensor.dim() > 1 else None)
 
 
@@ -94,10 +99,9 @@ UPSTREAM = "Tensor? dlogp, Tensor? dentropy, Tensor? dkl"
 
 
 def _token_stats_backward(*arguments, out=None, unless=None):
-    *upstream, logits, targets, temperature = arguments[:6]
-    upstream = (None if g is None else g.contiguous() for g in upstream)  # .sum() sends a gradient of stride 0
-    grad = run("token_stats_backward", arguments[-1], *upstream, logits, targets, value(temperature), *arguments[6:-1], out, unless)
-    return grad.view(logits.shape)
+    logits = arguments[3]
+    grad = run("token_stats_backward", arguments[-1], *arguments[:5], value(arguments[5]), *arguments[6:-1], out, unless)
+    return grad if grad.shape == logits.shape else grad.view(logits.shape)
 
 
 def _token_stats_backward_(*arguments):
@@ -120,10 +124,28 @@ token_stats_backward_into = define(
 
 # fused_policy ----------------------------------------------------------------------------------------------------------------------
 
+class _Passes(NamedTuple):
+    """A backend's two passes over rows, around an objective in plain torch."""
+
+    backend: str
+
+    def token_stats(self, *arguments):
+        return run("token_stats", self.backend, *arguments)
+
+    def token_stats_backward(self, *arguments):
+        return run("token_stats_backward", self.backend, *arguments)
+
+
+def run_fused(backend, objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, *rest):
+    """The op itself; with a parameter that is a tensor on a device, the backend's two passes: its kernel takes numbers."""
+    arguments = objective, logits, targets, temperature, ignore_index, vocab_mask, columns, values(params), *rest
+    return BACKENDS["eager"].fused_policy(*arguments, native=_Passes(backend)) if on_device(params) else run("fused_policy", backend, *arguments)
+
+
 def _fused_policy(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp,
                   kl_weight, with_grad, inplace, backend):
-    return run("fused_policy", backend, objective, logits, targets, value(temperature), ignore_index, vocab_mask, columns,
-                values(params), weight, entropy_weight, kl, ref_logp, kl_weight, with_grad, None)
+    return run_fused(backend, objective, logits, targets, value(temperature), ignore_index, vocab_mask, columns, params, weight,
+                     entropy_weight, kl, ref_logp, kl_weight, with_grad, None)
 
 
 def _fused_policy_setup(ctx, inputs, output):
@@ -168,7 +190,7 @@ fused_policy = define(
 # elementwise -----------------------------------------------------------------------------------------------------------------------
 
 def _elementwise(objective, first, others, params, weight, backend):
-    return run("elementwise", backend, objective, [first, *others], values(params), weight)
+    return run("elementwise", "eager" if on_device(params) else backend, objective, [first, *others], values(params), weight)
 
 
 def _elementwise_setup(ctx, inputs, output):
@@ -193,7 +215,7 @@ def _elementwise_backward(dloss, dvalue, first, weight, derivative):
         share = dloss if weight is None else dloss * weight
         upstream = share if dvalue is None else share + dvalue
     grad = upstream * derivative
-    return grad if weight is None else grad.masked_fill_(weight == 0, 0.0)  # where, but 2 us less
+    return (grad if weight is None else grad.masked_fill_(weight == 0, 0.0)).contiguous()  # where, but 2 us less
 
 
 elementwise = define(
@@ -208,7 +230,7 @@ elementwise_backward = define(
 
 def _weighted_loss(objective, first, minus, minus_too, others, params, weight, total, share, backend):
     taken = [] if minus is None else [minus] if minus_too is None else [minus, minus_too]
-    return run("weighted_loss", backend, objective, first, taken, others, values(params), weight, total, value(share))
+    return run("weighted_loss", "eager" if on_device(params) else backend, objective, first, taken, others, values(params), weight, total, value(share))
 
 
 def _weighted_loss_setup(ctx, inputs, output):
@@ -230,7 +252,7 @@ def _weighted_loss_grad(ctx, dloss, _):
 
 
 def _weighted_loss_backward(dloss, slopes, *inputs):
-    return dloss * slopes
+    return (dloss * slopes).contiguous()
 
 
 weighted_loss = define(
@@ -257,36 +279,3 @@ gae = define(
 
 # Of a compiled program, whose values are there at run time alone; ``checks_tokens.segments`` calls it.
 offsets = define("offsets", "(Tensor cu_seqlens, SymInt tokens, bool filled, str where) -> Tensor", read_offsets, offsets_fake)
-
-
-# a loss with its gradients --------------------------------------------------------------------------------------------------------------
-
-class _Held(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, loss, held, again, *inputs):
-        ctx.held, ctx.again = held, again
-        ctx.save_for_backward(*inputs)  # an input changed in between raises, instead of meeting the gradient of what it was
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, upstream):
-        if torch.is_grad_enabled():
-            raise RuntimeError(DOUBLE_BACKWARD)
-        inputs, held = ctx.saved_tensors, ctx.held
-        ctx.held = None
-        return None, None, None, *(None if d is None else _scaled(d, upstream, x) for d, x in zip(held or ctx.again(), inputs, strict=True))
-
-
-def _scaled(gradient, upstream, like):
-    """One rounding, to the dtype of what it is the gradient of."""
-    on_cpu, same = upstream.device.type == "cpu", gradient.dtype == like.dtype
-    if not on_cpu and not same:
-        return torch.mul(gradient, upstream, out=torch.empty_like(like))
-    if not on_cpu or upstream.item() != 1.0:  # read on the CPU alone: elsewhere the host would wait
-        gradient.mul_(upstream)
-    return gradient if same else BACKENDS["cpu"].fresh(like.shape, like.dtype).copy_(gradient)
-
-
-def with_gradients(loss, gradients, again, *inputs):
-    """``loss``, differentiable in ``inputs``; their gradients (None: not wanted) are given away once, then ``again()`` makes them anew."""
-    return _Held.apply(loss, gradients, again, *inputs)

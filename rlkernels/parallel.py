@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from rlkernels import checks, checks_tokens, ops
+from rlkernels import checks, ops
+from rlkernels.agreement import gathered
 
 
 class Shard(NamedTuple):
@@ -38,25 +39,7 @@ def shard(where, weight, process_group, vocab_start, valid_vocab):
         raise ValueError(f"{where}: with vocab_start the shards may differ in size; pass the whole vocabulary as valid_vocab")
     else:
         start, vocab = checks.integer(where, "vocab_start", vocab_start), valid_vocab
-    if not torch.compiler.is_compiling() and (checks_tokens.CHECK_VALUES or weight.device.type == "cpu"):
-        _check_cover(where, process_group, start, rows, vocab, weight.device)
     return Shard(process_group.group_name, start, max(0, min(rows, vocab - start)), vocab)
-
-
-def _check_cover(where, group, start, rows, vocab, device):
-    """The shards must lie end to end and hold the whole vocabulary: a gap would be a column that no rank reduces."""
-    shards = _gathered(torch.tensor([start, rows, vocab], device=device), group).tolist()
-    ends = 0
-    for first, size, _ in shards:  # in the order of the ranks: the first maximum is looked for in that order
-        if first != ends:
-            raise ValueError(f"{where}: a vocabulary shard starts at {first}, expected {ends}; shards (start, rows, vocabulary): {shards}; "
-                             "pass vocab_start and valid_vocab where they differ in size")
-        ends = first + size
-    if len({total for *_, total in shards}) > 1:
-        raise ValueError(f"{where}: the vocabulary shards are of vocabularies of different sizes, (start, rows, vocabulary): {shards}; "
-                         "pass the same valid_vocab on every rank")
-    if ends < vocab:
-        raise ValueError(f"{where}: the vocabulary shards hold {ends} of {vocab} columns; shards (start, rows, vocabulary): {shards}")
 
 
 def absent(dtype):
@@ -87,16 +70,7 @@ def token_stats(shard, backend, x, targets, temperature, ignore_index, wanted):
     if wanted & ops.FLAGS["is_top1"]:
         parts += [(is_top1 & here).to(shift.dtype)]
     parts += [here.to(shift.dtype)]
-    return _combine(_gathered(torch.stack(parts), shard.process_group()), live, temperature, shard.vocab, wanted, rest)
-
-
-def _gathered(mine, group):
-    """``[n, ...]`` of every rank's ``[...]``. gloo takes ranks along the first dimension only."""
-    ranks = torch.distributed.get_world_size(group)
-    everyone = mine.new_empty(ranks * mine.shape[0], *mine.shape[1:])
-    gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor  # the older name warns from 2.13 on
-    gather(everyone, mine, group=group)
-    return everyone.view(ranks, *mine.shape)
+    return _combine(gathered(torch.stack(parts), shard.process_group()), live, temperature, shard.vocab, wanted, rest)
 
 
 def _combine(gathered, live, temperature, vocab, wanted, rest):

@@ -28,8 +28,7 @@ def gradient_wanted(arguments):
     for x in arguments:
         kind = type(x)
         if kind in _TYPES:
-            # The dispatcher carries out a pending negation, and on "meta" it chooses the fake.
-            if x.is_neg() or x.is_meta:
+            if x.is_meta:  # there the dispatcher chooses the fake
                 return None
             wanted = wanted or x.requires_grad
         elif kind is list:
@@ -42,10 +41,29 @@ def gradient_wanted(arguments):
     return wanted and torch.is_grad_enabled()
 
 
+def has_values(x):
+    """Whether a tensor has values here and now: not in a compiled, traced, transformed or fake program."""
+    return not torch.compiler.is_compiling() and gradient_wanted((x,)) is not None
+
+
+def replaced(record, **fields):
+    """A named tuple with other values in some of its fields.
+
+    Not ``_replace``, and no property of a named tuple where a graph is traced: the Dynamo of torch 2.8 follows neither (F141).
+    """
+    kind = type(record)
+    return kind(*[fields.get(name, held) for name, held in zip(kind._fields, record, strict=True)])
+
+
 def number(x):
     """A run-time number as the 0-d float64 tensor that a registered op takes."""
     # zeros + x, not full: torch 2.13 turns the sum into a graph input, but specialises the fill value.
     return torch.zeros((), dtype=torch.float64, device="cpu") + x if torch.compiler.is_compiling() else torch.full((), x, dtype=torch.float64, device="cpu")
+
+
+def product(x, y):
+    """Of two run-time numbers; in a graph a 0-d tensor, because torch 2.11 compiles a graph for each value of a number times a size (F141)."""
+    return number(x) * number(y) if torch.compiler.is_compiling() and not isinstance(x, torch.Tensor) else x * y
 
 
 def numbers(values):
@@ -64,4 +82,12 @@ def value(x):
 
 
 def values(x):
-    return x.tolist() if isinstance(x, torch.Tensor) else [float(p) for p in x]
+    """Run-time numbers as a list of floats; those of a device stay tensors."""
+    if isinstance(x, torch.Tensor):
+        return list(x.unbind()) if on_device(x) else x.tolist()
+    return [float(p) for p in x]
+
+
+def on_device(x):
+    """Whether run-time numbers came as a tensor that no host knows."""
+    return isinstance(x, torch.Tensor) and x.device.type != "cpu"

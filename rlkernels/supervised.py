@@ -18,7 +18,7 @@ def logprobs_sft_loss(logprobs, mask=None, *, kind="nll", aggregation="token-mea
 
     Args:
         logprobs: ``[B, L]``, or packed ``[T]``; the only argument that gets a gradient.
-        mask: live tokens, same shape, any pattern and real dtype; a dead token touches neither loss nor gradient, whatever it holds.
+        mask: live tokens, same shape, as for ``policy_loss``; a dead token touches neither loss nor gradient, whatever it holds.
         kind, sample_weights: as for ``sft_loss``.
         aggregation, normalizers, weights, cu_seqlens: as for ``policy_loss``.
 
@@ -50,7 +50,8 @@ def sft_loss(logits, targets, mask=None, *, kind="nll", temperature=1.0, ignore_
 
     Args:
         logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; a target that is ignored is a dead token.
-        mask: live tokens, shaped like ``targets``. A dead token's row is never read. None alive: the loss is 0, its gradient too.
+        mask: live tokens, shaped like ``targets``. A dead token's row is never read, nor its target and temperature. None alive: the
+            loss is 0, its gradient too.
         kind: ``"nll"``: ``l = -log pi``; ``"dft"``: ``-sg[pi] log pi``, which follows a token the less, the less likely it is. (ASFT adds
             an exact KL(ref || pi) to it, EAFT an entropy over the 20 largest logits: no backend has these, so neither is offered.)
         aggregation, normalizers, weights, cu_seqlens: as for ``policy_loss``; ``weights`` stand in for an aggregation.
@@ -79,7 +80,9 @@ def sft_loss(logits, targets, mask=None, *, kind="nll", temperature=1.0, ignore_
     like = targets.new_empty(targets.shape, dtype=row.real)
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     live = live_tokens(where, like, mask) & (targets != ignore_index)
+    everywhere = mask is None and weights is None and sample_weights is None and not isinstance(row.temperature, torch.Tensor)
     weights = row.flat(sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers))
+    row = row if everywhere else row.without(weights == 0)
     with_grad = torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     loss, _, logp, _, _, entropy, _ = ops.fused_policy(
         kind, row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, [], (), weights, None, None, None, None, with_grad,
@@ -90,7 +93,7 @@ def sft_loss(logits, targets, mask=None, *, kind="nll", temperature=1.0, ignore_
 
 
 def sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers):
-    weights, _ = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers, bonus=False)
+    weights = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
     if sample_weights is None:
         return weights
     checks.floating(where, "sample_weights", sample_weights)

@@ -8,11 +8,14 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import ops
+from rlkernels.agreement import meeting, met, pattern
 from rlkernels.chunks import Rows, filled_up, live_rows, moving_and_still_rows
 from rlkernels.head import Chunk, check_targets, without_autocast
 from rlkernels.linear import Gradients
 from rlkernels.objectives import OBJECTIVES
 from rlkernels.objectives.zeros import still_where_zero
+from rlkernels.plain import replaced
+from rlkernels.rows import or_ignored, or_one
 
 
 class Terms(NamedTuple):
@@ -20,7 +23,7 @@ class Terms(NamedTuple):
 
     objective: str
     columns: list
-    params: list
+    params: tuple | torch.Tensor
     weight: torch.Tensor
     entropy_weight: torch.Tensor | None
     kl: str | None
@@ -128,8 +131,8 @@ def _token_chunk(sweep, rows, terms, moving, backend):
     x, hidden = sweep.logits(rows)
     weight, entropy_weight, kl_weight = (sweep.scaled(rows.of(c)) for c in (terms.weight, terms.entropy_weight, terms.kl_weight))
     out = sweep.chunk.gradient_of(x) if moving else None
-    loss, _, logp, _, _, entropy, dlogp = ops.run(
-        "fused_policy", backend, terms.objective, x, *sweep.arguments(rows), None, [rows.of(c) for c in terms.columns], terms.params, weight,
+    loss, _, logp, _, _, entropy, dlogp = ops.run_fused(
+        backend, terms.objective, x, *sweep.arguments(rows), None, [rows.of(c) for c in terms.columns], terms.params, weight,
         entropy_weight, terms.kl, rows.of(terms.ref_logp), kl_weight, moving, out)
     sweep.loss += loss if sweep.scale is None else loss / sweep.scale
     sweep.logp[rows.index], sweep.entropy[rows.index] = logp, entropy
@@ -144,6 +147,8 @@ def per_unit(head, plan, score, needs, with_entropy, backend, largest):
     ``largest()``: about the largest derivative of the loss by a log-probability.
     """
     chunks = [(first, last, plan.rows(first, last)) for first, last in plan.chunks(head.chunk)]
+    if head.shard is not None:
+        _compared(head, [len(rows) for _, _, rows in chunks], plan.offsets, needs, with_entropy)
     sweep = _Sweep(head, needs, max((len(rows) for _, _, rows in chunks), default=0), head.chunk, largest)
     wanted = ops.ENTROPY if with_entropy else 0
     for first, last, rows in chunks:
@@ -173,6 +178,17 @@ def per_unit(head, plan, score, needs, with_entropy, backend, largest):
     return sweep.found()
 
 
+def _compared(head, sizes, offsets, needs, with_entropy):
+    """The ranks of a process group, before anything that they do together."""
+    with meeting(head.where, head.shard.process_group(), head.hidden.device) as now:
+        if met(head.hidden.device):
+            facts, sums = head.in_common()
+            sequences = None if offsets is None else pattern(offsets >= 0, offsets)
+            facts += [("rows of each chunk", sizes), ("digest of sequences", sequences), ("gradients of hidden, weight, bias", needs),
+                      ("entropy", with_entropy)]
+            now.compare(head.shard[1:], facts, sums)
+
+
 def _scored(score, rows, logp, entropy, first, last, needs):
     with torch.set_grad_enabled(needs):
         leaves = [x.detach().requires_grad_(needs) for x in (logp, entropy) if x is not None]
@@ -198,7 +214,9 @@ def differentiable(h, compute):
 
 
 def checked(h, live):
-    """The head without its graph, dead targets ignored, the others looked at."""
-    h = h.detached()._replace(targets=torch.where(live, h.targets, h.ignore_index), temperature=h.temperature.clone())
-    check_targets(h.targets, h.ignore_index, h.temperature, h.weight.shape[0], h.shard)
+    """The head without its graph; what dead tokens hold ignored, the others' targets and temperatures looked at."""
+    temperature = or_one(~live, h.temperature)
+    h = replaced(h.detached(), targets=or_ignored(~live, h.targets, h.ignore_index),
+                 temperature=temperature.clone() if temperature is h.temperature else temperature)
+    check_targets(h.where, h.targets, h.ignore_index, h.temperature, h.weight.shape[0], h.shard)
     return h

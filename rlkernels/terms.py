@@ -15,6 +15,7 @@ DEFAULTS = {
     "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
 }
 """Parameters that the papers and trainers agree on. CISPO's bounds are not among them: three conventions are in use."""
+ROW = "the entropy of its row"
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 
 
@@ -89,54 +90,64 @@ def column(where, name, x, like, like_name="logprobs"):
     return x
 
 
-def one_loss_per_sequence(where, aggregation, weights, normalizers):
-    if weights is not None or normalizers or aggregation not in ("token-mean", "seq-mean"):
-        raise ValueError(f"{where}: ratio_level='sequence_sum' has one loss per sequence, averaged over sequences: it takes no weights, no "
-                         f"normalizers and no aggregation but 'seq-mean'; got {aggregation!r}")
+def of_sums(aggregation, weights):
+    """The aggregation where there is one loss per sequence: the mean of losses is that over sequences."""
+    return "seq-mean" if aggregation == "token-mean" and weights is None else aggregation
 
 
-def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers, bonus=True):
-    """The aggregation's weights and, with ``bonus``, those of the entropy bonus; 0 on dead tokens. ``cu_seqlens``: of ``checks_tokens.rows``."""
+def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers):
+    """What each token weighs in every term of a loss: objective, KL and entropy alike; 0 on dead tokens. ``cu_seqlens``: of ``checks_tokens.rows``.
+
+    One vector for all terms, because each must be the same whether a batch comes whole or in micro-batches.
+    """
     checks.one_device(where, "logprobs", like, weights=weights)
     real = real_dtype(like.dtype)
     if weights is not None:
         if aggregation != "token-mean" or normalizers:
             raise ValueError(f"{where}: weights and aggregation={aggregation!r} both decide the weights; pass one of them")
         column(where, "weights", weights, like)
-        weights = checks_tokens.tied(torch.where(live, weights.to(real), 0.0), cu_seqlens)
-        return weights, weights
+        return checks_tokens.tied(torch.where(live, weights.to(real), 0.0), cu_seqlens)
     if _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
-        weights = token_mean(where, live, real)
-        return weights, weights
+        return token_mean(where, live, real)
     weights = weights_for(where, live, aggregation, cu_seqlens=cu_seqlens, dtype=real, **checks_tokens.keywords(where, normalizers))
     checks.no_forward_ad(where, weights)  # of a normaliser
-    if aggregation == "token-mean" or not bonus:
-        return weights, weights
-    return weights, token_mean(where, live, real)
+    return weights
 
 
 def share_of(where, like, live, aggregation, weights, cu_seqlens, normalizers):
-    """``term_weights`` without those of a bonus, as what a weighted loss takes; ``live``: what ``some_tokens`` found.
+    """``term_weights`` as what a weighted loss takes; ``live``: what ``some_tokens`` found.
 
     A plain mean stays a mask and its count: the loss's own launch divides.
     """
     if _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
         checks_tokens.rows(where, "mask", like, None)
         return Share(None, None, 1.0 / max(like.numel(), 1)) if live is None else Share(live, live.sum())
-    return Share(term_weights(where, like, every_token(like, live), aggregation, weights, cu_seqlens, normalizers, bonus=False)[0])
+    return Share(term_weights(where, like, every_token(like, live), aggregation, weights, cu_seqlens, normalizers))
+
+
+def present(coefficient):
+    """Whether a term takes part. A tensor may hold a 0, which only the device knows: its term is made, and weighs nothing."""
+    return isinstance(coefficient, torch.Tensor) or coefficient != 0
+
+
+def _coefficient(where, name, x):
+    if type(x) is not float or x != 0:
+        x = checks.coefficient(checks.finite, where, name, x)
+    return x if present(x) else None
 
 
 def check_terms(where, like, ref_logprobs, kl, kl_coef, entropy, entropy_coef):
+    """The two coefficients, None where a term takes no part; ``entropy``: the caller's, or ``ROW``, which any row of logits has."""
     checks.choice(where, "kl", kl, ("k1", "k2", "k3"))
-    checks.finite(where, "kl_coef", kl_coef)
-    checks.finite(where, "entropy_coef", entropy_coef)
-    if kl_coef != 0 and ref_logprobs is None:
+    kl_coef, entropy_coef = _coefficient(where, "kl_coef", kl_coef), _coefficient(where, "entropy_coef", entropy_coef)
+    if kl_coef is not None and ref_logprobs is None:
         raise ValueError(f"{where}: kl={kl!r} needs ref_logprobs where kl_coef is not 0")
     if ref_logprobs is not None:
         column(where, "ref_logprobs", ref_logprobs, like)
-    if entropy_coef != 0 and entropy is None:
+    if entropy_coef is not None and entropy is None:
         raise ValueError(f"{where}: entropy_coef needs entropy")
-    if entropy is not None:
+    if entropy is not None and entropy is not ROW:
         checks.floating(where, "entropy", entropy)
         checks.shape(where, "entropy", entropy, like.shape)
         checks.one_device(where, "logprobs", like, entropy=entropy)
+    return kl_coef, entropy_coef

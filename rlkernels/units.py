@@ -44,14 +44,6 @@ class Units(NamedTuple):
         offsets = self.offsets[first * per_unit:last * per_unit + 1]
         return offsets - offsets[:1]
 
-    def share(self, first, last):
-        """Of the units with a row, the part that ``first`` to ``last`` hold."""
-        return _not_empty(self.ends[first:last + 1]) / max(_not_empty(self.ends), 1)
-
-
-def _not_empty(ends):
-    return sum(end > start for start, end in zip(ends, ends[1:], strict=False))
-
 
 class AllAtOnce(NamedTuple):
     """All ``count`` units at once: where they end is known to the device alone. The rows that fill the bound stand behind the last sequence's.
@@ -74,9 +66,6 @@ class AllAtOnce(NamedTuple):
 
     def cu_seqlens(self, first, last):
         return torch.cat([self.offsets[:-1], self.offsets.new_full((1,), len(self.found))])
-
-    def share(self, first, last):
-        return 1.0
 
 
 def units(live, sequence, count, per_unit=1, bound=None, still=None):

@@ -3,9 +3,9 @@ from typing import NamedTuple
 
 import torch
 
-from rlkernels import checks, ops
-from rlkernels.backends.eager import real_dtype
-from rlkernels.preferences import weighted_terms
+from rlkernels import checks
+from rlkernels.columns import each
+from rlkernels.preferences import common_dtype, per_answer, weighted_terms
 from rlkernels.terms import column
 
 LOSS_TYPES = ("kto", "apo_zero_unpaired", "bco", "kto_paired_batch")
@@ -20,7 +20,6 @@ class UnpairedOptions(NamedTuple):
     undesirable_weight: float
     baseline: torch.Tensor | float
 
-    @property
     def separable(self):
         """Whether the loss of an answer depends on that answer alone: then a batch may be cut into parts."""
         return self.loss_type != "kto_paired_batch"
@@ -30,11 +29,11 @@ def unpaired_options(where, like, *, loss_type="kto", beta=0.1, desirable_weight
                      ref_kl_logps=None, delta=None):
     """Checks the options; ``like``: a tensor of the dtype and device of the losses."""
     checks.choice(where, "loss_type", loss_type, LOSS_TYPES)
-    beta = checks.positive(where, "beta", beta)
-    desirable_weight, undesirable_weight = (checks.finite(where, name, x) for name, x in (
+    beta = checks.coefficient(checks.positive, where, "beta", beta)
+    desirable_weight, undesirable_weight = (checks.coefficient(checks.finite, where, name, x) for name, x in (
         ("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)))
     for name, x in {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}.items():
-        if x < 0:
+        if not isinstance(x, torch.Tensor) and x < 0:
             raise ValueError(f"{where}: {name} must not be negative, got {x}; the labels say which way an answer moves")
     takes = {"kto": ("kl", "kl_logps", "ref_kl_logps"), "bco": ("delta",)}.get(loss_type, ())
     for name, x in {"kl": kl, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps, "delta": delta}.items():
@@ -55,10 +54,16 @@ def _number(where, name, x, like):
     if x is None:
         what = "kl, or kl_logps and ref_kl_logps" if name == "kl" else name
         raise ValueError(f"{where}: {name} is missing; pass {what}")
-    if not isinstance(x, torch.Tensor):
-        return checks.finite(where, name, x)
-    column(where, name, x, like.new_empty(()), "logps")
-    return x.to(like.dtype)
+    if isinstance(x, torch.Tensor):
+        column(where, name, x, like.new_empty(()), "logps")
+        low = checks.host_reads(x) and name == "kl" and x < 0
+        found = x.to(like.dtype)
+    else:
+        found = checks.finite(where, name, x)
+        low = name == "kl" and found < 0
+    if low:
+        raise ValueError(f"{where}: kl must be at least 0, got {float(x)}; clamp the estimate: kl.clamp(min=0)")
+    return found
 
 
 def _kl(where, kl, kl_logps, ref_kl_logps, like):
@@ -66,6 +71,7 @@ def _kl(where, kl, kl_logps, ref_kl_logps, like):
         raise ValueError(f"{where}: kl_logps and ref_kl_logps go together, instead of kl; pass both of them, or kl alone")
     checks.floating(where, "kl_logps", kl_logps)
     checks.no_forward_ad(where, kl_logps)
+    per_answer(where, "kl_logps", kl_logps)
     column(where, "ref_kl_logps", ref_kl_logps, kl_logps, "kl_logps")
     checks.one_device(where, "logps", like, kl_logps=kl_logps)
     drift = kl_logps.detach().to(like.dtype) - ref_kl_logps.to(like.dtype)
@@ -76,8 +82,7 @@ def sequence_losses(where, logps, ref_logps, desirable, options):
     """The loss of each answer times the weight of its class, ``[N]``, differentiable in ``logps``, sums of log-probabilities ``[N]``."""
     margin, objective, params = _margins(where, logps, ref_logps, desirable, options)
     weights = class_weights(desirable, options, margin.dtype)
-    value = ops.elementwise(objective, margin, [], params, weights, ops.serving("elementwise", margin))[1]  # 0 in a class of weight 0, whatever it holds
-    return value * weights
+    return each(objective, margin, params, weights) * weights  # 0 in a class of weight 0, whatever it holds
 
 
 def class_weights(desirable, options, dtype):
@@ -90,9 +95,9 @@ def _margins(where, logps, ref_logps, desirable, options):
     checks.floating(where, "logps", logps)
     column(where, "ref_logps", ref_logps, logps, "logps")
     checks.tensor(where, "desirable", desirable)
-    checks.mask(where, desirable, logps.shape, "desirable")
+    checks.labels(where, "desirable", desirable, logps.shape)
     checks.one_device(where, "logps", logps, desirable=desirable)
-    real, good = real_dtype(logps.dtype), desirable != 0
+    real, good = common_dtype(logps, ref_logps), desirable != 0
     log_ratio = logps.to(real) - ref_logps.to(real)
     if options.loss_type == "bco":
         reward = options.beta * log_ratio - options.baseline
@@ -118,7 +123,7 @@ def unpaired_preference_loss(logps, ref_logps, desirable, *, loss_type="kto", be
     Args:
         logps: sums of log-probabilities of the answers under the policy, ``[N]``; the only argument that gets a gradient.
         ref_logps: the same under the reference.
-        desirable: which answers are, ``[N]``, bool or a number that is not 0. A batch of one class will do.
+        desirable: which answers are, ``[N]``, bool, or 1 and 0 in any dtype. A batch of one class will do.
         beta: strength of the tie to the reference, > 0.
         desirable_weight, undesirable_weight: ``w`` of each class, at least 0.
         kl: for ``"kto"``: how far the policy has drifted, at least 0, a number or a tensor of shape ``()`` (averaged over ranks, say).
@@ -127,11 +132,12 @@ def unpaired_preference_loss(logps, ref_logps, desirable, *, loss_type="kto", be
         delta: for ``"bco"``: the running mean of all rewards, a number or a tensor of shape ``()``.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 log-probabilities). No answer gives 0. With ``return_metrics``, ``(loss, dict)`` with the mean implicit
+        Scalar, fp32 (fp64 where any of the log-probabilities is). No answer gives 0. With ``return_metrics``, ``(loss, dict)`` with the mean implicit
         reward ``beta rho`` of each class (0 where it has no answer), and ``kl`` with ``"kto"``.
 
     Raises:
-        ValueError: an option out of range, unknown, or not looked at by the loss; shapes that differ; ``kl`` or ``delta`` missing.
+        ValueError: an option out of range, unknown, or not looked at by the loss; shapes that differ; ``kl`` or ``delta`` missing; on a CPU ``kl``
+            below 0, or labels that are not 0 and 1.
 
     Ethayarajh et al. 2024, arXiv:2402.01306 (KTO); D'Oosterlinck et al. 2024, arXiv:2408.06266 (APO); Jung et al. 2024,
     arXiv:2404.04656 (BCO).
@@ -139,7 +145,8 @@ def unpaired_preference_loss(logps, ref_logps, desirable, *, loss_type="kto", be
     where = "unpaired_preference_loss"
     checks.floating(where, "logps", logps)
     checks.no_forward_ad(where, logps)
-    like = logps.detach().to(real_dtype(logps.dtype))
+    per_answer(where, "logps", logps)
+    like = logps.detach().to(common_dtype(logps, ref_logps))
     options = unpaired_options(where, like, loss_type=loss_type, beta=beta, desirable_weight=desirable_weight,
                                undesirable_weight=undesirable_weight, kl=kl, kl_logps=kl_logps, ref_kl_logps=ref_kl_logps, delta=delta)
     margin, objective, params = _margins(where, logps, ref_logps, desirable, options)

@@ -21,6 +21,8 @@ class _Rows(NamedTuple):
     horizon: float | torch.Tensor | None = None
     group_ids: torch.Tensor | None = None
     rollout_ids: torch.Tensor | None = None
+    group_tokens: torch.Tensor | None = None
+    group_rows: torch.Tensor | None = None
 
     def all_tokens(self):
         return self.tokens.sum() if self.batch_num_tokens is None else self.batch_num_tokens
@@ -75,7 +77,8 @@ def _groups(rows, ids):
     groups = groups_of(ids.reshape(-1))
     tokens = groups.reduce(rows.tokens)
     present = groups.reduce(torch.ones_like(rows.tokens)) if rows.count_empty else tokens
-    return groups, tokens[groups.index], rows.counted(present)
+    of_row = tokens[groups.index] if rows.group_tokens is None else rows.group_tokens.reshape(-1).double()
+    return groups, of_row, rows.counted(present)
 
 
 def _prompt_mean(rows):
@@ -91,7 +94,8 @@ def _rollout_mean(rows):
 def _group_mean(rows):
     groups, _, number = _groups(rows, rows.group_ids)
     counts = torch.ones_like(rows.tokens) if rows.count_empty else (rows.tokens > 0).double()
-    return _inverse(rows.tokens) * _inverse(groups.reduce_each(counts)) * _inverse(number)
+    of_row = groups.reduce_each(counts) if rows.group_rows is None else rows.group_rows.reshape(-1)
+    return _inverse(rows.tokens) * _inverse(of_row) * _inverse(number)
 
 
 class _Mode(NamedTuple):
@@ -109,11 +113,12 @@ _MODES = {
     "token-sum": _Mode(_token_sum, needs_rows=False),
     "fixed-horizon": _Mode(_fixed_horizon, required=("horizon",), optional=("num_sequences",)),
     "global-token-mean": _Mode(_token_mean, required=("batch_num_tokens",), needs_rows=False),
-    "prompt-mean": _Mode(_prompt_mean, required=("group_ids",), optional=("num_sequences",)),
-    "rollout-mean": _Mode(_rollout_mean, required=("rollout_ids",), optional=("num_sequences",)),
+    "prompt-mean": _Mode(_prompt_mean, required=("group_ids",), optional=("num_sequences", "group_tokens")),
+    "rollout-mean": _Mode(_rollout_mean, required=("rollout_ids",), optional=("num_sequences", "group_tokens")),
     "seq-mean": _Mode(_row_mean_of_token_means, optional=("num_sequences",), needs_rows=False),
-    "group-mean": _Mode(_group_mean, required=("group_ids",), optional=("num_sequences",), needs_rows=False),
+    "group-mean": _Mode(_group_mean, required=("group_ids",), optional=("num_sequences", "group_rows"), needs_rows=False),
 }
+PER_ROW = ("group_ids", "rollout_ids", "group_tokens", "group_rows")
 AGGREGATIONS = tuple(_MODES)
 
 
@@ -131,11 +136,11 @@ def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, d
     live = mask != 0
     tokens = live.double() if own_rows else token_counts(live, cu_seqlens)
     for name, x in given.items():
-        if name.endswith("_ids"):
+        if name in PER_ROW:
             checks_tokens.ids(where, name, x, tokens.shape)
             checks.one_device(where, "mask", mask, **{name: x})
         else:
-            given[name] = checks_tokens.not_negative(where, name, x)
+            given[name] = checks_tokens.total(where, name, x)
     dp_size, scale = checks_tokens.not_negative(where, "dp_size", dp_size), checks_tokens.not_negative(where, "scale", scale)
 
     # zeros + x: a Python number would make a float32 of the where below, and a filled tensor a new compilation for each value.
@@ -158,10 +163,11 @@ def token_mean(where, live, dtype):
 
 
 def token_weights(mask, mode="token-mean", *, cu_seqlens=None, batch_num_tokens=None, num_sequences=None, horizon=None, group_ids=None,
-                  rollout_ids=None, count_empty_rows=False, dp_size=1, scale=1.0, dtype=torch.float32):
+                  rollout_ids=None, group_tokens=None, group_rows=None, count_empty_rows=False, dp_size=1, scale=1.0, dtype=torch.float32):
     r"""The weights ``w`` that make an aggregation of per-token losses ``l`` the sum ``sum_t w_t l_t``; 0 on dead tokens.
 
-    With ``n_i`` live tokens in row ``i``, ``R`` rows, ``R+`` of them with a live token, ``P`` prompt groups, a live token weighs:
+    The weights of micro-batches and ranks, each made with the totals of the whole batch, are those of the batch, whichever way it is cut
+    between its rows. With ``n_i`` live tokens in row ``i``, ``R`` rows, ``R+`` of them with a live token, ``P`` prompt groups, a live token weighs:
 
     * ``"token-mean"``: ``1 / sum_i n_i``; ``"global-token-mean"`` the same with ``batch_num_tokens`` demanded; ``"token-sum"``: 1
     * ``"seq-mean-token-mean"``: ``1 / (R+ n_i)``; ``"seq-mean-token-sum"``: ``1 / R+``;
@@ -172,12 +178,14 @@ def token_weights(mask, mode="token-mean", *, cu_seqlens=None, batch_num_tokens=
       on tokens, that spread over the row's ``n_i``
 
     Args:
-        mask: live tokens (not 0), any pattern, any real dtype; ``[..., L]``, packed ``[N]`` with ``cu_seqlens``, or ``[R]`` rows where the
-            mode allows it.
-        batch_num_tokens, num_sequences: replace ``sum_i n_i``, and ``R+``, ``R`` or ``P``, by totals over micro-batches and ranks;
-            0 gives weights 0.
+        mask: live tokens, any pattern: bool, integers (not 0), or floats that are 0 and 1; ``[..., L]``, packed ``[N]`` with ``cu_seqlens``, or
+            ``[R]`` rows where the mode allows it.
+        batch_num_tokens, num_sequences: replace ``sum_i n_i``, and ``R+``, ``R`` or ``P``, by totals over micro-batches and ranks; 0 gives
+            weights 0. Numbers, or tensors of shape ``()`` of a dtype that holds every count: 16 bits do not.
         horizon: tokens that every row is divided by; where it may be left out it is ``L``.
         group_ids, rollout_ids: one integer per row, in any order.
+        group_tokens, group_rows: one integer per row: the live tokens of its whole prompt group or rollout, the rows of its group with a live
+            token, where other micro-batches hold some of them.
         count_empty_rows: rows without a live token count as rows of loss 0, so ``R`` stands for ``R+``.
         dp_size: data-parallel ranks; gradients are averaged over them, so each rank's share is multiplied by it.
         scale: a further factor, such as ``1 / gradient_accumulation_steps``.
@@ -201,8 +209,8 @@ def token_weights(mask, mode="token-mean", *, cu_seqlens=None, batch_num_tokens=
     checks.mask(where, mask, mask.shape)
     cu_seqlens = checks_tokens.rows(where, "mask", mask, cu_seqlens)
     return weights_for(where, mask, mode, cu_seqlens=cu_seqlens, batch_num_tokens=batch_num_tokens, num_sequences=num_sequences,
-                       horizon=horizon, group_ids=group_ids, rollout_ids=rollout_ids, count_empty_rows=count_empty_rows, dp_size=dp_size,
-                       scale=scale, dtype=dtype)
+                       horizon=horizon, group_ids=group_ids, rollout_ids=rollout_ids, group_tokens=group_tokens, group_rows=group_rows,
+                       count_empty_rows=count_empty_rows, dp_size=dp_size, scale=scale, dtype=dtype)
 
 
 def aggregate(values, mask=None, mode="token-mean", *, cu_seqlens=None, **normalizers):

@@ -87,8 +87,9 @@ def policy_loss(x, p):
         kl = p.pop("kl")
         expect(not kl.get("is_weighted"), "importance-weighted KL")
         options |= {"kl": kl["estimator"], "kl_coef": kl["coef"], "ref_logprobs": x["ref_logp"]}
-    if "entropy" in x:
-        options |= {"entropy": x["entropy"], "entropy_coef": p.pop("entropy_coef")}
+    bonus = 0.0
+    if "entropy" in x:  # a token mean in TRL, whatever the loss is; ours has the weights of the loss
+        bonus = p.pop("entropy_coef") * rlk.aggregate(x["entropy"], mask)
     mode, normalizers = aggregation(p) if "aggregation" in p else ("token-mean", {})
     if "is_weight" in x:
         weights = rlk.token_weights(mask, mode, dtype=x["logp"].dtype, **normalizers)
@@ -103,7 +104,7 @@ def policy_loss(x, p):
     if options["ratio_level"] != "token":  # TRL counts sequences there; we count tokens, by the ratio of their sequence
         for name in ("clip_fraction_low", "clip_fraction_high", "clip_fraction_region"):
             del names[name]
-    return {"loss": loss, **{theirs: metrics[ours] for theirs, ours in names.items() if ours in metrics}}
+    return {"loss": loss - bonus, **{theirs: metrics[ours] for theirs, ours in names.items() if ours in metrics}}
 
 
 def _objective(p):

@@ -110,15 +110,15 @@ def policy(d, operands, *, objective="ppo_clip", ratio_level="token", aggregatio
     old, ref, A = d["old"].reshape(-1).double(), d["ref"].reshape(-1).double(), A.double()
     length = d["targets"].shape[-1]
     if weights is None:
-        w = aggregation(aggregation_, live, ids, count, length, **(normalizers or {}))
-        bonus = w if aggregation_ == "token-mean" else aggregation("token-mean", live, ids, count, length)
+        mode = "seq-mean" if ratio_level == "sequence_sum" and aggregation_ == "token-mean" else aggregation_
+        w = aggregation(mode, live, ids, count, length, **(normalizers or {}))
     else:
-        w = bonus = torch.where(live, weights.reshape(-1).double(), 0.0)
+        w = torch.where(live, weights.reshape(-1).double(), 0.0)
     inside = [live & (ids == i) for i in range(count)]
     total = logp.new_zeros(())
     if ratio_level == "sequence_sum":
-        losses = [objective_of(objective, logp[s].sum()[None], old[s].sum()[None], A[s].mean()[None])[0] for s in inside if s.any()]
-        total = torch.stack(losses).mean() if losses else total
+        losses = [w[s].sum() * objective_of(objective, logp[s].sum()[None], old[s].sum()[None], A[s].mean()[None])[0] for s in inside if s.any()]
+        total = torch.stack(losses).sum() if losses else total
     else:
         x, y = logp, old
         for s in inside:
@@ -130,7 +130,7 @@ def policy(d, operands, *, objective="ppo_clip", ratio_level="token", aggregatio
         total = (w * objective_of(objective, x, y, A))[used].sum()
     used = w != 0
     total = total + kl_coef * (w * getattr(oracles, kl)(logp, ref))[used].sum()
-    return total - entropy_coef * (bonus * entropy)[bonus != 0].sum()
+    return total - entropy_coef * (w * entropy)[used].sum()
 
 
 def answers(d, operands, cu_seqlens=None, **head):

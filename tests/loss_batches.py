@@ -5,9 +5,7 @@ import torch
 PARAMS = {"ppo_clip": {"clip_low": 0.2, "clip_high": 0.28}, "dual_clip": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 2.0},
           "cispo": {"clip_low": 1.0, "clip_high": 0.5}, "sapo": {"tau_pos": 1.0, "tau_neg": 1.05}, "reinforce": {}}
 LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
-# A sum per sequence is averaged over sequences and takes no other aggregation.
-AGGREGATED = [(level, a) for level in LEVELS for a in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum")
-              if level != "sequence_sum" or a == "token-mean"]
+AGGREGATED = [(level, a) for level in LEVELS for a in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum")]
 B, L = 3, 6
 
 

@@ -9,6 +9,7 @@ from reference import same_bits
 import rlkernels as rlk
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+AGREEMENT = 80, torch.int64  # what a rank says of its call, whatever the call
 CASES = {}
 
 
@@ -245,8 +246,9 @@ def traffic(me, numbers):
         cover, *chunks = calls.copy()
         calls.clear()
         stats.logprobs.sum().backward()
-    assert cover[1:] == (3, torch.int64)  # where each shard lies: read on the host, and on the CPU alone
+    assert cover[1:] == AGREEMENT  # what the ranks must have in common: read on the host, and on the CPU alone
     assert [size for _, size, _ in chunks] == [numbers * rows for rows in (8, 8, live - 16)] and {dtype for *_, dtype in chunks} == {torch.float32}
+    assert calls.pop(0)[1:] == AGREEMENT
     assert calls == [("all_reduce", p.hidden.numel(), torch.float32)]
 
 
@@ -257,14 +259,14 @@ def traffic_of_a_loss(me, numbers):
     with counted() as calls:
         loss, _ = policy_of(p, p.shard(me, "padded"), entropy_coef=0.02 * (numbers == 5), chunk_tokens=16)
         chunks = [size for name, size, _ in calls if "gather" in name]
-        assert chunks == [3, *(numbers * min(16, live - start) for start in range(0, live, 16))]
+        assert chunks == [AGREEMENT[0], *(numbers * min(16, live - start) for start in range(0, live, 16))]
         assert [call for call in calls if "gather" not in call[0]] == [("all_reduce", p.hidden.numel(), torch.float32)]
         calls.clear()
         loss.backward()
         assert not calls
         p.mask[:] = False
         policy_of(p, p.shard(me, "padded"))
-        assert [size for _, size, _ in calls] == [3, p.hidden.numel()]  # no token lives
+        assert [size for _, size, _ in calls] == [AGREEMENT[0], p.hidden.numel()]  # no token lives
 
 
 @case("groups inside the world: the vocabulary over {inside} ranks, tokens over the others, one global number of tokens", inside=(1, 2))

@@ -178,6 +178,8 @@ def digest(x):
 
 
 def main(rank, ranks, rendezvous, report):
+    import parallel_disagreement  # noqa: F401  (its cases)
+    import parallel_errors  # noqa: F401  (its cases)
     import parallel_more  # noqa: F401  (its cases)
     from parallel_cases import CASES  # which is written in terms of this module
 

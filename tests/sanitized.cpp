@@ -67,7 +67,7 @@ void rows(Dtype dtype, int64_t vocab, bool masked, bool with_ref) {
   b.dtype = dtype, b.rows = count, b.columns = vocab, b.threads = 2;
   b.logits = {address(x), vocab, 0, 1};
   if (with_ref) b.ref = {address(ref), vocab, 0, 1};
-  b.targets = address(targets), b.target_bytes = 4, b.temperatures = address(ones);
+  b.read_targets(address(targets), 1, 4), b.read_temperatures(address(ones));
   if (masked) b.mask = address(mask), b.mask_stride = vocab;
   const uintptr_t none = 0;
   token_stats<Real>(b, {address(s[0]), address(s[1]), address(s[2]), address(s[3]), address(s[4]), address(s[5]), address(top),

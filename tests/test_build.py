@@ -1,47 +1,22 @@
 """The build: what the compiled module links to, an install without a compiler, a broken one, and the C++ sources under sanitizers."""
 import os
-import shutil
-import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from source_trees import CXX, ROOT, copy, environment, needs_compiler, needs_sources, run
 
 from rlkernels.backends import cpu, cpu_gemm
 
-ROOT = Path(__file__).resolve().parents[1]
-CXX = shutil.which("c++") or shutil.which("g++")
 ISA_FLAGS = {"baseline": [], "avx2": ["-mavx2", "-mfma", "-mf16c"],
              "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]}
-
-needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the sources are not beside the tests")
-needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
-
-
-def run(command, check=True, **options):
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
-    assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def environment(**changes):
-    kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "RLKERNELS_CUDA", "PYTHONPATH")}
-    return {**kept, **changes}
 
 
 @pytest.fixture
 def source(tmp_path):
-    """A copy of what a source distribution holds: nothing that a build here has left behind."""
-    tree = tmp_path / "source"
-    tree.mkdir()
-    for name in ("setup.py", "setup_cuda.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, tree)
-    for name in ("csrc", "rlkernels"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    return tree
+    return copy(tmp_path / "source")
 
 
 @pytest.mark.skipif(not cpu.available()[0], reason="the module is not built")
@@ -87,7 +62,7 @@ def test_without_a_compiler_the_install_succeeds_and_says_what_is_absent(source,
             "print(float(rlkernels.token_logprobs(torch.zeros(1, 4), torch.tensor([1]))[0].exp()))")
     done = run([sys.executable, "-c", code], env=environment(PYTHONPATH=str(tmp_path / "installed")), cwd=tmp_path)
     reason, probability = done.stdout.splitlines()
-    assert reason.startswith("rlkernels._cpu was not built: no C++ compiler, or no Python headers, was found at install time; install g++")
+    assert reason.startswith("rlkernels._cpu was not built: no C++ compiler (c++, g++, clang++) was found at install time; install g++")
     assert abs(float(probability) - 0.25) < 1e-6
 
 

@@ -49,7 +49,7 @@ def test_F26_F81_garbage_at_masked_tokens_changes_neither_loss_nor_gradient_nor_
                                         weights=weights, ratio_level=level, return_metrics=True)
         return [loss, *torch.autograd.grad(loss, (logp, entropy)), *metrics.values()]
 
-    for weights in (None, torch.rand(B, L)) if level != "sequence_sum" else (None,):
+    for weights in (None, torch.rand(B, L)):
         clean = run(d, weights)
         dirty = run({k: v if k == "mask" else v.masked_fill(~mask, garbage) for k, v in d.items()},
                     None if weights is None else weights.masked_fill(~mask, garbage))

@@ -23,6 +23,17 @@ def _made_there(function):
     return call
 
 
+def _widened(function):
+    """A product with ``out_dtype``, by shape alone: torch 2.8 to 2.11 know it on devices and not on "meta"."""
+    def call(*tensors, out_dtype=None, out=None, **options):
+        if out_dtype is None or not tensors[0].is_meta:
+            return function(*tensors, **options) if out is None else function(*tensors, out=out, **options)
+        found = made(tensors[-2].shape[0], tensors[-1].shape[1], dtype=out_dtype)
+        assert out is None or (out.shape, out.dtype) == (found.shape, found.dtype)
+        return found if out is None else out
+    return call
+
+
 @pytest.fixture(autouse=True)
 def on_an_accelerator(monkeypatch):
     """Kernels are those of plain torch; what calls them is ours. The heads' own ops are opened: their fakes would hide the loop over chunks."""
@@ -30,6 +41,11 @@ def on_an_accelerator(monkeypatch):
     monkeypatch.setattr(ops, "run", lambda op, backend, *a: getattr(eager, op)(*a))
     for name in ("tensor", "as_tensor"):
         monkeypatch.setattr(torch, name, _made_there(getattr(torch, name)))
+    for name, tensors in (("mm", (A, A.t())), ("addmm", (made(N, N), A, A.t()))):
+        try:
+            getattr(torch, name)(*(x.bfloat16() for x in tensors), out_dtype=torch.float32)
+        except TypeError:
+            monkeypatch.setattr(torch, name, _widened(getattr(torch, name)))
     monkeypatch.setattr(linear, "linear_stats_backward", linear._linear_backward)
     monkeypatch.setattr(linear, "linear_stats", registry._recorded("linear_stats", linear._linear_stats, linear._linear_grad, linear._linear_setup))
 
@@ -125,6 +141,11 @@ IDS = {"prompt-mean": {"group_ids": whole(N)}, "rollout-mean": {"rollout_ids": w
        "fixed-horizon": {"horizon": 9}, "global-token-mean": {"batch_num_tokens": made()}}
 CALLS = {
     "token_stats": lambda: rlk.token_stats(LOGITS, TARGETS, temperature=A).logprobs.sum(),
+    "token_stats, one temperature": lambda: rlk.token_stats(LOGITS, TARGETS, temperature=made()).logprobs.sum(),
+    "token_stats, a temperature per sequence": lambda: rlk.token_stats(LOGITS, TARGETS, temperature=made(N)).logprobs.sum(),
+    "linear_sft_loss, one temperature": lambda: rlk.linear_sft_loss(leaf(N, L, H), leaf(V, H), TARGETS, temperature=made(), max_live_tokens=N * L),
+    "linear_token_logprobs, a temperature per sequence": lambda: rlk.linear_token_logprobs(leaf(N, L, H), leaf(V, H), TARGETS, temperature=made(N, 1),
+                                                                                           max_live_tokens=N * L).sum(),
     "sft_loss": lambda: rlk.sft_loss(LOGITS, TARGETS, MASK),
     "logprobs_sft_loss": lambda: rlk.logprobs_sft_loss(ONE, MASK),
     **{f"logits_policy_loss {level}": lambda level=level: rlk.logits_policy_loss(LOGITS, TARGETS, A, A, MASK, ratio_level=level, entropy_coef=0.1)
@@ -139,6 +160,34 @@ CALLS = {
     "sequence_means": lambda: rlk.sequence_means(ONE.view(-1), MASK.view(-1), CU).sum(),
     "broadcast_to_tokens": lambda: rlk.broadcast_to_tokens(TWO, MASK).sum(),
     "reward_scores": lambda: rlk.reward_scores(leaf(N, L, H), leaf(1, H), attention_mask=MASK).sum(),
+}
+def number():
+    """A coefficient that the device alone knows."""
+    return made()
+
+
+SCHEDULED = {
+    **{f"policy_loss {name}": lambda name=name, given=given: rlk.policy_loss(ONE, A, A, MASK, objective=name, **{k: number() for k in given})
+       for name, given in {"ppo_clip": ("clip_low", "clip_high"), "dual_clip": ("dual_clip",), "cispo": ("clip_low", "clip_high"),
+                           "sapo": ("tau_pos", "tau_neg")}.items()},
+    "policy_loss terms": lambda: rlk.policy_loss(ONE, A, A, MASK, kl_coef=number(), ref_logprobs=A, entropy=ONE, entropy_coef=number(), return_metrics=True)[0],
+    **{f"logits_policy_loss {level}": lambda level=level: rlk.logits_policy_loss(
+        LOGITS, TARGETS, A, A, MASK, ratio_level=level, kl_coef=number(), ref_logprobs=A, entropy_coef=number(), clip_low=number()) for level in LEVELS},
+    **{f"linear_policy_loss {level}": lambda level=level: heads(torch.bfloat16)[f"policy {level}"](
+        max_live_tokens=N * L, entropy_coef=number(), clip_low=number(), clip_high=0.3) for level in LEVELS},
+    "value_loss": lambda: rlk.value_loss(ONE, A, A, MASK, clip_range=number(), return_metrics=True)[0],
+    "pairwise_reward_loss": lambda: rlk.pairwise_reward_loss(TWO, made(N), center_coef=number()),
+    **{f"dpo_loss {name}": lambda name=name: rlk.dpo_loss(
+        TWO, TWO * 2, made(N), made(N), loss_type=(name,), beta=number(), loss_weights=(number(),), chosen_lengths=whole(N), rejected_lengths=whole(N),
+        **{k: number() for k in ("label_smoothing", "simpo_gamma", "alphapo_alpha", "discopop_tau", "cpo_alpha") if k in KINDS[name].takes})
+       for name in KINDS},
+    "dpo_loss alpha": lambda: rlk.dpo_loss(TWO, TWO * 2, made(N), made(N), f_divergence="alpha_divergence", alpha=number()),
+    "linear_dpo_loss": lambda: heads(torch.bfloat16)["pairs sigmoid"](max_live_tokens=N * L, beta=number(), label_smoothing=number()),
+    **{f"unpaired_preference_loss {name}": lambda name=name: rlk.unpaired_preference_loss(
+        TWO, made(N), GOOD, loss_type=name, beta=number(), desirable_weight=number(), undesirable_weight=number(),
+        **{"kto": {"kl": number()}, "bco": {"delta": number()}}.get(name, {})) for name in LOSS_TYPES},
+    "linear_unpaired_preference_loss": lambda: heads(torch.bfloat16)["answers kto"](max_live_tokens=N * L, beta=number(), desirable_weight=number()),
+    "normalisers": lambda: rlk.policy_loss(ONE, A, A, MASK, normalizers={"batch_num_tokens": whole(), "scale": number(), "dp_size": whole()}),
 }
 PLAIN = {
     "gae": lambda: rlk.gae(A, A, MASK), "gae packed": lambda: rlk.gae(A.view(-1), A.view(-1), MASK.view(-1), cu_seqlens=CU),
@@ -175,6 +224,13 @@ def test_F48_no_loss_reads_the_device(name):
     assert loss.is_meta
 
 
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_F147_no_coefficient_is_read_from_the_device(name):
+    loss = SCHEDULED[name]()
+    loss.backward()
+    assert loss.is_meta and loss.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_F48_nothing_before_a_loss_reads_the_device(name):
     assert all(x.is_meta for x in PLAIN[name]())
@@ -184,9 +240,10 @@ def test_F48_nothing_before_a_loss_reads_the_device(name):
 def test_F48_no_objective_in_plain_torch_reads_the_device(name):
     entry = OBJECTIVES[name]
     columns, params = [made(N, L) for _ in entry.columns], [0.5] * len(entry.params)
-    for weight in (None, A):
-        assert all(x.is_meta for x in eager.elementwise(name, columns, params, weight))
-    assert all(x.is_meta for x in eager.weighted_loss(name, columns[0], [], columns[1:], params, MASK, made(), 1.0))
+    for numbers in (params, [number() for _ in params]):
+        for weight in (None, A):
+            assert all(x.is_meta for x in eager.elementwise(name, columns, numbers, weight))
+        assert all(x.is_meta for x in eager.weighted_loss(name, columns[0], [], columns[1:], numbers, MASK, made(), 1.0))
 
 
 def test_a_read_would_be_seen():

@@ -100,7 +100,7 @@ OWN = {
     "B37 sft": (sft, {"aggregation": "tokenmean"}, ValueError, "aggregation must be one of .*token-mean.* got 'tokenmean'"),
     "B38": (policy, {"aggregation": "fixed-horizon"}, ValueError, "aggregation 'fixed-horizon' needs horizon"),
     "B39": (policy, {"weights": A, "aggregation": "seq-mean-token-mean"}, ValueError, "weights .* aggregation"),
-    "B39 sums": (policy, {"weights": A, "ratio_level": "sequence_sum"}, ValueError, "ratio_level='sequence_sum' has one loss per sequence"),
+    "B39 sums": (policy, {"normalizers": {"batch_num_tokens": 9}, "ratio_level": "sequence_sum"}, ValueError, "'seq-mean' takes no batch_num_tokens"),
     "B40 dtype": (policy, {**POLICY, "cu_seqlens": torch.tensor([0.0, 32.0])}, TypeError, "cu_seqlens must be an int32 or int64 tensor"),
     "B40 last": (policy, {**POLICY, "ratio_level": "sequence", "cu_seqlens": CU}, ValueError, "cu_seqlens ends at 8, expected the number of tokens, 32"),
     "B40 last sft": (sft, {**PACKED, "cu_seqlens": CU}, ValueError, "cu_seqlens ends at 8, expected the number of tokens, 32"),

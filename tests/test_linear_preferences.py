@@ -10,7 +10,7 @@ from reference import same_bits
 import rlkernels as rlk
 from rlkernels import sweep
 from rlkernels.preference_kinds import KINDS
-from rlkernels.preferences import F_DIVERGENCES
+from rlkernels.preference_options import F_DIVERGENCES
 from rlkernels.unpaired import LOSS_TYPES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

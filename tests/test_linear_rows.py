@@ -57,8 +57,6 @@ def rows_where(condition):
 
 
 def policy(d, operands, level="token", **options):
-    if level == "sequence_sum":
-        options.pop("weights", None)
     h, w, b = operands
     return rlk.linear_policy_loss(h, w, d["targets"], d["old"], d["advantages"], d["mask"], bias=b, ratio_level=level, **options)
 

@@ -86,7 +86,7 @@ def test_opcheck_of_the_linear_ops(backend):
     hidden, weight, bias = (torch.randn(*s, generator=draw, requires_grad=True) for s in ((6, 5), (V, 5), (V,)))
     g = rest["g1"].float()
     for temperature, softcap, bound in ((ops.number(0.7), 4.0, None), (torch.full((6,), 0.7), float("nan"), 6)):  # NaN: no softcap
-        head = (targets, temperature, ops.number(softcap), ops.number(1.2), -100, torch.float32, 4, bound, *linear.NO_SHARD)
+        head = (targets, temperature, ops.number(softcap), ops.number(1.2), -100, torch.float32, 4, bound, *linear.NO_SHARD, "linear_token_stats")
         opcheck(linear.linear_stats.op, (hidden, weight, bias, *head, ops.ENTROPY, backend))
         operands = (hidden.detach(), weight.detach(), bias.detach(), *head)
         found = linear.linear_stats(*operands, ops.ENTROPY, backend)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import children
 import oracles
+import parallel_disagreement  # noqa: F401  (its cases)
+import parallel_errors  # noqa: F401  (its cases)
 import parallel_more  # noqa: F401  (its cases)
 import pytest
 import torch
@@ -111,3 +113,18 @@ def test_a_head_that_is_the_embedding_gets_the_sum_of_both_gradients():
     assert (embedding.grad - wide.grad).norm() <= 1e-5 * wide.grad.norm()
     (alone,) = torch.autograd.grad(loss_and_truth((embedding[ids] @ mix).detach(), embedding, wide[ids] @ mix.double(), wide, targets, draw)[0], embedding)
     assert (embedding.grad - alone).norm() > 0.1 * embedding.grad.norm()  # the embedding's part is not small
+
+
+@pytest.mark.parametrize("when", ["before the call", "between two calls", "before the backward"])
+def test_F134_a_process_that_dies_leaves_the_other_with_an_error_of_the_group_within_its_timeout(when, tmp_path):
+    command = [sys.executable, Path(__file__).with_name("parallel_deaths.py")]
+    dying = subprocess.Popen([*command, "1", tmp_path / "rendezvous", when], cwd=os.sep, env=children.environment(OMP_NUM_THREADS="1"))
+    try:
+        done = subprocess.run([*command, "0", tmp_path / "rendezvous", when], cwd=os.sep, env=children.environment(OMP_NUM_THREADS="1"), capture_output=True,
+                              text=True, timeout=90)
+        assert dying.wait(timeout=90) == 3
+    finally:
+        dying.kill()
+    assert done.returncode == 0, done.stderr[-3000:]
+    seconds, text = re.match(r"([\d.]+) s: (.+)", done.stdout).groups()
+    assert float(seconds) < 15 and re.search("closed|reset|imed out", text), done.stdout

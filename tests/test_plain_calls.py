@@ -126,7 +126,7 @@ def test_a_subclass_meets_the_registered_op(backend):
 def test_a_pending_negation_is_carried_out(backend):
     parts = torch.view_as_complex(torch.randn(5, 2, generator=torch.Generator().manual_seed(0)))
     negated = parts.conj().imag
-    assert negated.is_neg() and gradient_wanted([negated]) is None
+    assert negated.is_neg() and gradient_wanted([negated]) is False  # plain: the gate resolves it
     with rlk.use_backend(backend):
         got = rlk.policy_loss(negated, torch.zeros(5), torch.ones(5))
         assert same_bits(got, rlk.policy_loss(negated.clone().resolve_neg(), torch.zeros(5), torch.ones(5)))

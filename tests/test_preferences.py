@@ -169,7 +169,7 @@ def test_the_likelihood_of_cpo_is_a_mean_over_the_tokens_of_all_chosen_answers()
 def test_parts_of_a_batch_give_the_bits_of_the_whole_batch(name):
     C, R, f, g, n, m = batch(pairs=9, dtype=torch.float32)
     options = preference_options("test", C, **options_for(name, n, m), pair_weights=torch.linspace(0.0, 2.0, 9))
-    assert options.separable
+    assert options.separable()
     references = (f, g) if KINDS[name].reference else (None, None)
     whole, slopes = with_gradients(lambda c, r: pair_losses("test", c, r, *references, options), C, R, torch.ones(9))
     parts, gradients = [], []
@@ -185,7 +185,7 @@ def test_parts_of_a_batch_give_the_bits_of_the_whole_batch(name):
 
 def test_only_the_losses_that_sort_are_not_separable():
     assert {name for name, separable in SEPARABLE.items() if not separable} == {"aot", "aot_unpaired"}
-    assert not preference_options("test", torch.zeros(3), loss_type=("sigmoid", "aot")).separable
+    assert not preference_options("test", torch.zeros(3), loss_type=("sigmoid", "aot")).separable()
     C, R, f, g, *_ = batch(pairs=8)
     options = preference_options("test", C, loss_type="aot")
     halves = [pair_losses("test", C[s], R[s], f[s], g[s], options) for s in (slice(0, 4), slice(4, 8))]

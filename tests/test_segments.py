@@ -49,7 +49,7 @@ def test_no_mask_means_that_every_token_lives(function):
 
 
 def test_a_token_lives_where_its_mask_is_not_zero():
-    x, mask = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.25, 0.0, -1.0]])
+    x, mask = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[3, 0, -1]])
     assert (sequence_sums(x, mask).item(), sequence_means(x, mask).item()) == (5.0, 2.5)
     assert broadcast_to_tokens(torch.tensor([3.0]), mask).tolist() == [[3.0, 0.0, 3.0]]
 

@@ -61,7 +61,7 @@ def test_a_batch_is_separable_but_for_the_baselines_of_the_other_class():
         options = unpaired_options("test", logps, loss_type=name, **NEEDS.get(name, {}))
         whole = sequence_losses("test", logps, ref, good, options)
         parts = torch.cat([sequence_losses("test", logps[s], ref[s], good[s], options) for s in (slice(0, 4), slice(4, 9))])
-        assert torch.equal(whole, parts) == options.separable == (name != "kto_paired_batch")
+        assert torch.equal(whole, parts) == options.separable() == (name != "kto_paired_batch")
 
 
 def test_kl_is_the_mean_drift_of_other_answers_and_never_negative():

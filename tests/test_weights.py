@@ -147,7 +147,7 @@ def test_a_mask_of_any_dtype_gives_the_same_weights(mode, dtype):
 
 
 def test_a_token_lives_where_its_mask_is_not_zero():
-    mask = torch.tensor([[0.25, 0.0, 2.0, -1.0]])
+    mask = torch.tensor([[3, 0, 1, -1]])  # integers: the ids of packed documents, say; floats are 0 and 1 alone
     assert token_weights(mask).tolist() == token_weights(mask != 0).tolist()
 
 

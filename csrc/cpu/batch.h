@@ -2,7 +2,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
+#include "mode.h"
 #include "rows.h"
 
 namespace rlk {
@@ -20,11 +22,10 @@ struct Batch {
   Dtype dtype = Dtype::f32;
   int64_t rows = 0, columns = 0;
   Layout logits, ref;        // ref.address 0: no reference
-  uintptr_t targets = 0;
-  int64_t target_stride = 1, target_bytes = 8;
+  std::vector<int64_t> targets;
   int64_t ignore_index = -100;
   double temperature = 1;
-  uintptr_t temperatures = 0;  // per row, in the real dtype; 0: the number above
+  std::vector<double> temperatures;  // per row; empty: the number above
   uintptr_t mask = 0;          // 0: every column is in the support
   int64_t mask_stride = 0;
   int threads = 1;
@@ -32,15 +33,10 @@ struct Batch {
   int64_t bytes() const { return item_size(dtype); }
   const void* row(int64_t r) const { return logits.row(r, bytes()); }
   const void* ref_row(int64_t r) const { return ref.address ? ref.row(r, bytes()) : nullptr; }
-  int64_t target(int64_t r) const {
-    const char* at = reinterpret_cast<const char*>(targets) + r * target_stride * target_bytes;
-    if (target_bytes == 8) return *reinterpret_cast<const int64_t*>(at);
-    return *reinterpret_cast<const int32_t*>(at);
-  }
+  int64_t target(int64_t r) const { return targets[size_t(r)]; }
   const uint8_t* mask_row(int64_t r) const { return mask ? reinterpret_cast<const uint8_t*>(mask) + r * mask_stride : nullptr; }
   double temperature_of(int64_t r) const {
-    if (!temperatures) return temperature;
-    return dtype == Dtype::f64 ? reinterpret_cast<const double*>(temperatures)[r] : reinterpret_cast<const float*>(temperatures)[r];
+    return temperatures.empty() ? temperature : temperatures[size_t(r)];
   }
   double value(const void* row, int64_t c) const {
     switch (dtype) {
@@ -60,6 +56,18 @@ struct Batch {
   }
   bool supports(int64_t r, int64_t c) const { return !mask || mask_row(r)[c]; }
 
+  // Copies, because another thread may write to the caller's targets after they were looked at: a target becomes an address.
+  void read_targets(uintptr_t from, int64_t stride, int64_t bytes) {
+    targets.resize(size_t(rows));
+    const char* at = reinterpret_cast<const char*>(from);
+    for (int64_t r = 0; r < rows; ++r, at += stride * bytes)
+      targets[size_t(r)] = bytes == 8 ? *reinterpret_cast<const int64_t*>(at) : *reinterpret_cast<const int32_t*>(at);
+  }
+  void read_temperatures(uintptr_t from) {
+    temperatures.resize(from ? size_t(rows) : 0);
+    for (size_t r = 0; r < temperatures.size(); ++r)
+      temperatures[r] = dtype == Dtype::f64 ? reinterpret_cast<const double*>(from)[r] : double(reinterpret_cast<const float*>(from)[r]);
+  }
   int64_t bad_target() const {  // the first row whose target is neither a column nor ignored, or -1
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t y = target(r);
@@ -69,8 +77,8 @@ struct Batch {
   }
   // The first row whose temperature is outside of [2**-40, 2**40], or -1.
   int64_t bad_temperature() const {
-    for (int64_t r = 0; temperatures && r < rows; ++r)
-      if (const double t = temperature_of(r); !(t >= 0x1p-40 && t <= 0x1p40)) return r;
+    for (size_t r = 0; r < temperatures.size(); ++r)
+      if (const double t = temperatures[r]; !(t >= 0x1p-40 && t <= 0x1p40)) return int64_t(r);
     return -1;
   }
 };
@@ -81,8 +89,13 @@ struct Batch {
 template <class F>
 void for_rows(int64_t rows, int64_t columns, int threads, F f) {
   const int64_t run = rows / (int64_t(threads) * 32) + 1;
-#pragma omp parallel for schedule(dynamic, run) num_threads(threads) if (threads > 1 && rows > 1 && rows * columns > 65536)
-  for (int64_t r = 0; r < rows; ++r) f(r);
+  const auto mode = float_mode();
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1 && rows * columns > 65536)
+  {
+    const FloatMode as_the_caller(mode);
+#pragma omp for schedule(dynamic, run)
+    for (int64_t r = 0; r < rows; ++r) f(r);
+  }
 }
 
 template <class Real>
@@ -140,9 +153,9 @@ struct PolicyInputs {
 struct PolicyOutputs {
   uintptr_t logp, shift, sum_exp, entropy, dlogp;
 };
-// Returns the loss; writes no gradient where out.address is 0.
+// Returns the loss, infinite where Real does not reach; writes no gradient where out.address is 0.
 template <class Real>
-double fused_policy(const Batch&, const PolicyInputs&, const PolicyOutputs&, const Layout& out);
+Real fused_policy(const Batch&, const PolicyInputs&, const PolicyOutputs&, const Layout& out);
 
 // What a weighted loss has beside `elementwise`: columns taken from the first; a weight of 1 or 0; a factor of every weight and a count that
 // divides it. The derivative is then that of the loss; `opposite` gets its negative.
@@ -154,9 +167,9 @@ struct OfLoss {
   uintptr_t opposite;
 };
 
-// Of `elementwise`: null where an input or output is absent. Returns the weighted sum of the values.
+// Of `elementwise`: null where an input or output is absent. Returns the weighted sum of the values, infinite where Real does not reach.
 template <class Real>
-double elementwise(const char* objective, const uintptr_t* columns, const double* params, const Real* weight, Real* value, Real* derivative,
+Real elementwise(const char* objective, const uintptr_t* columns, const double* params, const Real* weight, Real* value, Real* derivative,
                    int64_t n, int threads, const OfLoss* of_loss = nullptr);
 
 enum class Masked : int { skip, zero, none };

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "../interface.h"
+#include "../tensors.h"
 #include "batch.h"
 #include "buffer.h"
 #include "gemm.h"
@@ -23,8 +25,9 @@ Layout layout(const Place& p) { return {uintptr_t(p[0]), p[1], p[2], p[3]}; }
 Batch batch(int dtype, int64_t rows, int64_t columns, const Place& logits, const Place& ref, uintptr_t targets, int64_t target_stride,
             int64_t target_bytes, int64_t ignore_index, double temperature, uintptr_t temperatures, uintptr_t mask, int64_t mask_stride,
             int threads) {
-  const Batch b{Dtype(dtype), rows,         columns,     layout(logits), layout(ref), targets, target_stride, target_bytes,
-                ignore_index, temperature, temperatures, mask,           mask_stride, threads};
+  Batch b{Dtype(dtype), rows, columns, layout(logits), layout(ref), {}, ignore_index, temperature, {}, mask, mask_stride, threads};
+  b.read_targets(targets, target_stride, target_bytes);
+  b.read_temperatures(temperatures);
   if (const int64_t r = b.bad_target(); r >= 0)
     throw py::index_error("target " + std::to_string(b.target(r)) + " at row " + std::to_string(r) + " is outside [0, " +
                           std::to_string(columns) + ")");
@@ -32,6 +35,15 @@ Batch batch(int dtype, int64_t rows, int64_t columns, const Place& logits, const
     throw py::value_error("temperature must be positive and finite, got " + std::string(py::str(py::float_(b.temperature_of(r)))) +
                           " at row " + std::to_string(r) + "; it may be from 2**-40 to 2**40");
   return b;
+}
+
+// Python names an objective and lists its columns: both must be what is compiled here, before a place in a list becomes an address.
+void check_objective(const std::string& name, size_t columns, size_t params) {
+  const Objective<float>* found = find_objective<float>(name.c_str());
+  if (!found) throw py::value_error("objective '" + name + "' is not compiled into backend 'cpu'; name one that is registered");
+  if (columns != size_t(found->columns) || params != size_t(found->params))
+    throw py::value_error("objective '" + name + "' takes " + std::to_string(found->columns) + " columns and " + std::to_string(found->params) +
+                          " parameters, got " + std::to_string(columns) + " and " + std::to_string(params));
 }
 
 void stats(const Batch& b, const std::array<uintptr_t, 11>& to) {
@@ -49,6 +61,8 @@ void backward(const Batch& b, const std::array<uintptr_t, 9>& from, const Place&
 double policy(const Batch& b, const std::string& objective, const std::vector<uintptr_t>& columns, const std::vector<double>& params,
               uintptr_t weight, uintptr_t entropy_weight, const std::optional<std::string>& kl, uintptr_t ref_logp, uintptr_t kl_weight,
               const std::array<uintptr_t, 5>& to, const Place& gradient) {
+  check_objective(objective, columns.size() + 1, params.size());
+  if (kl) check_objective(*kl, 2, 0);
   py::gil_scoped_release release;
   const PolicyInputs in{objective.c_str(), kl ? kl->c_str() : nullptr, columns.data(), params.data(), weight, entropy_weight, ref_logp, kl_weight};
   const PolicyOutputs out{to[0], to[1], to[2], to[3], to[4]};
@@ -58,6 +72,7 @@ double policy(const Batch& b, const std::string& objective, const std::vector<ui
 template <class Real>
 double apply(const std::string& objective, const std::vector<uintptr_t>& columns, const std::vector<double>& params, uintptr_t weight,
              uintptr_t value, uintptr_t derivative, int64_t n, int threads) {
+  check_objective(objective, columns.size(), params.size());
   py::gil_scoped_release release;
   return elementwise<Real>(objective.c_str(), columns.data(), params.data(), reals<const Real>(weight), reals<Real>(value),
                            reals<Real>(derivative), n, threads);
@@ -67,19 +82,36 @@ template <class Real>
 double weighted(const std::string& objective, const std::vector<uintptr_t>& columns, const std::array<uintptr_t, 2>& minus,
                 const std::vector<double>& params, uintptr_t weight, uintptr_t mask, uintptr_t total, double share, uintptr_t slope,
                 uintptr_t opposite, int64_t n, int threads) {
+  check_objective(objective, columns.size(), params.size());
   py::gil_scoped_release release;
   const OfLoss of_loss{{minus[0], minus[1]}, reinterpret_cast<const uint8_t*>(mask), reinterpret_cast<const int64_t*>(total), share, opposite};
   return elementwise<Real>(objective.c_str(), columns.data(), params.data(), reals<const Real>(weight), nullptr, reals<Real>(slope), n, threads,
                            &of_loss);
 }
 
+// Copied before they are looked at, as targets are: each becomes an address.
+std::vector<int64_t> offsets(uintptr_t from, int64_t segments, int64_t tokens) {
+  if (!from) return {};
+  const int64_t* at = reinterpret_cast<const int64_t*>(from);
+  std::vector<int64_t> ends(at, at + segments + 1);
+  const auto refuse = [](const std::string& what) { throw py::value_error("gae: cu_seqlens " + what); };
+  if (ends[0] != 0) refuse("starts at " + std::to_string(ends[0]) + ", expected 0");
+  for (size_t i = 1; i < ends.size(); ++i)
+    if (ends[i] < ends[i - 1])
+      refuse("decreases from " + std::to_string(ends[i - 1]) + " to " + std::to_string(ends[i]) + " at entry " + std::to_string(i) +
+             "; it must hold cumulative lengths");
+  if (ends.back() != tokens) refuse("ends at " + std::to_string(ends.back()) + ", expected the number of tokens, " + std::to_string(tokens));
+  return ends;
+}
+
+// `length`: of every row; with `bounds` of all segments together.
 template <class Real>
 void scan(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t bounds, int64_t segments, int64_t length, double gamma, double lam,
           int masked, uintptr_t advantages, uintptr_t returns, int threads) {
+  const std::vector<int64_t> ends = offsets(bounds, segments, length);
   py::gil_scoped_release release;
-  gae<Real>(reals<const Real>(rewards), reals<const Real>(values), reinterpret_cast<const uint8_t*>(mask),
-            reinterpret_cast<const int64_t*>(bounds), segments, length, gamma, lam, Masked(masked), reals<Real>(advantages),
-            reals<Real>(returns), threads);
+  gae<Real>(reals<const Real>(rewards), reals<const Real>(values), reinterpret_cast<const uint8_t*>(mask), bounds ? ends.data() : nullptr, segments,
+            length, gamma, lam, Masked(masked), reals<Real>(advantages), reals<Real>(returns), threads);
 }
 
 using Matrix = std::array<int64_t, 4>;  // address, row stride, column stride, whether it is fp32
@@ -133,4 +165,7 @@ PYBIND11_MODULE(_cpu, m) {
 #define RLK_ENTRY(name, columns, params) objectives[#name] = py::make_tuple(columns, params);
   RLK_OBJECTIVES(RLK_ENTRY)
   m.attr("OBJECTIVES") = objectives;
+  m.attr("INTERFACE") = kInterface;
+  tensors::bind(m);
+  m.attr("OBJECTIVES_DIGEST") = RLK_OBJECTIVES_DIGEST;
 }

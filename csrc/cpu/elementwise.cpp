@@ -49,8 +49,13 @@ double run(const Job<Real>& job, int64_t n, int threads) {
   };
   if (parts <= 1) return parts ? one(0) : 0.0;
   std::vector<double> sums(static_cast<size_t>(parts));
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t k = 0; k < parts; ++k) sums[size_t(k)] = one(k);
+  const auto mode = float_mode();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const FloatMode as_the_caller(mode);
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < parts; ++k) sums[size_t(k)] = one(k);
+  }
   double total = 0;
   for (const double sum : sums) total += sum;
   return total;
@@ -59,7 +64,7 @@ double run(const Job<Real>& job, int64_t n, int threads) {
 }  // namespace
 
 template <class Real>
-double elementwise(const char* objective, const uintptr_t* columns, const double* params, const Real* weight, Real* value, Real* derivative,
+Real elementwise(const char* objective, const uintptr_t* columns, const double* params, const Real* weight, Real* value, Real* derivative,
                    int64_t n, int threads, const OfLoss* of_loss) {
   const Objective<Real>& found = *find_objective<Real>(objective);
   Job<Real> job{{}, {}, weight, value, derivative, {}, nullptr, Real(1), nullptr, of_loss != nullptr};
@@ -72,13 +77,13 @@ double elementwise(const char* objective, const uintptr_t* columns, const double
   for (int k = 0; k < found.columns; ++k) job.columns[k] = reinterpret_cast<const Real*>(columns[k]);
   for (int k = 0; k < found.params; ++k) job.params[k] = Real(params[k]);
 #define RLK_RUN(name, columns, params) \
-  if (std::strcmp(objective, #name) == 0) return run<rlk::name, columns, params>(job, n, threads);
+  if (std::strcmp(objective, #name) == 0) return Real(run<rlk::name, columns, params>(job, n, threads));
   RLK_OBJECTIVES(RLK_RUN)
 #undef RLK_RUN
   return 0;
 }
 
-template double elementwise(const char*, const uintptr_t*, const double*, const float*, float*, float*, int64_t, int, const OfLoss*);
+template float elementwise(const char*, const uintptr_t*, const double*, const float*, float*, float*, int64_t, int, const OfLoss*);
 template double elementwise(const char*, const uintptr_t*, const double*, const double*, double*, double*, int64_t, int, const OfLoss*);
 
 }  // namespace rlk

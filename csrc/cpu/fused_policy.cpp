@@ -6,7 +6,7 @@
 namespace rlk {
 
 template <class Real>
-double fused_policy(const Batch& batch, const PolicyInputs& in, const PolicyOutputs& out, const Layout& gradient) {
+Real fused_policy(const Batch& batch, const PolicyInputs& in, const PolicyOutputs& out, const Layout& gradient) {
   const RowKernels kernels = row_kernels(batch.dtype);
   const Objective<Real>& objective = *find_objective<Real>(in.objective);
   const Objective<Real>* penalty = in.kl ? find_objective<Real>(in.kl) : nullptr;
@@ -63,10 +63,10 @@ double fused_policy(const Batch& batch, const PolicyInputs& in, const PolicyOutp
   });
   double total = 0;
   for (const double loss : losses) total += loss;  // in row order, whichever thread computed what
-  return total;
+  return Real(total);
 }
 
-template double fused_policy<float>(const Batch&, const PolicyInputs&, const PolicyOutputs&, const Layout&);
+template float fused_policy<float>(const Batch&, const PolicyInputs&, const PolicyOutputs&, const Layout&);
 template double fused_policy<double>(const Batch&, const PolicyInputs&, const PolicyOutputs&, const Layout&);
 
 }  // namespace rlk

@@ -1,5 +1,6 @@
 // The blocks of a matrix product: each task owns a rectangle of out, packs what it needs of a and b slice by slice, and shares no sum.
 #include "gemm.h"
+#include "mode.h"
 
 #include <cstring>
 #include <new>
@@ -105,8 +106,13 @@ void gemm(const GemmJob& job) {
     uint32_t* data;
     ~Words() { ::operator delete(data, std::align_val_t(64)); }
   } const scratch{static_cast<uint32_t*>(::operator new(size_t(each * threads) * sizeof(uint32_t), std::align_val_t(64)))};
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (int64_t t = 0; t < tasks; ++t) task(job, kernels, plan, size, t, stream, scratch.data + thread() * each);
+  const auto mode = float_mode();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const FloatMode as_the_caller(mode);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < tasks; ++t) task(job, kernels, plan, size, t, stream, scratch.data + thread() * each);
+  }
 }
 
 }  // namespace rlk

@@ -4,6 +4,7 @@
 // the squares of the rest are below 1/16 of its square. Rounded alone, the row costs the gradients as much again as their own one
 // rounding to bf16 (0.16 %); with these elements given back in fp32 it adds less than a twentieth of that. Compiled like gemm_bf16.cpp.
 #include "gemm.h"
+#include "mode.h"
 
 #include <cstring>
 
@@ -70,22 +71,26 @@ void add(float* to, float factor, const uint16_t* x, int64_t count) {
 }  // namespace
 
 void add_rounding(const Rounding& r, Kept* kept) {
-#pragma omp parallel for num_threads(r.threads) schedule(static)
-  for (int64_t t = 0; t < r.rows; ++t) {
-    find(r.dlogits + t * r.dlogits_row, r.columns, kept[t]);
-    if (!r.dhidden) continue;
-    for (int k = 0; k < kept[t].count; ++k)
-      add(r.dhidden + t * r.dhidden_row, kept[t].lost[k], r.weight + kept[t].column[k] * r.weight_row, r.width);
-  }
-  if (!r.dweight) return;
-  // Each thread owns some columns of dweight: two rows may name the same token, and their order must not depend on threads.
-  const int64_t slice = (r.width + r.threads - 1) / r.threads;
-#pragma omp parallel for num_threads(r.threads) schedule(static)
-  for (int64_t j = 0; j < r.width; j += slice) {
-    const int64_t count = r.width - j < slice ? r.width - j : slice;
-    for (int64_t t = 0; t < r.rows; ++t)
+  const auto mode = float_mode();
+#pragma omp parallel num_threads(r.threads)
+  {
+    const FloatMode as_the_caller(mode);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < r.rows; ++t) {
+      find(r.dlogits + t * r.dlogits_row, r.columns, kept[t]);
+      if (!r.dhidden) continue;
       for (int k = 0; k < kept[t].count; ++k)
-        add(r.dweight + kept[t].column[k] * r.dweight_row + j, kept[t].lost[k], r.hidden + t * r.hidden_row + j, count);
+        add(r.dhidden + t * r.dhidden_row, kept[t].lost[k], r.weight + kept[t].column[k] * r.weight_row, r.width);
+    }
+    // Each thread owns some columns of dweight: two rows may name the same token, and their order must not depend on threads.
+    const int64_t slice = r.width ? (r.width + r.threads - 1) / r.threads : 1, width = r.dweight ? r.width : 0;
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < width; j += slice) {
+      const int64_t count = r.width - j < slice ? r.width - j : slice;
+      for (int64_t t = 0; t < r.rows; ++t)
+        for (int k = 0; k < kept[t].count; ++k)
+          add(r.dweight + kept[t].column[k] * r.dweight_row + j, kept[t].lost[k], r.hidden + t * r.hidden_row + j, count);
+    }
   }
 }
 

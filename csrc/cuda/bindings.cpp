@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "../interface.h"
+#include "../tensors.h"
 #include "launchers.h"
 
 namespace py = pybind11;
@@ -64,9 +66,25 @@ void fill(To (&to)[kMaxColumns], const std::vector<From>& from, Convert convert)
   for (size_t k = 0; k < from.size(); ++k) to[k] = convert(from[k]);
 }
 
+// Python names an objective and lists its columns: both must be what is compiled here, before a kernel takes an address from the list.
+void check_objective(const std::string& name, size_t columns, size_t params) {
+  const int id = objective_id(name.c_str());
+  constexpr size_t takes[][2] = {
+#define RLK_TAKES(objective, columns, params) {columns, params},
+      RLK_OBJECTIVES(RLK_TAKES)
+#undef RLK_TAKES
+  };
+  if (id < 0) throw py::value_error("objective '" + name + "' is not compiled into backend 'cuda'; name one that is registered");
+  if (columns != takes[id][0] || params != takes[id][1])
+    throw py::value_error("objective '" + name + "' takes " + std::to_string(takes[id][0]) + " columns and " + std::to_string(takes[id][1]) +
+                          " parameters, got " + std::to_string(columns) + " and " + std::to_string(params));
+}
+
 void policy(const Rows& r, const std::string& objective, const std::vector<uintptr_t>& columns, const std::vector<double>& params,
             uintptr_t weight, uintptr_t entropy_weight, const std::string& kl, uintptr_t ref_logp, uintptr_t kl_weight,
             const std::array<uintptr_t, 8>& to, const Place& gradient, int dtype, int device, uintptr_t stream) {
+  check_objective(objective, columns.size() + 1, params.size());
+  if (!kl.empty()) check_objective(kl, 2, 0);
   PolicyInputs in{objective_id(objective.c_str()), objective_id(kl.c_str()), {}, {}, weight, entropy_weight, ref_logp, kl_weight};
   fill(in.columns, columns, [](uintptr_t a) { return a; });
   fill(in.params, params, [](double p) { return float(p); });
@@ -79,6 +97,7 @@ void policy(const Rows& r, const std::string& objective, const std::vector<uintp
 template <class S>
 void apply(const std::string& objective, const std::vector<uintptr_t>& columns, const std::vector<double>& params, uintptr_t weight,
            uintptr_t value, uintptr_t derivative, uintptr_t loss, uintptr_t parts, uintptr_t ticket, long long n, int device, uintptr_t stream) {
+  check_objective(objective, columns.size(), params.size());
   ElementwiseJob<S> job{{}, {}, reals<const S>(weight), reals<S>(value), reals<S>(derivative), reals<S>(loss), reals<double>(parts),
                         reals<unsigned>(ticket), n, {}, nullptr, nullptr, S(1), nullptr, false};
   fill(job.columns, columns, [](uintptr_t a) { return reals<const S>(a); });
@@ -90,6 +109,7 @@ template <class S>
 void weighted(const std::string& objective, const std::vector<uintptr_t>& columns, const std::vector<uintptr_t>& minus,
               const std::vector<double>& params, uintptr_t weight, uintptr_t mask, uintptr_t total, double share, uintptr_t slope, uintptr_t opposite,
               uintptr_t loss, uintptr_t parts, uintptr_t ticket, long long n, int device, uintptr_t stream) {
+  check_objective(objective, columns.size(), params.size());
   ElementwiseJob<S> job{{}, {}, reals<const S>(weight), nullptr, reals<S>(slope), reals<S>(loss), reals<double>(parts), reals<unsigned>(ticket), n,
                         {}, reals<const unsigned char>(mask), reals<const int64_t>(total), S(share), reals<S>(opposite), true};
   fill(job.columns, columns, [](uintptr_t a) { return reals<const S>(a); });
@@ -128,4 +148,7 @@ PYBIND11_MODULE(_cuda, m) {
 #define RLK_ENTRY(name, columns, params) objectives[#name] = py::make_tuple(columns, params);
   RLK_OBJECTIVES(RLK_ENTRY)
   m.attr("OBJECTIVES") = objectives;
+  m.attr("INTERFACE") = kInterface;
+  tensors::bind(m);
+  m.attr("OBJECTIVES_DIGEST") = RLK_OBJECTIVES_DIGEST;
 }

@@ -1,14 +1,15 @@
 """Which backend serves which op here, and why one is absent."""
+import contextlib
 import importlib
 import importlib.util
 import os
-import threading
-from contextlib import contextmanager
+import warnings
 
 import torch
 
-from rlkernels.backends import cpu, cuda, eager
+from rlkernels.backends import context, cpu, cuda, eager
 from rlkernels.backends.choice import preferred
+from rlkernels.backends.context import forced as forced
 
 OPS = ("token_stats", "token_stats_backward", "fused_policy", "elementwise", "weighted_loss", "gae")
 KNOWN = ("eager", "cpu", "triton", "cuda")
@@ -25,7 +26,7 @@ class _Modules(dict):
 
 
 BACKENDS = _Modules(eager=eager, cpu=cpu, cuda=cuda)
-_forced = threading.local()
+_said = False  # that CPU tensors are served without native code
 _present = set()  # accelerator backends that have been found: looking for Triton and a GPU again costs 30 us per call
 
 
@@ -49,13 +50,21 @@ def absent(name):
     return None if present else reason
 
 
-def forced():
-    """The backend chosen by ``use_backend`` in this thread, or None."""
-    return getattr(_forced, "name", None)
+def _say_once(reason):
+    """Warns in the first native-less call of a process: it is right, and slow without a word. Not where native code was switched off."""
+    global _said
+    if torch.compiler.is_compiling() or _said:
+        return
+    _said = True
+    if reason is not None and "RLKERNELS_CPU=0" not in reason:
+        warnings.warn(f"{reason}. CPU tensors take the eager backend meanwhile: the same results, slower. RLKERNELS_CPU=0 says that this is meant, "
+                      "and stops this warning", RuntimeWarning, stacklevel=5)
 
 
-def serving(op, device, dtype=None, vocab=None):
+def serving(op, device, dtype=None, vocab=None, *, aloud=True):
     """The backend that serves ``op`` on a device type, by the table of measurements where it has an entry for dtype and vocabulary.
+
+    ``aloud``: the choice is for a call, not for a report, so a process that has no native code for its CPU tensors says so once.
 
     Raises:
         RuntimeError: no backend serves the device, or the forced one does not.
@@ -63,44 +72,61 @@ def serving(op, device, dtype=None, vocab=None):
     choices = DEVICES.get(device)
     if choices is None:
         raise RuntimeError(f"no backend for device {device}; available: {', '.join(sorted(DEVICES))}")
-    name = getattr(_forced, "name", None)
+    name = forced()
     if name is not None:
         if name != "eager" and name not in choices and not (name == "triton" and device == "cpu" and interpreted()):
             raise RuntimeError(f"backend {name!r} does not serve device {device} (asked for {op}); move the tensors or leave use_backend")
         return name
+    if device == "cpu":
+        return "eager" if cpu._cpu is None else "cpu"
     if len(choices) > 2:
         choices = preferred(op, device, dtype, vocab, choices)
     for name in choices:
         if name in _present:
             return name
         if absent(name) is None:
-            if device != "cpu":
+            if name != "eager":
                 _present.add(name)
+            elif device == "cpu" and aloud:
+                _say_once(absent("cpu"))
             return name
     raise RuntimeError(f"no backend for device {device} is present here: {', '.join(choices)}")
 
 
-@contextmanager
-def use_backend(name):
-    """Every op of this thread runs on backend ``name`` inside the context: ``"eager"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+class use_backend(contextlib.ContextDecorator):
+    """Every op runs on backend ``name`` inside the context: ``"eager"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
-    An op, dtype or device that the backend lacks raises; nothing falls back in silence.
+    An op, dtype or device that the backend lacks raises; nothing falls back in silence. The choice belongs to the context of ``contextvars``: a task of
+    asyncio has its own, a new thread starts without one, and a generator that yields inside shares it with whoever asks for the next value. Under
+    ``torch.compile`` it is that of the thread. A backward runs on the backend of its forward, wherever it is called.
 
     Raises:
         ValueError: ``name`` is not a backend.
         RuntimeError: the backend is absent here; the message says why.
     """
-    if name not in KNOWN:
-        raise ValueError(f"use_backend: backend must be one of {', '.join(KNOWN)}; got {name!r}")
-    reason = absent(name)
-    if reason is not None:
-        raise RuntimeError(f"use_backend: backend {name!r} is unavailable: {reason}")
-    before = forced()
-    _forced.name = name
-    try:
-        yield
-    finally:
-        _forced.name = before
+
+    def __init__(self, name):
+        self.name = name
+
+    def _recreate_cm(self):  # of a decorated function: one for each call
+        return use_backend(self.name)
+
+    def __enter__(self):
+        if self.name not in KNOWN:
+            raise ValueError(f"use_backend: backend must be one of {', '.join(KNOWN)}; got {self.name!r}")
+        reason = absent(self.name)
+        if reason is not None:
+            raise RuntimeError(f"use_backend: backend {self.name!r} is unavailable: {reason}")
+        if torch.compiler.is_dynamo_compiling():
+            self.outside = context.trace(self.name)
+        else:
+            context.enter(self)
+
+    def __exit__(self, *_):
+        if torch.compiler.is_dynamo_compiling():
+            context.trace(self.outside)
+        else:
+            context.leave(self)
 
 
 def backends():
@@ -112,5 +138,5 @@ def backends():
     """
     devices = ["cpu"]
     devices += [d for d in ("cuda", "xpu") if getattr(torch, d).is_available()]
-    serves = {device: {op: serving(op, device, torch.bfloat16, 131072) for op in OPS} for device in devices}
+    serves = {device: {op: serving(op, device, torch.bfloat16, 131072, aloud=False) for op in OPS} for device in devices}
     return {"serves": serves, "absent": {name: reason for name in KNOWN if (reason := absent(name)) is not None}}

@@ -1,29 +1,39 @@
 """Native CPU kernels: addresses, sizes and strides across, nothing else. Python owns shapes, dtypes and allocation."""
 import importlib.util
 import math
+import os
 import sys
 from contextlib import contextmanager
 
 import torch
 
-from rlkernels.backends import eager
+from rlkernels.backends import built, eager, gate
 from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS, real_dtype
 
 # find_spec, not try/except ImportError: a module that is absent is a fact, one that is present and broken is an error.
 # torch is imported first: its libgomp then serves our parallel loops too, and no second pool of threads competes with it.
-if importlib.util.find_spec("rlkernels._cpu") is None:
-    _cpu = None
+ABSENT = ("rlkernels._cpu was not built: no C++ compiler, or no Python headers, was found at install time; "
+          "install g++ (and python3-dev) and run pip install again")
+if os.environ.get("RLKERNELS_CPU") == "0":
+    _cpu, ABSENT = None, "RLKERNELS_CPU=0 is set; unset it before the import"
+elif importlib.util.find_spec("rlkernels._cpu") is None:
+    _cpu, ABSENT = None, built.why_not("_cpu", ABSENT)
 else:
     from rlkernels import _cpu
 
-ABSENT = ("rlkernels._cpu was not built: no C++ compiler, or no Python headers, was found at install time; "
-          "install g++ (and python3-dev) and run pip install again")
+    if reason := gate.disagreement(_cpu):  # it would take addresses for what they are not, or compute what an objective was
+        _cpu, ABSENT = None, reason
+    else:
+        _cpu.know(torch.Tensor, torch.nn.Parameter)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # Bytes. From 32 MiB on the C library maps fresh pages for every allocation; half of it, so that a head's rounded gradient (31 MiB at 32000 x 512) comes
 # from what was kept, not on top of it.
 LARGE = 16 << 20
-NOWHERE = (0, 0, 0, 1)
+NOWHERE, NO_ADDRESS = (0, 0, 0, 1), (0,)
+NUMBER = torch.zeros(())  # what a count is shaped like
 MASKED = {"skip": 0, "zero": 1, "none": 2}
+ELEMENTWISE, WEIGHTED_LOSS, GAE = ({} if _cpu is None else {torch.float32: getattr(_cpu, f"{name}_f32"), torch.float64: getattr(_cpu, f"{name}_f64")}
+                                   for name in ("elementwise", "weighted_loss", "gae"))
 
 
 def available():
@@ -47,12 +57,13 @@ def release_memory():
 
 
 def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logits, wanted):
-    vocab_mask = eager.unit_stride(vocab_mask)
+    logits, targets, temperature, vocab_mask, ref_logits = _rows("token_stats", logits, targets, temperature, vocab_mask, ref_logits)
     batch = _batch(logits, targets, temperature, ignore_index, vocab_mask, ref_logits)
     like, rows, ref = _like(logits), targets.shape[0], ref_logits is not None
     present = (True, True, True, wanted & ENTROPY, wanted & LOG_SUM_SQ, wanted & MEAN_LOGITS, wanted & IS_TOP1, ref, ref, ref, ref and wanted & KL)
-    outputs = [like.new_empty(rows if p else 0, dtype=torch.bool if k == 6 else None) for k, p in enumerate(present)]
-    _cpu.token_stats(batch, [x.data_ptr() if p else 0 for x, p in zip(outputs, present, strict=True)])
+    outputs = [like.new_empty(rows if p else 0) for p in present[:6]]
+    outputs += [like.new_empty(rows if present[6] else 0, dtype=torch.bool), *(like.new_empty(rows if p else 0) for p in present[7:])]
+    _cpu.token_stats(batch, gate.present(outputs, present))
     return tuple(outputs)
 
 
@@ -60,12 +71,14 @@ def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ign
                          ref_shift, ref_sum_exp, kl, out, unless=None):
     if unless is not None and unless.item() == 1.0:
         return out
-    vocab_mask = eager.unit_stride(vocab_mask)
+    where = "token_stats_backward"
+    logits, targets, temperature, vocab_mask, ref_logits = _rows(where, logits, targets, temperature, vocab_mask, ref_logits)
+    per_row = gate.of_backward(where, dlogp, dentropy, dkl, ref_logits, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl)
+    per_row, at = _per_row(where, gate.BACKWARD, per_row, logits, targets)
     batch = _batch(logits, targets, temperature, ignore_index, vocab_mask, ref_logits)
-    gradient = _fresh_gradient(logits, targets) if out is None else out
-    _cpu.token_stats_backward(
-        batch, [_address(x) for x in (dlogp, dentropy, dkl, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl)], _place(gradient))
-    return gradient
+    gradient = _gradient(where, logits, targets, out)
+    _cpu.token_stats_backward(batch, at, gate.place(gradient))
+    return gradient if out is None or gradient is out else out.copy_(gradient.view(out.shape))
 
 
 def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp,
@@ -73,17 +86,18 @@ def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_ma
     if objective not in _cpu.OBJECTIVES:  # a user's objective is not compiled in: our two passes around its Python function
         return eager.fused_policy(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl,
                                   ref_logp, kl_weight, with_grad, out, native=sys.modules[__name__])
-    vocab_mask = eager.unit_stride(vocab_mask)
+    where = "fused_policy"
+    logits, targets, temperature, vocab_mask, _ = _rows(where, logits, targets, temperature, vocab_mask, None)
+    per_row = gate.of_policy(where, columns, weight, entropy_weight, kl, ref_logp, kl_weight)
+    per_row, at = _per_row(where, gate.POLICY, per_row, logits, targets)
     batch = _batch(logits, targets, temperature, ignore_index, vocab_mask, None)
     like = _like(logits)
     outputs = [like.new_empty(targets.shape[0]) for _ in range(5)]
-    gradient = logits.new_empty((0, 0))
-    if with_grad:
-        gradient = _fresh_gradient(logits, targets) if out is None else out
-    kl_inputs = (_address(ref_logp), _address(kl_weight)) if kl is not None else (0, 0)
-    loss = _cpu.fused_policy(
-        batch, objective, [x.data_ptr() for x in columns], params, weight.data_ptr(), _address(entropy_weight), kl, *kl_inputs,
-        [x.data_ptr() for x in outputs], _place(gradient) if with_grad else NOWHERE)
+    gradient = _gradient(where, logits, targets, out) if with_grad else logits.new_empty(0, 0)
+    loss = _cpu.fused_policy(batch, objective, at[4:], params, at[0], at[1], kl, at[2], at[3], gate.addresses(outputs),
+                             gate.place(gradient) if with_grad else NOWHERE)
+    if with_grad and out is not None and gradient is not out:
+        gradient = out.copy_(gradient.view(out.shape))
     return like.new_full((), loss), gradient, *outputs
 
 
@@ -91,58 +105,92 @@ def elementwise(objective, columns, params, weight):
     if objective not in _cpu.OBJECTIVES:
         return eager.elementwise(objective, columns, params, weight)
     first = columns[0]
-    kernel = eager.column_kernel("cpu", "columns", first.dtype, _cpu.elementwise_f32, _cpu.elementwise_f64)
+    kernel = _kernel(ELEMENTWISE, "columns", first)
+    at = _cpu.addresses(first.dtype, first, weight, *columns)
+    if at is None:
+        weight, *columns = gate.weighted_columns("elementwise", weight, columns)
+        first, at = columns[0], gate.addresses((weight, *columns))
     value, derivative = torch.empty_like(first), torch.empty_like(first)
-    loss = kernel(objective, [x.data_ptr() for x in columns], params, _address(weight), value.data_ptr(), derivative.data_ptr(), first.numel(),
-                  torch.get_num_threads())
+    loss = kernel(objective, at[1:], params, at[0], gate.address(value), gate.address(derivative), first.numel(), torch.get_num_threads())
     return first.new_full((), loss), value, derivative
 
 
 def weighted_loss(objective, first, minus, others, params, weight, total, share):
     if objective not in _cpu.OBJECTIVES:
         return eager.weighted_loss(objective, first, minus, others, params, weight, total, share)
-    kernel = eager.column_kernel("cpu", "columns", first.dtype, _cpu.weighted_loss_f32, _cpu.weighted_loss_f64)
-    n, masked, slopes = first.numel(), weight is not None and weight.dtype == torch.bool, first.new_empty((2 if minus else 1, *first.shape))
-    at, slope = 0 if weight is None else weight.data_ptr(), slopes.data_ptr()
-    taken = minus[0].data_ptr() if minus else 0, minus[1].data_ptr() if len(minus) > 1 else 0
-    loss = kernel(objective, [x.data_ptr() for x in (first, *others)], taken, params, 0 if masked else at, at if masked else 0,
-                  0 if total is None else total.data_ptr(), share, slope, slope + n * first.element_size() if minus else 0, n, torch.get_num_threads())
+    kernel = _kernel(WEIGHTED_LOSS, "columns", first)
+    taken, masked = len(minus), weight is not None and weight.dtype is torch.bool
+    at = _cpu.addresses(first.dtype, first, None if masked else weight, first, *minus, *others)
+    mask = _cpu.addresses(torch.bool, first, weight) if masked else NO_ADDRESS
+    count = NO_ADDRESS if total is None else _cpu.addresses(torch.int64, NUMBER, total)
+    if at is None or mask is None or count is None:
+        columns = gate.columns("weighted_loss", first, [*minus, *others])
+        weight, total = gate.weights("weighted_loss", weight, total, first)
+        at, mask, count = gate.addresses((None if masked else weight, *columns)), [gate.address(weight) if masked else 0], [gate.address(total)]
+    n, slopes = first.numel(), first.new_empty(2 if taken else 1, *first.shape)  # not as one tuple: that takes torch 0.3 us more
+    slope = gate.address(slopes)
+    loss = kernel(objective, (at[1], *at[2 + taken:]), (*at[2:2 + taken], 0, 0)[:2], params, at[0], mask[0], count[0], share,
+                  slope, slope + n * first.itemsize if taken else 0, n, torch.get_num_threads())
     return first.new_full((), loss), slopes
 
 
 def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
-    kernel = eager.column_kernel("cpu", "rewards", rewards.dtype, _cpu.gae_f32, _cpu.gae_f64)
-    mask = None if mask is None else mask.contiguous()
-    segments, length = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, 0)
+    kernel = _kernel(GAE, "rewards", rewards)
+    rewards, values, mask, cu_seqlens = gate.scan("gae", rewards, values, mask, cu_seqlens)
+    segments, length = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, rewards.shape[0])
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    kernel(rewards.data_ptr(), values.data_ptr(), _address(mask), _address(cu_seqlens), segments, length, gamma, lam, MASKED[masked],
-           advantages.data_ptr(), returns.data_ptr(), torch.get_num_threads())
+    kernel(gate.address(rewards), gate.address(values), gate.address(mask), gate.address(cu_seqlens), segments, length, gamma, lam, MASKED[masked],
+           gate.address(advantages), gate.address(returns), torch.get_num_threads())
     return advantages, returns
 
 
-def _batch(logits, targets, temperature, ignore_index, vocab_mask, ref_logits):
-    dtype = DTYPES.get(logits.dtype)
-    if dtype is None:
+def _kernel(kernels, what, first):
+    """The one for columns of this dtype."""
+    kernel = kernels.get(first.dtype)
+    if kernel is None:
+        raise NotImplementedError(f"{what} of dtype {first.dtype} are not supported by backend 'cpu'; cast to float32 or use_backend(\"eager\")")
+    if not first.is_cpu:
+        raise RuntimeError(f"backend 'cpu' got {what} on {first.device}; move them, or leave use_backend")
+    return kernel
+
+
+def _rows(where, logits, targets, temperature, vocab_mask, ref_logits):
+    if logits.dtype not in DTYPES:
         raise NotImplementedError(f"logits of dtype {logits.dtype} are not supported by backend 'cpu'; cast to float32 or use_backend(\"eager\")")
     if ref_logits is not None and ref_logits.dtype != logits.dtype:
         raise NotImplementedError(f"ref_logits of dtype {ref_logits.dtype} beside logits of dtype {logits.dtype} are not supported by backend 'cpu'; "
                                   "cast one of them")
+    if not logits.is_cpu:
+        raise RuntimeError(f"backend 'cpu' got logits on {logits.device}; move them, or leave use_backend")
+    return gate.rows(where, logits, targets, temperature, vocab_mask, ref_logits, real_dtype(logits.dtype))
+
+
+def _per_row(where, names, tensors, logits, targets):
+    """Tensors of one number per row, and their addresses; the caller holds on to them, since one may be a copy."""
+    real = real_dtype(logits.dtype)
+    at = _cpu.addresses(real, targets, *tensors)
+    if at is None:
+        tensors = gate.per_row(where, names, tensors, real, targets.shape[0], logits.device)
+        at = gate.addresses(tensors)
+    return tensors, at
+
+
+def _batch(logits, targets, temperature, ignore_index, vocab_mask, ref_logits):
+    """What passed the gate, as numbers; the targets and temperatures are copied, and looked at."""
     per_row = isinstance(temperature, torch.Tensor)
-    mask_stride = 0 if vocab_mask is None or vocab_mask.dim() == 1 else vocab_mask.stride(0)
-    return _cpu.Batch(dtype, targets.shape[0], logits.shape[-1], _place(logits), NOWHERE if ref_logits is None else _place(ref_logits),
-                      targets.data_ptr(), targets.stride(0), targets.element_size(), ignore_index, 1.0 if per_row else temperature,
-                      temperature.data_ptr() if per_row else 0, _address(vocab_mask), mask_stride, torch.get_num_threads())
+    mask_stride = 0 if vocab_mask is None or vocab_mask.dim() == 1 else vocab_mask.stride()[0]
+    return _cpu.Batch(DTYPES[logits.dtype], targets.shape[0], logits.shape[-1], gate.place(logits), NOWHERE if ref_logits is None else gate.place(ref_logits),
+                      gate.address(targets), targets.stride()[0], targets.itemsize, ignore_index, 1.0 if per_row else temperature,
+                      gate.address(temperature) if per_row else 0, gate.address(vocab_mask), mask_stride, torch.get_num_threads())
 
 
-def _place(rows):
-    """``(address, outer stride, inner stride, level)`` of [T, V] or [B, L, V]: row r is at ``(r // level) outer + (r % level) inner``."""
-    if rows.dim() == 2:
-        return rows.data_ptr(), rows.stride(0), 0, 1
-    return rows.data_ptr(), rows.stride(0), rows.stride(1), max(rows.shape[1], 1)
-
-
-def _fresh_gradient(logits, targets):
-    return fresh((targets.shape[0], logits.shape[-1]), logits.dtype)
+def _gradient(where, logits, targets, out):
+    """Where the gradient of the logits is written: ``out``, unless there is none or it lies in a way that kernels do not write."""
+    shape = targets.shape[0], logits.shape[-1]
+    found = None if out is None else gate.writable(where, out, (logits.dtype,), shape, logits.device)
+    if found is not None:
+        return found
+    return logits.new_empty(*shape) if shape[0] * shape[1] * logits.itemsize < LARGE else fresh(shape, logits.dtype)
 
 
 def fresh(shape, dtype):
@@ -166,7 +214,3 @@ def torchs_memory():
 
 def _like(logits):
     return logits.new_empty(0, dtype=real_dtype(logits.dtype))
-
-
-def _address(tensor):
-    return 0 if tensor is None else tensor.data_ptr()

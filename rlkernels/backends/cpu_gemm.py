@@ -5,6 +5,7 @@ with 1.6 times the rounding error.
 """
 import torch
 
+from rlkernels.backends import gate
 from rlkernels.backends.cpu import _cpu
 
 
@@ -44,19 +45,19 @@ def mm(a, b, out, accumulate=False):
         RuntimeError: ``available()`` is False, or ``fp32_available()`` of two operands in fp32.
     """
     both = torch.bfloat16, torch.float32
-    for name, x, dtypes in (("b", b, both), ("a", a, both if b.dtype == torch.bfloat16 else both[1:]), ("out", out, both[1:])):
-        if x.dtype not in dtypes or x.device.type != "cpu":
-            raise TypeError(f"mm: {name} must be {' or '.join(map(str, dtypes))} on the CPU, got {x.dtype} on {x.device}; cast it")
+    b = gate.matrix("mm", "b", b, both)
+    a, to = gate.matrix("mm", "a", a, both if b.dtype == torch.bfloat16 else both[1:]), gate.matrix("mm", "out", out, both[1:])
     if b.dtype == torch.bfloat16 and not available():
         raise RuntimeError("mm: AVX512_BF16 is absent here (the machine, the compiler of the build, or RLKERNELS_CPU_ISA); widen to float32 instead")
     if b.dtype == torch.float32 and not fp32_available():
         raise RuntimeError("mm: AVX-512 is absent here (the machine, the build, or RLKERNELS_CPU_ISA); take torch.mm instead")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or out.shape != (a.shape[0], b.shape[1]):
         raise ValueError(f"mm: expected a [M, K], b [K, N] and out [M, N], got {tuple(a.shape)}, {tuple(b.shape)} and {tuple(out.shape)}")
-    if (out.stride(1) != 1 and out.shape[1] > 1) or (out.stride(0) < out.shape[1] and out.shape[0] > 1):
+    if to is not out or (out.stride(1) != 1 and out.shape[1] > 1) or (out.stride(0) < out.shape[1] and out.shape[0] > 1):
         raise ValueError(f"mm: out must have its columns side by side and its rows apart, got shape {tuple(out.shape)} with strides {out.stride()}; "
                          "pass a row-major tensor")
-    _cpu.gemm((*out.shape, a.shape[1]), _matrix(a), _matrix(b), out.data_ptr(), out.stride(0), accumulate, torch.get_num_threads())
+    _cpu.gemm((*out.shape, a.shape[1]), (*gate.grid(a), a.dtype == torch.float32), (*gate.grid(b), b.dtype == torch.float32),
+              gate.address(out), out.stride(0), accumulate, torch.get_num_threads())
     return out
 
 
@@ -70,13 +71,23 @@ def add_what_rounding_lost(dlogits, weight, hidden, dhidden, dweight):
         dlogits: ``[M, V]``, float32, unit column stride. weight: ``[V, H]``, hidden: ``[M, H]``, bfloat16, unit column stride.
         dhidden, dweight: ``[M, H]`` and ``[V, H]``, float32, or None.
     """
-    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
-    _cpu.add_rounding((*dlogits.shape, weight.shape[1]), *(_rows(x) for x in (dlogits, weight, hidden, dhidden, dweight)), torch.get_num_threads())
+    if not available():
+        raise RuntimeError("add_what_rounding_lost: AVX512_BF16 is absent here (the machine, the compiler of the build, or RLKERNELS_CPU_ISA)")
+    m, v, h = *dlogits.shape, weight.shape[1]
+    wide, narrow = torch.float32, torch.bfloat16
+    given = [_rows(*of) for of in (("dlogits", dlogits, wide, m, v), ("weight", weight, narrow, v, h), ("hidden", hidden, narrow, m, h),
+                                   ("dhidden", dhidden, wide, m, h), ("dweight", dweight, wide, v, h))]
+    _cpu.add_rounding((m, v, h), *(gate.grid(x)[:2] if x is not None else (0, 0) for x in given), torch.get_num_threads())
 
 
-def _rows(x):
-    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
-
-
-def _matrix(x):
-    return x.data_ptr(), *x.stride(), x.dtype == torch.float32
+def _rows(name, x, dtype, rows, columns):
+    if x is None:
+        return None
+    x = gate.matrix("add_what_rounding_lost", name, x, (dtype,))
+    if x.shape != (rows, columns):
+        raise ValueError(f"add_what_rounding_lost: {name} has shape {tuple(x.shape)}, expected {(rows, columns)}")
+    if columns > 1 and x.stride(1) != 1:
+        if name not in ("hidden", "weight"):
+            raise ValueError(f"add_what_rounding_lost: {name} must have its columns side by side, got strides {x.stride()}; pass a row-major tensor")
+        x = x.contiguous()
+    return x

@@ -6,18 +6,22 @@ import importlib.util
 
 import torch
 
-from rlkernels.backends import eager
+from rlkernels.backends import built, eager, gate
 from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS
 from rlkernels.objectives import OBJECTIVES
 
 # find_spec, not try/except ImportError: a module that is absent is a fact, one that is present and broken is an error.
 # It carries its own CUDA runtime and no driver: it loads anywhere, and says what is missing when it is used.
+ABSENT = "rlkernels._cuda was not built; where nvcc is installed, RLKERNELS_CUDA=1 pip install builds it"
 if importlib.util.find_spec("rlkernels._cuda") is None:
-    _cuda = None
+    _cuda, ABSENT = None, built.why_not("_cuda", ABSENT)
 else:
     from rlkernels import _cuda
 
-ABSENT = "rlkernels._cuda was not built; where nvcc is installed, RLKERNELS_CUDA=1 pip install builds it"
+    if reason := gate.disagreement(_cuda):
+        _cuda, ABSENT = None, reason
+    else:
+        _cuda.know(torch.Tensor, torch.nn.Parameter)
 NO_DEVICE = "torch sees no CUDA device here"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NOWHERE = (0, 0, 0, 1)
@@ -34,23 +38,26 @@ def available():
 
 
 def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logits, wanted):
-    vocab_mask = eager.unit_stride(vocab_mask)
-    rows = _rows(logits, targets, temperature, ignore_index, vocab_mask, ref_logits)
+    taken = logits, targets, temperature, vocab_mask, ref_logits = _taken("token_stats", logits, targets, temperature, vocab_mask, ref_logits)
     tokens, ref = targets.shape[0], ref_logits is not None
     present = (True, True, True, wanted & ENTROPY, wanted & LOG_SUM_SQ, wanted & MEAN_LOGITS, wanted & IS_TOP1, ref, ref, ref, ref and wanted & KL)
     outputs = [_per_row(logits, tokens if p else 0, torch.bool if k == 6 else torch.float32) for k, p in enumerate(present)]
-    _cuda.token_stats(rows, [x.data_ptr() if p else 0 for x, p in zip(outputs, present, strict=True)], *_where(logits))
+    _cuda.token_stats(_rows(*taken, ignore_index), gate.present(outputs, present), *_where(logits))
     return tuple(outputs)
 
 
 def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ignore_index, vocab_mask, ref_logits, shift, sum_exp, entropy,
                          ref_shift, ref_sum_exp, kl, out, unless=None):
-    vocab_mask = eager.unit_stride(vocab_mask)
-    rows = _rows(logits, targets, temperature, ignore_index, vocab_mask, ref_logits)
-    gradient = _fresh_gradient(logits, targets) if out is None else out
-    inputs = [_address(x) for x in (dlogp, dentropy, dkl, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, unless)]
-    _cuda.token_stats_backward(rows, inputs, _place(gradient), DTYPES[gradient.dtype], *_where(logits))
-    return gradient
+    where = "token_stats_backward"
+    taken = logits, targets, temperature, vocab_mask, ref_logits = _taken(where, logits, targets, temperature, vocab_mask, ref_logits)
+    per_row = gate.of_backward(where, dlogp, dentropy, dkl, ref_logits, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl)
+    per_row, at = _addresses(where, gate.BACKWARD, per_row, logits, targets)
+    unless = None if unless is None else gate.taken(where, "unless", unless, torch.float32, (), logits.device)
+    gradient, given = _gradient(where, logits, targets, out)
+    if out is not None and not given and unless is not None:
+        gradient.copy_(out.view(gradient.shape))  # what stays as it is must be there
+    _cuda.token_stats_backward(_rows(*taken, ignore_index), [*at, gate.address(unless)], gate.place(gradient), DTYPES[gradient.dtype], *_where(logits))
+    return gradient if out is None or given else out.copy_(gradient.view(out.shape))
 
 
 def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp,
@@ -62,23 +69,23 @@ def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_ma
     if objective not in _cuda.OBJECTIVES or OBJECTIVES[objective].columns[0] != "logp":
         return eager.fused_policy(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl,
                                   ref_logp, kl_weight, with_grad, out, native=sys.modules[__name__])
-    vocab_mask = eager.unit_stride(vocab_mask)
-    rows = _rows(logits, targets, temperature, ignore_index, vocab_mask, None)
+    where = "fused_policy"
+    taken = logits, targets, *_ = _taken(where, logits, targets, temperature, vocab_mask, None)
+    per_row = gate.of_policy(where, columns, weight, entropy_weight, kl, ref_logp, kl_weight)
+    per_row, at = _addresses(where, gate.POLICY, per_row, logits, targets)
     tokens = targets.shape[0]
     outputs = [_per_row(logits, tokens) for _ in range(5)]
     # Per call, not kept: two streams must not share a ticket. The count of finished rows lies behind their losses.
     losses = _per_row(logits, tokens + 1, torch.float64)
     loss = _scalar(logits, tokens)
-    gradient = logits.new_empty((0, 0))
-    if with_grad:
-        gradient = _fresh_gradient(logits, targets) if out is None else out
-    kl_inputs = (kl, _address(ref_logp), _address(kl_weight)) if kl is not None else ("", 0, 0)
+    gradient, given = _gradient(where, logits, targets, out) if with_grad else (logits.new_empty((0, 0)), True)
     if tokens:
+        losses_at = gate.address(losses)
         _cuda.fused_policy(
-            rows, objective, [x.data_ptr() for x in columns], params, weight.data_ptr(), _address(entropy_weight), *kl_inputs,
-            [*(x.data_ptr() for x in outputs), losses.data_ptr(), losses.data_ptr() + 8 * tokens, loss.data_ptr()],
-            _place(gradient) if with_grad else NOWHERE, DTYPES[gradient.dtype], *_where(logits))
-    return loss, gradient, *outputs
+            _rows(*taken, ignore_index), objective, at[4:], params, at[0], at[1], kl or "", at[2], at[3],
+            [*gate.addresses(outputs), losses_at, losses_at + 8 * tokens, gate.address(loss)], gate.place(gradient) if with_grad else NOWHERE,
+            DTYPES[gradient.dtype], *_where(logits))
+    return loss, gradient if out is None or given else out.copy_(gradient.view(out.shape)), *outputs
 
 
 def elementwise(objective, columns, params, weight):
@@ -87,12 +94,15 @@ def elementwise(objective, columns, params, weight):
         return eager.elementwise(objective, columns, params, weight)
     first = columns[0]
     kernel = eager.column_kernel("cuda", "columns", first.dtype, _cuda.elementwise_f32, _cuda.elementwise_f64)
+    at = _cuda.addresses(first.dtype, first, weight, *columns)
+    if at is None:
+        weight, *columns = gate.weighted_columns("elementwise", weight, columns)
+        first, at = columns[0], gate.addresses((weight, *columns))
     n = first.numel()
     value, derivative, loss = torch.empty_like(first), torch.empty_like(first), _scalar(first, n, first.dtype)
     parts = _parts(first, n)
     if n:
-        kernel(objective, [x.data_ptr() for x in columns], params, _address(weight), value.data_ptr(), derivative.data_ptr(), loss.data_ptr(),
-               *_places(parts), n, *_where(first))
+        kernel(objective, at[1:], params, at[0], gate.address(value), gate.address(derivative), gate.address(loss), *_places(parts), n, *_where(first))
     return loss, value, derivative
 
 
@@ -101,12 +111,20 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
     if objective not in _cuda.OBJECTIVES:
         return eager.weighted_loss(objective, first, minus, others, params, weight, total, share)
     kernel = eager.column_kernel("cuda", "columns", first.dtype, _cuda.weighted_loss_f32, _cuda.weighted_loss_f64)
-    n, masked = first.numel(), weight is not None and weight.dtype == torch.bool
+    columns, masked = [first, *minus, *others], weight is not None and weight.dtype is torch.bool
+    at = _cuda.addresses(first.dtype, first, None if masked else weight, *columns)
+    mask = _cuda.addresses(torch.bool, first, weight) if masked else (0,)
+    if at is None or mask is None:
+        columns = gate.columns("weighted_loss", first, columns[1:])
+        weight, _ = gate.weights("weighted_loss", weight, None, first)
+        at, mask = gate.addresses((None if masked else weight, *columns)), [gate.address(weight) if masked else 0]
+    total = None if total is None else gate.taken("weighted_loss", "total", total, torch.int64, (), first.device)
+    n, taken = first.numel(), len(minus)
     slopes, loss, parts = first.new_empty((2 if minus else 1, *first.shape)), _scalar(first, n, first.dtype), _parts(first, n)
     if n:
-        weights, slope = (0, _address(weight)) if masked else (_address(weight), 0), slopes.data_ptr()
-        kernel(objective, [x.data_ptr() for x in (first, *others)], [x.data_ptr() for x in minus], params, *weights, _address(total), share,
-               slope, slope + n * first.element_size() if minus else 0, loss.data_ptr(), *_places(parts), n, *_where(first))
+        slope = gate.address(slopes)
+        kernel(objective, (at[1], *at[2 + taken:]), at[2:2 + taken], params, at[0], mask[0], gate.address(total), share,
+               slope, slope + n * first.element_size() if minus else 0, gate.address(loss), *_places(parts), n, *_where(first))
     return loss, slopes
 
 
@@ -117,17 +135,18 @@ def _parts(first, n):
 
 
 def _places(parts):
-    return (0, 0) if parts is None else (parts.data_ptr(), parts.data_ptr() + 8 * (parts.numel() - 1))
+    at = gate.address(parts)
+    return at, at + 8 * (parts.numel() - 1) if at else 0
 
 
 def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
     _available_or_raise()
     kernel = eager.column_kernel("cuda", "rewards", rewards.dtype, _cuda.gae_f32, _cuda.gae_f64)
-    mask = None if mask is None or masked == "none" else mask.contiguous()
-    segments, length = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, 0)
+    rewards, values, mask, cu_seqlens = gate.scan("gae", rewards, values, None if masked == "none" else mask, cu_seqlens)
+    segments, length = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, rewards.shape[0])
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    kernel(rewards.data_ptr(), values.data_ptr(), _address(mask), _address(cu_seqlens), segments, length, gamma, lam, MASKED[masked],
-           advantages.data_ptr(), returns.data_ptr(), *_where(rewards))
+    kernel(gate.address(rewards), gate.address(values), gate.address(mask), gate.address(cu_seqlens), segments, length, gamma, lam, MASKED[masked],
+           gate.address(advantages), gate.address(returns), *_where(rewards))
     return advantages, returns
 
 
@@ -139,33 +158,45 @@ def _available_or_raise():
 def _where(tensor):
     """``(device index, stream)``: the launch goes to the tensor's device, whichever is current, and onto its current stream."""
     index = tensor.device.index
+    if index is None:
+        raise RuntimeError(f"backend 'cuda' got tensors on {tensor.device}; move them, or leave use_backend")
     return index, torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else _raw_stream(index)
 
 
-def _rows(logits, targets, temperature, ignore_index, vocab_mask, ref_logits):
+def _taken(where, logits, targets, temperature, vocab_mask, ref_logits):
     _available_or_raise()
-    dtype = DTYPES.get(logits.dtype)
-    if dtype is None:
+    if logits.dtype not in DTYPES:
         raise NotImplementedError(f"logits of dtype {logits.dtype} are not supported by backend 'cuda'; cast to float32 or use_backend(\"eager\")")
     if ref_logits is not None and ref_logits.dtype != logits.dtype:
         raise NotImplementedError(f"ref_logits of dtype {ref_logits.dtype} beside logits of dtype {logits.dtype} are not supported by backend 'cuda'; "
                                   "cast one of them")
+    return gate.rows(where, logits, targets, temperature, vocab_mask, ref_logits, torch.float32)
+
+
+def _addresses(where, names, tensors, logits, targets):
+    """Tensors of one number per row, and their addresses; the caller holds on to them, since one may be a copy."""
+    at = _cuda.addresses(torch.float32, targets, *tensors)
+    if at is None:
+        tensors = gate.per_row(where, names, tensors, torch.float32, targets.shape[0], logits.device)
+        at = gate.addresses(tensors)
+    return tensors, at
+
+
+def _rows(logits, targets, temperature, vocab_mask, ref_logits, ignore_index):
+    """What passed the gate, as numbers."""
     per_row = isinstance(temperature, torch.Tensor)
     mask_stride = 0 if vocab_mask is None or vocab_mask.dim() == 1 else vocab_mask.stride(0)
-    return _cuda.Rows(dtype, targets.shape[0], logits.shape[-1], _place(logits), NOWHERE if ref_logits is None else _place(ref_logits),
-                      targets.data_ptr(), targets.stride(0), targets.element_size(), ignore_index, 1.0 if per_row else 1.0 / temperature,
-                      temperature.data_ptr() if per_row else 0, _address(vocab_mask), mask_stride)
+    return _cuda.Rows(DTYPES[logits.dtype], targets.shape[0], logits.shape[-1], gate.place(logits), NOWHERE if ref_logits is None else gate.place(ref_logits),
+                      gate.address(targets), targets.stride(0), targets.element_size(), ignore_index, 1.0 if per_row else 1.0 / temperature,
+                      gate.address(temperature) if per_row else 0, gate.address(vocab_mask), mask_stride)
 
 
-def _place(rows):
-    """``(address, outer stride, inner stride, level)`` of [T, V] or [B, L, V]: row r is at ``(r // level) outer + (r % level) inner``."""
-    if rows.dim() == 2:
-        return rows.data_ptr(), rows.stride(0), 0, 1
-    return rows.data_ptr(), rows.stride(0), rows.stride(1), max(rows.shape[1], 1)
-
-
-def _fresh_gradient(logits, targets):
-    return logits.new_empty((targets.shape[0], logits.shape[-1]))
+def _gradient(where, logits, targets, out):
+    """Where the gradient of the logits is written, and whether that is ``out``: not where there is none, or its layout is not one that kernels write."""
+    shape = targets.shape[0], logits.shape[-1]
+    dtypes = tuple(DTYPES) if logits.dtype == torch.float32 else (logits.dtype,)
+    found = None if out is None else gate.writable(where, out, dtypes, shape, logits.device)
+    return (logits.new_empty(shape, dtype=logits.dtype if out is None else out.dtype), False) if found is None else (found, True)
 
 
 def _per_row(like, count, dtype=torch.float32):
@@ -175,7 +206,3 @@ def _per_row(like, count, dtype=torch.float32):
 def _scalar(like, count, dtype=torch.float32):
     """Where a kernel over ``count`` rows leaves its sum; without rows there is no kernel, and the sum is 0."""
     return (torch.empty if count else torch.zeros)((), dtype=dtype, device=like.device)
-
-
-def _address(tensor):
-    return 0 if tensor is None else tensor.data_ptr()

@@ -3,6 +3,7 @@ import math
 
 import torch
 
+from rlkernels.backends import gate
 from rlkernels.checks import COLDEST, HOTTEST
 from rlkernels.objectives import OBJECTIVES
 
@@ -16,8 +17,12 @@ def real_dtype(dtype):
 
 def elementwise(objective, columns, params, weight):
     first = columns[0]
+    for k, x in enumerate((*columns, *(() if weight is None else (weight,)))):
+        if x.shape != first.shape or x.device != first.device or x.dtype != first.dtype and k < len(columns):
+            raise ValueError(f"elementwise: {f'column {k}' if k < len(columns) else 'weight'} is {tuple(x.shape)} of {x.dtype} on {x.device}, the first column "
+                             f"{tuple(first.shape)} of {first.dtype} on {first.device}; columns have one shape, dtype and device")
     # Tensors of the columns' dtype: where(condition, 1.0, 1.05) on two Python floats is fp32 whatever the columns are.
-    params = [first.new_full((), p) for p in params]
+    params = [p.to(first.dtype) if isinstance(p, torch.Tensor) else first.new_full((), within(p, first.dtype)) for p in params]
     outputs = OBJECTIVES[objective].function(*columns, *params)
     # A constant is filled in where the columns are: a copy of it would wait for the device.
     value, derivative = ((x.to(first.dtype) if isinstance(x, torch.Tensor) else first.new_full((), x)).expand(first.shape) for x in outputs)
@@ -25,8 +30,13 @@ def elementwise(objective, columns, params, weight):
         # Copies: an objective may return a column as it is, and an op's output must not alias its input.
         return value.sum(dtype=torch.float64).to(first.dtype), *(x.clone(memory_format=torch.contiguous_format) for x in (value, derivative))
     live = weight != 0
-    value, derivative = torch.where(live, value, 0.0), torch.where(live, derivative, 0.0)
+    value, derivative = torch.where(live, value, 0.0).contiguous(), torch.where(live, derivative, 0.0).contiguous()
     return (weight * value).sum(dtype=torch.float64).to(first.dtype), value, derivative
+
+
+def within(number, dtype):
+    """A Python number as this dtype has it: infinite beyond its reach, where torch raises."""
+    return number if abs(number) <= torch.finfo(dtype).max or number != number else math.copysign(math.inf, number)
 
 
 def weighted_loss(objective, first, minus, others, params, weight, total, share):
@@ -36,7 +46,7 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
     """
     for x in minus:
         first = first - x
-    factor = first.new_full((), share)
+    factor = first.new_full((), within(share, first.dtype))
     if total is not None:
         factor = total.double().reciprocal().to(first.dtype) * factor
     # Asked for before it is multiplied: without a live element the factor is infinite.
@@ -57,24 +67,25 @@ def column_kernel(backend, what, dtype, f32, f64):
     return kernel
 
 
-def check_rows(targets, vocab, ignore_index, temperature):
-    """Values are read on the CPU only: on an accelerator that would synchronise the host."""
+def check_rows(targets, vocab, ignore_index, temperature, where=None):
+    """Values are read on the CPU only: on an accelerator that would synchronise the host. ``where``: the caller's name, if it is known."""
     if targets.device.type != "cpu":
         return
+    prefix = f"{where}: " if where else ""
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
     if bad.any():
         row = int(bad.nonzero()[0, 0])
-        raise IndexError(f"target {int(targets[row])} at row {row} is outside [0, {vocab})")
+        raise IndexError(f"{prefix}target {int(targets[row])} at row {row} is outside [0, {vocab})")
     if isinstance(temperature, torch.Tensor):
-        bad = ~((temperature >= COLDEST) & (temperature <= HOTTEST))
+        bad = (targets != ignore_index) & ~((temperature >= COLDEST) & (temperature <= HOTTEST))
         if bad.any():
             row = int(bad.nonzero()[0, 0])
-            raise ValueError(f"temperature must be positive and finite, got {float(temperature[row])} at row {row}; it may be from 2**-40 to 2**40")
+            raise ValueError(f"{prefix}temperature must be positive and finite, got {float(temperature[row])} at row {row}; it may be from 2**-40 to 2**40")
 
 
-def unit_stride(vocab_mask):
-    """The mask with the columns of a row side by side, as native kernels read it. The caller holds on to it: only its address goes into a call."""
-    return vocab_mask if vocab_mask is None or vocab_mask.stride(-1) == 1 else vocab_mask.contiguous()
+def _own(targets):
+    """On a CPU a copy: another thread may write to the caller's between two looks at them."""
+    return targets.clone() if targets.device.type == "cpu" else targets
 
 
 def _column(temperature):
@@ -84,6 +95,7 @@ def _column(temperature):
 def _rows(logits, targets, temperature, ignore_index, vocab_mask):
     """Logits of live rows in the arithmetic's dtype (0 elsewhere: a dead row is not looked at), and what each row needs."""
     live = targets != ignore_index
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()  # torch sums in the order of memory
     x = torch.where(live[:, None], logits.reshape(-1, logits.shape[-1]).to(real_dtype(logits.dtype)), 0.0)
     if vocab_mask is not None:
         x = torch.where(vocab_mask | ~live[:, None], x, -math.inf)
@@ -100,7 +112,9 @@ def _statistics(x, temperature):
 
 def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logits, wanted):
     vocab = logits.shape[-1]
+    targets = _own(targets)
     check_rows(targets, vocab, ignore_index, temperature)
+    vocab_mask = vocab_mask if vocab_mask is None else vocab_mask.contiguous()
     live, x, target = _rows(logits, targets, temperature, ignore_index, vocab_mask)
     # Everything is measured from the row maximum: with a common offset of 1e4 in the logits x[y] - lse loses 3.8e-4, this 1e-6.
     shift, centred, e, sum_exp = _statistics(x, temperature)
@@ -138,6 +152,8 @@ def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ign
 
     ``out`` then holds the gradient for an upstream gradient of 1, made in the forward; for any other it is made here, with one rounding.
     """
+    targets = _own(targets)
+    vocab_mask = vocab_mask if vocab_mask is None else vocab_mask.contiguous()
     live, x, target = _rows(logits, targets, temperature, ignore_index, vocab_mask)
     active = torch.stack([d != 0 for d in (dlogp, dentropy, dkl) if d is not None]).any(0)
     centred = (x - shift[:, None]) / _column(temperature)
@@ -158,7 +174,7 @@ def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ign
         grad = grad + torch.where(p == 0, 0.0, dkl[:, None] * p * (log_p - log_q - kl[:, None]))
     if vocab_mask is not None:
         grad = torch.where(vocab_mask, grad, 0.0)
-    grad = torch.where((live & active)[:, None], grad / _column(temperature), 0.0).to(logits.dtype)
+    grad = torch.where((live & active)[:, None], grad / _column(temperature), 0.0).to(logits.dtype).contiguous()
     if unless is not None:
         grad = torch.where(unless == 1.0, out.view(grad.shape), grad)
     return grad if out is None else out.copy_(grad.view(out.shape))
@@ -196,7 +212,7 @@ def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_ma
 def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
     """One reverse step per position, all rows at once; a packed batch is laid out as rows first. float64 inside."""
     if cu_seqlens is not None:
-        return _packed_gae(rewards, values, mask, cu_seqlens, gamma, lam, masked)
+        return _packed_gae(rewards, values, mask, gate.offsets("gae", cu_seqlens, rewards.shape[0]), gamma, lam, masked)
     dtype = rewards.dtype
     live = torch.ones_like(rewards, dtype=torch.bool) if mask is None or masked == "none" else mask
     r, v = (torch.where(live, x.double(), 0.0) for x in (rewards, values))
@@ -210,7 +226,7 @@ def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
             trace, next_value = step, v[:, t]
         advantages[:, t] = trace
     returns = torch.where(live, advantages + v, 0.0)
-    return torch.where(live, advantages, 0.0).to(dtype), returns.to(dtype)
+    return torch.where(live, advantages, 0.0).to(dtype).contiguous(), returns.to(dtype).contiguous()
 
 
 def _packed_gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import object_files
 import pybind11
+import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -54,6 +55,7 @@ def load(path):
     spec = importlib.util.spec_from_file_location("_cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.know(torch.Tensor, torch.nn.Parameter)
     choose = ctypes.CDLL(str(path)).cuda_host_order
     choose.argtypes = [ctypes.c_char_p]
     return module, lambda order: choose(order.encode())

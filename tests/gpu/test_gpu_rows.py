@@ -166,3 +166,18 @@ def test_F11_empty_and_degenerate_shapes(backend, shape):
     assert stats.logprobs.shape == shape[:-1]
     (grad,) = torch.autograd.grad(stats.logprobs.sum() + stats.entropy.sum(), leaf)
     assert grad.shape == shape and (grad == 0).all() and (stats.logprobs == 0).all() and (stats.entropy == 0).all() or shape[-1] > 1
+
+
+@both
+@pytest.mark.parametrize("layout", ("every other column", "columns first", "one column for all"))
+def test_F140_a_vocab_mask_of_any_strides_is_read_as_it_is_meant(backend, layout):
+    x, targets, _ = gpu.rows((16,), VOCAB, torch.bfloat16, seed=21)
+    mask = gpu.noise(16, VOCAB, seed=22) > -1
+    mask[:, 0] = True
+    bent = {"every other column": lambda m: m.repeat_interleave(2, -1)[..., ::2], "columns first": lambda m: m.t().contiguous().t(),
+            "one column for all": lambda m: m[:, :1].expand(m.shape)}[layout](mask)
+    plain = bent.clone(memory_format=torch.contiguous_format)
+    with gpu.using(backend):
+        got, expected = (rlkernels.token_stats(x, targets, vocab_mask=m) for m in (bent, plain))
+    for a, b in zip(got, expected, strict=True):
+        assert a is b is None or reference.same_bits(a, b)

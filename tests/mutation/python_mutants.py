@@ -4,7 +4,7 @@ from mutant import Mutant
 T = "tests/"
 WEIGHTS, SEGMENTS, GROUPS, ADVANTAGES = (f"{T}test_{name}.py" for name in ("weights", "segments", "groups", "advantages"))
 TRUTH, MASKING, LOSSES, AUTOGRAD = (f"{T}test_faults_{name}.py" for name in ("losses_truth", "losses_masking", "losses", "autograd"))
-WEIGHTED = T + "test_weighted_loss.py"
+WEIGHTED, ADDITIVITY = T + "test_weighted_loss.py", T + "test_additivity.py"
 LAYOUTS, OBJECTIVES = T + "test_faults_layouts.py", T + "test_objectives.py"
 ASKED = {"weights.py": (WEIGHTS,), "segments.py": (SEGMENTS,), "groups.py": (GROUPS,), "advantages.py": (ADVANTAGES, T + "test_whiten.py"),
          "losses.py": (TRUTH, MASKING, LOSSES), "terms.py": (LOSSES, MASKING, TRUTH), "ops.py": (AUTOGRAD, LAYOUTS, TRUTH),
@@ -65,22 +65,33 @@ MUTANTS = (
     _m("the bootstrap value belongs to every token", "advantages.py",
        "return torch.where(passed == passed_by_end, rewards + gains, rewards)", "return rewards + gains"),
     # losses and terms
-    _m("the penalty is left out", "losses.py", "loss = loss + run(kl, logp, [ref_logprobs], (), share._replace(share=share.share * kl_coef))",
-       "loss = loss + 0.0", 22),
-    _m("the entropy bonus has the wrong sign", "losses.py", "loss = loss - entropy_coef * torch.where(",
-       "loss = loss + entropy_coef * torch.where("),
+    _m("the penalty is left out", "losses.py", "loss = loss + times(kl_coef, kl, logp, [ref_logprobs], share)", "loss = loss + 0.0", 22),
+    _m("the entropy bonus has the wrong sign", "losses.py", 'loss = loss + times(entropy_coef, "nll"', 'loss = loss - times(entropy_coef, "nll"'),
+    _m("a term forgets the share", "losses.py", "replaced(share, share=product(share.share, coefficient))",
+       "replaced(share, share=coefficient)"),
+    _m("a coefficient of the device is left out", "losses.py", " * coefficient.to(first.dtype, copy=True)", "", tests=(T + "test_tensor_coefficients.py",)),
+    _m("a dead token's target is looked at", "supervised.py", "row = row if everywhere else row.without(weights == 0)", "",
+       tests=(T + "test_dead_tokens.py",)),
+    _m("a mask may weigh", "checks.py", "if x.dtype.is_floating_point and not counts:", "if False:", tests=(T + "test_refused_values.py",)),
+    _m("CISPO's clip has a sign", "metrics.py", "if entry.function.__name__ not in OF_THE_RATIO:", "if True:", tests=(T + "test_clip_metrics.py",)),
+    _m("an empty answer has odds", "preference_kinds.py", "self.options.empty | ", "", tests=(T + "test_preference_inputs.py",)),
+    _m("a sum per sequence is averaged in every part", "losses.py", "for x in (now, old, share.weight.double()))",
+       "for x in (now, old, live / live.sum(-1, keepdim=True).double() / len(live)))", tests=(ADDITIVITY,)),
+    _m("tokens of a group in another micro-batch are not counted", "weights.py", "if rows.group_tokens is None else rows.group_tokens.reshape(-1).double()",
+       "", tests=(ADDITIVITY,)),
     _m("an ignored target is live", "losses.py", "live = scored if mask is None else live_tokens(where, like, mask) & scored",
        "live = live_tokens(where, like, mask)", 25),
     _m("sums for means in the ratio of a sequence", "losses.py",
-       "spread(means(x, live, cu_seqlens), live, cu_seqlens) for x in (logp, old)",
-       "spread(sums(x, live, cu_seqlens), live, cu_seqlens) for x in (logp, old)"),
+       "spread(means(x, live, cu_seqlens), live, cu_seqlens) for x in (now, old)",
+       "spread(sums(x, live, cu_seqlens), live, cu_seqlens) for x in (now, old)"),
+    _m("log-ratios of sequences in fp32", "losses.py", "(x.double() for x in (logp, *columns))", "(logp, *columns)", tests=(T + "test_wide_sums.py",)),
     _m("one advantage per row goes along the row", "segments.py", "return x.reshape(-1, 1).expand(like.shape) if per_row else x",
        "return (x.reshape(-1, 1) if x.dim() == 2 or x.shape[0] != like.shape[1] else x).expand(like.shape) if per_row else x"),
     _m("given weights live under a dead mask", "terms.py", "tied(torch.where(live, weights.to(real), 0.0), cu_seqlens)",
        "tied(weights.to(real) * 1.0, cu_seqlens)"),
     # ops
-    _m("a gradient of stride 0 is read as a dense one", "ops.py", "None if g is None else g.contiguous() for g in upstream",
-       "g for g in upstream", 12),
+    _m("a gradient of stride 0 is read as a dense one", "backends/gate.py", 'move it")\n    return x.contiguous()',
+       'move it")\n    return x', 12, tests=("tests/test_faults_layouts.py::test_F08_a_gradient_of_stride_zero_is_read_as_it_is_meant",)),
     _m("the bonus ignores what comes from above", "ops.py", "-entropy_weight * dloss", "-entropy_weight", 10),
     _m("every upstream gradient passes for 1", "ops.py", 'return x.device.type == "cpu" and x.item() == 1.0',
        'return x.device.type == "cpu"', 10),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-COPIED = ("rlkernels", "csrc", "tests", "pyproject.toml", "setup.py", "setup_cuda.py", "README.md", "LICENSE")
+COPIED = ("rlkernels", "csrc", "tests", "pyproject.toml", "setup.py", "setup_build.py", "setup_cuda.py", "README.md", "LICENSE")
 IGNORED = shutil.ignore_patterns("__pycache__", "*.so", "build", ".pytest_cache", ".hypothesis")
 HOST = ".pytest_cache/d/cuda_host"
 LIMIT = 300

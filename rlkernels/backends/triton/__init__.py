@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from rlkernels import _math
+from rlkernels.backends import gate
 from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS, check_rows, real_dtype
 from rlkernels.backends.triton import configs, kernels, math, scan
 from rlkernels.backends.triton import elementwise as blocks
@@ -19,6 +20,8 @@ from rlkernels.objectives import OBJECTIVES
 TWINS = {name: getattr(math, name) for name in _math.FUNCTIONS}
 REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
 FUSION = {"enable_fp_fusion": True}  # explicit: the default flips in Triton 3.10, and with it the bits
+GRADIENTS = {torch.float32: (torch.float32, torch.bfloat16, torch.float16)}
+"""Dtypes in which the gradient of logits of this dtype may be written; of the others, their own."""
 SLICES = 2048  # programs that a gradient is divided into where there are fewer rows
 
 
@@ -63,7 +66,11 @@ def inverse(temperature):
 class _Launch:
     """What every kernel over rows takes: addresses and strides of logits, targets, temperature and mask."""
 
-    def __init__(self, op, logits, targets, temperature, ignore_index, vocab_mask):
+    def __init__(self, op, logits, targets, temperature, ignore_index, vocab_mask, ref_logits=None):
+        logits, targets, temperature, vocab_mask, self.ref = gate.rows(op, logits, targets, temperature, vocab_mask, ref_logits, real_dtype(logits.dtype))
+        if ref_logits is not None and ref_logits.dtype != logits.dtype:
+            raise TypeError(f"{op}: ref_logits has dtype {ref_logits.dtype}, logits {logits.dtype}; cast one of them")
+        self.op, self.logits, self.shape = op, logits, (targets.shape[0], logits.shape[-1])
         check_rows(targets, logits.shape[-1], ignore_index, temperature)
         self.tokens, self.vocab, self.real = targets.shape[0], logits.shape[-1], real_dtype(logits.dtype)
         if self.real == torch.float64 and not isinstance(temperature, torch.Tensor):
@@ -71,14 +78,20 @@ class _Launch:
         per_row = isinstance(temperature, torch.Tensor)
         self.level = max(logits.shape[1], 1) if logits.dim() == 3 else 1
         self.labels = (targets, targets.stride(0), ignore_index)
-        if vocab_mask is not None and vocab_mask.stride(-1) != 1:
-            vocab_mask = vocab_mask.contiguous()  # a byte per column, where logits have two: kernels know rows of masks, not columns apart
         mask_stride = 0 if vocab_mask is None or vocab_mask.dim() == 1 else vocab_mask.stride(0)
         keep = targets if vocab_mask is None else vocab_mask.view(torch.int8)
         self.softmax = (1.0 if per_row else inverse(temperature), temperature if per_row else targets, keep, mask_stride, self.vocab)
         self.config = configs.row_config(op, logits.element_size(), self.vocab, vocab_mask is not None)
         self.flags = {"PER_ROW": per_row, "MASKED": vocab_mask is not None, "REAL": REAL[self.real], "LANES": self.config.lanes,
                       **options(logits.device, self.config.threads)}
+
+    def per_row(self, names, tensors):
+        return gate.per_row(self.op, names, tensors, self.real, self.tokens, self.logits.device)
+
+    def gradient(self, out, dtypes):
+        """Where the gradient of the logits is written: ``out``, unless there is none or its layout is not one that kernels write."""
+        found = None if out is None else gate.writable(self.op, out, dtypes, self.shape, self.logits.device)
+        return self.logits.new_empty(self.shape, dtype=None if out is None else out.dtype) if found is None else found
 
     def places(self, *tensors):
         """``(outer, inner)`` of each tensor's rows and their common unit: row r is at ``(r // level) outer + (r % level) inner``, level 1 for [T, V]."""
@@ -95,9 +108,9 @@ def _per_row(tokens, like, real):
 
 
 def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logits, wanted):
-    at = _Launch("token_stats" if ref_logits is None else "token_stats_ref", logits, targets, temperature, ignore_index, vocab_mask)
-    ref = logits if ref_logits is None else ref_logits
-    has_ref = ref_logits is not None
+    at = _Launch("token_stats" if ref_logits is None else "token_stats_ref", logits, targets, temperature, ignore_index, vocab_mask, ref_logits)
+    logits, has_ref = at.logits, ref_logits is not None
+    ref = at.ref if has_ref else logits
     present = (True, True, True, wanted & ENTROPY, wanted & LOG_SUM_SQ, wanted & MEAN_LOGITS, wanted & IS_TOP1, has_ref, has_ref, has_ref, wanted & KL)
     outputs = [_per_row(at.tokens if p else 0, logits, torch.bool if k == 6 else at.real) for k, p in enumerate(present)]
     if at.tokens:
@@ -111,29 +124,36 @@ def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logi
 
 def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ignore_index, vocab_mask, ref_logits, shift, sum_exp, entropy,
                          ref_shift, ref_sum_exp, kl, out, unless=None):
-    at = _Launch("token_stats_backward" if dkl is None else "token_stats_backward_ref", logits, targets, temperature, ignore_index, vocab_mask)
-    gradient = logits.new_empty((at.tokens, at.vocab)) if out is None else out
+    at = _Launch("token_stats_backward" if dkl is None else "token_stats_backward_ref", logits, targets, temperature, ignore_index, vocab_mask, ref_logits)
+    given = gate.of_backward(at.op, dlogp, dentropy, dkl, ref_logits, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl)
+    dlogp, dentropy, dkl, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl = at.per_row(gate.BACKWARD, given)
+    logits, gradient = at.logits, at.gradient(out, GRADIENTS.get(logits.dtype, (logits.dtype,)))
+    unless = None if unless is None else gate.taken(at.op, "unless", unless, at.real, (), logits.device)
+    if unless is not None and gradient is not out:
+        gradient.copy_(out.view(gradient.shape))  # what stays as it is must be there
     if at.tokens:
         tiles = triton.cdiv(at.vocab, at.config.lanes * PER.value)
         slice_tiles = triton.cdiv(tiles, min(tiles, max(1, SLICES // at.tokens), 65535))
-        ref = logits if ref_logits is None else ref_logits
+        ref = logits if at.ref is None else at.ref
         (place, ref_place), align = at.places(logits, ref)
         (out_place,), out_align = at.places(gradient)
-        some = [shift if x is None or x.numel() == 0 else x for x in (dlogp, dentropy, dkl, entropy, ref_shift, ref_sum_exp, kl)]
+        some = [shift if x is None else x for x in (dlogp, dentropy, dkl, entropy, ref_shift, ref_sum_exp, kl)]
         with device_of(logits):
             kernels.token_stats_backward[(at.tokens, triton.cdiv(tiles, slice_tiles))](
                 *some[:3], logits, *place, at.level, ref, *ref_place, *at.labels, *at.softmax, shift, sum_exp, *some[3:], gradient, *out_place, slice_tiles,
                 shift if unless is None else unless, int(unless is not None),  # not a compile-time flag: no second variant of the kernel
                 LOGP_TERM=dlogp is not None, ENTROPY_TERM=dentropy is not None, KL_TERM=dkl is not None, ALIGN=align, OUT_ALIGN=out_align,
                 **at.flags)
-    return gradient
+    return gradient if out is None or gradient is out else out.copy_(gradient.view(out.shape))
 
 
 def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp,
                  kl_weight, with_grad, out):
     at = _Launch("fused_policy", logits, targets, temperature, ignore_index, vocab_mask)
     loss, logp, shift, total, entropy, dlogp = (_per_row(at.tokens, logits, at.real) for _ in range(6))
-    gradient = logits.new_empty((at.tokens, at.vocab) if with_grad else (0, 0)) if out is None or not with_grad else out
+    weight, entropy_weight, ref_logp, kl_weight, *columns = at.per_row(
+        gate.POLICY, gate.of_policy(at.op, columns, weight, entropy_weight, kl, ref_logp, kl_weight))
+    logits, gradient = at.logits, at.gradient(out, GRADIENTS.get(logits.dtype, (logits.dtype,))) if with_grad else logits.new_empty((0, 0))
     if at.tokens:
         (place,), align = at.places(logits)
         (out_place,), out_align = at.places(gradient if with_grad else logits)
@@ -144,6 +164,8 @@ def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_ma
                 loss, logp, shift, total, entropy, dlogp, gradient if with_grad else logits, *out_place, WITH_GRAD=with_grad,
                 ENTROPY_TERM=entropy_weight is not None, KL_TERM=kl is not None, ALIGN=align, OUT_ALIGN=out_align,
                 AHEAD=at.config.ahead if align >= PER.value else 1, **at.flags)  # narrow loads are many without looking ahead
+    if with_grad and out is not None and gradient is not out:
+        gradient = out.copy_(gradient.view(out.shape))
     return loss.sum(dtype=torch.float64).to(at.real), gradient, logp, shift, total, entropy, dlogp
 
 
@@ -156,6 +178,7 @@ def _numbers(params, real):
 
 
 def elementwise(objective, columns, params, weight):
+    weight, *columns = gate.weighted_columns("elementwise", weight, columns)
     first = columns[0]
     value, derivative = torch.empty_like(first), torch.empty_like(first)
     loss = _summed(blocks.elementwise, first, lambda partial: (
@@ -165,6 +188,9 @@ def elementwise(objective, columns, params, weight):
 
 
 def weighted_loss(objective, first, minus, others, params, weight, total, share):
+    first, *rest = gate.columns("weighted_loss", first, [*minus, *others])
+    minus, others = rest[:len(minus)], rest[len(minus):]
+    weight, total = gate.weights("weighted_loss", weight, total, first)
     slopes, masked = first.new_empty((2 if minus else 1, *first.shape)), weight is not None and weight.dtype == torch.bool
     weights = first if weight is None else weight.view(torch.int8) if masked else weight
     loss = _summed(blocks.weighted_loss, first, lambda partial: (
@@ -190,13 +216,16 @@ def _summed(kernel, first, arguments, **flags):
 
 
 def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
+    rewards, values, mask, cu_seqlens = gate.scan("gae", rewards, values, mask, cu_seqlens)
+    if cu_seqlens is not None:
+        cu_seqlens = gate.offsets("gae", cu_seqlens, rewards.shape[0])
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     sequences, length = (cu_seqlens.shape[0] - 1, 0) if cu_seqlens is not None else rewards.shape
     use_mask = mask is not None and masked != "none"
     if sequences and rewards.numel():
         with device_of(rewards):
             scan.gae[(sequences,)](
-                rewards, values, mask.contiguous().view(torch.int8) if use_mask else rewards, rewards if cu_seqlens is None else cu_seqlens.long(), length,
+                rewards, values, mask.view(torch.int8) if use_mask else rewards, rewards if cu_seqlens is None else cu_seqlens, length,
                 *split(gamma), *split(gamma * lam), advantages, returns, PACKED=cu_seqlens is not None, MASKED=use_mask, SKIP=masked == "skip",
                 BLOCK=configs.SCAN, **options(rewards.device, configs.THREADS))
     return advantages, returns

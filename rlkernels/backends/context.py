@@ -1,0 +1,39 @@
+"""Which backend the caller has asked for: a context variable, so that a task of asyncio keeps its choice to itself."""
+import contextvars
+import threading
+
+import torch
+
+_choices = contextvars.ContextVar("rlkernels.use_backend", default=())  # instances of use_backend; the last one counts
+_traced = threading.local()  # the last one of this thread: Dynamo cannot trace a context variable
+
+
+def forced():
+    """The backend that ``use_backend`` has chosen here, or None."""
+    if torch.compiler.is_dynamo_compiling():
+        return getattr(_traced, "name", None)
+    choices = _choices.get()
+    return choices[-1].name if choices else None
+
+
+def enter(choice):
+    _choices.set((*_choices.get(), choice))
+    _traced.name = choice.name
+
+
+def leave(choice):
+    """Takes away this choice and no other: a generator may end after one that was made while it was suspended."""
+    choices = list(_choices.get())
+    for k in reversed(range(len(choices))):
+        if choices[k] is choice:
+            del choices[k]
+            break
+    _choices.set(tuple(choices))
+    _traced.name = choices[-1].name if choices else None
+
+
+def trace(name):
+    """Sets what Dynamo sees, and returns what it saw."""
+    before = getattr(_traced, "name", None)
+    _traced.name = name
+    return before

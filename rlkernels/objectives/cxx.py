@@ -1,0 +1,56 @@
+"""Every built-in objective as a C++ functor, and what tells one set of objectives from another."""
+import ast
+import hashlib
+
+from rlkernels.objectives.language import OBJECTIVES
+
+SYMBOLS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.USub: "-", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
+
+
+def expression(node):
+    match node:
+        case ast.Name(id=name):
+            return name
+        case ast.Constant(value=x):
+            return f"S({x!r})"
+        case ast.UnaryOp(op=op, operand=x):
+            return f"({SYMBOLS[type(op)]}{expression(x)})"
+        case ast.BinOp(left=a, op=op, right=b) | ast.Compare(left=a, ops=[op], comparators=[b]):
+            return f"({expression(a)} {SYMBOLS[type(op)]} {expression(b)})"
+        case ast.Call(func=ast.Name(id=f), args=args):
+            return f"rlk::{f}({', '.join(map(expression, args))})"
+    raise SyntaxError(f"no C++ form for {ast.unparse(node)!r}")  # the checker of the language admits nothing that ends here
+
+
+def functor(name):
+    """The C++ struct of one objective, a template over the scalar (float, double)."""
+    objective = OBJECTIVES[name]
+    *assignments, last = objective.tree.body[1:]
+    lines = [f"const S {a.targets[0].id} = {expression(a.value)};" for a in assignments]
+    lines.append("return {" + ", ".join(map(expression, last.value.elts)) + "};")
+    arguments = ", ".join(f"S {a}" for a in objective.columns + objective.params)
+    body = "\n".join("    " + line for line in lines)
+    return f"struct {name} {{\n  template <class S>\n  RLK_HD Term<S> operator()({arguments}) const {{\n{body}\n  }}\n}};"
+
+
+def builtin():
+    """Names of the objectives that come with the library, in the order of registration."""
+    return [name for name, entry in OBJECTIVES.items() if entry.function.__module__.startswith("rlkernels.objectives.")]
+
+
+def table(macro, names):
+    """A list ``macro(X)`` of ``X(name, columns, parameters)``."""
+    return f"#define {macro}(X) \\\n" + " \\\n".join(f"  X({n}, {len(OBJECTIVES[n].columns)}, {len(OBJECTIVES[n].params)})" for n in names)
+
+
+def body(names):
+    """The list of objectives, and a functor for each."""
+    of_rows = [n for n in names if OBJECTIVES[n].columns[0] == "logp"]
+    tables = f"{table('RLK_OBJECTIVES', names)}\n\n{table('RLK_ROW_OBJECTIVES', of_rows)}"
+    functors = "\n\n".join(map(functor, names))
+    return f"{tables}\n\nnamespace rlk {{\n\n{functors}\n\n}}  // namespace rlk\n"
+
+
+def digest(names=None):
+    """What tells a compiled module of these objectives from one of others; a comment or a docstring changes nothing."""
+    return hashlib.sha256(body(builtin() if names is None else names).encode()).hexdigest()[:16]

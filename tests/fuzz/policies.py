@@ -1,0 +1,205 @@
+"""Policy, value and supervised losses, from log-probabilities and from logits."""
+import oracles
+import torch
+
+from fuzz.batches import Batch
+from fuzz.draws import leaf, wide
+from fuzz.rows import Rows, sizes, with_cancelled
+from fuzz.terms import PolicyTerms, Sum, Weighting, per_sequence
+from fuzz.tokens import targets_in_batch, temperature_in_batch
+from fuzz.trial import case, eps
+
+
+class LogitsOfABatch(Rows):
+    """Finite logits of the tokens of a batch, whose ignored targets die in it."""
+
+    def __init__(self, draw, batch):
+        vocab, dtype = draw.choice((1, 2, 3, 7, 17, 33, 64, 65, 130)), draw.dtype()
+        self.shape, self.vocab, self.dtype = batch.shape, vocab, dtype
+        x = draw.laid_out(draw.normal((*batch.shape, vocab), dtype, draw.choice((0.5, 1, 2))))
+        self.visible, self.targets, self.ignore_index = targets_in_batch(draw, batch, vocab)
+        self.temperature, self.t = temperature_in_batch(draw, batch, dtype)
+        self.vocab_mask = self._vocab_mask(draw) if draw.flag(0.3) else None
+        self.x = leaf(draw.laid_out(draw.with_garbage(x, batch.live[..., None]), keep=True) if draw.flag(0.5) else x)
+        self.wide = torch.where(batch.live[..., None], self.x.detach().double(), 0.0).requires_grad_()  # the truth looks at nothing that is dead
+        self.options = {"temperature": self.temperature, "ignore_index": self.ignore_index, "vocab_mask": self.vocab_mask}
+
+    def _vocab_mask(self, draw):
+        """With every target in it: the log-probability of another is -inf, and no loss is finite."""
+        keep = draw.coins((self.vocab,) if draw.flag(0.5) else (*self.shape, self.vocab), 0.8)
+        hit = torch.where(self.targets == self.ignore_index, 0, self.targets)
+        keep = keep.index_fill(-1, hit.flatten(), True) if keep.dim() == 1 else keep.scatter(-1, hit[..., None], True)
+        return draw.laid_out(keep.index_fill(-1, torch.tensor([0]), True), keep=True)
+
+
+def upstream(draw, loss):
+    return torch.tensor(draw.choice((1.0, 1.0, 2.5, -1.0, 0.0)), dtype=loss.dtype)
+
+
+def expect_loss(trial, what, loss, total, unit, factor=64):
+    trial.expect(what, loss, total.value, factor * unit * (total.size + abs(float(total.value.detach().nan_to_num(0.0, 0.0, 0.0)))) + 1e-30)
+
+
+def expect_metrics(trial, what, got, truth, unit):
+    """Those that the truth names, where the call returned any."""
+    for name, x in truth.items() if got else ():
+        trial.expect(f"metric {name} of {what}", got.get(name), x, 64 * unit * (1 + x.abs().nan_to_num(0.0, 0.0, 0.0)))
+
+
+def with_metrics(trial, name, *arguments, **options):
+    """``(loss, metrics)`` of a call; no metrics where they were not asked for."""
+    asked = trial.draw.flag(0.3)
+    result = trial.call(name, *arguments, return_metrics=asked, **options)
+    return result if asked else (result, {})
+
+
+@case("valid")
+def policy_loss(trial):
+    draw = trial.draw
+    batch = Batch(draw)
+    terms = PolicyTerms(draw, batch)
+    x = leaf(draw.with_garbage(draw.laid_out(draw.normal(batch.shape, draw.choice((torch.float32, *draw.floats)), 0.5)), batch.live))
+    entropy = None
+    if terms.entropy_coef or draw.flag(0.1):
+        entropy = leaf(draw.with_garbage(draw.uniform(batch.shape, dtype=draw.choice((torch.float32, torch.bfloat16, torch.float64))), batch.live))
+    old = None if terms.name == "reinforce" and draw.flag(0.5) else terms.old
+    loss, metrics = with_metrics(trial, "policy_loss", x, old, terms.advantages, batch.mask, entropy=entropy, **terms.options)
+    logp, h = wide(x), wide(torch.zeros(batch.shape) if entropy is None else entropy)
+    total = terms.truth(batch, logp, h)
+    what = f"{terms.name}, {terms.level}, {terms.weighting.mode}, {x.dtype}"
+    expect_loss(trial, f"loss of {what}", loss, total, eps(x))
+    up = upstream(draw, loss)
+    got = trial.gradients([loss], [x] + ([entropy] if terms.entropy_coef else []), [up])
+    want = torch.autograd.grad(total.value, [logp, h], up.double(), allow_unused=True)
+    for name, g, w in zip(("logprobs", "entropy"), got, want, strict=False):
+        w = torch.zeros(batch.shape, dtype=torch.float64) if w is None else w
+        trial.expect(f"gradient of {name} of {what}", g, w, 64 * eps(x) * (w.abs() + w.abs().max() if w.numel() else w))
+    expect_metrics(trial, what, metrics, terms.metrics(batch, logp, None if entropy is None else h, all_read=True), eps(x))
+
+
+@case("valid")
+def ratio_of_long_sequences(trial):
+    """A sum over thousands of tokens keeps the digits of the small differences that it is made of."""
+    draw = trial.draw
+    shape, scale = (2, draw.choice((1000, 4096, 20000))), draw.choice((1e-6, 3e-5))
+    old = draw.uniform(shape, -3.0, 0.0, torch.float32)
+    x = leaf((old.double() + scale * draw.normal(shape)).float())
+    advantages, level = draw.normal((2,), torch.float32), draw.choice(("sequence", "sequence_sum", "sequence_token"))
+    loss = trial.call("policy_loss", x, old, advantages, objective="ppo_clip", ratio_level=level, aggregation="seq-mean")
+    gap = x.detach().double() - old.double()
+    ratio = (gap.sum(-1) if level == "sequence_sum" else gap.mean(-1)).exp()
+    terms = oracles.ppo_clip(ratio.log(), torch.zeros(2, dtype=torch.float64), advantages.double(), 0.2, 0.2)
+    trial.expect(f"loss of {level}", loss, terms.mean(), 2e-6 * terms.abs().mean())
+
+
+@case("valid")
+def logits_policy_loss(trial):
+    draw = trial.draw
+    batch = Batch(draw)
+    terms = PolicyTerms(draw, batch)
+    rows = LogitsOfABatch(draw, batch)
+    in_place = draw.flag(0.15)
+    given = rows.x * 1.0 if in_place else rows.x
+    old = None if terms.name == "reinforce" and draw.flag(0.5) else terms.old
+    options = {**terms.options, **rows.options, **({"inplace_backward": True} if in_place else {})}
+    loss, metrics = with_metrics(trial, "logits_policy_loss", given, rows.visible, old, terms.advantages, batch.mask, **options)
+    truth, what = rows.truth(), f"{terms.name}, {terms.level}, {terms.weighting.mode}, {rows.dtype}"
+    check_rows_loss(trial, what, rows, loss, terms.truth(batch, truth["logprobs"], truth["entropy"]), truth)
+    expect_metrics(trial, what, metrics, terms.metrics(batch, truth["logprobs"], truth["entropy"]), 8 * eps(rows.x))
+
+
+def check_rows_loss(trial, what, rows, loss, total, truth):
+    """A loss of logits and its gradient."""
+    unit = eps(rows.x)
+    expect_loss(trial, f"loss of {what}", loss, total, unit, 256)
+    up = upstream(trial.draw, loss)
+    (got,) = trial.gradients([loss], [rows.x], [up])
+    names = ("logprobs", "entropy")
+    (want, *inner) = torch.autograd.grad(total.value, [rows.wide, *(truth[name] for name in names)], up.double(), allow_unused=True)
+    inner = {name: torch.zeros(rows.shape, dtype=torch.float64) if g is None else g for name, g in zip(names, inner, strict=True)}
+    want = torch.zeros_like(rows.wide) if want is None else want
+    size = sizes(rows.wide, rows.targets, rows.t, rows.vocab_mask, with_cancelled(inner))
+    trial.expect(f"gradient of logits of {what}", got, want, torch.where(want.abs().sum(-1, keepdim=True) == 0, 0.0, 64 * unit * size))
+
+
+@case("valid")
+def sft_loss(trial):
+    draw = trial.draw
+    batch = Batch(draw)
+    rows = LogitsOfABatch(draw, batch)
+    sft = SupervisedTerms(draw, batch)
+    in_place = {"inplace_backward": True} if draw.flag(0.15) else {}
+    given = rows.x * 1.0 if in_place else rows.x
+    loss, metrics = with_metrics(trial, "sft_loss", given, rows.visible, batch.mask, **sft.options, **rows.options, **in_place)
+    truth, what = rows.truth(), f"{sft.kind}, {sft.weighting.mode}, {rows.dtype}"
+    check_rows_loss(trial, what, rows, loss, sft.truth(batch, truth["logprobs"]), truth)
+    expect_metrics(trial, what, metrics, sft.metrics(batch, truth["logprobs"], truth["entropy"]), 8 * eps(rows.x))
+
+
+class SupervisedTerms:
+    """Kind, weights and sample weights of a supervised loss."""
+
+    def __init__(self, draw, batch):
+        self.kind, self.weighting, self.sample_weight = draw.choice(("nll", "dft")), Weighting(draw, batch), None
+        self.options = {"kind": self.kind, **self.weighting.options, **batch.packing()}
+        if draw.flag(0.4):
+            x = draw.column(batch.live)
+            whole = draw.flag(0.4) or batch.is_ambiguous()
+            self.options["sample_weights"], self.sample_weight = per_sequence(draw, batch, torch.float32) if whole else (x, x.double())
+
+    def weights(self, batch):
+        weight = self.weighting.truth(batch)
+        if self.sample_weight is not None:
+            weight = torch.where(weight != 0, weight * torch.where(batch.live, self.sample_weight, 0.0), 0.0)
+        return weight
+
+    def truth(self, batch, logp):
+        return Sum().plus(self.weights(batch), getattr(oracles, self.kind)(torch.where(batch.live, logp, 0.0)))
+
+    def metrics(self, batch, logp, entropy=None):
+        """Means over the tokens with a weight."""
+        read = self.weights(batch) != 0
+        found = {"nll": -logp, "probability": logp.exp()} | ({} if entropy is None else {"entropy": entropy})
+        return {name: torch.where(read, x.detach(), 0.0).sum() / read.sum().clamp(min=1) for name, x in found.items()}
+
+
+@case("valid")
+def logprobs_sft_loss(trial):
+    draw = trial.draw
+    batch = Batch(draw)
+    sft = SupervisedTerms(draw, batch)
+    x = leaf(draw.with_garbage(draw.laid_out(draw.normal(batch.shape, draw.choice((torch.float32, *draw.floats)))), batch.live))
+    loss, metrics = with_metrics(trial, "logprobs_sft_loss", x, batch.mask, **sft.options)
+    logp, what = wide(x), f"{sft.kind}, {sft.weighting.mode}, {x.dtype}"
+    check_columns_loss(trial, what, x, loss, sft.truth(batch, logp), logp)
+    expect_metrics(trial, what, metrics, sft.metrics(batch, logp), eps(x))
+
+
+def check_columns_loss(trial, what, x, loss, total, truth_of_x):
+    expect_loss(trial, f"loss of {what}", loss, total, eps(x))
+    up = upstream(trial.draw, loss)
+    (got,) = trial.gradients([loss], [x], [up])
+    (want,) = torch.autograd.grad(total.value, truth_of_x, up.double())
+    trial.expect(f"gradient of {what}", got, want, 64 * eps(x) * (want.abs() + want.abs().max() if want.numel() else want))
+
+
+@case("valid")
+def value_loss(trial):
+    draw = trial.draw
+    batch = Batch(draw)
+    weighting, clip = Weighting(draw, batch), draw.choice((None, 0.2, 1.0))
+    x = leaf(draw.with_garbage(draw.laid_out(draw.normal(batch.shape, draw.choice((torch.float32, *draw.floats)))), batch.live))
+    old, returns = draw.column(batch.live), draw.column(batch.live)
+    loss, metrics = with_metrics(trial, "value_loss", x, old if clip or draw.flag(0.5) else None, returns, batch.mask, clip_range=clip,
+                                 **weighting.options, **batch.packing())
+    leaf64 = wide(x)
+    v, o, r = (torch.where(batch.live, part.double(), 0.0) for part in (leaf64, old, returns))
+    each = oracles.value_plain(v, r) if clip is None else oracles.value_clip(v, o, r, clip)
+    total = Sum().plus(weighting.truth(batch), each)
+    check_columns_loss(trial, f"clip {clip}, {weighting.mode}, {x.dtype}", x, loss, total, leaf64)
+    count = batch.live.sum().clamp(min=1)
+    known = {"error": torch.where(batch.live, (v - r).square(), 0.0).detach().sum() / count}
+    if clip is not None:
+        larger = ((v - o).abs() > clip) & ((o + (v - o).clamp(-clip, clip) - r).square() > (v - r).square())
+        known["clip_fraction"] = (batch.live & larger).sum().double() / count
+    expect_metrics(trial, f"clip {clip}, {x.dtype}", metrics, known, eps(x))

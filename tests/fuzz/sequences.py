@@ -1,0 +1,226 @@
+"""Sums and means of sequences, aggregations, advantages of tokens and of groups, whitening, spans: each against a loop."""
+import math
+
+import torch
+
+from fuzz.batches import MODES, Batch, draw_normalizers, true_weights
+from fuzz.draws import NAN, leaf, wide
+from fuzz.trial import case, eps
+
+
+def check(trial, what, got, truth, size, given, truth_of):
+    """A result and the gradient of one input; ``size``: of the terms that an element of the result is a sum of."""
+    unit = 16 * eps(given)
+    trial.expect(what, got, truth, unit * size)
+    g = trial.draw.normal(truth.shape, got.dtype)
+    (found,) = trial.gradients([got], [given], [g])
+    (want,) = torch.autograd.grad(truth, truth_of, g.double(), allow_unused=True)
+    want = torch.zeros(given.shape, dtype=torch.float64) if want is None else want
+    trial.expect(f"gradient of {what}", found, want, unit * (want.abs() + (1 + want.abs().max() if want.numel() else 0.0)))
+
+
+def values_of(draw, batch):
+    return leaf(draw.with_garbage(draw.laid_out(draw.normal(batch.shape, draw.choice((torch.float32, *draw.floats)))), batch.live))
+
+
+def reduced(trial, name, means):
+    batch = Batch(trial.draw)
+    x = values_of(trial.draw, batch)
+    got = trial.call(name, x, batch.mask, batch.offsets)
+    truth_of = wide(x)
+    truth, size = (batch.means(y) if means else batch.sums(y) for y in (truth_of, truth_of.detach().abs()))
+    check(trial, name, got, truth, size, x, truth_of)
+
+
+@case("valid")
+def sequence_sums(trial):
+    reduced(trial, "sequence_sums", False)
+
+
+@case("valid")
+def sequence_means(trial):
+    reduced(trial, "sequence_means", True)
+
+
+@case("valid")
+def broadcast_to_tokens(trial):
+    draw = trial.draw
+    batch = Batch(draw)
+    x = leaf(draw.laid_out(draw.normal((batch.count,), draw.dtype())))
+    got = trial.call("broadcast_to_tokens", x, draw.masked(batch.live), batch.offsets)
+    truth_of = wide(x)
+    truth = torch.where(batch.live, batch.spread(truth_of), 0.0)
+    check(trial, "broadcast_to_tokens", got, truth, truth.detach().abs(), x, truth_of)
+
+
+@case("valid")
+def aggregate(trial):
+    draw = trial.draw
+    batch, mode = Batch(draw), draw.choice(MODES)
+    normalizers, x = draw_normalizers(draw, mode, batch), values_of(draw, batch)
+    got = trial.call("aggregate", x, batch.mask, mode, **batch.packing(), **normalizers)
+    truth_of, weights = wide(x), true_weights(mode, batch, normalizers)
+    terms = weights * torch.where(batch.live, truth_of, 0.0)
+    check(trial, f"aggregate by {mode}", got, terms.sum(), terms.detach().abs().sum(), x, truth_of)
+
+
+@case("valid")
+def token_weights(trial):
+    draw = trial.draw
+    batch, mode = Batch(draw), draw.choice(MODES)
+    normalizers, dtype = draw_normalizers(draw, mode, batch), draw.choice((torch.float32, torch.float64))
+    got = trial.call("token_weights", draw.masked(batch.live), mode, dtype=dtype, **batch.packing(), **normalizers)
+    truth = true_weights(mode, batch, normalizers)
+    trial.expect(f"weights of {mode}", got, truth, 8 * eps(got) * truth.abs())
+
+
+class Steps:
+    """Sequences of rewards (and values), discounted by a loop from the back."""
+
+    def __init__(self, draw):
+        self.batch, self.masked = Batch(draw), draw.choice(("skip", "zero", "none"))
+        self.gamma, self.live = draw.choice((0, 0.9, 1.0, 1)), self.batch.live
+        if self.masked == "none":
+            self.live = torch.ones(self.batch.shape, dtype=torch.bool)
+        self.options = {"gamma": self.gamma, "masked": self.masked, **self.batch.packing()}
+
+    def loop(self, rewards, values, lam, bootstrap=None):
+        """``(advantages, returns)``. With ``"zero"`` a dead token is a step of reward and value 0."""
+        batch, live = self.batch, self.live.flatten().tolist()
+        rewards, values = rewards.flatten().tolist(), values.flatten().tolist()
+        advantages, returns = ([0.0] * len(rewards) for _ in range(2))
+        for s in range(batch.count):
+            following = 0.0 if bootstrap is None else bootstrap[s]
+            trace, begun = 0.0, False
+            for t in reversed([t for t in range(len(rewards)) if batch.sequence[t] == s]):
+                if live[t]:
+                    trace = rewards[t] + self.gamma * following - values[t] + self.gamma * lam * trace
+                    following, begun = values[t], True
+                    advantages[t], returns[t] = trace, trace + values[t]
+                elif self.masked == "zero" and begun:
+                    trace, following = self.gamma * following + self.gamma * lam * trace, 0.0
+        return [torch.tensor(x, dtype=torch.float64).view(batch.shape) for x in (advantages, returns)]
+
+    def expect(self, trial, names, got, truth, unit):
+        length = max(self.batch.shape[-1], 1)
+        for name, g, x in zip(names, got, truth, strict=True):
+            trial.expect(f"{name}, masked={self.masked}", g, x, 16 * unit * length * (1 + x.abs().max() if x.numel() else x))
+
+
+@case("valid")
+def gae(trial):
+    draw = trial.draw
+    steps, lam = Steps(draw), draw.choice((0, 0.5, 0.95, 1.0))
+    seen = steps.live  # with masked="none" what a dead position holds counts
+    rewards, values = draw.column(seen), draw.column(seen)
+    bootstrap = draw.laid_out(draw.normal((steps.batch.count,), draw.choice((torch.float32, torch.float64)))) if draw.flag(0.4) else None
+    got = trial.call("gae", rewards, values, steps.batch.mask, lam=lam, bootstrap_values=bootstrap, **steps.options)
+    real = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
+    ends = None if bootstrap is None else bootstrap.to(real).tolist()
+    steps.expect(trial, ("advantages", "returns"), got, steps.loop(rewards.double(), values.double(), lam, ends), eps(got[0]))
+
+
+@case("valid")
+def discounted_returns(trial):
+    draw = trial.draw
+    steps = Steps(draw)
+    rewards = draw.column(steps.live)
+    got = trial.call("discounted_returns", rewards, steps.batch.mask, **steps.options)
+    truth = steps.loop(rewards.double(), torch.zeros(rewards.shape), 1.0)[1]
+    steps.expect(trial, ("returns",), (got,), (truth,), eps(got))
+
+
+def mean_of(values):
+    return sum(values) / len(values)
+
+
+def spread_of(values, unbiased):
+    return math.sqrt(sum((x - mean_of(values)) ** 2 for x in values) / max(len(values) - unbiased, 1))
+
+
+def baseline_of(kind, i, group, scored, values, lengths):
+    """What response ``i`` is compared with; ``group``, ``scored``: responses of its group, and of all groups."""
+    match kind:
+        case "mean":
+            return mean_of([values[j] for j in group])
+        case "leave-one-out":
+            return mean_of([values[j] for j in group if j != i])
+        case "length-mean":
+            return sum(float(lengths[j]) * values[j] for j in group) / sum(float(lengths[j]) for j in group)
+        case "batch-mean":
+            return mean_of([values[j] for j in scored])
+    return 0.0
+
+
+def scale_of(kind, group, scored, values, unbiased):
+    match kind:
+        case "std":
+            return spread_of([values[j] for j in group], unbiased)
+        case "batch-std":
+            return spread_of([values[j] for j in scored], unbiased)
+        case "mean":
+            return mean_of([values[j] for j in group])
+    return None
+
+
+@case("valid")
+def group_advantages(trial):
+    draw = trial.draw
+    count, scale = draw.choice((0, 1, 2, 5, 9)), draw.choice(("std", "batch-std", "mean", None))
+    rewards = draw.normal((count,), draw.choice((torch.float32, *draw.floats)))
+    rewards = rewards.round() if draw.flag(0.3) else rewards
+    rewards = rewards.abs() + 0.1 if scale == "mean" else rewards
+    rewards = draw.laid_out(torch.where(draw.coins((count,), 0.1), NAN, rewards).to(rewards.dtype))
+    some = draw.integers(-2**63, 2**63 - 1, (3,)) if draw.flag(0.5) else torch.tensor([0, 1, 7], dtype=draw.choice((torch.int8, torch.uint8, torch.int32)))
+    ids = some[draw.integers(0, 3, (count,))]
+    baseline, small, unbiased = draw.choice(("mean", "leave-one-out", "length-mean", "batch-mean", None)), draw.choice((1e-6, 0, 0.1)), draw.flag(0.5)
+    lengths = draw.laid_out(draw.integers(1, 9, (count,))) if baseline == "length-mean" else None
+    got = trial.call("group_advantages", rewards, draw.laid_out(ids, keep=True), baseline=baseline, scale=scale, eps=small, unbiased=unbiased, lengths=lengths)
+    values, names = rewards.double().tolist(), ids.tolist()
+    scored = [i for i, x in enumerate(values) if not math.isnan(x)]
+    truth = torch.zeros(count, dtype=torch.float64)
+    for i in scored:
+        group = [j for j in scored if names[j] == names[i]]
+        if len(group) < 2 and (baseline in ("mean", "leave-one-out", "length-mean") or scale in ("std", "mean")):
+            continue  # alone: nothing to compare it with
+        size = scale_of(scale, group, scored, values, unbiased)
+        gap = values[i] - baseline_of(baseline, i, group, scored, values, lengths)
+        truth[i] = gap if size is None else 0.0 if size < 1e-12 else gap / (size + small)
+    trial.expect(f"advantages over {baseline} by {scale}", got, truth, 1e-6 * (1 + truth.abs()))
+
+
+@case("valid")
+def masked_whiten(trial):
+    draw = trial.draw
+    shape = draw.choice(((0,), (1,), (5,), (2, 3), (3, 0), (2, 3, 4)))
+    live = draw.coins(shape, draw.choice((0.0, 0.5, 1.0)))
+    mask = draw.masked(live) if draw.flag(0.8) else None
+    live = live if mask is not None else torch.ones(shape, dtype=torch.bool)
+    x = leaf(draw.with_garbage(draw.laid_out(draw.normal(shape, draw.dtype(), 2.0)), live))
+    shift, unbiased, small, add, dim = draw.flag(0.5), draw.flag(0.5), draw.choice((1e-8, 1e-5, 0.1)), draw.flag(0.5), draw.choice((None, -1, 0))
+    got = trial.call("masked_whiten", x, mask, shift_mean=shift, unbiased=unbiased, eps=small, eps_mode="add" if add else "clamp", dim=dim)
+    truth_of, along = wide(x), tuple(range(len(shape))) if dim is None else dim
+    count = live.sum(along, keepdim=True)
+    mean = torch.where(live, truth_of, 0.0).sum(along, keepdim=True) / count.clamp(min=1)
+    gap = torch.where(live, truth_of - mean, 0.0)
+    variance = gap.square().sum(along, keepdim=True) / (count - int(unbiased)).clamp(min=1)
+    if bool((variance.detach() < 1e-9).any()):
+        spread = torch.where(variance.detach() < 1e-9, 0.0, 1.0)  # equal elements: 0, without a derivative to speak of
+        truth = torch.where(live, gap * spread * (variance + 1.0).rsqrt() * 0.0 + (0.0 if shift else mean), 0.0)
+        alone = variance.detach().expand(shape) < 1e-9
+        trial.expect("whitened equal elements", torch.where(alone, got, 0.0), torch.where(alone, truth, 0.0), 1e-6 * (1 + truth.detach().abs()))
+        return
+    y = gap * (variance + small if add else variance.clamp(min=small)).rsqrt()
+    truth = torch.where(live, y if shift else y + mean, 0.0)
+    check(trial, "masked_whiten", got, truth, 4 + truth.detach().abs(), x, truth_of)
+
+
+@case("valid")
+def spans_to_mask(trial):
+    draw = trial.draw
+    shape, count, length, shift = draw.choice(((), (2,), (0,), (2, 3))), draw.choice((0, 1, 3)), draw.choice((1, 2, 5, 8)), draw.flag(0.5)
+    spans = draw.integers(0, 9, (*shape, count, 2)).sort(-1).values
+    got = trial.call("spans_to_mask", draw.laid_out(spans, keep=True), length, shift=shift)
+    places = range(1 if shift else 0, length)
+    rows = [[any(a <= t < b for a, b in row) for t in places] for row in spans.reshape(math.prod(shape), count, 2).tolist()]
+    trial.expect("mask of spans", got, torch.tensor(rows, dtype=torch.bool).reshape(*shape, len(places)), 0.0)
