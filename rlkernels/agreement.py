@@ -52,6 +52,7 @@ def agreed(function):
         group = options.get("process_group")
         if group is None or torch.compiler.is_compiling():
             return function(*arguments, **options)
+        member(function.__name__, group)
         tensors = [x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor)]
         with meeting(function.__name__, group, tensors[0].device if tensors else torch.device("cpu"), nested=False) as now:
             if met(now.device):
@@ -59,6 +60,15 @@ def agreed(function):
             return function(*arguments, **options)
 
     return call
+
+
+def member(where, group):
+    """A process group that this process is in."""
+    distributed = torch.distributed
+    if not isinstance(group, distributed.ProcessGroup) and group is not distributed.GroupMember.NON_GROUP_MEMBER:
+        raise TypeError(f"{where}: process_group must be a torch.distributed.ProcessGroup, such as mesh.get_group(), got {type(group).__name__}")
+    if distributed.get_rank(group) < 0:
+        raise ValueError(f"{where}: this process is not in process_group, so it has no vocabulary shard")
 
 
 @contextlib.contextmanager

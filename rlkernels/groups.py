@@ -54,7 +54,7 @@ def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e
     if (lengths is not None) != (baseline == "length-mean"):
         raise ValueError(f"{where}: baseline {baseline!r} {'takes no' if lengths is not None else 'needs'} lengths")
     if lengths is not None:
-        checks.counts(where, "lengths", lengths, rewards.shape)
+        checks.mask(where, lengths, rewards.shape, name="lengths", counts=True)
     checks.one_device(where, "rewards", rewards, group_ids=group_ids, lengths=lengths)
     checks.no_forward_ad(where, rewards, lengths)
 

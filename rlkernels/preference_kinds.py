@@ -56,7 +56,8 @@ class Pairs:
         """Every term of every loss in the mixture: coefficient, objective, numbers per pair, parameters of the objective."""
         for kind, weight in zip(self.options.kinds, self.options.loss_weights, strict=True):
             # Not 1.0 times beta: the product of two numbers is a constant of the graph in torch 2.11, and every beta would have a graph of its own.
-            yield from ((coefficient if weight == 1.0 else weight * coefficient, *rest) for coefficient, *rest in kind.terms(self, self.options))
+            plain = not isinstance(weight, torch.Tensor) and weight == 1.0
+            yield from ((coefficient if plain else weight * coefficient, *rest) for coefficient, *rest in kind.terms(self, self.options))
             likelihood = kind.likelihood_coefficient(self.options)
             if present(likelihood):
                 yield weight * likelihood * self.options.pairs_per_token, "nll", self.policy[0], ()

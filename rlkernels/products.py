@@ -18,9 +18,15 @@ def products(weight, logits_dtype):
     if weight.device.type != "cpu":
         return Accelerated(weight)
     if logits_dtype == weight.dtype == real_dtype(weight.dtype):
-        return Native(weight) if weight.dtype == torch.float32 and cpu_gemm.fp32_preferred() else Plain(weight)
-    native = weight.dtype == torch.bfloat16 and logits_dtype in (torch.float32, torch.bfloat16) and cpu_gemm.available()
-    return Native(weight) if native else Widened(weight)
+        return Native(weight) if weight.dtype == torch.float32 and cpu_gemm.fp32_preferred() else Plain(_rows(weight))
+    if weight.dtype == torch.bfloat16 and logits_dtype in (torch.float32, torch.bfloat16) and cpu_gemm.available():
+        return Native(weight if logits_dtype == torch.float32 else _rows(weight))
+    return Widened(_rows(weight))
+
+
+def _rows(weight):
+    """The weight with each row side by side in memory: torch's library adds in another order where columns are (seen without AVX-512)."""
+    return weight if weight.stride(-1) == 1 or weight.shape[-1] == 1 else weight.contiguous()
 
 
 class Plain:

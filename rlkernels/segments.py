@@ -90,6 +90,8 @@ def _checked(where, values, mask, cu_seqlens):
     """The mask as bool, and the offsets."""
     checks.floating(where, "values", values)
     offsets = checks_tokens.rows(where, "values", values, cu_seqlens)
+    if offsets is not None:  # torch.segment_reduce has no forward-mode formula
+        checks.no_forward_ad(where, values)
     checks.mask(where, mask, values.shape)
     checks.one_device(where, "values", values, mask=mask)
     return torch.ones_like(values, dtype=torch.bool) if mask is None else mask != 0, offsets

@@ -125,6 +125,8 @@ AGGREGATIONS = tuple(_MODES)
 def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, dp_size=1, scale=1.0, dtype=torch.float32, **normalizers):
     """``token_weights`` on behalf of the public function ``where``, whose name the errors carry; ``cu_seqlens``: of ``checks_tokens.rows``."""
     checks.choice(where, "aggregation", mode, AGGREGATIONS)
+    if dtype not in checks.FLOATS:
+        raise TypeError(f"{where}: dtype must be one of {checks.FLOAT_NAMES}, got {dtype!r}")
     weight, required, optional, needs_rows = _MODES[mode]
     if needs_rows and cu_seqlens is None and mask.dim() == 1:
         raise ValueError(f"{where}: aggregation {mode!r} needs cu_seqlens, or a mask [B, L]; got a mask of shape {tuple(mask.shape)}")
@@ -195,7 +197,7 @@ def token_weights(mask, mode="token-mean", *, cu_seqlens=None, batch_num_tokens=
 
     Raises:
         ValueError: unknown ``mode``; a normaliser that it needs is missing, or one that it does not use is given; shapes do not match.
-        TypeError: ``mask`` complex, ids not integer, ``cu_seqlens`` not int32 or int64.
+        TypeError: ``mask`` complex, ids not integer, ``cu_seqlens`` not int32 or int64, ``dtype`` not floating.
 
     Example:
         >>> token_weights(torch.tensor([[1, 1, 0], [1, 0, 0]]), "seq-mean-token-mean")

@@ -34,6 +34,12 @@ def _widened(function):
     return call
 
 
+@pytest.fixture(autouse=True, scope="module")
+def dynamo_has_seen_torch():
+    """It lists torch's functions when it first compiles; with the patched ones in the list it could not trace the others later."""
+    torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
+
+
 @pytest.fixture(autouse=True)
 def on_an_accelerator(monkeypatch):
     """Kernels are those of plain torch; what calls them is ours. The heads' own ops are opened: their fakes would hide the loop over chunks."""

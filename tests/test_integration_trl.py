@@ -147,6 +147,7 @@ def test_a_patched_trainer_has_the_losses_and_gradient_norms_of_the_stock_one(na
 
 @pytest.mark.parametrize("name", ("dpo/sigmoid", "grpo/cispo", "kto/kto", "sft/nll", "reward/margin"))
 def test_F112_log_probabilities_one_percent_wrong_fail_the_parity_check(name, paths, monkeypatch):
+    reference = stock(name, paths)  # before the patch, like every reference here: a worker may run this test alone
     right, pairs = _trl_functions.FusedHead.apply, _trl_functions.LogSigmoid.__call__
 
     def wrong(self, *args):
@@ -156,13 +157,13 @@ def test_F112_log_probabilities_one_percent_wrong_fail_the_parity_check(name, pa
     monkeypatch.setattr(_trl_functions.FusedHead, "apply", wrong)
     monkeypatch.setattr(_trl_functions.LogSigmoid, "__call__", lambda self, x: 1.01 * pairs(self, x))
     integration.patch()
-    assert gap(stock(name, paths), train(build(name, paths))) > 3 * TOLERANCE
+    assert gap(reference, train(build(name, paths))) > 3 * TOLERANCE
 
 
 def test_patching_after_construction_reaches_the_trainer(paths):
-    trainer = build("dpo/sigmoid", paths)
+    reference, trainer = stock("dpo/sigmoid", paths), build("dpo/sigmoid", paths)
     integration.patch()
-    assert gap(stock("dpo/sigmoid", paths), train(trainer)) <= TOLERANCE
+    assert gap(reference, train(trainer)) <= TOLERANCE
     assert integration.status().calls["fused_head"] == 6
 
 

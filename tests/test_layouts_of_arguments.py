@@ -16,7 +16,7 @@ TENSORS = set("""
     logits targets vocab_mask ref_logits hidden weight bias old_logprobs advantages mask weights ref_logprobs cu_seqlens logprobs entropy values old_values
     returns rewards bootstrap_values chosen_logps rejected_logps ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps
     ref_logps desirable kl_logps ref_kl_logps chosen_mask rejected_mask sample_weights chosen rejected margin attention_mask x group_ids lengths
-    rollout_ids spans temperature
+    rollout_ids group_tokens group_rows spans temperature
 """.split())
 NUMBERS_OR_TENSORS = set("kl delta batch_num_tokens num_sequences horizon".split())
 OTHERS = set("""

@@ -119,3 +119,19 @@ def test_F139_a_reference_without_a_coefficient_is_for_the_metric_alone(function
     want = getattr(rlk, function)(*inputs, OLD, A)
     loss, metrics = getattr(rlk, function)(*inputs, OLD, A, ref_logprobs=OLD - 0.5, return_metrics=True)
     assert torch.equal(loss, want) and metrics["kl"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, 3, [], "float32"], ids=str)
+def test_weights_have_a_floating_dtype(dtype):
+    with pytest.raises(TypeError, match="^token_weights: dtype must be one of float32, bfloat16, float16, float64, got"):
+        rlk.token_weights(mask(), dtype=dtype)
+    with pytest.raises(TypeError, match="^aggregate: dtype must be"):
+        rlk.aggregate(Z, mask(), dtype=dtype)
+
+
+@pytest.mark.parametrize("group", ["x", 3, [0, 1]], ids=str)
+def test_F148_what_is_no_process_group_is_refused_by_name(group):
+    for where, call in (("linear_token_logprobs", lambda: rlk.linear_token_logprobs(HIDDEN, HEAD, Y, process_group=group)),
+                        ("linear_policy_loss", lambda: rlk.linear_policy_loss(HIDDEN, HEAD, Y, OLD, A, process_group=group))):
+        with pytest.raises(TypeError, match=f"^{where}: process_group must be a torch.distributed.ProcessGroup"):
+            call()

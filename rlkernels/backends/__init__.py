@@ -78,7 +78,11 @@ def serving(op, device, dtype=None, vocab=None, *, aloud=True):
             raise RuntimeError(f"backend {name!r} does not serve device {device} (asked for {op}); move the tensors or leave use_backend")
         return name
     if device == "cpu":
-        return "eager" if cpu._cpu is None else "cpu"
+        if cpu._cpu is not None:
+            return "cpu"
+        if aloud:
+            _say_once(absent("cpu"))
+        return "eager"
     if len(choices) > 2:
         choices = preferred(op, device, dtype, vocab, choices)
     for name in choices:
@@ -87,8 +91,6 @@ def serving(op, device, dtype=None, vocab=None, *, aloud=True):
         if absent(name) is None:
             if name != "eager":
                 _present.add(name)
-            elif device == "cpu" and aloud:
-                _say_once(absent("cpu"))
             return name
     raise RuntimeError(f"no backend for device {device} is present here: {', '.join(choices)}")
 

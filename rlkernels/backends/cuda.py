@@ -143,6 +143,8 @@ def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
     _available_or_raise()
     kernel = eager.column_kernel("cuda", "rewards", rewards.dtype, _cuda.gae_f32, _cuda.gae_f64)
     rewards, values, mask, cu_seqlens = gate.scan("gae", rewards, values, None if masked == "none" else mask, cu_seqlens)
+    if cu_seqlens is not None:
+        cu_seqlens = gate.offsets("gae", cu_seqlens, rewards.shape[0])
     segments, length = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, rewards.shape[0])
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     kernel(gate.address(rewards), gate.address(values), gate.address(mask), gate.address(cu_seqlens), segments, length, gamma, lam, MASKED[masked],

@@ -159,7 +159,7 @@ def writable(where, out, dtypes, shape, device):
                         f"plain tensor of {tuple(shape)} and {' or '.join(map(str, dtypes))} on {device}")
     reach = 1
     for stride, size in sorted((stride, size) for size, stride in zip(out.shape, out.stride(), strict=True) if size > 1):
-        if stride < reach:
+        if stride < reach and out.numel():
             raise RuntimeError(f"{where}: the gradient goes to memory that overlaps, of shape {tuple(out.shape)} with strides {out.stride()}; pass a clone")
         reach = stride * size
     return out if out.dim() in (2, 3) and (out.stride()[-1] == 1 or shape[1] == 1) and not out.is_neg() else None

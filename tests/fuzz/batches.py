@@ -69,6 +69,9 @@ def draw_normalizers(draw, mode, batch):
         some = draw.integers(-2**62, 2**62, (3,)) if draw.flag(0.5) else torch.tensor([0, 1, 5])
         ids = some[draw.integers(0, 3, (batch.count,))]
         found["rollout_ids" if mode == "rollout-mean" else "group_ids"] = draw.laid_out(ids, keep=True)
+        if draw.flag(0.3):
+            whole = draw.integers(0, 9, (batch.count,))  # of each row, though rows of a group should agree
+            found["group_rows" if mode == "group-mean" else "group_tokens"] = draw.laid_out(whole)
     if draw.flag(0.2):
         found["count_empty_rows"] = True
     if draw.flag(0.2):
@@ -94,6 +97,8 @@ def true_weights(mode, batch, normalizers):
         tokens[i] += x
         members[i] += x > 0 or bool(normalizers.get("count_empty_rows"))
     groups = sum(x > 0 for x in members.values()) if given is None else given
+    tokens_of = normalizers.get("group_tokens", torch.tensor([tokens[i] for i in ids])).tolist()
+    members_of = normalizers.get("group_rows", torch.tensor([members[i] for i in ids])).tolist()
     horizon = normalizers.get("horizon", batch.length)
 
     def of_a_token(i):
@@ -111,11 +116,11 @@ def true_weights(mode, batch, normalizers):
             case "fixed-horizon":
                 return _inverse(rows) * _inverse(horizon)
             case "prompt-mean":
-                return _inverse(tokens[ids[i]]) * _inverse(groups)
+                return _inverse(tokens_of[i]) * _inverse(groups)
             case "group-mean":
-                return _inverse(n[i]) * _inverse(members[ids[i]]) * _inverse(groups)
+                return _inverse(n[i]) * _inverse(members_of[i]) * _inverse(groups)
             case "rollout-mean":
-                return _inverse(tokens[ids[i]]) * _inverse(rows)
+                return _inverse(tokens_of[i]) * _inverse(rows)
 
     factor = float(normalizers.get("dp_size", 1)) * float(normalizers.get("scale", 1.0))
     per_sequence = torch.tensor([of_a_token(i) * factor for i in range(batch.count)], dtype=torch.float64)

@@ -33,6 +33,7 @@ CHANGES = {
     None: None,
     "values": _each(lambda x: x * 1.01 if x.is_floating_point() else ~x if x.dtype == torch.bool else x + 1),
     "crash": lambda x: os.kill(os.getpid(), signal.SIGSEGV),
+    "company": _each(lambda x: x * 1.01 if x.is_floating_point() and x.numel() > 1 else x),
     "gradients": _each(lambda x: _SteeperBackward.apply(x) if x.is_floating_point() and x.requires_grad else x),
 }
-"""Values and gradients change by one percent, or to the opposite of what is true or false."""
+"""Values and gradients change by one percent, or to the opposite of what is true or false; of "company", values beside others alone."""

@@ -25,8 +25,9 @@ class PairOptions:
         if self.coefficients != (1.0,) * len(self.names):
             self.given["loss_weights"] = self.coefficients
         self.smoothing = self._optional(draw, "label_smoothing", (0.001, 0.1, 0.3), names & SMOOTHED, "exo_pair" in names) or 0.0
-        self.divergence = self._optional(draw, "f_divergence", tuple(DIVERGENCES), names <= SCORED | {"sft"}) or "reverse_kl"
-        self.alpha = self._optional(draw, "alpha", (0.3, 2.0, -1.0), self.divergence == "alpha_divergence") or 0.5
+        divergences = (*DIVERGENCES, *["alpha_divergence"] * 2)
+        self.divergence = self._optional(draw, "f_divergence", divergences, names <= SCORED | {"sft"}) or "reverse_kl"
+        self.alpha = self._optional(draw, "alpha", (0.3, 2.0, -1.0), self.divergence == "alpha_divergence", draw.flag(0.6)) or 0.5
         self.averaged = bool(self._optional(draw, "length_normalized", (True,), names & (SCORED | POLICY)))
         self.tau = self._optional(draw, "discopop_tau", (0.1, 1.0), "discopop" in names) or 0.05
         self.a = self._optional(draw, "alphapo_alpha", (0.2, -0.3), names & POLICY) or 0.0
