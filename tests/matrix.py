@@ -25,7 +25,7 @@ NOT_CORE = (
     "tests/gpu",  # needs a GPU
     "tests/triton_backend",  # a process of its own per Triton
     "tests/test_demo.py", "tests/test_integration_trl*.py", "tests/test_preferences_trl.py",  # need TRL, which has requirements of its own
-    "tests/test_build*.py", "tests/cuda_backend/test_cuda_compile.py", "tests/test_mutants.py",  # about compilers and sources, not about torch
+    "tests/test_build*.py", "tests/cuda_backend", "tests/test_mutants.py",  # about compilers and sources, not about torch
     "tests/test_bench*.py", "tests/test_gpu_run.py", "tests/test_cli.py",  # the tools beside the library
 )
 """What is left out of the core, and why. The rest of ``tests`` is the core, whatever is added to it."""
@@ -119,7 +119,7 @@ class Environment:
 
     def pytest(self, *words, **variables):
         # The program, not the module: that one would import the package from the sources here, and not what was installed.
-        command = [self.python.with_name("pytest"), "-q", "-p", "no:cacheprovider", "-n", self.jobs, "--dist", "worksteal", *words]
+        command = [self.python.with_name("pytest"), "-q", "-n", self.jobs, "--dist", "worksteal", *words]
         status, output = run(command, self.log, cwd=self.tree, env=self.variables | variables)
         failures = [line.removeprefix("FAILED ").removeprefix("ERROR ") for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
         found = counts(output)

@@ -171,7 +171,7 @@ CALLS = {
     "group_advantages by length": lambda d: rlk.group_advantages(d["pair_c"], d["groups"], baseline="length-mean", lengths=d["lengths"], scale="batch-std"),
     "token_weights of prompts": lambda d: rlk.token_weights(d["mask"], "prompt-mean", group_ids=d["rows"], num_sequences=d["count"], scale=0.3,
                                                             dtype=torch.float64),
-    "token_weights of whole groups": lambda d: rlk.token_weights(d["mask"], "prompt-mean", group_ids=d["rows"], group_tokens=d["lengths"][:3], dtype=torch.float64),
+    "token_weights of whole groups": lambda d: rlk.token_weights(d["mask"], "prompt-mean", group_ids=d["rows"], group_tokens=d["lengths"][:3]),
     "token_weights of rows of groups": lambda d: rlk.token_weights(d["mask"], "group-mean", group_ids=d["rows"], group_rows=d["lengths"][:3]),
     "token_weights of rollouts": lambda d: rlk.token_weights(d["mask"], "rollout-mean", rollout_ids=d["rows"]),
     "token_weights of a horizon": lambda d: rlk.token_weights(d["mask"], "fixed-horizon", horizon=d["count"], dtype=torch.float64),

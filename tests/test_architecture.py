@@ -192,9 +192,10 @@ def python(code, **variables):
     return done.stdout
 
 
-def test_import_adds_less_than_100_ms_to_torch():
+def test_import_adds_less_than_100_ms_to_torch(tmp_path):
     # Processor time, best of five: the cost of the import, not of what else the machine is doing (46 ms alone, 114 ms of wall time
-    # beside two busy processes on two cores).
+    # beside two busy processes on two cores). The first one compiles, since an installed package is compiled, too.
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": tmp_path}
     code = """
         import time
         import torch
@@ -202,7 +203,7 @@ def test_import_adds_less_than_100_ms_to_torch():
         import rlkernels
         print(time.process_time() - start)
     """
-    times = [float(python(code)) for _ in range(5)]
+    times = [float(python(code, **compiled)) for _ in range(6)]
     assert min(times) < 0.1, f"import rlkernels takes {min(times) * 1e3:.0f} ms on top of import torch"
 
 

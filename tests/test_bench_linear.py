@@ -22,6 +22,7 @@ from rlkernels.cli import (
 )
 from rlkernels.cli.bench_linear_cases import CASES, EAGER, HALF, OURS, TRL
 from rlkernels.cli.bench_timing import Contender
+from rlkernels.products import BLOCK_BYTES, Widened, products
 
 CPU = torch.device("cpu")
 TINY = ["bench", "--device", "cpu", "--tokens", "8", "--hidden", "16", "--vocab", "131", "--rounds", "3", "--plain"]
@@ -83,7 +84,9 @@ def test_what_ours_holds_beside_the_gradients_stays_within_the_budget(monkeypatc
         case = bench_linear_cases.policy(problem, dtype, {})
         for name in (OURS, EAGER):
             bench_timing.memory(case.named(name))
-        assert case.named(OURS).peak_bytes - case.gradient_bytes <= 1.05 * 2**22
+        # Where the weight is widened, a block of it lies beside the logits.
+        block = min(BLOCK_BYTES, 4 * 8192 * 64) if isinstance(products(problem.weight, torch.float32), Widened) else 0
+        assert case.named(OURS).peak_bytes - case.gradient_bytes - block <= 1.05 * 2**22
         assert bench_linear_report.beyond_gradients(case, case.named(EAGER)) > 2 * 2**22
 
 

@@ -97,6 +97,26 @@ def test_law_2_masked_columns_and_rows_are_left_out_by_where(poison, backend):
             assert got.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_divergence_of_a_row_from_itself_is_exactly_zero_wherever_its_maximum_lies(dtype, backend):
+    x = torch.randn(4, 5000, generator=torch.Generator().manual_seed(1)).mul(3).sort(-1)[0].to(dtype)  # each block's maximum is larger than the last
+    x[1] = x[1].flip(-1)
+    columns = torch.arange(5000) % 3 > 0
+    for mask in (None, columns):
+        assert not rlk.token_stats(x, torch.full((4,), 4999), ref_logits=x.clone(), kl="exact", vocab_mask=mask).kl.any()
+
+
+def test_law_2_a_target_outside_of_the_mask_moves_nothing_whatever_the_row_holds(backend):
+    x, mask = torch.randn(4, 9, generator=torch.Generator().manual_seed(1)), torch.arange(9) != 3
+    x[0, 5], x[1, 5], x[2, :] = float("nan"), float("inf"), -float("inf")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        logits = x.to(dtype).requires_grad_()
+        stats = rlk.token_stats(logits, torch.full((4,), 3), vocab_mask=mask)
+        assert not torch.autograd.grad(stats.logprobs.sum(), logits, retain_graph=True)[0].any()
+        (gradient,) = torch.autograd.grad(stats.logprobs.sum() + stats.entropy.sum(), logits)
+        assert gradient[:3, mask].isnan().all() and gradient[3].isfinite().all()
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_law_2_nan_poisons_its_row_and_no_other(poison, dtype, backend):

@@ -11,7 +11,7 @@ from rlkernels.preference_kinds import KINDS
 draw = torch.Generator().manual_seed(0)
 B, L, V, H = 4, 5, 7, 6
 D = {"logp": -torch.rand(B, L, generator=draw) - 0.1, "entropy": torch.rand(B, L, generator=draw), "logits": torch.randn(B, L, V, generator=draw),
-     "hidden": torch.randn(B, L, H, generator=draw), "head": torch.randn(V, H, generator=draw), "one": -9 * torch.rand(B, generator=draw) - 1,
+     "hidden": 0.3 * torch.randn(B, L, H, generator=draw), "head": torch.randn(V, H, generator=draw), "one": -9 * torch.rand(B, generator=draw) - 1,
      "two": -9 * torch.rand(B, generator=draw) - 1}
 OLD = D["logp"] + 0.5 * torch.randn(B, L, generator=draw)
 A, REF, MASK = torch.randn(B, L, generator=draw), OLD - 0.2, torch.rand(B, L, generator=draw) < 0.7

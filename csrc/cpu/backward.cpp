@@ -11,6 +11,10 @@ void write_gradient(const Batch& batch, const RowKernels& kernels, int64_t r, vo
   const double temperature = batch.temperature_of(r), shift = state.shift, sum = state.sum_exp, log_sum = std::log(sum);
   const bool inside = batch.supports(r, y);
   const double dlogp = inside ? upstream.logp : 0;  // a target outside the support moves nothing
+  if (dlogp == 0 && upstream.entropy == 0 && upstream.kl == 0) {  // nor does it where the row holds NaN: 0 times NaN is NaN
+    std::memset(out, 0, size_t(batch.columns * batch.bytes()));
+    return;
+  }
   // Every term is p times a number linear in x and in the reference's r; a term whose upstream is 0 is left out, not multiplied.
   double flat = -dlogp, slope = 0, cross = 0;
   if (upstream.entropy != 0) {

@@ -16,7 +16,7 @@ struct BlockSums {
 // kPeak: the block holds the maximum. Its exponential is 1 and is counted, not added: beside a 1 a lane forgets what is below 2^-25,
 // which for a token of probability .9999 is most of the rest.
 template <unsigned kWanted, bool kPeak, class X>
-RLK_INLINE void add_chunk(BlockSums& to, const X* x, const X* r, const Exponential& exponential, Vec base, Vec ref_shift) {
+RLK_INLINE void add_chunk(BlockSums& to, const X* x, const X* r, const Exponential& exponential, Vec base, Vec ref_base) {
   Vec d[2 * kPairs], e[2 * kPairs];
   RLK_UNROLL for (int k = 0; k < kPairs; ++k) {
     const Pair at = load(x + k * kPair);
@@ -34,26 +34,26 @@ RLK_INLINE void add_chunk(BlockSums& to, const X* x, const X* r, const Exponenti
     RLK_UNROLL for (int k = 0; k < kPairs; ++k) {
       // Where p is 0 the reference does not matter; where only q is 0 the divergence is +inf.
       const Pair at = load(r + k * kPair);
-      const Vec a = e[2 * k] * (d[2 * k] - (at.a - ref_shift)), b = e[2 * k + 1] * (d[2 * k + 1] - (at.b - ref_shift));
+      const Vec a = e[2 * k] * (d[2 * k] - (at.a - ref_base)), b = e[2 * k + 1] * (d[2 * k + 1] - (at.b - ref_base));
       to.cross[2 * k] += e[2 * k] == 0.0f ? Vec{} : a;
       to.cross[2 * k + 1] += e[2 * k + 1] == 0.0f ? Vec{} : b;
     }
 }
 
 template <unsigned kWanted, bool kPeak, class X>
-RLK_INLINE void add_block(BlockSums& to, const X* x, const X* r, int64_t n, const Exponential& exponential, Vec base, Vec ref_shift) {
+RLK_INLINE void add_block(BlockSums& to, const X* x, const X* r, int64_t n, const Exponential& exponential, Vec base, Vec ref_base) {
   const int64_t whole = n - n % kChunk;
   for (int64_t c = 0; c < whole; c += kChunk) {
     // The next block is fetched under the arithmetic of this one.
     const char* next = reinterpret_cast<const char*>(x + c) + kBlock * int64_t(sizeof(X));
     RLK_UNROLL for (int64_t byte = 0; byte < int64_t(kChunk * sizeof(X)); byte += 64) __builtin_prefetch(next + byte);
-    add_chunk<kWanted, kPeak>(to, x + c, kWanted & kCross ? r + c : r, exponential, base, ref_shift);
+    add_chunk<kWanted, kPeak>(to, x + c, kWanted & kCross ? r + c : r, exponential, base, ref_base);
   }
   if (whole == n) return;
   X x_rest[kChunk], r_rest[kChunk];
   padded(x_rest, x + whole, n - whole);
   if (kWanted & kCross) padded(r_rest, r + whole, n - whole);
-  add_chunk<kWanted, kPeak>(to, x_rest, r_rest, exponential, base, ref_shift);
+  add_chunk<kWanted, kPeak>(to, x_rest, r_rest, exponential, base, ref_base);
 }
 
 RLK_INLINE void fold(Doubles& total, const Vec (&v)[2 * kPairs]) {
@@ -70,15 +70,23 @@ template <unsigned kWanted, bool kMasked, class X>
 void row_sums(const SumsJob& job, RowSums& out) {
   const X *row = static_cast<const X*>(job.row), *ref = static_cast<const X*>(job.ref);
   const Exponential exponential = Exponential::times(1, job.temperature);
-  const Vec ref_shift = all(float(job.ref_shift));
   Doubles sum{}, weighted{}, squares{}, cross{};
   double peaks = 0;
-  float base = kNone;
+  float base = kNone, ref_base = kNone;  // the largest so far, of the reference too: the divergence of a row from itself is then exactly 0
   for (int64_t c = 0; c < job.columns; c += kBlock) {
     const int64_t n = job.columns - c < kBlock ? job.columns - c : kBlock;
     X support[kMasked ? kBlock : 1];
     const X* x = kMasked ? stage(support, row + c, job.mask + c, n) : row + c;
     const float top = block_max(x, n);
+    double ref_step = 0;
+    if (kWanted & kCross) {
+      X ref_support[kMasked ? kBlock : 1];
+      const float ref_top = block_max(kMasked ? stage(ref_support, ref + c, job.mask + c, n) : ref + c, n);
+      if (ref_top > ref_base) {
+        if (ref_base != kNone) ref_step = double(ref_top) - double(ref_base);  // columns before its first finite one count 0 or infinity
+        ref_base = ref_top;
+      }
+    }
     if (top > base) {
       if (base != kNone) {  // before the first finite column there is nothing to rescale
         const double step = double(base) - double(top), shrink = ::exp(step / job.temperature);
@@ -87,19 +95,23 @@ void row_sums(const SumsJob& job, RowSums& out) {
         peaks = 0;
         if (kWanted & kWeighted) weighted = shrink * (weighted + step * sum);
         if (kWanted & kSquares) squares *= shrink * shrink;
-        if (kWanted & kCross) cross = shrink * (cross + step * sum);
+        if (kWanted & kCross) cross = shrink * (cross + (step + ref_step) * sum);
         sum *= shrink;
       }
       base = top;
+    } else if ((kWanted & kCross) && ref_step != 0) {
+      cross[0] += ref_step * peaks;
+      cross += ref_step * sum;
     }
     BlockSums sums{};
     const Vec from = all(base == kNone ? 0.0f : base);  // (-inf) - (-inf) would be NaN; -inf - 0 counts as nothing
+    const Vec ref_from = all(ref_base == kNone ? 0.0f : ref_base);
     const X* r = kWanted & kCross ? ref + c : ref;
     if (top == base) {
-      add_block<kWanted, true>(sums, x, r, n, exponential, from, ref_shift);
+      add_block<kWanted, true>(sums, x, r, n, exponential, from, ref_from);
       peaks += add_lanes(__builtin_convertvector(sums.peaks, Doubles));
     } else {
-      add_block<kWanted, false>(sums, x, r, n, exponential, from, ref_shift);
+      add_block<kWanted, false>(sums, x, r, n, exponential, from, ref_from);
     }
     fold(sum, sums.sum);
     if (kWanted & kWeighted) fold(weighted, sums.weighted);
