@@ -1,6 +1,6 @@
 """Which rows enter a product, in which order, and how many at a time."""
 import os
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -32,7 +32,8 @@ def filled_up(rows):
     return -(-rows // ROWS) * ROWS
 
 
-class Rows(NamedTuple):
+@dataclass(eq=False)
+class Rows:
     """Positions of the rows that are worked on, in order. ``dead``: those among them that only fill a bound."""
 
     index: torch.Tensor

@@ -46,5 +46,5 @@ def policy_metrics(logprobs, columns, live, ref_logprobs, kl, entropy, entry, pa
         gap = ref_logprobs - logprobs.detach()
         metrics["kl"] = mean({"k1": -gap, "k2": 0.5 * gap * gap, "k3": gap.expm1() - gap}[kl])
     if entropy is not None:
-        metrics["entropy"] = mean(entropy.detach())
+        metrics["entropy"] = mean(entropy.detach().to(logprobs.dtype))  # a mean in bf16 has two digits
     return metrics

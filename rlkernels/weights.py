@@ -143,7 +143,8 @@ def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, d
             checks.one_device(where, "mask", mask, **{name: x})
         else:
             given[name] = checks_tokens.total(where, name, x)
-    dp_size, scale = checks_tokens.not_negative(where, "dp_size", dp_size), checks_tokens.not_negative(where, "scale", scale)
+    factors = [checks_tokens.not_negative(where, name, x) for name, x in (("dp_size", dp_size), ("scale", scale))]
+    dp_size, scale = (x.double() if isinstance(x, torch.Tensor) else x for x in factors)  # a float32 of them would round the weight
 
     # zeros + x: a Python number would make a float32 of the where below, and a filled tensor a new compilation for each value.
     rows = _Rows(tokens.reshape(-1), count_empty_rows, mask.shape[-1], **given)

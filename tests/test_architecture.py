@@ -111,12 +111,13 @@ def test_integrations_import_other_libraries_inside_functions():
 
 
 def test_F141_no_named_tuple_has_what_the_oldest_torch_cannot_trace():
-    """Dynamo of torch 2.8 follows neither a property of a named tuple nor its ``_replace``."""
+    """Dynamo of torch 2.8 follows neither a property of a named tuple nor its ``_replace``; that of 2.13 makes one by ``_make``, which asks its length."""
     for path in MODULES:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases):
                 properties = [f.name for f in node.body if isinstance(f, ast.FunctionDef) and "property" in map(ast.unparse, f.decorator_list)]
                 assert not properties, f"{name_of(path)}: {node.name} has properties {properties}; make them methods"
+                assert "__len__" not in {f.name for f in node.body if isinstance(f, ast.FunctionDef)}, f"{name_of(path)}: {node.name} has a length of its own"
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("._replace"):
                 raise AssertionError(f"{name_of(path)}:{node.lineno}: {ast.unparse(node)}; call plain.replaced")
 

@@ -24,6 +24,13 @@ def policy(d, operands, **options):
     return rlk.linear_policy_loss(h, w, d["targets"], d["old"], d["advantages"], d["mask"], bias=b, clip_high=0.28, **options)
 
 
+def test_the_rows_of_a_chunk_may_be_a_graph_of_their_own():
+    """Behind a graph break of the caller's, Dynamo traces what it finds: here it made rows by ``_make``, which took their number for that of the fields."""
+    rows = chunks.Rows(torch.arange(16))
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(lambda rows: rows.part(2, 9), backend="eager")(rows).index, torch.arange(2, 9))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_token", "sequence_sum"])
 def test_any_chunk_size_and_budget_gives_the_same_loss_and_gradients(level, dtype, backend):

@@ -5,6 +5,7 @@ from linear_problems import PARAMS, gradients, objective_of
 from present_backends import on_each_backend  # noqa: F401
 
 import rlkernels as rlk
+from rlkernels import checks
 
 LONG = 32768
 LEVELS = ("sequence", "sequence_token", "sequence_sum")
@@ -125,3 +126,18 @@ def test_F126_the_head_s_gradient_of_a_long_sequence_keeps_its_digits(backend):
     loss = rlk.linear_policy_loss(hidden, head, targets, old, A, ratio_level="sequence_sum", **PARAMS["ppo_clip"])
     for got, expected in zip(gradients(loss, (hidden, head)), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_factor_that_is_a_float32_tensor_does_not_round_the_weights(monkeypatch):
+    monkeypatch.setattr(checks, "host_reads", lambda x: False)  # as on a device
+    for name in ("dp_size", "scale"):
+        got = rlk.token_weights(torch.ones(1, 3), "token-mean", batch_num_tokens=3, dtype=torch.float64, **{name: torch.tensor(2.0)})
+        assert (got - 2 / 3).abs().max() < 1e-15
+
+
+def test_the_metric_of_an_entropy_in_16_bits_is_a_mean_in_32():
+    entropy = torch.rand(4, 33, generator=torch.Generator().manual_seed(0)).bfloat16()
+    z = torch.zeros(4, 33)
+    _, metrics = rlk.policy_loss(z, z, z, entropy=entropy, return_metrics=True)
+    assert metrics["entropy"].dtype == torch.float32
+    assert abs(metrics["entropy"].item() / entropy.double().mean().item() - 1) < 1e-6

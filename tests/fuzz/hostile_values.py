@@ -124,6 +124,10 @@ def _one_element(draw, x, values):
     return y
 
 
+class Odd(torch.Tensor):
+    """A subclass that adds nothing."""
+
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.int8, torch.int16, torch.bool,
           torch.complex64, torch.float8_e4m3fn)
 SHAPES = {
@@ -164,7 +168,7 @@ KINDS = {
     "nested": lambda draw, x: torch.nested.nested_tensor(list(x)) if x.dim() > 1 and len(x) else x,
     "jagged": lambda draw, x: torch.nested.nested_tensor(list(x), layout=torch.jagged) if x.dim() > 1 and len(x) else x,
     "a subclass": lambda draw, x: TwoTensor(x, x.clone()),
-    "a subclass of no use": lambda draw, x: x.as_subclass(type("Odd", (torch.Tensor,), {})),
+    "a subclass of no use": lambda draw, x: x.as_subclass(Odd),
 }
 VALUES = {
     "one odd number": lambda draw, x: _one_element(draw, x, (NAN, INF, -INF, 3e38, -3e38, 1e-45, 0.0)) if x.is_floating_point() else x,
