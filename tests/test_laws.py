@@ -106,6 +106,18 @@ def test_the_divergence_of_a_row_from_itself_is_exactly_zero_wherever_its_maximu
         assert not rlk.token_stats(x, torch.full((4,), 4999), ref_logits=x.clone(), kl="exact", vocab_mask=mask).kl.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_divergence_is_right_wherever_the_maxima_lie(dtype, backend):
+    draw = torch.Generator().manual_seed(1)
+    rising, other = (torch.randn(5000, generator=draw).mul(2).sort()[0].to(dtype) for _ in range(2))
+    peaked = torch.cat([torch.tensor([9.0]), other[1:].float()]).to(dtype)  # its largest column comes first
+    for p, q in ((rising, other.flip(0)), (other.flip(0), rising), (peaked, rising), (rising, peaked), (rising, other)):
+        log_p, log_q = (x.double().log_softmax(-1) for x in (p, q))
+        want = (log_p.exp() * (log_p - log_q)).sum()
+        got = rlk.token_stats(p[None], torch.tensor([0]), ref_logits=q[None], kl="exact").kl[0]
+        assert abs(got.item() - want.item()) <= 2e-6 * (log_p.exp() * (log_p - log_q).abs()).sum(), (got, want)
+
+
 def test_law_2_a_target_outside_of_the_mask_moves_nothing_whatever_the_row_holds(backend):
     x, mask = torch.randn(4, 9, generator=torch.Generator().manual_seed(1)), torch.arange(9) != 3
     x[0, 5], x[1, 5], x[2, :] = float("nan"), float("inf"), -float("inf")

@@ -12,6 +12,7 @@ SMALL = ("tests/test_weighted_loss.py", f"{POLICY}::test_elementwise_is_the_orac
          f"{POLICY}::test_elementwise_sums_in_one_order_and_skips_weight_zero", f"{POLICY}::test_gae_is_a_python_loop_padded_and_packed")
 VALUES, EDGES = "tests/test_faults_values.py::test_F16_", "tests/test_faults_edges.py::test_"
 GEMM = ("tests/test_cpu_gemm.py",)
+MAXIMA = "tests/test_laws.py::test_the_divergence_is_right_wherever_the_maxima_lie"
 ASKED = {name: GEMM for name in ("gemm.cpp", "gemm_tile.h", "gemm_bf16.cpp", "gemm_f32.cpp")} | {
     "fused_policy.cpp": FUSED, "elementwise.cpp": SMALL, "../columns.h": SMALL, "scan.cpp": SMALL}
 
@@ -25,7 +26,9 @@ MUTANTS = (
        "for (int64_t c = n; c < kChunk; ++c) to[c] = T{};", 1),
     _m("the tail is read one column too far", "blocks.h", "for (int64_t c = 0; c < n; ++c) to[c] = x[c];",
        "for (int64_t c = 0; c <= n; ++c) to[c] = x[c];", 2),
-    _m("the maximum starts at zero", "sums.h", "float base = kNone;", "float base = 0;", 4),
+    _m("the maximum starts at zero", "sums.h", "float base = kNone, ref_base", "float base = 0, ref_base", 4),
+    _m("a new maximum of the reference moves nothing", "sums.h", "ref_step = double(ref_top) - double(ref_base);", "ref_step = 0;", tests=(MAXIMA,)),
+    _m("a new maximum of the reference leaves out the row's own", "sums.h", "      cross[0] += ref_step * peaks;\n", "", tests=(MAXIMA,)),
     _m("the sum is not rescaled", "sums.h", "        sum *= shrink;\n", "", 5),
     _m("the weighted sum is not rescaled", "sums.h", "weighted = shrink * (weighted + step * sum)", "weighted = weighted + step * sum", 6),
     _m("the squares are rescaled once", "sums.h", "squares *= shrink * shrink", "squares *= shrink"),
@@ -33,6 +36,8 @@ MUTANTS = (
     _m("the peaks of the block before are forgotten", "sums.h", "        sum[0] += peaks;  // they are like any other column now\n", ""),
     _m("a row without a finite logit is not NaN", "sums.h", "if (base == kNone || out.sum != out.sum)", "if (out.sum != out.sum)", 7,
        tests=(EDGES + "F16_a_row_without_a_finite_logit_has_no_logsumexp",)),
+    _m("0 times NaN", "backward.cpp", "  if (dlogp == 0 && upstream.entropy == 0 && upstream.kl == 0) {", "  if (false) {",
+       tests=("tests/test_laws.py::test_law_2_a_target_outside_of_the_mask_moves_nothing_whatever_the_row_holds",)),
     _m("the last lane is left out of the sum", "sums.h", "for (int i = 0; i < kLanes; ++i) sum += v[i];",
        "for (int i = 0; i < kLanes - 1; ++i) sum += v[i];", 30),
     _m("masked columns keep a NaN gradient", "gradient.h", "    select(out + c, out + c, X{}, job.mask + c, n);", "    (void)n;",
