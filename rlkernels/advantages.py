@@ -151,8 +151,8 @@ def masked_whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, eps
     checks.mask(where, mask, x.shape)
     checks.one_device(where, "x", x, mask=mask)
     checks.choice(where, "eps_mode", eps_mode, ("add", "clamp"))
-    eps = checks_tokens.not_negative(where, "eps", eps)
-    live = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    eps = checks_tokens.not_negative(where, "eps", eps, x)
+    live = torch.ones_like(x, dtype=torch.bool, memory_format=torch.contiguous_format) if mask is None else (mask != 0).contiguous()
     dim = tuple(range(x.dim())) if dim is None else _dimensions(where, dim, x.dim())
 
     def mean(values, fewer=0):
@@ -160,7 +160,7 @@ def masked_whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, eps
         return values.sum(dim, keepdim=True) / (live.sum(dim, keepdim=True) - fewer).clamp(min=1)
 
     # From the smallest live element: equal elements are exactly 0 and stay so. x - mean may leave 1e-17, and eps = 0 makes 1 of that.
-    wide = x.double()
+    wide = x.double().contiguous()  # torch adds in the order of memory
     base = torch.where(live, wide.detach(), torch.inf).amin(dim, keepdim=True) if x.numel() else wide.new_zeros(())
     offset = torch.where(live, wide - base, 0.0)
     centre = mean(offset)

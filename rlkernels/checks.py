@@ -13,6 +13,9 @@ __all__ = ["choice", "finite", "integer", "interval", "known_names", "named", "p
 CHECK_VALUES = os.environ.get("RLKERNELS_CHECK") == "1"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOAT_NAMES = "float32, bfloat16, float16, float64"
+WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""Those that torch can compare and add: of uint16 to uint64 it cannot."""
+WHOLE_NAMES = "uint8, int8, int16, int32, int64"
 COLDEST, HOTTEST = 2.0**-40, 2.0**40
 """Temperatures: a gradient of entropies holds ``1/T**2`` in fp32. At 1e-20 it was NaN; at 1e-40 the best token had the log-probability -log V."""
 
@@ -92,12 +95,22 @@ def host_reads(x):
     return (CHECK_VALUES or x.device.type == "cpu") and has_values(x)
 
 
-def coefficient(check, where, name, x, *more, **options):
-    """A number as ``check`` gives it; a tensor of one number that the host may not read stays a tensor, and its range is not looked at."""
+def coefficient(check, where, name, x, like, *more, **options):
+    """A number as ``check`` gives it; a tensor of one number that the host may not read stays a tensor, and its range is not looked at.
+
+    ``like``: a tensor on the device of the data.
+    """
     if type(x) is float or not isinstance(x, torch.Tensor) or x.dim() or x.dtype == torch.bool or x.dtype.is_complex or host_reads(x):
         return check(where, name, x, *more, **options)
     no_gradient(where, **{name: x})
+    beside(where, name, x, like)
     return x
+
+
+def beside(where, name, x, like):
+    """A tensor of one number lies where the data does, or on the CPU: torch computes with one on ``meta``, and the result is what memory held."""
+    if x.device != like.device and x.device.type != "cpu":
+        raise RuntimeError(f"{where}: {name} is on {x.device}, the data on {like.device}; move it")
 
 
 def mask(where, x, expected, name="mask", counts=False):
@@ -105,8 +118,8 @@ def mask(where, x, expected, name="mask", counts=False):
     if x is None:
         return
     tensor(where, name, x)
-    if x.dtype.is_complex:
-        raise TypeError(f"{where}: {name} must be bool, integer or floating, got {x.dtype}")
+    if x.dtype not in (*FLOATS, *WHOLE):
+        raise TypeError(f"{where}: {name} must be bool, integer or floating, got {x.dtype}; supported: bool, {WHOLE_NAMES}, {FLOAT_NAMES}")
     shape(where, name, x, expected)
     if x.dtype.is_floating_point and not counts:
         _zeros_and_ones(where, name, x)
@@ -211,13 +224,15 @@ def inplace(where, x):
 
 def _lies_in_a_leaf(x):
     """The same by the graph: unsafe_chunk, a view that was made a leaf and a Function that returns a detached input have no base that says so."""
-    node = x.grad_fn
-    while node is not None:
-        inputs = [found for found, _ in node.next_functions if found is not None]
+    nodes = [x.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        inputs = [] if node is None else [found for found, _ in node.next_functions if found is not None]
         leaves = [getattr(found, "variable", None) for found in inputs]
         if any(isinstance(leaf, torch.Tensor) and leaf.layout == x.layout and torch._C._is_alias_of(leaf, x) for leaf in leaves):
             return True
-        node = inputs[0] if len(inputs) == 1 else None  # a view has one input
+        if len(inputs) == 1 or isinstance(node, torch.autograd.function.BackwardCFunction):  # a view of torch's has one input, a user's Function any
+            nodes += inputs
     return False
 
 
@@ -230,7 +245,7 @@ def pairs(where, chosen, rejected, names=("chosen", "rejected")):
     one_device(where, names[0], chosen, **{names[1]: rejected})
 
 
-def params(where, objective, entry, given, defaults):
+def params(where, objective, entry, given, defaults, like):
     """The objective's parameters in its own order, from keywords and the defaults that the field agrees on."""
     for name in given:
         if name not in entry.params:
@@ -241,7 +256,7 @@ def params(where, objective, entry, given, defaults):
         if name not in values:
             raise TypeError(f"{where}: objective {objective!r} needs {name!r}")
         if type(values[name]) is not float:
-            values[name] = coefficient(real, where, name, values[name])
+            values[name] = coefficient(real, where, name, values[name], like)
             plain = plain and not isinstance(values[name], torch.Tensor)
     known = values if plain else {name: x for name, x in values.items() if not isinstance(x, torch.Tensor)}
     for name, low, high in (("clip_low", 0, 1), ("clip_high", 0, math.inf)):

@@ -35,17 +35,18 @@ FIELD = {
 """Argument to names that papers and trainers use, and what they are called here."""
 
 
-def named(error, inner=None):
+def named(error, inner=None, op=""):
     """The error under the name of the public function that is being called, in place of the ``inner`` one's if that is in front.
 
-    Found from the stack: what reads values does not know the function, and only an error needs its name.
+    Found from the stack: what reads values does not know the function, and only an error needs its name. A compiled program is on no stack: there the
+    name of the ``op`` is in front.
     """
     where, frame, public = "", sys._getframe(1), sys.modules["rlkernels"].__all__
     while frame is not None:
         code = frame.f_code.co_name
         where = code if code in public and frame.f_globals.get("__name__", "").startswith("rlkernels.") else where
         frame = frame.f_back
-    text = str(error).removeprefix(f"{inner}: ")
+    where, text = where or op, str(error).removeprefix(f"{inner}: ")
     return type(error)(text if not where or text.startswith(f"{where}: ") else f"{where}: {text}")
 
 

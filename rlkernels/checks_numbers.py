@@ -3,6 +3,7 @@ import math
 import numbers
 
 import torch
+from torch.autograd import forward_ad
 
 SYMBOLS = (torch.SymInt, torch.SymFloat)
 FAR = 2**63  # beyond a 64-bit integer
@@ -78,6 +79,8 @@ def _plain(where, name, x):
         return x.item() if getattr(x, "ndim", None) == 0 and hasattr(x, "item") else x
     if x.requires_grad:
         raise ValueError(f"{where}: {name} gets no gradient; detach it")
+    if getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(f"{where}: forward-mode AD is not supported by rlkernels; use reverse mode, or plain torch operations")
     if x.dim() or x.device.type != "cpu" or x.layout != torch.strided:
         raise TypeError(f"{where}: {name} must be a number, got a tensor of shape {tuple(x.shape)} on {x.device}; pass a Python number, as x.item() gives it")
     return x.item()

@@ -135,17 +135,18 @@ def _autocast(kind):
 
 def ids(where, name, x, expected):
     checks.tensor(where, name, x)
-    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
-        raise TypeError(f"{where}: {name} must be an integer tensor, got {x.dtype}")
+    if x.dtype == torch.bool or x.dtype not in checks.WHOLE:
+        raise TypeError(f"{where}: {name} must be an integer tensor ({checks.WHOLE_NAMES}), got {x.dtype}")
     checks.shape(where, name, x, expected)
 
 
-def not_negative(where, name, x):
-    """A number, or a tensor of shape (), whose value is read where that is free."""
+def not_negative(where, name, x, like):
+    """A number, or a tensor of shape (), whose value is read where that is free; ``like``: a tensor on the device of the data."""
     if isinstance(x, torch.Tensor):
         checks.tensor(where, name, x)
         checks.shape(where, name, x, ())
         checks.no_gradient(where, **{name: x})
+        checks.beside(where, name, x, like)
         if not checks.host_reads(x):
             return x
     x = checks.real(where, name, x)
@@ -154,12 +155,16 @@ def not_negative(where, name, x):
     return x
 
 
-def total(where, name, x):
+def total(where, name, x, like):
     """A count, as ``not_negative`` gives it. 16 bits do not hold it."""
     if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(f"{where}: {name} has dtype {x.dtype}, which skips counts beyond {256 if x.dtype == torch.bfloat16 else 2048}; "
                         "keep it an integer or float32")
-    return not_negative(where, name, x)
+    return not_negative(where, name, x, like)
+
+
+TAKEN = ("where", "mask", "mode", "cu_seqlens", "dtype")
+"""Arguments of ``weights_for`` that no user gives as a normaliser."""
 
 
 def keywords(where, given):
@@ -169,7 +174,7 @@ def keywords(where, given):
     if not isinstance(given, dict):
         raise TypeError(f"{where}: normalizers must be a dict of keywords of token_weights, got {type(given).__name__}")
     for name in given:
-        if not isinstance(name, str) or name in ("where", "mask", "mode", "cu_seqlens", "dtype"):
+        if not isinstance(name, str) or name in TAKEN:
             raise TypeError(f"{where}: normalizers takes no {name!r}: it is an argument of its own, or decided by the loss")
     return given
 

@@ -50,7 +50,7 @@ def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e
     checks_tokens.ids(where, "group_ids", group_ids, rewards.shape)
     checks.choice(where, "baseline", baseline, BASELINES)
     checks.choice(where, "scale", scale, SCALES)
-    eps = checks_tokens.not_negative(where, "eps", eps)
+    eps = checks_tokens.not_negative(where, "eps", eps, rewards)
     if (lengths is not None) != (baseline == "length-mean"):
         raise ValueError(f"{where}: baseline {baseline!r} {'takes no' if lengths is not None else 'needs'} lengths")
     if lengths is not None:

@@ -50,7 +50,7 @@ def linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask=N
              logits_dtype=logits_dtype, chunk_tokens=chunk_tokens, logits_budget=logits_budget, max_live_tokens=max_live_tokens,
              valid_vocab=valid_vocab, process_group=process_group, vocab_start=vocab_start)
     _not_one_row(where, hidden)
-    entry, values = resolve(where, objective, params)
+    entry, values = resolve(where, objective, params, hidden)
     targets = checks_tokens.holding(where, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=h.real)
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)

@@ -67,7 +67,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask=None, *, objective="ppo
     checks.floating(where, "logprobs", logprobs)
     checks.no_forward_ad(where, logprobs, entropy)
     cu_seqlens = checks_tokens.rows(where, "logprobs", logprobs, cu_seqlens)
-    entry, values = resolve(where, objective, params)
+    entry, values = resolve(where, objective, params, logprobs)
     columns = state(where, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
     live = some_tokens(where, logprobs, mask)
     if ratio_level == "sequence_sum":
@@ -114,7 +114,7 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
     ignore_index = row.ignore_index
     if not row.shape:
         raise ValueError(f"{where}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row")
-    entry, values = resolve(where, objective, params)
+    entry, values = resolve(where, objective, params, logits)
     targets = checks_tokens.holding(where, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=row.real)
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
@@ -176,7 +176,7 @@ def value_loss(values, old_values, returns, mask=None, *, clip_range=None, aggre
     for name, x in given.items():
         column(where, name, x, values)
     if clip_range is not None:
-        clip_range = checks.coefficient(checks.positive, where, "clip_range", clip_range)
+        clip_range = checks.coefficient(checks.positive, where, "clip_range", clip_range, values)
     live = some_tokens(where, values, mask)
     share = share_of(where, values, live, aggregation, weights, cu_seqlens, normalizers)
     prediction = dense(values, real_dtype(values.dtype))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from rlkernels import checks
 from rlkernels.backends import BACKENDS
 from rlkernels.backends import serving as backend_serving  # rlkernels.backends itself is the public function
 from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS
@@ -56,6 +57,8 @@ def _token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_log
 def _token_stats_setup(ctx, inputs, output):
     logits, targets, temperature, ctx.ignore_index, vocab_mask, ref_logits, wanted, ctx.inplace, ctx.backend = inputs
     ctx.temperature, per_row = _divisor(temperature)
+    if ctx.inplace:  # a compiled program has met no leaf before
+        checks.inplace("token_stats", logits)
     _, shift, sum_exp, entropy, log_sum_sq, mean_logits, is_top1, ref_logp, ref_shift, ref_sum_exp, kl = output
     # An absent output must not be differentiable: AOTAutograd would send it a gradient of shape (0,).
     unwanted = [x for flag, x in ((ENTROPY, entropy), (KL, kl)) if not wanted & flag]
@@ -151,6 +154,8 @@ def _fused_policy(objective, logits, targets, temperature, ignore_index, vocab_m
 def _fused_policy_setup(ctx, inputs, output):
     (_, logits, targets, temperature, ctx.ignore_index, vocab_mask, columns, _, _, entropy_weight, _, _, _, ctx.with_grad, ctx.inplace,
      ctx.backend) = inputs
+    if ctx.inplace:
+        checks.inplace("fused_policy", logits)
     ctx.temperature, per_row = _divisor(temperature)
     ctx.others = [None] * len(columns), *(None,) * 9  # the gradients of what follows vocab_mask
     _, dlogits, logp, shift, sum_exp, entropy, dlogp = output

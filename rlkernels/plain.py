@@ -43,6 +43,8 @@ def gradient_wanted(arguments):
 
 def has_values(x):
     """Whether a tensor has values here and now: not in a compiled, traced, transformed or fake program."""
+    if type(x) not in _TYPES and not torch.compiler.is_compiling() and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+        x = x.as_subclass(torch.Tensor)  # a subclass that only adds to a tensor, as another name or a method
     return not torch.compiler.is_compiling() and gradient_wanted((x,)) is not None
 
 

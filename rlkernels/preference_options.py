@@ -59,7 +59,7 @@ def preference_options(where, like, *, beta=0.1, loss_type="sigmoid", loss_weigh
     if not names or len(weights) != len(names):
         raise ValueError(f"{where}: loss_weights has {len(weights)} elements, loss_type {len(names)}; "
                          "one weight for each of at least one type")
-    weights = tuple(checks.coefficient(checks.finite, where, "loss_weights", weight) for weight in weights)
+    weights = tuple(checks.coefficient(checks.finite, where, "loss_weights", weight, like) for weight in weights)
     checks.choice(where, "f_divergence", f_divergence, F_DIVERGENCES)
     if alpha is not None and f_divergence != "alpha_divergence":
         raise ValueError(f"{where}: alpha needs f_divergence='alpha_divergence', got {f_divergence!r}")
@@ -67,24 +67,24 @@ def preference_options(where, like, *, beta=0.1, loss_type="sigmoid", loss_weigh
         names, tuple(KINDS[name] for name in names), weights, beta, label_smoothing, reference_free, f_divergence,
         F_DIVERGENCES[f_divergence] if alpha is None else alpha, length_normalized, 0.5 if simpo_gamma is None else simpo_gamma,
         alphapo_alpha, 0.05 if discopop_tau is None else discopop_tau, cpo_alpha)
-    options = _numbers(where, options)
+    options = _numbers(where, options, like)
     _taken(where, options, label_smoothing=present(options.label_smoothing), f_divergence=f_divergence != "reverse_kl",
            length_normalized=length_normalized, simpo_gamma=simpo_gamma is not None, alphapo_alpha=present(options.alphapo_alpha),
            discopop_tau=discopop_tau is not None, cpo_alpha=cpo_alpha is not None)
     return _tensors(where, options, like, chosen_lengths, rejected_lengths, pair_weights)
 
 
-def _numbers(where, options):
+def _numbers(where, options, like):
     """The options with Python's numbers for what came as others."""
     number = checks.coefficient
-    found = {"beta": number(checks.positive, where, "beta", options.beta),
-             "label_smoothing": number(checks.interval, where, "label_smoothing", options.label_smoothing, 0, 0.5, closed=False)}
+    found = {"beta": number(checks.positive, where, "beta", options.beta, like),
+             "label_smoothing": number(checks.interval, where, "label_smoothing", options.label_smoothing, like, 0, 0.5, closed=False)}
     if "exo_pair" in options.names and not present(found["label_smoothing"]):
         raise ValueError(f"{where}: label_smoothing must be in (0, 0.5) for loss_type 'exo_pair', got {options.label_smoothing}; "
                          "its paper uses 1e-3")
-    found["discopop_tau"] = number(checks.positive, where, "discopop_tau", options.discopop_tau)
+    found["discopop_tau"] = number(checks.positive, where, "discopop_tau", options.discopop_tau, like)
     for name in ("alpha", "simpo_gamma", "alphapo_alpha", *(() if options.cpo_alpha is None else ("cpo_alpha",))):
-        found[name] = number(checks.finite, where, name, getattr(options, name))
+        found[name] = number(checks.finite, where, name, getattr(options, name), like)
     changed = {name: x for name, x in found.items() if x is not getattr(options, name)}
     return replaced(options, **changed) if changed else options
 

@@ -28,7 +28,7 @@ def run(op, backend, *arguments):
     try:
         return getattr(BACKENDS[backend], op)(*arguments)
     except (IndexError, ValueError) as error:  # a target or a temperature: a backend reads values, and does not know the function's name
-        raise checks.named(error) from error
+        raise checks.named(error, op=op) from error
 
 
 def define(name, schema, implementation, fake, formula=None, setup=None):

@@ -29,7 +29,7 @@ def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
     """
     where = "pairwise_reward_loss"
     checks.pairs(where, chosen, rejected)
-    center_coef = checks.coefficient(checks.finite, where, "center_coef", center_coef)
+    center_coef = checks.coefficient(checks.finite, where, "center_coef", center_coef, chosen)
     if margin is not None:
         checks.floating(where, "margin", margin)
         checks.shape(where, "margin", margin, chosen.shape)

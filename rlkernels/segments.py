@@ -94,11 +94,11 @@ def _checked(where, values, mask, cu_seqlens):
         checks.no_forward_ad(where, values)
     checks.mask(where, mask, values.shape)
     checks.one_device(where, "values", values, mask=mask)
-    return torch.ones_like(values, dtype=torch.bool) if mask is None else mask != 0, offsets
+    return torch.ones_like(values, dtype=torch.bool, memory_format=torch.contiguous_format) if mask is None else mask != 0, offsets
 
 
 def _sums(live, values, offsets):
-    kept = torch.where(live, values, 0.0).double()
+    kept = torch.where(live, values, 0.0).double().contiguous()  # torch adds in the order of memory
     return kept.sum(-1) if offsets is None else segment_reduce(kept, offsets)
 
 
@@ -205,6 +205,8 @@ def spans_to_mask(spans, length, *, shift=True):
     length = checks.integer(where, "length", length)
     if length < (1 if shift else 0):
         raise ValueError(f"{where}: length must be at least {1 if shift else 0}, got {length}; it counts the tokens of a row")
+    if length > 2**31:
+        raise ValueError(f"{where}: length must be at most 2**31, got {length}; it counts the tokens of a row")
     token = torch.arange(1 if shift else 0, length, device=spans.device)
     return ((token >= spans[..., :1]) & (token < spans[..., 1:])).any(-2)
 

@@ -19,12 +19,12 @@ ROW = "the entropy of its row"
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 
 
-def resolve(where, objective, params):
-    """The registered objective and the values of its parameters, in order."""
+def resolve(where, objective, params, like):
+    """The registered objective and the values of its parameters, in order; ``like``: a tensor on the device of the data."""
     entry = OBJECTIVES.get(objective) if isinstance(objective, str) else None
     if entry is None or not _is_policy(entry):
         checks.choice(where, "objective", objective, [name for name, entry in OBJECTIVES.items() if _is_policy(entry)])
-    return entry, checks.params(where, objective, entry, params, DEFAULTS)
+    return entry, checks.params(where, objective, entry, params, DEFAULTS, like)
 
 
 def _is_policy(entry):
@@ -47,7 +47,7 @@ def live_tokens(where, like, mask):
 
 def every_token(like, live):
     """What ``some_tokens`` found, as a tensor in any case."""
-    return torch.ones_like(like, dtype=torch.bool, requires_grad=False) if live is None else live
+    return torch.ones_like(like, dtype=torch.bool, requires_grad=False, memory_format=torch.contiguous_format) if live is None else live
 
 
 def some_tokens(where, like, mask):
@@ -72,7 +72,8 @@ def state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
     columns = []
     for name in entry.columns[1:]:
         if name not in given:
-            raise ValueError(f"{where}: the objective needs a column {name!r}, which {where} has no argument for; use rlkernels.ops.elementwise")
+            raise ValueError(f"{where}: the objective needs a column {name!r}, which {where} has no argument for; compute it with plain torch, or "
+                             "write the objective without that column")
         argument, x = given[name]
         if name == "advantage":
             checks.floating(where, argument, x)
@@ -130,16 +131,16 @@ def present(coefficient):
     return isinstance(coefficient, torch.Tensor) or coefficient != 0
 
 
-def _coefficient(where, name, x):
+def _coefficient(where, name, x, like):
     if type(x) is not float or x != 0:
-        x = checks.coefficient(checks.finite, where, name, x)
+        x = checks.coefficient(checks.finite, where, name, x, like)
     return x if present(x) else None
 
 
 def check_terms(where, like, ref_logprobs, kl, kl_coef, entropy, entropy_coef):
     """The two coefficients, None where a term takes no part; ``entropy``: the caller's, or ``ROW``, which any row of logits has."""
     checks.choice(where, "kl", kl, ("k1", "k2", "k3"))
-    kl_coef, entropy_coef = _coefficient(where, "kl_coef", kl_coef), _coefficient(where, "entropy_coef", entropy_coef)
+    kl_coef, entropy_coef = _coefficient(where, "kl_coef", kl_coef, like), _coefficient(where, "entropy_coef", entropy_coef, like)
     if kl_coef is not None and ref_logprobs is None:
         raise ValueError(f"{where}: kl={kl!r} needs ref_logprobs where kl_coef is not 0")
     if ref_logprobs is not None:

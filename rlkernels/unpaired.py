@@ -29,8 +29,8 @@ def unpaired_options(where, like, *, loss_type="kto", beta=0.1, desirable_weight
                      ref_kl_logps=None, delta=None):
     """Checks the options; ``like``: a tensor of the dtype and device of the losses."""
     checks.choice(where, "loss_type", loss_type, LOSS_TYPES)
-    beta = checks.coefficient(checks.positive, where, "beta", beta)
-    desirable_weight, undesirable_weight = (checks.coefficient(checks.finite, where, name, x) for name, x in (
+    beta = checks.coefficient(checks.positive, where, "beta", beta, like)
+    desirable_weight, undesirable_weight = (checks.coefficient(checks.finite, where, name, x, like) for name, x in (
         ("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)))
     for name, x in {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}.items():
         if not isinstance(x, torch.Tensor) and x < 0:

@@ -125,6 +125,8 @@ AGGREGATIONS = tuple(_MODES)
 def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, dp_size=1, scale=1.0, dtype=torch.float32, **normalizers):
     """``token_weights`` on behalf of the public function ``where``, whose name the errors carry; ``cu_seqlens``: of ``checks_tokens.rows``."""
     checks.choice(where, "aggregation", mode, AGGREGATIONS)
+    if type(count_empty_rows).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{where}: count_empty_rows must be True or False, got {type(count_empty_rows).__name__}")
     if dtype not in checks.FLOATS:
         raise TypeError(f"{where}: dtype must be one of {checks.FLOAT_NAMES}, got {dtype!r}")
     weight, required, optional, needs_rows = _MODES[mode]
@@ -142,8 +144,8 @@ def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, d
             checks_tokens.ids(where, name, x, tokens.shape)
             checks.one_device(where, "mask", mask, **{name: x})
         else:
-            given[name] = checks_tokens.total(where, name, x)
-    factors = [checks_tokens.not_negative(where, name, x) for name, x in (("dp_size", dp_size), ("scale", scale))]
+            given[name] = checks_tokens.total(where, name, x, mask)
+    factors = [checks_tokens.not_negative(where, name, x, mask) for name, x in (("dp_size", dp_size), ("scale", scale))]
     dp_size, scale = (x.double() if isinstance(x, torch.Tensor) else x for x in factors)  # a float32 of them would round the weight
 
     # zeros + x: a Python number would make a float32 of the where below, and a filled tensor a new compilation for each value.
@@ -238,10 +240,12 @@ def aggregate(values, mask=None, mode="token-mean", *, cu_seqlens=None, **normal
     checks.floating("aggregate", "values", values)
     checks.mask("aggregate", mask, values.shape)
     checks.one_device("aggregate", "values", values, mask=mask)
-    if mask is None:
-        mask = torch.ones_like(values, dtype=torch.bool)
+    for name in checks_tokens.TAKEN[:2]:
+        if name in normalizers:
+            raise TypeError(f"aggregate: takes no {name!r}")
+    mask = torch.ones_like(values, dtype=torch.bool, memory_format=torch.contiguous_format) if mask is None else mask.contiguous()
     normalizers.setdefault("dtype", torch.float64)
     cu_seqlens = checks_tokens.rows("aggregate", "mask", mask, cu_seqlens)
     weights = weights_for("aggregate", mask, mode, cu_seqlens=cu_seqlens, **normalizers)
-    kept = torch.where(mask != 0, values, 0.0).double()
+    kept = torch.where(mask != 0, values, 0.0).double().contiguous()  # torch adds in the order of memory
     return (weights * kept).sum().to(real_dtype(values))

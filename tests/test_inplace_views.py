@@ -22,6 +22,18 @@ class HandsOut(torch.autograd.Function):
         return g
 
 
+class HandsOutOneOfTwo(torch.autograd.Function):
+    """The same of two inputs: autograd's graph forks there."""
+
+    @staticmethod
+    def forward(ctx, y, x):
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None, g
+
+
 # From a parameter [6, V] to logits of its numbers in its memory.
 VIEWS = {
     "view": lambda p: p.view(2, 3, V),
@@ -38,6 +50,7 @@ VIEWS = {
     "its data": lambda p: p.data.requires_grad_().view(2, 3, V),
     "a checkpointed view": lambda p: checkpoint(lambda q: q.view(2, 3, V), p, use_reentrant=True),
     "an autograd function": HandsOut.apply,
+    "an autograd function of two": lambda p: HandsOutOneOfTwo.apply(torch.zeros(1, requires_grad=True) * 1, p.view(6, V)),
 }
 FUNCTIONS = {
     "token_logprobs": lambda x, y, **o: rlk.token_logprobs(x, y, **o).sum(),
@@ -60,6 +73,22 @@ def test_F124_no_view_of_a_parameter_is_overwritten_by_its_gradient(function, vi
     with pytest.raises(RuntimeError, match=rf"^{function.split()[0]}: inplace_backward needs non-leaf memory, got a view of a leaf"):
         FUNCTIONS[function](logits, targets, inplace_backward=True)
     FUNCTIONS[function](logits, targets).backward()  # without it the same logits are welcome
+    assert same_bits(parameter.detach(), before)
+
+
+@pytest.mark.parametrize("view", ["unsafe_chunk", "a view of unsafe_chunk", "an autograd function"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_F124_what_has_no_base_is_not_overwritten_in_a_compiled_program(function, view):
+    """The graph is not there while Dynamo traces: the op looks at it when it runs."""
+    parameter = torch.nn.Parameter(torch.randn(6, V, generator=torch.Generator().manual_seed(0)))
+    before = parameter.detach().clone()
+
+    def step(p):
+        logits = VIEWS[view](p)
+        return FUNCTIONS[function](logits, torch.zeros(logits.shape[:-1], dtype=torch.int64), inplace_backward=True)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="inplace_backward needs non-leaf memory"):
+        torch.compile(step, backend="eager")(parameter).backward()
     assert same_bits(parameter.detach(), before)
 
 

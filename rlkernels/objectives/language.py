@@ -58,6 +58,8 @@ def objective(function=None, *, columns=None):
     """
     if function is None:
         return lambda f: objective(f, columns=columns)
+    if getattr(function, "__name__", "<lambda>") == "<lambda>":
+        raise TypeError(f"objective: expected a function with a name, got {'a lambda' if callable(function) else type(function).__name__}; define it with def")
     name = function.__name__
     tree = _parse(function)
     names = _arguments(function)
