@@ -54,11 +54,16 @@ def logits(where, x, name="logits"):
         raise ValueError(f"{where}: {name} has shape {tuple(x.shape)}: the vocabulary dimension is empty")
 
 
+def readable(where, name, x):
+    """Integers that are read: a tensor that keeps its data in others holds none."""
+    if type(x) is not torch.Tensor and hasattr(x, "__tensor_flatten__"):
+        raise TypeError(f"{where}: {name} is a {type(x).__name__}, a tensor subclass that keeps its data in other tensors; pass a plain tensor, such as its "
+                        "to_local() or full_tensor()")
+
+
 def targets(where, x, rows):
     tensor(where, "targets", x)
-    if type(x) is not torch.Tensor and hasattr(x, "__tensor_flatten__"):  # ids are read, and such a tensor holds none
-        raise TypeError(f"{where}: targets is a {type(x).__name__}, a tensor subclass that keeps its data in other tensors; pass a plain tensor, such as its "
-                        "to_local() or full_tensor()")
+    readable(where, "targets", x)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{where}: targets must be int32 or int64, got {x.dtype}")
     shape(where, "targets", x, rows)

@@ -54,6 +54,7 @@ def segments(where, cu_seqlens, tokens, filled=False):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"{where}: cu_seqlens must be an int32 or int64 tensor, got {got}; a list of ints will do, too")
     checks.tensor(where, "cu_seqlens", cu_seqlens)
+    checks.readable(where, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{where}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected [S + 1]: a 0, then the end of each sequence")
     checks.one_device(where, "cu_seqlens", cu_seqlens, tokens=tokens)

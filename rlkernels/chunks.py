@@ -77,7 +77,14 @@ def live_rows(live, bound=None):
     Raises:
         ValueError: more live rows than the bound; on an accelerator a device-side assertion fails instead.
     """
+    _are_there(live)
     return Rows(live.nonzero()[:, 0]) if bound is None else bounded_rows(live, bound, torch.argsort(~live, stable=True))
+
+
+def _are_there(live):
+    if hasattr(live, "__tensor_flatten__"):
+        raise checks.named(TypeError(f"a mask, weights or advantages are a {type(live).__name__}, a tensor subclass that keeps its data in other tensors; "
+                                     "pass plain tensors, such as its to_local() or full_tensor()"))
 
 
 def bounded_rows(live, bound, order):
@@ -96,6 +103,7 @@ def bounded_rows(live, bound, order):
 def moving_and_still_rows(live, still):
     """Live rows in two parts: those that may have a gradient, and those where ``still`` holds, which have none. One host read."""
     moving = live & ~still
+    _are_there(moving)
     first, last = torch.stack([moving.sum(), live.sum()]).tolist()
     index = torch.argsort(torch.where(moving, 0, torch.where(live, 1, 2)), stable=True)
     return Rows(index[:first]), Rows(index[first:last])

@@ -9,7 +9,7 @@ from rlkernels.agreement import agreed
 from rlkernels.head import Head, head
 from rlkernels.linear import linear_token_logprobs
 from rlkernels.plain import replaced
-from rlkernels.preferences import dpo_loss, pair_losses, preference_options
+from rlkernels.preferences import dpo_loss, pair_losses, preference_options, references_there
 from rlkernels.rows import or_ignored
 from rlkernels.segments import segment_ids, sums, token_counts
 from rlkernels.terms import live_tokens
@@ -53,6 +53,7 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
     options = {"chosen_lengths": lengths[:pairs], "rejected_lengths": lengths[pairs:], **options}
     references = ref_chosen_logps, ref_rejected_logps
     checked = preference_options(where, torch.empty(pairs, dtype=torch.float64, device=hidden.device), **options)
+    references_there(where, *references, checked)
 
     def whole(logps, return_metrics=return_metrics):
         return answers.narrow(dpo_loss(logps[:pairs], logps[pairs:], *references, return_metrics=return_metrics, **options))

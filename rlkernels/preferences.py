@@ -33,18 +33,23 @@ def per_answer(where, name, x):
         raise ValueError(f"{where}: {name} has shape {tuple(x.shape)}, expected [B]; sum over tokens first, as sequence_sums does")
 
 
+def references_there(where, ref_chosen, ref_rejected, options):
+    """Both references by name, or neither; neither is an error where a loss looks at them."""
+    references = {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
+    missing = [name for name, x in references.items() if x is None]
+    if missing and options.needs_reference():
+        raise ValueError(f"{where}: {missing[0]} is missing; pass it, or reference_free=True")
+    if len(missing) == 1:
+        raise ValueError(f"{where}: {missing[0]} is missing; pass both references, or none of them")
+    return references
+
+
 def _pairs(where, chosen, rejected, ref_chosen, ref_rejected, options):
     """The pairs as they enter the loss; a reference may be absent where the loss does not look at it."""
     real = common_dtype(chosen, rejected, ref_chosen, ref_rejected)
-    references = {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
-    for name, x in references.items():
-        if x is None and options.needs_reference():
-            raise ValueError(f"{where}: {name} is missing; pass it, or reference_free=True")
+    for name, x in references_there(where, ref_chosen, ref_rejected, options).items():
         if x is not None:
             column(where, name, x, chosen, "chosen_logps")
-    if (ref_chosen is None) != (ref_rejected is None):
-        missing = next(name for name, x in references.items() if x is None)
-        raise ValueError(f"{where}: {missing} is missing; pass both references, or none of them")
     both = (None if x is None else dense(x, real) for x in (chosen, rejected, ref_chosen, ref_rejected))
     return Pairs(*both, options)
 

@@ -27,8 +27,10 @@ def run(op, backend, *arguments):
     _calls[op, backend] += 1
     try:
         return getattr(BACKENDS[backend], op)(*arguments)
-    except (IndexError, ValueError) as error:  # a target or a temperature: a backend reads values, and does not know the function's name
-        raise checks.named(error, op=op) from error
+    except (IndexError, ValueError, TypeError, RuntimeError) as error:  # a backend reads values and sees layouts, and does not know the function's name
+        if type(error) not in (IndexError, ValueError, TypeError, RuntimeError):  # as torch.OutOfMemoryError, and what a kernel lacks
+            raise
+        raise checks.named(error, op, op) from error
 
 
 def define(name, schema, implementation, fake, formula=None, setup=None):

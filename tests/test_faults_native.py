@@ -162,6 +162,21 @@ def test_F122_targets_that_keep_their_data_elsewhere_are_refused_by_name(name):
         getattr(rlk, name)(*operands, TwoTensor(targets, targets.clone()))
 
 
+def test_F122_offsets_that_keep_their_data_elsewhere_are_refused_by_name():
+    offsets = torch.tensor([0, 2, 3])
+    with pytest.raises(TypeError, match="^sequence_sums: cu_seqlens is a TwoTensor, a tensor subclass that keeps its data in other tensors"):
+        rlk.sequence_sums(torch.ones(3), None, TwoTensor(offsets, offsets.clone()))
+
+
+@pytest.mark.parametrize("argument", ["mask", "advantages", "weights"])
+def test_F122_a_head_takes_no_rows_from_what_keeps_its_data_elsewhere(argument):
+    x = torch.rand(3, 2)
+    given = {"mask": torch.ones(3, 2, dtype=torch.bool), "advantages": x, "weights": x}
+    given[argument] = TwoTensor(given[argument], given[argument].clone())
+    with pytest.raises(TypeError, match="^linear_policy_loss: a mask, weights or advantages are a TwoTensor"):
+        rlk.linear_policy_loss(torch.randn(3, 2, 4), torch.randn(5, 4), torch.zeros(3, 2, dtype=torch.long), -x, **given)
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_F122_a_pending_negation_of_a_head_is_carried_out(name, backend):
     hidden, weight, losses = heads()

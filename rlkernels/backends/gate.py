@@ -208,11 +208,15 @@ def address(x):
     """Where a tensor begins; 0 for None, and for one without elements.
 
     Raises:
-        RuntimeError: the tensor has elements and no memory: its storage was freed, as a sharded parameter's is between uses.
+        TypeError: the tensor keeps its elements in a way of its own.
+        RuntimeError: it has elements and no memory: its storage was freed, as a sharded parameter's is between uses.
     """
     if x is None:
         return 0
-    at = x.data_ptr()
+    try:
+        at = x.data_ptr()
+    except RuntimeError as error:  # of oneDNN's layout, in a compiled program, whose checks saw a dense one
+        raise TypeError(f"a tensor of shape {tuple(x.shape)} and layout {x.layout} has no memory that a kernel can read; call to_dense() first") from error
     if at == 0 and x.numel():
         raise RuntimeError(f"a tensor of shape {tuple(x.shape)} on {x.device} has no memory; gather it first, or pass one that holds data")
     return at

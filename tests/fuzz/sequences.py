@@ -8,15 +8,15 @@ from fuzz.draws import NAN, leaf, wide
 from fuzz.trial import case, eps
 
 
-def check(trial, what, got, truth, size, given, truth_of):
-    """A result and the gradient of one input; ``size``: of the terms that an element of the result is a sum of."""
+def check(trial, what, got, truth, size, given, truth_of, steep=0.0):
+    """A result and the gradient of one input; ``size``: of the terms that an element of the result is a sum of, ``steep``: of those of the gradient."""
     unit = 16 * eps(given)
     trial.expect(what, got, truth, unit * size)
     g = trial.draw.normal(truth.shape, got.dtype)
     (found,) = trial.gradients([got], [given], [g])
     (want,) = torch.autograd.grad(truth, truth_of, g.double(), allow_unused=True)
     want = torch.zeros(given.shape, dtype=torch.float64) if want is None else want
-    trial.expect(f"gradient of {what}", found, want, unit * (want.abs() + (1 + want.abs().max() if want.numel() else 0.0)))
+    trial.expect(f"gradient of {what}", found, want, unit * (want.abs() + steep + (1 + want.abs().max() if want.numel() else 0.0)))
 
 
 def values_of(draw, batch):
@@ -212,7 +212,8 @@ def masked_whiten(trial):
         return
     y = gap * (variance + small if add else variance.clamp(min=small)).rsqrt()
     truth = torch.where(live, y if shift else y + mean, 0.0)
-    check(trial, "masked_whiten", got, truth, 4 + truth.detach().abs(), x, truth_of)
+    steep = 8 * float((variance.detach() + small if add else variance.detach().clamp(min=small)).rsqrt().max()) if variance.numel() else 0.0
+    check(trial, "masked_whiten", got, truth, 4 + truth.detach().abs(), x, truth_of, steep)
 
 
 @case("valid")
