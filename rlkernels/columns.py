@@ -18,7 +18,7 @@ def parameters(values):
     else:
         return tuple(values)
     devices = [x.device for x in values if isinstance(x, torch.Tensor)]
-    device = next((d for d in devices if d.type != "cpu"), devices[0])
+    device = [*[d for d in devices if d.type != "cpu"], devices[0]][0]  # not next(): Dynamo of torch 2.8 cannot trace it
     # zeros + x: a filled tensor would be a new compilation for each number.
     return torch.stack([x.to(device, torch.float64) if isinstance(x, torch.Tensor) else torch.zeros((), dtype=torch.float64, device=device) + x
                         for x in values])

@@ -26,7 +26,7 @@ NOT_CORE = (
     "tests/triton_backend",  # a process of its own per Triton
     "tests/test_demo.py", "tests/test_integration_trl*.py", "tests/test_preferences_trl.py",  # need TRL, which has requirements of its own
     "tests/test_build*.py", "tests/cuda_backend", "tests/test_mutants.py",  # about compilers and sources, not about torch
-    "tests/test_bench*.py", "tests/test_gpu_run.py", "tests/test_cli.py",  # the tools beside the library
+    "tests/test_bench*.py", "tests/test_gpu_run.py", "tests/test_cli.py", "tests/test_matrix.py",  # the tools beside the library
 )
 """What is left out of the core, and why. The rest of ``tests`` is the core, whatever is added to it."""
 

@@ -24,14 +24,12 @@ def case(sentence, **grid):
 
 
 def stats_of(problem, shard, hidden=None, **more):
-    leaf, options = problem.arguments(shard)
-    leaf = leaf if hidden is None else hidden
+    leaf, options = problem.arguments(shard, hidden)
     return rlk.linear_token_stats(leaf, shard.weight, problem.targets, outputs=OUTPUTS, **{**options, **more}), leaf
 
 
 def policy_of(problem, shard, level="token", hidden=None, **more):
-    leaf, options = problem.arguments(shard)
-    leaf = leaf if hidden is None else hidden
+    leaf, options = problem.arguments(shard, hidden)
     options = {**options, "ref_logprobs": problem.ref, "kl_coef": 0.1, "entropy_coef": 0.02, "ratio_level": level, **more}
     return rlk.linear_policy_loss(leaf, shard.weight, problem.targets, problem.old, problem.advantages, problem.mask, **options), leaf
 

@@ -86,9 +86,9 @@ class Problem:
         weight[:end - start], bias[:end - start] = self.weight[start:end], self.bias[start:end]
         return Shard(weight.requires_grad_(), bias.requires_grad_(), slice(start, end), {"process_group": me.group, **options})
 
-    def arguments(self, shard):
-        """Hidden states, a leaf; and the keyword arguments of a ``linear_*`` function."""
-        return self.hidden.clone().requires_grad_(), {"bias": shard.bias, **self.settings, **shard.options}
+    def arguments(self, shard, hidden=None):
+        """Hidden states, a leaf where none are given; and the keyword arguments of a ``linear_*`` function."""
+        return self.hidden.clone().requires_grad_() if hidden is None else hidden, {"bias": shard.bias, **self.settings, **shard.options}
 
 
 def true_policy_loss(problem, stats, level="token", kl_coef=0.1, entropy_coef=0.02, count=None):

@@ -27,7 +27,7 @@ def test_F121_bad_offsets_raise_in_a_compiled_program_as_they_do_without_compila
                 CALLS[name](cu)
             with pytest.raises(ValueError, match="cu_seqlens") as inside:
                 run(cu)
-            assert str(inside.value) == str(plain.value)
+            assert str(inside.value).splitlines()[0] == str(plain.value)  # torch 2.8 says behind it which node of the graph it was
 
 
 @pytest.mark.parametrize("name", ["gae", "sequence_sums", "policy_loss with weights"])
