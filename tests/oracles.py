@@ -80,7 +80,7 @@ def kto(margin, beta):
 
 def discopop(margin, beta, tau):
     x, share = beta * margin, torch.sigmoid(beta * margin / tau)
-    return -logsigmoid(x) * (1 - share) + (-x).exp() * share
+    return -logsigmoid(x) * (1 - share) + (logsigmoid(x / tau) - x).exp()  # exp(-x) share, where exp(-x) alone would be inf
 
 
 def alpha_divergence(log_ratio, alpha):

@@ -102,6 +102,12 @@ def test_F148_what_is_no_option_is_refused_by_name():
             call()
 
 
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_sum"])
+def test_F148_weights_on_another_device_are_refused_by_the_name_of_what_was_called(level):
+    with pytest.raises(RuntimeError, match="^logits_policy_loss: logprobs and weights must be on one device, got cpu and meta"):
+        rlk.logits_policy_loss(X, Y, OLD, A, weights=A.to("meta"), ratio_level=level)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_F120_sums_of_plain_torch_do_not_follow_the_layout(dtype):
     x = torch.randn(33, 257, generator=draw, dtype=dtype)
