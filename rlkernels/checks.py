@@ -63,7 +63,6 @@ def readable(where, name, x):
 
 def targets(where, x, rows):
     tensor(where, "targets", x)
-    readable(where, "targets", x)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{where}: targets must be int32 or int64, got {x.dtype}")
     shape(where, "targets", x, rows)

@@ -137,7 +137,7 @@ def _autocast(kind):
 def ids(where, name, x, expected):
     checks.tensor(where, name, x)
     if x.dtype == torch.bool or x.dtype not in checks.WHOLE:
-        raise TypeError(f"{where}: {name} must be an integer tensor ({checks.WHOLE_NAMES}), got {x.dtype}")
+        raise TypeError(f"{where}: {name} must be an integer tensor, got {x.dtype}; supported: {checks.WHOLE_NAMES}")
     checks.shape(where, name, x, expected)
 
 

@@ -61,6 +61,7 @@ def head(where, hidden, weight, targets, *, bias=None, temperature=1.0, softcap=
     hidden, weight, bias = _operands(where, hidden, weight, bias)
     shape = hidden.shape[:-1]
     checks.targets(where, targets, shape)
+    checks.readable(where, "targets", targets)
     temperature = checks.temperature(where, temperature, shape)
     ignore_index = checks.integer(where, "ignore_index", ignore_index)
     targets = checks_tokens.holding(where, targets, ignore_index)
