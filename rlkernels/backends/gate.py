@@ -215,7 +215,10 @@ def address(x):
         return 0
     try:
         at = x.data_ptr()
-    except RuntimeError as error:  # of oneDNN's layout, in a compiled program, whose checks saw a dense one
+    except RuntimeError as error:
+        if x.layout == torch.strided:  # torch's own words, as under vmap
+            raise
+        # Of oneDNN's layout, in a compiled program, whose checks saw a dense one.
         raise TypeError(f"a tensor of shape {tuple(x.shape)} and layout {x.layout} has no memory that a kernel can read; call to_dense() first") from error
     if at == 0 and x.numel():
         raise RuntimeError(f"a tensor of shape {tuple(x.shape)} on {x.device} has no memory; gather it first, or pass one that holds data")
