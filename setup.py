@@ -50,7 +50,7 @@ def openmp_flag():
 
 
 def has_bf16():
-    """Whether the compiler has AVX512_BF16; whether the machine has it is asked at run time."""
+    """Tell whether the compiler has AVX512_BF16; whether the machine has it is asked at run time."""
     code = ("#include <cpuid.h>\n#include <immintrin.h>\n"
             "int main() { __m512i x{}; return int(_mm512_reduce_add_ps(_mm512_dpbf16_ps(__m512{}, (__m512bh)x, (__m512bh)x))); }\n")
     return X86 and setup_build.compiles(CXX, code, *BF16.split())

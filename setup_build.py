@@ -1,4 +1,4 @@
-"""What both modules of ``setup.py`` share: the switches, the compiler, the run of ninja, and the note that is left where a module was not built.
+"""Parts that both modules of ``setup.py`` share: the switches, the compiler, the run of ninja, and the note that is left where a module was not built.
 
 No name of the machine's is in a ninja file: sources, headers and results have fixed names in the build folder, so that no blank, quote or dollar in a
 path has to survive ninja, a shell and a compiler's list of headers.
@@ -55,7 +55,7 @@ def compiler():
 
 
 def missing(cxx):
-    """What a build needs and is not here, in one line, or None."""
+    """Name what a build needs and is not here, in one line, or None."""
     if not cxx:
         return f"no C++ compiler (c++, g++, clang++) was found at install time; install g++ and {AGAIN}"
     if not (HEADERS / "Python.h").is_file():  # a Debian python3 without python3-dev
@@ -76,7 +76,7 @@ def command(words):
 
 
 def jobs():
-    """How many compilers run side by side: ``MAX_JOBS``, else as many as there are processors for this process.
+    """The number of compilers that run side by side: ``MAX_JOBS``, else as many as there are processors for this process.
 
     Raises:
         SystemExit: ``MAX_JOBS`` is not a whole number of at least 1.

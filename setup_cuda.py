@@ -26,7 +26,7 @@ ALONE = ("elementwise", "scan")
 
 
 def missing():
-    """What the build needs of CUDA and is not here, in one line, or None.
+    """Name what the build needs of CUDA and is not here, in one line, or None.
 
     Raises:
         SystemExit: ``RLKERNELS_CUDA_ARCHS`` is not a list of architectures.

@@ -95,7 +95,7 @@ def finish(out, device, outcomes, commit, names):
 
 
 def details(name, outcome):
-    """What of a stage belongs in the table, line by line."""
+    """The lines of a stage that belong in the table."""
     if name == "build":
         lines = [f"modules: {', '.join(outcome.get('modules', [])) or 'none'}; arch {outcome.get('arch', '-')}"]
         return lines + ([f"spill bytes: {outcome['spill_bytes']}"] if "spill_bytes" in outcome else [])

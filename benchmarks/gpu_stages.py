@@ -15,14 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TAIL = 4000
 FIGURES = "figures.json"
-"""What the benchmark writes; ``bench.json`` is the record of its stage."""
+"""Files that the benchmark writes; ``bench.json`` is the record of its stage."""
 GRACE = 5.0
 """Seconds that a child gets to end by itself after it was asked to."""
 
 
 @dataclass
 class Device:
-    """What ``probe`` found; ``arch`` as nvcc names it, with the features of that chip alone where it has them."""
+    """The device as ``probe`` found it; ``arch`` as nvcc names it, with the features of that chip alone where it has them."""
 
     name: str
     arch: str
@@ -34,7 +34,7 @@ class Device:
 
 @dataclass
 class Context:
-    """Where a stage works, and until when."""
+    """The folder in which a stage works, and the time until which it may."""
 
     device: Device
     folder: Path

@@ -61,7 +61,7 @@ def seconds(case, on):
 
 
 def gigabytes(case):
-    """Of each rank, at the peak: when the gradients are cast to the dtype of what they belong to."""
+    """Bytes of each rank at the peak: when the gradients are cast to the dtype of what they belong to."""
     h, v, t = case.hidden, case.columns, case.rows
     return {"weight": 2 * h * v / 1e9, "its gradient": (4 + 2) * h * v / 1e9, "hidden": 2 * h * t / 1e9, "its gradient ": (4 + 2) * h * t / 1e9,
             "budget": min(case.budget, 6 * (v + 16) * case.chunk) / 1e9}

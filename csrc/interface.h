@@ -4,6 +4,6 @@
 
 namespace rlk {
 
-constexpr const char* kInterface = "0.1.0/2";
+constexpr const char* kInterface = "0.1.0/3";
 
 }  // namespace rlk

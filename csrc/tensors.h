@@ -6,7 +6,7 @@
 namespace rlk {
 namespace tensors {
 
-// What torch calls its own tensors: set once, when gate.py is imported.
+// What torch calls its own tensors: set once, when the module of the backend is imported.
 struct Known {
   PyTypeObject* kinds[2] = {};
   PyObject *dtype, *shape, *is_cpu, *device, *is_contiguous, *is_neg, *data_ptr;

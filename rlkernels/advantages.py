@@ -87,7 +87,7 @@ def discounted_returns(rewards, mask=None, *, gamma=1.0, masked="skip", cu_seqle
 
 
 def _checked(where, rewards, mask, masked, cu_seqlens):
-    """What both scans check; the mask as bool, and the offsets."""
+    """Check the arguments of both scans; the mask as bool, and the offsets."""
     checks.choice(where, "masked", masked, MASKED)
     checks_tokens.layout(where, "rewards", rewards, cu_seqlens)
     checks.mask(where, mask, rewards.shape)

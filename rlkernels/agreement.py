@@ -1,4 +1,4 @@
-"""What the ranks of a process group must have in common, compared in one small collective per call and direction.
+"""The agreement of a process group: what its ranks must have in common, compared in one small collective per call and direction.
 
 Otherwise a rank that differs, or raises, leaves the others waiting in a collective that it never enters; and where shapes differ, gloo ends the process.
 Who reads a gathered number waits for the device, so accelerators meet with ``RLKERNELS_CHECK=1`` alone.
@@ -14,21 +14,21 @@ import zlib
 
 import torch
 
-from rlkernels import checks_tokens
+from rlkernels import checks
 
 SLOTS, NEAR, FACTS = 80, 4, 9
 """A rank sends ``SLOTS`` integers: whether it raised, a digest of names, three of its shard, ``NEAR`` numbers, and from ``FACTS`` on digests."""
 TEXT = 512  # bytes of what a rank says where it differs
 PATIENCE = datetime.timedelta(seconds=5)
-"""How long a rank that raises waits for the others to hear of it: they may not have called, and its own error must be seen."""
+"""The time for which a rank that raises waits for the others to hear of it: they may not have called, and its own error must be seen."""
 TOLERANCE = 0.02  # of sums of numbers that may differ in their last bits from rank to rank
 _WEIGHT, _OWN = {"weight", "bias"}, {"process_group", "vocab_start"}  # of the first the rows, the others altogether: they differ as they should
 _call = contextvars.ContextVar("the call over a process group that this thread is in", default=None)
 
 
 def met(device):
-    """Whether ranks with tensors on this device compare."""
-    return checks_tokens.CHECK_VALUES or device.type == "cpu"
+    """Tell whether ranks with tensors on this device compare."""
+    return checks.CHECK_VALUES or device.type == "cpu"
 
 
 def gathered(mine, group):

@@ -4,11 +4,11 @@ import os
 
 import torch
 
-from rlkernels.checks_names import choice, known_names, named, several
-from rlkernels.checks_numbers import finite, integer, interval, positive, positive_integer, real
+from rlkernels.checks_names import NAMED, choice, known_names, named, several
+from rlkernels.checks_numbers import finite, flag, integer, interval, positive, positive_integer, real
 from rlkernels.plain import has_values
 
-__all__ = ["choice", "finite", "integer", "interval", "known_names", "named", "positive", "positive_integer", "real", "several"]  # checks, too
+__all__ = ["NAMED", "choice", "finite", "flag", "integer", "interval", "known_names", "named", "positive", "positive_integer", "real", "several"]  # checks, too
 
 CHECK_VALUES = os.environ.get("RLKERNELS_CHECK") == "1"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -16,6 +16,7 @@ FLOAT_NAMES = "float32, bfloat16, float16, float64"
 WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 """Those that torch can compare and add: of uint16 to uint64 it cannot."""
 WHOLE_NAMES = "uint8, int8, int16, int32, int64"
+KEPT_ELSEWHERE = "a tensor subclass that keeps its data in other tensors; pass a plain tensor, such as its dequantize(), to_local() or full_tensor()"
 COLDEST, HOTTEST = 2.0**-40, 2.0**40
 """Temperatures: a gradient of entropies holds ``1/T**2`` in fp32. At 1e-20 it was NaN; at 1e-40 the best token had the log-probability -log V."""
 
@@ -57,8 +58,7 @@ def logits(where, x, name="logits"):
 def readable(where, name, x):
     """Integers that are read: a tensor that keeps its data in others holds none."""
     if type(x) is not torch.Tensor and hasattr(x, "__tensor_flatten__"):
-        raise TypeError(f"{where}: {name} is a {type(x).__name__}, a tensor subclass that keeps its data in other tensors; pass a plain tensor, such as its "
-                        "to_local() or full_tensor()")
+        raise TypeError(f"{where}: {name} is a {type(x).__name__}, {KEPT_ELSEWHERE}")
 
 
 def targets(where, x, rows):
@@ -95,8 +95,8 @@ def within_reach(where, name, x, limit="a bound"):
 
 
 def host_reads(x):
-    """Whether the host may read values of ``x`` here and now: it is free, or was asked for, and there are some."""
-    return (CHECK_VALUES or x.device.type == "cpu") and has_values(x)
+    """Tell whether the host may read values of ``x`` here and now: it is free, or was asked for, and there are some."""
+    return (CHECK_VALUES or x.device.type == "cpu") and has_values(x)  # not those of a compiled, traced or fake program
 
 
 def coefficient(check, where, name, x, like, *more, **options):

@@ -35,6 +35,10 @@ FIELD = {
 """Argument to names that papers and trainers use, and what they are called here."""
 
 
+NAMED = (IndexError, ValueError, TypeError, RuntimeError)
+"""Errors that get a name: these types alone, since one of a subclass, as torch.OutOfMemoryError, is made in its own way."""
+
+
 def named(error, inner=None, op=""):
     """The error under the name of the public function that is being called, in place of the ``inner`` one's if that is in front.
 

@@ -73,6 +73,14 @@ def positive_integer(where, name, x):
     return x
 
 
+def flag(where, name, x):
+    """``x`` as True or False: one of Python or numpy."""
+    x = x.item() if type(x).__module__ == "numpy" and getattr(x, "ndim", None) == 0 else x
+    if not isinstance(x, bool):
+        raise TypeError(f"{where}: {name} must be True or False, got {_kind(x)}")
+    return x
+
+
 def _plain(where, name, x):
     """A tensor of one number, or what numpy has, as that number."""
     if not isinstance(x, torch.Tensor):

@@ -9,8 +9,6 @@ import torch
 from rlkernels import checks
 from rlkernels.plain import has_values
 
-CHECK_VALUES = checks.CHECK_VALUES
-
 
 def layout(where, name, x, cu_seqlens):
     """Padded ``[B, L]`` without ``cu_seqlens``, packed ``[N]`` with it."""
@@ -31,13 +29,8 @@ def rows(where, name, x, cu_seqlens):
 
 
 def values_are_read(x):
-    """Whether bad values raise: on the device of ``x``; in a list, which is the host's own."""
-    return CHECK_VALUES or not isinstance(x, torch.Tensor) or x.device.type == "cpu"
-
-
-def host_reads(x):
-    """Whether the host may read values of ``x`` here and now: it is free, and there are some, not those of a compiled, traced or fake program."""
-    return values_are_read(x) and has_values(x)
+    """Tell whether bad values raise: on the device of ``x``; in a list, which is the host's own."""
+    return checks.CHECK_VALUES or not isinstance(x, torch.Tensor) or x.device.type == "cpu"
 
 
 def segments(where, cu_seqlens, tokens, filled=False):
@@ -62,13 +55,13 @@ def segments(where, cu_seqlens, tokens, filled=False):
         if count and cu_seqlens.shape[0] == 1:  # without a sequence every index of one is out of bounds
             raise ValueError(f"{where}: cu_seqlens has shape (1,), which is no sequence, expected the ends of sequences that hold {count} tokens")
         return cu_seqlens.long().clamp(0, count)
-    if not host_reads(cu_seqlens):
+    if not has_values(cu_seqlens):
         return torch.ops.rlkernels.offsets.default(cu_seqlens, count, filled, where)
     return read_offsets(cu_seqlens, count, filled, where)
 
 
 def read_offsets(cu_seqlens, count, filled, where):
-    """What ``segments`` returns where it reads values."""
+    """Offsets as ``segments`` returns them where it reads values."""
     offsets = cu_seqlens.clone() if cu_seqlens.dtype == torch.int64 else cu_seqlens.long()
     ends = offsets.tolist()
     # Sorting what is sorted takes 10 ns an entry, a loop over neighbours 60.

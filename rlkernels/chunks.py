@@ -1,4 +1,4 @@
-"""Which rows enter a product, in which order, and how many at a time."""
+"""Rows that enter a product: which, in which order, and how many at a time."""
 import os
 from dataclasses import dataclass
 
@@ -83,8 +83,7 @@ def live_rows(live, bound=None):
 
 def _are_there(live):
     if hasattr(live, "__tensor_flatten__"):
-        raise checks.named(TypeError(f"a mask, weights or advantages are a {type(live).__name__}, a tensor subclass that keeps its data in other tensors; "
-                                     "pass plain tensors, such as its to_local() or full_tensor()"))
+        raise checks.named(TypeError(f"a mask, weights or advantages are a {type(live).__name__}, {checks.KEPT_ELSEWHERE}"))
 
 
 def bounded_rows(live, bound, order):

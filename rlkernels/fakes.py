@@ -20,7 +20,7 @@ def gradient_fake(dlogp, dentropy, dkl, logits, *rest):
 
 
 def nothing_fake(*arguments):
-    """Of an op that writes into an argument."""
+    """The fake of an op that writes into an argument."""
 
 
 def fused_policy_fake(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp,

@@ -94,7 +94,7 @@ def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e
 
 def _refuse(where, name, x, bad, needed):
     """Raises for an entry that is ``bad``, where the host may read it."""
-    if checks_tokens.host_reads(bad) and bad.any():
+    if checks.host_reads(bad) and bad.any():
         at = int(bad.nonzero()[0, 0])
         raise ValueError(f"{where}: {name} holds {x[at].item()} at entry {at}; it needs {needed}")
 

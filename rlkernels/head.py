@@ -185,7 +185,7 @@ class Chunk:
         return parallel.token_stats_backward(self.shard, backend, dlogp, dentropy, x, *arguments, *saved, out)
 
     def gradient_of(self, x):
-        """Where the gradient of the logits ``x`` is written: over them, unless the way back through the softcap needs them or it is rounded."""
+        """The place of the gradient of the logits ``x``: over them, unless the way back through the softcap needs them or it is rounded."""
         if self.rounded is not None and len(self.buffers) == 1:
             self.buffers.append(torch.empty_like(self.buffers[0], dtype=self.rounded))
         return x if len(self.buffers) == 1 else self.buffers[1][:x.shape[0], :self.width]
@@ -211,7 +211,7 @@ def check_targets(where, targets, ignore_index, temperature, columns, shard):
 
 
 def in_common(hidden, bias, targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk, bound):
-    """What all ranks of a process group must have alike, under the names that an error gives it; and a sum over hidden states. Read on the host."""
+    """Facts that all ranks of a process group must have alike, under the names that an error gives it; and a sum over hidden states. Read on the host."""
     live = targets != ignore_index
     bits = {torch.float32: torch.int32, torch.float64: torch.int64}[temperature.dtype]
     return [("tokens", hidden.shape[0]), ("features", hidden.shape[1]), ("live tokens", live.sum().item()), ("rows per chunk", chunk),

@@ -111,7 +111,7 @@ def _own_dtypes(function):
 
 
 def _fits(hidden, weight, bias, targets, temperature, chunk, **per_row):
-    """What the public functions have checked, for whoever calls a registered op; ``per_row``: numbers for each target, or None."""
+    """Repeat what the public functions have checked, for whoever calls a registered op; ``per_row``: numbers for each target, or None."""
     if weight.dim() != 2 or targets.dim() != 1 or chunk < 1 or hidden.shape != (targets.shape[0], weight.shape[1]):
         raise ValueError(f"linear_stats: weight has shape {tuple(weight.shape)}, hidden {tuple(hidden.shape)}, targets "
                          f"{tuple(targets.shape)}, chunk is {chunk}; expected [V, H], [T, H], [T] and a positive chunk")
@@ -137,7 +137,7 @@ class _Setting:
         self.head = weight, bias, self.softcap, logit_scale.item(), logits_dtype, self.shard
 
     def checked(self, hidden, direction, more):
-        """What the host can read: targets and temperatures; over a process group what its ranks share, and ``more()``: further facts, perhaps other sums."""
+        """Check what the host can read: targets, temperatures; over a process group what its ranks share, and ``more()``: further facts, perhaps other sums."""
         weight, bias, softcap, scale, dtype, shard = self.head
         arguments = self.targets, self.ignore_index, self.temperature, weight.shape[0], shard
         if shard is None:

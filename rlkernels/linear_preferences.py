@@ -138,7 +138,7 @@ class _Answers(NamedTuple):
     again: Callable  # live rows -> log-probabilities, by four products
 
     def sums(self, logp):
-        """Of each answer, ``[count]``; float64: a loss looks at small differences of large sums."""
+        """Sums of each answer, ``[count]``; float64: a loss looks at small differences of large sums."""
         return sums(logp.double(), self.live, self.offsets)
 
     def narrow(self, found):

@@ -130,8 +130,8 @@ def logits_policy_loss(logits, targets, old_logprobs, advantages, mask=None, *, 
             return policy_loss(stats[0].view(row.shape), old_logprobs, advantages, live, objective=objective, aggregation=aggregation, weights=weights,
                                ref_logprobs=ref_logprobs, kl=kl, kl_coef=kl_coef, entropy=stats[3].view(row.shape), entropy_coef=entropy_coef,
                                cu_seqlens=cu_seqlens, ratio_level=ratio_level, normalizers=normalizers, return_metrics=return_metrics, **params)
-        except (TypeError, ValueError, RuntimeError) as error:
-            if type(error) not in (TypeError, ValueError, RuntimeError):
+        except checks.NAMED as error:
+            if type(error) not in checks.NAMED:
                 raise
             raise checks.named(error, "policy_loss") from error
     everywhere = mask is None and weights is None and not isinstance(row.temperature, torch.Tensor)

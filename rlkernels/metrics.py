@@ -1,4 +1,4 @@
-"""What a trainer plots beside the loss: masked, detached, never a host synchronisation."""
+"""Metrics that a trainer plots beside the loss: masked, detached, never a host synchronisation."""
 import torch
 
 from rlkernels.segments import means, spread, sums

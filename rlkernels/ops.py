@@ -77,7 +77,7 @@ def _token_stats_grad(ctx, dlogp, dshift, dsum, dentropy, dsq, dmean, dtop1, dre
 
 
 def _divisor(temperature):
-    """What a context keeps of a temperature: the number itself, or the tensor to save."""
+    """The part of a temperature that a context keeps: the number itself, or the tensor to save."""
     return (temperature, None) if isinstance(temperature, float) else (None, temperature)
 
 

@@ -12,7 +12,7 @@ from rlkernels.agreement import gathered
 
 
 class Shard(NamedTuple):
-    """Which columns of the logits are here. ``group``: the process group's name, by which an op can find it."""
+    """The columns of the logits that are here. ``group``: the process group's name, by which an op can find it."""
 
     group: str
     start: int
@@ -43,7 +43,7 @@ def shard(where, weight, process_group, vocab_start, valid_vocab):
 
 
 def absent(dtype):
-    """What stands in the column behind a shard's own: below every logit but -inf, so that a row of -inf is told from a row with a NaN."""
+    """The number that stands in the column behind a shard's own: below every logit but -inf, so that a row of -inf is told from a row with a NaN."""
     return torch.finfo(dtype).min
 
 

@@ -21,7 +21,7 @@ _TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 def gradient_wanted(arguments):
-    """Whether autograd records a call with these arguments; None where the dispatcher must see the call."""
+    """Tell whether autograd records a call with these arguments; None where the dispatcher must see the call."""
     if _included is None or _included().raw_repr() not in _PLAIN:
         return None
     wanted = False
@@ -42,7 +42,7 @@ def gradient_wanted(arguments):
 
 
 def has_values(x):
-    """Whether a tensor has values here and now: not in a compiled, traced, transformed or fake program."""
+    """Tell whether a tensor has values here and now: not in a compiled, traced, transformed or fake program."""
     if type(x) not in _TYPES and not torch.compiler.is_compiling() and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
         x = x.as_subclass(torch.Tensor)  # a subclass that only adds to a tensor, as another name or a method
     return not torch.compiler.is_compiling() and gradient_wanted((x,)) is not None
@@ -64,7 +64,7 @@ def number(x):
 
 
 def product(x, y):
-    """Of two run-time numbers; in a graph a 0-d tensor, because torch 2.11 compiles a graph for each value of a number times a size (F141)."""
+    """Multiply two run-time numbers; in a graph a 0-d tensor, because torch 2.11 compiles a graph for each value of a number times a size (F141)."""
     return number(x) * number(y) if torch.compiler.is_compiling() and not isinstance(x, torch.Tensor) else x * y
 
 
@@ -91,5 +91,5 @@ def values(x):
 
 
 def on_device(x):
-    """Whether run-time numbers came as a tensor that no host knows."""
+    """Tell whether run-time numbers came as a tensor that no host knows."""
     return isinstance(x, torch.Tensor) and x.device.type != "cpu"

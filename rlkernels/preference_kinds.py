@@ -1,4 +1,4 @@
-"""What each preference loss is made of: a table from its name to objectives of one number per pair."""
+"""The parts of each preference loss: a table from its name to objectives of one number per pair."""
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -164,4 +164,4 @@ KINDS = {
     "orpo_odds_ratio": Kind(_odds_ratio, averages=True, reference=False),
 }
 SEPARABLE = {name: kind.separable for name, kind in KINDS.items()}
-"""Whether a batch may be cut into chunks of pairs."""
+"""Name of a loss to the answer whether its batch may be cut into chunks of pairs."""

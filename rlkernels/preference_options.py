@@ -35,7 +35,7 @@ class PreferenceOptions(NamedTuple):
     pair_weights: torch.Tensor | None = None
 
     def separable(self):
-        """Whether the loss of a pair depends on that pair alone: then a batch may be cut into parts."""
+        """Tell whether the loss of a pair depends on that pair alone: then a batch may be cut into parts."""
         return all(kind.separable for kind in self.kinds)
 
     def needs_reference(self):

@@ -10,7 +10,7 @@ from rlkernels.backends import cpu_gemm
 from rlkernels.backends.eager import real_dtype
 
 BLOCK_BYTES = 16 * 2**20
-"""Of the weight, widened at a time."""
+"""The part of the weight that is widened at a time."""
 
 
 def products(weight, logits_dtype):

@@ -1,4 +1,4 @@
-"""How an op becomes known to torch: its schema, its fake, its autograd formula, and the way past the dispatcher; how a loss keeps its gradients.
+"""The registration of an op with torch: its schema, its fake, its autograd formula, and the way past the dispatcher; how a loss keeps its gradients.
 
 A call with plain tensors outside of every mode goes straight to the implementation, with the same autograd formula (``plain.py``); any
 other call takes the registered op.
@@ -18,7 +18,7 @@ _calls = Counter()
 
 
 def calls():
-    """How often each ``(op, backend)`` has run in this process; a snapshot."""
+    """Counts of how often each ``(op, backend)`` has run in this process; a snapshot."""
     return Counter(_calls)
 
 
@@ -27,8 +27,8 @@ def run(op, backend, *arguments):
     _calls[op, backend] += 1
     try:
         return getattr(BACKENDS[backend], op)(*arguments)
-    except (IndexError, ValueError, TypeError, RuntimeError) as error:  # a backend reads values and sees layouts, and does not know the function's name
-        if type(error) not in (IndexError, ValueError, TypeError, RuntimeError):  # as torch.OutOfMemoryError, and what a kernel lacks
+    except checks.NAMED as error:  # a backend reads values and sees layouts, and does not know the function's name
+        if type(error) not in checks.NAMED:
             raise
         raise checks.named(error, op, op) from error
 

@@ -82,8 +82,8 @@ def per_token(where, name, x, like, offsets):
 
 
 def _one_token_each(offsets):
-    """Whether every sequence is known to be one token long."""
-    return checks_tokens.host_reads(offsets) and bool((offsets.diff() == 1).all())
+    """Tell whether every sequence is known to be one token long."""
+    return checks.host_reads(offsets) and bool((offsets.diff() == 1).all())
 
 
 def _checked(where, values, mask, cu_seqlens):

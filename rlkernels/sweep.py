@@ -61,7 +61,7 @@ class Found(NamedTuple):
 
 
 class _Sweep:
-    """What both sweeps share: the buffer, the sums, and the outputs per row."""
+    """State that both sweeps share: the buffer, the sums, and the outputs per row."""
 
     def __init__(self, head, needs, rows, size, largest):
         self.head, self.needs = head, needs
@@ -106,7 +106,7 @@ class _Sweep:
 
 
 def _power_of_two(largest, head):
-    """What brings ``largest`` to between 1 and 2, as a tensor that no host reads."""
+    """The power of two that brings ``largest`` to between 1 and 2, as a tensor that no host reads."""
     largest = head.hidden.new_full((), largest, dtype=head.real) if isinstance(largest, float) else largest
     usable = (largest > 0) & (largest < torch.inf)
     return torch.exp2(-torch.floor(torch.log2(torch.where(usable, largest, 1.0))))

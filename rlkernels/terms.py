@@ -33,7 +33,7 @@ def _is_policy(entry):
 
 
 class Share(NamedTuple):
-    """What a token of a weighted sum weighs: ``weight`` (None: 1; bool: 1 or 0) times ``share``, divided by the count ``total``."""
+    """The weight of a token in a weighted sum: ``weight`` (None: 1; bool: 1 or 0) times ``share``, divided by the count ``total``."""
 
     weight: torch.Tensor | None
     total: torch.Tensor | None = None
@@ -46,7 +46,7 @@ def live_tokens(where, like, mask):
 
 
 def every_token(like, live):
-    """What ``some_tokens`` found, as a tensor in any case."""
+    """The result of ``some_tokens`` as a tensor in any case."""
     return torch.ones_like(like, dtype=torch.bool, requires_grad=False, memory_format=torch.contiguous_format) if live is None else live
 
 
@@ -59,7 +59,7 @@ def some_tokens(where, like, mask):
 
 
 def _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
-    """Whether the weights are those of a plain mean over the live tokens."""
+    """Tell whether the weights are those of a plain mean over the live tokens."""
     return weights is None and aggregation == "token-mean" and not normalizers and cu_seqlens is None
 
 
@@ -97,7 +97,7 @@ def of_sums(aggregation, weights):
 
 
 def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers):
-    """What each token weighs in every term of a loss: objective, KL and entropy alike; 0 on dead tokens. ``cu_seqlens``: of ``checks_tokens.rows``.
+    """The weight of each token in every term of a loss: objective, KL and entropy alike; 0 on dead tokens. ``cu_seqlens``: of ``checks_tokens.rows``.
 
     One vector for all terms, because each must be the same whether a batch comes whole or in micro-batches.
     """
@@ -127,7 +127,7 @@ def share_of(where, like, live, aggregation, weights, cu_seqlens, normalizers):
 
 
 def present(coefficient):
-    """Whether a term takes part. A tensor may hold a 0, which only the device knows: its term is made, and weighs nothing."""
+    """Tell whether a term takes part. A tensor may hold a 0, which only the device knows: its term is made, and weighs nothing."""
     return isinstance(coefficient, torch.Tensor) or coefficient != 0
 
 

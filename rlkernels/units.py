@@ -1,4 +1,4 @@
-"""How the rows of a head are laid out for losses of whole sequences or pairs: which rows belong to a unit, and which units share a chunk."""
+"""The order of a head's rows for losses of whole sequences or pairs: which rows belong to a unit, and which units share a chunk."""
 from typing import NamedTuple
 
 import torch
@@ -35,11 +35,11 @@ class Units(NamedTuple):
             first = last
 
     def moves(self, first):
-        """Whether the units of the chunk that begins with ``first`` may have a gradient."""
+        """Tell whether the units of the chunk that begins with ``first`` may have a gradient."""
         return self.moving is None or first < self.moving
 
     def cu_seqlens(self, first, last):
-        """Of the sequences of units ``first`` to ``last``."""
+        """Offsets of the sequences of units ``first`` to ``last``."""
         per_unit = (self.offsets.shape[0] - 1) // max(len(self.ends) - 1, 1)
         offsets = self.offsets[first * per_unit:last * per_unit + 1]
         return offsets - offsets[:1]

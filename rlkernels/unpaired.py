@@ -21,7 +21,7 @@ class UnpairedOptions(NamedTuple):
     baseline: torch.Tensor | float
 
     def separable(self):
-        """Whether the loss of an answer depends on that answer alone: then a batch may be cut into parts."""
+        """Tell whether the loss of an answer depends on that answer alone: then a batch may be cut into parts."""
         return self.loss_type != "kto_paired_batch"
 
 

@@ -11,7 +11,7 @@ from rlkernels.segments import groups_of, real_dtype, segment_ids, token_counts
 
 
 class _Rows(NamedTuple):
-    """What a mode may divide by. ``tokens``: live tokens per row, flat, float64."""
+    """Counts that a mode may divide by. ``tokens``: live tokens per row, flat, float64."""
 
     tokens: torch.Tensor
     count_empty: bool
@@ -31,7 +31,7 @@ class _Rows(NamedTuple):
         return self.tokens.shape[0] if self.num_sequences is None else self.num_sequences
 
     def counted(self, tokens):
-        """How many of the rows or groups that hold ``tokens`` count in a mean over them."""
+        """The number of rows or groups holding ``tokens`` that count in a mean over them."""
         if self.num_sequences is not None:
             return self.num_sequences
         return (tokens > 0).sum().double()
@@ -125,8 +125,7 @@ AGGREGATIONS = tuple(_MODES)
 def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, dp_size=1, scale=1.0, dtype=torch.float32, **normalizers):
     """``token_weights`` on behalf of the public function ``where``, whose name the errors carry; ``cu_seqlens``: of ``checks_tokens.rows``."""
     checks.choice(where, "aggregation", mode, AGGREGATIONS)
-    if type(count_empty_rows).__name__ not in ("bool", "bool_"):
-        raise TypeError(f"{where}: count_empty_rows must be True or False, got {type(count_empty_rows).__name__}")
+    count_empty_rows = checks.flag(where, "count_empty_rows", count_empty_rows)
     if dtype not in checks.FLOATS:
         raise TypeError(f"{where}: dtype must be one of {checks.FLOAT_NAMES}, got {dtype!r}")
     weight, required, optional, needs_rows = _MODES[mode]
@@ -161,7 +160,7 @@ def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, d
 
 
 def token_mean(where, live, dtype):
-    """What ``weights_for`` gives for a token mean of bool ``live`` without normalisers, cu_seqlens or checks of them: 12 us instead of 40."""
+    """Weights as ``weights_for`` gives them for a token mean of bool ``live`` without normalisers, cu_seqlens or checks of them: 12 us instead of 40."""
     checks_tokens.rows(where, "mask", live, None)
     # 1 / 0 meets no live token.
     return torch.where(live, live.sum(dtype=torch.float64).reciprocal().to(dtype), 0.0)

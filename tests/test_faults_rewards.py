@@ -6,7 +6,7 @@ import torch
 from present_backends import on_each_backend  # noqa: F401  (a fixture)
 
 import rlkernels as rlk
-from rlkernels import checks_tokens
+from rlkernels import checks
 
 IDS = torch.tensor([7, 7, 7, 3, 3, 7, 3])
 
@@ -47,7 +47,7 @@ def test_F130_rewards_that_are_not_negative_keep_their_advantages():
 
 
 def unread(monkeypatch):
-    monkeypatch.setattr(checks_tokens, "host_reads", lambda x: False)
+    monkeypatch.setattr(checks, "host_reads", lambda x: False)
 
 
 @pytest.mark.parametrize("baseline", ["mean", "leave-one-out", "batch-mean", None], ids=str)

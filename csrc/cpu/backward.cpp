@@ -11,7 +11,7 @@ void write_gradient(const Batch& batch, const RowKernels& kernels, int64_t r, vo
   const double temperature = batch.temperature_of(r), shift = state.shift, sum = state.sum_exp, log_sum = std::log(sum);
   const bool inside = batch.supports(r, y);
   const double dlogp = inside ? upstream.logp : 0;  // a target outside the support moves nothing
-  if (dlogp == 0 && upstream.entropy == 0 && upstream.kl == 0) {  // nor does it where the row holds NaN: 0 times NaN is NaN
+  if (dlogp == 0 && upstream.entropy == 0 && upstream.kl == 0) {  // the row is not read: 0 times its NaN would be NaN
     std::memset(out, 0, size_t(batch.columns * batch.bytes()));
     return;
   }
@@ -57,10 +57,7 @@ void token_stats_backward(const Batch& batch, const BackwardInputs& in, const La
     const Upstream upstream{double(get(in.dlogp)), double(get(in.dentropy)), double(get(in.dkl))};
     void* to = out.row(r, batch.bytes());
     // A dead row is not read, so nothing in it can reach the loss; but its gradient must be written, or it is garbage.
-    if (batch.target(r) == batch.ignore_index || (upstream.logp == 0 && upstream.entropy == 0 && upstream.kl == 0)) {
-      std::memset(to, 0, size_t(batch.columns * batch.bytes()));
-      return;
-    }
+    if (batch.target(r) == batch.ignore_index) return (void)std::memset(to, 0, size_t(batch.columns * batch.bytes()));
     const RowState<Real> state{0, get(in.shift), get(in.sum_exp), get(in.entropy), get(in.ref_shift), get(in.ref_sum_exp), get(in.kl)};
     write_gradient(batch, kernels, r, to, state, upstream, stream);
   });

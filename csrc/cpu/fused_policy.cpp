@@ -54,12 +54,7 @@ Real fused_policy(const Batch& batch, const PolicyInputs& in, const PolicyOutput
     put(out.sum_exp, state.sum_exp);
     put(out.entropy, state.entropy);
     put(out.dlogp, dlogp);
-    if (!to) return;
-    if (dlogp == 0 && entropy_weight == 0) {
-      std::memset(to, 0, size_t(batch.columns * batch.bytes()));
-    } else {
-      write_gradient(batch, kernels, r, to, state, {double(dlogp), -double(entropy_weight), 0}, stream);
-    }
+    if (to) write_gradient(batch, kernels, r, to, state, {double(dlogp), -double(entropy_weight), 0}, stream);
   });
   double total = 0;
   for (const double loss : losses) total += loss;  // in row order, whichever thread computed what

@@ -1,4 +1,4 @@
-"""Which backend serves which op here, and why one is absent."""
+"""The choice of a backend: which one serves which op here, and why one is absent."""
 import contextlib
 import importlib
 import importlib.util
@@ -31,7 +31,7 @@ _present = set()  # accelerator backends that have been found: looking for Trito
 
 
 def interpreted():
-    """Whether Triton runs kernels on CPU tensors (``TRITON_INTERPRET=1``), which is how they are proven without a GPU."""
+    """Tell whether Triton runs kernels on CPU tensors (``TRITON_INTERPRET=1``), which is how they are proven without a GPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -132,7 +132,7 @@ class use_backend(contextlib.ContextDecorator):
 
 
 def backends():
-    """Which backend serves which op on which device here, and the reason where a backend is absent.
+    """Tell which backend serves which op on which device here, and the reason where a backend is absent.
 
     Returns:
         ``{"serves": {device: {op: backend}}, "absent": {backend: reason}}``, for the devices ``cpu`` and, where torch sees one, ``cuda`` or ``xpu``;

@@ -1,4 +1,4 @@
-"""What the build said of a compiled module that is absent."""
+"""The build's words on a compiled module that is absent."""
 from pathlib import Path
 
 

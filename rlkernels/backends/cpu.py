@@ -78,7 +78,7 @@ def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ign
     batch = _batch(logits, targets, temperature, ignore_index, vocab_mask, ref_logits)
     gradient = _gradient(where, logits, targets, out)
     _cpu.token_stats_backward(batch, at, gate.place(gradient))
-    return gradient if out is None or gradient is out else out.copy_(gradient.view(out.shape))
+    return gate.stored(gradient, out)
 
 
 def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp,
@@ -96,9 +96,7 @@ def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_ma
     gradient = _gradient(where, logits, targets, out) if with_grad else logits.new_empty(0, 0)
     loss = _cpu.fused_policy(batch, objective, at[4:], params, at[0], at[1], kl, at[2], at[3], gate.addresses(outputs),
                              gate.place(gradient) if with_grad else NOWHERE)
-    if with_grad and out is not None and gradient is not out:
-        gradient = out.copy_(gradient.view(out.shape))
-    return like.new_full((), loss), gradient, *outputs
+    return like.new_full((), loss), gate.stored(gradient, out if with_grad else None), *outputs
 
 
 def elementwise(objective, columns, params, weight):
@@ -137,6 +135,8 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
 def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
     kernel = _kernel(GAE, "rewards", rewards)
     rewards, values, mask, cu_seqlens = gate.scan("gae", rewards, values, mask, cu_seqlens)
+    if cu_seqlens is not None:
+        cu_seqlens = gate.offsets("gae", cu_seqlens, rewards.shape[0])
     segments, length = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, rewards.shape[0])
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     kernel(gate.address(rewards), gate.address(values), gate.address(mask), gate.address(cu_seqlens), segments, length, gamma, lam, MASKED[masked],
@@ -146,12 +146,9 @@ def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
 
 def _kernel(kernels, what, first):
     """The one for columns of this dtype."""
-    kernel = kernels.get(first.dtype)
-    if kernel is None:
-        raise NotImplementedError(f"{what} of dtype {first.dtype} are not supported by backend 'cpu'; cast to float32 or use_backend(\"eager\")")
     if not first.is_cpu:
         raise RuntimeError(f"backend 'cpu' got {what} on {first.device}; move them, or leave use_backend")
-    return kernel
+    return eager.column_kernel("cpu", what, first.dtype, kernels)
 
 
 def _rows(where, logits, targets, temperature, vocab_mask, ref_logits):
@@ -176,7 +173,7 @@ def _per_row(where, names, tensors, logits, targets):
 
 
 def _batch(logits, targets, temperature, ignore_index, vocab_mask, ref_logits):
-    """What passed the gate, as numbers; the targets and temperatures are copied, and looked at."""
+    """The batch that passed the gate, as numbers; the targets and temperatures are copied, and looked at."""
     per_row = isinstance(temperature, torch.Tensor)
     mask_stride = 0 if vocab_mask is None or vocab_mask.dim() == 1 else vocab_mask.stride()[0]
     return _cpu.Batch(DTYPES[logits.dtype], targets.shape[0], logits.shape[-1], gate.place(logits), NOWHERE if ref_logits is None else gate.place(ref_logits),
@@ -185,7 +182,7 @@ def _batch(logits, targets, temperature, ignore_index, vocab_mask, ref_logits):
 
 
 def _gradient(where, logits, targets, out):
-    """Where the gradient of the logits is written: ``out``, unless there is none or it lies in a way that kernels do not write."""
+    """The place of the gradient of the logits: ``out``, unless there is none or it lies in a way that kernels do not write."""
     shape = targets.shape[0], logits.shape[-1]
     found = None if out is None else gate.writable(where, out, (logits.dtype,), shape, logits.device)
     if found is not None:

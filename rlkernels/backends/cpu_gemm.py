@@ -10,17 +10,17 @@ from rlkernels.backends.cpu import _cpu
 
 
 def available():
-    """Whether this machine, this build and ``RLKERNELS_CPU_ISA`` have AVX512_BF16."""
+    """Tell whether this machine, this build and ``RLKERNELS_CPU_ISA`` have AVX512_BF16."""
     return _cpu is not None and _cpu.gemm_available()
 
 
 def fp32_available():
-    """Whether this machine, this build and ``RLKERNELS_CPU_ISA`` have AVX-512."""
+    """Tell whether this machine, this build and ``RLKERNELS_CPU_ISA`` have AVX-512."""
     return _cpu is not None and _cpu.gemm_f32_available()
 
 
 def fp32_preferred():
-    """Whether the fp32 product is also the quicker one: on processors of AMD. MKL knows those of its own maker best."""
+    """Tell whether the fp32 product is also the quicker one: on processors of AMD. MKL knows those of its own maker best."""
     return _cpu is not None and _cpu.gemm_f32_preferred()
 
 

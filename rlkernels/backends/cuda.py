@@ -53,11 +53,11 @@ def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ign
     per_row = gate.of_backward(where, dlogp, dentropy, dkl, ref_logits, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl)
     per_row, at = _addresses(where, gate.BACKWARD, per_row, logits, targets)
     unless = None if unless is None else gate.taken(where, "unless", unless, torch.float32, (), logits.device)
-    gradient, given = _gradient(where, logits, targets, out)
-    if out is not None and not given and unless is not None:
+    gradient = _gradient(where, logits, targets, out)
+    if unless is not None and gradient is not out:
         gradient.copy_(out.view(gradient.shape))  # what stays as it is must be there
     _cuda.token_stats_backward(_rows(*taken, ignore_index), [*at, gate.address(unless)], gate.place(gradient), DTYPES[gradient.dtype], *_where(logits))
-    return gradient if out is None or given else out.copy_(gradient.view(out.shape))
+    return gate.stored(gradient, out)
 
 
 def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp,
@@ -78,14 +78,14 @@ def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_ma
     # Per call, not kept: two streams must not share a ticket. The count of finished rows lies behind their losses.
     losses = _per_row(logits, tokens + 1, torch.float64)
     loss = _scalar(logits, tokens)
-    gradient, given = _gradient(where, logits, targets, out) if with_grad else (logits.new_empty((0, 0)), True)
+    gradient = _gradient(where, logits, targets, out) if with_grad else logits.new_empty((0, 0))
     if tokens:
         losses_at = gate.address(losses)
         _cuda.fused_policy(
             _rows(*taken, ignore_index), objective, at[4:], params, at[0], at[1], kl or "", at[2], at[3],
             [*gate.addresses(outputs), losses_at, losses_at + 8 * tokens, gate.address(loss)], gate.place(gradient) if with_grad else NOWHERE,
             DTYPES[gradient.dtype], *_where(logits))
-    return loss, gradient if out is None or given else out.copy_(gradient.view(out.shape)), *outputs
+    return loss, gate.stored(gradient, out if with_grad else None), *outputs
 
 
 def elementwise(objective, columns, params, weight):
@@ -93,7 +93,7 @@ def elementwise(objective, columns, params, weight):
     if objective not in _cuda.OBJECTIVES:
         return eager.elementwise(objective, columns, params, weight)
     first = columns[0]
-    kernel = eager.column_kernel("cuda", "columns", first.dtype, _cuda.elementwise_f32, _cuda.elementwise_f64)
+    kernel = eager.column_kernel("cuda", "columns", first.dtype, {torch.float32: _cuda.elementwise_f32, torch.float64: _cuda.elementwise_f64})
     at = _cuda.addresses(first.dtype, first, weight, *columns)
     if at is None:
         weight, *columns = gate.weighted_columns("elementwise", weight, columns)
@@ -110,7 +110,7 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
     _available_or_raise()
     if objective not in _cuda.OBJECTIVES:
         return eager.weighted_loss(objective, first, minus, others, params, weight, total, share)
-    kernel = eager.column_kernel("cuda", "columns", first.dtype, _cuda.weighted_loss_f32, _cuda.weighted_loss_f64)
+    kernel = eager.column_kernel("cuda", "columns", first.dtype, {torch.float32: _cuda.weighted_loss_f32, torch.float64: _cuda.weighted_loss_f64})
     columns, masked = [first, *minus, *others], weight is not None and weight.dtype is torch.bool
     at = _cuda.addresses(first.dtype, first, None if masked else weight, *columns)
     mask = _cuda.addresses(torch.bool, first, weight) if masked else (0,)
@@ -129,7 +129,7 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
 
 
 def _parts(first, n):
-    """What the blocks leave for the last one, with the count of those that are done behind it; None for one block. Per call: streams must not share it."""
+    """Parts that the blocks leave for the last one, and behind them the count of those done; None for one block. Per call: streams must not share it."""
     count = _cuda.elementwise_parts(n)
     return None if count <= 1 else _per_row(first, count + 1, torch.float64)
 
@@ -141,7 +141,7 @@ def _places(parts):
 
 def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
     _available_or_raise()
-    kernel = eager.column_kernel("cuda", "rewards", rewards.dtype, _cuda.gae_f32, _cuda.gae_f64)
+    kernel = eager.column_kernel("cuda", "rewards", rewards.dtype, {torch.float32: _cuda.gae_f32, torch.float64: _cuda.gae_f64})
     rewards, values, mask, cu_seqlens = gate.scan("gae", rewards, values, None if masked == "none" else mask, cu_seqlens)
     if cu_seqlens is not None:
         cu_seqlens = gate.offsets("gae", cu_seqlens, rewards.shape[0])
@@ -185,7 +185,7 @@ def _addresses(where, names, tensors, logits, targets):
 
 
 def _rows(logits, targets, temperature, vocab_mask, ref_logits, ignore_index):
-    """What passed the gate, as numbers."""
+    """The rows that passed the gate, as numbers."""
     per_row = isinstance(temperature, torch.Tensor)
     mask_stride = 0 if vocab_mask is None or vocab_mask.dim() == 1 else vocab_mask.stride(0)
     return _cuda.Rows(DTYPES[logits.dtype], targets.shape[0], logits.shape[-1], gate.place(logits), NOWHERE if ref_logits is None else gate.place(ref_logits),
@@ -194,11 +194,11 @@ def _rows(logits, targets, temperature, vocab_mask, ref_logits, ignore_index):
 
 
 def _gradient(where, logits, targets, out):
-    """Where the gradient of the logits is written, and whether that is ``out``: not where there is none, or its layout is not one that kernels write."""
+    """The place of the gradient of the logits: ``out``, unless there is none or its layout is not one that kernels write."""
     shape = targets.shape[0], logits.shape[-1]
     dtypes = tuple(DTYPES) if logits.dtype == torch.float32 else (logits.dtype,)
     found = None if out is None else gate.writable(where, out, dtypes, shape, logits.device)
-    return (logits.new_empty(shape, dtype=logits.dtype if out is None else out.dtype), False) if found is None else (found, True)
+    return logits.new_empty(shape, dtype=logits.dtype if out is None else out.dtype) if found is None else found
 
 
 def _per_row(like, count, dtype=torch.float32):
@@ -206,5 +206,5 @@ def _per_row(like, count, dtype=torch.float32):
 
 
 def _scalar(like, count, dtype=torch.float32):
-    """Where a kernel over ``count`` rows leaves its sum; without rows there is no kernel, and the sum is 0."""
+    """Memory in which a kernel over ``count`` rows leaves its sum; without rows there is no kernel, and the sum is 0."""
     return (torch.empty if count else torch.zeros)((), dtype=dtype, device=like.device)

@@ -59,9 +59,9 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
     return loss, slopes
 
 
-def column_kernel(backend, what, dtype, f32, f64):
-    """A backend's kernel over columns of this dtype."""
-    kernel = {torch.float32: f32, torch.float64: f64}.get(dtype)
+def column_kernel(backend, what, dtype, kernels):
+    """A backend's kernel over columns of this dtype; ``kernels``: dtype to kernel."""
+    kernel = kernels.get(dtype)
     if kernel is None:
         raise NotImplementedError(f"{what} of dtype {dtype} are not supported by backend {backend!r}; cast to float32 or use_backend(\"eager\")")
     return kernel

@@ -6,12 +6,13 @@ holds on to what he gets back until the kernel has run. Anything else raises. Wh
 """
 import torch
 
+from rlkernels.checks import KEPT_ELSEWHERE
 from rlkernels.checks_tokens import read_offsets
 from rlkernels.objectives.cxx import digest
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-INTERFACE = "0.1.0/2"
-"""What ``csrc/interface.h`` says too: the package's version, and a number that rises with every change of what crosses."""
+INTERFACE = "0.1.0/3"
+"""The text that ``csrc/interface.h`` holds too: the package's version, and a number that rises with every change of what crosses."""
 
 
 def disagreement(module):
@@ -32,8 +33,7 @@ def own(where, name, x):
     """
     if type(x) not in PLAIN:
         if type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-            raise TypeError(f"{where}: {name} is a {type(x).__name__}, a tensor subclass that keeps its data in other tensors; pass a plain tensor, such as "
-                            "its dequantize(), to_local() or full_tensor()")
+            raise TypeError(f"{where}: {name} is a {type(x).__name__}, {KEPT_ELSEWHERE}")
         x = x.as_subclass(torch.Tensor)
     if x.layout != torch.strided:
         raise TypeError(f"{where}: {name} has layout {x.layout}, expected a dense strided tensor; call to_dense() first")
@@ -149,7 +149,7 @@ def _mask(where, mask, shape, device):
 
 
 def writable(where, out, dtypes, shape, device):
-    """Where a gradient of rows goes: ``out`` itself, or None where its layout is not one that kernels write: then it takes a copy.
+    """The place of a gradient of rows: ``out`` itself, or None where its layout is not one that kernels write: then it takes a copy.
 
     Raises:
         RuntimeError: two elements of ``out`` share memory: one would be lost to the other.
@@ -163,6 +163,11 @@ def writable(where, out, dtypes, shape, device):
             raise RuntimeError(f"{where}: the gradient goes to memory that overlaps, of shape {tuple(out.shape)} with strides {out.stride()}; pass a clone")
         reach = stride * size
     return out if out.dim() in (2, 3) and (out.stride()[-1] == 1 or shape[1] == 1) and not out.is_neg() else None
+
+
+def stored(gradient, out):
+    """The gradient, copied to ``out`` where that is another place than the one that it was written to."""
+    return gradient if out is None or gradient is out else out.copy_(gradient.view(out.shape))
 
 
 def _integers(where, cu_seqlens):
@@ -205,7 +210,7 @@ def matrix(where, name, x, dtypes):
 
 
 def address(x):
-    """Where a tensor begins; 0 for None, and for one without elements.
+    """The address at which a tensor begins; 0 for None, and for one without elements.
 
     Raises:
         TypeError: the tensor keeps its elements in a way of its own.

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def conditions() -> list[str]:
-    """What a reader of the times must know of this machine now."""
+    """Facts of this machine now that a reader of the times must know."""
     remarks = []
     reason = rlkernels.backends()["absent"].get("cpu")
     if reason:

@@ -40,7 +40,7 @@ def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def small_cases(device: object, peers: dict[str, Callable], compile_too: bool, wanted: list[str], scale: int = 1) -> list[tuple[str, Callable]]:
-    """What makes each of the small cases; ``scale`` divides their sizes, for tests."""
+    """Makers of the small cases; ``scale`` divides their sizes, for tests."""
     d = device.device
     makers: list[tuple[str, Callable[[], Case]]] = [
         ("policy_loss", lambda: bench_gpu_small.policy_loss(d, compile_too, (64, 2048 // scale))),

@@ -93,7 +93,7 @@ class Cuda:
 
 
 def count_launches(names: list[str]) -> dict[str, int] | None:
-    """What ran on the device, by kind, from the names that the profiler gives."""
+    """Work on the device, by kind, from the names that the profiler gives."""
     ran = [n for n in names if not ANNOTATION.match(n)]
     if not ran:
         return None

@@ -1,4 +1,4 @@
-"""What is measured on an accelerator: buffers that rotate past the cache, and the float64 truth on sampled rows."""
+"""Problems that are measured on an accelerator: buffers that rotate past the cache, and the float64 truth on sampled rows."""
 from dataclasses import dataclass
 
 import torch
@@ -150,7 +150,7 @@ class Judge:
         return {name: (x.detach()[self.rows].double() - getattr(self.truth, name)).abs().max().item() for name, x in quantities.items()}
 
     def gradient(self, grad: Tensor, which: str, rows: Tensor | None = None, scale: float = 1.0) -> dict[str, float]:
-        """Of ``dlogits``, against the truth named ``which``; ``rows`` selects among the checked ones, for peers that leave some out."""
+        """The error of ``dlogits`` against the truth named ``which``; ``rows`` selects among the checked ones, for peers that leave some out."""
         expected = getattr(self.truth, which) * scale
         index = self.rows
         if rows is not None:

@@ -1,4 +1,4 @@
-"""What a run on an accelerator is told as: faults, goals, tables and the JSON that is rewritten as each case ends."""
+"""The report of a run on an accelerator: faults, goals, tables and the JSON that is rewritten as each case ends."""
 import hashlib
 import json
 import os
@@ -16,7 +16,7 @@ NUMBERS_DIFFER = {"logp": 1e-2, "entropy": 1e-2, "kl": 1e-2, "ref_logp": 1e-2, "
 
 
 def faults(case: Case) -> list[str]:
-    """What is wrong with our own entries; empty when all is right.
+    """Faults of our own entries; empty when all is right.
 
     A row quantity may err twice as far as torch's fp32 path, plus the case's slack; a gradient 5 % more than the one rounding to its dtype. One
     that comes out of a product half as much again: matrix units take the gradient of the logits rounded once before.

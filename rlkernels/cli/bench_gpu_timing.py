@@ -188,7 +188,7 @@ def measured(device, run: Callable[[], object], seconds: float) -> list[float]:
 
 @dataclass
 class Roofline:
-    """What this device did in this run: bytes per second of reading and of copying, operations per second of a matrix product."""
+    """Speeds of this device in this run: bytes per second of reading and of copying, operations per second of a matrix product."""
 
     read: float
     copy: float

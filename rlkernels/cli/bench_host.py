@@ -1,4 +1,4 @@
-"""What a call costs the host: losses so small that nothing else is measured, beside the same loss as a few operations of torch.
+"""The cost of a call for the host: losses so small that nothing else is measured, beside the same loss as a few operations of torch.
 
 The clock is the processor time of the calling thread, the only one at work: what other programs do meanwhile hardly changes it.
 """
@@ -57,7 +57,7 @@ def pairs() -> list[Pair]:
 
 
 def error(pair: Pair) -> float:
-    """Of our loss and gradients against torch in float64, relative to the largest value of each."""
+    """The error of our loss and gradients against torch in float64, relative to the largest value of each."""
     def both(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
         loss = function(*leaves)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]

@@ -97,5 +97,5 @@ def _spent(*_: object) -> None:
 
 
 def only(names: Sequence[str] | None) -> bool:
-    """Whether nothing else is asked for."""
+    """Tell whether nothing else is asked for."""
     return bool(names) and all(name in NAMES for name in names)

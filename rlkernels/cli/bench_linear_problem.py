@@ -124,7 +124,7 @@ def gradients(p: Problem, dlogp: Tensor, dentropy: Tensor | None = None) -> tupl
 
 
 def products(p: Problem, count: int = 3) -> Callable[[object], tuple[Tensor, Tensor]]:
-    """What cannot be avoided: the logits (again where they are formed again) and the two gradients, in the operands' dtype, results new."""
+    """Bytes that cannot be avoided: the logits (again where they are formed again) and the two gradients, in the operands' dtype, results new."""
     def run(_: object) -> tuple[Tensor, Tensor]:
         for _ in range(count - 2):
             d = p.hidden @ p.weight.T

@@ -1,4 +1,4 @@
-"""What a run of the fused head on a CPU is told as: a table per case, figures to reach per shape, JSON."""
+"""The report of a run of the fused head on a CPU: a table per case, figures to reach per shape, JSON."""
 
 from collections.abc import Sequence
 

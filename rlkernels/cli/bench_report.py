@@ -1,4 +1,4 @@
-"""What a run is told as: targets, table, JSON and plot."""
+"""The report of a run: targets, table, JSON and plot."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Target:
 
     @property
     def met(self) -> bool | None:
-        """None where a side of the comparison was not measured."""
+        """Tell whether the bound is met; None where a side of the comparison was not measured."""
         if self.value is None:
             return None
         return self.value >= self.bound if self.at_least else self.value <= self.bound

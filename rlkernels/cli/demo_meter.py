@@ -54,7 +54,7 @@ class Stopwatch:
 
 
 class _Shape:
-    """What is needed to make a tensor like the one that was seen, without keeping it alive."""
+    """Facts that are needed to make a tensor like the one that was seen, without keeping it alive."""
 
     def __init__(self, tensor):
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device

@@ -1,4 +1,4 @@
-"""What the demo says: the facts at the start, the verdict, the table, the picture and the record."""
+"""Words of the demo: the facts at the start, the verdict, the table, the picture and the record."""
 
 import json
 import math
@@ -51,7 +51,7 @@ class Result:
 
 
 def facts(device: str, docstrings: int, passages: int, vocabulary: int, parameters: int, size: dict) -> dict:
-    """What was trained on what, for the head of the terminal output and for the record."""
+    """Facts of the training, what was trained on what, for the head of the terminal output and for the record."""
     return {
         "versions": {"rlkernels": rlkernels.__version__, "python": platform.python_version(),
                      **{name: version(name) for name in ("torch", "trl", "transformers", "accelerate", "datasets", "tokenizers")}},

@@ -1,4 +1,4 @@
-"""What a figure must name: the machine, the versions and the exact sources that made it."""
+"""Names that a figure must bear: the machine, the versions and the exact sources that made it."""
 
 import contextlib
 import hashlib

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Ledger:
-    """How often each seam was served by our kernels, and how often, and why, a call went to the original instead.
+    """Counts of how often each seam was served by our kernels, and how often, and why, a call went to the original instead.
 
     ``strict``: an input outside our domain raises; otherwise it is handed to the original and counted.
     """
@@ -71,7 +71,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What ``patch`` did, one line per attribute; ``skipped`` holds a line, with the reason, for each seam that this host lacks."""
+    """The report of ``patch``, one line per attribute; ``skipped`` holds a line, with the reason, for each seam that this host lacks."""
 
     host: str
     replaced: tuple[str, ...] = ()

@@ -93,7 +93,7 @@ def unpatch() -> None:
 
 
 def status() -> PatchStatus:
-    """What is replaced now, and the calls and delegations counted since; the counts outlive ``unpatch`` until the next ``patch``."""
+    """The attributes that are replaced now, and the calls and delegations counted since; the counts outlive ``unpatch`` until the next ``patch``."""
     with _lock:
         held = [_seams.describe(site) for plan in _plans.values() for site in plan.sites if _held(site) is plan.replacement]
         return PatchStatus(tuple(held), dict(_ledger.calls), dict(_ledger.delegations))

@@ -52,5 +52,5 @@ def body(names):
 
 
 def digest(names=None):
-    """What tells a compiled module of these objectives from one of others; a comment or a docstring changes nothing."""
+    """A digest that tells a compiled module of these objectives from one of others; a comment or a docstring changes nothing."""
     return hashlib.sha256(body(builtin() if names is None else names).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Where an objective cannot move: a proof, from its source, that its derivative is 0 wherever one column is 0."""
+"""Rows in which an objective cannot move: a proof, from its source, that its derivative is 0 wherever one column is 0."""
 import ast
 import functools
 import operator
@@ -10,7 +10,7 @@ OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 def still_where_zero(name, column):
-    """Whether the derivative of objective ``name`` is 0 in every row where ``column`` is, all other columns and parameters being finite.
+    """Tell whether the derivative of objective ``name`` is 0 in every row where ``column`` is, all other columns and parameters being finite.
 
     False also where that cannot be shown.
     """

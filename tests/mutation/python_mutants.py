@@ -16,6 +16,9 @@ def _m(name, file, old, new, *faults, equivalent="", tests=None):
 
 
 MUTANTS = (
+    # the gate
+    _m("the scan's offsets are not looked at", "backends/cpu.py", 'cu_seqlens = gate.offsets("gae", cu_seqlens, rewards.shape[0])', "pass",
+       tests=(T + "test_faults_native.py::test_F121_the_scan_itself_refuses_offsets_that_point_elsewhere",)),
     # objectives
     _m("the larger side of the surrogate", "objectives/policy.py", "return -where(held < free, held, free), -where(held < free, 0.0, free)",
        "return -where(free < held, held, free), -where(free < held, 0.0, free)", 20),

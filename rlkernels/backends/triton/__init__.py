@@ -64,7 +64,7 @@ def inverse(temperature):
 
 
 class _Launch:
-    """What every kernel over rows takes: addresses and strides of logits, targets, temperature and mask."""
+    """Arguments of every kernel over rows: addresses and strides of logits, targets, temperature and mask."""
 
     def __init__(self, op, logits, targets, temperature, ignore_index, vocab_mask, ref_logits=None):
         logits, targets, temperature, vocab_mask, self.ref = gate.rows(op, logits, targets, temperature, vocab_mask, ref_logits, real_dtype(logits.dtype))
@@ -89,7 +89,7 @@ class _Launch:
         return gate.per_row(self.op, names, tensors, self.real, self.tokens, self.logits.device)
 
     def gradient(self, out, dtypes):
-        """Where the gradient of the logits is written: ``out``, unless there is none or its layout is not one that kernels write."""
+        """The place of the gradient of the logits: ``out``, unless there is none or its layout is not one that kernels write."""
         found = None if out is None else gate.writable(self.op, out, dtypes, self.shape, self.logits.device)
         return self.logits.new_empty(self.shape, dtype=None if out is None else out.dtype) if found is None else found
 
@@ -144,7 +144,7 @@ def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ign
                 shift if unless is None else unless, int(unless is not None),  # not a compile-time flag: no second variant of the kernel
                 LOGP_TERM=dlogp is not None, ENTROPY_TERM=dentropy is not None, KL_TERM=dkl is not None, ALIGN=align, OUT_ALIGN=out_align,
                 **at.flags)
-    return gradient if out is None or gradient is out else out.copy_(gradient.view(out.shape))
+    return gate.stored(gradient, out)
 
 
 def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp,
@@ -164,9 +164,7 @@ def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_ma
                 loss, logp, shift, total, entropy, dlogp, gradient if with_grad else logits, *out_place, WITH_GRAD=with_grad,
                 ENTROPY_TERM=entropy_weight is not None, KL_TERM=kl is not None, ALIGN=align, OUT_ALIGN=out_align,
                 AHEAD=at.config.ahead if align >= PER.value else 1, **at.flags)  # narrow loads are many without looking ahead
-    if with_grad and out is not None and gradient is not out:
-        gradient = out.copy_(gradient.view(out.shape))
-    return loss.sum(dtype=torch.float64).to(at.real), gradient, logp, shift, total, entropy, dlogp
+    return loss.sum(dtype=torch.float64).to(at.real), gate.stored(gradient, out if with_grad else None), logp, shift, total, entropy, dlogp
 
 
 def _numbers(params, real):

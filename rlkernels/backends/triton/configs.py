@@ -1,4 +1,4 @@
-"""How a row is divided: a table by operation, dtype and vocabulary, not an autotuner.
+"""The division of a row: a table by operation, dtype and vocabulary, not an autotuner.
 
 An autotuner runs a kernel several times, which corrupts one that writes in place, and may pick other bits on another day.
 ``override`` replaces entries for experiments. Not measured on hardware yet. Chosen for 16 bytes per thread and load, for several loads in

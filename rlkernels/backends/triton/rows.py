@@ -41,7 +41,7 @@ def columns(start, LANES: tl.constexpr):
 
 @triton.jit
 def kept_columns(mask, v, vocab, TAIL: tl.constexpr, MASKED: tl.constexpr):
-    """Which columns of a tile are in the support; True where there is neither tail nor mask."""
+    """The columns of a tile that are in the support; True where there is neither tail nor mask."""
     keep = v >= 0
     if TAIL:
         keep = v < vocab
