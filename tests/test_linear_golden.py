@@ -58,7 +58,7 @@ OPS = ("policy_loss", "nll_from_logp", "weighted_nll", "sft_loss", "token_logpro
 
 
 def expressible(case):
-    """Whether a head can stand for what the file gives: log-probabilities below 0, no entropy beside them, no columns taken out of the logits."""
+    """Tell whether a head can stand for what the file gives: log-probabilities below 0, no entropy beside them, no columns taken out of the logits."""
     x = case.tensors(torch.float64)
     if case.op not in OPS or "entropy" in x or "vocab_mask" in x or "logits" in x and x["logits"].dim() < 2 or case.expected.get("raises_or_nan"):
         return False
