@@ -1,4 +1,4 @@
-// Printed by `python -m rlkernels.codegen`; a test holds it fresh. Do not edit.
+// Printed by `python -m rlkernels.objectives.codegen`; a test holds it fresh. Do not edit.
 #pragma once
 #include "scalar.h"
 

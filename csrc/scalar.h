@@ -1,4 +1,4 @@
-// The C++ twins of rlkernels/_math.py, for host and device. Not named math.h: with -Icsrc it would shadow the system's <math.h>.
+// The C++ twins of rlkernels/objectives/functions.py, for host and device. Not named math.h: with -Icsrc it would shadow the system's <math.h>.
 #pragma once
 #include <cmath>
 #include <cstdint>

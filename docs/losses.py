@@ -1,8 +1,7 @@
 """Prints docs/losses.md from the registry: ``python docs/losses.py > docs/losses.md``; a test holds the page fresh."""
 import re
 
-from rlkernels import codegen
-from rlkernels.objectives import OBJECTIVES
+from rlkernels.objectives import OBJECTIVES, codegen
 
 HEAD = """# Objectives
 

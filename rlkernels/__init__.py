@@ -4,21 +4,21 @@ Log-probabilities and statistics of logits (``token_logprobs``, ``token_stats``)
 value, reward and preference losses, aggregations (``token_weights``, ``aggregate``), advantages (``gae``, ``group_advantages``).
 """
 from rlkernels import objectives
-from rlkernels.advantages import discounted_returns, gae, masked_whiten
+from rlkernels.advantages.gae import discounted_returns, gae, masked_whiten
+from rlkernels.advantages.group import group_advantages
+from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import backends, use_backend
-from rlkernels.groups import group_advantages
-from rlkernels.linear import linear_token_logprobs, linear_token_stats
-from rlkernels.linear_losses import linear_policy_loss, linear_sft_loss
-from rlkernels.linear_preferences import linear_dpo_loss, linear_unpaired_preference_loss
+from rlkernels.linear.policy_loss import linear_policy_loss, linear_sft_loss
+from rlkernels.linear.preference_loss import linear_dpo_loss, linear_unpaired_preference_loss
+from rlkernels.linear.token_stats import linear_token_logprobs, linear_token_stats
 from rlkernels.logprobs import TokenStats, token_logprobs, token_stats
-from rlkernels.losses import logits_policy_loss, policy_loss, value_loss
+from rlkernels.losses.policy import logits_policy_loss, policy_loss, value_loss
+from rlkernels.losses.preference import dpo_loss, length_desensitized_weights
+from rlkernels.losses.reward_model import pairwise_reward_loss, reward_scores
+from rlkernels.losses.sft import logprobs_sft_loss, sft_loss
+from rlkernels.losses.unpaired_preference import unpaired_preference_loss
 from rlkernels.objectives import objective
-from rlkernels.preferences import dpo_loss, length_desensitized_weights
-from rlkernels.rewards import pairwise_reward_loss, reward_scores
-from rlkernels.segments import broadcast_to_tokens, sequence_means, sequence_sums, spans_to_mask
-from rlkernels.supervised import logprobs_sft_loss, sft_loss
-from rlkernels.unpaired import unpaired_preference_loss
-from rlkernels.weights import aggregate, token_weights
+from rlkernels.sequences import broadcast_to_tokens, sequence_means, sequence_sums, spans_to_mask
 
 __version__ = "0.1.0"
 __all__ = [

@@ -4,7 +4,7 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import checks, ops
-from rlkernels.rows import matrix, rows
+from rlkernels.logits_layout import matrix, rows
 
 
 class TokenStats(NamedTuple):

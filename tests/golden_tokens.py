@@ -3,7 +3,7 @@ import torch
 from golden_adapter import Live, aggregation, expect
 
 import rlkernels as rlk
-from rlkernels.groups import broadcast_advantages
+from rlkernels.advantages.group import broadcast_advantages
 
 CONVENTIONS = {"none": "none", "zero_mask": "zero", "skip_observation": "skip"}
 

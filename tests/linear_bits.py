@@ -4,7 +4,7 @@ import json
 import torch
 
 import rlkernels as rlk
-from rlkernels.backends import cpu_gemm
+from rlkernels.backends import cpu_matmul
 
 SIZES = (64, 257, 100), (40, 96, 3001), (23, 1024, 1500)
 """Tokens, features, columns. With the first two of these MKL adds in another order on four threads; with the last in another chunk."""
@@ -46,9 +46,9 @@ def moved(ours, dtype, logits_dtype, tokens, features, columns):
 
 
 def main():
-    wide, found = cpu_gemm.fp32_preferred(), {}
+    wide, found = cpu_matmul.fp32_preferred(), {}
     for head, logits in DTYPES:
-        ours = {("bfloat16", "float32"): wide or cpu_gemm.available(), ("bfloat16", "bfloat16"): False}.get((head, logits), wide and head != "float64")
+        ours = {("bfloat16", "float32"): wide or cpu_matmul.available(), ("bfloat16", "bfloat16"): False}.get((head, logits), wide and head != "float64")
         found[f"{head} {logits}"] = ours, sorted({what for size in SIZES for what in moved(ours, getattr(torch, head), getattr(torch, logits), *size)})
     print(json.dumps(found))
 

@@ -4,7 +4,8 @@ import functools
 import torch
 from reference import draw_rows, same_bits
 
-from rlkernels import linear, ops
+from rlkernels import ops
+from rlkernels.linear import token_stats
 
 T, V, H = 6, 37, 8
 REAL = torch.float32
@@ -27,7 +28,7 @@ def _drawn():
 def _saved(backend):
     """What the backward passes of rows and of a head need of their forwards. Computed once: a launch of CUDA on the host takes 10 ms."""
     *_, rows, _, head = _drawn()
-    per_row, found = ops.token_stats(*rows, ops.ENTROPY | ops.KL, False, backend), linear.linear_stats(*head, ops.ENTROPY, backend)
+    per_row, found = ops.token_stats(*rows, ops.ENTROPY | ops.KL, False, backend), token_stats.linear_stats(*head, ops.ENTROPY, backend)
     return [per_row[k] for k in (1, 2, 3, 8, 9, 10)], found[1:4]
 
 
@@ -53,8 +54,8 @@ def op_calls(backend):
         "weighted_loss_backward": (ops.weighted_loss_backward, (torch.tensor(0.3), torch.stack([grid, values]), grid, values, None)),
         "gae": (ops.gae, (grid, values, grid > -1, None, one * 0.9, one * 0.95, "skip", backend)),
         "gae of packed": (ops.gae, (a, b, c > -0.3, torch.tensor([0, 2, 2, T]), one * 0.9, one * 0.95, "zero", backend)),
-        "linear_stats": (linear.linear_stats, (*head, ops.ENTROPY, backend)),
-        "linear_stats_backward": (linear.linear_stats_backward, (a, b, *head, *found, True, True, True, backend)),
+        "linear_stats": (token_stats.linear_stats, (*head, ops.ENTROPY, backend)),
+        "linear_stats_backward": (token_stats.linear_stats_backward, (a, b, *head, *found, True, True, True, backend)),
     }
 
 

@@ -10,7 +10,7 @@ from parallel_work import L, Problem
 from reference import same_bits
 
 import rlkernels as rlk
-from rlkernels import agreement
+from rlkernels.linear import rank_agreement
 
 
 def wrong(p, shard, name):
@@ -73,13 +73,13 @@ def all_raise(me):
 def nobody_listens(me):
     group = dist.new_group(list(range(me.ranks)))
     p = Problem()
-    patience, agreement.PATIENCE = agreement.PATIENCE, datetime.timedelta(seconds=0.5)
+    patience, rank_agreement.PATIENCE = rank_agreement.PATIENCE, datetime.timedelta(seconds=0.5)
     try:
         if me.rank == 0:
             kind, call = wrong(p, p.shard(me._replace(group=group), "padded"), "target")
             assert "target -7" in error_of(call, kind=kind)
     finally:
-        agreement.PATIENCE = patience
+        rank_agreement.PATIENCE = patience
     served(me)
 
 

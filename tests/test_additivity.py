@@ -12,8 +12,8 @@ from loss_batches import LEVELS, PARAMS
 from present_backends import on_each_backend  # noqa: F401
 
 import rlkernels as rlk
+from rlkernels.aggregation import AGGREGATIONS
 from rlkernels.objectives import OBJECTIVES
-from rlkernels.weights import AGGREGATIONS
 
 V, H = 7, 5
 POLICIES = [name for name, entry in OBJECTIVES.items() if "advantage" in entry.columns and entry.function.__module__.startswith("rlkernels.")]

@@ -22,7 +22,7 @@ from rlkernels.cli import (
 )
 from rlkernels.cli.bench_linear_cases import CASES, EAGER, HALF, OURS, TRL
 from rlkernels.cli.bench_timing import Contender
-from rlkernels.products import BLOCK_BYTES, Widened, products
+from rlkernels.linear.matmul import BLOCK_BYTES, Widened, products
 
 CPU = torch.device("cpu")
 TINY = ["bench", "--device", "cpu", "--tokens", "8", "--hidden", "16", "--vocab", "131", "--rounds", "3", "--plain"]

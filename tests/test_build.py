@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from source_trees import CXX, ROOT, copy, environment, needs_compiler, needs_sources, run
 
-from rlkernels.backends import cpu, cpu_gemm
+from rlkernels.backends import cpu, cpu_matmul
 
 ISA_FLAGS = {"baseline": [], "avx2": ["-mavx2", "-mfma", "-mf16c"],
              "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]}
@@ -96,9 +96,9 @@ def test_the_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
     flags = ["-std=c++17", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off", "-Wno-psabi", "-fopenmp",
              f"-I{ROOT / 'csrc'}", f"-DRLK_ISA={isa}", *ISA_FLAGS[isa]]
     names = ["rows", "rows_f64", "token_stats", "backward", "fused_policy", "elementwise", "scan", "gemm"]
-    if cpu_gemm.fp32_available():
+    if cpu_matmul.fp32_available():
         names += ["gemm_f32"]
-    if cpu_gemm.available():
+    if cpu_matmul.available():
         flags += ["-DRLK_BF16", "-mavx512bf16"]
         names += ["gemm_bf16", "rounding"]
     probe = tmp_path / "probe.cpp"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import rlkernels
-from rlkernels.backends import DEVICES, choice
+from rlkernels.backends import DEVICES, measured_order
 from rlkernels.cli import bench, bench_cases, bench_host, bench_linear, bench_problem, bench_report, bench_timing, doctor, machine, main, tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,12 +50,12 @@ def test_doctor_tells_the_reason_where_the_cpu_backend_is_absent(capsys, monkeyp
 
 
 def test_doctor_prints_the_measured_choice_or_says_that_nothing_is_measured(capsys, monkeypatch):
-    monkeypatch.setattr(choice, "TABLE", {})
+    monkeypatch.setattr(measured_order, "TABLE", {})
     main(["doctor", "--plain"])
     printed = capsys.readouterr().out
     assert "nothing has been measured on a GPU yet; the order below is used" in printed
     assert re.search(r"^cuda +triton, cuda, eager$", printed, re.MULTILINE)
-    monkeypatch.setattr(choice, "TABLE", {("fused_policy", "cuda", 2, "large"): ("cuda", "triton"), ("fused_policy", "cuda", 2, "small"): ("triton", "cuda")})
+    monkeypatch.setattr(measured_order, "TABLE", {("fused_policy", "cuda", 2, "large"): ("cuda", "triton"), ("fused_policy", "cuda", 2, "small"): ("triton", "cuda")})
     main(["doctor", "--plain"])
     printed = capsys.readouterr().out
     assert re.search(r"^fused_policy +cuda +2 bytes +large +cuda, triton$", printed, re.MULTILINE)
@@ -64,11 +64,11 @@ def test_doctor_prints_the_measured_choice_or_says_that_nothing_is_measured(caps
 
 
 def test_what_doctor_prints_is_what_is_chosen(monkeypatch):
-    monkeypatch.setattr(choice, "TABLE", {("fused_policy", "cuda", 2, "large"): ("cuda",)})
+    monkeypatch.setattr(measured_order, "TABLE", {("fused_policy", "cuda", 2, "large"): ("cuda",)})
     order = DEVICES["cuda"]
-    assert choice.preferred("fused_policy", "cuda", torch.bfloat16, 151936, order) == ("cuda", "triton", "eager")
+    assert measured_order.preferred("fused_policy", "cuda", torch.bfloat16, 151936, order) == ("cuda", "triton", "eager")
     for op, dtype, vocab in (("token_stats", torch.bfloat16, 151936), ("fused_policy", torch.float32, 151936), ("fused_policy", torch.bfloat16, 32000)):
-        assert choice.preferred(op, "cuda", dtype, vocab, order) == order
+        assert measured_order.preferred(op, "cuda", dtype, vocab, order) == order
 
 
 def test_bench_writes_every_figure_it_prints(capsys, tmp_path):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from reference import same_bits
 
-from rlkernels.backends import cpu, cpu_gemm
+from rlkernels.backends import cpu, cpu_matmul
 
-native = pytest.mark.skipif(not cpu_gemm.available(), reason="this machine or this build has no AVX512_BF16")
-native_fp32 = pytest.mark.skipif(not cpu_gemm.fp32_available(), reason="this machine or this build has no AVX-512")
+native = pytest.mark.skipif(not cpu_matmul.available(), reason="this machine or this build has no AVX512_BF16")
+native_fp32 = pytest.mark.skipif(not cpu_matmul.fp32_available(), reason="this machine or this build has no AVX-512")
 both_dtypes = pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=native), pytest.param(torch.float32, marks=native_fp32)],
                                       ids=["bf16", "fp32"])
 built = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
@@ -40,7 +40,7 @@ def laid(x, layout):
 
 
 def product(a, b):
-    return cpu_gemm.mm(a, b, torch.full((a.shape[0], b.shape[1]), NAN))
+    return cpu_matmul.mm(a, b, torch.full((a.shape[0], b.shape[1]), NAN))
 
 
 def assert_close(got, a, b, start=0.0):
@@ -60,11 +60,11 @@ def test_every_size_and_layout_agrees_with_float64(layout, of_a, of_b):
             n = SIZES[(3 * i + 5 * j) % len(SIZES)]
             a, b = laid(normal(m, k, seed=i).to(of_a), layout), normal(k, n, seed=j).to(of_b)
             parent = torch.full((m, n + 5), NAN)  # the gap between rows is not touched, and without accumulate nothing of out is read
-            out = cpu_gemm.mm(a, laid(b, LAYOUTS[(i + j) % 4]), parent[:, :n])
+            out = cpu_matmul.mm(a, laid(b, LAYOUTS[(i + j) % 4]), parent[:, :n])
             assert_close(out, a, b)
             assert out.data_ptr() == parent.data_ptr() and parent[:, n:].isnan().all()
             parent[:, :n] = 2.0
-            assert_close(cpu_gemm.mm(a, b, parent[:, :n], accumulate=True), a, b, 2.0)
+            assert_close(cpu_matmul.mm(a, b, parent[:, :n], accumulate=True), a, b, 2.0)
             assert parent[:, n:].isnan().all()
 
 
@@ -114,7 +114,7 @@ def test_slices_of_1_KiB_are_added_to_out_one_after_the_other(dtype):
     depth = 1024 // dtype.itemsize
     parts = [product(a[:, k : k + depth], b[k : k + depth]) for k in range(0, 1300, depth)]
     assert same_bits(product(a, b), sum(parts[1:], parts[0]))
-    assert same_bits(cpu_gemm.mm(a, b, start.clone(), accumulate=True), sum(parts, start))
+    assert same_bits(cpu_matmul.mm(a, b, start.clone(), accumulate=True), sum(parts, start))
 
 
 @native_fp32
@@ -160,19 +160,19 @@ def test_an_fp32_operand_is_rounded_to_nearest_even(layout):
 def test_empty_products_write_zeros_or_nothing(dtype):
     out = torch.full((3, 4), NAN)
     nothing = torch.empty(3, 0, dtype=dtype), torch.empty(0, 4, dtype=dtype)
-    assert (cpu_gemm.mm(*nothing, out.fill_(5.0), accumulate=True) == 5).all()
-    assert (cpu_gemm.mm(*nothing, out.fill_(NAN)) == 0).all()
+    assert (cpu_matmul.mm(*nothing, out.fill_(5.0), accumulate=True) == 5).all()
+    assert (cpu_matmul.mm(*nothing, out.fill_(NAN)) == 0).all()
     for m, n in ((0, 4), (4, 0)):
         assert product(torch.ones(m, 5), torch.ones(5, n).to(dtype)).shape == (m, n)
 
 
 GUARDED = """
     import torch
-    from rlkernels.backends import cpu_gemm
+    from rlkernels.backends import cpu_matmul
     from test_laws_guard_pages import guarded
 
     DTYPES = [(torch.float32, torch.float32)]
-    if cpu_gemm.available():
+    if cpu_matmul.available():
         DTYPES += [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
 
     def by_rows(x): return guarded(x)
@@ -182,12 +182,12 @@ GUARDED = """
     for m, n, k in ((1, 1, 1), (3, 47, 31), (9, 50, 33), (17, 16, 2), (65, 97, 515), (520, 64, 70)):
         for of_a, of_b in DTYPES:
             a, b = torch.randn(m, k).to(of_a), torch.randn(k, n).to(of_b)
-            expected = cpu_gemm.mm(a, b, torch.empty(m, n))
+            expected = cpu_matmul.mm(a, b, torch.empty(m, n))
             for place in (by_rows, by_columns, strided):
                 for other in (by_rows, by_columns, strided):
                     out = guarded(torch.zeros(m, n))
-                    assert torch.equal(cpu_gemm.mm(place(a), other(b), out), expected)
-                    assert torch.equal(cpu_gemm.mm(place(a), other(b), out.zero_(), accumulate=True), expected)
+                    assert torch.equal(cpu_matmul.mm(place(a), other(b), out), expected)
+                    assert torch.equal(cpu_matmul.mm(place(a), other(b), out.zero_(), accumulate=True), expected)
     print("no byte beyond")
 """
 
@@ -203,11 +203,11 @@ def test_F02_no_byte_behind_an_operand_or_the_result_is_touched():
 def test_a_lower_instruction_set_has_no_product_and_says_so():
     done = children.code("""
         import torch
-        from rlkernels.backends import cpu_gemm
-        print(cpu_gemm.available(), cpu_gemm.fp32_available(), cpu_gemm.fp32_preferred())
+        from rlkernels.backends import cpu_matmul
+        print(cpu_matmul.available(), cpu_matmul.fp32_available(), cpu_matmul.fp32_preferred())
         for dtype in (torch.bfloat16, torch.float32):
             try:
-                cpu_gemm.mm(torch.ones(1, 1), torch.ones(1, 1, dtype=dtype), torch.ones(1, 1))
+                cpu_matmul.mm(torch.ones(1, 1), torch.ones(1, 1, dtype=dtype), torch.ones(1, 1))
             except RuntimeError as error:
                 print(error)
     """, RLKERNELS_CPU_ISA="baseline")
@@ -232,5 +232,5 @@ def test_what_does_not_fit_is_refused_by_name():
         ((a, b, torch.zeros(1, 5).expand(3, 5)), ValueError, r"its rows apart, got shape \(3, 5\) with strides \(0, 1\)"),
     ]:
         with pytest.raises(error, match=message):
-            cpu_gemm.mm(*bad)
+            cpu_matmul.mm(*bad)
     assert (out == 0).all()

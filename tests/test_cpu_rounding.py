@@ -5,9 +5,9 @@ import children
 import pytest
 import torch
 
-from rlkernels.backends import cpu, cpu_gemm
+from rlkernels.backends import cpu, cpu_matmul
 
-pytestmark = pytest.mark.skipif(not cpu_gemm.available(), reason="no AVX512_BF16 here")
+pytestmark = pytest.mark.skipif(not cpu_matmul.available(), reason="no AVX512_BF16 here")
 
 
 def rows(count, vocab, kind, seed=0):
@@ -27,10 +27,10 @@ def operands(count, vocab, width, seed=1):
 
 def gradients(d, weight, hidden, repair):
     dhidden, dweight = torch.empty(hidden.shape), torch.empty(weight.shape)
-    cpu_gemm.mm(d, weight, dhidden)
-    cpu_gemm.mm(d.t(), hidden, dweight)
+    cpu_matmul.mm(d, weight, dhidden)
+    cpu_matmul.mm(d.t(), hidden, dweight)
     if repair:
-        cpu_gemm.add_what_rounding_lost(d, weight, hidden, dhidden, dweight)
+        cpu_matmul.add_what_rounding_lost(d, weight, hidden, dhidden, dweight)
     return dhidden, dweight
 
 
@@ -53,7 +53,7 @@ def test_it_adds_exactly_what_rounding_took_from_the_largest_elements():
     d[1, 7] = -3.0003
     weight, hidden = operands(2, 200, 5)
     dhidden, dweight = torch.zeros(2, 5), torch.zeros(200, 5)
-    cpu_gemm.add_what_rounding_lost(d, weight, hidden, dhidden, dweight)
+    cpu_matmul.add_what_rounding_lost(d, weight, hidden, dhidden, dweight)
     lost = d - d.bfloat16().float()
     lost[0, 9] = 0.0
     torch.testing.assert_close(dhidden.double(), lost.double() @ weight.double(), rtol=1e-5, atol=1e-9)
@@ -69,9 +69,9 @@ def test_a_row_that_is_not_finite_or_is_zero_is_left_alone_and_the_others_are_no
     d[1, 4] = bad
     weight, hidden = operands(3, 100, 8)
     got, expected = ((torch.zeros(3, 8), torch.zeros(100, 8)) for _ in range(2))
-    cpu_gemm.add_what_rounding_lost(d, weight, hidden, *got)
+    cpu_matmul.add_what_rounding_lost(d, weight, hidden, *got)
     clean[1] = 0.0
-    cpu_gemm.add_what_rounding_lost(clean, weight, hidden, *expected)
+    cpu_matmul.add_what_rounding_lost(clean, weight, hidden, *expected)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -86,7 +86,7 @@ def test_bits_do_not_depend_on_threads_and_strides():
         for threads, x in ((1, d), (2, d), (3, wide[:, :500])):
             torch.set_num_threads(threads)
             out = torch.zeros(30, 33), torch.zeros(500, 33)
-            cpu_gemm.add_what_rounding_lost(x, weight, hidden, *out)
+            cpu_matmul.add_what_rounding_lost(x, weight, hidden, *out)
             results.append(out)
     finally:
         torch.set_num_threads(before)
@@ -98,10 +98,10 @@ def test_what_is_frozen_is_left_out():
     d = rows(4, 100, "spread")
     weight, hidden = operands(4, 100, 8)
     both = torch.zeros(4, 8), torch.zeros(100, 8)
-    cpu_gemm.add_what_rounding_lost(d, weight, hidden, *both)
+    cpu_matmul.add_what_rounding_lost(d, weight, hidden, *both)
     alone = torch.zeros(4, 8), torch.zeros(100, 8)
-    cpu_gemm.add_what_rounding_lost(d, weight, hidden, alone[0], None)
-    cpu_gemm.add_what_rounding_lost(d, weight, hidden, None, alone[1])
+    cpu_matmul.add_what_rounding_lost(d, weight, hidden, alone[0], None)
+    cpu_matmul.add_what_rounding_lost(d, weight, hidden, None, alone[1])
     assert torch.equal(both[0], alone[0]) and torch.equal(both[1], alone[1]) and both[0].any() and both[1].any()
 
 

@@ -12,7 +12,8 @@ import children
 import pytest
 import torch
 
-from rlkernels.cli import demo, demo_corpus, main
+from rlkernels.cli import demo, main
+from rlkernels.cli.demo import corpus
 
 ENVIRONMENT = children.environment(COLUMNS="100", PYTHONUNBUFFERED="1")
 PATIENCE = 300
@@ -86,8 +87,8 @@ def test_a_kernel_that_is_one_percent_wrong_makes_the_demo_fail(libraries, tmp_p
 
 
 def test_no_call_to_our_kernels_and_a_nan_are_failures(libraries):
-    from rlkernels.cli.demo_report import compare
-    from rlkernels.cli.demo_trainers import Run
+    from rlkernels.cli.demo.report import compare
+    from rlkernels.cli.demo.trainers import Run
 
     def pair(**changes):
         fine = dict(
@@ -104,17 +105,17 @@ def test_no_call_to_our_kernels_and_a_nan_are_failures(libraries):
 
 
 def test_the_picture_and_the_record_of_a_run_that_went_to_nan_and_infinity_are_written(libraries, tmp_path):
-    from rlkernels.cli import demo_report
-    from rlkernels.cli.demo_trainers import Run
-    from rlkernels.integrations._seams import PatchReport
+    from rlkernels.cli.demo import report
+    from rlkernels.cli.demo.trainers import Run
+    from rlkernels.integrations._patching import PatchReport
 
     sound = Run([0.7, 0.6], [2.0, 1.0], [None, 0.5], [0.1, 0.1], 0.1)
     broken = Run([float("inf"), 0.6], [2.0, float("nan")], [None, 0.5], [0.1, 0.1], 0.1)
     runs = {name: [sound, broken] for name in ("reward", "dpo", "grpo")}
-    facts = demo_report.facts("cpu", 1, 1, 1, 1, demo.SMALL)
-    results = demo_report.compare(runs)
-    demo_report.draw(runs, results, facts, tmp_path / "demo.png")
-    demo_report.write(tmp_path / "demo.json", runs, results, facts, {"out": tmp_path, "steps": None}, PatchReport("TRL"))
+    facts = report.facts("cpu", 1, 1, 1, 1, demo.SMALL)
+    results = report.compare(runs)
+    report.draw(runs, results, facts, tmp_path / "demo.png")
+    report.write(tmp_path / "demo.json", runs, results, facts, {"out": tmp_path, "steps": None}, PatchReport("TRL"))
     assert (tmp_path / "demo.png").stat().st_size > 10_000
     record = json.loads((tmp_path / "demo.json").read_text())
     assert record["passed"] is False and len(record["trainers"]["dpo"]["comparison"]["failures"]) == 3
@@ -166,36 +167,36 @@ def test_docstrings_are_read_from_source_in_order_and_nothing_is_imported(tmp_pa
     (tmp_path / "broken.py").write_text('"""Lost."""\ndef (:\n')
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "t.py").write_text('"""A fixture."""\n')
-    assert demo_corpus.docstrings(tmp_path) == ["Function g.", "Module b.", "Class C.", "Method f."]
-    assert demo_corpus.docstrings(tmp_path, limit=2) == ["Function g.", "Module b."]
+    assert corpus.docstrings(tmp_path) == ["Function g.", "Module b.", "Class C.", "Method f."]
+    assert corpus.docstrings(tmp_path, limit=2) == ["Function g.", "Module b."]
     with pytest.raises(FileNotFoundError, match="no Python source with docstrings"):
-        demo_corpus.docstrings(tmp_path / "test" / "none")
+        corpus.docstrings(tmp_path / "test" / "none")
 
 
 def test_passages_are_prose_once_each_and_short():
     prose = " ".join(["The quick brown fox, they said, would not jump over the lazy dog today."] * 2)
-    found = demo_corpus.passages([f"Too short.\n\n{prose}", prose, f"{prose}\n\n{'x = f(1, 2); ' * 20}", "long words " * 60])
+    found = corpus.passages([f"Too short.\n\n{prose}", prose, f"{prose}\n\n{'x = f(1, 2); ' * 20}", "long words " * 60])
     assert found == [prose, " ".join(("long words " * 60).split()[:40])]
 
 
 def test_pairs_share_their_prompt_and_differ_after_it_and_repeat_under_a_seed():
-    lines = demo_corpus.passages(demo_corpus.docstrings(limit=1500))
-    pairs = demo_corpus.preference_pairs(lines, seed=4)
+    lines = corpus.passages(corpus.docstrings(limit=1500))
+    pairs = corpus.preference_pairs(lines, seed=4)
     assert len(pairs) == len(lines) > 500
-    assert pairs == demo_corpus.preference_pairs(lines, seed=4) != demo_corpus.preference_pairs(lines, seed=5)
+    assert pairs == corpus.preference_pairs(lines, seed=4) != corpus.preference_pairs(lines, seed=5)
     assert {p["prompt"] + p["chosen"] for p in pairs} == set(lines)
     assert all(len(p["chosen"].split()) == len(p["rejected"].split()) for p in pairs)
     assert all(p["chosen"] != p["rejected"] for p in pairs)
     words = "one two three four five six".split()
-    spoilt = [demo_corpus.corrupt(words, ["seven"], random.Random(seed)) for seed in range(50)]
+    spoilt = [corpus.corrupt(words, ["seven"], random.Random(seed)) for seed in range(50)]
     assert words == "one two three four five six".split() and {len(w) for w in spoilt} == {6}
     assert any("seven" in w for w in spoilt) and any("trhee" in w for w in spoilt) and any(w[:2] == ["two", "one"] for w in spoilt)
 
 
 def test_the_tokenizer_gives_back_every_string(libraries):
-    from rlkernels.cli import demo_models
+    from rlkernels.cli.demo import models
 
-    tokenizer = demo_models.train_tokenizer(["the cat sat on the mat and the dog sat on the log"] * 20, 300)
+    tokenizer = models.train_tokenizer(["the cat sat on the mat and the dog sat on the log"] * 20, 300)
     for text in ("the cat", " zebra\n\tüñî 漢字", "x == y[1:-1]"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer("the cat sat")["input_ids"]) < len("the cat sat") and tokenizer.pad_token_id == 0
@@ -214,7 +215,7 @@ class _Slow(torch.autograd.Function):
 
 
 def test_the_stopwatch_counts_forward_and_backward_and_nothing_else(libraries):
-    from rlkernels.cli.demo_meter import Stopwatch
+    from rlkernels.cli.demo.meter import Stopwatch
 
     watch = Stopwatch(_Slow.apply)
     leaf = torch.ones(4, requires_grad=True)
@@ -229,7 +230,7 @@ def test_the_stopwatch_counts_forward_and_backward_and_nothing_else(libraries):
 
 
 def test_peak_extra_memory_is_what_the_call_holds_at_its_worst(libraries):
-    from rlkernels.cli.demo_meter import Stopwatch, peak_extra_bytes
+    from rlkernels.cli.demo.meter import Stopwatch, peak_extra_bytes
 
     megabytes = 2**18  # floats
 

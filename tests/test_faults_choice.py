@@ -63,7 +63,7 @@ def test_F146_an_objective_that_was_edited_after_the_build_takes_the_module_away
     path = str(tmp_path)
     before = children.child("-c", "import sys; sys.path.insert(0, sys.argv[1])\n" + textwrap.dedent(ask), path).stdout.splitlines()
     assert before == ["cpu | None", "2.0"]
-    source = tmp_path / "rlkernels/objectives/divergence.py"
+    source = tmp_path / "rlkernels/objectives/kl.py"
     text = source.read_text()
     assert text.count("0.5 * ") >= 1
     source.write_text(text.replace("0.5 * ", "0.75 * ", 1))

@@ -219,7 +219,7 @@ FLUSHED = """
     import torch
     import rlkernels as rlk
     from rlkernels import ops
-    from rlkernels.backends import cpu_gemm
+    from rlkernels.backends import cpu_matmul
 
     assert torch.set_flush_denormal(True), "this processor has no such mode"
     rows, vocab = 96, 1024
@@ -237,7 +237,7 @@ FLUSHED = """
         wide = x.double().mul_(80).requires_grad_()
         (double,) = torch.autograd.grad(rlk.token_logprobs(wide, targets), wide, torch.full((rows,), 1e-300, dtype=torch.float64))
         found = [gradient, fused, double, *ops.elementwise("k2", columns[0], [columns[1]], (), torch.full_like(columns[0], 0.5), "cpu")]
-        return found + ([cpu_gemm.mm(a, b, torch.empty(256, 192))] if cpu_gemm.fp32_available() else [])
+        return found + ([cpu_matmul.mm(a, b, torch.empty(256, 192))] if cpu_matmul.fp32_available() else [])
 
     torch.set_num_threads(1)
     want = everything()

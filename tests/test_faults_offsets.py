@@ -5,7 +5,7 @@ from packed_calls import BAD, CALLS, EVERY, GOOD, OLD, VALUES, T, Z
 from present_backends import on_each_backend  # noqa: F401  (a fixture)
 
 import rlkernels as rlk
-from rlkernels import checks_tokens
+from rlkernels.checks import tokens as checks_tokens
 
 
 def compiled(name, backend):

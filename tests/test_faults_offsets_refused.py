@@ -7,7 +7,8 @@ from packed_calls import BAD, CALLS, GOOD, HIDDEN, LOGITS, OLD, TARGETS, WEIGHT,
 from present_backends import on_each_backend  # noqa: F401  (a fixture)
 
 import rlkernels as rlk
-from rlkernels import checks_tokens, segments
+from rlkernels import sequences
+from rlkernels.checks import tokens as checks_tokens
 
 # F127 ------------------------------------------------------------------------------------------------------------------------------
 
@@ -141,10 +142,10 @@ def test_F137_without_values_only_the_shape_decides():
     """On an accelerator lengths are not known to the host: [S] is ambiguous wherever S is the number of tokens, but for one token."""
     meta, offsets = torch.zeros(3, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
     with pytest.raises(ValueError, match=r"advantages has shape \(3,\) .* Pass \[S, 1\]"):
-        segments.per_token("here", "advantages", meta, meta, offsets)
-    assert segments.per_token("here", "advantages", meta[:, None], meta, offsets).shape == (3,)
-    assert segments.per_token("here", "advantages", meta[:2], meta, offsets[:3]).shape == (3,)
-    assert segments.per_token("here", "advantages", meta[:1], meta[:1], offsets[:2]).shape == (1,)
+        sequences.per_token("here", "advantages", meta, meta, offsets)
+    assert sequences.per_token("here", "advantages", meta[:, None], meta, offsets).shape == (3,)
+    assert sequences.per_token("here", "advantages", meta[:2], meta, offsets[:3]).shape == (3,)
+    assert sequences.per_token("here", "advantages", meta[:1], meta[:1], offsets[:2]).shape == (1,)
 
 
 @pytest.mark.parametrize("name", TAKES)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from rlkernels.groups import BASELINES, SCALES, broadcast_advantages, group_advantages
+from rlkernels.advantages.group import BASELINES, SCALES, broadcast_advantages, group_advantages
 
 # Unsorted groups of 4, 2, 1 and 3, an unscorable response in two of them, one of them left alone by that; equal rewards in group 5.
 R = torch.tensor([1.0, 2.0, 0.0, 7.0, float("nan"), 0.5, 0.1, 1.0, 0.1, 0.1, 3.0, float("nan")], dtype=torch.float64)

@@ -3,12 +3,14 @@ import pytest
 import torch
 
 import rlkernels as rlk
-from rlkernels import linear, ops, registry
+from rlkernels import ops
+from rlkernels.aggregation import AGGREGATIONS
 from rlkernels.backends import eager
+from rlkernels.linear import token_stats
+from rlkernels.losses.preference_types import KINDS
+from rlkernels.losses.unpaired_preference import LOSS_TYPES
 from rlkernels.objectives import OBJECTIVES
-from rlkernels.preference_kinds import KINDS
-from rlkernels.unpaired import LOSS_TYPES
-from rlkernels.weights import AGGREGATIONS
+from rlkernels.ops import register
 
 N, L, H, V = 4, 8, 16, 37
 DTYPES = (torch.float32, torch.bfloat16)
@@ -52,8 +54,8 @@ def on_an_accelerator(monkeypatch):
             getattr(torch, name)(*(x.bfloat16() for x in tensors), out_dtype=torch.float32)
         except TypeError:
             monkeypatch.setattr(torch, name, _widened(getattr(torch, name)))
-    monkeypatch.setattr(linear, "linear_stats_backward", linear._linear_backward)
-    monkeypatch.setattr(linear, "linear_stats", registry._recorded("linear_stats", linear._linear_stats, linear._linear_grad, linear._linear_setup))
+    monkeypatch.setattr(token_stats, "linear_stats_backward", token_stats._linear_backward)
+    monkeypatch.setattr(token_stats, "linear_stats", register._recorded("linear_stats", token_stats._linear_stats, token_stats._linear_grad, token_stats._linear_setup))
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from public_calls import CALLS, call_with, data, tensor_arguments
 from reference import same_bits
 
 import rlkernels as rlk
-from rlkernels import head, preferences, unpaired
+from rlkernels.linear import head
+from rlkernels.losses import preference, unpaired_preference
 
 # What a public parameter takes. A new one has to be entered here: a tensor has to occur in CALLS.
 TENSORS = set("""
@@ -25,7 +26,7 @@ OTHERS = set("""
     shift_mean eps_mode dim beta loss_type loss_weights label_smoothing reference_free f_divergence alpha length_normalized simpo_gamma alphapo_alpha
     discopop_tau cpo_alpha desirable_weight undesirable_weight ld_alpha center_coef options count_empty_rows dp_size dtype mode length shift
 """.split())
-FURTHER = {"linear_dpo_loss": (head.head, preferences.preference_options), "linear_unpaired_preference_loss": (head.head, unpaired.unpaired_options),
+FURTHER = {"linear_dpo_loss": (head.head, preference.preference_options), "linear_unpaired_preference_loss": (head.head, unpaired_preference.unpaired_options),
            "aggregate": (rlk.token_weights,)}
 """Functions whose keywords are those of others."""
 KL_IS_A_NAME = {"token_stats", "policy_loss", "logits_policy_loss", "linear_policy_loss"}

@@ -11,8 +11,8 @@ from reference import same_bits, statistics
 from test_faults_memory import peak_bytes
 
 import rlkernels as rlk
-from rlkernels import chunks, products
-from rlkernels.backends import cpu, cpu_gemm, use_backend
+from rlkernels.backends import cpu, cpu_matmul, use_backend
+from rlkernels.linear import chunking, matmul
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = ({"chunk_tokens": 1}, {"chunk_tokens": 5}, {"chunk_tokens": 16}, {}, {"logits_budget": 1}, {"logits_budget": 24 * V * 4})
@@ -26,7 +26,7 @@ def policy(d, operands, **options):
 
 def test_the_rows_of_a_chunk_may_be_a_graph_of_their_own():
     """Behind a graph break of the caller's, Dynamo traces what it finds: here it made rows by ``_make``, which took their number for that of the fields."""
-    rows = chunks.Rows(torch.arange(16))
+    rows = chunking.Rows(torch.arange(16))
     torch._dynamo.reset()
     assert torch.equal(torch.compile(lambda rows: rows.part(2, 9), backend="eager")(rows).index, torch.arange(2, 9))
 
@@ -49,7 +49,7 @@ def test_any_chunk_size_and_budget_gives_the_same_loss_and_gradients(level, dtyp
 def sizes(monkeypatch):
     """``(rows that hold anything, rows, bytes between rows)`` of each product that gives logits."""
     found = []
-    for one in (products.Plain, products.Native, products.Widened):
+    for one in (matmul.Plain, matmul.Native, matmul.Widened):
         def logits(self, hidden, out, to=one.logits):
             found.append((int((hidden != 0).any(-1).sum()), out.shape[0], out.stride(0) * out.element_size()))
             return to(self, hidden, out)
@@ -190,13 +190,13 @@ def test_a_chunk_takes_as_many_rows_as_the_budget_holds(sizes, monkeypatch, back
 
 def test_the_budget_without_a_word_is_that_of_the_device(monkeypatch):
     monkeypatch.delenv("RLKERNELS_LOGITS_BUDGET", raising=False)
-    assert chunks.budget_bytes(None, "cpu") == 256 * 2**20 and chunks.budget_bytes(None, "cuda") == 2**30
-    assert chunks.rows_within(2**30, 4 * 128_256) >= 1024  # no tiny products
+    assert chunking.budget_bytes(None, "cpu") == 256 * 2**20 and chunking.budget_bytes(None, "cuda") == 2**30
+    assert chunking.rows_within(2**30, 4 * 128_256) >= 1024  # no tiny products
 
 
 MIB = 2**20
 # Without instructions for bf16 the weight is widened beside the budget, a block at a time.
-BESIDE = {torch.float32: 0, torch.bfloat16: 0 if cpu_gemm.available() else products.BLOCK_BYTES}
+BESIDE = {torch.float32: 0, torch.bfloat16: 0 if cpu_matmul.available() else matmul.BLOCK_BYTES}
 
 
 @native
@@ -233,7 +233,7 @@ def test_F92_F95_peak_memory_is_the_gradients_and_the_budget(kind, dtype, monkey
 @pytest.mark.parametrize("dtype,gradients_in_mib", [("float32", 31.3 + 0.3 + 16), ("bfloat16", 1.5 * 31.6)])
 def test_F92_a_process_grows_by_the_gradients_and_the_budget_and_no_more(dtype, gradients_in_mib):
     """What torch's allocator does not see, the libraries' own workspace among it."""
-    if dtype == "bfloat16" and not cpu_gemm.available():
+    if dtype == "bfloat16" and not cpu_matmul.available():
         pytest.skip("without instructions for bf16, what malloc keeps of the widened blocks hides what is asked for")
     done = code("""
         import sys, torch

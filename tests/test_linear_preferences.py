@@ -8,10 +8,10 @@ from present_backends import on_each_backend  # noqa: F401  (a fixture)
 from reference import same_bits
 
 import rlkernels as rlk
-from rlkernels import sweep
-from rlkernels.preference_kinds import KINDS
-from rlkernels.preference_options import F_DIVERGENCES
-from rlkernels.unpaired import LOSS_TYPES
+from rlkernels.linear import chunked_loss
+from rlkernels.losses.preference_options import F_DIVERGENCES
+from rlkernels.losses.preference_types import KINDS
+from rlkernels.losses.unpaired_preference import LOSS_TYPES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 P, BETA, SMOOTHING = 4, 0.4, 0.1
@@ -133,8 +133,8 @@ def test_law_2_a_pair_of_weight_0_is_left_out_whatever_it_holds_and_enters_no_pr
     d, weights, entered = batch(torch.float32), torch.tensor([0.5, 0.0, 2.0, 1.3]), []
     clean = {k: v if v is None else v.clone() for k, v in d.items()}
     d["hidden"][1], d["hidden"][P + 1], d["reference"][1] = poison, poison, poison
-    logits = sweep._Sweep.logits
-    monkeypatch.setattr(sweep._Sweep, "logits", lambda self, rows: entered.append(rows.index if rows.dead is None else rows.index[~rows.dead])
+    logits = chunked_loss._Sweep.logits
+    monkeypatch.setattr(chunked_loss._Sweep, "logits", lambda self, rows: entered.append(rows.index if rows.dead is None else rows.index[~rows.dead])
                         or logits(self, rows))
     for name in ("sigmoid", "ipo", "orpo", "sft"):
         for chunk in CHUNKS:

@@ -6,12 +6,12 @@ from linear_problems import gradients, own, problem
 from reference import same_bits
 
 import rlkernels as rlk
-from rlkernels import head, products
+from rlkernels.linear import head, matmul
 
 NARROW = (torch.bfloat16, torch.float16)
 
 
-class OnHost(products.Accelerated):
+class OnHost(matmul.Accelerated):
     """Operands and results as on the device, products in fp32 and one order."""
 
     seen = None

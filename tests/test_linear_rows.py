@@ -7,8 +7,8 @@ from present_backends import on_each_backend  # noqa: F401  (a fixture)
 from reference import same_bits
 
 import rlkernels as rlk
-from rlkernels import head, products
-from rlkernels.chunks import ROWS
+from rlkernels.linear import head, matmul
+from rlkernels.linear.chunking import ROWS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
@@ -35,7 +35,7 @@ def entered(monkeypatch):
         seen[kind] += [int(n) - 1 for n in hidden[:, 0].tolist() if n]
 
     for name in ("Plain", "Native", "Widened"):
-        one = getattr(products, name)
+        one = getattr(matmul, name)
 
         def logits(self, hidden, out, to=one.logits):
             note("logits", hidden)
@@ -150,7 +150,7 @@ def test_a_pair_beyond_the_hinge_skips_the_products_of_the_gradient(entered, bac
 @pytest.mark.parametrize("trained", [(h, w, b) for h in (0, 1) for w in (0, 1) for b in (0, 1)], ids=lambda t: "".join(map(str, t)))
 def test_F39_what_is_frozen_gets_no_gradient_and_no_buffer(trained, entered, monkeypatch, backend):
     d, made = numbered(), []
-    for module in ("rlkernels.linear", "rlkernels.sweep"):
+    for module in ("rlkernels.linear.token_stats", "rlkernels.linear.chunked_loss"):
         gradient_sums = __import__(module, fromlist=["Gradients"]).Gradients
         monkeypatch.setattr(f"{module}.Gradients", lambda *a, to=gradient_sums, **k: made.append(to(*a, **k)) or made[-1])
     for level in LEVELS:

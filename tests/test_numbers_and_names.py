@@ -8,7 +8,7 @@ from bad_inputs import CASES, NOT_OF_A_FUNCTION
 from reference import same_bits
 
 import rlkernels as rlk
-from rlkernels.checks_names import FIELD
+from rlkernels.checks.names import FIELD
 from rlkernels.objectives import OBJECTIVES
 
 draw = torch.Generator().manual_seed(0)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from loss_batches import objective_columns
 
-from rlkernels import backends, codegen, objectives
+from rlkernels import backends, objectives
 from rlkernels.backends import BACKENDS, DEVICES, absent
+from rlkernels.objectives import codegen
 
 OBJECTIVES = objectives.OBJECTIVES
 BUILTIN = codegen.builtin()

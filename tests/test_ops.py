@@ -8,8 +8,9 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import rlkernels as rlk
-from rlkernels import linear, ops
+from rlkernels import ops
 from rlkernels.backends import DEVICES, absent, use_backend
+from rlkernels.linear import token_stats
 
 PRESENT = [name for name in DEVICES["cpu"] if absent(name) is None]
 V = 37  # no multiple of any block or vector
@@ -86,11 +87,11 @@ def test_opcheck_of_the_linear_ops(backend):
     hidden, weight, bias = (torch.randn(*s, generator=draw, requires_grad=True) for s in ((6, 5), (V, 5), (V,)))
     g = rest["g1"].float()
     for temperature, softcap, bound in ((ops.number(0.7), 4.0, None), (torch.full((6,), 0.7), float("nan"), 6)):  # NaN: no softcap
-        head = (targets, temperature, ops.number(softcap), ops.number(1.2), -100, torch.float32, 4, bound, *linear.NO_SHARD, "linear_token_stats")
-        opcheck(linear.linear_stats.op, (hidden, weight, bias, *head, ops.ENTROPY, backend))
+        head = (targets, temperature, ops.number(softcap), ops.number(1.2), -100, torch.float32, 4, bound, *token_stats.NO_SHARD, "linear_token_stats")
+        opcheck(token_stats.linear_stats.op, (hidden, weight, bias, *head, ops.ENTROPY, backend))
         operands = (hidden.detach(), weight.detach(), bias.detach(), *head)
-        found = linear.linear_stats(*operands, ops.ENTROPY, backend)
-        opcheck(linear.linear_stats_backward.op, (g, g, *operands, *found[1:4], True, False, True, backend))
+        found = token_stats.linear_stats(*operands, ops.ENTROPY, backend)
+        opcheck(token_stats.linear_stats_backward.op, (g, g, *operands, *found[1:4], True, False, True, backend))
 
 
 FUNCTIONS = {

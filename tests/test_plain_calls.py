@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlkernels as rlk
 from rlkernels import ops
-from rlkernels.plain import gradient_wanted
+from rlkernels.tracing import gradient_wanted
 
 V = 37
 

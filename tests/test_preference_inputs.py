@@ -7,7 +7,7 @@ from linear_problems import gradients
 from present_backends import on_each_backend  # noqa: F401
 
 import rlkernels as rlk
-from rlkernels.preference_kinds import KINDS
+from rlkernels.losses.preference_types import KINDS
 
 # The third pair is empty, the fourth has no rejected answer, the fifth no chosen one; the last two are certain in one or both of their answers.
 CHOSEN = torch.tensor([-2.0, -3.5, 0.0, -1.5, 0.0, 0.0, 0.0])

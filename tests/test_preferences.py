@@ -7,8 +7,8 @@ import torch
 
 import rlkernels as rlk
 from rlkernels.backends import DEVICES, absent, use_backend
-from rlkernels.preference_kinds import KINDS, SEPARABLE
-from rlkernels.preferences import pair_losses, preference_options
+from rlkernels.losses.preference import pair_losses, preference_options
+from rlkernels.losses.preference_types import KINDS, SEPARABLE
 
 PRESENT = [name for name in DEVICES["cpu"] if absent(name) is None]
 DTYPES = (torch.float64, torch.float32)

@@ -7,7 +7,7 @@ import torch
 from test_preferences import BETA, SMOOTHING, batch, expected, options_for
 
 import rlkernels as rlk
-from rlkernels.preference_kinds import KINDS
+from rlkernels.losses.preference_types import KINDS
 
 
 def test_metrics_are_rewards_under_the_reference_whatever_the_loss():

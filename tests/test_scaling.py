@@ -72,7 +72,7 @@ def test_the_links_break_even_where_the_model_says(gathers, there):
 
 
 def test_a_chunk_of_the_model_is_a_chunk_of_the_library():
-    from rlkernels.chunks import rows_within
+    from rlkernels.linear.chunking import rows_within
 
     for case in MODEL["CASES"]:
         assert case.chunk == min(case.rows, rows_within(case.budget, 6 * (case.columns + 16)))

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from rlkernels.segments import broadcast_to_tokens, groups_of, last_live_index, sequence_means, sequence_sums, spans_to_mask
+from rlkernels.sequences import broadcast_to_tokens, groups_of, last_live_index, sequence_means, sequence_sums, spans_to_mask
 
 MASK = torch.tensor([
     [1, 1, 1, 1, 1, 0, 0, 0],

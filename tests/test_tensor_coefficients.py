@@ -5,8 +5,8 @@ from linear_problems import gradients
 from present_backends import on_each_backend  # noqa: F401
 
 import rlkernels as rlk
-from rlkernels import checks, ops, plain
-from rlkernels.preference_kinds import KINDS
+from rlkernels import checks, ops, tracing
+from rlkernels.losses.preference_types import KINDS
 
 draw = torch.Generator().manual_seed(0)
 B, L, V, H = 4, 5, 7, 6
@@ -75,8 +75,8 @@ def results(name, n):
 def unread(monkeypatch):
     """As on a device: no coefficient is read, and no kernel is given one."""
     monkeypatch.setattr(checks, "host_reads", lambda x: False)
-    monkeypatch.setattr(plain, "on_device", lambda x: isinstance(x, torch.Tensor))
-    monkeypatch.setattr(ops, "on_device", plain.on_device)
+    monkeypatch.setattr(tracing, "on_device", lambda x: isinstance(x, torch.Tensor))
+    monkeypatch.setattr(ops, "on_device", tracing.on_device)
 
 
 @pytest.mark.parametrize("name", CALLS)

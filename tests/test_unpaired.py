@@ -7,7 +7,7 @@ import torch
 
 import rlkernels as rlk
 from rlkernels.backends import DEVICES, absent, use_backend
-from rlkernels.unpaired import LOSS_TYPES, sequence_losses, unpaired_options
+from rlkernels.losses.unpaired_preference import LOSS_TYPES, sequence_losses, unpaired_options
 
 PRESENT = [name for name in DEVICES["cpu"] if absent(name) is None]
 BETA, KL, DELTA = 0.3, 0.7, -0.2

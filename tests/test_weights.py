@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from rlkernels.weights import AGGREGATIONS, aggregate, token_weights
+from rlkernels.aggregation import AGGREGATIONS, aggregate, token_weights
 
 # Holes at the start, in the middle and at the end of a row; one row without a live token; lengths 0 to L.
 MASK = torch.tensor([

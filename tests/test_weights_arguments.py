@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from rlkernels.weights import aggregate, token_weights
+from rlkernels.aggregation import aggregate, token_weights
 
 MASK = torch.ones(5, 8, dtype=torch.bool)
 GROUPS = torch.tensor([7, -3, 7, 7, -3])

@@ -6,7 +6,7 @@ from test_objectives import PARAMS
 
 import rlkernels as rlk
 from rlkernels.objectives import OBJECTIVES, exp, objective, where
-from rlkernels.objectives.zeros import still_where_zero
+from rlkernels.objectives.zero_gradient import still_where_zero
 
 
 @objective

@@ -8,8 +8,8 @@ import warnings
 import torch
 
 from rlkernels.backends import context, cpu, cuda, eager
-from rlkernels.backends.choice import preferred
 from rlkernels.backends.context import forced as forced
+from rlkernels.backends.measured_order import preferred
 
 OPS = ("token_stats", "token_stats_backward", "fused_policy", "elementwise", "weighted_loss", "gae")
 KNOWN = ("eager", "cpu", "triton", "cuda")

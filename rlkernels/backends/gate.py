@@ -7,7 +7,7 @@ holds on to what he gets back until the kernel has run. Anything else raises. Wh
 import torch
 
 from rlkernels.checks import KEPT_ELSEWHERE
-from rlkernels.checks_tokens import read_offsets
+from rlkernels.checks.tokens import read_offsets
 from rlkernels.objectives.cxx import digest
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))

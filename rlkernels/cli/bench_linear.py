@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from rlkernels.backends import cpu
-from rlkernels.chunks import budget_bytes
 from rlkernels.cli import bench_linear_cases, bench_linear_problem, bench_linear_report, bench_timing
 from rlkernels.cli.bench_linear_cases import CASES, LinearCase
 from rlkernels.cli.bench_linear_report import HIDDEN, TOKENS, VOCABULARIES
+from rlkernels.linear.chunking import budget_bytes
 
 ALL = "linear"
 NAMES = (ALL, *CASES)

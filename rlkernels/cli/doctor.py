@@ -7,7 +7,7 @@ import platform
 import torch
 
 import rlkernels
-from rlkernels.backends import DEVICES, choice, cpu
+from rlkernels.backends import DEVICES, cpu, measured_order
 from rlkernels.cli import machine, tables
 
 ENVIRONMENT = {
@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def show_choices(*, plain: bool) -> None:
     """The measured table that decides between backends, and the order where it has no entry."""
-    rows = [[op, device, f"{itemsize} bytes", vocabulary, ", ".join(order)] for (op, device, itemsize, vocabulary), order in sorted(choice.TABLE.items())]
+    rows = [[op, device, f"{itemsize} bytes", vocabulary, ", ".join(order)] for (op, device, itemsize, vocabulary), order in sorted(measured_order.TABLE.items())]
     if rows:
-        tables.show(f"Measured choice of a backend (large: a vocabulary of {choice.LARGE} or more)", ["op", "device", "per logit", "vocabulary", "order"],
+        tables.show(f"Measured choice of a backend (large: a vocabulary of {measured_order.LARGE} or more)", ["op", "device", "per logit", "vocabulary", "order"],
                     rows, plain=plain)
     else:
         print("\nMeasured choice of a backend: no entry, since nothing has been measured on a GPU yet; the order below is used.")

@@ -4,8 +4,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rlkernels import ops
-from rlkernels.integrations._seams import Replacement
-from rlkernels.linear import linear_token_stats
+from rlkernels.integrations._patching import Replacement
+from rlkernels.linear.token_stats import linear_token_stats
 from rlkernels.logprobs import token_stats
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

@@ -16,8 +16,8 @@ The attributes are private, so each is replaced only when its signature is a kno
 import importlib
 import threading
 
-from rlkernels.integrations import _seams, _trl_functions
-from rlkernels.integrations._seams import PatchReport, PatchStatus, Plan
+from rlkernels.integrations import _patching, _trl_functions
+from rlkernels.integrations._patching import PatchReport, PatchStatus, Plan
 
 LEVELS = ("fused", "logits", "pairs")
 SERIES = ("1.15", "1.16")
@@ -27,7 +27,7 @@ HEAD_USER = (("model", "temperature", "cast_lm_head_to_fp32", "outputs"),)
 LOGITS = (("logits", "index", "temperature", "row_mask"),)
 COMPUTE_LOSS = (("self", "model", "inputs", "return_outputs", "num_items_in_batch"),)
 
-_ledger = _seams.Ledger()
+_ledger = _patching.Ledger()
 _plans: dict[str, Plan] = {}
 _lock = threading.RLock()
 
@@ -72,7 +72,7 @@ def patch(level: str = "all", strict: bool = True) -> PatchReport:
             for module, attribute in plan.sites:
                 setattr(module, attribute, plan.replacement)
             _plans[name] = plan
-            lines += [f"{_seams.describe(site)} -> rlkernels ({name})" for site in plan.sites]
+            lines += [f"{_patching.describe(site)} -> rlkernels ({name})" for site in plan.sites]
         return PatchReport(host, tuple(lines), tuple(skipped))
 
 
@@ -87,7 +87,7 @@ def unpatch() -> None:
             _require_ours("rlkernels", plan)
         for plan in _plans.values():
             # Found again by identity: a module imported while the patch was on has bound our object under a name of its own.
-            for module, attribute in {**dict.fromkeys(plan.sites), **dict.fromkeys(_seams.holders("trl", plan.replacement))}:
+            for module, attribute in {**dict.fromkeys(plan.sites), **dict.fromkeys(_patching.holders("trl", plan.replacement))}:
                 setattr(module, attribute, plan.replacement.original)
         _plans.clear()
 
@@ -95,7 +95,7 @@ def unpatch() -> None:
 def status() -> PatchStatus:
     """The attributes that are replaced now, and the calls and delegations counted since; the counts outlive ``unpatch`` until the next ``patch``."""
     with _lock:
-        held = [_seams.describe(site) for plan in _plans.values() for site in plan.sites if _held(site) is plan.replacement]
+        held = [_patching.describe(site) for plan in _plans.values() for site in plan.sites if _held(site) is plan.replacement]
         return PatchStatus(tuple(held), dict(_ledger.calls), dict(_ledger.delegations))
 
 
@@ -119,7 +119,7 @@ def _host(strict: bool) -> str:
 def _require_ours(host: str, plan: Plan) -> None:
     for site in plan.sites:
         if _held(site) is not plan.replacement:
-            found = f"{_seams.describe(site)} was replaced by {_held(site)!r} after our patch"
+            found = f"{_patching.describe(site)} was replaced by {_held(site)!r} after our patch"
             raise RuntimeError(f"{host}: {found}; undo that one first, nothing was changed")
 
 
@@ -127,7 +127,7 @@ def _require_own(host: str, site, home: str, what: str) -> None:
     """Raises unless what stands at ``site`` was defined in, or is, the module ``home``."""
     found = _held(site)
     if home not in (getattr(found, "__module__", None), getattr(found, "__name__", None)):
-        message = f"{_seams.describe(site)} is {found!r} and not {what}: another library has patched it"
+        message = f"{_patching.describe(site)} is {found!r} and not {what}: another library has patched it"
         raise RuntimeError(f"{host}: {message}; undo that patch first, nothing was patched")
 
 
@@ -135,16 +135,16 @@ def _plan_fused(host: str) -> Plan:
     utils = importlib.import_module("trl.trainer.utils")
     site = (utils, "_ChunkedLogProbFunction")
     if not hasattr(utils, site[1]):
-        raise RuntimeError(f"{host}: {_seams.describe(site)} does not exist; nothing was patched")
+        raise RuntimeError(f"{host}: {_patching.describe(site)} does not exist; nothing was patched")
     original = _held(site)
     if original is None:
         # TRL 1.15 without Triton leaves the seam empty and cannot train; the only signature left to check is that of its one user.
-        _seams.require_signature(host, "add_fused_lm_head", utils.add_fused_lm_head, HEAD_USER)
+        _patching.require_signature(host, "add_fused_lm_head", utils.add_fused_lm_head, HEAD_USER)
         sites = (site,)
     else:
         _require_own(host, site, "trl.kernels.chunked_logprob", "TRL's own")
-        _seams.require_signature(host, f"{site[1]}.forward", original.forward, tuple(("ctx", *known) for known in HEAD))
-        sites = _seams.holders("trl", original)
+        _patching.require_signature(host, f"{site[1]}.forward", original.forward, tuple(("ctx", *known) for known in HEAD))
+        sites = _patching.holders("trl", original)
     return Plan(_trl_functions.FusedHead("fused_head", original, _ledger), sites)
 
 
@@ -153,24 +153,24 @@ def _plan_logits(host: str) -> Plan | str:
     site = (utils, "_fused_logprob_entropy")
     original = _held(site)
     if original is None:
-        return f"{_seams.describe(site)} absent: TRL has it only with Triton; selective_log_softmax stays TRL's own"
+        return f"{_patching.describe(site)} absent: TRL has it only with Triton; selective_log_softmax stays TRL's own"
     _require_own(host, site, "trl.kernels.logprob_entropy", "TRL's own")
-    _seams.require_signature(host, site[1], original, LOGITS)
-    return Plan(_trl_functions.LogprobEntropy("logprob_entropy", original, _ledger), _seams.holders("trl", original))
+    _patching.require_signature(host, site[1], original, LOGITS)
+    return Plan(_trl_functions.LogprobEntropy("logprob_entropy", original, _ledger), _patching.holders("trl", original))
 
 
 def _plan_pairs(host: str) -> Plan:
     module = importlib.import_module("trl.trainer.reward_trainer")
     site, compute_loss = (module, "nn"), module.RewardTrainer.compute_loss
-    _seams.require_signature(host, "RewardTrainer.compute_loss", compute_loss, COMPUTE_LOSS)
+    _patching.require_signature(host, "RewardTrainer.compute_loss", compute_loss, COMPUTE_LOSS)
     code = getattr(compute_loss, "__code__", None)
     if code is None or compute_loss.__globals__ is not vars(module) or not {"nn", "functional", "logsigmoid"} <= set(code.co_names):
         raise RuntimeError(f"{host}: RewardTrainer.compute_loss does not call nn.functional.logsigmoid of its module; nothing was patched")
     original = _held(site)
     _require_own(host, site, "torch.nn", "torch.nn")
     pairs = _trl_functions.LogSigmoid("reward_pairs", original.functional.logsigmoid, _ledger)
-    functional = _seams.Namespace("functional", original.functional, _ledger, logsigmoid=pairs)
-    return Plan(_seams.Namespace("nn", original, _ledger, functional=functional), (site,))
+    functional = _patching.Namespace("functional", original.functional, _ledger, logsigmoid=pairs)
+    return Plan(_patching.Namespace("nn", original, _ledger, functional=functional), (site,))
 
 
 _PLANNERS = {"fused": _plan_fused, "logits": _plan_logits, "pairs": _plan_pairs}

@@ -10,12 +10,12 @@ import textwrap
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rlkernels import _math
+from rlkernels.objectives import functions
 
 COLUMNS = ("logp", "old_logp", "ref_logp", "advantage", "value", "old_value", "returns", "margin", "log_ratio", "mean_logp")
 """Argument names that are per-row tensors. Every other argument is one run-time float per launch."""
 
-ARITY = {name: len(inspect.signature(function).parameters) for name, function in _math.FUNCTIONS.items()}
+ARITY = {name: len(inspect.signature(function).parameters) for name, function in functions.FUNCTIONS.items()}
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 COMPARISONS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 CXX_KEYWORDS = frozenset(
@@ -140,7 +140,7 @@ class _Checker:
             case ast.BinOp(op=op):
                 self.fail(node, INSTEAD.get(type(op), "+ - * /"))
             case ast.Call(func=ast.Name(id=f), args=args, keywords=[]) if len(args) == ARITY.get(f):
-                if self.function.__globals__.get(f) is not _math.FUNCTIONS[f]:
+                if self.function.__globals__.get(f) is not functions.FUNCTIONS[f]:
                     self.fail(node, f"{f} imported from rlkernels.objectives: kernels replace that function and no other")
                 if f == "where":
                     self.condition(args[0])

@@ -5,7 +5,7 @@ A comparison is written so that NaN takes the live branch: ``where(held < free, 
 overflows (``inf * 0`` would be NaN from a log-ratio of 89 on): ``advantage * gap`` is that 0, and stays NaN for a NaN. At an exact tie the derivative is the
 unclipped one, on every backend (``torch.min`` would split it in halves).
 """
-from rlkernels._math import clip, exp, sigmoid, where
+from rlkernels.objectives.functions import clip, exp, sigmoid, where
 from rlkernels.objectives.language import objective
 
 

@@ -3,7 +3,7 @@
 ``margin`` is a difference of log-ratios, or of scores; a loss of two log-ratios (NCA, BCO, SPPO, APO) is a sum of such terms. What an
 f-divergence, AlphaPO or ORPO makes of a log-ratio or a log-probability before the difference is taken stands at the end.
 """
-from rlkernels._math import exp, expm1, log, log_sigmoid, sigmoid, where
+from rlkernels.objectives.functions import exp, expm1, log, log_sigmoid, sigmoid, where
 from rlkernels.objectives.language import objective
 
 

@@ -1,5 +1,5 @@
 """Value-function objectives: ``columns, parameters -> (value, d value / d value prediction)``."""
-from rlkernels._math import clip, where
+from rlkernels.objectives.functions import clip, where
 from rlkernels.objectives.language import objective
 
 

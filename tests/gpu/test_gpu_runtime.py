@@ -240,10 +240,10 @@ def test_F49_twenty_lengths_temperatures_and_betas_compile_each_kernel_at_most_t
         pytest.skip(f"backend triton: {reason}")
     from triton.runtime.jit import JITFunction
 
-    from rlkernels.backends.triton import elementwise, kernels
-    from rlkernels.backends.triton import scan as scans
+    from rlkernels.backends.triton import column_kernels, row_kernels
+    from rlkernels.backends.triton import gae_kernel as scans
 
-    found = {f"{m.__name__}.{k}": v for m in (kernels, elementwise, scans) for k, v in vars(m).items() if isinstance(v, JITFunction)}
+    found = {f"{m.__name__}.{k}": v for m in (row_kernels, column_kernels, scans) for k, v in vars(m).items() if isinstance(v, JITFunction)}
 
     def variants():
         return {name: sum(len(cache[0]) for cache in kernel.device_caches.values()) for name, kernel in found.items()}

@@ -9,15 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from rlkernels import _math
 from rlkernels.backends import gate
 from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS, check_rows, real_dtype
-from rlkernels.backends.triton import configs, kernels, math, scan
-from rlkernels.backends.triton import elementwise as blocks
-from rlkernels.backends.triton.rows import PER
-from rlkernels.objectives import OBJECTIVES
+from rlkernels.backends.triton import column_kernels as blocks
+from rlkernels.backends.triton import gae_kernel, launch_configs, objective_functions, row_kernels
+from rlkernels.backends.triton.row_statistics import PER
+from rlkernels.objectives import OBJECTIVES, functions
 
-TWINS = {name: getattr(math, name) for name in _math.FUNCTIONS}
+TWINS = {name: getattr(objective_functions, name) for name in functions.FUNCTIONS}
 REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
 FUSION = {"enable_fp_fusion": True}  # explicit: the default flips in Triton 3.10, and with it the bits
 GRADIENTS = {torch.float32: (torch.float32, torch.bfloat16, torch.float16)}
@@ -81,7 +80,7 @@ class _Launch:
         mask_stride = 0 if vocab_mask is None or vocab_mask.dim() == 1 else vocab_mask.stride(0)
         keep = targets if vocab_mask is None else vocab_mask.view(torch.int8)
         self.softmax = (1.0 if per_row else inverse(temperature), temperature if per_row else targets, keep, mask_stride, self.vocab)
-        self.config = configs.row_config(op, logits.element_size(), self.vocab, vocab_mask is not None)
+        self.config = launch_configs.row_config(op, logits.element_size(), self.vocab, vocab_mask is not None)
         self.flags = {"PER_ROW": per_row, "MASKED": vocab_mask is not None, "REAL": REAL[self.real], "LANES": self.config.lanes,
                       **options(logits.device, self.config.threads)}
 
@@ -116,7 +115,7 @@ def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logi
     if at.tokens:
         (place, ref_place), align = at.places(logits, ref)
         with device_of(logits):
-            kernels.token_stats[(at.tokens,)](
+            row_kernels.token_stats[(at.tokens,)](
                 logits, *place, at.level, ref, *ref_place, *at.labels, *at.softmax, *(x.view(torch.int8) if k == 6 else x for k, x in enumerate(outputs)),
                 WANTED=wanted, REF=has_ref, ALIGN=align, AHEAD=at.config.ahead, **at.flags)
     return tuple(outputs)
@@ -139,7 +138,7 @@ def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ign
         (out_place,), out_align = at.places(gradient)
         some = [shift if x is None else x for x in (dlogp, dentropy, dkl, entropy, ref_shift, ref_sum_exp, kl)]
         with device_of(logits):
-            kernels.token_stats_backward[(at.tokens, triton.cdiv(tiles, slice_tiles))](
+            row_kernels.token_stats_backward[(at.tokens, triton.cdiv(tiles, slice_tiles))](
                 *some[:3], logits, *place, at.level, ref, *ref_place, *at.labels, *at.softmax, shift, sum_exp, *some[3:], gradient, *out_place, slice_tiles,
                 shift if unless is None else unless, int(unless is not None),  # not a compile-time flag: no second variant of the kernel
                 LOGP_TERM=dlogp is not None, ENTROPY_TERM=dentropy is not None, KL_TERM=dkl is not None, ALIGN=align, OUT_ALIGN=out_align,
@@ -158,7 +157,7 @@ def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_ma
         (place,), align = at.places(logits)
         (out_place,), out_align = at.places(gradient if with_grad else logits)
         with device_of(logits):
-            kernels.fused_policy[(at.tokens,)](
+            row_kernels.fused_policy[(at.tokens,)](
                 device_function(OBJECTIVES[objective].function), device_function(OBJECTIVES[kl or "k1"].function), logits, *place, at.level, *at.labels,
                 *at.softmax, tuple(columns), *_numbers(params, at.real), weight, *(weight if x is None else x for x in (entropy_weight, ref_logp, kl_weight)),
                 loss, logp, shift, total, entropy, dlogp, gradient if with_grad else logits, *out_place, WITH_GRAD=with_grad,
@@ -201,11 +200,11 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
 def _summed(kernel, first, arguments, **flags):
     """Launches a kernel over columns like ``first``, and a second one where it leaves more than one partial; the sum."""
     n = first.numel()
-    count = triton.cdiv(n, configs.BLOCK)
+    count = triton.cdiv(n, launch_configs.BLOCK)
     loss = first.new_empty(()) if n else first.new_zeros(())
     partial = loss if count == 1 else first.new_empty(count, dtype=torch.float64)  # one block: its partial, rounded once, is the loss
     if n:
-        launch = {"BLOCK": configs.BLOCK, **options(first.device, configs.THREADS)}
+        launch = {"BLOCK": launch_configs.BLOCK, **options(first.device, launch_configs.THREADS)}
         with device_of(first):
             kernel[(count,)](*arguments(partial), **flags, **launch)
             if count > 1:
@@ -222,8 +221,8 @@ def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
     use_mask = mask is not None and masked != "none"
     if sequences and rewards.numel():
         with device_of(rewards):
-            scan.gae[(sequences,)](
+            gae_kernel.gae[(sequences,)](
                 rewards, values, mask.view(torch.int8) if use_mask else rewards, rewards if cu_seqlens is None else cu_seqlens, length,
                 *split(gamma), *split(gamma * lam), advantages, returns, PACKED=cu_seqlens is not None, MASKED=use_mask, SKIP=masked == "skip",
-                BLOCK=configs.SCAN, **options(rewards.device, configs.THREADS))
+                BLOCK=launch_configs.SCAN, **options(rewards.device, launch_configs.THREADS))
     return advantages, returns

@@ -55,7 +55,7 @@ def backend():
 @pytest.fixture
 def small_tiles():
     """Tiles of 32 columns: several of them per row cost little. Two are loaded ahead in the one-pass kernel, as for large vocabularies."""
-    from rlkernels.backends.triton.configs import Config, override
+    from rlkernels.backends.triton.launch_configs import Config, override
 
     with override(token_stats=Config(4, 32), token_stats_backward=Config(4, 32), fused_policy=Config(4, 32, 2)):
         yield 32

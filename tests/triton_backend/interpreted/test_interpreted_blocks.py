@@ -11,7 +11,7 @@ from reference import same_bits
 from weighted_losses import CASES, check, check_without_a_live_element
 
 from rlkernels.backends import triton as kernels
-from rlkernels.backends.triton import configs
+from rlkernels.backends.triton import launch_configs
 from rlkernels.objectives import OBJECTIVES
 
 BUILTIN = [name for name, entry in OBJECTIVES.items() if entry.function.__module__.startswith("rlkernels.")]
@@ -19,8 +19,8 @@ BUILTIN = [name for name, entry in OBJECTIVES.items() if entry.function.__module
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(configs, "BLOCK", 16)
-    monkeypatch.setattr(configs, "SCAN", 16)
+    monkeypatch.setattr(launch_configs, "BLOCK", 16)
+    monkeypatch.setattr(launch_configs, "SCAN", 16)
 
 
 def objective_problem(name, n, dtype):
@@ -161,7 +161,7 @@ def test_gae_without_a_mask_is_returns_minus_values_at_gamma_and_lambda_one():
 
 
 def test_F97_a_long_trace_keeps_its_digits(monkeypatch):
-    monkeypatch.setattr(configs, "SCAN", 256)
+    monkeypatch.setattr(launch_configs, "SCAN", 256)
     rewards = torch.full((1, 4096), 0.1)
     values = torch.zeros(1, 4096)
     got = kernels.gae(rewards, values, None, None, 0.9995, 1.0, "skip")[0][0]

@@ -4,8 +4,8 @@ import torch
 from reference import cotangents, draw_rows
 
 import rlkernels as rlk
-from rlkernels.backends.triton import configs
-from rlkernels.backends.triton.configs import Config
+from rlkernels.backends.triton import launch_configs
+from rlkernels.backends.triton.launch_configs import Config
 
 FUNCTIONS = {
     "everything": lambda x, y, m, r, g: (lambda s: s.logprobs * g[0] + s.entropy * g[1] + s.kl * g[2])(
@@ -18,7 +18,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradcheck_of_the_fp64_path(name, backend):
-    with configs.override(token_stats=Config(1, 32), token_stats_backward=Config(1, 32), fused_policy=Config(1, 32)):
+    with launch_configs.override(token_stats=Config(1, 32), token_stats_backward=Config(1, 32), fused_policy=Config(1, 32)):
         x, targets, mask = draw_rows((2,), 11, torch.float64)
         g = cotangents((3, 2), 1, dtype=torch.float64)[0] + 0.3
         reference = draw_rows((2,), 11, torch.float64, seed=2)[0].clamp(-5, 5)

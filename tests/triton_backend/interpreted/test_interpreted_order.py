@@ -5,7 +5,7 @@ from problems import EVERYTHING, policy_problem
 from reference import cotangents, draw_rows, same_bits
 
 from rlkernels.backends import triton as kernels
-from rlkernels.backends.triton import configs
+from rlkernels.backends.triton import launch_configs
 
 ORDERS = ("forward", "reverse", 1, 2)
 
@@ -39,8 +39,8 @@ def scan():
 
 @pytest.mark.parametrize("problem", [rows_forward_and_backward, policy, blocks, scan], ids=lambda f: f.__name__)
 def test_F52_four_program_orders_give_the_same_bits(problem, small_tiles, interpreter, monkeypatch):
-    monkeypatch.setattr(configs, "BLOCK", 16)
-    monkeypatch.setattr(configs, "SCAN", 16)
+    monkeypatch.setattr(launch_configs, "BLOCK", 16)
+    monkeypatch.setattr(launch_configs, "SCAN", 16)
     results = []
     for order in ORDERS:
         with interpreter.configure(order=order):

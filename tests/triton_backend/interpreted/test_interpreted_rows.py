@@ -8,8 +8,8 @@ from reference import EPS32, assert_gradient, cotangents, draw_rows, gradient_al
 
 import rlkernels as rlk
 from rlkernels.backends import triton as kernels
-from rlkernels.backends.triton import configs
-from rlkernels.backends.triton.configs import Config
+from rlkernels.backends.triton import launch_configs
+from rlkernels.backends.triton.launch_configs import Config
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -150,7 +150,7 @@ def test_bits_depend_on_lanes_alone_not_on_tiles_ahead_or_threads():
     x, targets, mask = draw_rows((5,), 133, torch.float32)
     results = []
     for config in (Config(4, 32), Config(4, 128), Config(4, 32, 2), Config(4, 32, 4)):
-        with configs.override(token_stats=config):
+        with launch_configs.override(token_stats=config):
             results.append(kernels.token_stats(x, targets, 0.7, -100, mask, x.flip(0), EVERYTHING))
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
@@ -159,9 +159,9 @@ def test_bits_depend_on_lanes_alone_not_on_tiles_ahead_or_threads():
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_F19_F84_lanes_agree_between_ops_and_dtypes(itemsize):
     for vocab in (1, 1024, 1025, 32_000, 32_768, 32_769, 151_936, 300_000):
-        lanes = configs.row_config("token_stats", itemsize, vocab).lanes
-        assert lanes == configs.row_config("fused_policy", itemsize, vocab).lanes
-        assert itemsize == 8 or lanes == configs.row_config("token_stats", 6 - itemsize, vocab).lanes
+        lanes = launch_configs.row_config("token_stats", itemsize, vocab).lanes
+        assert lanes == launch_configs.row_config("fused_policy", itemsize, vocab).lanes
+        assert itemsize == 8 or lanes == launch_configs.row_config("token_stats", 6 - itemsize, vocab).lanes
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])

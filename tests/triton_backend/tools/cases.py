@@ -1,6 +1,6 @@
 """Every variant of a kernel that is launched: the launchers called with empty CPU tensors, under ``launches.recording``.
 
-The classes of ``configs.TABLE`` and the registered objectives are walked, so a new entry is compiled without a line here.
+The classes of ``launch_configs.TABLE`` and the registered objectives are walked, so a new entry is compiled without a line here.
 """
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from rlkernels.backends import triton as backend
-from rlkernels.backends.triton import configs
+from rlkernels.backends.triton import launch_configs
 from rlkernels.objectives import OBJECTIVES
 
 NVIDIA, AMD = ("sm_80", "sm_90", "sm_100", "sm_120"), ("gfx942", "gfx1100")
@@ -107,11 +107,11 @@ def every_case():
     yield Case("weighted loss", weighted("ppo_clip", mask=True, counted=True), EVERY)
     yield Case("weighted pairs", weighted("pairwise", taken=1), EVERY)
     yield Case("scan", scan("skip", False, True), EVERY)
-    for (op, itemsize), entries in configs.TABLE.items():
+    for (op, itemsize), entries in launch_configs.TABLE.items():
         for largest, config in entries:
             vocab = min(largest, BIG) // 16 * 16
             yield Case(f"{op} {itemsize} bytes {config}", BUILDERS[op](DTYPES[itemsize], vocab), TWO if itemsize == 2 else ONE)
-    for (op, itemsize), entries in configs.MASKED.items():
+    for (op, itemsize), entries in launch_configs.MASKED.items():
         yield Case(f"{op} {itemsize} bytes masked {entries[0][1]}", BUILDERS[op](DTYPES[itemsize], SMALL, masked=True), TWO)
     for op, build in BUILDERS.items():
         yield Case(f"{op} fp16", build(torch.float16, BIG), TWO)

@@ -1,0 +1,1 @@
+"""Advantages and returns: GAE, discounted returns, groups of answers, whitening."""

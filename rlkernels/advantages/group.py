@@ -1,0 +1,156 @@
+"""Advantages of whole responses against the others that answer the same prompt."""
+import torch
+
+from rlkernels import checks
+from rlkernels.checks import tokens as checks_tokens
+from rlkernels.sequences import groups_of, real_dtype
+
+BASELINES = ("mean", "leave-one-out", "length-mean", "batch-mean", None)
+SCALES = ("std", "batch-std", "mean", None)
+
+
+def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e-6, unbiased=True, lengths=None):
+    r"""Advantage of each response within its group: the reward less a baseline, over a scale.
+
+    ``A_i = (R_i - b_i) / (s_i + eps)``, with sums over the ``n`` scorable responses ``j`` of the group of ``i``:
+
+    * baseline ``"mean"``: ``b = sum_j R_j / n`` (GRPO); ``"leave-one-out"``: the mean of the others (RLOO); ``"length-mean"``:
+      ``sum_j l_j R_j / sum_j l_j`` (OPO); ``"batch-mean"``: the mean over all groups; None: 0
+    * scale ``"std"``: ``sqrt(sum_j (R_j - mean)^2 / (n - 1))``; ``"batch-std"``: the same over all groups; ``"mean"``: the group's mean
+      (MaxRL), of rewards that are not negative; None: no division (Dr. GRPO)
+
+    With the scale ``"mean"`` and a baseline of the group (or None) no advantage is larger than ``n``, however small the mean. With the baseline
+    ``"batch-mean"`` a group whose mean is near 0 gets about ``-b / eps``.
+
+    Args:
+        rewards: ``R``, ``[N]``; any float dtype, bool or integers. NaN is a response that could not be scored: it counts nowhere and gets 0.
+        group_ids: integers ``[N]``, in any order; groups may differ in size.
+        eps: added to the scale.
+        unbiased: False divides the variance by ``n`` instead of ``n - 1``.
+        lengths: ``l``, ``[N]``, live tokens of each response, for ``"length-mean"`` alone; finite and not negative. That of a NaN reward is not read.
+
+    Returns:
+        ``[N]``: float32, float64 for float64; not differentiable. A group of one, or of equal rewards, has nothing to compare: 0.
+
+    Raises:
+        TypeError: ``rewards`` not real, ``group_ids`` not integers.
+        ValueError: shapes differ; unknown ``baseline`` or ``scale``; ``eps`` negative; ``lengths`` missing, or given where it is not used. On a CPU:
+            a negative reward with the scale ``"mean"``, a length that is negative or not finite; elsewhere, and in a compiled program, where
+            values are not read, its whole group gets NaN.
+
+    Example:
+        >>> group_advantages(torch.tensor([1.0, 5.0, 0.0]), torch.tensor([3, 7, 3]), scale=None)
+        tensor([ 0.5000,  0.0000, -0.5000])
+
+    Shao et al. 2024, arXiv:2402.03300, section 4.1.2; Ahmadian et al. 2024, arXiv:2402.14740; Liu et al. 2025, arXiv:2503.20783.
+    """
+    where = "group_advantages"
+    checks_tokens.numbers(where, "rewards", rewards)
+    if rewards.dim() != 1:
+        raise ValueError(f"{where}: rewards has shape {tuple(rewards.shape)}, expected [N], one per response; flatten it")
+    checks_tokens.ids(where, "group_ids", group_ids, rewards.shape)
+    checks.choice(where, "baseline", baseline, BASELINES)
+    checks.choice(where, "scale", scale, SCALES)
+    eps = checks_tokens.not_negative(where, "eps", eps, rewards)
+    if (lengths is not None) != (baseline == "length-mean"):
+        raise ValueError(f"{where}: baseline {baseline!r} {'takes no' if lengths is not None else 'needs'} lengths")
+    if lengths is not None:
+        checks.mask(where, lengths, rewards.shape, name="lengths", counts=True)
+    checks.one_device(where, "rewards", rewards, group_ids=group_ids, lengths=lengths)
+    checks.no_forward_ad(where, rewards, lengths)
+
+    scored = ~rewards.isnan()
+    wide = torch.where(scored, rewards.detach().double(), 0.0)
+    if scale == "mean":
+        # A mean over both signs is a scale of either sign, and as near to 0 as it likes.
+        _refuse(where, "rewards", wide, wide < 0, "rewards >= 0 for scale 'mean'; shift them, or take scale 'std'")
+    if lengths is not None:
+        lengths = torch.where(scored, lengths.double(), 0.0)
+        good = (lengths >= 0) & (lengths < torch.inf)
+        _refuse(where, "lengths", lengths, ~good, "finite lengths >= 0")
+        lengths = torch.where(good, lengths, torch.nan)
+    groups = groups_of(group_ids)
+    group = _Population(wide, scored, groups.reduce_each)
+    batch = _Population(wide, scored, _reduce_all)
+
+    fewer = 1 if unbiased else 0
+    centred = {
+        "mean": lambda: group.gap,
+        "leave-one-out": lambda: group.gap * group.count / (group.count - 1).clamp(min=1),
+        "length-mean": lambda: group.offset - group.weighted_mean(lengths),
+        "batch-mean": lambda: batch.gap,
+        None: lambda: wide,
+    }[baseline]()
+    if scale is not None:
+        size = {
+            "std": lambda: group.spread(fewer),
+            "batch-std": lambda: batch.spread(fewer),
+            "mean": lambda: torch.where(group.base < 0, torch.nan, group.base + group.centre),
+        }[scale]()
+        centred = torch.where(size == 0, 0.0, centred / torch.where(size == 0, 1.0, size + eps))
+    of_group = baseline in ("mean", "leave-one-out", "length-mean") or scale in ("std", "mean")
+    alone = (group.count < 2) if of_group else torch.zeros_like(scored)
+    return torch.where(scored & ~alone, centred, 0.0).to(real_dtype(rewards))
+
+
+def _refuse(where, name, x, bad, needed):
+    """Raises for an entry that is ``bad``, where the host may read it."""
+    if checks.host_reads(bad) and bad.any():
+        at = int(bad.nonzero()[0, 0])
+        raise ValueError(f"{where}: {name} holds {x[at].item()} at entry {at}; it needs {needed}")
+
+
+def _reduce_all(values, how="sum", initial=0.0):
+    if values.numel() == 0:
+        return values
+    return values.sum() if how == "sum" else values.amin()
+
+
+class _Population:
+    """Scored rewards of each element's group (or of the batch), measured from the smallest: equal rewards are exactly 0 and stay so."""
+
+    def __init__(self, wide, scored, reduce):
+        self.scored, self.reduce = scored, reduce
+        self.count = reduce(scored.double())
+        lowest = reduce(torch.where(scored, wide, torch.inf), "min", torch.inf)
+        self.base = torch.where(self.count > 0, lowest, 0.0)
+        self.offset = torch.where(scored, wide - self.base, 0.0)
+        self.centre = reduce(self.offset) / self.count.clamp(min=1)
+        self.gap = torch.where(scored, self.offset - self.centre, 0.0)
+
+    def spread(self, fewer):
+        return (self.reduce(self.gap * self.gap) / (self.count - fewer).clamp(min=1)).sqrt()
+
+    def weighted_mean(self, weights):
+        weights = torch.where(self.scored, weights, 0.0)
+        total = self.reduce(weights)
+        return torch.where(total == 0, 0.0, self.reduce(weights * self.offset) / torch.where(total == 0, 1.0, total))
+
+
+def broadcast_advantages(row_advantages, is_last_step, trajectory_ids):
+    r"""Gives every row of a trajectory the advantage of its last step: one rollout in many rows.
+
+    Args:
+        row_advantages: ``[N]``; any float dtype. Only those of last steps are read.
+        is_last_step: mask ``[N]``, one row per trajectory.
+        trajectory_ids: integers ``[N]``; rows of a trajectory need not be adjacent.
+
+    Returns:
+        ``[N]``: float32, float64 for float64; not differentiable. A trajectory without a last step gets 0.
+
+    Raises:
+        TypeError: ``row_advantages`` not floating, ``trajectory_ids`` not integers. ValueError: shapes differ.
+
+    Example:
+        >>> broadcast_advantages(torch.tensor([9.0, 0.5, -1.0]), torch.tensor([0, 1, 1]), torch.tensor([4, 4, 2]))
+        tensor([ 0.5000,  0.5000, -1.0000])
+    """
+    where = "broadcast_advantages"
+    checks.floating(where, "row_advantages", row_advantages)
+    checks.mask(where, is_last_step, row_advantages.shape, name="is_last_step")
+    checks_tokens.ids(where, "trajectory_ids", trajectory_ids, row_advantages.shape)
+    if row_advantages.dim() != 1:
+        raise ValueError(f"{where}: row_advantages has shape {tuple(row_advantages.shape)}, expected [N], one per row")
+    checks.one_device(where, "row_advantages", row_advantages, is_last_step=is_last_step, trajectory_ids=trajectory_ids)
+    last = torch.where(is_last_step != 0, row_advantages.detach(), 0.0).double()
+    return groups_of(trajectory_ids).reduce_each(last).to(real_dtype(row_advantages))

@@ -1,0 +1,50 @@
+"""Metrics that a trainer plots beside the loss: masked, detached, never a host synchronisation."""
+import torch
+
+from rlkernels.sequences import means, spread, sums
+
+OF_THE_RATIO = ("cispo",)
+"""Objectives that clip the ratio itself; the others take the smaller of two surrogates, which the sign of the advantage decides."""
+
+
+@torch.no_grad()
+def policy_metrics(logprobs, columns, live, ref_logprobs, kl, entropy, entry, params, ratio_level="token", cu_seqlens=None):
+    """Means over live tokens: ``ppo_kl`` (k1 of old against new), ``approx_kl`` (k2), ``ratio``, the clip fractions, ``kl``, ``entropy``.
+
+    Ratio and clip fractions are those of the ratio that the loss clips: the sequence's at a sequence level.
+
+    ``clip_fraction_low``: ``rho < 1 - clip_low`` with ``A < 0``; ``clip_fraction_high``: ``rho > 1 + clip_high`` with ``A > 0``;
+    ``clip_fraction``: where the clipped surrogate is the smaller one, which is their sum. CISPO clips a weight, whatever the advantage is:
+    there the ratio alone counts. ``clip_fraction_dual``: ``rho > dual_clip`` with ``A < 0``, beside the others.
+    """
+    count = live.sum().clamp(min=1)
+
+    def mean(x):
+        return torch.where(live, x, 0.0).sum() / count
+
+    known = dict(zip(entry.columns[1:], columns, strict=True))
+    settings = dict(zip(entry.params, params, strict=True))
+    metrics = {}
+    if "old_logp" in known:
+        gap = logprobs.detach() - known["old_logp"]
+        drift = gap
+        if ratio_level != "token":
+            reduce = sums if ratio_level == "sequence_sum" else means
+            drift = spread(reduce(gap, live, cu_seqlens), live, cu_seqlens)
+        ratio = drift.exp()
+        metrics |= {"ppo_kl": mean(-gap), "approx_kl": mean(0.5 * gap * gap), "ratio": mean(ratio)}
+        if "clip_low" in settings:
+            advantage = known["advantage"]
+            low, high = ratio < 1 - settings["clip_low"], ratio > 1 + settings["clip_high"]
+            if entry.function.__name__ not in OF_THE_RATIO:
+                low, high = low & (advantage < 0), high & (advantage > 0)
+            metrics |= {"clip_fraction_low": mean(low.to(gap.dtype)), "clip_fraction_high": mean(high.to(gap.dtype))}
+            metrics["clip_fraction"] = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
+        if "dual_clip" in settings:
+            metrics["clip_fraction_dual"] = mean(((ratio > settings["dual_clip"]) & (known["advantage"] < 0)).to(gap.dtype))
+    if ref_logprobs is not None:
+        gap = ref_logprobs - logprobs.detach()
+        metrics["kl"] = mean({"k1": -gap, "k2": 0.5 * gap * gap, "k3": gap.expm1() - gap}[kl])
+    if entropy is not None:
+        metrics["entropy"] = mean(entropy.detach().to(logprobs.dtype))  # a mean in bf16 has two digits
+    return metrics

@@ -1,0 +1,167 @@
+"""The parts of each preference loss: a table from its name to objectives of one number per pair."""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from rlkernels.losses.policy_arguments import present
+from rlkernels.losses.weighted_sum import each
+
+
+class Pairs:
+    """The numbers per pair that the losses look at, ``[B]``: log-ratios, scores of them, and margins between scores."""
+
+    def __init__(self, chosen, rejected, ref_chosen, ref_rejected, options):
+        self.policy, self.options = (chosen, rejected), options
+        self.references = [None if options.reference_free else x for x in (ref_chosen, ref_rejected)]
+        self.log_ratios = [logp if ref is None else logp - ref for logp, ref in zip(self.policy, self.references, strict=True)]
+
+    def scored(self, objective, x, *params):
+        """An objective's value, differentiable; 0 without a gradient for a pair of weight 0."""
+        return each(objective, x, params, self.options.pair_weights)
+
+    def diverged(self, scores, alpha):
+        """Scores under an alpha-divergence; at 1 it is the reverse KL, whose score is the log-ratio itself."""
+        if not isinstance(alpha, torch.Tensor):
+            return scores if alpha == 1.0 else [self.scored("alpha_divergence", x, alpha) for x in scores]
+        other = torch.where(alpha == 1.0, 0.0, alpha)
+        return [torch.where(alpha == 1.0, x, self.scored("alpha_divergence", x, other)) for x in scores]
+
+    def averages(self, both):
+        return [x / n for x, n in zip(both, self.options.lengths, strict=True)]
+
+    def margin(self, averaged):
+        """``S_c - S_r``, ``S = f(log-ratio)``, each divided by the answer's length where ``averaged``."""
+        js = self.options.f_divergence == "js_divergence"
+        scores = [self.scored("js_divergence", x) for x in self.log_ratios] if js else self.diverged(self.log_ratios, self.options.alpha)
+        chosen, rejected = self.averages(scores) if averaged else scores
+        return chosen - rejected
+
+    def policy_scores(self, averaged):
+        """Log-probabilities, or averages per token, transformed by AlphaPO where it is asked for: no reference."""
+        return self.diverged(self.averages(self.policy) if averaged else self.policy, 1.0 - self.options.alphapo_alpha)
+
+    def policy_margin(self, averaged):
+        chosen, rejected = self.policy_scores(averaged)
+        return chosen - rejected
+
+    def odds(self):
+        """The log of the odds ratio, from averages per token; 0 of a pair with an empty answer, and of two certain ones."""
+        chosen, rejected = (self.scored("log_odds", x) for x in self.averages(self.policy))
+        # Odds of probability 1 are infinite, and infinity less infinity would be NaN in the mean over the batch.
+        equal = self.options.empty | (chosen == torch.inf) & (rejected == torch.inf)
+        return torch.where(equal, 0.0, chosen - rejected)
+
+    def terms(self):
+        """Every term of every loss in the mixture: coefficient, objective, numbers per pair, parameters of the objective."""
+        for kind, weight in zip(self.options.kinds, self.options.loss_weights, strict=True):
+            # Not 1.0 times beta: the product of two numbers is a constant of the graph in torch 2.11, and every beta would have a graph of its own.
+            plain = not isinstance(weight, torch.Tensor) and weight == 1.0
+            yield from ((coefficient if plain else weight * coefficient, *rest) for coefficient, *rest in kind.terms(self, self.options))
+            likelihood = kind.likelihood_coefficient(self.options)
+            if present(likelihood):
+                yield weight * likelihood * self.options.pairs_per_token, "nll", self.policy[0], ()
+
+
+# A loss without the likelihood of the chosen answers: (pairs, options) to its terms.
+
+def _none(p, o):
+    return []
+
+
+def _margin(objective, *names, averaged=False):
+    return lambda p, o: [(1.0, objective, p.margin(averaged or o.length_normalized), tuple(getattr(o, name) for name in names))]
+
+
+def _policy(objective, *names):
+    return lambda p, o: [(1.0, objective, p.policy_margin(o.length_normalized), tuple(getattr(o, name) for name in names))]
+
+
+def _simpo(p, o):
+    return [(1.0, "dpo_sigmoid", p.policy_margin(True) - o.simpo_gamma / o.beta, (o.beta, o.label_smoothing))]
+
+
+def _nca(p, o):
+    chosen, rejected = p.log_ratios
+    return [(weight, "dpo_sigmoid", x, (o.beta, 0.0)) for weight, x in ((1.0, chosen), (0.5, -chosen), (0.5, -rejected))]
+
+
+def _bco(p, o):
+    chosen, rejected = p.log_ratios
+    return [(1.0, "dpo_sigmoid", x, (o.beta, 0.0)) for x in (chosen, -rejected)]
+
+
+def _up_and_down(objective):
+    def terms(p, o):
+        chosen, rejected = p.log_ratios
+        return [(1.0, objective, chosen, (o.beta,)), (1.0, objective, -rejected, (o.beta,))]
+    return terms
+
+
+def _apo_down(p, o):
+    chosen, rejected = p.log_ratios
+    return [(1.0, "kto", -chosen, (o.beta,)), (1.0, "kto", chosen - rejected, (o.beta,))]
+
+
+def _aot(p, o):
+    (chosen, rejected), (ref_chosen, ref_rejected) = p.policy, p.references
+    gap = (chosen - rejected).flatten().sort().values
+    if ref_chosen is not None:
+        gap = gap - (ref_chosen - ref_rejected).flatten().sort().values
+    return [(1.0, "dpo_sigmoid", gap, (o.beta, o.label_smoothing))]
+
+
+def _aot_unpaired(p, o):
+    chosen, rejected = (x.flatten().sort().values for x in p.log_ratios)
+    return [(1.0, "dpo_sigmoid", chosen - rejected, (o.beta, o.label_smoothing))]
+
+
+def _odds_ratio(p, o):
+    return [(o.beta, "pairwise", p.odds(), ())]
+
+
+def _orpo(p, o):
+    return [(1.0, "nll", p.averages(p.policy)[0], ()), *_odds_ratio(p, o)]
+
+
+class Kind(NamedTuple):
+    """A loss type: its terms, and what it looks at besides ``beta`` and the log-probabilities."""
+
+    terms: Callable
+    takes: tuple[str, ...] = ()  # further options
+    averages: bool = False  # always of averages per token
+    reference: bool = True
+    separable: bool = True  # the loss of a pair depends on that pair alone
+    likelihood: float = 0.0  # coefficient of the mean over tokens of -log pi of the chosen answers; cpo_alpha replaces it where it is taken
+
+    def likelihood_coefficient(self, options):
+        return options.cpo_alpha if options.cpo_alpha is not None and "cpo_alpha" in self.takes else self.likelihood
+
+
+SMOOTH, SCORE = ("label_smoothing",), ("f_divergence", "length_normalized")
+POLICY = ("alphapo_alpha", "cpo_alpha", "length_normalized")
+KINDS = {
+    "sigmoid": Kind(_margin("dpo_sigmoid", "beta", "label_smoothing"), SMOOTH + SCORE),
+    "hinge": Kind(_margin("hinge", "beta"), SCORE),
+    "ipo": Kind(_margin("ipo", "beta"), SCORE),
+    "exo_pair": Kind(_margin("exo_pair", "beta", "label_smoothing"), SMOOTH + SCORE),
+    "nca_pair": Kind(_nca),
+    "robust": Kind(_margin("robust", "beta", "label_smoothing"), SMOOTH + SCORE),
+    "bco_pair": Kind(_bco),
+    "sppo_hard": Kind(_up_and_down("ipo")),
+    "aot": Kind(_aot, SMOOTH, separable=False),
+    "aot_unpaired": Kind(_aot_unpaired, SMOOTH, separable=False),
+    "apo_zero": Kind(_up_and_down("kto")),
+    "apo_down": Kind(_apo_down),
+    "discopop": Kind(_margin("discopop", "beta", "discopop_tau"), (*SCORE, "discopop_tau")),
+    "sft": Kind(_none, ("f_divergence",), reference=False, likelihood=1.0),
+    "sigmoid_norm": Kind(_margin("dpo_sigmoid", "beta", "label_smoothing", averaged=True), SMOOTH + SCORE, averages=True),
+    "cpo": Kind(_policy("dpo_sigmoid", "beta", "label_smoothing"), SMOOTH + POLICY, reference=False, likelihood=1.0),
+    "cpo_hinge": Kind(_policy("hinge", "beta"), POLICY, reference=False, likelihood=1.0),
+    "cpo_ipo": Kind(_policy("ipo", "beta"), POLICY, reference=False, likelihood=1.0),
+    "simpo": Kind(_simpo, (*SMOOTH, *POLICY, "simpo_gamma"), averages=True, reference=False),
+    "orpo": Kind(_orpo, averages=True, reference=False),
+    "orpo_odds_ratio": Kind(_odds_ratio, averages=True, reference=False),
+}
+SEPARABLE = {name: kind.separable for name, kind in KINDS.items()}
+"""Name of a loss to the answer whether its batch may be cut into chunks of pairs."""

@@ -1,0 +1,103 @@
+"""Reward models: the pairwise loss, and the head that reads one hidden state per sequence."""
+import torch
+
+from rlkernels import checks, ops
+from rlkernels.backends.eager import real_dtype
+from rlkernels.checks import tokens as checks_tokens
+from rlkernels.logits_layout import dense
+from rlkernels.losses.policy_arguments import present
+from rlkernels.sequences import last_live_index
+
+
+def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
+    r"""Bradley-Terry loss of a reward model; of fp32 scores, without centring, one launch each way.
+
+    ``mean_i softplus(-(c_i - q_i - g_i)) + center_coef mean_i (c_i + q_i)^2``; finite for every finite difference
+    (-1e4 gives 1e4, +1e4 gives 0). No pair gives 0.
+
+    Args:
+        chosen, rejected: scores ``c``, ``q``, one per pair, any equal shape and float dtype.
+        margin: ``g``, how much better the chosen answer is; same shape, differentiable where it requires a gradient.
+        center_coef: weight of the term that keeps the scores around 0.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 scores).
+
+    Raises:
+        ValueError: unequal numbers of pairs.
+
+    Ouyang et al. 2022, arXiv:2203.02155, eq. 1; margin: Touvron et al. 2023, arXiv:2307.09288; centring: Eisenstein et al. 2023, arXiv:2312.09244.
+    """
+    where = "pairwise_reward_loss"
+    checks.pairs(where, chosen, rejected)
+    center_coef = checks.coefficient(checks.finite, where, "center_coef", center_coef, chosen)
+    if margin is not None:
+        checks.floating(where, "margin", margin)
+        checks.shape(where, "margin", margin, chosen.shape)
+        checks.one_device(where, "chosen", chosen, margin=margin)
+    checks.no_forward_ad(where, chosen, rejected, margin)
+    real = torch.float64 if torch.float64 in (chosen.dtype, rejected.dtype) else torch.float32
+    chosen, rejected, margin = dense(chosen, real), dense(rejected, real), None if margin is None else dense(margin, real)
+    loss, _ = ops.weighted_loss("pairwise", chosen, rejected, margin, [], (), None, None, 1.0 / max(chosen.numel(), 1), ops.serving("weighted_loss", chosen))
+    if not present(center_coef):
+        return loss
+    total = chosen + rejected
+    return loss + ((total * total).sum() / max(total.numel(), 1) * center_coef).to(real)
+
+
+def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=None):
+    r"""Score of each sequence from the hidden state of its last token: ``h_end . w (+ b)``; reads ``B`` rows, not ``B L``.
+
+    Args:
+        hidden: ``[B, L, H]``, or packed ``[T, H]`` with ``cu_seqlens``.
+        weight: ``[1, H]``, the head's matrix.
+        attention_mask: ``[B, L]``; the end is the last 1 (left or right padding, holes); a row of zeros, or no mask, ends at ``L - 1``. Not beside
+            ``cu_seqlens``.
+        cu_seqlens: ``[B + 1]`` offsets of a packed batch; the end of sequence ``i`` is ``cu_seqlens[i + 1] - 1``. An empty sequence has none: on
+            a CPU it is an error, on an accelerator, where values are not read, its score is 0 and has no gradient.
+        bias: ``[1]``. Hidden states, weight and bias have one dtype, or autocast is on.
+
+    Returns:
+        Tensor ``[B]``, fp32 (fp64 for fp64 hidden states), differentiable in ``hidden``, ``weight`` and ``bias``.
+
+    Raises:
+        ValueError: shapes do not fit; ``cu_seqlens`` does not cover the tokens, or makes a sequence empty; sequences of no token.
+        TypeError: dtypes do not fit.
+    """
+    where = "reward_scores"
+    checks.floating(where, "hidden", hidden)
+    checks.floating(where, "weight", weight)
+    expected = 2 if cu_seqlens is not None else 3
+    if hidden.dim() != expected:
+        raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}, expected {'[T, H] with cu_seqlens' if expected == 2 else '[B, L, H]'}")
+    checks.shape(where, "weight", weight, (1, hidden.shape[-1]))
+    if bias is not None:
+        checks.floating(where, "bias", bias)
+        checks.shape(where, "bias", bias, (1,))
+    checks.one_device(where, "hidden", hidden, weight=weight, bias=bias, attention_mask=attention_mask)
+    checks_tokens.one_dtype(where, "hidden", hidden, weight=weight, bias=bias)
+    empty = None
+    if cu_seqlens is None:
+        checks.mask(where, attention_mask, hidden.shape[:2], "attention_mask")
+        if hidden.shape[0] and not hidden.shape[1]:
+            raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}: sequences without a token have no last one to score")
+        rows = hidden[torch.arange(hidden.shape[0], device=hidden.device), last_live_index(attention_mask, hidden.shape[:2], hidden.device)]
+    else:
+        if attention_mask is not None:
+            raise ValueError(f"{where}: attention_mask is for padded hidden states [B, L, H], cu_seqlens for packed ones [T, H]; pass one of them")
+        rows, empty = _packed_ends(where, hidden, cu_seqlens)
+    real = real_dtype(hidden.dtype)
+    scores = (rows.to(real) * weight.to(real)).sum(-1)
+    scores = scores if bias is None else scores + bias.to(real)
+    return scores if empty is None else torch.where(empty, 0.0, scores)
+
+
+def _packed_ends(where, hidden, cu_seqlens):
+    """The last row of each sequence, and, where values are not read, which sequences are empty: their rows are 0."""
+    offsets = checks_tokens.segments(where, cu_seqlens, hidden, filled=True)
+    ends = offsets[1:]
+    if checks_tokens.values_are_read(cu_seqlens):
+        return hidden[ends - 1], None
+    empty = ends <= offsets[:-1]
+    rows = hidden[(ends - 1).clamp(min=0)] if hidden.shape[0] else hidden.new_zeros(ends.shape[0], hidden.shape[1]) + hidden.sum()
+    return torch.where(empty[:, None], 0.0, rows), empty

@@ -1,0 +1,163 @@
+"""Losses of answers that were judged one by one, from their log-probabilities: KTO, APO-zero, BCO."""
+from typing import NamedTuple
+
+import torch
+
+from rlkernels import checks
+from rlkernels.losses.policy_arguments import column
+from rlkernels.losses.preference import common_dtype, per_answer, weighted_terms
+from rlkernels.losses.weighted_sum import each
+
+LOSS_TYPES = ("kto", "apo_zero_unpaired", "bco", "kto_paired_batch")
+
+
+class UnpairedOptions(NamedTuple):
+    """The options of ``unpaired_preference_loss``, checked. ``baseline``: what is taken off a log-ratio (kto) or a reward (bco)."""
+
+    loss_type: str
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+    baseline: torch.Tensor | float
+
+    def separable(self):
+        """Tell whether the loss of an answer depends on that answer alone: then a batch may be cut into parts."""
+        return self.loss_type != "kto_paired_batch"
+
+
+def unpaired_options(where, like, *, loss_type="kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0, kl=None, kl_logps=None,
+                     ref_kl_logps=None, delta=None):
+    """Checks the options; ``like``: a tensor of the dtype and device of the losses."""
+    checks.choice(where, "loss_type", loss_type, LOSS_TYPES)
+    beta = checks.coefficient(checks.positive, where, "beta", beta, like)
+    desirable_weight, undesirable_weight = (checks.coefficient(checks.finite, where, name, x, like) for name, x in (
+        ("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)))
+    for name, x in {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}.items():
+        if not isinstance(x, torch.Tensor) and x < 0:
+            raise ValueError(f"{where}: {name} must not be negative, got {x}; the labels say which way an answer moves")
+    takes = {"kto": ("kl", "kl_logps", "ref_kl_logps"), "bco": ("delta",)}.get(loss_type, ())
+    for name, x in {"kl": kl, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps, "delta": delta}.items():
+        if x is not None and name not in takes:
+            raise ValueError(f"{where}: loss_type {loss_type!r} takes no {name}; leave it out")
+    baseline = 0.0
+    if loss_type == "bco":
+        baseline = _number(where, "delta", delta, like)
+    elif loss_type == "kto" and kl_logps is None and ref_kl_logps is None:
+        baseline = _number(where, "kl", kl, like)
+    elif loss_type == "kto":
+        baseline = _kl(where, kl, kl_logps, ref_kl_logps, like)
+    return UnpairedOptions(loss_type, beta, desirable_weight, undesirable_weight, baseline)
+
+
+def _number(where, name, x, like):
+    """A float, or a tensor of one element: then nothing waits for a device."""
+    if x is None:
+        what = "kl, or kl_logps and ref_kl_logps" if name == "kl" else name
+        raise ValueError(f"{where}: {name} is missing; pass {what}")
+    if isinstance(x, torch.Tensor):
+        column(where, name, x, like.new_empty(()), "logps")
+        low = checks.host_reads(x) and name == "kl" and x < 0
+        found = x.to(like.dtype)
+    else:
+        found = checks.finite(where, name, x)
+        low = name == "kl" and found < 0
+    if low:
+        raise ValueError(f"{where}: kl must be at least 0, got {float(x)}; clamp the estimate: kl.clamp(min=0)")
+    return found
+
+
+def _kl(where, kl, kl_logps, ref_kl_logps, like):
+    if kl is not None or kl_logps is None or ref_kl_logps is None:
+        raise ValueError(f"{where}: kl_logps and ref_kl_logps go together, instead of kl; pass both of them, or kl alone")
+    checks.floating(where, "kl_logps", kl_logps)
+    checks.no_forward_ad(where, kl_logps)
+    per_answer(where, "kl_logps", kl_logps)
+    column(where, "ref_kl_logps", ref_kl_logps, kl_logps, "kl_logps")
+    checks.one_device(where, "logps", like, kl_logps=kl_logps)
+    drift = kl_logps.detach().to(like.dtype) - ref_kl_logps.to(like.dtype)
+    return (drift.sum() / max(drift.numel(), 1)).clamp(min=0.0)
+
+
+def sequence_losses(where, logps, ref_logps, desirable, options):
+    """The loss of each answer times the weight of its class, ``[N]``, differentiable in ``logps``, sums of log-probabilities ``[N]``."""
+    margin, objective, params = _margins(where, logps, ref_logps, desirable, options)
+    weights = class_weights(desirable, options, margin.dtype)
+    return each(objective, margin, params, weights) * weights  # 0 in a class of weight 0, whatever it holds
+
+
+def class_weights(desirable, options, dtype):
+    zeros = desirable.new_zeros(desirable.shape, dtype=dtype)  # a where of two numbers would be of torch's default dtype
+    return torch.where((desirable != 0).contiguous(), zeros + options.desirable_weight, zeros + options.undesirable_weight)
+
+
+def _margins(where, logps, ref_logps, desirable, options):
+    """One number per answer that the loss wants large, and the objective of it."""
+    checks.floating(where, "logps", logps)
+    column(where, "ref_logps", ref_logps, logps, "logps")
+    checks.tensor(where, "desirable", desirable)
+    checks.labels(where, "desirable", desirable, logps.shape)
+    checks.one_device(where, "logps", logps, desirable=desirable)
+    real, good = common_dtype(logps, ref_logps), desirable != 0
+    log_ratio = logps.to(real) - ref_logps.to(real)
+    if options.loss_type == "bco":
+        reward = options.beta * log_ratio - options.baseline
+        return torch.where(good, reward, -reward), "pairwise", ()
+    if options.loss_type == "kto_paired_batch":
+        means = [(torch.where(one, log_ratio, 0.0).sum() / one.sum().clamp(min=1)).clamp(min=0.0) for one in (good, ~good)]
+        return torch.where(good, log_ratio - means[1], means[0] - log_ratio), "kto", (options.beta,)
+    log_ratio = log_ratio - options.baseline
+    return torch.where(good, log_ratio, -log_ratio), "kto", (options.beta,)
+
+
+def unpaired_preference_loss(logps, ref_logps, desirable, *, loss_type="kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0,
+                             kl=None, kl_logps=None, ref_kl_logps=None, delta=None, return_metrics=False):
+    r"""Losses of answers that are desirable or not, without pairs: value and derivative in one launch.
+
+    The mean over all answers of ``w l``. With ``rho = logp - ref``, ``b = beta``, ``s`` the logistic function:
+
+    - ``"kto"`` desirable ``1 - s(b (rho - kl))``, undesirable ``1 - s(b (kl - rho))``;
+    - ``"apo_zero_unpaired"`` the same without ``kl``: ``1 - s(b rho)`` and ``s(b rho)``;
+    - ``"kto_paired_batch"`` the same, where ``kl`` of each class is the mean ``rho`` of the other one, at least 0, with its gradient;
+    - ``"bco"`` ``-log s(b rho - delta)`` and ``-log s(delta - b rho)``.
+
+    Args:
+        logps: sums of log-probabilities of the answers under the policy, ``[N]``; the only argument that gets a gradient.
+        ref_logps: the same under the reference.
+        desirable: which answers are, ``[N]``, bool, or 1 and 0 in any dtype. A batch of one class will do.
+        beta: strength of the tie to the reference, > 0.
+        desirable_weight, undesirable_weight: ``w`` of each class, at least 0.
+        kl: for ``"kto"``: how far the policy has drifted, at least 0, a number or a tensor of shape ``()`` (averaged over ranks, say).
+        kl_logps, ref_kl_logps: instead of ``kl``: ``[M]``, log-probabilities of answers to other prompts; ``kl`` is then the mean of their
+            difference, at least 0. None of them gives 0.
+        delta: for ``"bco"``: the running mean of all rewards, a number or a tensor of shape ``()``.
+
+    Returns:
+        Scalar, fp32 (fp64 where any of the log-probabilities is). No answer gives 0. With ``return_metrics``, ``(loss, dict)`` with the mean implicit
+        reward ``beta rho`` of each class (0 where it has no answer), and ``kl`` with ``"kto"``.
+
+    Raises:
+        ValueError: an option out of range, unknown, or not looked at by the loss; shapes that differ; ``kl`` or ``delta`` missing; on a CPU ``kl``
+            below 0, or labels that are not 0 and 1.
+
+    Ethayarajh et al. 2024, arXiv:2402.01306 (KTO); D'Oosterlinck et al. 2024, arXiv:2408.06266 (APO); Jung et al. 2024,
+    arXiv:2404.04656 (BCO).
+    """
+    where = "unpaired_preference_loss"
+    checks.floating(where, "logps", logps)
+    checks.no_forward_ad(where, logps)
+    per_answer(where, "logps", logps)
+    like = logps.detach().to(common_dtype(logps, ref_logps))
+    options = unpaired_options(where, like, loss_type=loss_type, beta=beta, desirable_weight=desirable_weight,
+                               undesirable_weight=undesirable_weight, kl=kl, kl_logps=kl_logps, ref_kl_logps=ref_kl_logps, delta=delta)
+    margin, objective, params = _margins(where, logps, ref_logps, desirable, options)
+    loss = weighted_terms([(1.0, objective, margin, params)], class_weights(desirable, options, like.dtype), 1.0 / max(like.numel(), 1))
+    if not return_metrics:
+        return loss
+    with torch.no_grad():
+        rewards, good = options.beta * (like - ref_logps), desirable != 0
+        metrics = {f"reward_{name}": torch.where(one, rewards, 0.0).sum() / one.sum().clamp(min=1)
+                   for name, one in (("desirable", good), ("undesirable", ~good))}
+        if loss_type == "kto":
+            kl = options.baseline
+            metrics["kl"] = kl.to(like.dtype) if isinstance(kl, torch.Tensor) else like.new_full((), kl)  # filled there: a copy would wait for the device
+        return loss, metrics

@@ -1,0 +1,111 @@
+"""The registration of an op with torch: its schema, its fake, its autograd formula, and the way past the dispatcher; how a loss keeps its gradients.
+
+A call with plain tensors outside of every mode goes straight to the implementation, with the same autograd formula (``plain.py``); any
+other call takes the registered op.
+"""
+from collections import Counter
+
+import torch
+
+from rlkernels import checks
+from rlkernels.backends import BACKENDS
+from rlkernels.tracing import gradient_wanted, registered
+
+DOUBLE_BACKWARD = "double backward is not supported by rlkernels; use plain torch operations where second derivatives are needed"
+
+_library = torch.library.Library("rlkernels", "DEF")
+_calls = Counter()
+
+
+def calls():
+    """Counts of how often each ``(op, backend)`` has run in this process; a snapshot."""
+    return Counter(_calls)
+
+
+def run(op, backend, *arguments):
+    """Calls the backend's function; counted."""
+    _calls[op, backend] += 1
+    try:
+        return getattr(BACKENDS[backend], op)(*arguments)
+    except checks.NAMED as error:  # a backend reads values and sees layouts, and does not know the function's name
+        if type(error) not in checks.NAMED:
+            raise
+        raise checks.named(error, op, op) from error
+
+
+def define(name, schema, implementation, fake, formula=None, setup=None):
+    """Registers an op with its fake and, unless it mutates, its autograd formula. Without one, a derivative of it is an error.
+
+    The result is what to call; its ``op`` is the registered op. A tensor argument that is a number may be given as a float, one that is a row
+    of numbers as a tuple of them.
+    """
+    _library.define(f"{name}{schema}")
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    # The gate of the backends carries out a pending negation; torch's own way fails for an op that returns nothing.
+    _library.impl(name, torch.library.fallthrough_kernel, "Negative")
+    torch.library.register_fake(f"rlkernels::{name}", fake, lib=_library)
+    recorded, formula, setup = implementation, formula or _raises, setup or (lambda ctx, inputs, output: None)
+    if "!" not in schema:
+        # For the backward ops this makes the second derivative an error: autograd would treat the first one as a constant.
+        torch.library.register_autograd(f"rlkernels::{name}", formula, setup_context=setup, lib=_library)
+        recorded = _recorded(name, implementation, formula, setup)
+    op = getattr(torch.ops.rlkernels, name).default
+
+    def call(*arguments):
+        wanted = None if torch.compiler.is_compiling() else gradient_wanted(arguments)
+        if wanted is None:
+            return op(*registered(arguments))
+        return recorded(*arguments) if wanted else implementation(*arguments)
+
+    call.op = op
+    return call
+
+
+def _recorded(name, implementation, formula, setup):
+    """The same op for a call that autograd records outside of the dispatcher."""
+    def forward(ctx, *arguments):
+        output = implementation(*arguments)
+        setup(ctx, arguments, output)
+        return output
+
+    def backward(ctx, *grads):
+        return tuple([g if isinstance(g, torch.Tensor) else None for g in formula(ctx, *grads)])  # of a list of tensors: a list of None
+
+    base = torch.autograd.Function
+    function = type(base)(name, (base,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    return super(base, function).apply  # its own apply looks for wrappers of functorch in every argument, which are not plain
+
+
+def _raises(ctx, *grads):
+    raise RuntimeError(DOUBLE_BACKWARD)
+
+
+class _Held(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, held, again, *inputs):
+        ctx.held, ctx.again = held, again
+        ctx.save_for_backward(*inputs)  # an input changed in between raises, instead of meeting the gradient of what it was
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        if torch.is_grad_enabled():
+            raise RuntimeError(DOUBLE_BACKWARD)
+        inputs, held = ctx.saved_tensors, ctx.held
+        ctx.held = None
+        return None, None, None, *(None if d is None else _scaled(d, upstream, x) for d, x in zip(held or ctx.again(), inputs, strict=True))
+
+
+def _scaled(gradient, upstream, like):
+    """One rounding, to the dtype of what it is the gradient of."""
+    on_cpu, same = upstream.device.type == "cpu", gradient.dtype == like.dtype
+    if not on_cpu and not same:
+        return torch.mul(gradient, upstream, out=torch.empty_like(like))
+    if not on_cpu or upstream.item() != 1.0:  # read on the CPU alone: elsewhere the host would wait
+        gradient.mul_(upstream)
+    return gradient if same else BACKENDS["cpu"].fresh(like.shape, like.dtype).copy_(gradient)
+
+
+def with_gradients(loss, gradients, again, *inputs):
+    """``loss``, differentiable in ``inputs``; their gradients (None: not wanted) are given away once, then ``again()`` makes them anew."""
+    return _Held.apply(loss, gradients, again, *inputs)

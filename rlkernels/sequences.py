@@ -1,0 +1,259 @@
+"""Sequences and groups: sums, means, and their broadcast back to tokens. Everything sequence-level is an objective on these.
+
+A batch of sequences is padded, ``[B, L]``, or packed, ``[N]`` with ``cu_seqlens`` (``[S + 1]``: a 0, then the end of each sequence).
+Live tokens are those where the mask is not 0; the rest is left out by ``where``. Sums run in float64 and are rounded once: a row's result
+then does not depend on how much padding follows it, and sums over 8192 float32 tokens keep all their digits. No shape here depends on
+data, so nothing waits for a device.
+
+On a CPU offsets that do not cover the tokens raise, in a program of ``torch.compile`` when it runs. On an accelerator they are not read (unless
+``RLKERNELS_CHECK=1``): wrong ones give wrong numbers, from within the tokens.
+"""
+from typing import NamedTuple
+
+import torch
+
+from rlkernels import checks
+from rlkernels.checks import tokens as checks_tokens
+
+
+def real_dtype(*tensors):
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def segment_ids(offsets, tokens):
+    """Index of the sequence that each of ``tokens`` packed tokens belongs to; empty sequences own none. ``offsets``: of ``checks_tokens.segments``."""
+    ends = offsets[1:]
+    ids = torch.searchsorted(ends, torch.arange(tokens, device=ends.device), right=True)
+    # Tokens past the last end, which a device does not check, must not become an address out of bounds.
+    return ids.clamp(max=max(ends.shape[0] - 1, 0))
+
+
+def segment_reduce(values, offsets, how="sum", initial=0.0):
+    """One fixed-order reduction per segment: no atomics, and NaN stays in its segment (a difference of prefix sums spreads it).
+
+    torch reads and writes wherever the offsets point (``unsafe``; it has no safe way for offsets): they must come from ``checks_tokens.segments``.
+    """
+    return torch.segment_reduce(values.contiguous(), how, offsets=offsets, axis=0, unsafe=True, initial=initial)
+
+
+def token_counts(live, offsets=None):
+    """Live tokens per sequence, float64: exact up to ``2**53``."""
+    return live.sum(-1).double() if offsets is None else segment_reduce(live.double(), offsets)
+
+
+def sums(values, live, offsets):
+    """``sequence_sums`` of what is checked; ``live``: bool."""
+    return _sums(live, values, offsets).to(real_dtype(values))
+
+
+def means(values, live, offsets):
+    """``sequence_means`` of what is checked; ``live``: bool."""
+    return (_sums(live, values, offsets) / token_counts(live, offsets).clamp(min=1.0)).to(real_dtype(values))
+
+
+def spread(values, live, offsets):
+    """``broadcast_to_tokens`` of what is checked; ``live``: bool."""
+    wide = values.double()
+    # Indexing, not gather: its backward sorts instead of adding by atomics.
+    wide = wide.unsqueeze(-1).expand(live.shape) if offsets is None else wide[segment_ids(offsets, live.shape[0])]
+    return torch.where(live, wide, 0.0).to(real_dtype(values))
+
+
+def per_token(where, name, x, like, offsets):
+    """``x`` with one number per token where it has one per sequence: ``[S, 1]`` or ``[S]`` of a packed batch, ``[B, 1]`` or ``[B]`` of a padded one.
+
+    Any other shape is left to the caller's check.
+    """
+    if offsets is None:
+        # [B] belongs to rows [B, L]: plain broadcasting would align it with L, and (B,) against (B, 1) would become (B, B).
+        per_row = like.dim() == 2 and x.shape in (like.shape[:1], (like.shape[0], 1))
+        return x.reshape(-1, 1).expand(like.shape) if per_row else x
+    tokens, count = like.shape[0], offsets.shape[0] - 1
+    if x.shape == (count, 1):
+        x = x[:, 0]
+    elif x.shape != (count,):
+        return x
+    elif count == tokens:
+        if count > 1 and not _one_token_each(offsets):
+            raise ValueError(f"{where}: {name} has shape ({count},) in a batch of {tokens} tokens and {count} sequences: one per token or one per sequence? "
+                             "Pass [S, 1] for one per sequence; for one per token leave the empty sequences out of cu_seqlens")
+        return x
+    checks.one_device(where, "cu_seqlens", offsets, **{name: x})
+    return x[segment_ids(offsets, tokens)]
+
+
+def _one_token_each(offsets):
+    """Tell whether every sequence is known to be one token long."""
+    return checks.host_reads(offsets) and bool((offsets.diff() == 1).all())
+
+
+def _checked(where, values, mask, cu_seqlens):
+    """The mask as bool, and the offsets."""
+    checks.floating(where, "values", values)
+    offsets = checks_tokens.rows(where, "values", values, cu_seqlens)
+    if offsets is not None:  # torch.segment_reduce has no forward-mode formula
+        checks.no_forward_ad(where, values)
+    checks.mask(where, mask, values.shape)
+    checks.one_device(where, "values", values, mask=mask)
+    return torch.ones_like(values, dtype=torch.bool, memory_format=torch.contiguous_format) if mask is None else mask != 0, offsets
+
+
+def _sums(live, values, offsets):
+    kept = torch.where(live, values, 0.0).double().contiguous()  # torch adds in the order of memory
+    return kept.sum(-1) if offsets is None else segment_reduce(kept, offsets)
+
+
+def sequence_sums(values, mask=None, cu_seqlens=None):
+    r"""Sums of each sequence over its live tokens, differentiable.
+
+    ``s_i = sum_t m_it x_it``.
+
+    Args:
+        values: ``x``, ``[..., L]``, or packed ``[N]`` with ``cu_seqlens``; any float dtype.
+        mask: live tokens, any pattern. What a dead token holds reaches neither the sum nor the gradient.
+
+    Returns:
+        ``[...]``, or ``[S]`` when packed: float32, float64 for float64. An empty sequence sums to 0.
+
+    Raises:
+        TypeError: ``values`` or ``mask`` of a wrong dtype.
+        ValueError: shapes differ, or ``cu_seqlens`` does not cover the tokens.
+
+    Example:
+        >>> sequence_sums(torch.tensor([[1.0, 2.0, 4.0], [8.0, float("nan"), 0.5]]), torch.tensor([[1, 1, 0], [1, 0, 1]]))
+        tensor([3.0000, 8.5000])
+    """
+    return sums(values, *_checked("sequence_sums", values, mask, cu_seqlens))
+
+
+def sequence_means(values, mask=None, cu_seqlens=None):
+    r"""Means of each sequence over its live tokens, differentiable; of ``logprobs - old_logprobs``, the log of GSPO's ratio.
+
+    ``s_i = (1/n_i) sum_t m_it x_it``,  ``n_i = sum_t m_it``.
+
+    Args:
+        values: ``x``, ``[..., L]``, or packed ``[N]`` with ``cu_seqlens``; any float dtype.
+        mask: live tokens, any pattern. What a dead token holds reaches neither the mean nor the gradient.
+
+    Returns:
+        ``[...]``, or ``[S]`` when packed: float32, float64 for float64. The mean of an empty sequence is 0.
+
+    Raises:
+        TypeError: ``values`` or ``mask`` of a wrong dtype.
+        ValueError: shapes differ, or ``cu_seqlens`` does not cover the tokens.
+
+    Example:
+        >>> sequence_means(torch.tensor([1.0, 3.0, 7.0]), cu_seqlens=torch.tensor([0, 2, 2, 3]))
+        tensor([2., 0., 7.])
+
+    Zheng et al. 2025, arXiv:2507.18071, eq. 7.
+    """
+    return means(values, *_checked("sequence_means", values, mask, cu_seqlens))
+
+
+def broadcast_to_tokens(values, mask, cu_seqlens=None):
+    r"""Gives every live token the value of its sequence, differentiable; dead tokens get 0.
+
+    Args:
+        values: one per sequence: ``[...]`` for a mask ``[..., L]``, ``[S]`` for a packed mask ``[N]``; any float dtype.
+
+    Returns:
+        shaped like ``mask``: float32, float64 for float64.
+
+    Raises:
+        TypeError: ``values`` or ``mask`` of a wrong dtype.
+        ValueError: not one value per sequence, or ``cu_seqlens`` does not cover the tokens.
+
+    Example:
+        >>> broadcast_to_tokens(torch.tensor([3.0, -1.0]), torch.tensor([1, 1, 0, 1]), torch.tensor([0, 3, 4]))
+        tensor([ 3.,  3.,  0., -1.])
+    """
+    where = "broadcast_to_tokens"
+    checks.floating(where, "values", values)
+    checks.tensor(where, "mask", mask)
+    checks.mask(where, mask, mask.shape)
+    offsets = checks_tokens.rows(where, "mask", mask, cu_seqlens)
+    checks.one_device(where, "values", values, mask=mask)
+    checks.shape(where, "values", values, mask.shape[:-1] if offsets is None else (offsets.shape[0] - 1,))
+    return spread(values, mask != 0, offsets)
+
+
+def spans_to_mask(spans, length, *, shift=True):
+    r"""Mask of the positions that the policy sampled, from the token spans ``[start, end)`` recorded while it sampled.
+
+    Args:
+        spans: ``[..., K, 2]``, integers; a nested list will do. ``start == end`` is no span: pad with it.
+        length: tokens per row.
+        shift: the mask is over the ``length - 1`` scored positions: position ``t`` scores token ``t + 1``, and none scores the first.
+
+    Returns:
+        bool, ``[..., length - 1]`` with ``shift``, else ``[..., length]``.
+
+    Raises:
+        ValueError: ``spans`` is not made of pairs; ``length`` negative, or 0 with ``shift``.
+        TypeError: ``spans`` is no tensor or nested list of integers; ``length`` no integer.
+
+    Example:
+        >>> spans_to_mask([[2, 4]], 5)
+        tensor([False,  True,  True, False])
+    """
+    where = "spans_to_mask"
+    spans = _integers(where, spans)
+    if spans.numel() == 0 and spans.dim() < 2:
+        spans = spans.reshape(0, 2)
+    if spans.dim() < 2 or spans.shape[-1] != 2:
+        raise ValueError(f"{where}: spans has shape {tuple(spans.shape)}, expected [..., K, 2]: pairs of start and end")
+    length = checks.integer(where, "length", length)
+    if length < (1 if shift else 0):
+        raise ValueError(f"{where}: length must be at least {1 if shift else 0}, got {length}; it counts the tokens of a row")
+    if length > 2**31:
+        raise ValueError(f"{where}: length must be at most 2**31, got {length}; it counts the tokens of a row")
+    token = torch.arange(1 if shift else 0, length, device=spans.device)
+    return ((token >= spans[..., :1]) & (token < spans[..., 1:])).any(-2)
+
+
+def _integers(where, spans):
+    if not isinstance(spans, torch.Tensor):
+        try:
+            spans = torch.tensor(spans)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{where}: spans must be a tensor or a nested list of integers, got {type(spans).__name__}: {error}") from error
+        spans = spans if spans.numel() else spans.long()  # an empty list is of floats
+    checks.tensor(where, "spans", spans)
+    if spans.dtype.is_floating_point or spans.dtype.is_complex or spans.dtype == torch.bool:
+        raise TypeError(f"{where}: spans must hold integers, got {spans.dtype}")
+    return spans.long()
+
+
+def last_live_index(mask, shape, device=None):
+    """Column of the last live token of each row of a mask ``[B, L]``; ``L - 1`` for a row without one, and for no mask at all."""
+    rows, length = shape
+    if mask is None:
+        return torch.full((rows,), length - 1, device=device)
+    column = torch.arange(1, length + 1, device=mask.device)
+    last = torch.where(mask != 0, column, 0).amax(-1)
+    return torch.where(last == 0, length, last) - 1
+
+
+class Groups(NamedTuple):
+    """Elements sorted into groups: at most as many groups as elements, the unused ones empty, so that shapes do not depend on the ids."""
+
+    order: torch.Tensor  # [N] elements, group by group
+    index: torch.Tensor  # [N] group of each element
+    cu_seqlens: torch.Tensor  # [N + 1] ends of the groups within ``order``
+
+    def reduce(self, values, how="sum", initial=0.0):
+        """``values`` ``[N]`` reduced to one number per group, ``[N]``."""
+        return segment_reduce(values[self.order], self.cu_seqlens, how, initial)
+
+    def reduce_each(self, values, how="sum", initial=0.0):
+        """The same, given back to every element of the group."""
+        return self.reduce(values, how, initial)[self.index]
+
+
+def groups_of(ids):
+    """Groups of equal ``ids`` ``[N]``, in any order and of any size."""
+    ordered, order = torch.sort(ids, stable=True)
+    index = torch.cumsum(torch.diff(ordered, prepend=ordered[:1]) != 0, 0)
+    ends = torch.searchsorted(index, torch.arange(ids.shape[0] + 1, device=ids.device))
+    return Groups(order, torch.zeros_like(index).scatter(0, order, index), ends)
