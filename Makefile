@@ -42,18 +42,18 @@ test-triton: $(VENV)/.installed
 	@for v in $(TRITON); do \
 		[ -d .triton/$$v ] || $(PIP) install -q --no-deps --target .triton/$$v triton==$$v $$([ $$v = 3.6.0 ] && echo 'numpy<2.4') || exit 1; \
 		echo "Triton $$v"; export PYTHONPATH=$(CURDIR)/.triton/$$v OMP_NUM_THREADS=1 TRITON_CACHE_DIR=$(CURDIR)/.triton/cache-$$v; \
-		TRITON_INTERPRET=1 $(VENV)/bin/pytest -q -n $(JOBS) tests/triton_backend/interpreted $(ARGS) || exit 1; \
-		$(VENV)/bin/pytest -q -n $(JOBS) tests/triton_backend/compiled $(ARGS) || exit 1; \
+		TRITON_INTERPRET=1 $(VENV)/bin/pytest -q -n $(JOBS) tests/backends/triton_backend/interpreted $(ARGS) || exit 1; \
+		$(VENV)/bin/pytest -q -n $(JOBS) tests/backends/triton_backend/compiled $(ARGS) || exit 1; \
 	done
 
 # Very long, and gigabytes of downloads: the core of the suite under the oldest and the newest versions; docs/versions.md holds the last result.
 matrix:
-	$(PYTHON) tests/matrix.py $(ARGS)
+	$(PYTHON) tests/repository/matrix.py $(ARGS)
 
 # Long: plants faults in every backend, one at a time, and counts how many the suite notices.
 mutants: $(VENV)/.installed
 	@v=$(firstword $(TRITON)); [ -d .triton/$$v ] || $(PIP) install -q --no-deps --target .triton/$$v triton==$$v
-	$(VENV)/bin/python tests/mutation $(ARGS)
+	$(VENV)/bin/python tests/repository/mutation $(ARGS)
 
 # Long: 59000 random calls, valid ones against float64 torch and hostile ones, five minutes on two cores; then threads and races.
 FUZZ := OMP_NUM_THREADS=1 $(VENV)/bin/python tests/fuzz --jobs $(JOBS)

@@ -151,10 +151,10 @@ def read_log(path):
 
 
 def tests(context):
-    """``tests/gpu``, on several processes where pytest-xdist is installed: most of the time goes into compiling kernels."""
+    """``tests/backends/gpu``, on several processes where pytest-xdist is installed: most of the time goes into compiling kernels."""
     log = context.folder / "tests.jsonl"
     log.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-rfEs", "--tb=short", "-p", "no:cacheprovider", f"--gpu-log={log}",
+    command = [sys.executable, "-m", "pytest", "tests/backends/gpu", "-q", "-rfEs", "--tb=short", "-p", "no:cacheprovider", f"--gpu-log={log}",
                *context.extra.get("tests", ())]
     if module("xdist"):
         command += ["-n", str(min(6, max(1, (os.cpu_count() or 2) // 2))), "--dist", "worksteal"]
@@ -179,7 +179,7 @@ def sanitize(context):
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"ok": None, "reason": "compute-sanitizer is not on PATH: not run"}
-    suite = [sys.executable, "-m", "pytest", "tests/gpu/test_gpu_sanitized.py", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    suite = [sys.executable, "-m", "pytest", "tests/backends/gpu/test_gpu_sanitized.py", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     # Without torch's caching allocator, or a read past a tensor's end lands in memory that torch holds anyway.
     env = environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     children = {}

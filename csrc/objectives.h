@@ -2,14 +2,12 @@
 #pragma once
 #include "scalar.h"
 
-#define RLK_OBJECTIVES_DIGEST "d7c5172fff437d86"
+#define RLK_OBJECTIVES_DIGEST "0a327e0eaa886c56"
 
 #define RLK_OBJECTIVES(X) \
   X(k1, 2, 0) \
   X(k2, 2, 0) \
   X(k3, 2, 0) \
-  X(nll, 1, 0) \
-  X(dft, 1, 0) \
   X(reinforce, 2, 0) \
   X(ppo_clip, 3, 2) \
   X(dual_clip, 3, 3) \
@@ -26,6 +24,8 @@
   X(alpha_divergence, 1, 1) \
   X(js_divergence, 1, 0) \
   X(log_odds, 1, 0) \
+  X(nll, 1, 0) \
+  X(dft, 1, 0) \
   X(value_plain, 2, 0) \
   X(value_clip, 3, 1)
 
@@ -33,13 +33,13 @@
   X(k1, 2, 0) \
   X(k2, 2, 0) \
   X(k3, 2, 0) \
-  X(nll, 1, 0) \
-  X(dft, 1, 0) \
   X(reinforce, 2, 0) \
   X(ppo_clip, 3, 2) \
   X(dual_clip, 3, 3) \
   X(cispo, 3, 2) \
-  X(sapo, 3, 2)
+  X(sapo, 3, 2) \
+  X(nll, 1, 0) \
+  X(dft, 1, 0)
 
 namespace rlk {
 
@@ -63,21 +63,6 @@ struct k3 {
   RLK_HD Term<S> operator()(S logp, S ref_logp) const {
     const S gap = (ref_logp - logp);
     return {(rlk::expm1(gap) - gap), (-rlk::expm1(gap))};
-  }
-};
-
-struct nll {
-  template <class S>
-  RLK_HD Term<S> operator()(S logp) const {
-    return {(-logp), (-S(1.0))};
-  }
-};
-
-struct dft {
-  template <class S>
-  RLK_HD Term<S> operator()(S logp) const {
-    const S prob = rlk::exp(logp);
-    return {((-prob) * logp), (-prob)};
   }
 };
 
@@ -230,6 +215,21 @@ struct log_odds {
   template <class S>
   RLK_HD Term<S> operator()(S mean_logp) const {
     return {(mean_logp - rlk::log((-rlk::expm1(mean_logp)))), rlk::where((mean_logp >= S(0.0)), S(0.0), ((-S(1.0)) / rlk::expm1(mean_logp)))};
+  }
+};
+
+struct nll {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp) const {
+    return {(-logp), (-S(1.0))};
+  }
+};
+
+struct dft {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp) const {
+    const S prob = rlk::exp(logp);
+    return {((-prob) * logp), (-prob)};
   }
 };
 

@@ -7,7 +7,7 @@ from rlkernels import objectives
 from rlkernels.advantages.gae import discounted_returns, gae, masked_whiten
 from rlkernels.advantages.group import group_advantages
 from rlkernels.aggregation import aggregate, token_weights
-from rlkernels.backends import backends, use_backend
+from rlkernels.backends import available_backends, use_backend
 from rlkernels.linear.policy_loss import linear_policy_loss, linear_sft_loss
 from rlkernels.linear.preference_loss import linear_dpo_loss, linear_unpaired_preference_loss
 from rlkernels.linear.token_stats import linear_token_logprobs, linear_token_stats
@@ -22,7 +22,7 @@ from rlkernels.sequences import broadcast_to_tokens, sequence_means, sequence_su
 
 __version__ = "0.1.0"
 __all__ = [
-    "TokenStats", "aggregate", "backends", "broadcast_to_tokens", "discounted_returns", "dpo_loss", "gae", "group_advantages",
+    "TokenStats", "aggregate", "available_backends", "broadcast_to_tokens", "discounted_returns", "dpo_loss", "gae", "group_advantages",
     "length_desensitized_weights", "linear_dpo_loss", "linear_policy_loss", "linear_sft_loss", "linear_token_logprobs",
     "linear_token_stats", "linear_unpaired_preference_loss", "logits_policy_loss", "logprobs_sft_loss", "masked_whiten", "objective",
     "objectives", "pairwise_reward_loss", "policy_loss", "reward_scores", "sequence_means", "sequence_sums", "sft_loss", "spans_to_mask",

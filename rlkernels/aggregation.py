@@ -124,7 +124,7 @@ AGGREGATIONS = tuple(_MODES)
 
 
 def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, dp_size=1, scale=1.0, dtype=torch.float32, **normalizers):
-    """``token_weights`` on behalf of the public function ``where``, whose name the errors carry; ``cu_seqlens``: of ``checks_tokens.rows``."""
+    """``token_weights`` on behalf of the public function ``where``, whose name the errors carry; ``cu_seqlens``: of ``checks.tokens.rows``."""
     checks.choice(where, "aggregation", mode, AGGREGATIONS)
     count_empty_rows = checks.flag(where, "count_empty_rows", count_empty_rows)
     if dtype not in checks.FLOATS:

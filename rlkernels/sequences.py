@@ -21,7 +21,7 @@ def real_dtype(*tensors):
 
 
 def segment_ids(offsets, tokens):
-    """Index of the sequence that each of ``tokens`` packed tokens belongs to; empty sequences own none. ``offsets``: of ``checks_tokens.segments``."""
+    """Index of the sequence that each of ``tokens`` packed tokens belongs to; empty sequences own none. ``offsets``: of ``checks.tokens.segments``."""
     ends = offsets[1:]
     ids = torch.searchsorted(ends, torch.arange(tokens, device=ends.device), right=True)
     # Tokens past the last end, which a device does not check, must not become an address out of bounds.
@@ -31,7 +31,7 @@ def segment_ids(offsets, tokens):
 def segment_reduce(values, offsets, how="sum", initial=0.0):
     """One fixed-order reduction per segment: no atomics, and NaN stays in its segment (a difference of prefix sums spreads it).
 
-    torch reads and writes wherever the offsets point (``unsafe``; it has no safe way for offsets): they must come from ``checks_tokens.segments``.
+    torch reads and writes wherever the offsets point (``unsafe``; it has no safe way for offsets): they must come from ``checks.tokens.segments``.
     """
     return torch.segment_reduce(values.contiguous(), how, offsets=offsets, axis=0, unsafe=True, initial=initial)
 

@@ -1,10 +1,21 @@
 import signal
-import sys
 import threading
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # oracles and reference are modules of the suite, not a package
+import pytest
+
+pytest.register_assert_rewrite("reference")  # before anything imports it
+
+from present_backends import PRESENT  # noqa: E402
+
+from rlkernels.backends import use_backend  # noqa: E402
 
 # A suite started in the background of a script inherits an ignored SIGINT, and so would the children whose interruption is tested.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(params=PRESENT)
+def backend(request):
+    """The name of each backend that this machine has, which serves every op of the test."""
+    with use_backend(request.param):
+        yield request.param

@@ -1,4 +1,4 @@
-// CUDA's own headers under nvcc; elsewhere the header that runs the same source on the CPU (tests/cuda_backend/tools/cuda_host.h).
+// CUDA's own headers under nvcc; elsewhere the header that runs the same source on the CPU (tests/backends/cuda_backend/tools/cuda_host.h).
 // Kernels are written so that both read them unchanged: no <<<>>>, no static __shared__, sizes as long long.
 #pragma once
 #ifdef __CUDACC__

@@ -1,4 +1,4 @@
-"""Advantages and returns per token: GAE and discounted returns by one reverse scan, and whitening. Per group: ``groups``."""
+"""Advantages and returns per token: GAE and discounted returns by one reverse scan, and whitening. Per group: ``rlkernels.advantages.group``."""
 import torch
 
 from rlkernels import checks, ops

@@ -14,7 +14,7 @@ from rlkernels.backends.measured_order import preferred
 OPS = ("token_stats", "token_stats_backward", "fused_policy", "elementwise", "weighted_loss", "gae")
 KNOWN = ("eager", "cpu", "triton", "cuda")
 DEVICES = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager"), "xpu": ("triton", "eager"), "meta": ("eager",)}
-"""Device type to the backends that can serve it, first choice first; ``choice.TABLE`` overrides the order where something was measured."""
+"""Device type to the backends that can serve it, first choice first; ``measured_order.TABLE`` overrides the order where something was measured."""
 
 
 class _Modules(dict):
@@ -131,7 +131,7 @@ class use_backend(contextlib.ContextDecorator):
             context.leave(self)
 
 
-def backends():
+def available_backends():
     """Tell which backend serves which op on which device here, and the reason where a backend is absent.
 
     Returns:

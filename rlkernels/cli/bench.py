@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 def conditions() -> list[str]:
     """Facts of this machine now that a reader of the times must know."""
     remarks = []
-    reason = rlkernels.backends()["absent"].get("cpu")
+    reason = rlkernels.available_backends()["absent"].get("cpu")
     if reason:
         remarks.append(f"cpu backend: absent, eager serves and is what 'rlkernels' means below: {reason}")
     busy = os.getloadavg()[0] / machine.cores()

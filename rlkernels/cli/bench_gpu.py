@@ -57,7 +57,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, device: object, started: float) -> None:
         self.args, self.device, self.started = args, device, started
         self.peers, self.remarks = ({}, []) if args.no_peers else bench_gpu_peers.available(args.flash_attn)
-        self.remarks += [f"backend {name}: absent: {reason}" for name, reason in rlkernels.backends()["absent"].items() if name != "cpu"]
+        self.remarks += [f"backend {name}: absent: {reason}" for name, reason in rlkernels.available_backends()["absent"].items() if name != "cpu"]
         self.seconds = args.seconds or (0.1 if args.quick else 1.0)
         self.flush = torch.empty(2 * device.cache_bytes, dtype=torch.uint8, device=device.device)
         self.roof: Roofline | None = None
@@ -65,7 +65,7 @@ class Run:
 
     def begin(self, **options: int) -> None:
         self.roof = roofline(self.device, min(self.seconds, 0.5), **options)
-        serves = rlkernels.backends()["serves"].get(self.device.device.type, {})
+        serves = rlkernels.available_backends()["serves"].get(self.device.device.type, {})
         self.data = {
             "command": shlex.join(["rlkernels", *sys.argv[1:]]), "device": self.device.describe(), "machine": machine.describe(),
             "sources": bench_gpu_report.sources(self.args.commit), "dtype": self.args.dtype, "seconds_per_entry": self.seconds,

@@ -34,10 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def show_choices(*, plain: bool) -> None:
     """The measured table that decides between backends, and the order where it has no entry."""
-    rows = [[op, device, f"{itemsize} bytes", vocabulary, ", ".join(order)] for (op, device, itemsize, vocabulary), order in sorted(measured_order.TABLE.items())]
+    measured = sorted(measured_order.TABLE.items())
+    rows = [[op, device, f"{itemsize} bytes", vocabulary, ", ".join(order)] for (op, device, itemsize, vocabulary), order in measured]
     if rows:
-        tables.show(f"Measured choice of a backend (large: a vocabulary of {measured_order.LARGE} or more)", ["op", "device", "per logit", "vocabulary", "order"],
-                    rows, plain=plain)
+        tables.show(f"Measured choice of a backend (large: a vocabulary of {measured_order.LARGE} or more)",
+                    ["op", "device", "per logit", "vocabulary", "order"], rows, plain=plain)
     else:
         print("\nMeasured choice of a backend: no entry, since nothing has been measured on a GPU yet; the order below is used.")
     tables.show("Order of the backends where nothing was measured", ["device", "order"], [[d, ", ".join(order)] for d, order in DEVICES.items()], plain=plain)
@@ -45,7 +46,7 @@ def show_choices(*, plain: bool) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the tables; always 0: an absent backend is a fact, not a failure."""
-    state = rlkernels.backends()
+    state = rlkernels.available_backends()
     isa = "-" if "cpu" in state["absent"] else cpu.isa()
     facts = [
         ["rlkernels", rlkernels.__version__],

@@ -120,7 +120,7 @@ class Widened(Plain):
 class Accelerated(Plain):
     """Matrix units take 16-bit operands and give fp32: the gradient of the logits is rounded to them once, sums and results are kept.
 
-    fp16 ends at 6e-8: whoever makes a gradient before its loss scale is known (``sweep``) brings it near 1 first.
+    fp16 ends at 6e-8: whoever makes a gradient before its loss scale is known (``chunked_loss``) brings it near 1 first.
     """
 
     def __init__(self, weight):

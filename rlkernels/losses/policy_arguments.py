@@ -98,7 +98,7 @@ def of_sums(aggregation, weights):
 
 
 def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers):
-    """The weight of each token in every term of a loss: objective, KL and entropy alike; 0 on dead tokens. ``cu_seqlens``: of ``checks_tokens.rows``.
+    """The weight of each token in every term of a loss: objective, KL and entropy alike; 0 on dead tokens. ``cu_seqlens``: of ``checks.tokens.rows``.
 
     One vector for all terms, because each must be the same whether a batch comes whole or in micro-batches.
     """

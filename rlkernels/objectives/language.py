@@ -2,7 +2,7 @@
 
 The language is what Python, Triton and C++ read alike: positional arguments; a docstring; ``name = expression``; one final
 ``return value, derivative``. Expressions are arguments, locals, float literals, ``+ - * /``, unary ``-`` and calls of the
-names in ``_math``; a comparison stands only as the condition of ``where``. The derivative is with respect to the first argument.
+names in ``rlkernels.objectives.functions``; a comparison stands only as the condition of ``where``. The derivative is with respect to the first argument.
 """
 import ast
 import inspect

@@ -282,5 +282,5 @@ gae = define(
 
 # offsets ---------------------------------------------------------------------------------------------------------------------------
 
-# Of a compiled program, whose values are there at run time alone; ``checks_tokens.segments`` calls it.
+# Of a compiled program, whose values are there at run time alone; ``checks.tokens.segments`` calls it.
 offsets = define("offsets", "(Tensor cu_seqlens, SymInt tokens, bool filled, str where) -> Tensor", read_offsets, offsets_fake)

@@ -1,6 +1,6 @@
 """The registration of an op with torch: its schema, its fake, its autograd formula, and the way past the dispatcher; how a loss keeps its gradients.
 
-A call with plain tensors outside of every mode goes straight to the implementation, with the same autograd formula (``plain.py``); any
+A call with plain tensors outside of every mode goes straight to the implementation, with the same autograd formula (``rlkernels.tracing``); any
 other call takes the registered op.
 """
 from collections import Counter

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:1] = [str(TESTS)]  # not this folder: its modules are those of a package
+sys.path[:1] = [str(TESTS), str(TESTS / "support")]  # not this folder: its modules are those of a package
 
 from fuzz import ranges, sanitized  # noqa: E402
 from fuzz.cases import CASES  # noqa: E402

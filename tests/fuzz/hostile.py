@@ -14,7 +14,7 @@ from fuzz.hostile_values import HIDDEN, HOSTILE, MASKS, TRAINED, USUAL, good, op
 from fuzz.trial import case
 from rlkernels.backends import OPS as OF_BACKENDS
 
-FUNCTIONS = [name for name in rlkernels.__all__ if inspect.isfunction(getattr(rlkernels, name)) and name not in ("objective", "use_backend", "backends")]
+FUNCTIONS = [name for name in rlkernels.__all__ if inspect.isfunction(getattr(rlkernels, name)) and name not in ("objective", "available_backends")]
 TENSORS = """hidden weight bias logits targets old_logprobs advantages mask ref_logprobs weights cu_seqlens logprobs entropy vocab_mask ref_logits values
     old_values returns rewards sample_weights chosen_logps rejected_logps ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps
     ref_logps desirable kl_logps ref_kl_logps chosen rejected margin attention_mask group_ids rollout_ids lengths bootstrap_values x spans chosen_mask

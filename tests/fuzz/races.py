@@ -7,7 +7,8 @@ import threading
 import time
 from pathlib import Path
 
-sys.path[:1] = [str(Path(__file__).resolve().parents[1])]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(TESTS), str(TESTS / "support")]
 
 import torch  # noqa: E402
 from reference import same_bits  # noqa: E402

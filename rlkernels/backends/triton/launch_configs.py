@@ -2,7 +2,7 @@
 
 An autotuner runs a kernel several times, which corrupts one that writes in place, and may pick other bits on another day.
 ``override`` replaces entries for experiments. Not measured on hardware yet. Chosen for 16 bytes per thread and load, for several loads in
-flight, and for no spills on any target that ``tests/triton_backend/compiled`` compiles for.
+flight, and for no spills on any target that ``tests/backends/triton_backend/compiled`` compiles for.
 """
 from contextlib import contextmanager
 from typing import NamedTuple

@@ -1,0 +1,71 @@
+"""Mistakes in the fused head: which rows enter which product, what is summed over chunks and ranks, and what a bound fills up."""
+from mutant import Mutant
+
+ROWS, POLICY, PREFERENCES, CHUNKS, CONTRACT, WAITS = (
+    f"test_{name}.py" for name in ("linear_row_selection", "linear_policy_loss", "linear_preference_loss", "linear_chunking", "linear_autograd", "host_syncs"))
+ROUNDED = "test_linear_16bit_gradient.py"
+GROUP = "test_vocab_parallel.py::test_on_every_rank"
+
+
+def _m(name, file, old, new, *tests):
+    return Mutant(name, f"rlkernels/{file}", old, new, tests)
+
+
+MUTANTS = (
+    # rows
+    _m("a product of odd rows", "linear/chunking.py", "return -(-rows // ROWS) * ROWS", "return rows", ROWS),
+    _m("dead rows of a bound enter as they are", "linear/chunking.py", "return found if self.dead is None else found.masked_fill_(",
+       "return found if True else (", ROWS),
+    _m("a bound too small passes", "linear/chunking.py", "enough = live.sum() <= bound", "enough = live.sum() <= 2 * bound", "test_linear_bad_inputs.py"),
+    _m("rows that may move come last", "linear/chunking.py",
+       "torch.where(moving, 0, torch.where(live, 1, 2))", "torch.where(moving, 1, torch.where(live, 0, 2))", ROWS),
+    _m("a row with a KL term stands still", "linear/chunked_loss.py", "if self.kl is not None or self.entropy_weight is not None or not still",
+       "if self.entropy_weight is not None or not still", ROWS),
+    _m("a row that only its entropy moves is taken out", "linear/chunked_loss.py",
+       "dlogp != 0 if entropy_weight is None else (dlogp != 0) | (entropy_weight != 0))",
+       "dlogp != 0)", POLICY),
+    _m("rows close up without their hidden states", "linear/chunked_loss.py", "hidden, dlogits, x = hidden[kept], dlogits[:len(rows)], x[:len(rows)]",
+       "dlogits, x = dlogits[:len(rows)], x[:len(rows)]", POLICY),
+    _m("rows close up without their logits", "linear/chunked_loss.py",
+       "for moved in {id(x): x, id(dlogits): dlogits}.values():", "for moved in (dlogits,):", POLICY, ROWS),
+    # units
+    _m("the rows that fill a bound count for the last sequence", "linear/policy_loss.py", "if rows.dead is None else ~rows.dead", "", POLICY),
+    _m("the rows that fill a bound belong to no sequence", "linear/sequence_chunks.py",
+       "return torch.cat([self.offsets[:-1], self.offsets.new_full((1,), len(self.found))])", "return self.offsets", POLICY, PREFERENCES),
+    _m("a chunk's units begin where the batch does", "linear/sequence_chunks.py", "return offsets - offsets[:1]", "return offsets", POLICY, PREFERENCES),
+    _m("bincount waits for the device", "linear/sequence_chunks.py",
+       "return order, torch.searchsorted(ordered, torch.arange(count + 1, device=sequence.device))",
+       "return order, torch.cat([ordered.new_zeros(1), torch.bincount(ordered, minlength=count + 1)[:count].cumsum(0)])", WAITS),
+    _m("a second sweep takes the logits of the last part", "linear/chunked_loss.py", "            kept = None\n", "",
+       POLICY, PREFERENCES),
+    _m("rejected answers first", "linear/preference_loss.py", "sums[0::2], sums[1::2], *part", "sums[1::2], sums[0::2], *part", PREFERENCES),
+    _m("a chunk's mean for its share", "linear/preference_loss.py", "checked.part(first, last)).sum() / max(pairs, 1)", "checked.part(first, last)).mean()",
+       PREFERENCES),
+    _m("sequences that cannot move make their gradient", "linear/sequence_chunks.py", "return self.moving is None or first < self.moving", "return True", ROWS),
+    _m("sequences that move stand still", "linear/sequence_chunks.py", "moves = segment_reduce((~still)[order].double(), offsets) > 0",
+       "moves = segment_reduce(still[order].double(), offsets) == 0", ROWS),
+    # the way back
+    _m("the scale of the logits is forgotten on the way back", "linear/head.py", "            d.mul_(self.scale)\n", "            pass\n", POLICY),
+    _m("the slope of the softcap", "linear/head.py", ".square_().neg_().add_(1.0))", ".neg_().add_(1.0))", POLICY),
+    _m("the bias of the first chunk", "linear/head.py", "dbias.add_(d.sum(0, dtype=dbias.dtype))", "dbias.copy_(d.sum(0, dtype=dbias.dtype))", POLICY),
+    _m("every chunk fills the weight's gradient", "linear/token_stats.py", "        self.first = False\n", "", POLICY, CHUNKS),
+    _m("the hidden states' gradient is rounded before it is scaled", "linear/token_stats.py",
+       "real if wide else hidden.dtype", "hidden.dtype", CONTRACT, POLICY),
+    _m("a gradient is given away twice", "ops/register.py", "        ctx.held = None\n        return None, None, None", "        return None, None, None",
+       CONTRACT),
+    _m("the upstream gradient is forgotten", "ops/register.py", "        gradient.mul_(upstream)\n", "        gradient.mul_(1.0)\n", POLICY),
+    _m("fp16 is rounded as it comes", "linear/chunked_loss.py",
+       "if self.chunk.products.gradient_dtype == torch.float16 else None", "if False else None", ROUNDED),
+    _m("a gradient that was brought near 1 stays there", "linear/chunked_loss.py",
+       "                    gradient.div_(self.scale)\n", "                    pass\n", ROUNDED),
+    _m("a loss that was brought near 1 stays there", "linear/chunked_loss.py", "loss if sweep.scale is None else loss / sweep.scale", "loss",
+       ROUNDED),
+    _m("a gradient is rounded before the scale of the logits", "linear/head.py",
+       "plain = softcap is None and logit_scale == 1.0 and", "plain = softcap is None and",
+       ROUNDED),
+    # the shard
+    _m("the gradient of hidden states stays one rank's", "linear/token_stats.py",
+       "            torch.distributed.all_reduce(self.hidden, group=self.shard.process_group())\n", "            pass\n", GROUP),
+    _m("targets of other shards point to the last column", "linear/vocab_parallel.py", "targets - shard.start, shard.columns)), here",
+       "targets - shard.start, shard.columns - 1)), here", GROUP),
+)
