@@ -79,6 +79,7 @@ gpu:
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 $(VENV)/bin/python:
 	@[ -n "$(PYTHON)" ] || { echo "make: no Python >= 3.10 on PATH; install one, or name it: make PYTHON=/path/to/python3"; exit 1; }

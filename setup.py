@@ -1,9 +1,12 @@
-"""Builds ``rlkernels._cpu`` where a C++ compiler works; where none does the package is pure Python, says so and notes why.
+"""Builds ``rlkernels._cpu`` where a C++ compiler works; where none does the package is pure Python, says so and notes
+why.
 
-One generated ninja file per module: an edge per object with its depfile, an edge for the link. No torch: the kernels see pointers.
-``RLKERNELS_CPU=0|1|auto`` (default auto; 1: a failure is an error). ``CXX`` names the compiler, ``MAX_JOBS`` how many of them run side by side.
-``rlkernels._cuda`` joins where ``RLKERNELS_CUDA`` asks for it: see ``setup_cuda.py``. What both builds share: ``setup_build.py``.
+One generated ninja file per module: an edge per object with its depfile, an edge for the link. No torch: the kernels
+see pointers. ``RLKERNELS_CPU=0|1|auto`` (default auto; 1: a failure is an error). ``CXX`` names the compiler,
+``MAX_JOBS`` how many of them run side by side. ``rlkernels._cuda`` joins where ``RLKERNELS_CUDA`` asks for it: see
+``setup_cuda.py``. What both builds share: ``setup_build.py``.
 """
+
 import os
 import platform
 import sys
@@ -20,9 +23,25 @@ import setup_cuda  # noqa: E402
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# rows.cpp is compiled once per instruction set, into a namespace of that name; the module chooses among them when it is loaded.
-ISAS = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
-SOURCES = ["rows_f64", "token_stats", "backward", "fused_policy", "elementwise", "scan", "gemm", "machine", "buffer", "bindings"]
+# rows.cpp is compiled once per instruction set, into a namespace of that name; the module chooses among them when it is
+# loaded.
+ISAS = {
+    "baseline": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c",
+}
+SOURCES = [
+    "rows_f64",
+    "token_stats",
+    "backward",
+    "fused_policy",
+    "elementwise",
+    "scan",
+    "gemm",
+    "machine",
+    "buffer",
+    "bindings",
+]
 # Younger than the others: a compiler may lack them (g++ before 10), and the bf16 matrix product is then absent.
 BF16 = f"{ISAS['avx512']} -mavx512bf16"
 # No contraction: a fused multiply-add is written where it is meant, or bits would depend on what the compiler inlined.
@@ -51,8 +70,11 @@ def openmp_flag():
 
 def has_bf16():
     """Tell whether the compiler has AVX512_BF16; whether the machine has it is asked at run time."""
-    code = ("#include <cpuid.h>\n#include <immintrin.h>\n"
-            "int main() { __m512i x{}; return int(_mm512_reduce_add_ps(_mm512_dpbf16_ps(__m512{}, (__m512bh)x, (__m512bh)x))); }\n")
+    code = (
+        "#include <cpuid.h>\n#include <immintrin.h>\n"
+        "int main() { __m512i x{}; return int(_mm512_reduce_add_ps(_mm512_dpbf16_ps(__m512{}, (__m512bh)x, "
+        "(__m512bh)x))); }\n"
+    )
     return X86 and setup_build.compiles(CXX, code, *BF16.split())
 
 
@@ -62,7 +84,9 @@ def write_cpu(plan, include):
     plan.rule("link", f"{cxx} {LINK} {openmp} $in -o $out")
     edges = []
     for name, source, extra in objects(has_bf16()):
-        edges += plan.build(f"{name}.o", "compile", source, variables={"extra": f"{extra} {include}" if name == "bindings" else extra})
+        edges += plan.build(
+            f"{name}.o", "compile", source, variables={"extra": f"{extra} {include}" if name == "bindings" else extra}
+        )
     plan.build("_cpu.so", "link", edges)
 
 
@@ -75,14 +99,19 @@ class Build(build_ext):
 
     def run(self):
         self.failed = {}
-        if "build_ext" in self.distribution.commands:  # the modules themselves are asked for, so nothing is left out in silence
+        # The modules themselves are asked for, so nothing is left out in silence.
+        if "build_ext" in self.distribution.commands:
             for name, reason in ABSENT.items():
                 if reason and ASKED[name] == "":
                     raise SystemExit(f"rlkernels.{name} cannot be built: {reason}")
         super().run()
         if self.inplace:
             for name in WRITERS:
-                setup_build.note(self.get_finalized_command("build_py").get_package_dir("rlkernels"), name, *self.failed.get(name, [ABSENT[name]]))
+                setup_build.note(
+                    self.get_finalized_command("build_py").get_package_dir("rlkernels"),
+                    name,
+                    *self.failed.get(name, [ABSENT[name]]),
+                )
 
     def build_extension(self, ext):
         name = ext.name.rpartition(".")[2]
@@ -90,15 +119,23 @@ class Build(build_ext):
         try:
             setup_build.make(name, Path(self.build_temp).resolve() / ext.name, out, ROOT, JOBS, WRITERS[name])
             if name == "_cuda":
-                setup_build.replace(Path(self.build_temp).resolve() / ext.name / setup_cuda.REPORT, out.parent / setup_cuda.REPORT)
+                setup_build.replace(
+                    Path(self.build_temp).resolve() / ext.name / setup_cuda.REPORT, out.parent / setup_cuda.REPORT
+                )
             setup_build.note(out.parent, name)
         except setup_build.Failed as failed:
             variable, asked = VARIABLES[name], ASKED[name]
             if asked == "1" or (asked == "" and "build_ext" in self.distribution.commands):
-                raise SystemExit(f"rlkernels.{name} could not be built: {failed}; {variable}=auto goes without it, {variable}=0 does not try") from None
+                raise SystemExit(
+                    f"rlkernels.{name} could not be built: {failed}; {variable}=auto goes without it, "
+                    f"{variable}=0 does not try"
+                ) from None
             self.failed[name] = str(failed), failed.output
             log = setup_build.note(out.parent, name, *self.failed[name])
-            setup_build.say(f"rlkernels.{name} was not built, and the package goes without it: {failed}; log: {log}; {variable}=1 makes this an error")
+            setup_build.say(
+                f"rlkernels.{name} was not built, and the package goes without it: {failed}; log: {log}; "
+                f"{variable}=1 makes this an error"
+            )
 
 
 class Python(build_py):
@@ -122,15 +159,22 @@ CXX = setup_build.compiler() if CPU != "0" or CUDA != "0" else []
 JOBS = setup_build.jobs()
 MISSING = setup_build.missing(CXX)
 # Why a module is not even tried, or None; of one that nobody asked for there is nothing to say.
-ABSENT = {"_cpu": "RLKERNELS_CPU=0 was set at install time; install without it to build" if CPU == "0" else MISSING,
-          "_cuda": None if CUDA == "0" else setup_cuda.missing() or MISSING}
+ABSENT = {
+    "_cpu": "RLKERNELS_CPU=0 was set at install time; install without it to build" if CPU == "0" else MISSING,
+    "_cuda": None if CUDA == "0" else setup_cuda.missing() or MISSING,
+}
 for module, value in (("_cpu", CPU), ("_cuda", CUDA)):
     if value == "1" and ABSENT[module]:
         raise SystemExit(f"{VARIABLES[module]}=1, but {ABSENT[module]}; or unset it")
 
-FILES = {"_cpu": sorted({source for _, source, _ in objects(X86)}),
-         "_cuda": sorted({source for _, source, _ in setup_cuda.kernels()} | {"csrc/cuda/bindings.cpp"})}
+FILES = {
+    "_cpu": sorted({source for _, source, _ in objects(X86)}),
+    "_cuda": sorted({source for _, source, _ in setup_cuda.kernels()} | {"csrc/cuda/bindings.cpp"}),
+}
 # Optional: what could not be built is not copied beside the sources either.
-MODULES = [Extension(f"rlkernels.{module}", FILES[module], optional=True) for module, value in (("_cpu", CPU), ("_cuda", CUDA))
-           if value != "0" and ABSENT[module] is None]
+MODULES = [
+    Extension(f"rlkernels.{module}", FILES[module], optional=True)
+    for module, value in (("_cpu", CPU), ("_cuda", CUDA))
+    if value != "0" and ABSENT[module] is None
+]
 setup(ext_modules=MODULES, cmdclass={"build_ext": Build, "build_py": Python})

@@ -1,10 +1,14 @@
-"""The plan of ``rlkernels._cuda`` for ``setup.py``: objects, compilers and flags. Looks for nvcc and nothing else of the machine.
+"""The plan of ``rlkernels._cuda`` for ``setup.py``: objects, compilers and flags.
 
-``RLKERNELS_CUDA=0|1|auto`` (auto: where nvcc works; 1: a failure is an error). The default is 0 until these kernels have been measured on a
-GPU: they take minutes to build, and Triton serves GPUs before them. ``RLKERNELS_CUDA_ARCHS`` such as ``"90a 120"``: machine code for each, and
-PTX, which the driver compiles for other chips when the module is first used there. ``RLKERNELS_CUDA_FLAGS`` is added for nvcc (``-lineinfo``
-for a profiler). ``CUDA_HOME`` is searched where nvcc is not on PATH.
+Looks for nvcc and nothing else of the machine.
+
+``RLKERNELS_CUDA=0|1|auto`` (auto: where nvcc works; 1: a failure is an error). The default is 0 until these kernels
+have been measured on a GPU: they take minutes to build, and Triton serves GPUs before them. ``RLKERNELS_CUDA_ARCHS``
+such as ``"90a 120"``: machine code for each, and PTX, which the driver compiles for other chips when the module is
+first used there. ``RLKERNELS_CUDA_FLAGS`` is added for nvcc (``-lineinfo`` for a profiler). ``CUDA_HOME`` is searched
+where nvcc is not on PATH.
 """
+
 import hashlib
 import os
 import re
@@ -37,7 +41,9 @@ def missing():
 
 
 def arch_flags():
-    """Machine code for every arch, and PTX of the newest that is not above 90: unlike that of 120 it runs on every later chip."""
+    """Machine code for every arch, and PTX of the newest that is not above 90: unlike that of 120 it runs on every
+    later chip.
+    """
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
     plain = sorted(int(a.rstrip("af")) for a in ARCHS)
     ptx = max([a for a in plain if a <= 90], default=plain[0])
@@ -58,21 +64,38 @@ def kernels():
 def digest(root):
     """The hash of every source of the module: the report of a build says what it was a build of."""
     text = hashlib.sha256()
-    for file in sorted(f for folder in ("csrc", "csrc/cuda") for f in Path(root, folder).iterdir() if f.suffix in (".h", ".cuh", ".cu", ".cpp")):
+    for file in sorted(
+        f
+        for folder in ("csrc", "csrc/cuda")
+        for f in Path(root, folder).iterdir()
+        if f.suffix in (".h", ".cuh", ".cu", ".cpp")
+    ):
         text.update(file.name.encode() + file.read_bytes())
     return text.hexdigest()
 
 
 def write_ninja(plan, root, cxx, include):
-    """Adds the rules and edges of ``_cuda.so`` to a ninja ``plan``, in whose folder ``csrc`` lies; ``cxx``: the C++ compiler, as ninja wants it.
+    """Adds the rules and edges of ``_cuda.so`` to a ninja ``plan``, in whose folder ``csrc`` lies; ``cxx``: the C++
+    compiler, as ninja wants it.
 
-    What ptxas says of every kernel (registers, spills) is kept beside it, in ``REPORT``: the tests read it, and nobody compiles twice.
+    What ptxas says of every kernel (registers, spills) is kept beside it, in ``REPORT``: the tests read it, and nobody
+    compiles twice.
     """
     nvcc = shlex.quote(NVCC).replace("$", "$$")
     command = f"{nvcc} {FLAGS.replace('$', '$$')} {arch_flags()} -Xptxas -v $extra -MD -MF $out.d -c $in -o $out"
     plan.rule("nvcc", f"{command} 2> $out.log || (cat $out.log >&2; exit 1)", deps="gcc", depfile="$out.d")
-    plan.rule("cxx", f"{cxx} -std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra {include} -MD -MF $out.d -c $in -o $out", deps="gcc", depfile="$out.d")
-    plan.rule("link_cuda", f"{nvcc} -shared -cudart static $in -o $out && (echo sources {digest(root)}; cat *.o.log) > {REPORT}")
-    edges = [plan.build(f"{name}.o", "nvcc", source, variables={"extra": extra})[0] for name, source, extra in kernels()]
+    plan.rule(
+        "cxx",
+        f"{cxx} -std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra {include} -MD -MF $out.d -c $in -o $out",
+        deps="gcc",
+        depfile="$out.d",
+    )
+    plan.rule(
+        "link_cuda",
+        f"{nvcc} -shared -cudart static $in -o $out && (echo sources {digest(root)}; cat *.o.log) > {REPORT}",
+    )
+    edges = [
+        plan.build(f"{name}.o", "nvcc", source, variables={"extra": extra})[0] for name, source, extra in kernels()
+    ]
     edges += plan.build("bindings.o", "cxx", "csrc/cuda/bindings.cpp")
     plan.build("_cuda.so", "link_cuda", edges)

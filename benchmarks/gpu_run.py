@@ -1,12 +1,15 @@
 """Builds, tests, checks and measures rlkernels on the CUDA device of this machine; ``make gpu``.
 
-Needs torch and Triton in the Python that runs it; installs nothing and uses no network. Under ``--out/<gpu>/`` every stage leaves
-``<stage>.json`` and its logs as it ends, and ``--out/<gpu>.json`` with a table is rewritten after each: an interrupted run keeps what it has.
+Needs torch and Triton in the Python that runs it; installs nothing and uses no network. Under ``--out/<gpu>/`` every
+stage leaves ``<stage>.json`` and its logs as it ends, and ``--out/<gpu>.json`` with a table is rewritten after each: an
+interrupted run keeps what it has.
 
     python benchmarks/gpu_run.py --out benchmarks/results --stages build,tests,sanitize,bench
 
-Exit status: 0, 1 if a build, test, checker or answer failed, 2 without a device, 130 when interrupted. A figure that is not reached is no failure.
+Exit status: 0, 1 if a build, test, checker or answer failed, 2 without a device, 130 when interrupted. A figure that is
+not reached is no failure.
 """
+
 import argparse
 import datetime
 import json
@@ -34,10 +37,12 @@ def save(path, data):
 
 
 def run_stages(names, stages, device, out, total_s=TOTAL, commit=None, extra=None, clock=time.monotonic):
-    """Runs the stages in order, each within its own seconds, what the earlier ones left over, and what is left of the whole.
+    """Runs the stages in order, each within its own seconds, what the earlier ones left over, and what is left of the
+    whole.
 
     Returns:
-        ``{stage: outcome}``. An outcome has ``ok`` (None: not applicable here), ``status``, ``seconds`` and what the stage found. A stage
+        ``{stage: outcome}``. An outcome has ``ok`` (None: not applicable here), ``status``, ``seconds`` and what the
+            stage found. A stage
         that raises is recorded and the next one runs; an interrupt is recorded and ends the run.
     """
     start, saved, outcomes = clock(), 0.0, {}
@@ -69,7 +74,7 @@ def run_stages(names, stages, device, out, total_s=TOTAL, commit=None, extra=Non
         finish(out, device, outcomes, commit, names)
         print(f"--- {name}: {verdict(outcome)}, {outcome['seconds']:.0f} s", flush=True)
         if outcome["status"] == "interrupted":
-            for skipped in names[position + 1:]:
+            for skipped in names[position + 1 :]:
                 outcomes[skipped] = {"ok": False, "status": "not started", "seconds": 0.0}
             break
     finish(out, device, outcomes, commit, names)
@@ -88,9 +93,18 @@ def finish(out, device, outcomes, commit, names):
     """The merged results, and the table that a person reads."""
     figures = out / device.slug / gpu_stages.FIGURES
     measured = json.loads(figures.read_text()) if figures.is_file() and "bench" in outcomes else None
-    save(out / f"{device.slug}.json", {
-        "device": device.name, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "python": platform.python_version(),
-        "commit": commit or (measured or {}).get("sources", {}).get("commit"), "stages_asked": list(names), "stages": outcomes, "bench": measured})
+    save(
+        out / f"{device.slug}.json",
+        {
+            "device": device.name,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "commit": commit or (measured or {}).get("sources", {}).get("commit"),
+            "stages_asked": list(names),
+            "stages": outcomes,
+            "bench": measured,
+        },
+    )
     (out / f"{device.slug}.txt").write_text(table(device, outcomes, measured))
 
 
@@ -105,12 +119,24 @@ def details(name, outcome):
         lines += [f"skipped {n}: {reason}" for reason, n in outcome.get("skips", {}).items()]
         return lines + [f"FAILED {f['test']}" for f in outcome.get("failures", [])[:40]]
     if name == "sanitize":
-        return [f"{tool}: " + ("timed out" if o["timed_out"] else "not supported here" if o["unsupported"] else
-                               f"{'-' if o['errors'] is None else o['errors']} errors, exit {o['returncode']}")
-                for tool, o in outcome.get("tools", {}).items()]
+        return [
+            f"{tool}: "
+            + (
+                "timed out"
+                if o["timed_out"]
+                else "not supported here"
+                if o["unsupported"]
+                else f"{'-' if o['errors'] is None else o['errors']} errors, exit {o['returncode']}"
+            )
+            for tool, o in outcome.get("tools", {}).items()
+        ]
     if name == "bench":
         lines = [f"{outcome.get('cases', 0)} cases{'' if outcome.get('complete') else ', not all that were asked for'}"]
-        return lines + [f"WRONG: {f}" for f in outcome.get("faults", [])] + [f"not measured: {n}" for n in outcome.get("not_measured", [])]
+        return (
+            lines
+            + [f"WRONG: {f}" for f in outcome.get("faults", [])]
+            + [(f"not measured: {n}") for n in outcome.get("not_measured", [])]
+        )
     return []
 
 
@@ -123,8 +149,14 @@ def table(device, outcomes, measured):
     if not measured:
         return "\n".join(lines) + "\n"
     roof = measured["roofline"]
-    lines += ["", f"roofline of this run: read {roof['read'] / 1e9:.0f} GB/s, copy {roof['copy'] / 1e9:.0f} GB/s, "
-              f"bf16 product {roof['matmul'] / 1e12:.0f} TFLOP/s", "", "figures to reach, the worst of the measured shapes"]
+    lines += [
+        "",
+        f"roofline of this run: read {roof['read'] / 1e9:.0f} GB/s, copy {roof['copy'] / 1e9:.0f} GB/s, "
+        f"bf16 product {roof['matmul'] / 1e12:.0f} "
+        "TFLOP/s",
+        "",
+        "figures to reach, the worst of the measured shapes",
+    ]
     for g in measured["goals"]:
         met = "not measured" if g["met"] is None else "met" if g["met"] else "NOT MET"
         worst = "-" if g["worst"] is None else f"{g['worst']:.3g}"
@@ -133,7 +165,10 @@ def table(device, outcomes, measured):
         lines += ["", f"{case['name']} {case['shape']}: floor {1e3 * case['floor_s']:.4g} ms ({case['passes']})"]
         for e in case["entries"]:
             if e["hot"]:
-                lines.append(f"    {e['name']:58}{1e3 * e['hot']['median_s']:10.4f} ms{100 * e['of_floor']:7.1f} %  {e['remark']}".rstrip())
+                lines.append(
+                    f"    {e['name']:58}{1e3 * e['hot']['median_s']:10.4f} ms{100 * e['of_floor']:7.1f} %  "
+                    f"{e['remark']}".rstrip()
+                )
             else:
                 lines.append(f"    {e['name']:58}not measured: {e['remark']}")
     return "\n".join(lines) + "\n"
@@ -149,11 +184,22 @@ def stage_names(text):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results (default benchmarks/results)")
-    parser.add_argument("--stages", type=stage_names, default=list(STAGES), help=f"comma-separated, of: {','.join(STAGES)}")
-    parser.add_argument("--total", type=float, default=TOTAL, help=f"seconds that the whole may take (default {TOTAL:g})")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "results",
+        help="folder of the results (default benchmarks/results)",
+    )
+    parser.add_argument(
+        "--stages", type=stage_names, default=list(STAGES), help=f"comma-separated, of: {','.join(STAGES)}"
+    )
+    parser.add_argument(
+        "--total", type=float, default=TOTAL, help=f"seconds that the whole may take (default {TOTAL:g})"
+    )
     parser.add_argument("--commit", help="the commit to record where the checkout came without its history")
-    parser.add_argument("--bench-args", default="", help="further arguments of the benchmark, as one string: '--quick --no-compile'")
+    parser.add_argument(
+        "--bench-args", default="", help="further arguments of the benchmark, as one string: '--quick --no-compile'"
+    )
     parser.add_argument("--test-args", default="", help="further arguments of pytest, as one string: '-k runtime'")
     args = parser.parse_args(argv)
     try:

@@ -1,4 +1,5 @@
 """The stages of ``gpu_run.py``: each is a child process or a few, with a time limit, whose outcome is plain data."""
+
 import json
 import os
 import re
@@ -22,7 +23,9 @@ GRACE = 5.0
 
 @dataclass
 class Device:
-    """The device as ``probe`` found it; ``arch`` as nvcc names it, with the features of that chip alone where it has them."""
+    """The device as ``probe`` found it; ``arch`` as nvcc names it, with the features of that chip alone where it has
+    them.
+    """
 
     name: str
     arch: str
@@ -82,7 +85,14 @@ class Child:
         self.file = log.open("w")
         self.file.write(" ".join(map(str, command)) + "\n")
         self.file.flush()
-        self.process = subprocess.Popen(command, stdout=self.file, stderr=subprocess.STDOUT, env=env or environment(), cwd=ROOT, start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            stdout=self.file,
+            stderr=subprocess.STDOUT,
+            env=env or environment(),
+            cwd=ROOT,
+            start_new_session=True,
+        )
 
     def wait(self, limit_s):
         """``{"returncode", "seconds", "timed_out"}``; past the limit the group is asked to end, then made to."""
@@ -93,7 +103,11 @@ class Child:
             timed_out = True
             self.end()
         self.file.close()
-        return {"returncode": self.process.returncode, "seconds": round(time.monotonic() - self.started, 2), "timed_out": timed_out}
+        return {
+            "returncode": self.process.returncode,
+            "seconds": round(time.monotonic() - self.started, 2),
+            "timed_out": timed_out,
+        }
 
     def end(self):
         for number in (signal.SIGINT, signal.SIGKILL):
@@ -113,18 +127,29 @@ class Child:
 
 
 def ran(context, name, command, **variables):
-    """One child until it ends or the stage's limit is over. An interrupt of this process ends it too, and is part of the outcome."""
+    """One child until it ends or the stage's limit is over.
+
+    An interrupt of this process ends it too, and is part of the outcome.
+    """
     child = Child(command, context.folder / f"{name}.log", environment(**variables))
     try:
         outcome = child.wait(context.limit_s)
     except (KeyboardInterrupt, Interrupted):
         child.end()
-        outcome = {"returncode": None, "seconds": round(time.monotonic() - child.started, 2), "timed_out": False, "interrupted": True}
+        outcome = {
+            "returncode": None,
+            "seconds": round(time.monotonic() - child.started, 2),
+            "timed_out": False,
+            "interrupted": True,
+        }
     return {**outcome, "command": " ".join(map(str, command)), "tail": "" if outcome["returncode"] == 0 else child.tail}
 
 
 def build(context):
-    """``_cuda`` for this GPU alone and ``_cpu``, in place. Where the first cannot be built the second still is: Triton serves the GPU."""
+    """``_cuda`` for this GPU alone and ``_cpu``, in place.
+
+    Where the first cannot be built the second still is: Triton serves the GPU.
+    """
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     first = ran(context, "build", command, RLKERNELS_CUDA="1", RLKERNELS_CUDA_ARCHS=context.device.arch)
     outcome = {"ok": first["returncode"] == 0, "arch": context.device.arch, "cuda": first}
@@ -151,11 +176,24 @@ def read_log(path):
 
 
 def tests(context):
-    """``tests/backends/gpu``, on several processes where pytest-xdist is installed: most of the time goes into compiling kernels."""
+    """``tests/backends/gpu``, on several processes where pytest-xdist is installed: most of the time goes into
+    compiling kernels.
+    """
     log = context.folder / "tests.jsonl"
     log.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "tests/backends/gpu", "-q", "-rfEs", "--tb=short", "-p", "no:cacheprovider", f"--gpu-log={log}",
-               *context.extra.get("tests", ())]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/backends/gpu",
+        "-q",
+        "-rfEs",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        f"--gpu-log={log}",
+        *context.extra.get("tests", ()),
+    ]
     if module("xdist"):
         command += ["-n", str(min(6, max(1, (os.cpu_count() or 2) // 2))), "--dist", "worksteal"]
     outcome = ran(context, "tests", command)
@@ -164,8 +202,13 @@ def tests(context):
     skips = Counter(e["message"].rsplit(", '", 1)[-1].rstrip("')") for e in entries if e["outcome"] == "skipped")
     # A suite of which nothing ran has proven nothing.
     ok = outcome["returncode"] == 0 and counts["passed"] > 0
-    return {**outcome, "ok": ok, "counts": dict(counts), "skips": dict(skips),
-            "failures": [{"test": e["test"], "message": e["message"][-600:]} for e in entries if e["outcome"] == "failed"]}
+    return {
+        **outcome,
+        "ok": ok,
+        "counts": dict(counts),
+        "skips": dict(skips),
+        "failures": [{"test": e["test"], "message": e["message"][-600:]} for e in entries if e["outcome"] == "failed"],
+    }
 
 
 def module(name):
@@ -179,7 +222,18 @@ def sanitize(context):
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"ok": None, "reason": "compute-sanitizer is not on PATH: not run"}
-    suite = [sys.executable, "-m", "pytest", "tests/backends/gpu/test_gpu_sanitized.py", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    suite = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/backends/gpu/test_gpu_sanitized.py",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
     # Without torch's caching allocator, or a read past a tensor's end lands in memory that torch holds anyway.
     env = environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     children = {}
@@ -195,25 +249,51 @@ def sanitize(context):
     for name, child in children.items():
         text = child.log.read_text(errors="replace")
         found = re.findall(r"ERROR SUMMARY: (\d+)|RACECHECK SUMMARY: (\d+) hazard", text)
-        outcomes[name].update(errors=max((int(a or b) for a, b in found), default=None), tail="" if outcomes[name]["returncode"] == 0 else child.tail,
-                              unsupported="Device not supported" in text or "LibraryNotLoaded" in text)
+        outcomes[name].update(
+            errors=max((int(a or b) for a, b in found), default=None),
+            tail="" if outcomes[name]["returncode"] == 0 else child.tail,
+            unsupported="Device not supported" in text or "LibraryNotLoaded" in text,
+        )
     # A tool that ran out of time, or refused the device, has judged nothing, unless it had found something by then.
-    open_ = {name: "timed out" if o["timed_out"] else "not supported here" for name, o in outcomes.items()
-             if (o["timed_out"] or o["unsupported"]) and not o["errors"]}
+    open_ = {
+        name: "timed out" if o["timed_out"] else "not supported here"
+        for name, o in outcomes.items()
+        if (o["timed_out"] or o["unsupported"]) and not o["errors"]
+    }
     bad = any(o["returncode"] != 0 for name, o in outcomes.items() if name not in open_)
     reason = {"reason": "; ".join(f"{name} {why}" for name, why in open_.items())} if open_ else {}
     return {"ok": False if bad else None if open_ else True, **reason, "tools": outcomes}
 
 
 def bench(context):
-    """``rlkernels bench --device cuda`` with peers; its JSON grows case by case. Once more without peers where one of them lost the device."""
+    """``rlkernels bench --device cuda`` with peers; its JSON grows case by case.
+
+    Once more without peers where one of them lost the device.
+    """
     path = context.folder / FIGURES
     path.unlink(missing_ok=True)
     start = time.monotonic()
 
     def once(name, figures, left, *more):
-        command = [sys.executable, "-m", "rlkernels.cli", "bench", "--device", "cuda", "--plain", "--headline", "--seconds", "0.15", "--budget",
-                   f"{max(left - 25, 10):.0f}", "--json", str(context.folder / figures), "--plot", str(context.folder), *more]
+        command = [
+            sys.executable,
+            "-m",
+            "rlkernels.cli",
+            "bench",
+            "--device",
+            "cuda",
+            "--plain",
+            "--headline",
+            "--seconds",
+            "0.15",
+            "--budget",
+            f"{max(left - 25, 10):.0f}",
+            "--json",
+            str(context.folder / figures),
+            "--plot",
+            str(context.folder),
+            *more,
+        ]
         if context.commit:
             command += ["--commit", context.commit]
         return ran(Context(context.device, context.folder, left, context.commit), name, command)
@@ -222,11 +302,20 @@ def bench(context):
     if outcome["returncode"] == 3:
         left = context.limit_s - (time.monotonic() - start)
         if left > 40:
-            outcome["without_peers"] = once("bench_without_peers", f"without_peers_{FIGURES}", left, "--no-peers", *context.extra.get("bench", ()))
+            outcome["without_peers"] = once(
+                "bench_without_peers", f"without_peers_{FIGURES}", left, "--no-peers", *context.extra.get("bench", ())
+            )
     data = json.loads(path.read_text()) if path.is_file() else {}
     faults = [f for c in data.get("cases", []) for f in c["faults"]]
-    return {**outcome, "ok": outcome["returncode"] == 0, "cases": len(data.get("cases", [])), "complete": data.get("complete", False),
-            "not_measured": data.get("not_measured", []), "faults": faults, "goals": data.get("goals", [])}
+    return {
+        **outcome,
+        "ok": outcome["returncode"] == 0,
+        "cases": len(data.get("cases", [])),
+        "complete": data.get("complete", False),
+        "not_measured": data.get("not_measured", []),
+        "faults": faults,
+        "goals": data.get("goals", []),
+    }
 
 
 STAGES = {"build": (build, 115.0), "tests": (tests, 125.0), "sanitize": (sanitize, 75.0), "bench": (bench, 190.0)}

@@ -1,7 +1,9 @@
 """The cases of ``rlkernels bench`` under pytest-benchmark, on shapes small enough to compare two commits in a minute.
 
-``pytest benchmarks --benchmark-only --benchmark-autosave``, then ``--benchmark-compare``. Each answer is judged against float64 first.
+``pytest benchmarks --benchmark-only --benchmark-autosave``, then ``--benchmark-compare``. Each answer is judged against
+float64 first.
 """
+
 import functools
 
 import pytest
@@ -16,14 +18,24 @@ CONTENDERS = {
     bench_cases.FORWARD: [bench_cases.OURS, bench_cases.EAGER, bench_cases.COMPILED],
     bench_cases.BOTH: [bench_cases.OURS, bench_cases.IN_PLACE, bench_cases.EAGER, bench_cases.COMPILED],
     bench_cases.STATS: [bench_cases.OURS, bench_cases.EAGER, bench_cases.COMPILED],
-    bench_cases.POLICY: [bench_cases.OURS, bench_cases.PASS_FORWARD, bench_cases.PASS_BACKWARD, bench_cases.EAGER, bench_cases.COMPILED],
+    bench_cases.POLICY: [
+        bench_cases.OURS,
+        bench_cases.PASS_FORWARD,
+        bench_cases.PASS_BACKWARD,
+        bench_cases.EAGER,
+        bench_cases.COMPILED,
+    ],
 }
 
 # One chunk of logits for every case; for one of them two by the default budget, and a vocabulary that no block divides.
 HEADS = {"64 x 256 x 8192": (64, 256, 8192), "2048 x 64 x 50257": (2048, 64, 50257)}
 PRODUCTS = {"linear_policy_loss": 3, "linear_token_stats": 4, "linear_dpo_loss": 3, "linear_sft_loss": 3}
-FUSED = [(name, who, shape) for name, count in PRODUCTS.items() for shape in list(HEADS)[:2 if name == "linear_policy_loss" else 1]
-         for who in (bench_linear_cases.floor(count), bench_linear_cases.OURS, bench_linear_cases.EAGER)]
+FUSED = [
+    (name, who, shape)
+    for name, count in PRODUCTS.items()
+    for shape in list(HEADS)[: 2 if name == "linear_policy_loss" else 1]
+    for who in (bench_linear_cases.floor(count), bench_linear_cases.OURS, bench_linear_cases.EAGER)
+]
 
 
 @functools.cache

@@ -1,7 +1,10 @@
-"""The cases of ``rlkernels bench --device cuda`` under pytest-benchmark, at one shape: to compare two commits on one GPU in a minute.
+"""The cases of ``rlkernels bench --device cuda`` under pytest-benchmark, at one shape: to compare two commits on one
+GPU in a minute.
 
-``pytest benchmarks/test_gpu.py --benchmark-only --benchmark-autosave``, then ``--benchmark-compare``. Each answer is judged first.
+``pytest benchmarks/test_gpu.py --benchmark-only --benchmark-autosave``, then ``--benchmark-compare``. Each answer is
+judged first.
 """
+
 import functools
 
 import pytest

@@ -1,12 +1,16 @@
-"""Prints docs/objectives.md from the registry: ``python docs/objectives.py > docs/objectives.md``; a test holds the page fresh."""
+"""Prints docs/objectives.md from the registry: ``python docs/objectives.py > docs/objectives.md``; a test holds the
+page fresh.
+"""
+
 import re
 
 from rlkernels.objectives import OBJECTIVES, codegen
 
 HEAD = """# Objectives
 
-Printed by `python docs/objectives.py` from the registry; a test holds it fresh. Each objective is one function that returns its value and
-its derivative with respect to the first column; it serves `policy_loss`, `logits_policy_loss` and the fused kernels alike.
+Printed by `python docs/objectives.py` from the registry; a test holds it fresh. Each objective is one function that
+returns its value and its derivative with respect to the first column; it serves `policy_loss`, `logits_policy_loss` and
+the fused kernels alike.
 *Columns* are numbers per token (or per sequence, or per pair), *parameters* are run-time floats.
 
 | objective | columns | parameters | meaning |

@@ -2,17 +2,23 @@
 
     torchrun --nproc_per_node 2 examples/fsdp2_policy.py
 
-The head is a parameter like any other: FSDP2 keeps 1/n of it on each rank, and ``linear_policy_loss`` wants all of it. Two ways:
+The head is a parameter like any other: FSDP2 keeps 1/n of it on each rank, and ``linear_policy_loss`` wants all of it.
+Two ways:
 
-``forward``      the loss is taken inside the root module's ``forward``. There FSDP2 has gathered the root's parameters, and its hooks sum the
-                 gradient and free the gathered copy. (A head that is a unit of its own: ``head.unshard()`` before, ``head.reshard()`` after.)
-``full_tensor``  the loss is taken outside, on ``weight.full_tensor(grad_placements=[Partial()])``. ``Partial`` says that every rank's gradient is
-                 a part of the sum; without it torch takes the ranks' gradients for copies of one another and keeps a slice of each.
+``forward``      the loss is taken inside the root module's ``forward``. There FSDP2 has gathered the root's parameters,
+and its hooks sum the
+                 gradient and free the gathered copy. (A head that is a unit of its own: ``head.unshard()`` before,
+                 ``head.reshard()`` after.)
+``full_tensor``  the loss is taken outside, on ``weight.full_tensor(grad_placements=[Partial()])``. ``Partial`` says
+that every rank's gradient is
+                 a part of the sum; without it torch takes the ranks' gradients for copies of one another and keeps a
+                 slice of each.
 
-Every rank has other sequences, so the loss is normalised by the number of tokens of *all* ranks, and gradients are summed, not averaged.
-Both ways are taken, with a head of its own and with one that is the embedding, and every step is checked against the same batch on one process,
-with plain torch logits. Runs on a CPU with gloo, or with NCCL.
+Every rank has other sequences, so the loss is normalised by the number of tokens of *all* ranks, and gradients are
+summed, not averaged. Both ways are taken, with a head of its own and with one that is the embedding, and every step is
+checked against the same batch on one process, with plain torch logits. Runs on a CPU with gloo, or with NCCL.
 """
+
 import os
 import sys
 
@@ -55,11 +61,15 @@ def build(tied, device):
 
 
 def sequences(ranks, device):
-    """One prompt per rank with four answers: ids, the mask of the answers' tokens (shifted, like the targets), group-relative advantages."""
+    """One prompt per rank with four answers: ids, the mask of the answers' tokens (shifted, like the targets),
+    group-relative advantages.
+    """
     draw = torch.Generator().manual_seed(1)
     count = ranks * ANSWERS
     ids = torch.randint(VOCAB, (count, LENGTH + 1), generator=draw)
-    mask = (torch.arange(LENGTH) >= 8) & (torch.arange(LENGTH) < torch.randint(12, LENGTH + 1, (count, 1), generator=draw))
+    mask = (torch.arange(LENGTH) >= 8) & (
+        torch.arange(LENGTH) < torch.randint(12, LENGTH + 1, (count, 1), generator=draw)
+    )
     advantages = rlk.group_advantages(torch.rand(count, generator=draw), torch.arange(count) // ANSWERS)
     drift = 0.2 * torch.randn(count, LENGTH, generator=draw)  # of the policy since it sampled, so that ratios are not 1
     return [x.to(device) for x in (ids, mask, advantages, drift)]
@@ -85,7 +95,9 @@ def sharded_step(model, batch, total, gather):
         weight_of["kind"] = type(weight).__name__
         with torch.no_grad():
             old = rlk.linear_token_logprobs(hidden, weight, targets) + drift
-        return rlk.linear_policy_loss(hidden, weight, targets, old, advantages, mask, normalizers={"batch_num_tokens": total})
+        return rlk.linear_policy_loss(
+            hidden, weight, targets, old, advantages, mask, normalizers={"batch_num_tokens": total}
+        )
 
     if gather == "forward":
         loss = model(ids[:, :-1], loss_of)
@@ -107,7 +119,7 @@ def compare(tied, gather, batch, device):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # the sum over ranks: the loss is normalised already
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    mine = [x[rank * ANSWERS:(rank + 1) * ANSWERS] for x in batch]
+    mine = [x[rank * ANSWERS : (rank + 1) * ANSWERS] for x in batch]
     total = mine[1].sum()
     dist.all_reduce(total)  # tokens of all ranks: one number per step
     loss = sharded_step(model, mine, total, gather)
@@ -115,7 +127,13 @@ def compare(tied, gather, batch, device):
     torch.testing.assert_close(loss, dense_step(plain, batch), rtol=1e-5, atol=1e-6)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain)]
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"gradient of {name}: {text}")
+        torch.testing.assert_close(
+            p.grad.full_tensor(),
+            q.grad,
+            rtol=1e-4,
+            atol=1e-6,
+            msg=lambda text, name=name: f"gradient of {name}: {text}",
+        )
     for optimizer in optimizers:
         optimizer.step()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
@@ -131,13 +149,19 @@ def main():
         for gather in ("forward", "full_tensor"):
             loss = compare(tied, gather, batch, device)
             if dist.get_rank() == 0:
-                print(f"head {'tied' if tied else 'of its own'}, gathered by {gather}: loss {loss:.6f}; loss, gradients and step are those of one process")
+                print(
+                    f"head {'tied' if tied else 'of its own'}, gathered by {gather}: loss {loss:.6f}; loss, "
+                    "gradients and step are those of one process"
+                )
     dist.barrier()  # nobody leaves while another rank still waits for it
     dist.destroy_process_group()
     if device.type == "cpu":
-        # FSDP2 keeps the group alive after it was destroyed, and with it gloo's threads. One that lets go of a collective's tensor needs the
-        # interpreter, and aborts the process when Python has ended before: "terminate called without an active exception", 1 run in 4 on two busy
-        # cores, still 1 in 24 behind the barrier alone. So the process ends here, without taking the interpreter down under them.
+        # FSDP2 keeps the group alive after it was destroyed, and with it gloo's threads. One that lets go of a
+        # collective's tensor needs the interpreter, and aborts the process when Python has ended before: "terminate
+        # called without an active exception", 1 run in 4 on two busy cores, still 1 in 24 behind the barrier alone. So
+        # the process ends here,
+        # without taking the interpreter down
+        # under them.
         sys.stdout.flush()
         os._exit(0)
 

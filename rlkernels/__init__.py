@@ -1,8 +1,10 @@
 """rlkernels: the loss layer of reinforcement learning for language models. Exact, fused, one import.
 
-Log-probabilities and statistics of logits (``token_logprobs``, ``token_stats``), the same from hidden states (``linear_*``), policy,
-value, reward and preference losses, aggregations (``token_weights``, ``aggregate``), advantages (``gae``, ``group_advantages``).
+Log-probabilities and statistics of logits (``token_logprobs``, ``token_stats``), the same from hidden states
+(``linear_*``), policy, value, reward and preference losses, aggregations (``token_weights``, ``aggregate``), advantages
+(``gae``, ``group_advantages``).
 """
+
 from rlkernels import objectives
 from rlkernels.advantages.gae import discounted_returns, gae, masked_whiten
 from rlkernels.advantages.group import group_advantages
@@ -22,9 +24,37 @@ from rlkernels.sequences import broadcast_to_tokens, sequence_means, sequence_su
 
 __version__ = "0.1.0"
 __all__ = [
-    "TokenStats", "aggregate", "available_backends", "broadcast_to_tokens", "discounted_returns", "dpo_loss", "gae", "group_advantages",
-    "length_desensitized_weights", "linear_dpo_loss", "linear_policy_loss", "linear_sft_loss", "linear_token_logprobs",
-    "linear_token_stats", "linear_unpaired_preference_loss", "logits_policy_loss", "logprobs_sft_loss", "masked_whiten", "objective",
-    "objectives", "pairwise_reward_loss", "policy_loss", "reward_scores", "sequence_means", "sequence_sums", "sft_loss", "spans_to_mask",
-    "token_logprobs", "token_stats", "token_weights", "unpaired_preference_loss", "use_backend", "value_loss",
+    "TokenStats",
+    "aggregate",
+    "available_backends",
+    "broadcast_to_tokens",
+    "discounted_returns",
+    "dpo_loss",
+    "gae",
+    "group_advantages",
+    "length_desensitized_weights",
+    "linear_dpo_loss",
+    "linear_policy_loss",
+    "linear_sft_loss",
+    "linear_token_logprobs",
+    "linear_token_stats",
+    "linear_unpaired_preference_loss",
+    "logits_policy_loss",
+    "logprobs_sft_loss",
+    "masked_whiten",
+    "objective",
+    "objectives",
+    "pairwise_reward_loss",
+    "policy_loss",
+    "reward_scores",
+    "sequence_means",
+    "sequence_sums",
+    "sft_loss",
+    "spans_to_mask",
+    "token_logprobs",
+    "token_stats",
+    "token_weights",
+    "unpaired_preference_loss",
+    "use_backend",
+    "value_loss",
 ]

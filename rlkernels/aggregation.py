@@ -1,7 +1,10 @@
-"""Aggregations as weight vectors: every reduction in use is ``sum_t weight_t * loss_t``, ``weight`` a function of mask and normalisers.
+"""Aggregations as weight vectors: every reduction in use is ``sum_t weight_t * loss_t``, ``weight`` a function of mask
+and normalisers.
 
-The library owns no normaliser: totals over micro-batches and ranks are arguments, Python numbers or tensors of shape ``()``.
+The library owns no normaliser: totals over micro-batches and ranks are arguments, Python numbers or tensors of shape
+``()``.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -117,21 +120,38 @@ _MODES = {
     "prompt-mean": _Mode(_prompt_mean, required=("group_ids",), optional=("num_sequences", "group_tokens")),
     "rollout-mean": _Mode(_rollout_mean, required=("rollout_ids",), optional=("num_sequences", "group_tokens")),
     "seq-mean": _Mode(_row_mean_of_token_means, optional=("num_sequences",), needs_rows=False),
-    "group-mean": _Mode(_group_mean, required=("group_ids",), optional=("num_sequences", "group_rows"), needs_rows=False),
+    "group-mean": _Mode(
+        _group_mean, required=("group_ids",), optional=("num_sequences", "group_rows"), needs_rows=False
+    ),
 }
 PER_ROW = ("group_ids", "rollout_ids", "group_tokens", "group_rows")
 AGGREGATIONS = tuple(_MODES)
 
 
-def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, dp_size=1, scale=1.0, dtype=torch.float32, **normalizers):
-    """``token_weights`` on behalf of the public function ``where``, whose name the errors carry; ``cu_seqlens``: of ``checks.tokens.rows``."""
+def weights_for(
+    where,
+    mask,
+    mode,
+    *,
+    cu_seqlens=None,
+    count_empty_rows=False,
+    dp_size=1,
+    scale=1.0,
+    dtype=torch.float32,
+    **normalizers,
+):
+    """``token_weights`` on behalf of the public function ``where``, whose name the errors carry; ``cu_seqlens``: of
+    ``checks.tokens.rows``.
+    """
     checks.choice(where, "aggregation", mode, AGGREGATIONS)
     count_empty_rows = checks.flag(where, "count_empty_rows", count_empty_rows)
     if dtype not in checks.FLOATS:
         raise TypeError(f"{where}: dtype must be one of {checks.FLOAT_NAMES}, got {dtype!r}")
     weight, required, optional, needs_rows = _MODES[mode]
     if needs_rows and cu_seqlens is None and mask.dim() == 1:
-        raise ValueError(f"{where}: aggregation {mode!r} needs cu_seqlens, or a mask [B, L]; got a mask of shape {tuple(mask.shape)}")
+        raise ValueError(
+            f"{where}: aggregation {mode!r} needs cu_seqlens, or a mask [B, L]; got a mask of shape {tuple(mask.shape)}"
+        )
     if mode == "seq-mean-token-sum-norm" and cu_seqlens is not None:
         required, optional = ("horizon",), ("num_sequences",)  # a packed batch has no L to stand for it
     given = {name: x for name, x in normalizers.items() if x is not None}
@@ -146,9 +166,11 @@ def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, d
         else:
             given[name] = checks_tokens.total(where, name, x, mask)
     factors = [checks_tokens.not_negative(where, name, x, mask) for name, x in (("dp_size", dp_size), ("scale", scale))]
-    dp_size, scale = (x.double() if isinstance(x, torch.Tensor) else x for x in factors)  # a float32 of them would round the weight
+    # A float32 of them would round the weight.
+    dp_size, scale = (x.double() if isinstance(x, torch.Tensor) else x for x in factors)
 
-    # zeros + x: a Python number would make a float32 of the where below, and a filled tensor a new compilation for each value.
+    # zeros + x: a Python number would make a float32 of the where below, and a filled tensor a new compilation for each
+    # value.
     rows = _Rows(tokens.reshape(-1), count_empty_rows, mask.shape[-1], **given)
     weight = mask.new_zeros((), dtype=torch.float64) + weight(rows) * dp_size * scale
     if not weight.dim():
@@ -161,36 +183,58 @@ def weights_for(where, mask, mode, *, cu_seqlens=None, count_empty_rows=False, d
 
 
 def token_mean(where, live, dtype):
-    """Weights as ``weights_for`` gives them for a token mean of bool ``live`` without normalisers, cu_seqlens or checks of them: 12 us instead of 40."""
+    """Weights as ``weights_for`` gives them for a token mean of bool ``live`` without normalisers, cu_seqlens or checks
+    of them: 12 us instead of 40.
+    """
     checks_tokens.rows(where, "mask", live, None)
     # 1 / 0 meets no live token.
     return torch.where(live, live.sum(dtype=torch.float64).reciprocal().to(dtype), 0.0)
 
 
-def token_weights(mask, mode="token-mean", *, cu_seqlens=None, batch_num_tokens=None, num_sequences=None, horizon=None, group_ids=None,
-                  rollout_ids=None, group_tokens=None, group_rows=None, count_empty_rows=False, dp_size=1, scale=1.0, dtype=torch.float32):
-    r"""The weights ``w`` that make an aggregation of per-token losses ``l`` the sum ``sum_t w_t l_t``; 0 on dead tokens.
+def token_weights(
+    mask,
+    mode="token-mean",
+    *,
+    cu_seqlens=None,
+    batch_num_tokens=None,
+    num_sequences=None,
+    horizon=None,
+    group_ids=None,
+    rollout_ids=None,
+    group_tokens=None,
+    group_rows=None,
+    count_empty_rows=False,
+    dp_size=1,
+    scale=1.0,
+    dtype=torch.float32,
+):
+    r"""The weights ``w`` that make an aggregation of per-token losses ``l`` the sum ``sum_t w_t l_t``; 0 on dead
+    tokens.
 
-    The weights of micro-batches and ranks, each made with the totals of the whole batch, are those of the batch, whichever way it is cut
-    between its rows. With ``n_i`` live tokens in row ``i``, ``R`` rows, ``R+`` of them with a live token, ``P`` prompt groups, a live token weighs:
+    The weights of micro-batches and ranks, each made with the totals of the whole batch, are those of the batch,
+    whichever way it is cut between its rows. With ``n_i`` live tokens in row ``i``, ``R`` rows, ``R+`` of them with a
+    live token, ``P`` prompt groups, a live token weighs:
 
-    * ``"token-mean"``: ``1 / sum_i n_i``; ``"global-token-mean"`` the same with ``batch_num_tokens`` demanded; ``"token-sum"``: 1
+    * ``"token-mean"``: ``1 / sum_i n_i``; ``"global-token-mean"`` the same with ``batch_num_tokens`` demanded;
+      ``"token-sum"``: 1
     * ``"seq-mean-token-mean"``: ``1 / (R+ n_i)``; ``"seq-mean-token-sum"``: ``1 / R+``;
       ``"seq-mean-token-sum-norm"``: ``1 / (R+ horizon)``
     * ``"fixed-horizon"``: ``1 / (R horizon)``
-    * ``"prompt-mean"``: ``1 / (P x tokens of the prompt group)``; ``"rollout-mean"``: ``1 / (R x tokens of the rollout)``
-    * ``"seq-mean"``, ``"group-mean"``: for losses of whole rows, ``1 / R+`` and ``1 / (P x rows of the group)`` on ``[R]``;
-      on tokens, that spread over the row's ``n_i``
+    * ``"prompt-mean"``: ``1 / (P x tokens of the prompt group)``; ``"rollout-mean"``: ``1 / (R x tokens of the
+      rollout)``
+    * ``"seq-mean"``, ``"group-mean"``: for losses of whole rows, ``1 / R+`` and ``1 / (P x rows of the group)`` on
+      ``[R]``; on tokens, that spread over the row's ``n_i``
 
     Args:
-        mask: live tokens, any pattern: bool, integers (not 0), or floats that are 0 and 1; ``[..., L]``, packed ``[N]`` with ``cu_seqlens``, or
-            ``[R]`` rows where the mode allows it.
-        batch_num_tokens, num_sequences: replace ``sum_i n_i``, and ``R+``, ``R`` or ``P``, by totals over micro-batches and ranks; 0 gives
-            weights 0. Numbers, or tensors of shape ``()`` of a dtype that holds every count: 16 bits do not.
+        mask: live tokens, any pattern: bool, integers (not 0), or floats that are 0 and 1; ``[..., L]``, packed ``[N]``
+            with ``cu_seqlens``, or ``[R]`` rows where the mode allows it.
+        batch_num_tokens, num_sequences: replace ``sum_i n_i``, and ``R+``, ``R`` or ``P``, by totals over micro-batches
+            and ranks; 0 gives weights 0. Numbers, or tensors of shape ``()`` of a dtype that holds every count: 16 bits
+            do not.
         horizon: tokens that every row is divided by; where it may be left out it is ``L``.
         group_ids, rollout_ids: one integer per row, in any order.
-        group_tokens, group_rows: one integer per row: the live tokens of its whole prompt group or rollout, the rows of its group with a live
-            token, where other micro-batches hold some of them.
+        group_tokens, group_rows: one integer per row: the live tokens of its whole prompt group or rollout, the rows of
+            its group with a live token, where other micro-batches hold some of them.
         count_empty_rows: rows without a live token count as rows of loss 0, so ``R`` stands for ``R+``.
         dp_size: data-parallel ranks; gradients are averaged over them, so each rank's share is multiplied by it.
         scale: a further factor, such as ``1 / gradient_accumulation_steps``.
@@ -199,7 +243,8 @@ def token_weights(mask, mode="token-mean", *, cu_seqlens=None, batch_num_tokens=
         shaped like ``mask``, in ``dtype``. No live token: zeros.
 
     Raises:
-        ValueError: unknown ``mode``; a normaliser that it needs is missing, or one that it does not use is given; shapes do not match.
+        ValueError: unknown ``mode``; a normaliser that it needs is missing, or one that it does not use is given;
+            shapes do not match.
         TypeError: ``mask`` complex, ids not integer, ``cu_seqlens`` not int32 or int64, ``dtype`` not floating.
 
     Example:
@@ -207,21 +252,37 @@ def token_weights(mask, mode="token-mean", *, cu_seqlens=None, batch_num_tokens=
         tensor([[0.2500, 0.2500, 0.0000],
                 [0.5000, 0.0000, 0.0000]])
 
-    DAPO, arXiv:2503.14476 (token-mean); Dr. GRPO, arXiv:2503.20783 (fixed-horizon); ScaleRL, arXiv:2510.13786 (prompt-mean).
+    DAPO, arXiv:2503.14476 (token-mean); Dr. GRPO, arXiv:2503.20783 (fixed-horizon); ScaleRL, arXiv:2510.13786
+    (prompt-mean).
     """
     where = "token_weights"
     checks.tensor(where, "mask", mask)
     checks.mask(where, mask, mask.shape)
     cu_seqlens = checks_tokens.rows(where, "mask", mask, cu_seqlens)
-    return weights_for(where, mask, mode, cu_seqlens=cu_seqlens, batch_num_tokens=batch_num_tokens, num_sequences=num_sequences,
-                       horizon=horizon, group_ids=group_ids, rollout_ids=rollout_ids, group_tokens=group_tokens, group_rows=group_rows,
-                       count_empty_rows=count_empty_rows, dp_size=dp_size, scale=scale, dtype=dtype)
+    return weights_for(
+        where,
+        mask,
+        mode,
+        cu_seqlens=cu_seqlens,
+        batch_num_tokens=batch_num_tokens,
+        num_sequences=num_sequences,
+        horizon=horizon,
+        group_ids=group_ids,
+        rollout_ids=rollout_ids,
+        group_tokens=group_tokens,
+        group_rows=group_rows,
+        count_empty_rows=count_empty_rows,
+        dp_size=dp_size,
+        scale=scale,
+        dtype=dtype,
+    )
 
 
 def aggregate(values, mask=None, mode="token-mean", *, cu_seqlens=None, **normalizers):
     r"""Aggregates per-token losses to one number, differentiable in ``values``.
 
-    ``sum_t w_t l_t``, ``w`` as ``token_weights`` gives it; a dead token touches neither value nor gradient, whatever it holds.
+    ``sum_t w_t l_t``, ``w`` as ``token_weights`` gives it; a dead token touches neither value nor gradient, whatever it
+    holds.
 
     Args:
         values: ``l``, shaped like ``mask``; any float dtype.
@@ -243,7 +304,11 @@ def aggregate(values, mask=None, mode="token-mean", *, cu_seqlens=None, **normal
     for name in checks_tokens.TAKEN[:2]:
         if name in normalizers:
             raise TypeError(f"aggregate: takes no {name!r}")
-    mask = torch.ones_like(values, dtype=torch.bool, memory_format=torch.contiguous_format) if mask is None else mask.contiguous()
+    mask = (
+        torch.ones_like(values, dtype=torch.bool, memory_format=torch.contiguous_format)
+        if mask is None
+        else mask.contiguous()
+    )
     normalizers.setdefault("dtype", torch.float64)
     cu_seqlens = checks_tokens.rows("aggregate", "mask", mask, cu_seqlens)
     weights = weights_for("aggregate", mask, mode, cu_seqlens=cu_seqlens, **normalizers)

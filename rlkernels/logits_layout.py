@@ -1,4 +1,7 @@
-"""From public arguments of any leading shape to the layout of the ops: logits ``[T, V]`` or ``[B, L, V]``, everything else ``[T]``."""
+"""From public arguments of any leading shape to the layout of the ops: logits ``[T, V]`` or ``[B, L, V]``, everything
+else ``[T]``.
+"""
+
 from typing import NamedTuple
 
 import torch
@@ -21,9 +24,13 @@ class Rows(NamedTuple):
     real: torch.dtype | None  # of per-row results
 
     def without(self, dead):
-        """The same with rows that are ``dead`` (bool, of any shape) ignored; nobody looks at the target and the temperature that they hold."""
+        """The same with rows that are ``dead`` (bool, of any shape) ignored; nobody looks at the target and the
+        temperature that they hold.
+        """
         dead = dead.reshape(-1)
-        return replaced(self, targets=or_ignored(dead, self.targets, self.ignore_index), temperature=or_one(dead, self.temperature))
+        return replaced(
+            self, targets=or_ignored(dead, self.targets, self.ignore_index), temperature=or_one(dead, self.temperature)
+        )
 
     def flat(self, x):
         """A per-row tensor as a contiguous ``[T]`` of the arithmetic's dtype; None stays None."""
@@ -41,21 +48,31 @@ def or_ignored(dead, targets, ignore_index):
 
 def or_one(dead, temperature):
     """A temperature per row, and 1 at dead tokens: whatever stands there. A number stays one."""
-    return temperature.masked_fill(dead, 1.0) if isinstance(temperature, torch.Tensor) and temperature.dim() else temperature
+    return (
+        temperature.masked_fill(dead, 1.0)
+        if isinstance(temperature, torch.Tensor) and temperature.dim()
+        else temperature
+    )
 
 
 def dense(x, dtype):
-    """Contiguous, in ``dtype``; ``x`` itself where it is that already: a conversion that does nothing costs 1 us, and its node in the backward more."""
+    """Contiguous, in ``dtype``; ``x`` itself where it is that already: a conversion that does nothing costs 1 us, and
+    its node in the backward more.
+    """
     return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
 def matrix(logits):
-    """At most three dimensions and a unit last stride. ``logits[:, :-1]`` passes as it is; only other layouts are copied."""
+    """At most three dimensions and a unit last stride.
+
+    ``logits[:, :-1]`` passes as it is; only other layouts are copied.
+    """
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
     if logits.dim() == 1:
         return logits[None]
-    return logits if logits.dim() <= 3 else logits.flatten(0, -3)  # a reshape to -1 cannot tell how many, where there are no rows
+    # A reshape to -1 cannot tell how many, where there are no rows.
+    return logits if logits.dim() <= 3 else logits.flatten(0, -3)
 
 
 def rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward=False):
@@ -75,4 +92,12 @@ def rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_
     temperature = dense(temperature, real_dtype(logits.dtype)).view(-1) if per_row else float(temperature)
     if vocab_mask is not None and vocab_mask.dim() > 1:
         vocab_mask = vocab_mask.reshape(-1, vocab_mask.shape[-1])
-    return Rows(matrix(logits), targets if targets.dim() == 1 else targets.reshape(-1), temperature, ignore_index, vocab_mask, shape, real_dtype(logits.dtype))
+    return Rows(
+        matrix(logits),
+        targets if targets.dim() == 1 else targets.reshape(-1),
+        temperature,
+        ignore_index,
+        vocab_mask,
+        shape,
+        real_dtype(logits.dtype),
+    )

@@ -1,4 +1,5 @@
 """Log-probabilities and row statistics from logits."""
+
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from rlkernels.logits_layout import matrix, rows
 class TokenStats(NamedTuple):
     """Per-token statistics of a softmax over the vocabulary; what was not asked for is None.
 
-    ``logprobs``, ``entropy`` and ``kl`` are differentiable with respect to the logits. Float fields are fp32 (fp64 for fp64 logits).
+    ``logprobs``, ``entropy`` and ``kl`` are differentiable with respect to the logits. Float fields are fp32 (fp64 for
+    fp64 logits).
     """
 
     logprobs: torch.Tensor
@@ -31,12 +33,14 @@ def token_logprobs(logits, targets, *, temperature=1.0, ignore_index=-100, vocab
     Args:
         logits: ``[..., V]``, float32, bfloat16, float16 or float64. A unit last stride and any others cost no copy.
         targets: ``[...]`` token ids, int32 or int64. ``logits[t]`` scores ``targets[t]``: nothing is shifted here.
-        temperature: ``T``, from ``2**-40`` (9.1e-13) to ``2**40``; a number, or a tensor: ``[...]`` with one per token, ``[B]`` or
-            ``[B, 1]`` with one per sequence of ``[B, L]``, ``[]`` with one for all. That of an ignored token is not looked at.
+        temperature: ``T``, from ``2**-40`` (9.1e-13) to ``2**40``; a number, or a tensor: ``[...]`` with one per token,
+            ``[B]`` or ``[B, 1]`` with one per sequence of ``[B, L]``, ``[]`` with one for all. That of an ignored token
+            is not looked at.
         ignore_index: a token with this target is not read: its result and its gradient are 0.
         vocab_mask: bool ``[V]`` or ``[..., V]``, True keeps a column; the others count as logits of -inf.
-        inplace_backward: the backward writes the gradient over ``logits``; nothing of their size is allocated. A later backward through the
-            logits, a view or a ``detach()`` of them raises. Memory that they share by ``.data``, ``set_`` or numpy is overwritten in silence.
+        inplace_backward: the backward writes the gradient over ``logits``; nothing of their size is allocated. A later
+            backward through the logits, a view or a ``detach()`` of them raises. Memory that they share by ``.data``,
+            ``set_`` or numpy is overwritten in silence.
 
     Returns:
         Tensor ``[...]``, fp32 (fp64 for fp64 logits), differentiable once.
@@ -44,25 +48,47 @@ def token_logprobs(logits, targets, *, temperature=1.0, ignore_index=-100, vocab
     Raises:
         TypeError, ValueError: wrong type, dtype or shape.
         IndexError: on the CPU, a target outside ``[0, V)`` that is not ``ignore_index``.
-        RuntimeError: tensors on several devices; ``inplace_backward`` on a leaf, a view of a leaf, or overlapping memory.
+        RuntimeError: tensors on several devices; ``inplace_backward`` on a leaf, a view of a leaf, or overlapping
+            memory.
     """
     row = rows("token_logprobs", logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
-    logp, *_ = ops.token_stats(row.logits, row.targets, row.temperature, row.ignore_index, row.vocab_mask, None, 0, inplace_backward,
-                               ops.serving("token_stats", logits))
+    logp, *_ = ops.token_stats(
+        row.logits,
+        row.targets,
+        row.temperature,
+        row.ignore_index,
+        row.vocab_mask,
+        None,
+        0,
+        inplace_backward,
+        ops.serving("token_stats", logits),
+    )
     return shaped(logp, row.shape)
 
 
-def token_stats(logits, targets, *, temperature=1.0, ignore_index=-100, vocab_mask=None, ref_logits=None, kl=None, outputs=("entropy",),
-                inplace_backward=False):
-    r"""Log-probability, logsumexp and the wanted statistics of each row, of one model or of two, in one pass over the row(s).
+def token_stats(
+    logits,
+    targets,
+    *,
+    temperature=1.0,
+    ignore_index=-100,
+    vocab_mask=None,
+    ref_logits=None,
+    kl=None,
+    outputs=("entropy",),
+    inplace_backward=False,
+):
+    r"""Log-probability, logsumexp and the wanted statistics of each row, of one model or of two, in one pass over the
+    row(s).
 
-    ``H = -sum_v p_v log p_v``;  ``log_sum_sq_probs = log sum_v p_v^2``;  ``mean_logits``: mean of ``z`` over the vocabulary (over the
-    mask's support);  ``is_top1``: the target is the first maximal column;  ``kl="exact"``: ``KL(pi || ref) = sum_v p_v (log p_v - log q_v)``;
-    ``"k1"``, ``"k2"``, ``"k3"``: Schulman's estimators on the target token.
+    ``H = -sum_v p_v log p_v``;  ``log_sum_sq_probs = log sum_v p_v^2``;  ``mean_logits``: mean of ``z`` over the
+    vocabulary (over the mask's support);  ``is_top1``: the target is the first maximal column;  ``kl="exact"``: ``KL(pi
+    || ref) = sum_v p_v (log p_v - log q_v)``; ``"k1"``, ``"k2"``, ``"k3"``: Schulman's estimators on the target token.
 
     Args:
         logits, targets, temperature, ignore_index, vocab_mask, inplace_backward: as for ``token_logprobs``.
-        ref_logits: ``[..., V]`` of the reference model, same dtype, no gradient; read in the same pass, under the same temperature and mask.
+        ref_logits: ``[..., V]`` of the reference model, same dtype, no gradient; read in the same pass, under the same
+            temperature and mask.
         kl: which KL to return; needs ``ref_logits``.
         outputs: names among ``entropy``, ``log_sum_sq_probs``, ``mean_logits``, ``is_top1``.
 
@@ -85,8 +111,17 @@ def token_stats(logits, targets, *, temperature=1.0, ignore_index=-100, vocab_ma
     if kl == "exact":
         wanted |= ops.KL | ops.ENTROPY  # the gradient of the KL is saved beside the entropy's
     reference = None if ref_logits is None else matrix(ref_logits)
-    found = ops.token_stats(row.logits, row.targets, row.temperature, row.ignore_index, row.vocab_mask, reference, wanted, inplace_backward,
-                            ops.serving(where, logits))
+    found = ops.token_stats(
+        row.logits,
+        row.targets,
+        row.temperature,
+        row.ignore_index,
+        row.vocab_mask,
+        reference,
+        wanted,
+        inplace_backward,
+        ops.serving(where, logits),
+    )
     return collect(found, row, outputs, ref_logits is not None, kl)
 
 

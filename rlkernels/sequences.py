@@ -1,13 +1,16 @@
-"""Sequences and groups: sums, means, and their broadcast back to tokens. Everything sequence-level is an objective on these.
+"""Sequences and groups: sums, means, and their broadcast back to tokens.
 
-A batch of sequences is padded, ``[B, L]``, or packed, ``[N]`` with ``cu_seqlens`` (``[S + 1]``: a 0, then the end of each sequence).
-Live tokens are those where the mask is not 0; the rest is left out by ``where``. Sums run in float64 and are rounded once: a row's result
-then does not depend on how much padding follows it, and sums over 8192 float32 tokens keep all their digits. No shape here depends on
-data, so nothing waits for a device.
+Everything sequence-level is an objective on these.
 
-On a CPU offsets that do not cover the tokens raise, in a program of ``torch.compile`` when it runs. On an accelerator they are not read (unless
-``RLKERNELS_CHECK=1``): wrong ones give wrong numbers, from within the tokens.
+A batch of sequences is padded, ``[B, L]``, or packed, ``[N]`` with ``cu_seqlens`` (``[S + 1]``: a 0, then the end of
+each sequence). Live tokens are those where the mask is not 0; the rest is left out by ``where``. Sums run in float64
+and are rounded once: a row's result then does not depend on how much padding follows it, and sums over 8192 float32
+tokens keep all their digits. No shape here depends on data, so nothing waits for a device.
+
+On a CPU offsets that do not cover the tokens raise, in a program of ``torch.compile`` when it runs. On an accelerator
+they are not read (unless ``RLKERNELS_CHECK=1``): wrong ones give wrong numbers, from within the tokens.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -21,7 +24,10 @@ def real_dtype(*tensors):
 
 
 def segment_ids(offsets, tokens):
-    """Index of the sequence that each of ``tokens`` packed tokens belongs to; empty sequences own none. ``offsets``: of ``checks.tokens.segments``."""
+    """Index of the sequence that each of ``tokens`` packed tokens belongs to; empty sequences own none.
+
+    ``offsets``: of ``checks.tokens.segments``.
+    """
     ends = offsets[1:]
     ids = torch.searchsorted(ends, torch.arange(tokens, device=ends.device), right=True)
     # Tokens past the last end, which a device does not check, must not become an address out of bounds.
@@ -29,9 +35,11 @@ def segment_ids(offsets, tokens):
 
 
 def segment_reduce(values, offsets, how="sum", initial=0.0):
-    """One fixed-order reduction per segment: no atomics, and NaN stays in its segment (a difference of prefix sums spreads it).
+    """One fixed-order reduction per segment: no atomics, and NaN stays in its segment (a difference of prefix sums
+    spreads it).
 
-    torch reads and writes wherever the offsets point (``unsafe``; it has no safe way for offsets): they must come from ``checks.tokens.segments``.
+    torch reads and writes wherever the offsets point (``unsafe``; it has no safe way for offsets): they must come from
+    ``checks.tokens.segments``.
     """
     return torch.segment_reduce(values.contiguous(), how, offsets=offsets, axis=0, unsafe=True, initial=initial)
 
@@ -60,12 +68,14 @@ def spread(values, live, offsets):
 
 
 def per_token(where, name, x, like, offsets):
-    """``x`` with one number per token where it has one per sequence: ``[S, 1]`` or ``[S]`` of a packed batch, ``[B, 1]`` or ``[B]`` of a padded one.
+    """``x`` with one number per token where it has one per sequence: ``[S, 1]`` or ``[S]`` of a packed batch, ``[B,
+    1]`` or ``[B]`` of a padded one.
 
     Any other shape is left to the caller's check.
     """
     if offsets is None:
-        # [B] belongs to rows [B, L]: plain broadcasting would align it with L, and (B,) against (B, 1) would become (B, B).
+        # [B] belongs to rows [B, L]: plain broadcasting would align it with L, and (B,) against (B, 1) would become (B,
+        # B).
         per_row = like.dim() == 2 and x.shape in (like.shape[:1], (like.shape[0], 1))
         return x.reshape(-1, 1).expand(like.shape) if per_row else x
     tokens, count = like.shape[0], offsets.shape[0] - 1
@@ -75,8 +85,12 @@ def per_token(where, name, x, like, offsets):
         return x
     elif count == tokens:
         if count > 1 and not _one_token_each(offsets):
-            raise ValueError(f"{where}: {name} has shape ({count},) in a batch of {tokens} tokens and {count} sequences: one per token or one per sequence? "
-                             "Pass [S, 1] for one per sequence; for one per token leave the empty sequences out of cu_seqlens")
+            raise ValueError(
+                f"{where}: {name} has shape ({count},) in a batch of {tokens} tokens and {count} "
+                "sequences: one per token or one per sequence? "
+                "Pass [S, 1] for one per sequence; for one per token leave the empty sequences out of "
+                "cu_seqlens"
+            )
         return x
     checks.one_device(where, "cu_seqlens", offsets, **{name: x})
     return x[segment_ids(offsets, tokens)]
@@ -95,7 +109,9 @@ def _checked(where, values, mask, cu_seqlens):
         checks.no_forward_ad(where, values)
     checks.mask(where, mask, values.shape)
     checks.one_device(where, "values", values, mask=mask)
-    return torch.ones_like(values, dtype=torch.bool, memory_format=torch.contiguous_format) if mask is None else mask != 0, offsets
+    return torch.ones_like(
+        values, dtype=torch.bool, memory_format=torch.contiguous_format
+    ) if mask is None else mask != 0, offsets
 
 
 def _sums(live, values, offsets):
@@ -120,14 +136,16 @@ def sequence_sums(values, mask=None, cu_seqlens=None):
         ValueError: shapes differ, or ``cu_seqlens`` does not cover the tokens.
 
     Example:
-        >>> sequence_sums(torch.tensor([[1.0, 2.0, 4.0], [8.0, float("nan"), 0.5]]), torch.tensor([[1, 1, 0], [1, 0, 1]]))
+        >>> mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
+        >>> sequence_sums(torch.tensor([[1.0, 2.0, 4.0], [8.0, float("nan"), 0.5]]), mask)
         tensor([3.0000, 8.5000])
     """
     return sums(values, *_checked("sequence_sums", values, mask, cu_seqlens))
 
 
 def sequence_means(values, mask=None, cu_seqlens=None):
-    r"""Means of each sequence over its live tokens, differentiable; of ``logprobs - old_logprobs``, the log of GSPO's ratio.
+    r"""Means of each sequence over its live tokens, differentiable; of ``logprobs - old_logprobs``, the log of GSPO's
+    ratio.
 
     ``s_i = (1/n_i) sum_t m_it x_it``,  ``n_i = sum_t m_it``.
 
@@ -184,7 +202,8 @@ def spans_to_mask(spans, length, *, shift=True):
     Args:
         spans: ``[..., K, 2]``, integers; a nested list will do. ``start == end`` is no span: pad with it.
         length: tokens per row.
-        shift: the mask is over the ``length - 1`` scored positions: position ``t`` scores token ``t + 1``, and none scores the first.
+        shift: the mask is over the ``length - 1`` scored positions: position ``t`` scores token ``t + 1``, and none
+            scores the first.
 
     Returns:
         bool, ``[..., length - 1]`` with ``shift``, else ``[..., length]``.
@@ -205,7 +224,9 @@ def spans_to_mask(spans, length, *, shift=True):
         raise ValueError(f"{where}: spans has shape {tuple(spans.shape)}, expected [..., K, 2]: pairs of start and end")
     length = checks.integer(where, "length", length)
     if length < (1 if shift else 0):
-        raise ValueError(f"{where}: length must be at least {1 if shift else 0}, got {length}; it counts the tokens of a row")
+        raise ValueError(
+            f"{where}: length must be at least {1 if shift else 0}, got {length}; it counts the tokens of a row"
+        )
     if length > 2**31:
         raise ValueError(f"{where}: length must be at most 2**31, got {length}; it counts the tokens of a row")
     token = torch.arange(1 if shift else 0, length, device=spans.device)
@@ -217,7 +238,9 @@ def _integers(where, spans):
         try:
             spans = torch.tensor(spans)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{where}: spans must be a tensor or a nested list of integers, got {type(spans).__name__}: {error}") from error
+            raise TypeError(
+                f"{where}: spans must be a tensor or a nested list of integers, got {type(spans).__name__}: {error}"
+            ) from error
         spans = spans if spans.numel() else spans.long()  # an empty list is of floats
     checks.tensor(where, "spans", spans)
     if spans.dtype.is_floating_point or spans.dtype.is_complex or spans.dtype == torch.bool:
@@ -226,7 +249,9 @@ def _integers(where, spans):
 
 
 def last_live_index(mask, shape, device=None):
-    """Column of the last live token of each row of a mask ``[B, L]``; ``L - 1`` for a row without one, and for no mask at all."""
+    """Column of the last live token of each row of a mask ``[B, L]``; ``L - 1`` for a row without one, and for no mask
+    at all.
+    """
     rows, length = shape
     if mask is None:
         return torch.full((rows,), length - 1, device=device)
@@ -236,7 +261,9 @@ def last_live_index(mask, shape, device=None):
 
 
 class Groups(NamedTuple):
-    """Elements sorted into groups: at most as many groups as elements, the unused ones empty, so that shapes do not depend on the ids."""
+    """Elements sorted into groups: at most as many groups as elements, the unused ones empty, so that shapes do not
+    depend on the ids.
+    """
 
     order: torch.Tensor  # [N] elements, group by group
     index: torch.Tensor  # [N] group of each element

@@ -1,8 +1,11 @@
-"""Plain calls and plain numbers: what may skip torch's dispatcher, and what it must be given where it may not be skipped.
+"""Plain calls and plain numbers: what may skip torch's dispatcher, and what it must be given where it may not be
+skipped.
 
-A registered op costs 20 us in the dispatcher, 70 with a gradient: more than a small loss itself. Whatever records, replaces or wraps calls
-(dispatch modes, functorch, tracing, fake and functional tensors) sits there, and shows as a key of this thread or in the type of a tensor.
+A registered op costs 20 us in the dispatcher, 70 with a gradient: more than a small loss itself. Whatever records,
+replaces or wraps calls (dispatch modes, functorch, tracing, fake and functional tensors) sits there, and shows as a key
+of this thread or in the type of a tensor.
 """
+
 import torch
 
 # Private, so looked for: where a version of torch has no such function, every call takes the dispatcher.
@@ -43,7 +46,11 @@ def gradient_wanted(arguments):
 
 def has_values(x):
     """Tell whether a tensor has values here and now: not in a compiled, traced, transformed or fake program."""
-    if type(x) not in _TYPES and not torch.compiler.is_compiling() and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+    if (
+        type(x) not in _TYPES
+        and not torch.compiler.is_compiling()
+        and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    ):
         x = x.as_subclass(torch.Tensor)  # a subclass that only adds to a tensor, as another name or a method
     return not torch.compiler.is_compiling() and gradient_wanted((x,)) is not None
 
@@ -51,7 +58,8 @@ def has_values(x):
 def replaced(record, **fields):
     """A named tuple with other values in some of its fields.
 
-    Not ``_replace``, and no property of a named tuple where a graph is traced: the Dynamo of torch 2.8 follows neither (F141).
+    Not ``_replace``, and no property of a named tuple where a graph is traced: the Dynamo of torch 2.8 follows neither
+    (F141).
     """
     kind = type(record)
     return kind(*[fields.get(name, held) for name, held in zip(kind._fields, record, strict=True)])
@@ -60,11 +68,17 @@ def replaced(record, **fields):
 def number(x):
     """A run-time number as the 0-d float64 tensor that a registered op takes."""
     # zeros + x, not full: torch 2.13 turns the sum into a graph input, but specialises the fill value.
-    return torch.zeros((), dtype=torch.float64, device="cpu") + x if torch.compiler.is_compiling() else torch.full((), x, dtype=torch.float64, device="cpu")
+    return (
+        torch.zeros((), dtype=torch.float64, device="cpu") + x
+        if torch.compiler.is_compiling()
+        else torch.full((), x, dtype=torch.float64, device="cpu")
+    )
 
 
 def product(x, y):
-    """Multiply two run-time numbers; in a graph a 0-d tensor, because torch 2.11 compiles a graph for each value of a number times a size (F141)."""
+    """Multiply two run-time numbers; in a graph a 0-d tensor, because torch 2.11 compiles a graph for each value of a
+    number times a size (F141).
+    """
     return number(x) * number(y) if torch.compiler.is_compiling() and not isinstance(x, torch.Tensor) else x * y
 
 
@@ -75,7 +89,10 @@ def numbers(values):
 
 def registered(arguments):
     """The arguments as a registered op takes them: numbers as tensors."""
-    return [number(x) if isinstance(x, (float, torch.SymFloat)) else numbers(x) if isinstance(x, tuple) else x for x in arguments]
+    return [
+        number(x) if isinstance(x, (float, torch.SymFloat)) else numbers(x) if isinstance(x, tuple) else x
+        for x in arguments
+    ]
 
 
 def value(x):

@@ -9,7 +9,8 @@ from present_backends import PRESENT  # noqa: E402
 
 from rlkernels.backends import use_backend  # noqa: E402
 
-# A suite started in the background of a script inherits an ignored SIGINT, and so would the children whose interruption is tested.
+# A suite started in the background of a script inherits an ignored SIGINT, and so would the children whose interruption
+# is tested.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,4 +1,8 @@
-"""Advantages and returns per token: GAE and discounted returns by one reverse scan, and whitening. Per group: ``rlkernels.advantages.group``."""
+"""Advantages and returns per token: GAE and discounted returns by one reverse scan, and whitening.
+
+Per group: ``rlkernels.advantages.group``.
+"""
+
 import torch
 
 from rlkernels import checks, ops
@@ -12,23 +16,28 @@ MASKED = ("skip", "zero", "none")
 def gae(rewards, values, mask=None, *, gamma=1.0, lam=0.95, masked="skip", cu_seqlens=None, bootstrap_values=None):
     r"""Generalised advantage estimation by one reverse scan.
 
-    ``A_t = d_t + gamma lam A_{t+1}``,  ``d_t = r_t + gamma V_{t+1} - V_t``,  ``R_t = A_t + V_t``; after the last live token ``A = 0`` and
-    ``V`` is the bootstrap value, 0 without one.
+    ``A_t = d_t + gamma lam A_{t+1}``,  ``d_t = r_t + gamma V_{t+1} - V_t``,  ``R_t = A_t + V_t``; after the last live
+    token ``A = 0`` and ``V`` is the bootstrap value, 0 without one.
 
     Args:
-        rewards, values: ``r``, ``V`` per token, ``[B, L]`` or packed ``[N]`` with ``cu_seqlens``; any float dtype, rewards also bool or integers.
+        rewards, values: ``r``, ``V`` per token, ``[B, L]`` or packed ``[N]`` with ``cu_seqlens``; any float dtype,
+            rewards also bool or integers.
         mask: live tokens, any pattern. Dead positions return 0 in both outputs; what they hold changes nothing.
         gamma, lam: discount and trace decay per live token.
-        masked: what a dead token between live ones does: ``"skip"`` carries value and trace over it undiscounted, ``"zero"`` is a step with
-            reward and value 0, ``"none"`` ignores the mask.
-        bootstrap_values: ``[B]``, or ``[S]`` when packed: value of the state after each sequence's last live token, where it was cut off.
+        masked: what a dead token between live ones does: ``"skip"`` carries value and trace over it undiscounted,
+            ``"zero"`` is a step with reward and value 0, ``"none"`` ignores the mask.
+        bootstrap_values: ``[B]``, or ``[S]`` when packed: value of the state after each sequence's last live token,
+            where it was cut off.
 
     Returns:
-        ``(advantages, returns)`` shaped like ``rewards``: float32, float64 for float64; not whitened, not differentiable.
+        ``(advantages, returns)`` shaped like ``rewards``: float32, float64 for float64; not whitened, not
+            differentiable.
 
     Raises:
-        TypeError: an argument is not a tensor of such a dtype, or ``cu_seqlens`` neither int32 or int64 nor a list of ints.
-        ValueError: shapes differ; ``gamma`` or ``lam`` outside [0, 1]; unknown ``masked``; ``cu_seqlens`` does not cover the tokens.
+        TypeError: an argument is not a tensor of such a dtype, or ``cu_seqlens`` neither int32 or int64 nor a list of
+            ints.
+        ValueError: shapes differ; ``gamma`` or ``lam`` outside [0, 1]; unknown ``masked``; ``cu_seqlens`` does not
+            cover the tokens.
 
     Example:
         >>> gae(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 9.0, 0.5]]), torch.tensor([[1, 0, 1]]), lam=1.0)
@@ -48,8 +57,15 @@ def gae(rewards, values, mask=None, *, gamma=1.0, lam=0.95, masked="skip", cu_se
     rewards, values = dense(rewards.detach(), real), dense(values.detach(), real)
     if bootstrap_values is not None:
         checks.floating(where, "bootstrap_values", bootstrap_values)
-        checks.shape(where, "bootstrap_values", bootstrap_values, rewards.shape[:1] if offsets is None else (offsets.shape[0] - 1,))
-        rewards = _bootstrap(rewards, gamma * bootstrap_values.detach().to(real), live if masked != "none" else None, offsets)
+        checks.shape(
+            where,
+            "bootstrap_values",
+            bootstrap_values,
+            rewards.shape[:1] if offsets is None else (offsets.shape[0] - 1,),
+        )
+        rewards = _bootstrap(
+            rewards, gamma * bootstrap_values.detach().to(real), live if masked != "none" else None, offsets
+        )
     return _scan(rewards, values, live, offsets, gamma, lam, masked)
 
 
@@ -62,8 +78,8 @@ def discounted_returns(rewards, mask=None, *, gamma=1.0, masked="skip", cu_seqle
         rewards: ``r`` per token, ``[B, L]`` or packed ``[N]`` with ``cu_seqlens``; any float dtype, bool or integers.
         mask: live tokens, any pattern. Dead positions return 0; what they hold changes nothing.
         gamma: discount per live token.
-        masked: what a dead token between live ones does: ``"skip"`` carries the return over it undiscounted, ``"zero"`` is a step
-            without reward, ``"none"`` ignores the mask.
+        masked: what a dead token between live ones does: ``"skip"`` carries the return over it undiscounted, ``"zero"``
+            is a step without reward, ``"none"`` ignores the mask.
 
     Returns:
         shaped like ``rewards``: float32, float64 for float64; not differentiable.
@@ -99,11 +115,15 @@ def _checked(where, rewards, mask, masked, cu_seqlens):
 
 def _scan(rewards, values, live, offsets, gamma, lam, masked):
     live = None if live is None else live.contiguous()
-    return ops.gae(rewards.contiguous(), values.contiguous(), live, offsets, gamma, lam, masked, ops.serving("gae", rewards))
+    return ops.gae(
+        rewards.contiguous(), values.contiguous(), live, offsets, gamma, lam, masked, ops.serving("gae", rewards)
+    )
 
 
 def _bootstrap(rewards, gains, live, offsets):
-    """``gains``, one per sequence, added to the reward of its last live token: ``r + gamma V_next`` is all that GAE sees of the cut."""
+    """``gains``, one per sequence, added to the reward of its last live token: ``r + gamma V_next`` is all that GAE
+    sees of the cut.
+    """
     live = torch.ones_like(rewards, dtype=torch.bool) if live is None else live
     passed = live.cumsum(-1)
     if offsets is None:
@@ -118,14 +138,17 @@ def _bootstrap(rewards, gains, live, offsets):
 def _dimensions(where, dim, count):
     dims = tuple(checks.integer(where, "dim", one) for one in (dim if isinstance(dim, (tuple, list)) else (dim,)))
     if any(not -count <= one < count for one in dims) or len({one % count for one in dims}) < len(dims):
-        raise ValueError(f"{where}: dim must name dimensions of x, each once, from {-count} to {count - 1}; got {dim!r}")
+        raise ValueError(
+            f"{where}: dim must name dimensions of x, each once, from {-count} to {count - 1}; got {dim!r}"
+        )
     return dims
 
 
 def masked_whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, eps_mode="add", dim=None):
     r"""Zero mean and unit variance over live elements; dead ones return 0.
 
-    ``y = (x - mean) / sqrt(var + eps)``, or ``/ sqrt(max(var, eps))`` with ``eps_mode="clamp"``;  ``var = sum (x - mean)^2 / (n - 1)``.
+    ``y = (x - mean) / sqrt(var + eps)``, or ``/ sqrt(max(var, eps))`` with ``eps_mode="clamp"``;  ``var = sum (x -
+    mean)^2 / (n - 1)``.
 
     Args:
         x: any float dtype and shape.
@@ -136,10 +159,12 @@ def masked_whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, eps
         dim: statistics along these dimensions; None: one mean and variance for all of ``x``.
 
     Returns:
-        shaped like ``x``: float32, float64 for float64. Equal elements, or one, have no spread: 0 (the mean without ``shift_mean``).
+        shaped like ``x``: float32, float64 for float64. Equal elements, or one, have no spread: 0 (the mean without
+            ``shift_mean``).
 
     Raises:
-        TypeError: ``x`` not floating, ``mask`` complex. ValueError: shapes differ; ``eps`` negative; unknown ``eps_mode``.
+        TypeError: ``x`` not floating, ``mask`` complex. ValueError: shapes differ; ``eps`` negative; unknown
+            ``eps_mode``.
 
     Example:
         >>> masked_whiten(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([1, 1, 0]), unbiased=False)
@@ -153,14 +178,19 @@ def masked_whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, eps
     checks.one_device(where, "x", x, mask=mask)
     checks.choice(where, "eps_mode", eps_mode, ("add", "clamp"))
     eps = checks_tokens.not_negative(where, "eps", eps, x)
-    live = torch.ones_like(x, dtype=torch.bool, memory_format=torch.contiguous_format) if mask is None else (mask != 0).contiguous()
+    live = (
+        torch.ones_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
+        if mask is None
+        else (mask != 0).contiguous()
+    )
     dim = tuple(range(x.dim())) if dim is None else _dimensions(where, dim, x.dim())
 
     def mean(values, fewer=0):
         # sum, not nansum: a NaN in a live element is the caller's to see.
         return values.sum(dim, keepdim=True) / (live.sum(dim, keepdim=True) - fewer).clamp(min=1)
 
-    # From the smallest live element: equal elements are exactly 0 and stay so. x - mean may leave 1e-17, and eps = 0 makes 1 of that.
+    # From the smallest live element: equal elements are exactly 0 and stay so. x - mean may leave 1e-17, and eps = 0
+    # makes 1 of that.
     wide = x.double().contiguous()  # torch adds in the order of memory
     base = torch.where(live, wide.detach(), torch.inf).amin(dim, keepdim=True) if x.numel() else wide.new_zeros(())
     offset = torch.where(live, wide - base, 0.0)

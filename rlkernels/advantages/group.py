@@ -1,4 +1,5 @@
 """Advantages of whole responses against the others that answer the same prompt."""
+
 import torch
 
 from rlkernels import checks
@@ -14,40 +15,46 @@ def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e
 
     ``A_i = (R_i - b_i) / (s_i + eps)``, with sums over the ``n`` scorable responses ``j`` of the group of ``i``:
 
-    * baseline ``"mean"``: ``b = sum_j R_j / n`` (GRPO); ``"leave-one-out"``: the mean of the others (RLOO); ``"length-mean"``:
-      ``sum_j l_j R_j / sum_j l_j`` (OPO); ``"batch-mean"``: the mean over all groups; None: 0
-    * scale ``"std"``: ``sqrt(sum_j (R_j - mean)^2 / (n - 1))``; ``"batch-std"``: the same over all groups; ``"mean"``: the group's mean
-      (MaxRL), of rewards that are not negative; None: no division (Dr. GRPO)
+    * baseline ``"mean"``: ``b = sum_j R_j / n`` (GRPO); ``"leave-one-out"``: the mean of the others (RLOO);
+      ``"length-mean"``: ``sum_j l_j R_j / sum_j l_j`` (OPO); ``"batch-mean"``: the mean over all groups; None: 0
+    * scale ``"std"``: ``sqrt(sum_j (R_j - mean)^2 / (n - 1))``; ``"batch-std"``: the same over all groups; ``"mean"``:
+      the group's mean (MaxRL), of rewards that are not negative; None: no division (Dr. GRPO)
 
-    With the scale ``"mean"`` and a baseline of the group (or None) no advantage is larger than ``n``, however small the mean. With the baseline
-    ``"batch-mean"`` a group whose mean is near 0 gets about ``-b / eps``.
+    With the scale ``"mean"`` and a baseline of the group (or None) no advantage is larger than ``n``, however small the
+    mean. With the baseline ``"batch-mean"`` a group whose mean is near 0 gets about ``-b / eps``.
 
     Args:
-        rewards: ``R``, ``[N]``; any float dtype, bool or integers. NaN is a response that could not be scored: it counts nowhere and gets 0.
+        rewards: ``R``, ``[N]``; any float dtype, bool or integers. NaN is a response that could not be scored: it
+            counts nowhere and gets 0.
         group_ids: integers ``[N]``, in any order; groups may differ in size.
         eps: added to the scale.
         unbiased: False divides the variance by ``n`` instead of ``n - 1``.
-        lengths: ``l``, ``[N]``, live tokens of each response, for ``"length-mean"`` alone; finite and not negative. That of a NaN reward is not read.
+        lengths: ``l``, ``[N]``, live tokens of each response, for ``"length-mean"`` alone; finite and not negative.
+            That of a NaN reward is not read.
 
     Returns:
-        ``[N]``: float32, float64 for float64; not differentiable. A group of one, or of equal rewards, has nothing to compare: 0.
+        ``[N]``: float32, float64 for float64; not differentiable. A group of one, or of equal rewards, has nothing to
+            compare: 0.
 
     Raises:
         TypeError: ``rewards`` not real, ``group_ids`` not integers.
-        ValueError: shapes differ; unknown ``baseline`` or ``scale``; ``eps`` negative; ``lengths`` missing, or given where it is not used. On a CPU:
-            a negative reward with the scale ``"mean"``, a length that is negative or not finite; elsewhere, and in a compiled program, where
-            values are not read, its whole group gets NaN.
+        ValueError: shapes differ; unknown ``baseline`` or ``scale``; ``eps`` negative; ``lengths`` missing, or given
+            where it is not used. On a CPU: a negative reward with the scale ``"mean"``, a length that is negative or
+            not finite; elsewhere, and in a compiled program, where values are not read, its whole group gets NaN.
 
     Example:
         >>> group_advantages(torch.tensor([1.0, 5.0, 0.0]), torch.tensor([3, 7, 3]), scale=None)
         tensor([ 0.5000,  0.0000, -0.5000])
 
-    Shao et al. 2024, arXiv:2402.03300, section 4.1.2; Ahmadian et al. 2024, arXiv:2402.14740; Liu et al. 2025, arXiv:2503.20783.
+    Shao et al. 2024, arXiv:2402.03300, section 4.1.2; Ahmadian et al. 2024, arXiv:2402.14740; Liu et al. 2025,
+    arXiv:2503.20783.
     """
     where = "group_advantages"
     checks_tokens.numbers(where, "rewards", rewards)
     if rewards.dim() != 1:
-        raise ValueError(f"{where}: rewards has shape {tuple(rewards.shape)}, expected [N], one per response; flatten it")
+        raise ValueError(
+            f"{where}: rewards has shape {tuple(rewards.shape)}, expected [N], one per response; flatten it"
+        )
     checks_tokens.ids(where, "group_ids", group_ids, rewards.shape)
     checks.choice(where, "baseline", baseline, BASELINES)
     checks.choice(where, "scale", scale, SCALES)
@@ -107,7 +114,9 @@ def _reduce_all(values, how="sum", initial=0.0):
 
 
 class _Population:
-    """Scored rewards of each element's group (or of the batch), measured from the smallest: equal rewards are exactly 0 and stay so."""
+    """Scored rewards of each element's group (or of the batch), measured from the smallest: equal rewards are exactly 0
+    and stay so.
+    """
 
     def __init__(self, wide, scored, reduce):
         self.scored, self.reduce = scored, reduce

@@ -1,4 +1,5 @@
 """The choice of a backend: which one serves which op here, and why one is absent."""
+
 import contextlib
 import importlib
 import importlib.util
@@ -14,7 +15,9 @@ from rlkernels.backends.measured_order import preferred
 OPS = ("token_stats", "token_stats_backward", "fused_policy", "elementwise", "weighted_loss", "gae")
 KNOWN = ("eager", "cpu", "triton", "cuda")
 DEVICES = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager"), "xpu": ("triton", "eager"), "meta": ("eager",)}
-"""Device type to the backends that can serve it, first choice first; ``measured_order.TABLE`` overrides the order where something was measured."""
+"""Device type to the backends that can serve it, first choice first; ``measured_order.TABLE`` overrides the order where
+something was measured.
+"""
 
 
 class _Modules(dict):
@@ -31,7 +34,9 @@ _present = set()  # accelerator backends that have been found: looking for Trito
 
 
 def interpreted():
-    """Tell whether Triton runs kernels on CPU tensors (``TRITON_INTERPRET=1``), which is how they are proven without a GPU."""
+    """Tell whether Triton runs kernels on CPU tensors (``TRITON_INTERPRET=1``), which is how they are proven without a
+    GPU.
+    """
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -51,20 +56,30 @@ def absent(name):
 
 
 def _say_once(reason):
-    """Warns in the first native-less call of a process: it is right, and slow without a word. Not where native code was switched off."""
+    """Warns in the first native-less call of a process: it is right, and slow without a word.
+
+    Not where native code was switched off.
+    """
     global _said
     if torch.compiler.is_compiling() or _said:
         return
     _said = True
     if reason is not None and "RLKERNELS_CPU=0" not in reason:
-        warnings.warn(f"{reason}. CPU tensors take the eager backend meanwhile: the same results, slower. RLKERNELS_CPU=0 says that this is meant, "
-                      "and stops this warning", RuntimeWarning, stacklevel=5)
+        warnings.warn(
+            f"{reason}. CPU tensors take the eager backend meanwhile: the same results, slower. "
+            "RLKERNELS_CPU=0 says that this is meant, "
+            "and stops this warning",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def serving(op, device, dtype=None, vocab=None, *, aloud=True):
-    """The backend that serves ``op`` on a device type, by the table of measurements where it has an entry for dtype and vocabulary.
+    """The backend that serves ``op`` on a device type, by the table of measurements where it has an entry for dtype and
+    vocabulary.
 
-    ``aloud``: the choice is for a call, not for a report, so a process that has no native code for its CPU tensors says so once.
+    ``aloud``: the choice is for a call, not for a report, so a process that has no native code for its CPU tensors says
+    so once.
 
     Raises:
         RuntimeError: no backend serves the device, or the forced one does not.
@@ -75,7 +90,10 @@ def serving(op, device, dtype=None, vocab=None, *, aloud=True):
     name = forced()
     if name is not None:
         if name != "eager" and name not in choices and not (name == "triton" and device == "cpu" and interpreted()):
-            raise RuntimeError(f"backend {name!r} does not serve device {device} (asked for {op}); move the tensors or leave use_backend")
+            raise RuntimeError(
+                f"backend {name!r} does not serve device {device} (asked for {op}); move the tensors or "
+                "leave use_backend"
+            )
         return name
     if device == "cpu":
         if cpu._cpu is not None:
@@ -98,9 +116,10 @@ def serving(op, device, dtype=None, vocab=None, *, aloud=True):
 class use_backend(contextlib.ContextDecorator):
     """Every op runs on backend ``name`` inside the context: ``"eager"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
-    An op, dtype or device that the backend lacks raises; nothing falls back in silence. The choice belongs to the context of ``contextvars``: a task of
-    asyncio has its own, a new thread starts without one, and a generator that yields inside shares it with whoever asks for the next value. Under
-    ``torch.compile`` it is that of the thread. A backward runs on the backend of its forward, wherever it is called.
+    An op, dtype or device that the backend lacks raises; nothing falls back in silence. The choice belongs to the
+    context of ``contextvars``: a task of asyncio has its own, a new thread starts without one, and a generator that
+    yields inside shares it with whoever asks for the next value. Under ``torch.compile`` it is that of the thread. A
+    backward runs on the backend of its forward, wherever it is called.
 
     Raises:
         ValueError: ``name`` is not a backend.
@@ -135,10 +154,13 @@ def available_backends():
     """Tell which backend serves which op on which device here, and the reason where a backend is absent.
 
     Returns:
-        ``{"serves": {device: {op: backend}}, "absent": {backend: reason}}``, for the devices ``cpu`` and, where torch sees one, ``cuda`` or ``xpu``;
+        ``{"serves": {device: {op: backend}}, "absent": {backend: reason}}``, for the devices ``cpu`` and, where torch
+            sees one, ``cuda`` or ``xpu``;
         for bf16 logits of a vocabulary of 131072, where the choice depends on that.
     """
     devices = ["cpu"]
     devices += [d for d in ("cuda", "xpu") if getattr(torch, d).is_available()]
-    serves = {device: {op: serving(op, device, torch.bfloat16, 131072, aloud=False) for op in OPS} for device in devices}
+    serves = {
+        device: {op: serving(op, device, torch.bfloat16, 131072, aloud=False) for op in OPS} for device in devices
+    }
     return {"serves": serves, "absent": {name: reason for name in KNOWN if (reason := absent(name)) is not None}}

@@ -1,4 +1,5 @@
 """The build's words on a compiled module that is absent."""
+
 from pathlib import Path
 
 

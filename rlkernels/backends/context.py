@@ -1,4 +1,7 @@
-"""The backend that the caller has asked for: a context variable, so that a task of asyncio keeps its choice to itself."""
+"""The backend that the caller has asked for: a context variable, so that a task of asyncio keeps its
+choice to itself.
+"""
+
 import contextvars
 import threading
 

@@ -1,4 +1,5 @@
 """Plain torch: the definition of correct, on any device and dtype. Protocol: see ``rlkernels.ops``."""
+
 import math
 
 import torch
@@ -19,16 +20,27 @@ def elementwise(objective, columns, params, weight):
     first = columns[0]
     for k, x in enumerate((*columns, *(() if weight is None else (weight,)))):
         if x.shape != first.shape or x.device != first.device or x.dtype != first.dtype and k < len(columns):
-            raise ValueError(f"elementwise: {f'column {k}' if k < len(columns) else 'weight'} is {tuple(x.shape)} of {x.dtype} on {x.device}, the first column "
-                             f"{tuple(first.shape)} of {first.dtype} on {first.device}; columns have one shape, dtype and device")
+            raise ValueError(
+                f"elementwise: {f'column {k}' if k < len(columns) else 'weight'} is {tuple(x.shape)} of "
+                f"{x.dtype} on {x.device}, the first column "
+                f"{tuple(first.shape)} of {first.dtype} on {first.device}; columns have one shape, dtype "
+                "and device"
+            )
     # Tensors of the columns' dtype: where(condition, 1.0, 1.05) on two Python floats is fp32 whatever the columns are.
-    params = [p.to(first.dtype) if isinstance(p, torch.Tensor) else first.new_full((), within(p, first.dtype)) for p in params]
+    params = [
+        p.to(first.dtype) if isinstance(p, torch.Tensor) else first.new_full((), within(p, first.dtype)) for p in params
+    ]
     outputs = OBJECTIVES[objective].function(*columns, *params)
     # A constant is filled in where the columns are: a copy of it would wait for the device.
-    value, derivative = ((x.to(first.dtype) if isinstance(x, torch.Tensor) else first.new_full((), x)).expand(first.shape) for x in outputs)
+    value, derivative = (
+        (x.to(first.dtype) if isinstance(x, torch.Tensor) else first.new_full((), x)).expand(first.shape)
+        for x in outputs
+    )
     if weight is None:
         # Copies: an objective may return a column as it is, and an op's output must not alias its input.
-        return value.sum(dtype=torch.float64).to(first.dtype), *(x.clone(memory_format=torch.contiguous_format) for x in (value, derivative))
+        return value.sum(dtype=torch.float64).to(first.dtype), *(
+            x.clone(memory_format=torch.contiguous_format) for x in (value, derivative)
+        )
     live = weight != 0
     value, derivative = torch.where(live, value, 0.0).contiguous(), torch.where(live, derivative, 0.0).contiguous()
     return (weight * value).sum(dtype=torch.float64).to(first.dtype), value, derivative
@@ -40,9 +52,11 @@ def within(number, dtype):
 
 
 def weighted_loss(objective, first, minus, others, params, weight, total, share):
-    """``sum_i w_i l(first_i - minus_i, others_i)`` and its slopes ``[1, ...]``; with ``minus`` (one or two columns) ``[2, ...]``, theirs second.
+    """``sum_i w_i l(first_i - minus_i, others_i)`` and its slopes ``[1, ...]``; with ``minus`` (one or two columns)
+    ``[2, ...]``, theirs second.
 
-    ``w``: ``weight`` (None: 1; bool: 1 or 0) times the number ``share``, over the count ``total``; an element of weight 0 is not evaluated.
+    ``w``: ``weight`` (None: 1; bool: 1 or 0) times the number ``share``, over the count ``total``; an element of weight
+    0 is not evaluated.
     """
     for x in minus:
         first = first - x
@@ -63,12 +77,17 @@ def column_kernel(backend, what, dtype, kernels):
     """A backend's kernel over columns of this dtype; ``kernels``: dtype to kernel."""
     kernel = kernels.get(dtype)
     if kernel is None:
-        raise NotImplementedError(f"{what} of dtype {dtype} are not supported by backend {backend!r}; cast to float32 or use_backend(\"eager\")")
+        raise NotImplementedError(
+            f'{what} of dtype {dtype} are not supported by backend {backend!r}; cast to float32 or use_backend("eager")'
+        )
     return kernel
 
 
 def check_rows(targets, vocab, ignore_index, temperature, where=None):
-    """Values are read on the CPU only: on an accelerator that would synchronise the host. ``where``: the caller's name, if it is known."""
+    """Values are read on the CPU only: on an accelerator that would synchronise the host.
+
+    ``where``: the caller's name, if it is known.
+    """
     if targets.device.type != "cpu":
         return
     prefix = f"{where}: " if where else ""
@@ -80,7 +99,10 @@ def check_rows(targets, vocab, ignore_index, temperature, where=None):
         bad = (targets != ignore_index) & ~((temperature >= COLDEST) & (temperature <= HOTTEST))
         if bad.any():
             row = int(bad.nonzero()[0, 0])
-            raise ValueError(f"{prefix}temperature must be positive and finite, got {float(temperature[row])} at row {row}; it may be from 2**-40 to 2**40")
+            raise ValueError(
+                f"{prefix}temperature must be positive and finite, got {float(temperature[row])} at row "
+                f"{row}; it may be from 2**-40 to 2**40"
+            )
 
 
 def _own(targets):
@@ -93,7 +115,9 @@ def _column(temperature):
 
 
 def _rows(logits, targets, temperature, ignore_index, vocab_mask):
-    """Logits of live rows in the arithmetic's dtype (0 elsewhere: a dead row is not looked at), and what each row needs."""
+    """Logits of live rows in the arithmetic's dtype (0 elsewhere: a dead row is not looked at), and what each row
+    needs.
+    """
     live = targets != ignore_index
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()  # torch sums in the order of memory
     x = torch.where(live[:, None], logits.reshape(-1, logits.shape[-1]).to(real_dtype(logits.dtype)), 0.0)
@@ -116,16 +140,22 @@ def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logi
     check_rows(targets, vocab, ignore_index, temperature)
     vocab_mask = vocab_mask if vocab_mask is None else vocab_mask.contiguous()
     live, x, target = _rows(logits, targets, temperature, ignore_index, vocab_mask)
-    # Everything is measured from the row maximum: with a common offset of 1e4 in the logits x[y] - lse loses 3.8e-4, this 1e-6.
+    # Everything is measured from the row maximum: with a common offset of 1e4 in the logits x[y] - lse loses 3.8e-4,
+    # this 1e-6.
     shift, centred, e, sum_exp = _statistics(x, temperature)
     log_sum = sum_exp.log()
-    out_of_range = (targets < 0) | (targets >= vocab)  # met on an accelerator only: NaN there, and no address formed from it
+    # Met on an accelerator only: NaN there, and no address formed from it.
+    out_of_range = (targets < 0) | (targets >= vocab)
 
     def per_row(values):
         return torch.where(live, torch.where(out_of_range, math.nan, values), 0.0)
 
     logp = per_row(centred.gather(1, target)[:, 0] - log_sum)
-    entropy = per_row(log_sum - torch.where(e == 0, 0.0, e * centred).sum(-1) / sum_exp) if wanted & ENTROPY else x.new_empty(0)
+    entropy = (
+        per_row(log_sum - torch.where(e == 0, 0.0, e * centred).sum(-1) / sum_exp)
+        if wanted & ENTROPY
+        else x.new_empty(0)
+    )
     log_sum_sq = per_row(torch.log((e * e).sum(-1)) - 2 * log_sum) if wanted & LOG_SUM_SQ else x.new_empty(0)
     if wanted & MEAN_LOGITS:
         support = x.new_full((), vocab) if vocab_mask is None else vocab_mask.sum(-1).to(x.dtype)
@@ -133,7 +163,9 @@ def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logi
         mean_logits = per_row(total / support / temperature)
     else:
         mean_logits = x.new_empty(0)
-    is_top1 = live & (x.argmax(-1) == targets) & shift.isfinite() if wanted & IS_TOP1 else x.new_empty(0, dtype=torch.bool)
+    is_top1 = (
+        live & (x.argmax(-1) == targets) & shift.isfinite() if wanted & IS_TOP1 else x.new_empty(0, dtype=torch.bool)
+    )
     ref_logp, ref_shift, ref_sum, kl = (x.new_empty(0) for _ in range(4))
     if ref_logits is not None:
         _, r, _ = _rows(ref_logits, targets, temperature, ignore_index, vocab_mask)
@@ -143,14 +175,45 @@ def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logi
             gap = torch.where(e == 0, 0.0, e * (centred - ref_centred)).sum(-1) / sum_exp
             kl = per_row(gap - log_sum + ref_sum.log())
         ref_shift, ref_sum = per_row(ref_shift), per_row(ref_sum)
-    return logp, per_row(shift), per_row(sum_exp), entropy, log_sum_sq, mean_logits, is_top1, ref_logp, ref_shift, ref_sum, kl
+    return (
+        logp,
+        per_row(shift),
+        per_row(sum_exp),
+        entropy,
+        log_sum_sq,
+        mean_logits,
+        is_top1,
+        ref_logp,
+        ref_shift,
+        ref_sum,
+        kl,
+    )
 
 
-def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ignore_index, vocab_mask, ref_logits, shift, sum_exp, entropy,
-                         ref_shift, ref_sum_exp, kl, out, unless=None):
-    """With ``unless``, a number on the device: where it is exactly 1, ``out`` stays as it is, and no host has read the number.
+def token_stats_backward(
+    dlogp,
+    dentropy,
+    dkl,
+    logits,
+    targets,
+    temperature,
+    ignore_index,
+    vocab_mask,
+    ref_logits,
+    shift,
+    sum_exp,
+    entropy,
+    ref_shift,
+    ref_sum_exp,
+    kl,
+    out,
+    unless=None,
+):
+    """With ``unless``, a number on the device: where it is exactly 1, ``out`` stays as it is, and no host has read the
+    number.
 
-    ``out`` then holds the gradient for an upstream gradient of 1, made in the forward; for any other it is made here, with one rounding.
+    ``out`` then holds the gradient for an upstream gradient of 1, made in the forward; for any other it is made here,
+    with one rounding.
     """
     targets = _own(targets)
     vocab_mask = vocab_mask if vocab_mask is None else vocab_mask.contiguous()
@@ -180,10 +243,32 @@ def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ign
     return grad if out is None else out.copy_(grad.view(out.shape))
 
 
-def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp,
-                 kl_weight, with_grad, out, *, native=None):
-    """The same in two passes. ``native`` is a backend whose two passes stand in for ours, for an objective it has not compiled."""
-    stats, backward = (token_stats, token_stats_backward) if native is None else (native.token_stats, native.token_stats_backward)
+def fused_policy(
+    objective,
+    logits,
+    targets,
+    temperature,
+    ignore_index,
+    vocab_mask,
+    columns,
+    params,
+    weight,
+    entropy_weight,
+    kl,
+    ref_logp,
+    kl_weight,
+    with_grad,
+    out,
+    *,
+    native=None,
+):
+    """The same in two passes.
+
+    ``native`` is a backend whose two passes stand in for ours, for an objective it has not compiled.
+    """
+    stats, backward = (
+        (token_stats, token_stats_backward) if native is None else (native.token_stats, native.token_stats_backward)
+    )
     live = weight != 0
     for extra in (entropy_weight, kl_weight):
         live = live if extra is None else live | (extra != 0)
@@ -204,8 +289,24 @@ def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_ma
         loss, dentropy = loss - bonus.sum(dtype=torch.float64).to(loss.dtype), -entropy_weight
     dlogits = logits.new_empty((0, 0))
     if with_grad:
-        dlogits = backward(dlogp, dentropy, None, logits, targets, temperature, ignore_index, vocab_mask, None, shift, sum_exp, entropy,
-                           None, None, None, out)
+        dlogits = backward(
+            dlogp,
+            dentropy,
+            None,
+            logits,
+            targets,
+            temperature,
+            ignore_index,
+            vocab_mask,
+            None,
+            shift,
+            sum_exp,
+            entropy,
+            None,
+            None,
+            None,
+            out,
+        )
     return loss, dlogits, logp, shift, sum_exp, entropy, dlogp
 
 

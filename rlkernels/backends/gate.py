@@ -1,9 +1,12 @@
-"""The one gate to native code: what a kernel may assume of a tensor, made so or refused, and the only place that takes addresses.
+"""The one gate to native code: what a kernel may assume of a tensor, made so or refused, and the only place that takes
+addresses.
 
-A kernel sees numbers and believes them. So here a tensor is one of torch's own, without a pending negation, on the device of the others, of the dtype and
-shape that the kernel was compiled for, and side by side in memory where the kernel counts elements. What only lies in another way is copied; the caller
-holds on to what he gets back until the kernel has run. Anything else raises. What a device alone knows is not asked.
+A kernel sees numbers and believes them. So here a tensor is one of torch's own, without a pending negation, on the
+device of the others, of the dtype and shape that the kernel was compiled for, and side by side in memory where the
+kernel counts elements. What only lies in another way is copied; the caller holds on to what he gets back until the
+kernel has run. Anything else raises. What a device alone knows is not asked.
 """
+
 import torch
 
 from rlkernels.checks import KEPT_ELSEWHERE
@@ -12,17 +15,26 @@ from rlkernels.objectives.cxx import digest
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 INTERFACE = "0.1.0/3"
-"""The text that ``csrc/interface.h`` holds too: the package's version, and a number that rises with every change of what crosses."""
+"""The text that ``csrc/interface.h`` holds too: the package's version, and a number that rises with every change of
+what crosses.
+"""
 
 
 def disagreement(module):
     """Why a compiled module does not belong to this Python code; "" where it does."""
-    theirs, ours = (getattr(module, "INTERFACE", "none"), getattr(module, "OBJECTIVES_DIGEST", "none")), (INTERFACE, digest())
+    theirs, ours = (
+        (getattr(module, "INTERFACE", "none"), getattr(module, "OBJECTIVES_DIGEST", "none")),
+        (INTERFACE, digest()),
+    )
     if theirs == ours:
         return ""
     what = "interface" if theirs[0] != ours[0] else "objectives"
-    return (f"{module.__name__} was built from other sources than the Python code beside it ({what} {theirs[what != 'interface']}, expected "
-            f"{ours[what != 'interface']}); run pip install again, or python setup.py build_ext --inplace in a checkout")
+    return (
+        f"{module.__name__} was built from other sources than the Python code beside it ({what} "
+        f"{theirs[what != 'interface']}, expected "
+        f"{ours[what != 'interface']}); run pip install again, or python setup.py build_ext --inplace in a "
+        "checkout"
+    )
 
 
 def own(where, name, x):
@@ -36,13 +48,22 @@ def own(where, name, x):
             raise TypeError(f"{where}: {name} is a {type(x).__name__}, {KEPT_ELSEWHERE}")
         x = x.as_subclass(torch.Tensor)
     if x.layout != torch.strided:
-        raise TypeError(f"{where}: {name} has layout {x.layout}, expected a dense strided tensor; call to_dense() first")
+        raise TypeError(
+            f"{where}: {name} has layout {x.layout}, expected a dense strided tensor; call to_dense() first"
+        )
     return x.resolve_neg() if x.is_neg() else x  # functorch would wrap it anew
 
 
 def taken(where, name, x, dtype, shape, device):
     """``x`` side by side in memory: itself, or a copy."""
-    if type(x) in PLAIN and x.is_contiguous() and x.dtype is dtype and x.shape == shape and x.device == device and not x.is_neg():
+    if (
+        type(x) in PLAIN
+        and x.is_contiguous()
+        and x.dtype is dtype
+        and x.shape == shape
+        and x.device == device
+        and not x.is_neg()
+    ):
         return x
     x = own(where, name, x)
     if x.dtype != dtype:
@@ -56,7 +77,9 @@ def taken(where, name, x, dtype, shape, device):
 
 def columns(where, first, others):
     """``[first, *others]`` side by side in memory each, all of one dtype, shape and device."""
-    return [taken(where, f"column {k}", x, first.dtype, first.shape, first.device) for k, x in enumerate((first, *others))]
+    return [
+        taken(where, f"column {k}", x, first.dtype, first.shape, first.device) for k, x in enumerate((first, *others))
+    ]
 
 
 def weighted_columns(where, weight, columns_):
@@ -67,9 +90,18 @@ def weighted_columns(where, weight, columns_):
 
 
 def weights(where, weight, total, first):
-    """The weight of each element, in the dtype of the columns or bool, and the count that divides them; None stays None."""
+    """The weight of each element, in the dtype of the columns or bool, and the count that divides them; None stays
+    None.
+    """
     if weight is not None:
-        weight = taken(where, "weight", weight, torch.bool if weight.dtype is torch.bool else first.dtype, first.shape, first.device)
+        weight = taken(
+            where,
+            "weight",
+            weight,
+            torch.bool if weight.dtype is torch.bool else first.dtype,
+            first.shape,
+            first.device,
+        )
     if total is not None:
         total = taken(where, "total", total, torch.int64, (), first.device)
     return weight, total
@@ -77,11 +109,17 @@ def weights(where, weight, total, first):
 
 def per_row(where, names, tensors, dtype, count, device):
     """One number per row each; None stays None."""
-    return [None if x is None else taken(where, name, x, dtype, (count,), device) for name, x in zip(names, tensors, strict=False)]
+    return [
+        None if x is None else taken(where, name, x, dtype, (count,), device)
+        for name, x in zip(names, tensors, strict=False)
+    ]
 
 
 def of_backward(where, dlogp, dentropy, dkl, ref_logits, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl):
-    """The per-row inputs of a gradient in the kernels' order. What belongs to a term without an upstream gradient is left out: it may be empty."""
+    """The per-row inputs of a gradient in the kernels' order.
+
+    What belongs to a term without an upstream gradient is left out: it may be empty.
+    """
     if dentropy is None:
         entropy = None
     elif entropy is None:
@@ -109,14 +147,24 @@ POLICY = "weight", "entropy_weight", "ref_logp", "kl_weight", *(f"column {k}" fo
 
 
 def rows(where, logits, targets, temperature, vocab_mask, ref_logits, real):
-    """The same arguments of rows as kernels read them: ``[T, V]`` or ``[B, L, V]`` with the columns of a row side by side, targets of any stride."""
+    """The same arguments of rows as kernels read them: ``[T, V]`` or ``[B, L, V]`` with the columns of a row side by
+    side, targets of any stride.
+    """
     logits, device = _side_by_side(where, "logits", logits), logits.device
     vocab, count = logits.shape[-1], targets.numel()
     if logits.dim() not in (2, 3) or count * vocab != logits.numel():
-        raise ValueError(f"{where}: logits has shape {tuple(logits.shape)} and targets {tuple(targets.shape)}, expected [T, V] or [B, L, V] and one target "
-                         "a row")
-    if not (type(targets) in PLAIN and targets.dtype in (torch.int64, torch.int32) and targets.dim() == 1 and targets.device == device
-            and not targets.is_neg()):
+        raise ValueError(
+            f"{where}: logits has shape {tuple(logits.shape)} and targets {tuple(targets.shape)}, "
+            "expected [T, V] or [B, L, V] and one target "
+            "a row"
+        )
+    if not (
+        type(targets) in PLAIN
+        and targets.dtype in (torch.int64, torch.int32)
+        and targets.dim() == 1
+        and targets.device == device
+        and not targets.is_neg()
+    ):
         targets = own(where, "targets", targets)
         if targets.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{where}: targets must be int32 or int64, got {targets.dtype}")
@@ -128,8 +176,11 @@ def rows(where, logits, targets, temperature, vocab_mask, ref_logits, real):
     if ref_logits is not None:
         ref_logits = _side_by_side(where, "ref_logits", ref_logits)
         if ref_logits.shape != logits.shape or ref_logits.device != device:
-            raise ValueError(f"{where}: ref_logits has shape {tuple(ref_logits.shape)} on {ref_logits.device}, expected that of logits, {tuple(logits.shape)} "
-                             f"on {device}")
+            raise ValueError(
+                f"{where}: ref_logits has shape {tuple(ref_logits.shape)} on {ref_logits.device}, "
+                f"expected that of logits, {tuple(logits.shape)} "
+                f"on {device}"
+            )
     return logits, targets, temperature, vocab_mask, ref_logits
 
 
@@ -144,23 +195,41 @@ def _mask(where, mask, shape, device):
     if mask.dtype is not torch.bool:
         raise TypeError(f"{where}: vocab_mask must be bool, got {mask.dtype}; True keeps a column")
     if mask.shape not in (torch.Size(shape), torch.Size(shape[1:])) or mask.device != device:
-        raise ValueError(f"{where}: vocab_mask has shape {tuple(mask.shape)} on {mask.device}, expected {shape[1:]} or {shape} on {device}")
+        raise ValueError(
+            f"{where}: vocab_mask has shape {tuple(mask.shape)} on {mask.device}, expected {shape[1:]} or "
+            f"{shape} on {device}"
+        )
     return mask
 
 
 def writable(where, out, dtypes, shape, device):
-    """The place of a gradient of rows: ``out`` itself, or None where its layout is not one that kernels write: then it takes a copy.
+    """The place of a gradient of rows: ``out`` itself, or None where its layout is not one that kernels write: then it
+    takes a copy.
 
     Raises:
         RuntimeError: two elements of ``out`` share memory: one would be lost to the other.
     """
-    if type(out) not in PLAIN or out.dtype not in dtypes or out.device != device or out.numel() != shape[0] * shape[1] or out.shape[-1] != shape[1]:
-        raise TypeError(f"{where}: the gradient goes to a {type(out).__name__} of shape {tuple(out.shape)} and dtype {out.dtype} on {out.device}, expected a "
-                        f"plain tensor of {tuple(shape)} and {' or '.join(map(str, dtypes))} on {device}")
+    if (
+        type(out) not in PLAIN
+        or out.dtype not in dtypes
+        or out.device != device
+        or out.numel() != shape[0] * shape[1]
+        or out.shape[-1] != shape[1]
+    ):
+        raise TypeError(
+            f"{where}: the gradient goes to a {type(out).__name__} of shape {tuple(out.shape)} and dtype "
+            f"{out.dtype} on {out.device}, expected a "
+            f"plain tensor of {tuple(shape)} and {' or '.join(map(str, dtypes))} on {device}"
+        )
     reach = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(out.shape, out.stride(), strict=True) if size > 1):
+    for stride, size in sorted(
+        (stride, size) for size, stride in zip(out.shape, out.stride(), strict=True) if size > 1
+    ):
         if stride < reach and out.numel():
-            raise RuntimeError(f"{where}: the gradient goes to memory that overlaps, of shape {tuple(out.shape)} with strides {out.stride()}; pass a clone")
+            raise RuntimeError(
+                f"{where}: the gradient goes to memory that overlaps, of shape {tuple(out.shape)} with "
+                f"strides {out.stride()}; pass a clone"
+            )
         reach = stride * size
     return out if out.dim() in (2, 3) and (out.stride()[-1] == 1 or shape[1] == 1) and not out.is_neg() else None
 
@@ -175,12 +244,16 @@ def _integers(where, cu_seqlens):
     if cu_seqlens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{where}: cu_seqlens must be an int32 or int64 tensor, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{where}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected [S + 1]: a 0, then the end of each sequence")
+        raise ValueError(
+            f"{where}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected [S + 1]: a 0, then the "
+            "end of each sequence"
+        )
     return cu_seqlens.long().contiguous()
 
 
 def offsets(where, cu_seqlens, tokens):
-    """Offsets of packed sequences as int64; on a CPU a copy that was looked at, since another thread may write to the caller's.
+    """Offsets of packed sequences as int64; on a CPU a copy that was looked at, since another thread may write to the
+    caller's.
 
     Raises:
         ValueError: on a CPU, offsets that do not begin at 0, that decrease, or that do not end at the number of tokens.
@@ -190,9 +263,14 @@ def offsets(where, cu_seqlens, tokens):
 
 
 def scan(where, rewards, values, mask, cu_seqlens):
-    """The arguments of a reverse scan: columns ``[B, L]``, or ``[N]`` with offsets; the mask is bool. The values of the offsets: see ``offsets``."""
+    """The arguments of a reverse scan: columns ``[B, L]``, or ``[N]`` with offsets; the mask is bool.
+
+    The values of the offsets: see ``offsets``.
+    """
     if rewards.dim() != (2 if cu_seqlens is None else 1):
-        raise ValueError(f"{where}: rewards has shape {tuple(rewards.shape)}, expected [B, L], or [N] together with cu_seqlens")
+        raise ValueError(
+            f"{where}: rewards has shape {tuple(rewards.shape)}, expected [B, L], or [N] together with cu_seqlens"
+        )
     rewards, values = columns(where, rewards, [values])
     mask = None if mask is None else taken(where, "mask", mask, torch.bool, rewards.shape, rewards.device)
     if cu_seqlens is not None and cu_seqlens.device != rewards.device:
@@ -201,11 +279,16 @@ def scan(where, rewards, values, mask, cu_seqlens):
 
 
 def matrix(where, name, x, dtypes):
-    """An operand of a product, of one of these dtypes, on the CPU; of any strides. The product itself compares shapes."""
+    """An operand of a product, of one of these dtypes, on the CPU; of any strides.
+
+    The product itself compares shapes.
+    """
     if type(x) not in PLAIN or x.is_neg() or x.layout is not torch.strided:
         x = own(where, name, x)
     if x.dtype not in dtypes or not x.is_cpu:
-        raise TypeError(f"{where}: {name} must be {' or '.join(map(str, dtypes))} on the CPU, got {x.dtype} on {x.device}; cast it")
+        raise TypeError(
+            f"{where}: {name} must be {' or '.join(map(str, dtypes))} on the CPU, got {x.dtype} on {x.device}; cast it"
+        )
     return x
 
 
@@ -224,9 +307,15 @@ def address(x):
         if x.layout == torch.strided:  # torch's own words, as under vmap
             raise
         # Of oneDNN's layout, in a compiled program, whose checks saw a dense one.
-        raise TypeError(f"a tensor of shape {tuple(x.shape)} and layout {x.layout} has no memory that a kernel can read; call to_dense() first") from error
+        raise TypeError(
+            f"a tensor of shape {tuple(x.shape)} and layout {x.layout} has no memory that a kernel can "
+            "read; call to_dense() first"
+        ) from error
     if at == 0 and x.numel():
-        raise RuntimeError(f"a tensor of shape {tuple(x.shape)} on {x.device} has no memory; gather it first, or pass one that holds data")
+        raise RuntimeError(
+            f"a tensor of shape {tuple(x.shape)} on {x.device} has no memory; gather it first, or pass "
+            "one that holds data"
+        )
     return at
 
 
@@ -240,7 +329,9 @@ def present(tensors, wanted):
 
 
 def place(rows):
-    """``(address, outer stride, inner stride, level)`` of [T, V] or [B, L, V]: row r is at ``(r // level) outer + (r % level) inner``."""
+    """``(address, outer stride, inner stride, level)`` of [T, V] or [B, L, V]: row r is at ``(r // level) outer + (r %
+    level) inner``.
+    """
     stride = rows.stride()
     if len(stride) == 2:
         return address(rows), stride[0], 0, 1

@@ -1,7 +1,8 @@
 """The measured choice between GPU backends: which one goes first for an op, a dtype and a class of vocabulary.
 
-``TABLE`` is filled from ``benchmarks/results``, never from expectation. It is empty: nothing has been measured on a GPU yet, and
-the order of ``DEVICES`` stands (Triton, then CUDA C++, then eager). The loser of a measurement stays selectable with ``use_backend``.
+``TABLE`` is filled from ``benchmarks/results``, never from expectation. It is empty: nothing has been measured on a GPU
+yet, and the order of ``DEVICES`` stands (Triton, then CUDA C++, then eager). The loser of a measurement stays
+selectable with ``use_backend``.
 """
 
 LARGE = 65536
@@ -10,7 +11,9 @@ TABLE: dict[tuple[str, str, int, str], tuple[str, ...]] = {}
 
 
 def vocabulary_class(vocab):
-    """``"large"`` from 65536 columns on: a bf16 row is then 128 KiB or more, most of an SM's shared memory or all of it."""
+    """``"large"`` from 65536 columns on: a bf16 row is then 128 KiB or more, most of an SM's shared memory or all of
+    it.
+    """
     return "large" if vocab is not None and vocab >= LARGE else "small"
 
 

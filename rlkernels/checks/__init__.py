@@ -1,4 +1,8 @@
-"""Every check of a public argument: types, shapes, dtypes and devices, never a value on a device. Messages start with the function's name."""
+"""Every check of a public argument: types, shapes, dtypes and devices, never a value on a device.
+
+Messages start with the function's name.
+"""
+
 import math
 import os
 
@@ -8,7 +12,21 @@ from rlkernels.checks.names import NAMED, choice, known_names, named, several
 from rlkernels.checks.numbers import finite, flag, integer, interval, positive, positive_integer, real
 from rlkernels.tracing import has_values
 
-__all__ = ["NAMED", "choice", "finite", "flag", "integer", "interval", "known_names", "named", "positive", "positive_integer", "real", "several"]  # checks, too
+# Checks, too.
+__all__ = [
+    "NAMED",
+    "choice",
+    "finite",
+    "flag",
+    "integer",
+    "interval",
+    "known_names",
+    "named",
+    "positive",
+    "positive_integer",
+    "real",
+    "several",
+]
 
 CHECK_VALUES = os.environ.get("RLKERNELS_CHECK") == "1"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -16,9 +34,15 @@ FLOAT_NAMES = "float32, bfloat16, float16, float64"
 WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 """Those that torch can compare and add: of uint16 to uint64 it cannot."""
 WHOLE_NAMES = "uint8, int8, int16, int32, int64"
-KEPT_ELSEWHERE = "a tensor subclass that keeps its data in other tensors; pass a plain tensor, such as its dequantize(), to_local() or full_tensor()"
+KEPT_ELSEWHERE = (
+    "a tensor subclass that keeps its data in other tensors; pass a plain tensor, such as its "
+    "dequantize(), to_local() or full_tensor()"
+)
 COLDEST, HOTTEST = 2.0**-40, 2.0**40
-"""Temperatures: a gradient of entropies holds ``1/T**2`` in fp32. At 1e-20 it was NaN; at 1e-40 the best token had the log-probability -log V."""
+"""Temperatures: a gradient of entropies holds ``1/T**2`` in fp32.
+
+At 1e-20 it was NaN; at 1e-40 the best token had the log-probability -log V.
+"""
 
 
 def tensor(where, name, x):
@@ -26,7 +50,10 @@ def tensor(where, name, x):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(x).__name__}")
     if x.layout != torch.strided or x.is_quantized or x.is_nested:
-        raise TypeError(f"{where}: {name} must be a dense strided tensor, got {'quantized' if x.is_quantized else x.layout}; call to_dense() first")
+        raise TypeError(
+            f"{where}: {name} must be a dense strided tensor, got "
+            f"{'quantized' if x.is_quantized else x.layout}; call to_dense() first"
+        )
 
 
 def floating(where, name, x):
@@ -69,11 +96,14 @@ def targets(where, x, rows):
 
 
 def temperature(where, x, rows):
-    """``x`` as a float, or as a tensor of shape ``rows``: given so, or one for each sequence (``rows`` without or with a last 1), or one for all.
+    """``x`` as a float, or as a tensor of shape ``rows``: given so, or one for each sequence (``rows`` without or with
+    a last 1), or one for all.
 
     A tensor of one number is read on the CPU alone.
     """
-    if not isinstance(x, torch.Tensor) or (x.dim() == 0 and x.device.type == "cpu" and not torch.compiler.is_compiling()):
+    if not isinstance(x, torch.Tensor) or (
+        x.dim() == 0 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    ):
         x = positive(where, "temperature", x)
         within_reach(where, "temperature", x)
         return x
@@ -83,15 +113,20 @@ def temperature(where, x, rows):
         return x.resolve_neg()
     of_sequences = rows[:-1]
     if x.shape not in ((), of_sequences, (*of_sequences, 1)):
-        raise ValueError(f"{where}: temperature has shape {tuple(x.shape)}, expected {tuple(rows)}, or {tuple(of_sequences)} or {(*of_sequences, 1)}: one for "
-                         "each sequence; or a number")
+        raise ValueError(
+            f"{where}: temperature has shape {tuple(x.shape)}, expected {tuple(rows)}, or "
+            f"{tuple(of_sequences)} or {(*of_sequences, 1)}: one for "
+            "each sequence; or a number"
+        )
     return (x.unsqueeze(-1) if x.dim() and x.shape == of_sequences else x).resolve_neg().expand(rows)
 
 
 def within_reach(where, name, x, limit="a bound"):
     """A positive factor or divisor of logits that fp32 can take; ``limit``: what is as good as one that is not."""
     if not COLDEST <= x <= HOTTEST:
-        raise ValueError(f"{where}: {name} must be from 2**-40 (9.1e-13) to 2**40 (1.1e12), got {x}; {limit} is as good as its limit")
+        raise ValueError(
+            f"{where}: {name} must be from 2**-40 (9.1e-13) to 2**40 (1.1e12), got {x}; {limit} is as good as its limit"
+        )
 
 
 def host_reads(x):
@@ -100,11 +135,19 @@ def host_reads(x):
 
 
 def coefficient(check, where, name, x, like, *more, **options):
-    """A number as ``check`` gives it; a tensor of one number that the host may not read stays a tensor, and its range is not looked at.
+    """A number as ``check`` gives it; a tensor of one number that the host may not read stays a tensor, and its range
+    is not looked at.
 
     ``like``: a tensor on the device of the data.
     """
-    if type(x) is float or not isinstance(x, torch.Tensor) or x.dim() or x.dtype == torch.bool or x.dtype.is_complex or host_reads(x):
+    if (
+        type(x) is float
+        or not isinstance(x, torch.Tensor)
+        or x.dim()
+        or x.dtype == torch.bool
+        or x.dtype.is_complex
+        or host_reads(x)
+    ):
         return check(where, name, x, *more, **options)
     no_gradient(where, **{name: x})
     beside(where, name, x, like)
@@ -112,18 +155,25 @@ def coefficient(check, where, name, x, like, *more, **options):
 
 
 def beside(where, name, x, like):
-    """A tensor of one number lies where the data does, or on the CPU: torch computes with one on ``meta``, and the result is what memory held."""
+    """A tensor of one number lies where the data does, or on the CPU: torch computes with one on ``meta``, and the
+    result is what memory held.
+    """
     if x.device != like.device and x.device.type != "cpu":
         raise RuntimeError(f"{where}: {name} is on {x.device}, the data on {like.device}; move it")
 
 
 def mask(where, x, expected, name="mask", counts=False):
-    """A mask: bool; integers, of which those that are not 0 are live; or floats, which must be 0 and 1 unless they are ``counts``."""
+    """A mask: bool; integers, of which those that are not 0 are live; or floats, which must be 0 and 1 unless they are
+    ``counts``.
+    """
     if x is None:
         return
     tensor(where, name, x)
     if x.dtype not in (*FLOATS, *WHOLE):
-        raise TypeError(f"{where}: {name} must be bool, integer or floating, got {x.dtype}; supported: bool, {WHOLE_NAMES}, {FLOAT_NAMES}")
+        raise TypeError(
+            f"{where}: {name} must be bool, integer or floating, got {x.dtype}; supported: bool, "
+            f"{WHOLE_NAMES}, {FLOAT_NAMES}"
+        )
     shape(where, name, x, expected)
     if x.dtype.is_floating_point and not counts:
         _zeros_and_ones(where, name, x)
@@ -145,8 +195,11 @@ def counts(where, name, x, expected):
 
 def _zeros_and_ones(where, name, x):
     if host_reads(x) and not torch.equal((x != 0).to(x.dtype), x):
-        raise ValueError(f"{where}: {name} holds {x[(x != 0) & (x != 1)][0].item()}, expected 0 and 1 alone; weights of tokens go into weights=, an "
-                         f"additive mask is {name} == 0")
+        raise ValueError(
+            f"{where}: {name} holds {x[(x != 0) & (x != 1)][0].item()}, expected 0 and 1 alone; weights "
+            "of tokens go into weights=, an "
+            f"additive mask is {name} == 0"
+        )
 
 
 def vocab_mask(where, x, logits_shape):
@@ -156,7 +209,10 @@ def vocab_mask(where, x, logits_shape):
     if x.dtype != torch.bool:
         raise TypeError(f"{where}: vocab_mask must be bool, got {x.dtype}; True keeps a column")
     if x.shape != logits_shape[-1:] and x.shape != logits_shape:
-        raise ValueError(f"{where}: vocab_mask has shape {tuple(x.shape)}, expected {tuple(logits_shape[-1:])} or {tuple(logits_shape)}")
+        raise ValueError(
+            f"{where}: vocab_mask has shape {tuple(x.shape)}, expected {tuple(logits_shape[-1:])} or "
+            f"{tuple(logits_shape)}"
+        )
 
 
 def no_gradient(where, **tensors):
@@ -164,7 +220,8 @@ def no_gradient(where, **tensors):
     for name, x in tensors.items():
         if isinstance(x, torch.Tensor) and x.requires_grad:
             raise ValueError(f"{where}: {name} gets no gradient; detach it")
-    if getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0:  # asked here too: a call would cost more than the question
+    # Asked here too: a call would cost more than the question.
+    if getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0:
         no_forward_ad(where, *tensors.values())
 
 
@@ -192,16 +249,25 @@ _transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None
 
 
 def no_forward_ad(where, *tensors):
-    """Ops of ours have no forward-mode formula, and none for torch.func: tangents would be zero without a word. So would those of what is detached."""
-    forward = getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0  # outside of every level nothing need be unpacked
+    """Ops of ours have no forward-mode formula, and none for torch.func: tangents would be zero without a word.
+
+    So would those of what is detached.
+    """
+    # Outside of every level nothing need be unpacked.
+    forward = getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
     if not forward and (torch.compiler.is_compiling() or _transform() is None):
         return
     for x in tensors:
         if forward and isinstance(x, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
-            raise RuntimeError(f"{where}: forward-mode AD is not supported by rlkernels; use reverse mode, or plain torch operations")
+            raise RuntimeError(
+                f"{where}: forward-mode AD is not supported by rlkernels; use reverse mode, or plain torch operations"
+            )
         while isinstance(x, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
             if torch._C._functorch.is_gradtrackingtensor(x):
-                raise RuntimeError(f"{where}: torch.func.grad, vjp and jacrev are not supported by rlkernels; use backward() or torch.autograd.grad")
+                raise RuntimeError(
+                    f"{where}: torch.func.grad, vjp and jacrev are not supported by rlkernels; use "
+                    "backward() or torch.autograd.grad"
+                )
             x = torch._C._functorch.get_unwrapped(x)
 
 
@@ -210,32 +276,47 @@ def inplace(where, x):
     if not x.requires_grad:
         return
     if x.is_leaf:
-        raise RuntimeError(f"{where}: inplace_backward needs a non-leaf tensor: a leaf's value would be lost to its own gradient; leave it out")
+        raise RuntimeError(
+            f"{where}: inplace_backward needs a non-leaf tensor: a leaf's value would be lost to its "
+            "own gradient; leave it out"
+        )
     base = x._base  # of a view of a view, the first of them
     of_a_leaf = base is not None and base.is_leaf and base.requires_grad
     if of_a_leaf or not torch.compiler.is_compiling() and _lies_in_a_leaf(x):
-        raise RuntimeError(f"{where}: inplace_backward needs non-leaf memory, got a view of a leaf: its value would be lost to its own gradient; "
-                           "leave it out, or pass a copy")
+        raise RuntimeError(
+            f"{where}: inplace_backward needs non-leaf memory, got a view of a leaf: its value would be "
+            "lost to its own gradient; "
+            "leave it out, or pass a copy"
+        )
     if x.numel() == 0:  # nothing overlaps, whatever the strides
         return
     spans = sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
     reach = 1
     for stride, size in spans:
         if stride < reach:
-            raise RuntimeError(f"{where}: inplace_backward needs non-overlapping memory, got shape {tuple(x.shape)} with strides {x.stride()}")
+            raise RuntimeError(
+                f"{where}: inplace_backward needs non-overlapping memory, got shape {tuple(x.shape)} "
+                f"with strides {x.stride()}"
+            )
         reach = stride * size
 
 
 def _lies_in_a_leaf(x):
-    """The same by the graph: unsafe_chunk, a view that was made a leaf and a Function that returns a detached input have no base that says so."""
+    """The same by the graph: unsafe_chunk, a view that was made a leaf and a Function that returns a detached input
+    have no base that says so.
+    """
     nodes = [x.grad_fn]
     while nodes:
         node = nodes.pop()
         inputs = [] if node is None else [found for found, _ in node.next_functions if found is not None]
         leaves = [getattr(found, "variable", None) for found in inputs]
-        if any(isinstance(leaf, torch.Tensor) and leaf.layout == x.layout and torch._C._is_alias_of(leaf, x) for leaf in leaves):
+        if any(
+            isinstance(leaf, torch.Tensor) and leaf.layout == x.layout and torch._C._is_alias_of(leaf, x)
+            for leaf in leaves
+        ):
             return True
-        if len(inputs) == 1 or isinstance(node, torch.autograd.function.BackwardCFunction):  # a view of torch's has one input, a user's Function any
+        # A view of torch's has one input, a user's Function any.
+        if len(inputs) == 1 or isinstance(node, torch.autograd.function.BackwardCFunction):
             nodes += inputs
     return False
 
@@ -244,8 +325,11 @@ def pairs(where, chosen, rejected, names=("chosen", "rejected")):
     for name, x in zip(names, (chosen, rejected), strict=True):
         floating(where, name, x)
     if chosen.shape != rejected.shape:
-        raise ValueError(f"{where}: {names[0]} has {chosen.numel()} pairs, {names[1]} has {rejected.numel()}; one score each per pair, got shapes "
-                         f"{tuple(chosen.shape)} and {tuple(rejected.shape)}")
+        raise ValueError(
+            f"{where}: {names[0]} has {chosen.numel()} pairs, {names[1]} has {rejected.numel()}; one "
+            "score each per pair, got shapes "
+            f"{tuple(chosen.shape)} and {tuple(rejected.shape)}"
+        )
     one_device(where, names[0], chosen, **{names[1]: rejected})
 
 

@@ -1,10 +1,14 @@
 """Names that a string argument may have, and what to write instead of one that it may not have."""
+
 import difflib
 import sys
 
 FIELD = {
     "objective": {
-        "ppo": "ppo_clip", "vanilla": "ppo_clip", "clip": "ppo_clip", "ppo2": "ppo_clip",
+        "ppo": "ppo_clip",
+        "vanilla": "ppo_clip",
+        "clip": "ppo_clip",
+        "ppo2": "ppo_clip",
         "grpo": "ppo_clip with advantages of group_advantages(rewards, group_ids)",
         "dr_grpo": 'ppo_clip with group_advantages(..., scale=None) and aggregation="fixed-horizon"',
         "bnpo": 'ppo_clip with aggregation="token-mean"',
@@ -12,23 +16,55 @@ FIELD = {
         "gspo": 'ppo_clip with ratio_level="sequence"',
         "gspo_token": 'ppo_clip with ratio_level="sequence_token"',
         "rloo": 'reinforce with advantages of group_advantages(..., baseline="leave-one-out")',
-        "gpg": "reinforce", "pg": "reinforce", "a2c": "reinforce", "reinforce++": "reinforce",
+        "gpg": "reinforce",
+        "pg": "reinforce",
+        "a2c": "reinforce",
+        "reinforce++": "reinforce",
     },
     "aggregation": {
-        "mean": "token-mean", "token": "token-mean", "dapo": "token-mean", "bnpo": "token-mean", "sum": "token-sum", "none": "token-sum",
-        "grpo": "seq-mean-token-mean", "gspo": "seq-mean-token-mean", "sequence": "seq-mean-token-mean", "sample": "seq-mean-token-mean",
-        "sequence-mean": "seq-mean-token-mean", "dr_grpo": "fixed-horizon with normalizers={'horizon': ...}",
+        "mean": "token-mean",
+        "token": "token-mean",
+        "dapo": "token-mean",
+        "bnpo": "token-mean",
+        "sum": "token-sum",
+        "none": "token-sum",
+        "grpo": "seq-mean-token-mean",
+        "gspo": "seq-mean-token-mean",
+        "sequence": "seq-mean-token-mean",
+        "sample": "seq-mean-token-mean",
+        "sequence-mean": "seq-mean-token-mean",
+        "dr_grpo": "fixed-horizon with normalizers={'horizon': ...}",
         "drgrpo": "fixed-horizon with normalizers={'horizon': ...}",
     },
     "kl": {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "full": "exact, of token_stats"},
-    "ratio_level": {"gspo": "sequence", "sentence": "sequence", "gspo_token": "sequence_token", "trajectory": "sequence_sum"},
+    "ratio_level": {
+        "gspo": "sequence",
+        "sentence": "sequence",
+        "gspo_token": "sequence_token",
+        "trajectory": "sequence_sum",
+    },
     "loss_type": {
-        "dpo": "sigmoid", "kto_pair": "kto of unpaired_preference_loss", "kto": "kto of unpaired_preference_loss", "bco": "bco_pair, or bco of "
-        "unpaired_preference_loss", "apo_zero": "apo_zero_unpaired", "sppo": "sppo_hard", "exo": "exo_pair", "nca": "nca_pair", "wpo": "any with pair_weights",
+        "dpo": "sigmoid",
+        "kto_pair": "kto of unpaired_preference_loss",
+        "kto": "kto of unpaired_preference_loss",
+        "bco": "bco_pair, or bco of unpaired_preference_loss",
+        "apo_zero": "apo_zero_unpaired",
+        "sppo": "sppo_hard",
+        "exo": "exo_pair",
+        "nca": "nca_pair",
+        "wpo": "any with pair_weights",
     },
     "kind": {"ce": "nll", "cross_entropy": "nll", "sft": "nll"},
-    "baseline": {"grpo": "mean", "group": "mean", "rloo": "leave-one-out", "loo": "leave-one-out", "opo": "length-mean", "batch": "batch-mean",
-                 "none": "None", "dr_grpo": "mean with scale=None"},
+    "baseline": {
+        "grpo": "mean",
+        "group": "mean",
+        "rloo": "leave-one-out",
+        "loo": "leave-one-out",
+        "opo": "length-mean",
+        "batch": "batch-mean",
+        "none": "None",
+        "dr_grpo": "mean with scale=None",
+    },
     "scale": {"group": "std", "grpo": "std", "batch": "batch-std", "maxrl": "mean", "none": "None", "dr_grpo": "None"},
     "f_divergence": {"kl": "reverse_kl", "js": "js_divergence", "jsd": "js_divergence", "alpha": "alpha_divergence"},
 }
@@ -36,14 +72,17 @@ FIELD = {
 
 
 NAMED = (IndexError, ValueError, TypeError, RuntimeError)
-"""Errors that get a name: these types alone, since one of a subclass, as torch.OutOfMemoryError, is made in its own way."""
+"""Errors that get a name: these types alone, since one of a subclass, as torch.OutOfMemoryError, is made in its own
+way.
+"""
 
 
 def named(error, inner=None, op=""):
-    """The error under the name of the public function that is being called, in place of the ``inner`` one's if that is in front.
+    """The error under the name of the public function that is being called, in place of the ``inner`` one's if that is
+    in front.
 
-    Found from the stack: what reads values does not know the function, and only an error needs its name. A compiled program is on no stack: there the
-    name of the ``op`` is in front.
+    Found from the stack: what reads values does not know the function, and only an error needs its name. A compiled
+    program is on no stack: there the name of the ``op`` is in front.
     """
     where, frame, public = "", sys._getframe(1), sys.modules["rlkernels"].__all__
     while frame is not None:
@@ -58,20 +97,27 @@ def choice(where, name, x, known):
     """Raises ValueError unless ``x`` is one of the ``known`` names (strings, or None)."""
     if (x is None or isinstance(x, str)) and x in known:
         return
-    raise ValueError(f"{where}: {name} must be one of {', '.join(map(str, known))}; got {x!r}{_instead(name, x, known)}")
+    raise ValueError(
+        f"{where}: {name} must be one of {', '.join(map(str, known))}; got {x!r}{_instead(name, x, known)}"
+    )
 
 
 def several(where, name, given):
     """A tuple or list, as a tuple."""
     if not isinstance(given, (tuple, list)):
-        raise TypeError(f"{where}: {name} must be a tuple, one entry for each loss of a mixture, got {type(given).__name__}")
+        raise TypeError(
+            f"{where}: {name} must be a tuple, one entry for each loss of a mixture, got {type(given).__name__}"
+        )
     return tuple(given)
 
 
 def known_names(where, name, given, known):
     """Raises unless ``given`` is a tuple or list of ``known`` names."""
     if isinstance(given, str) or not isinstance(given, (tuple, list, set, frozenset)):
-        raise TypeError(f"{where}: {name} must be a tuple of names, got {f'the string {given!r}' if isinstance(given, str) else type(given).__name__}")
+        raise TypeError(
+            f"{where}: {name} must be a tuple of names, got "
+            f"{f'the string {given!r}' if isinstance(given, str) else type(given).__name__}"
+        )
     for x in given:
         if not isinstance(x, str) or x not in known:
             raise ValueError(f"{where}: {name}: unknown {x!r}; known: {', '.join(known)}{_instead(name, x, known)}")
@@ -83,7 +129,9 @@ def _instead(name, x, known):
         return f"; pass its name, {name_of_x!r}" if name_of_x is not None and name_of_x in known else ""
     spelt = x.lower().replace(" ", "_")
     of_the_field = FIELD.get(name, {}).get(spelt)
-    if of_the_field is not None and (of_the_field == "None" or of_the_field.split(" ")[0].rstrip(",") in known or " of " in of_the_field):
+    if of_the_field is not None and (
+        of_the_field == "None" or of_the_field.split(" ")[0].rstrip(",") in known or " of " in of_the_field
+    ):
         return f"; did you mean {of_the_field}?"
     names = [one for one in known if isinstance(one, str)]
     near = difflib.get_close_matches(spelt.replace("_", "-"), [one.replace("_", "-") for one in names], 1)

@@ -1,4 +1,7 @@
-"""Checks of numbers: what a config file or another library calls a number becomes the Python number that the rest of the package uses."""
+"""Checks of numbers: what a config file or another library calls a number becomes the Python number that the rest of
+the package uses.
+"""
+
 import math
 import numbers
 
@@ -88,9 +91,14 @@ def _plain(where, name, x):
     if x.requires_grad:
         raise ValueError(f"{where}: {name} gets no gradient; detach it")
     if getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        raise RuntimeError(f"{where}: forward-mode AD is not supported by rlkernels; use reverse mode, or plain torch operations")
+        raise RuntimeError(
+            f"{where}: forward-mode AD is not supported by rlkernels; use reverse mode, or plain torch operations"
+        )
     if x.dim() or x.device.type != "cpu" or x.layout != torch.strided:
-        raise TypeError(f"{where}: {name} must be a number, got a tensor of shape {tuple(x.shape)} on {x.device}; pass a Python number, as x.item() gives it")
+        raise TypeError(
+            f"{where}: {name} must be a number, got a tensor of shape {tuple(x.shape)} on {x.device}; pass "
+            "a Python number, as x.item() gives it"
+        )
     return x.item()
 
 

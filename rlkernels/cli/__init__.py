@@ -1,20 +1,28 @@
-"""The ``rlkernels`` command. A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int``, imported when called."""
+"""The ``rlkernels`` command.
+
+A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int``, imported when called.
+"""
 
 import argparse
 import importlib
 import sys
 
 COMMANDS = {
-    "demo": "train three real TRL trainers on the standard library's documentation, stock and with our kernels, and compare",
+    "demo": "train three real TRL trainers on the standard library's documentation, stock and with our kernels, and "
+    "compare",
     "doctor": "which backend serves what on this machine, and why one is absent",
     "bench": "speed, memory and error of the kernels on this machine",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs ``rlkernels <command>`` and returns the exit status: 0 success, 1 the command's own failure, 2 usage, 130 interrupted."""
+    """Runs ``rlkernels <command>`` and returns the exit status: 0 success, 1 the command's own failure, 2 usage, 130
+    interrupted.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="rlkernels", description="The loss layer of reinforcement learning for language models.")
+    parser = argparse.ArgumentParser(
+        prog="rlkernels", description="The loss layer of reinforcement learning for language models."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     module = None
     for name, sentence in COMMANDS.items():

@@ -1,4 +1,6 @@
-"""``rlkernels bench``: our kernels beside torch and other libraries, in one run on equal threads, judged against float64."""
+"""``rlkernels bench``: our kernels beside torch and other libraries, in one run on equal threads, judged against
+float64.
+"""
 
 import argparse
 import os
@@ -10,7 +12,17 @@ from pathlib import Path
 import torch
 
 import rlkernels
-from rlkernels.cli import bench_cases, bench_gpu, bench_gpu_linear, bench_host, bench_linear, bench_problem, bench_report, bench_timing, machine
+from rlkernels.cli import (
+    bench_cases,
+    bench_gpu,
+    bench_gpu_linear,
+    bench_host,
+    bench_linear,
+    bench_problem,
+    bench_report,
+    bench_timing,
+    machine,
+)
 from rlkernels.cli.bench_cases import Case
 
 QUICK = {"tokens": 128, "vocab": 32000, "rounds": 5}
@@ -19,27 +31,70 @@ FULL = {"tokens": 1024, "vocab": 128256, "rounds": 9}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="the device to measure")
-    parser.add_argument("--quick", action="store_true", help="a small shape and few rounds: shows that it runs, gives no figures to quote")
-    parser.add_argument("--tokens", type=positive, help=f"rows of logits (default {FULL['tokens']}; cuda: {' and '.join(map(str, bench_gpu.ROWS))})")
-    parser.add_argument("--vocab", type=positive, help=f"columns of logits (default {FULL['vocab']}; cuda: {', '.join(map(str, bench_gpu.VOCABULARIES))})")
-    parser.add_argument("--dtype", choices=sorted(bench_problem.DTYPES),
-                        help="dtype of the logits (default bf16) or of the fused head's operands (default fp32 and bf16; cuda: bf16)")
-    parser.add_argument("--hidden", type=positive,
-                        help=f"features of the hidden states, for the fused head (default {bench_linear.HIDDEN}; cuda: {bench_gpu_linear.HIDDEN})")
-    parser.add_argument("--rounds", type=positive,
-                        help=f"timed runs of each contender on the CPU (default {FULL['rounds']}, for the fused head {bench_linear.ROUNDS})")
-    parser.add_argument("--case", choices=sorted({*bench_cases.CASES, bench_host.NAME, *bench_linear.NAMES, *bench_gpu.NAMES}), action="append",
-                        help=f"measure only this case; may be repeated; {bench_linear.ALL}: the fused head, on all of its shapes")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a small shape and few rounds: shows that it runs, gives no figures to quote",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        help=f"rows of logits (default {FULL['tokens']}; cuda: {' and '.join(map(str, bench_gpu.ROWS))})",
+    )
+    parser.add_argument(
+        "--vocab",
+        type=positive,
+        help=f"columns of logits (default {FULL['vocab']}; cuda: {', '.join(map(str, bench_gpu.VOCABULARIES))})",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(bench_problem.DTYPES),
+        help="dtype of the logits (default bf16) or of the fused head's operands (default fp32 and bf16; cuda: bf16)",
+    )
+    parser.add_argument(
+        "--hidden",
+        type=positive,
+        help=f"features of the hidden states, for the fused head (default {bench_linear.HIDDEN}; cuda: "
+        f"{bench_gpu_linear.HIDDEN})",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        help=f"timed runs of each contender on the CPU (default {FULL['rounds']}, for the fused head "
+        f"{bench_linear.ROUNDS})",
+    )
+    parser.add_argument(
+        "--case",
+        choices=sorted({*bench_cases.CASES, bench_host.NAME, *bench_linear.NAMES, *bench_gpu.NAMES}),
+        action="append",
+        help=f"measure only this case; may be repeated; {bench_linear.ALL}: the fused head, on all of its shapes",
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
-    cuda = parser.add_argument_group("cuda", "further options of --device cuda; --json is rewritten as each case ends, --plot names a folder")
-    cuda.add_argument("--seconds", type=seconds, help="hot time of each contender and shape (default 1; for figures to publish 3)")
+    cuda = parser.add_argument_group(
+        "cuda", "further options of --device cuda; --json is rewritten as each case ends, --plot names a folder"
+    )
+    cuda.add_argument(
+        "--seconds", type=seconds, help="hot time of each contender and shape (default 1; for figures to publish 3)"
+    )
     cuda.add_argument("--budget", type=seconds, help="start no case after so many seconds; what was left out is listed")
-    cuda.add_argument("--compile-all", action="store_true", help="measure torch.compile on every shape, not on the first alone: minutes more")
-    cuda.add_argument("--headline", action="store_true", help="of the fused head one shape and the longest alone: a part of an hour's grid")
-    cuda.add_argument("--flash-attn", type=Path, metavar="FILE", help="flash-attn's Triton cross entropy, loaded from this file")
+    cuda.add_argument(
+        "--compile-all",
+        action="store_true",
+        help="measure torch.compile on every shape, not on the first alone: minutes more",
+    )
+    cuda.add_argument(
+        "--headline",
+        action="store_true",
+        help="of the fused head one shape and the longest alone: a part of an hour's grid",
+    )
+    cuda.add_argument(
+        "--flash-attn", type=Path, metavar="FILE", help="flash-attn's Triton cross entropy, loaded from this file"
+    )
     cuda.add_argument("--commit", help="the commit to record where the checkout came without its history")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample, the machine and the sources' digests")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write every sample, the machine and the sources' digests"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of the medians (needs matplotlib)")
     parser.add_argument("--plain", action="store_true", help="plain text even where rich is installed")
 
@@ -93,7 +148,9 @@ def conditions() -> list[str]:
         remarks.append(f"cpu backend: absent, eager serves and is what 'rlkernels' means below: {reason}")
     busy = os.getloadavg()[0] / machine.cores()
     if busy > 0.5:
-        remarks.append(f"other work was running (load {busy:.1f} per core at the start): these times are not to be quoted")
+        remarks.append(
+            f"other work was running (load {busy:.1f} per core at the start): these times are not to be quoted"
+        )
     return remarks
 
 
@@ -129,8 +186,15 @@ def measure(args: argparse.Namespace, tokens: int, vocab: int, rounds: int) -> i
     linear = bench_linear.measure(args, ready, tell)
     linear.show(args.plain)
     faults = bench_cases.wrong(list(cases.values()), judge) + bench_host.wrong(host) + linear.faults
-    figures = {"shape": [tokens, vocab], "dtype": dtype, "rounds": rounds, "checked_rows": problem.rows.tolist(),
-               **bench_report.record(list(cases.values()), reader, goals), "host": host, "linear": linear.record()}
+    figures = {
+        "shape": [tokens, vocab],
+        "dtype": dtype,
+        "rounds": rounds,
+        "checked_rows": problem.rows.tolist(),
+        **bench_report.record(list(cases.values()), reader, goals),
+        "host": host,
+        "linear": linear.record(),
+    }
     return conclude(args, remarks + linear.remarks, faults, [*cases.values(), *linear.cases], figures, what)
 
 
@@ -144,7 +208,14 @@ def measure_linear(args: argparse.Namespace) -> int:
     return conclude(args, remarks + linear.remarks, linear.faults, linear.cases, {"linear": linear.record()}, what)
 
 
-def conclude(args: argparse.Namespace, remarks: list[str], faults: list[str], cases: Sequence[Case], figures: dict[str, object], what: str) -> int:
+def conclude(
+    args: argparse.Namespace,
+    remarks: list[str],
+    faults: list[str],
+    cases: Sequence[Case],
+    figures: dict[str, object],
+    what: str,
+) -> int:
     """Tells what is wrong and where the figures are from, and writes the files; 1 if an answer is wrong."""
     for remark in remarks:
         print(f"note: {remark}")
@@ -155,9 +226,19 @@ def conclude(args: argparse.Namespace, remarks: list[str], faults: list[str], ca
     command = shlex.join(["rlkernels", *sys.argv[1:]])
     if where["sources"]["dirty"]:
         commit += ", dirty"
-    print(f"\n{where['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {commit}, seed 0: {command}")
+    print(
+        f"\n{where['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {commit}, seed 0: "
+        f"{command}"
+    )
     if args.json:
-        head = {"command": command, "machine": where, "threads": torch.get_num_threads(), "correct": not faults, "faults": faults, "remarks": remarks}
+        head = {
+            "command": command,
+            "machine": where,
+            "threads": torch.get_num_threads(),
+            "correct": not faults,
+            "faults": faults,
+            "remarks": remarks,
+        }
         bench_report.save(args.json, {**head, **figures})
     if args.plot and cases:
         bench_report.plot(args.plot, cases, f"{what}, {where['processor']}")

@@ -16,7 +16,13 @@ BOTH = "token_logprobs forward+backward"
 STATS = "token_stats (entropy) forward"
 POLICY = "logits_policy_loss forward+backward"
 
-OURS, IN_PLACE, EAGER, COMPILED, TRL = "rlkernels", "rlkernels, in place", "torch eager", "torch.compile", "TRL (torch path)"
+OURS, IN_PLACE, EAGER, COMPILED, TRL = (
+    "rlkernels",
+    "rlkernels, in place",
+    "torch eager",
+    "torch.compile",
+    "TRL (torch path)",
+)
 PASS_FORWARD, PASS_BACKWARD = "token_stats forward", "token_stats backward"
 
 
@@ -35,19 +41,28 @@ class Judge:
     def __init__(self, problem: Problem, truth: Truth) -> None:
         self.rows, self.truth = problem.rows, truth
         four = 4 * torch.finfo(torch.float32).eps
-        self.slack = {"logp": four * max(1.0, truth.logp.abs().max().item()), "entropy": four * max(1.0, truth.entropy.abs().max().item()),
-                      "loss": 2e-6 * max(1.0, truth.loss.abs().item())}
+        self.slack = {
+            "logp": four * max(1.0, truth.logp.abs().max().item()),
+            "entropy": four * max(1.0, truth.entropy.abs().max().item()),
+            "loss": 2e-6 * max(1.0, truth.loss.abs().item()),
+        }
 
     def logp(self, logp: Tensor) -> dict[str, float]:
         return {"logp": (logp.detach()[self.rows].double() - self.truth.logp).abs().max().item()}
 
     def stats(self, logp: Tensor, entropy: Tensor) -> dict[str, float]:
-        return {**self.logp(logp), "entropy": (entropy.detach()[self.rows].double() - self.truth.entropy).abs().max().item()}
+        return {
+            **self.logp(logp),
+            "entropy": (entropy.detach()[self.rows].double() - self.truth.entropy).abs().max().item(),
+        }
 
     def gradient(self, grad: Tensor, expected: Tensor) -> dict[str, float]:
         got, rounded = grad[self.rows].double(), expected.to(grad.dtype).double()
         scale = expected.norm()
-        return {"gradient": ((got - expected).norm() / scale).item(), "rounding": ((rounded - expected).norm() / scale).item()}
+        return {
+            "gradient": ((got - expected).norm() / scale).item(),
+            "rounding": ((rounded - expected).norm() / scale).item(),
+        }
 
     def both(self, outputs: tuple[Tensor, Tensor]) -> dict[str, float]:
         return {**self.logp(outputs[0]), **self.gradient(outputs[1], self.truth.dlogits_logp)}
@@ -63,21 +78,28 @@ def compiled(function: Callable) -> Callable:
 
 def reading(name: str, problem: Problem, entries: dict[str, Callable], check: Callable) -> Case:
     """A case of functions of ``(logits, targets)`` without a gradient: they read the logits once."""
+
     def without_grad(function: Callable) -> Callable:
         def run(_: None) -> object:
             with torch.no_grad():
                 return function(problem.logits, problem.targets)
+
         return run
 
-    return Case(name, [Contender(n, without_grad(f), check=check, moved=problem.bytes, ours=n == OURS) for n, f in entries.items()])
+    return Case(
+        name,
+        [Contender(n, without_grad(f), check=check, moved=problem.bytes, ours=n == OURS) for n, f in entries.items()],
+    )
 
 
 def differentiated(function: Callable[[Tensor], Tensor], upstream: Tensor | None = None) -> Callable:
     """Forward and backward through ``torch.autograd.grad``: no copy into ``.grad`` hides or adds an allocation."""
+
     def run(leaf: Tensor) -> tuple[Tensor, Tensor]:
         outputs = function(leaf)
-        grad, = torch.autograd.grad(outputs, leaf, upstream)
+        (grad,) = torch.autograd.grad(outputs, leaf, upstream)
         return outputs, grad
+
     return run
 
 
@@ -132,8 +154,18 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
 
     def ours(leaf: Tensor) -> Tensor:
         return rlkernels.logits_policy_loss(
-            leaf, y, problem.old_logprobs, problem.advantages, objective="ppo_clip", clip_low=CLIP_LOW, clip_high=CLIP_HIGH,
-            ref_logprobs=problem.ref_logprobs, kl="k3", kl_coef=KL_COEF, entropy_coef=ENTROPY_COEF)
+            leaf,
+            y,
+            problem.old_logprobs,
+            problem.advantages,
+            objective="ppo_clip",
+            clip_low=CLIP_LOW,
+            clip_high=CLIP_HIGH,
+            ref_logprobs=problem.ref_logprobs,
+            kl="k3",
+            kl_coef=KL_COEF,
+            entropy_coef=ENTROPY_COEF,
+        )
 
     def torch_loss(function: Callable) -> Callable[[Tensor], Tensor]:
         return lambda leaf: function(leaf, y, *columns)
@@ -145,18 +177,41 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
         return leaf, our_stats(leaf, y)
 
     def contender(name: str, function: Callable[[Tensor], Tensor]) -> Contender:
-        return Contender(name, differentiated(function), lambda: problem.leaf, judge.policy, 2 * problem.bytes, ours=name == OURS)
+        return Contender(
+            name, differentiated(function), lambda: problem.leaf, judge.policy, 2 * problem.bytes, ours=name == OURS
+        )
 
-    return Case(POLICY, [
-        contender(OURS, ours),
-        Contender(PASS_FORWARD, lambda leaf: our_stats(leaf, y), lambda: problem.leaf, lambda o: judge.stats(*o), problem.bytes, ours=True),
-        Contender(PASS_BACKWARD, lambda s: torch.autograd.grad(s[1], s[0], upstream), graph, moved=2 * problem.bytes, ours=True),
-        contender(EAGER, torch_loss(bench_problem.policy)),
-        contender(COMPILED, torch_loss(compiled(bench_problem.policy))),
-    ])
+    return Case(
+        POLICY,
+        [
+            contender(OURS, ours),
+            Contender(
+                PASS_FORWARD,
+                lambda leaf: our_stats(leaf, y),
+                lambda: problem.leaf,
+                lambda o: judge.stats(*o),
+                problem.bytes,
+                ours=True,
+            ),
+            Contender(
+                PASS_BACKWARD,
+                lambda s: torch.autograd.grad(s[1], s[0], upstream),
+                graph,
+                moved=2 * problem.bytes,
+                ours=True,
+            ),
+            contender(EAGER, torch_loss(bench_problem.policy)),
+            contender(COMPILED, torch_loss(compiled(bench_problem.policy))),
+        ],
+    )
 
 
-CASES: dict[str, Callable[[Problem, Judge, dict[str, Callable]], Case]] = {FORWARD: forward, BOTH: both, STATS: statistics, POLICY: policy}
+CASES: dict[str, Callable[[Problem, Judge, dict[str, Callable]], Case]] = {
+    FORWARD: forward,
+    BOTH: both,
+    STATS: statistics,
+    POLICY: policy,
+}
 
 
 def peers() -> tuple[dict[str, Callable], list[str]]:
@@ -181,8 +236,8 @@ def peers() -> tuple[dict[str, Callable], list[str]]:
 def wrong(cases: Sequence[Case], judge: Judge) -> list[str]:
     """Each answer of ours that lies outside the error policy; empty when all are right.
 
-    A row quantity may err twice as far as torch's fp32 path does, plus 4 units of fp32; a gradient 5 % more than the one rounding
-    to its dtype; a loss twice as far as torch's plus 2e-6.
+    A row quantity may err twice as far as torch's fp32 path does, plus 4 units of fp32; a gradient 5 % more than the
+    one rounding to its dtype; a loss twice as far as torch's plus 2e-6.
     """
     faults = []
     for case in cases:

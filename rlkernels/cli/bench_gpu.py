@@ -1,4 +1,5 @@
 """``rlkernels bench --device cuda``: every case on the grid of shapes, each saved as it ends."""
+
 import argparse
 import shlex
 import sys
@@ -27,7 +28,9 @@ from rlkernels.cli.bench_gpu_timing import DeviceLost, Roofline, first_line, rac
 VOCABULARIES, ROWS = (151936, 128256, 32000, 262144), (8192, 2048)
 QUICK_VOCABULARIES, QUICK_ROWS = (151936, 32000), (2048,)
 HEADLINE = (8192, 151936)
-"""The shape that is measured first, and the only one where torch.compile runs, launches are counted and the host's time is taken."""
+"""The shape that is measured first, and the only one where torch.compile runs, launches are counted and the host's time
+is taken.
+"""
 SMALL = ("policy_loss", "pairwise_reward_loss", "dpo_loss", "gae")
 NAMES = (*CASES, *SMALL, bench_gpu_linear.ALL, *bench_gpu_linear.NAMES)
 
@@ -39,14 +42,22 @@ def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
     return [(t, v) for t in tokens for v in vocabularies]
 
 
-def small_cases(device: object, peers: dict[str, Callable], compile_too: bool, wanted: list[str], scale: int = 1) -> list[tuple[str, Callable]]:
+def small_cases(
+    device: object, peers: dict[str, Callable], compile_too: bool, wanted: list[str], scale: int = 1
+) -> list[tuple[str, Callable]]:
     """Makers of the small cases; ``scale`` divides their sizes, for tests."""
     d = device.device
     makers: list[tuple[str, Callable[[], Case]]] = [
         ("policy_loss", lambda: bench_gpu_small.policy_loss(d, compile_too, (64, 2048 // scale))),
         ("pairwise_reward_loss", lambda: bench_gpu_small.pairwise(d, compile_too)),
         ("dpo_loss", lambda: bench_gpu_small.dpo(d, compile_too)),
-        *(("gae", lambda s=s: bench_gpu_small.gae(d, (s[0] // min(scale, 32), s[1] // scale), peers, device.cache_bytes)) for s in bench_gpu_small.SCANS),
+        *(
+            (
+                "gae",
+                lambda s=s: bench_gpu_small.gae(d, (s[0] // min(scale, 32), s[1] // scale), peers, device.cache_bytes),
+            )
+            for s in bench_gpu_small.SCANS
+        ),
     ]
     return [(name, make) for name, make in makers if name in wanted]
 
@@ -57,7 +68,11 @@ class Run:
     def __init__(self, args: argparse.Namespace, device: object, started: float) -> None:
         self.args, self.device, self.started = args, device, started
         self.peers, self.remarks = ({}, []) if args.no_peers else bench_gpu_peers.available(args.flash_attn)
-        self.remarks += [f"backend {name}: absent: {reason}" for name, reason in rlkernels.available_backends()["absent"].items() if name != "cpu"]
+        self.remarks += [
+            (f"backend {name}: absent: {reason}")
+            for name, reason in rlkernels.available_backends()["absent"].items()
+            if name != "cpu"
+        ]
         self.seconds = args.seconds or (0.1 if args.quick else 1.0)
         self.flush = torch.empty(2 * device.cache_bytes, dtype=torch.uint8, device=device.device)
         self.roof: Roofline | None = None
@@ -67,10 +82,20 @@ class Run:
         self.roof = roofline(self.device, min(self.seconds, 0.5), **options)
         serves = rlkernels.available_backends()["serves"].get(self.device.device.type, {})
         self.data = {
-            "command": shlex.join(["rlkernels", *sys.argv[1:]]), "device": self.device.describe(), "machine": machine.describe(),
-            "sources": bench_gpu_report.sources(self.args.commit), "dtype": self.args.dtype, "seconds_per_entry": self.seconds,
-            "roofline": asdict(self.roof), "serves": serves, "peers_and_backends": self.remarks, "cases": [], "not_measured": [], "goals": [],
-            "complete": False}
+            "command": shlex.join(["rlkernels", *sys.argv[1:]]),
+            "device": self.device.describe(),
+            "machine": machine.describe(),
+            "sources": bench_gpu_report.sources(self.args.commit),
+            "dtype": self.args.dtype,
+            "seconds_per_entry": self.seconds,
+            "roofline": asdict(self.roof),
+            "serves": serves,
+            "peers_and_backends": self.remarks,
+            "cases": [],
+            "not_measured": [],
+            "goals": [],
+            "complete": False,
+        }
         self.save()
 
     @property
@@ -121,7 +146,9 @@ class Run:
             self.data["not_measured"] += [f"{n} {what}: the budget of {self.args.budget:g} s was spent" for n in names]
             return
         try:
-            problem = bench_gpu_problem.make(self.device.device, tokens, vocab, self.args.dtype, self.device.cache_bytes, with_reference)
+            problem = bench_gpu_problem.make(
+                self.device.device, tokens, vocab, self.args.dtype, self.device.cache_bytes, with_reference
+            )
             judge = bench_gpu_problem.Judge(problem)
         except RuntimeError as error:  # too large for this device
             self.data["not_measured"] += [f"{n} {what}: {first_line(error)}" for n in names]
@@ -129,7 +156,9 @@ class Run:
         self.device.release()
         compile_too = not self.args.no_compile and (headline or self.args.compile_all)
         for name in names:
-            self.measure(lambda name=name: CASES[name](problem, judge, self.peers, compile_too), f"{name} {what}", headline)
+            self.measure(
+                lambda name=name: CASES[name](problem, judge, self.peers, compile_too), f"{name} {what}", headline
+            )
 
     def linear_cases(self, shape: tuple[int, int, int], names: list[str], headline: bool) -> None:
         """The fused head on one shape; launches are counted and torch.compile runs on the first."""
@@ -145,7 +174,11 @@ class Run:
         self.device.release()
         compile_too = not self.args.no_compile and headline
         for name in names:
-            self.measure(lambda name=name: bench_gpu_linear.CASES[name](problem, self.peers, compile_too), f"{name} {what}", headline)
+            self.measure(
+                lambda name=name: bench_gpu_linear.CASES[name](problem, self.peers, compile_too),
+                f"{name} {what}",
+                headline,
+            )
 
     @property
     def faults(self) -> list[str]:
@@ -157,11 +190,12 @@ def tell(text: str) -> None:
 
 
 def run(args: argparse.Namespace, device: object | None = None, small: int = 1, **options: int) -> int:
-    """Measures and prints; 1 if an answer of ours is wrong or one of ours failed, 2 without a device, 3 if the device was lost, else 0
-    whatever the speed.
+    """Measures and prints; 1 if an answer of ours is wrong or one of ours failed, 2 without a device, 3 if the device
+    was lost, else 0 whatever the speed.
 
     Args:
-        device, small, options: a stand-in for the device, a divisor of the small cases' sizes and the roofline's sizes, for tests.
+        device, small, options: a stand-in for the device, a divisor of the small cases' sizes and the roofline's sizes,
+            for tests.
     """
     started = time.monotonic()
     args.dtype = args.dtype or "bf16"
@@ -176,8 +210,11 @@ def run(args: argparse.Namespace, device: object | None = None, small: int = 1, 
         print(f"note: {line}")
     state.begin(**options)
     roof = state.roof
-    print(f"roofline of this run: read {roof.read / 1e9:.0f} GB/s ({roof.read_by}), copy {roof.copy / 1e9:.0f} GB/s, bf16 product "
-          f"{roof.matmul / 1e12:.0f} TFLOP/s")
+    print(
+        f"roofline of this run: read {roof.read / 1e9:.0f} GB/s ({roof.read_by}), copy {roof.copy / 1e9:.0f} GB/s, "
+        "bf16 product "
+        f"{roof.matmul / 1e12:.0f} TFLOP/s"
+    )
     wanted = args.case or list(NAMES)
     grid = shapes(args)
     first = HEADLINE if HEADLINE in grid else grid[0]

@@ -1,4 +1,5 @@
 """The measured cases over logits: what is computed, by whom, which floor holds, and how each answer is judged."""
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -27,7 +28,9 @@ IN_PLACE, ONE_LAUNCH = ", in place", ", op with the gradient in the forward"
 
 @dataclass
 class Case:
-    """``reads`` and ``writes``: bytes that the work must move at least, ``flops``: products and sums in it; ``passes``: the same in words."""
+    """``reads`` and ``writes``: bytes that the work must move at least, ``flops``: products and sums in it; ``passes``:
+    the same in words.
+    """
 
     name: str
     entries: list[Entry]
@@ -65,15 +68,18 @@ def on(name: str, function: Callable) -> Callable:
     def run(*arguments: object) -> object:
         with backend(name):
             return function(*arguments)
+
     return run
 
 
 def differentiated(function: Callable[[Tensor], object], upstream: object = None) -> Callable[[Tensor], tuple]:
     """Forward and backward through ``torch.autograd.grad``: no copy into ``.grad`` is timed or counted."""
+
     def run(leaf: Tensor) -> tuple:
         outputs = function(leaf)
-        grad, = torch.autograd.grad(outputs, leaf, upstream)
+        (grad,) = torch.autograd.grad(outputs, leaf, upstream)
         return outputs, grad
+
     return run
 
 
@@ -81,11 +87,15 @@ def without_grad(function: Callable[[int], object]) -> Callable[[int], object]:
     def run(state: object) -> object:
         with torch.no_grad():
             return function(state)
+
     return run
 
 
 class Scratch:
-    """A copy of the logits for those that write over them, restored before each run, outside the clock. Shared by the entries of a case."""
+    """A copy of the logits for those that write over them, restored before each run, outside the clock.
+
+    Shared by the entries of a case.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.work = problem, None
@@ -109,7 +119,9 @@ def row_slack(judge: Judge) -> dict[str, float]:
 
 def case(name: str, problem: Problem, judge: Judge, entries: list[Entry], passes: str, reads: int, writes: int) -> Case:
     size = problem.bytes
-    return Case(name, entries, passes, reads * size, writes * size, row_slack(judge), len(problem.copies), problem.shape)
+    return Case(
+        name, entries, passes, reads * size, writes * size, row_slack(judge), len(problem.copies), problem.shape
+    )
 
 
 def statistics(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_too: bool) -> Case:
@@ -123,7 +135,9 @@ def statistics(problem: Problem, judge: Judge, peers: dict[str, Callable], compi
         return found.logprobs, found.entropy
 
     def entry(label: str, function: Callable, check: Callable = both, **rest: object) -> Entry:
-        return Entry(label, without_grad(lambda buffer: function(problem.copies[buffer])), lambda buffer: buffer, check, **rest)
+        return Entry(
+            label, without_grad(lambda buffer: function(problem.copies[buffer])), lambda buffer: buffer, check, **rest
+        )
 
     entries = [entry(label, on(name, our_stats), ours=True) for label, name in ours(problem.logits.device.type).items()]
     if "trl" in peers:
@@ -177,10 +191,23 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_t
 
     def our_loss(leaf: Tensor, inplace: bool = False) -> Tensor:
         return rlkernels.logits_policy_loss(
-            leaf, y, columns[0], columns[2], objective="ppo_clip", clip_low=CLIP_LOW, clip_high=CLIP_HIGH, ref_logprobs=columns[1], kl="k3",
-            kl_coef=KL_COEF, entropy_coef=ENTROPY_COEF, inplace_backward=inplace)
+            leaf,
+            y,
+            columns[0],
+            columns[2],
+            objective="ppo_clip",
+            clip_low=CLIP_LOW,
+            clip_high=CLIP_HIGH,
+            ref_logprobs=columns[1],
+            kl="k3",
+            kl_coef=KL_COEF,
+            entropy_coef=ENTROPY_COEF,
+            inplace_backward=inplace,
+        )
 
-    def entry(label: str, function: Callable, prepare: Callable = problem.leaf, judged: Callable = check, **rest: object) -> Entry:
+    def entry(
+        label: str, function: Callable, prepare: Callable = problem.leaf, judged: Callable = check, **rest: object
+    ) -> Entry:
         return Entry(label, differentiated(function), prepare, judged, **rest)
 
     share = torch.full_like(problem.old_logprobs, 1.0 / tokens)
@@ -189,9 +216,26 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_t
 
     def one_launch(name: str) -> Callable[[int], tuple]:
         serving = ops.serving("fused_policy", problem.logits) if name == "auto" else name
-        return without_grad(lambda buffer: ops.fused_policy(
-            "ppo_clip", problem.copies[buffer], y, one, -100, None, old_and_advantage, params, share, bonus, "k3", columns[1], penalty, True, False,
-            serving)[:2])
+        return without_grad(
+            lambda buffer: ops.fused_policy(
+                "ppo_clip",
+                problem.copies[buffer],
+                y,
+                one,
+                -100,
+                None,
+                old_and_advantage,
+                params,
+                share,
+                bonus,
+                "k3",
+                columns[1],
+                penalty,
+                True,
+                False,
+                serving,
+            )[:2]
+        )
 
     entries = []
     for label, name in ours(problem.logits.device.type).items():
@@ -209,12 +253,21 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_t
     if length > 1 and tokens % SEQUENCES == 0:
         if "liger_grpo" in peers:
             run = bench_gpu_peers.liger_policy(peers["liger_grpo"], problem, CLIP_LOW, CLIP_HIGH, KL_COEF, SEQUENCES)
-            entries.append(entry(PEERS["liger_grpo"].name, run, scratch, without_entropy, remark=PEERS["liger_grpo"].remark))
+            entries.append(
+                entry(PEERS["liger_grpo"].name, run, scratch, without_entropy, remark=PEERS["liger_grpo"].remark)
+            )
         if "fla_grpo" in peers:
             run = bench_gpu_peers.fla_policy(peers["fla_grpo"], problem, KL_COEF, SEQUENCES)
-            entries.append(entry(PEERS["fla_grpo"].name, run, problem.leaf, lambda outputs: {}, remark=PEERS["fla_grpo"].remark))
+            entries.append(
+                entry(PEERS["fla_grpo"].name, run, problem.leaf, lambda outputs: {}, remark=PEERS["fla_grpo"].remark)
+            )
     if "trl" in peers:
-        entries.append(entry(PEERS["trl"].name + " and torch", lambda leaf: bench_problem.policy_terms(*peers["trl"](leaf, y), *columns).mean()))
+        entries.append(
+            entry(
+                PEERS["trl"].name + " and torch",
+                lambda leaf: bench_problem.policy_terms(*peers["trl"](leaf, y), *columns).mean(),
+            )
+        )
     entries.append(entry(EAGER, lambda leaf: bench_problem.policy(leaf, y, *columns)))
     if compile_too:
         fast = compiled(bench_problem.policy)
@@ -222,7 +275,9 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_t
     return case(POLICY, problem, judge, entries, "1R+1W", 1, 1)
 
 
-def two_models(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_too: bool, backward: bool = False) -> Case:
+def two_models(
+    problem: Problem, judge: Judge, peers: dict[str, Callable], compile_too: bool, backward: bool = False
+) -> Case:
     y, upstream = problem.targets, two_upstream(problem)
 
     def rows(outputs: tuple) -> dict[str, float]:
@@ -242,8 +297,13 @@ def two_models(problem: Problem, judge: Judge, peers: dict[str, Callable], compi
             outputs = function(leaf, ref)
             return outputs, torch.autograd.grad((outputs[0], outputs[1], outputs[3]), leaf, upstream)[0]
 
-        return Entry(label, both, lambda buffer: (problem.leaf(buffer), problem.ref_copies[buffer]),
-                     lambda o: {**rows(o[0]), **judge.gradient(o[1], "dtwo")}, **rest)
+        return Entry(
+            label,
+            both,
+            lambda buffer: (problem.leaf(buffer), problem.ref_copies[buffer]),
+            lambda o: {**rows(o[0]), **judge.gradient(o[1], "dtwo")},
+            **rest,
+        )
 
     entries = [entry(label, on(name, our_stats), ours=True) for label, name in ours(problem.logits.device.type).items()]
     entries.append(entry(EAGER, lambda x, ref: kl_composition(x, ref, y)))
@@ -260,5 +320,10 @@ def two_models_both(*arguments: object) -> Case:
 
 
 CASES: dict[str, Callable[[Problem, Judge, dict[str, Callable], bool], Case]] = {
-    STATS: statistics, LOGP: logprobs, POLICY: policy, TWO: two_models, TWO_BOTH: two_models_both}
+    STATS: statistics,
+    LOGP: logprobs,
+    POLICY: policy,
+    TWO: two_models,
+    TWO_BOTH: two_models_both,
+}
 WITH_REFERENCE = (TWO, TWO_BOTH)

@@ -1,4 +1,8 @@
-"""The accelerator as the benchmark sees it: clocks of its queue, memory, launches, and what it is. Tests put a fake one in its place."""
+"""The accelerator as the benchmark sees it: clocks of its queue, memory, launches, and what it is.
+
+Tests put a fake one in its place.
+"""
+
 import contextlib
 import re
 import shutil
@@ -46,7 +50,9 @@ class Cuda:
         torch.cuda.synchronize(self.device)
 
     def peak(self, function: Callable[[], object]) -> int:
-        """Bytes that torch's allocator held at most above its level before the call; what the call returns is counted."""
+        """Bytes that torch's allocator held at most above its level before the call; what the call
+        returns is counted.
+        """
         self.synchronize()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -56,13 +62,19 @@ class Cuda:
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def launches(self, function: Callable[[], object]) -> dict[str, int] | None:
-        """Kernels, copies and fills of one call, counted by the profiler on the device's timeline; None where it saw none."""
+        """Kernels, copies and fills of one call, counted by the profiler on the device's timeline; None where it saw
+        none.
+        """
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         self.synchronize()
         with torch.profiler.profile(activities=activities) as profile:
             function()
             self.synchronize()
-        on_device = [e.name() for e in profile.profiler.kineto_results.events() if e.device_type() == torch.autograd.DeviceType.CUDA]
+        on_device = [
+            e.name()
+            for e in profile.profiler.kineto_results.events()
+            if e.device_type() == torch.autograd.DeviceType.CUDA
+        ]
         return count_launches(on_device)
 
     def graph(self, function: Callable[[], object]) -> Callable[[], None]:
@@ -88,8 +100,16 @@ class Cuda:
 
     def describe(self) -> dict[str, object]:
         p = self.properties
-        return {"name": p.name, "capability": [p.major, p.minor], "multiprocessors": p.multi_processor_count, "memory_bytes": p.total_memory,
-                "cache_bytes": self.cache_bytes, "cuda": torch.version.cuda, "hip": torch.version.hip, "state": self.state()}
+        return {
+            "name": p.name,
+            "capability": [p.major, p.minor],
+            "multiprocessors": p.multi_processor_count,
+            "memory_bytes": p.total_memory,
+            "cache_bytes": self.cache_bytes,
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+            "state": self.state(),
+        }
 
 
 def count_launches(names: list[str]) -> dict[str, int] | None:
@@ -114,7 +134,9 @@ def smi(index: int | None) -> dict[str, str]:
     return dict(zip(QUERY, values, strict=False))
 
 
-def host_seconds(device: "Cuda", run: Callable[[object], object], prepare: Callable[[int], object], runs: int = 30) -> float:
+def host_seconds(
+    device: "Cuda", run: Callable[[object], object], prepare: Callable[[int], object], runs: int = 30
+) -> float:
     """Median of the host's time from call to return, the queue being empty before each: what a launch costs Python."""
     times = []
     for _ in range(runs):

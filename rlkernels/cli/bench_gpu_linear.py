@@ -1,4 +1,5 @@
 """The fused head on an accelerator: beside its bare products, which is the floor, and other libraries' fused heads."""
+
 import argparse
 from collections.abc import Callable, Sequence
 
@@ -22,15 +23,20 @@ LONG = 32768
 PRODUCTS = "{} cuBLAS products"
 
 
-def plan(args: argparse.Namespace, wanted: Sequence[str], scale: int = 1) -> list[tuple[tuple[int, int, int], list[str]]]:
-    """``((tokens, hidden, vocab), cases)``, the shape where everything is measured and counted first; empty where no such case is wanted.
+def plan(
+    args: argparse.Namespace, wanted: Sequence[str], scale: int = 1
+) -> list[tuple[tuple[int, int, int], list[str]]]:
+    """``((tokens, hidden, vocab), cases)``, the shape where everything is measured and counted first; empty where no
+    such case is wanted.
 
-    Behind it the grid, log-probabilities alone left to the first shape unless they are named; for the headline the longest batch, for its
-    memory.
+    Behind it the grid, log-probabilities alone left to the first shape unless they are named; for the headline the
+    longest batch, for its memory.
     """
     every = ALL in wanted
     names = [n for n in NAMES if every or n in wanted]
-    rows = [args.tokens] if args.tokens else [TOKENS[0]] if args.quick else [TOKENS[0], LONG] if args.headline else TOKENS
+    rows = (
+        [args.tokens] if args.tokens else [TOKENS[0]] if args.quick else [TOKENS[0], LONG] if args.headline else TOKENS
+    )
     columns = [args.vocab] if args.vocab else VOCABULARIES[:1] if args.quick or args.headline else VOCABULARIES
     grid = [(t, args.hidden or HIDDEN // scale, v) for t in rows for v in columns]
     later = [n for n in names if not every or n in (NAMES[:1] if args.headline else NAMES[:2])]
@@ -39,6 +45,7 @@ def plan(args: argparse.Namespace, wanted: Sequence[str], scale: int = 1) -> lis
 
 def head_logprobs(peers: dict[str, Callable], y: Tensor, entropy: bool) -> dict[str, Callable[[Tensor, Tensor], tuple]]:
     """Peer to log-probability and, with ``entropy``, entropy, as differentiable functions of ``(hidden, weight)``."""
+
     def trl(h: Tensor, w: Tensor) -> tuple:
         return trl_logprobs(peers["trl_chunked"], y, ("entropy",) if entropy else ())(h, w)[:2]
 
@@ -76,24 +83,52 @@ def eager_stats(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return logps.gather(1, y[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
 
 
-def build(kind: str, p: Problem, judge: Judge, count: int, fused: Callable, others: dict[str, Callable], upstream: object = None) -> Case:
-    """``fused`` and ``others``: functions of ``(hidden, weight)``, forward and backward through ``torch.autograd.grad``."""
+def build(
+    kind: str,
+    p: Problem,
+    judge: Judge,
+    count: int,
+    fused: Callable,
+    others: dict[str, Callable],
+    upstream: object = None,
+) -> Case:
+    """``fused`` and ``others``: functions of ``(hidden, weight)``, forward and backward through
+    ``torch.autograd.grad``.
+    """
+
     def entry(label: str, function: Callable, **rest: object) -> Entry:
         return Entry(label, differentiated(function, upstream), lambda _: p.leaves, judge, **rest)
 
-    entries = [Entry(PRODUCTS.format(count), products(p, count), check=products_check(p), remark="the floor of this run")]
+    entries = [
+        Entry(PRODUCTS.format(count), products(p, count), check=products_check(p), remark="the floor of this run")
+    ]
     entries += [entry(label, on(backend, fused), ours=True) for label, backend in ours(p.hidden.device.type).items()]
     entries += [entry(label, function, remark=remark(label)) for label, function in others.items()]
     tokens, hidden, vocab = p.shape
     moved = p.hidden.element_size() * hidden * (tokens + vocab)
     slack = {name: bound for name, bound in judge.slack.items() if name != "gradient"}
-    return Case(f"{kind} {list(p.shape)} forward+backward", entries, PRODUCTS.format(count), moved, moved, slack, 1, p.shape,
-                2 * count * tokens * hidden * vocab)
+    return Case(
+        f"{kind} {list(p.shape)} forward+backward",
+        entries,
+        PRODUCTS.format(count),
+        moved,
+        moved,
+        slack,
+        1,
+        p.shape,
+        2 * count * tokens * hidden * vocab,
+    )
 
 
 def without_full_logits(p: Problem, others: dict[str, Callable]) -> dict[str, Callable]:
-    """At a length where the logits of all tokens, their fp32 copy and their gradient fill the device, they are left out."""
-    return {name: f for name, f in others.items() if p.shape[0] < LONG or name not in (EAGER, COMPILED, "F.linear_cross_entropy")}
+    """At a length where the logits of all tokens, their fp32 copy and their gradient fill the device, they are left
+    out.
+    """
+    return {
+        name: f
+        for name, f in others.items()
+        if p.shape[0] < LONG or name not in (EAGER, COMPILED, "F.linear_cross_entropy")
+    }
 
 
 def policy(p: Problem, peers: dict[str, Callable], compile_too: bool) -> Case:
@@ -118,11 +153,20 @@ def statistics(p: Problem, peers: dict[str, Callable], compile_too: bool) -> Cas
         return found.logprobs, found.entropy
 
     others = {**head_logprobs(peers, p.targets, True), EAGER: lambda h, w: eager_stats(h, w, p.targets)}
-    return build("linear_token_stats", p, Judge(p, None, p.dentropy), 4, fused, without_full_logits(p, others), (p.dlogp, p.dentropy))
+    return build(
+        "linear_token_stats",
+        p,
+        Judge(p, None, p.dentropy),
+        4,
+        fused,
+        without_full_logits(p, others),
+        (p.dlogp, p.dentropy),
+    )
 
 
 def logprobs(p: Problem, peers: dict[str, Callable], compile_too: bool) -> Case:
     """Any upstream gradient. ``torch.compile`` of the full logits runs here alone."""
+
     def torch_head(h: Tensor, w: Tensor) -> Tensor:
         return full_logits(h, w, p.targets)
 
@@ -137,4 +181,6 @@ def logprobs(p: Problem, peers: dict[str, Callable], compile_too: bool) -> Case:
     return build("linear_token_logprobs", p, Judge(p, None), 4, fused, without_full_logits(p, others), p.dlogp)
 
 
-CASES: dict[str, Callable[[Problem, dict[str, Callable], bool], Case]] = dict(zip(NAMES, (policy, statistics, logprobs), strict=True))
+CASES: dict[str, Callable[[Problem, dict[str, Callable], bool], Case]] = dict(
+    zip(NAMES, (policy, statistics, logprobs), strict=True)
+)

@@ -1,4 +1,5 @@
 """Pictures of a run on an accelerator, drawn from its JSON. Needs matplotlib."""
+
 from pathlib import Path
 
 
@@ -7,7 +8,9 @@ def _medians(case: dict) -> dict[str, float]:
 
 
 def lines(data: dict, path: Path, against: str) -> bool:
-    """Time against the vocabulary (most rows) or against the rows (largest common vocabulary); False where nothing has two points."""
+    """Time against the vocabulary (most rows) or against the rows (largest common vocabulary); False where nothing has
+    two points.
+    """
     from matplotlib.figure import Figure
 
     axis, fixed = (1, 0) if against == "vocabulary" else (0, 1)
@@ -27,8 +30,19 @@ def lines(data: dict, path: Path, against: str) -> bool:
         for entry in dict.fromkeys(e for c in cases for e in _medians(c)):
             points = [(c["shape"][axis], _medians(c)[entry]) for c in cases if entry in _medians(c)]
             panel.plot(*zip(*points, strict=True), "o-" if entry.startswith("rlkernels") else "o--", label=entry)
-        panel.plot([c["shape"][axis] for c in cases], [1e3 * c["floor_s"] for c in cases], "k:", label=f"floor ({cases[0]['passes']})")
-        panel.set(xlabel=against, ylabel="ms, hot median", title=f"{name}, {'rows' if axis else 'vocabulary'} {held}", xscale="log", yscale="log")
+        panel.plot(
+            [c["shape"][axis] for c in cases],
+            [1e3 * c["floor_s"] for c in cases],
+            "k:",
+            label=f"floor ({cases[0]['passes']})",
+        )
+        panel.set(
+            xlabel=against,
+            ylabel="ms, hot median",
+            title=f"{name}, {'rows' if axis else 'vocabulary'} {held}",
+            xscale="log",
+            yscale="log",
+        )
         panel.legend(fontsize=6)
     figure.suptitle(f"{data['device']['name']}, {data['dtype']}")
     _save(figure, path)
@@ -36,13 +50,17 @@ def lines(data: dict, path: Path, against: str) -> bool:
 
 
 def bars(data: dict, path: Path) -> bool:
-    """Share of the floor that each entry reaches, one panel per case at its largest shape; False where no case has a time."""
+    """Share of the floor that each entry reaches, one panel per case at its largest shape; False where no case has a
+    time.
+    """
     from matplotlib.figure import Figure
 
     largest: dict[str, dict] = {}
     for c in data["cases"]:
         size = c["reads_bytes"] + c["writes_bytes"]
-        if _medians(c) and size >= sum(largest.get(c["name"], {"reads_bytes": 0, "writes_bytes": 0})[k] for k in ("reads_bytes", "writes_bytes")):
+        if _medians(c) and size >= sum(
+            largest.get(c["name"], {"reads_bytes": 0, "writes_bytes": 0})[k] for k in ("reads_bytes", "writes_bytes")
+        ):
             largest[c["name"]] = c
     if not largest:
         return False
@@ -51,10 +69,16 @@ def bars(data: dict, path: Path) -> bool:
     panels = figure.subplots(len(largest), 1, squeeze=False, height_ratios=[n + 1 for n in counts])[:, 0]
     for panel, c in zip(panels, largest.values(), strict=True):
         shares = {name: 100 * 1e3 * c["floor_s"] / ms for name, ms in _medians(c).items()}
-        drawn = panel.barh(list(shares), list(shares.values()), color=["#1f77b4" if n.startswith("rlkernels") else "#b0b0b0" for n in shares])
+        drawn = panel.barh(
+            list(shares),
+            list(shares.values()),
+            color=["#1f77b4" if n.startswith("rlkernels") else "#b0b0b0" for n in shares],
+        )
         panel.bar_label(drawn, [f"{s:.0f} %" for s in shares.values()], padding=4, fontsize=7)
         panel.axvline(100, color="k", linestyle=":")
-        panel.set_title(f"{c['name']} {c['shape']}, floor {c['passes']} = {1e3 * c['floor_s']:.3g} ms", loc="left", fontsize=9)
+        panel.set_title(
+            f"{c['name']} {c['shape']}, floor {c['passes']} = {1e3 * c['floor_s']:.3g} ms", loc="left", fontsize=9
+        )
         panel.tick_params(labelsize=7)
         panel.invert_yaxis()
     panels[-1].set_xlabel("% of the floor measured in the same run")
@@ -70,6 +94,9 @@ def _save(figure, path: Path) -> None:
 
 def draw(data: dict, folder: Path) -> list[Path]:
     """All pictures that the data allow."""
-    wanted = {"against_vocabulary.png": lambda p: lines(data, p, "vocabulary"), "against_rows.png": lambda p: lines(data, p, "rows"),
-              "roofline.png": lambda p: bars(data, p)}
+    wanted = {
+        "against_vocabulary.png": lambda p: lines(data, p, "vocabulary"),
+        "against_rows.png": lambda p: lines(data, p, "rows"),
+        "roofline.png": lambda p: bars(data, p),
+    }
     return [folder / name for name, make in wanted.items() if make(folder / name)]

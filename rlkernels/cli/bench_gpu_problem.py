@@ -1,4 +1,7 @@
-"""Problems that are measured on an accelerator: buffers that rotate past the cache, and the float64 truth on sampled rows."""
+"""Problems that are measured on an accelerator: buffers that rotate past the cache, and the float64 truth on sampled
+rows.
+"""
+
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +11,9 @@ from rlkernels.cli import bench_problem
 from rlkernels.cli.bench_problem import ENTROPY_COEF
 
 SEQUENCES = 8
-"""The rows of a batch are so many sequences of equal length: some peers take [B, L + 1, V] and one advantage per sequence."""
+"""The rows of a batch are so many sequences of equal length: some peers take [B, L + 1, V] and one advantage per
+sequence.
+"""
 CHECKED = 16
 PIECE = 128
 """Rows of a float64 piece: 128 of 262144 columns are 256 MiB."""
@@ -57,8 +62,12 @@ def draw(tokens: int, vocab: int, dtype: torch.dtype, device: torch.device, gene
     return x
 
 
-def make(device: torch.device, tokens: int, vocab: int, dtype: str, cache: int, reference: bool = False, seed: int = 0) -> Problem:
-    """Every second target is raised to a probability near 1, as a trained policy has them; the advantage is one per sequence."""
+def make(
+    device: torch.device, tokens: int, vocab: int, dtype: str, cache: int, reference: bool = False, seed: int = 0
+) -> Problem:
+    """Every second target is raised to a probability near 1, as a trained policy has them; the advantage is one per
+    sequence.
+    """
     generator = torch.Generator(device=device).manual_seed(seed)
     x = draw(tokens, vocab, bench_problem.DTYPES[dtype], device, generator)
     targets = torch.randint(vocab, (tokens,), generator=generator, device=device)
@@ -68,7 +77,9 @@ def make(device: torch.device, tokens: int, vocab: int, dtype: str, cache: int, 
     per_sequence = torch.randn(SEQUENCES, generator=generator, device=device)
     sequence = torch.arange(tokens, device=device) * SEQUENCES // tokens
     rows = torch.unique(torch.linspace(0, tokens - 1, min(CHECKED, tokens)).long()).to(device)
-    logp = torch.cat([bench_problem.log_softmax_gather(a, b) for a, b in zip(x.split(PIECE), targets.split(PIECE), strict=True)])
+    logp = torch.cat(
+        [bench_problem.log_softmax_gather(a, b) for a, b in zip(x.split(PIECE), targets.split(PIECE), strict=True)]
+    )
     count = copies_needed(x.numel() * x.element_size(), cache)
     references = []
     if reference:
@@ -76,8 +87,16 @@ def make(device: torch.device, tokens: int, vocab: int, dtype: str, cache: int, 
         for piece in near.split(PIECE):
             piece.add_(0.3 * torch.randn(piece.shape, generator=generator, device=device).to(piece.dtype))
         references = [near, *(near.clone() for _ in range(count - 1))]
-    return Problem([x, *(x.clone() for _ in range(count - 1))], targets, logp + 0.2 * noise[0], logp + 0.2 * noise[1], per_sequence[sequence],
-                   noise[2], rows, references)
+    return Problem(
+        [x, *(x.clone() for _ in range(count - 1))],
+        targets,
+        logp + 0.2 * noise[0],
+        logp + 0.2 * noise[1],
+        per_sequence[sequence],
+        noise[2],
+        rows,
+        references,
+    )
 
 
 @dataclass
@@ -121,8 +140,14 @@ def truth(problem: Problem) -> Truth:
     def gradient(outputs: Tensor | tuple, upstream: object = None) -> Tensor:
         return torch.autograd.grad(outputs, x, upstream, retain_graph=True)[0]
 
-    found = Truth(logp.detach(), entropy.detach(), gradient(logp, problem.dlogp[rows].double()), gradient(terms.sum() / tokens),
-                  gradient(plain.sum() / tokens), torch.zeros((), dtype=torch.float64, device=x.device))
+    found = Truth(
+        logp.detach(),
+        entropy.detach(),
+        gradient(logp, problem.dlogp[rows].double()),
+        gradient(terms.sum() / tokens),
+        gradient(plain.sum() / tokens),
+        torch.zeros((), dtype=torch.float64, device=x.device),
+    )
     for index in torch.arange(tokens, device=x.device).split(PIECE):
         piece = stats64(problem.logits[index], problem.targets[index])
         found.loss += bench_problem.policy_terms(*piece, *(c[index] for c in columns)).sum() / tokens
@@ -147,17 +172,25 @@ class Judge:
 
     def row(self, **quantities: Tensor) -> dict[str, float]:
         """``logp=``, ``entropy=``, ``ref_logp=``, ``kl=``: what an entry returned for all rows."""
-        return {name: (x.detach()[self.rows].double() - getattr(self.truth, name)).abs().max().item() for name, x in quantities.items()}
+        return {
+            name: (x.detach()[self.rows].double() - getattr(self.truth, name)).abs().max().item()
+            for name, x in quantities.items()
+        }
 
     def gradient(self, grad: Tensor, which: str, rows: Tensor | None = None, scale: float = 1.0) -> dict[str, float]:
-        """The error of ``dlogits`` against the truth named ``which``; ``rows`` selects among the checked ones, for peers that leave some out."""
+        """The error of ``dlogits`` against the truth named ``which``; ``rows`` selects among the checked ones, for
+        peers that leave some out.
+        """
         expected = getattr(self.truth, which) * scale
         index = self.rows
         if rows is not None:
             index, expected = index[rows], expected[rows]
         got, rounded = grad[index].double(), expected.to(grad.dtype).double()
         size = expected.norm()
-        return {"gradient": ((got - expected).norm() / size).item(), "rounding": ((rounded - expected).norm() / size).item()}
+        return {
+            "gradient": ((got - expected).norm() / size).item(),
+            "rounding": ((rounded - expected).norm() / size).item(),
+        }
 
     def loss(self, loss: Tensor) -> dict[str, float]:
         return {"loss": (loss.detach().double() - self.truth.loss).abs().item()}

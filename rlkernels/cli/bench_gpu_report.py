@@ -1,4 +1,5 @@
 """The report of a run on an accelerator: faults, goals, tables and the JSON that is rewritten as each case ends."""
+
 import hashlib
 import json
 import os
@@ -11,15 +12,26 @@ from rlkernels.cli.bench_gpu_cases import EAGER, IN_PLACE, ONE_LAUNCH, Case
 from rlkernels.cli.bench_gpu_peers import PEERS
 from rlkernels.cli.bench_gpu_timing import Entry, Roofline, summary
 
-NUMBERS_DIFFER = {"logp": 1e-2, "entropy": 1e-2, "kl": 1e-2, "ref_logp": 1e-2, "loss": 1e-2, "advantage": 1e-2, "return": 1e-2, "dhidden": 0.1, "dweight": 0.1}
+NUMBERS_DIFFER = {
+    "logp": 1e-2,
+    "entropy": 1e-2,
+    "kl": 1e-2,
+    "ref_logp": 1e-2,
+    "loss": 1e-2,
+    "advantage": 1e-2,
+    "return": 1e-2,
+    "dhidden": 0.1,
+    "dweight": 0.1,
+}
 """Errors above which a peer is said to compute something else (or in 16 bits)."""
 
 
 def faults(case: Case) -> list[str]:
     """Faults of our own entries; empty when all is right.
 
-    A row quantity may err twice as far as torch's fp32 path, plus the case's slack; a gradient 5 % more than the one rounding to its dtype. One
-    that comes out of a product half as much again: matrix units take the gradient of the logits rounded once before.
+    A row quantity may err twice as far as torch's fp32 path, plus the case's slack; a gradient 5 % more than the one
+    rounding to its dtype. One that comes out of a product half as much again: matrix units take the gradient of the
+    logits rounded once before.
     """
     eager = case.named(EAGER)
     found = []
@@ -37,7 +49,10 @@ def faults(case: Case) -> list[str]:
             else:
                 continue
             if not error <= bound:
-                found.append(f"{case.name} {list(case.shape)}, {e.name}: error of {quantity} is {error:.3g}, allowed is {bound:.3g}")
+                found.append(
+                    f"{case.name} {list(case.shape)}, {e.name}: error of {quantity} is {error:.3g}, allowed "
+                    f"is {bound:.3g}"
+                )
     return found
 
 
@@ -46,7 +61,11 @@ def remark(entry: Entry) -> str:
     differs = [q for q, bound in NUMBERS_DIFFER.items() if not entry.errors.get(q, 0.0) <= bound]
     if not entry.errors.get("gradient", 0.0) <= 5 * entry.errors.get("rounding", 0.0) + 1e-3:
         differs.append("gradient")
-    told = "" if entry.ours or not differs else "other numbers: " + ", ".join(f"{q} {entry.errors[q]:.1e}" for q in differs)
+    told = (
+        ""
+        if entry.ours or not differs
+        else "other numbers: " + ", ".join(f"{q} {entry.errors[q]:.1e}" for q in differs)
+    )
     return "; ".join(filter(None, (entry.remark, told)))
 
 
@@ -55,16 +74,41 @@ def record(case: Case, roof: Roofline, state: dict[str, str] | None = None) -> d
     floor = case.floor(roof)
 
     def plain(e: Entry) -> dict[str, object]:
-        found = {"name": e.name, "ours": e.ours, "failed": e.failed, "remark": remark(e), "first_call_s": e.first_call_s, "hot": summary(e.hot),
-                 "cold": summary(e.cold), "errors": e.errors, "peak_bytes": e.peak_bytes, "launches": e.launches, "host_s": e.host_s,
-                 "graph_s": e.graph_s}
+        found = {
+            "name": e.name,
+            "ours": e.ours,
+            "failed": e.failed,
+            "remark": remark(e),
+            "first_call_s": e.first_call_s,
+            "hot": summary(e.hot),
+            "cold": summary(e.cold),
+            "errors": e.errors,
+            "peak_bytes": e.peak_bytes,
+            "launches": e.launches,
+            "host_s": e.host_s,
+            "graph_s": e.graph_s,
+        }
         if e.hot:
-            found.update(bytes_per_s=(case.reads + case.writes) / e.median, flops_per_s=case.flops / e.median, of_floor=floor / e.median)
+            found.update(
+                bytes_per_s=(case.reads + case.writes) / e.median,
+                flops_per_s=case.flops / e.median,
+                of_floor=floor / e.median,
+            )
         return found
 
-    return {"name": case.name, "shape": list(case.shape), "passes": case.passes, "reads_bytes": case.reads, "writes_bytes": case.writes,
-            "flops": case.flops, "floor_s": floor, "buffers": case.buffers, "state": state or {}, "faults": faults(case),
-            "entries": [plain(e) for e in case.entries]}
+    return {
+        "name": case.name,
+        "shape": list(case.shape),
+        "passes": case.passes,
+        "reads_bytes": case.reads,
+        "writes_bytes": case.writes,
+        "flops": case.flops,
+        "floor_s": floor,
+        "buffers": case.buffers,
+        "state": state or {},
+        "faults": faults(case),
+        "entries": [plain(e) for e in case.entries],
+    }
 
 
 def save(path: Path, data: dict[str, object]) -> None:
@@ -80,14 +124,32 @@ def sources(commit: str | None) -> dict[str, object]:
     found = machine.sources()
     package = Path(machine.__file__).resolve().parents[1]
     found["triton_sha256"] = machine.digest(package / "backends" / "triton")
-    found["cuda_sources_sha256"] = machine.digest(package.parent / "csrc" / "cuda") if (package.parent / "csrc" / "cuda").is_dir() else None
-    found["cuda_module_sha256"] = next((hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(package.glob("_cuda*.so"))), None)
+    found["cuda_sources_sha256"] = (
+        machine.digest(package.parent / "csrc" / "cuda") if (package.parent / "csrc" / "cuda").is_dir() else None
+    )
+    found["cuda_module_sha256"] = next(
+        (hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(package.glob("_cuda*.so"))), None
+    )
     if commit is not None and found["commit"] is None:
         found["commit"] = commit
     return found
 
 
-HEADER = ["", "hot ms", "quartiles", "cold ms", "x ours", "GB/s", "% of floor", "peak MiB", "launches", "host us", "graph us", "error", "remark"]
+HEADER = [
+    "",
+    "hot ms",
+    "quartiles",
+    "cold ms",
+    "x ours",
+    "GB/s",
+    "% of floor",
+    "peak MiB",
+    "launches",
+    "host us",
+    "graph us",
+    "error",
+    "remark",
+]
 
 
 def row(entry: dict, base: float | None) -> list[str]:
@@ -98,11 +160,19 @@ def row(entry: dict, base: float | None) -> list[str]:
     shown = {q: e for q, e in entry["errors"].items() if not q.endswith("rounding")}
     ran = entry["launches"]
     return [
-        entry["name"], f"{1e3 * hot['median_s']:.4g}", f"{1e3 * hot['low_s']:.4g}-{1e3 * hot['high_s']:.4g}",
-        f"{1e3 * cold['median_s']:.4g}" if cold else "-", f"{hot['median_s'] / base:.2f}" if base else "-", f"{entry['bytes_per_s'] / 1e9:.0f}",
-        f"{100 * entry['of_floor']:.1f}", "-" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 2**20:.1f}",
-        "-" if ran is None else str(sum(ran.values())), *("-" if entry[k] is None else f"{1e6 * entry[k]:.1f}" for k in ("host_s", "graph_s")),
-        " ".join(f"{q} {e:.1e}" for q, e in shown.items()) or "-", entry["remark"]]
+        entry["name"],
+        f"{1e3 * hot['median_s']:.4g}",
+        f"{1e3 * hot['low_s']:.4g}-{1e3 * hot['high_s']:.4g}",
+        f"{1e3 * cold['median_s']:.4g}" if cold else "-",
+        f"{hot['median_s'] / base:.2f}" if base else "-",
+        f"{entry['bytes_per_s'] / 1e9:.0f}",
+        f"{100 * entry['of_floor']:.1f}",
+        "-" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 2**20:.1f}",
+        "-" if ran is None else str(sum(ran.values())),
+        *("-" if entry[k] is None else f"{1e6 * entry[k]:.1f}" for k in ("host_s", "graph_s")),
+        " ".join(f"{q} {e:.1e}" for q, e in shown.items()) or "-",
+        entry["remark"],
+    ]
 
 
 def base_of(found: dict) -> float | None:
@@ -133,7 +203,10 @@ def _ratio(case: dict, over: str, under: str = "rlkernels auto") -> float | None
 
 
 def goals(cases: Sequence[dict]) -> list[dict[str, object]]:
-    """The figures to reach (bf16, every measured shape): each with the worst value over the shapes, None where nothing was measured."""
+    """The figures to reach (bf16, every measured shape): each with the worst value over the shapes, None where nothing
+    was measured.
+    """
+
     def of_floor(name: str, suffix: str = "") -> list[float]:
         return [1 / e["of_floor"] for c in _find(cases, name) if (e := _entry(c, "rlkernels auto" + suffix))]
 
@@ -167,29 +240,62 @@ def goals(cases: Sequence[dict]) -> list[dict[str, object]]:
         ("token_stats forward, times faster than TRL's kernel", ratios(cases_.STATS, "TRL kernel"), 1.2, True),
         ("token_stats forward, times faster than QuACK's CE", ratios(cases_.STATS, "QuACK CE"), 1.0, True),
         ("logits_policy_loss, time over the 1R+1W floor", of_floor(cases_.POLICY), 1.15, False),
-        ("logits_policy_loss, its op with the gradient in the forward, over the floor", of_floor(cases_.POLICY, ONE_LAUNCH), 1.15, False),
+        (
+            "logits_policy_loss, its op with the gradient in the forward, over the floor",
+            of_floor(cases_.POLICY, ONE_LAUNCH),
+            1.15,
+            False,
+        ),
         ("logits_policy_loss, times faster than Liger GRPO", ratios(cases_.POLICY, "Liger GRPO"), 2.0, True),
         ("logits_policy_loss, times faster than torch eager", ratios(cases_.POLICY, EAGER), 8.0, True),
-        ("logits_policy_loss in place, memory beyond the logits as a share of them",
-         [v for c in _find(cases, cases_.POLICY) if (v := extra(c)) is not None], 0.01, False),
+        (
+            "logits_policy_loss in place, memory beyond the logits as a share of them",
+            [v for c in _find(cases, cases_.POLICY) if (v := extra(c)) is not None],
+            0.01,
+            False,
+        ),
         ("two models forward, time over the 2R floor", of_floor(cases_.TWO), 1.15, False),
         ("two models forward, times faster than the torch composition", ratios(cases_.TWO, EAGER), 4.0, True),
         ("policy_loss, times faster than torch eager", prefixed("policy_loss", lambda c: _ratio(c, EAGER)), 10.0, True),
         ("policy_loss, launches forward+backward", prefixed("policy_loss", launches), 3, False),
         ("pairwise_reward_loss, launches forward+backward", prefixed("pairwise", launches), 2, False),
-        ("gae [64, 4096], times faster than the trainers' loop", prefixed("gae [64, 4096]", lambda c: _ratio(c, EAGER)), 1000.0, True),
+        (
+            "gae [64, 4096], times faster than the trainers' loop",
+            prefixed("gae [64, 4096]", lambda c: _ratio(c, EAGER)),
+            1000.0,
+            True,
+        ),
         ("gae [8192, 2048], share of bandwidth", prefixed("gae [8192, 2048]", time_of_floor), 0.6, True),
         (f"{policy} forward+backward, share of {three}", prefixed(policy, lambda c: _ratio(c, three)), 0.88, True),
-        (f"linear_token_stats forward+backward, share of {four}", prefixed("linear_token_stats", lambda c: _ratio(c, four)), 0.85, True),
-        *((f"{policy}, times faster than {PEERS[key].name}", prefixed(policy, lambda c, key=key: _ratio(c, PEERS[key].name)), bound, True)
-          for key, bound in (("trl_chunked", 1.4), ("liger_chunked", 2.0), ("verl_chunked", 2.0))),
-        (f"{policy} at {bench_gpu_linear.LONG} tokens, GiB beside inputs and fp32 gradients", prefixed(policy, beside_gradients), 1.5, False),
+        (
+            f"linear_token_stats forward+backward, share of {four}",
+            prefixed("linear_token_stats", lambda c: _ratio(c, four)),
+            0.85,
+            True,
+        ),
+        *(
+            (
+                f"{policy}, times faster than {PEERS[key].name}",
+                prefixed(policy, lambda c, key=key: _ratio(c, PEERS[key].name)),
+                bound,
+                True,
+            )
+            for key, bound in (("trl_chunked", 1.4), ("liger_chunked", 2.0), ("verl_chunked", 2.0))
+        ),
+        (
+            f"{policy} at {bench_gpu_linear.LONG} tokens, GiB beside inputs and fp32 gradients",
+            prefixed(policy, beside_gradients),
+            1.5,
+            False,
+        ),
     ]
     found = []
     for text, values, bound, at_least in rows:
         value = (min(values) if at_least else max(values)) if values else None
         met = None if value is None else value >= bound if at_least else value <= bound
-        found.append({"text": text, "bound": bound, "at_least": at_least, "worst": value, "cases": len(values), "met": met})
+        found.append(
+            {"text": text, "bound": bound, "at_least": at_least, "worst": value, "cases": len(values), "met": met}
+        )
     return found
 
 
@@ -199,4 +305,9 @@ def show_goals(found: Sequence[dict], plain: bool) -> None:
         verdict = "not measured" if g["met"] is None else "met" if g["met"] else "NOT MET"
         worst = "-" if g["worst"] is None else f"{g['worst']:.3g}"
         rows.append([g["text"], f"{'>=' if g['at_least'] else '<='} {g['bound']:g}", worst, str(g["cases"]), verdict])
-    tables.show("Figures to reach, the worst of the measured shapes", ["figure", "bound", "worst", "cases", "verdict"], rows, plain=plain)
+    tables.show(
+        "Figures to reach, the worst of the measured shapes",
+        ["figure", "bound", "worst", "cases", "verdict"],
+        rows,
+        plain=plain,
+    )

@@ -1,4 +1,5 @@
 """The cases that move few bytes: losses over log-probabilities and pairs, and the scan of GAE."""
+
 from collections.abc import Callable
 
 import torch
@@ -38,17 +39,37 @@ def with_gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> tup
     return loss, list(torch.autograd.grad(loss, leaves))
 
 
-def scalar_case(name: str, ours_loss: Callable, torch_loss: Callable, inputs: list[Tensor], compile_too: bool, moved: tuple[int, int]) -> Case:
+def scalar_case(
+    name: str,
+    ours_loss: Callable,
+    torch_loss: Callable,
+    inputs: list[Tensor],
+    compile_too: bool,
+    moved: tuple[int, int],
+) -> Case:
     """A loss over small columns, forward and backward: ``inputs`` get gradients; both functions take them in order."""
     wide_loss, wide_grads = with_gradients(torch_loss, [x.double().requires_grad_() for x in inputs])
 
     def check(outputs: tuple) -> dict[str, float]:
-        return {"loss": compare(outputs[0], wide_loss.detach()), "gradient": max(map(relative, outputs[1], wide_grads)), "rounding": EPS}
+        return {
+            "loss": compare(outputs[0], wide_loss.detach()),
+            "gradient": max(map(relative, outputs[1], wide_grads)),
+            "rounding": EPS,
+        }
 
     def entry(label: str, function: Callable, **rest: object) -> Entry:
-        return Entry(label, lambda leaves: with_gradients(function, leaves), lambda _: [x.detach().requires_grad_() for x in inputs], check, **rest)
+        return Entry(
+            label,
+            lambda leaves: with_gradients(function, leaves),
+            lambda _: [x.detach().requires_grad_() for x in inputs],
+            check,
+            **rest,
+        )
 
-    entries = [entry(label, on(backend, ours_loss), ours=True, graph=True) for label, backend in ours(inputs[0].device.type).items()]
+    entries = [
+        entry(label, on(backend, ours_loss), ours=True, graph=True)
+        for label, backend in ours(inputs[0].device.type).items()
+    ]
     entries.append(entry(EAGER, torch_loss, graph=True))
     if compile_too:
         entries.append(entry(COMPILED, compiled(torch_loss)))
@@ -69,7 +90,14 @@ def policy_loss(device: torch.device, compile_too: bool, shape: tuple[int, int] 
     def fused(x: Tensor) -> Tensor:
         return rlkernels.policy_loss(x, old, advantage, mask, clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
 
-    return scalar_case(f"policy_loss {list(shape)} forward+backward", fused, composed, [logp], compile_too, (13 * logp.numel(), 4 * logp.numel()))
+    return scalar_case(
+        f"policy_loss {list(shape)} forward+backward",
+        fused,
+        composed,
+        [logp],
+        compile_too,
+        (13 * logp.numel(), 4 * logp.numel()),
+    )
 
 
 def pairwise(device: torch.device, compile_too: bool, pairs: int = PAIRS) -> Case:
@@ -78,8 +106,14 @@ def pairwise(device: torch.device, compile_too: bool, pairs: int = PAIRS) -> Cas
     def composed(c: Tensor, r: Tensor) -> Tensor:
         return -F.logsigmoid(c - r).mean()
 
-    return scalar_case(f"pairwise_reward_loss [{pairs}] forward+backward", rlkernels.pairwise_reward_loss, composed, [chosen, rejected], compile_too,
-                       (8 * pairs, 8 * pairs))
+    return scalar_case(
+        f"pairwise_reward_loss [{pairs}] forward+backward",
+        rlkernels.pairwise_reward_loss,
+        composed,
+        [chosen, rejected],
+        compile_too,
+        (8 * pairs, 8 * pairs),
+    )
 
 
 def dpo(device: torch.device, compile_too: bool, pairs: int = PAIRS) -> Case:
@@ -91,10 +125,19 @@ def dpo(device: torch.device, compile_too: bool, pairs: int = PAIRS) -> Case:
     def composed(c: Tensor, r: Tensor) -> Tensor:
         return -F.logsigmoid(BETA * ((c - ref_chosen) - (r - ref_rejected))).mean()
 
-    return scalar_case(f"dpo_loss [{pairs}] forward+backward", fused, composed, [chosen, rejected], compile_too, (16 * pairs, 8 * pairs))
+    return scalar_case(
+        f"dpo_loss [{pairs}] forward+backward",
+        fused,
+        composed,
+        [chosen, rejected],
+        compile_too,
+        (16 * pairs, 8 * pairs),
+    )
 
 
-def gae_loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = GAMMA, lam: float = LAM) -> tuple[Tensor, Tensor]:
+def gae_loop(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = GAMMA, lam: float = LAM
+) -> tuple[Tensor, Tensor]:
     """GAE as trainers write it: one step of Python per token, masked tokens skipped."""
     following, trace, backwards = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0]), []
     for t in reversed(range(rewards.shape[1])):
@@ -129,8 +172,19 @@ def gae(device: torch.device, shape: tuple[int, int], peers: dict[str, Callable]
     entries = [entry(label, on(backend, fused), ours=True, graph=True) for label, backend in ours(device.type).items()]
     if "rl_triton" in peers:
         ends = torch.zeros_like(rewards)
-        entries.append(entry(PEERS["rl_triton"].name, lambda r, v, m: peers["rl_triton"](r, v, ends, gamma=GAMMA, lambda_=LAM), lambda outputs: {},
-                             remark=PEERS["rl_triton"].remark))
+        entries.append(
+            entry(
+                PEERS["rl_triton"].name,
+                lambda r, v, m: peers["rl_triton"](r, v, ends, gamma=GAMMA, lambda_=LAM),
+                lambda outputs: {},
+                remark=PEERS["rl_triton"].remark,
+            )
+        )
     entries.append(entry(EAGER, gae_loop, remark="the trainers' loop"))
-    slack = {name: 4 * EPS * max(1.0, x.abs().max().item()) for name, x in zip(("advantage", "return"), expected, strict=True)}
-    return Case(gae_name(shape), entries, "2R+2W fp32, mask", 9 * rewards.numel(), 8 * rewards.numel(), slack, count, shape)
+    slack = {
+        name: 4 * EPS * max(1.0, x.abs().max().item())
+        for name, x in zip(("advantage", "return"), expected, strict=True)
+    }
+    return Case(
+        gae_name(shape), entries, "2R+2W fp32, mask", 9 * rewards.numel(), 8 * rewards.numel(), slack, count, shape
+    )

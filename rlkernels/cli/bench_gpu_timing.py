@@ -1,8 +1,9 @@
 """The timing protocol of an accelerator: hot and cold, contenders in turn, and the roofline of the same run.
 
-Hot: launches queue behind one another at sustained clocks and rotate through buffers of more than four level-2 caches in total.
-Cold: the queue is empty before each run and two level-2 caches are overwritten outside the clock.
+Hot: launches queue behind one another at sustained clocks and rotate through buffers of more than four level-2 caches
+in total. Cold: the queue is empty before each run and two level-2 caches are overwritten outside the clock.
 """
+
 import gc
 import itertools
 import statistics
@@ -59,7 +60,13 @@ def summary(samples: Sequence[float]) -> dict[str, float | int] | None:
     if not samples:
         return None
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else (samples[0],) * 3
-    return {"median_s": statistics.median(samples), "low_s": low, "high_s": high, "least_s": min(samples), "runs": len(samples)}
+    return {
+        "median_s": statistics.median(samples),
+        "low_s": low,
+        "high_s": high,
+        "least_s": min(samples),
+        "runs": len(samples),
+    }
 
 
 def first_line(error: BaseException) -> str:
@@ -74,7 +81,8 @@ class DeviceLost(RuntimeError):
 def ready(device, entries: Sequence[Entry], count: bool) -> None:
     """First call (compiles), error, peak memory and, with ``count``, launches and host time: all outside the clock.
 
-    A peer that fails is marked, with its reason. One of ours that fails is marked too: the caller reports it as a fault.
+    A peer that fails is marked, with its reason. One of ours that fails is marked too: the caller reports it as a
+    fault.
 
     Raises:
         DeviceLost: after a failure that the device does not survive.
@@ -109,7 +117,10 @@ def ready(device, entries: Sequence[Entry], count: bool) -> None:
 
 
 def replay_time(device, entry: Entry, replays: int = 20) -> None:
-    """Time of one call inside a CUDA graph: what is left when the host costs nothing. A call that cannot be captured says why."""
+    """Time of one call inside a CUDA graph: what is left when the host costs nothing.
+
+    A call that cannot be captured says why.
+    """
     state = entry.prepare(0)
     try:
         replay = device.graph(lambda: entry.run(state))
@@ -128,7 +139,8 @@ def replay_time(device, entry: Entry, replays: int = 20) -> None:
 def race(device, entries: Sequence[Entry], buffers: int, seconds: float, flush: Tensor) -> None:
     """Times the entries in turn (A B C A B C), each until it has had ``seconds`` hot, and a quarter of that cold.
 
-    Every run takes the next buffer: with four caches of them in total, the last use of a buffer has been evicted by the others.
+    Every run takes the next buffer: with four caches of them in total, the last use of a buffer has been evicted by the
+    others.
     """
     alive = [e for e in entries if not e.failed]
     warm = time.perf_counter() + seconds
@@ -149,7 +161,9 @@ def race(device, entries: Sequence[Entry], buffers: int, seconds: float, flush: 
             gc.enable()
 
 
-def _rounds(device, entries: Sequence[Entry], which: str, buffers: int, seconds: float, before: Callable[[], object]) -> None:
+def _rounds(
+    device, entries: Sequence[Entry], which: str, buffers: int, seconds: float, before: Callable[[], object]
+) -> None:
     pending: list[tuple[Entry, Any, Any]] = []
     turns = itertools.count()
     spent = dict.fromkeys((e.name for e in entries), 0.0)
@@ -188,7 +202,9 @@ def measured(device, run: Callable[[], object], seconds: float) -> list[float]:
 
 @dataclass
 class Roofline:
-    """Speeds of this device in this run: bytes per second of reading and of copying, operations per second of a matrix product."""
+    """Speeds of this device in this run: bytes per second of reading and of copying, operations per second of a matrix
+    product.
+    """
 
     read: float
     copy: float
@@ -198,7 +214,9 @@ class Roofline:
 
     @property
     def reading(self) -> float:
-        """Bandwidth of the floor of work that only reads: the faster of the two, or a slow reduction would flatter us."""
+        """Bandwidth of the floor of work that only reads: the faster of the two, or a slow reduction
+        would flatter us.
+        """
         return max(self.read, self.copy)
 
     def floor(self, reads: int, writes: int) -> float:
@@ -218,7 +236,8 @@ def roofline(device, seconds: float = 0.3, size: int = 2**31, side: int = 8192) 
 
 def _memory(device, seconds: float, size: int) -> tuple[float, str, float]:
     """Seconds of the fastest reduction, its name, and seconds of a copy."""
-    words = torch.full((size // 8,), 0x3F8000003F800000, dtype=torch.int64, device=device.device)  # 1.0 twice: no subnormals in the fp32 view
+    # 1.0 twice: no subnormals in the fp32 view.
+    words = torch.full((size // 8,), 0x3F8000003F800000, dtype=torch.int64, device=device.device)
     floats, other = words.view(torch.float32), torch.empty_like(words)
     reductions = {"fp32 sum": floats.sum, "fp32 amax": floats.amax, "int64 sum": words.sum}
     times = {name: statistics.median(measured(device, f, seconds / 3)) for name, f in reductions.items()}

@@ -1,6 +1,8 @@
-"""The cost of a call for the host: losses so small that nothing else is measured, beside the same loss as a few operations of torch.
+"""The cost of a call for the host: losses so small that nothing else is measured, beside the same loss as a few
+operations of torch.
 
-The clock is the processor time of the calling thread, the only one at work: what other programs do meanwhile hardly changes it.
+The clock is the processor time of the calling thread, the only one at work: what other programs do meanwhile hardly
+changes it.
 """
 
 import gc
@@ -48,16 +50,31 @@ def pairs() -> list[Pair]:
         return torch.where(mask, 0.5 * (x - advantage) ** 2, 0.0).sum() / mask.sum()
 
     return [
-        Pair("policy_loss [64, 32]", lambda x: rlkernels.policy_loss(x, old, advantage, mask, clip_low=CLIP_LOW, clip_high=CLIP_HIGH), policy, [logp]),
+        Pair(
+            "policy_loss [64, 32]",
+            lambda x: rlkernels.policy_loss(x, old, advantage, mask, clip_low=CLIP_LOW, clip_high=CLIP_HIGH),
+            policy,
+            [logp],
+        ),
         Pair("value_loss [64, 32]", lambda x: rlkernels.value_loss(x, old, advantage, mask), value, [logp]),
-        Pair("pairwise_reward_loss [32]", rlkernels.pairwise_reward_loss, lambda c, r: -F.logsigmoid(c - r).mean(), [chosen, rejected]),
-        Pair("token_logprobs [4, 64]", lambda x: rlkernels.token_logprobs(x, targets).sum(),
-             lambda x: F.log_softmax(x, -1).gather(-1, targets[:, None]).sum(), [logits]),
+        Pair(
+            "pairwise_reward_loss [32]",
+            rlkernels.pairwise_reward_loss,
+            lambda c, r: -F.logsigmoid(c - r).mean(),
+            [chosen, rejected],
+        ),
+        Pair(
+            "token_logprobs [4, 64]",
+            lambda x: rlkernels.token_logprobs(x, targets).sum(),
+            lambda x: F.log_softmax(x, -1).gather(-1, targets[:, None]).sum(),
+            [logits],
+        ),
     ]
 
 
 def error(pair: Pair) -> float:
     """The error of our loss and gradients against torch in float64, relative to the largest value of each."""
+
     def both(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
         loss = function(*leaves)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
@@ -81,13 +98,17 @@ def microseconds(run: Callable[[], object]) -> float:
 
 
 def contenders_of(who: str, function: Callable[..., Tensor], leaves: list[Tensor]) -> dict[str, Callable[[], object]]:
-    return {f"{who} forward": lambda: function(*leaves), f"{who} forward+backward": lambda: torch.autograd.grad(function(*leaves), leaves)}
+    return {
+        f"{who} forward": lambda: function(*leaves),
+        f"{who} forward+backward": lambda: torch.autograd.grad(function(*leaves), leaves),
+    }
 
 
 def measure(rounds: int) -> list[dict]:
     """Microseconds per call: forward with its graph, and forward+backward, of ours and of torch, in turn."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the wait for a second thread, where another program has its core, is a thousand times the call
+    # The wait for a second thread, where another program has its core, is a thousand times the call.
+    torch.set_num_threads(1)
     try:
         return [measured(pair, rounds) for pair in pairs()]
     finally:
@@ -109,14 +130,30 @@ def measured(pair: Pair, rounds: int) -> dict:
 
 def wrong(found: Sequence[dict]) -> list[str]:
     """Each loss whose error is more than single precision explains."""
-    return [f"{NAME}, {f['name']}: error is {f['error']:.3g}, allowed is 1e-05" for f in found if not f["error"] <= 1e-5]
+    return [
+        (f"{NAME}, {f['name']}: error is {f['error']:.3g}, allowed is 1e-05") for f in found if not f["error"] <= 1e-5
+    ]
 
 
 def show(found: Sequence[dict], plain: bool) -> None:
     rows = []
     for f in found:
         us = f["median_us"]
-        ours, theirs = ([us[f"{who} {what}"] for what in ("forward", "forward+backward")] for who in ("rlkernels", "torch eager"))
-        rows.append([f["name"], *(f"{x:.1f}" for x in (*ours, *theirs)), f"{ours[1] / theirs[1]:.2f}", f"{f['error']:.1e}"])
-    header = ["us per call", "forward", "forward+backward", "torch forward", "torch forward+backward", "ours / torch", "error"]
-    tables.show(f"{NAME} (processor time of the calling thread, medians, {CALLS} calls per sample)", header, rows, plain=plain)
+        ours, theirs = (
+            [us[f"{who} {what}"] for what in ("forward", "forward+backward")] for who in ("rlkernels", "torch eager")
+        )
+        rows.append(
+            [f["name"], *(f"{x:.1f}" for x in (*ours, *theirs)), f"{ours[1] / theirs[1]:.2f}", f"{f['error']:.1e}"]
+        )
+    header = [
+        "us per call",
+        "forward",
+        "forward+backward",
+        "torch forward",
+        "torch forward+backward",
+        "ours / torch",
+        "error",
+    ]
+    tables.show(
+        f"{NAME} (processor time of the calling thread, medians, {CALLS} calls per sample)", header, rows, plain=plain
+    )

@@ -1,4 +1,6 @@
-"""``rlkernels bench --case linear``: the fused head on a CPU beside its bare products, full logits and other libraries."""
+"""``rlkernels bench --case linear``: the fused head on a CPU beside its bare products, full logits and
+other libraries.
+"""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -45,7 +47,15 @@ def plan(args: argparse.Namespace) -> list[tuple[tuple[int, int, int], str, list
         return []
     every = ALL in named or not args.case
     tokens = [args.tokens] if args.tokens else [QUICK_TOKENS] if args.quick else TOKENS if named else TOKENS[:1]
-    vocabularies = [args.vocab] if args.vocab else [QUICK_VOCABULARY] if args.quick else VOCABULARIES if named else VOCABULARIES[:1]
+    vocabularies = (
+        [args.vocab]
+        if args.vocab
+        else [QUICK_VOCABULARY]
+        if args.quick
+        else VOCABULARIES
+        if named
+        else VOCABULARIES[:1]
+    )
     hidden = args.hidden or (QUICK_HIDDEN if args.quick else HIDDEN)
     found = []
     for dtype in [args.dtype] if args.dtype else ["fp32", "bf16"]:
@@ -59,14 +69,19 @@ Ready = Callable[[LinearCase, argparse.Namespace], list[str]]
 
 
 def measure(args: argparse.Namespace, ready: Ready, tell: Callable[[str], None]) -> Measured:
-    """Every case of the plan. ``ready`` checks and weighs the contenders of a case and returns a remark for each that it dropped."""
+    """Every case of the plan.
+
+    ``ready`` checks and weighs the contenders of a case and returns a remark for each that it dropped.
+    """
     measured, wanted = Measured(budget_bytes(None, "cpu")), plan(args)
     peers: dict[str, Callable] = {}
     if wanted and not args.no_peers:
         peers, missing = bench_linear_cases.peers()
         measured.remarks += missing
     if wanted and not args.case and not (args.quick or args.tokens or args.vocab):
-        measured.remarks.append(f"the fused head was measured on one shape; on all of them: rlkernels bench --device cpu --case {ALL}")
+        measured.remarks.append(
+            f"the fused head was measured on one shape; on all of them: rlkernels bench --device cpu --case {ALL}"
+        )
     for shape, dtype, names in wanted:
         problem = bench_linear_problem.make(torch.device("cpu"), *shape, dtype)
         for name in names:
@@ -77,7 +92,8 @@ def measure(args: argparse.Namespace, ready: Ready, tell: Callable[[str], None])
             tell(f"  {case.name}: {', '.join(c.name for c in case.contenders)}")
             measured.remarks += ready(case, args)
             measured.faults += bench_linear_cases.wrong(case)
-            bench_timing.race(case.contenders, args.rounds or ROUNDS, warmup=0)  # the runs that checked and weighed have warmed up
+            # The runs that checked and weighed have warmed up.
+            bench_timing.race(case.contenders, args.rounds or ROUNDS, warmup=0)
             measured.cases.append(forgotten(case))
         if cpu.available()[0]:
             cpu.release_memory()

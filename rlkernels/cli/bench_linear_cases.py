@@ -26,7 +26,9 @@ def floor(count: int) -> str:
 
 @dataclass
 class LinearCase(Case):
-    """``products``: how many of ``2 T H V`` operations the work takes at least; ``half``: judges the half-masked call."""
+    """``products``: how many of ``2 T H V`` operations the work takes at least; ``half``: judges the
+    half-masked call.
+    """
 
     kind: str = ""
     dtype: str = ""
@@ -48,34 +50,55 @@ class LinearCase(Case):
 
 def differentiated(function: Callable[[Tensor, Tensor], object], upstream: object = None) -> Callable:
     """Forward and backward through ``torch.autograd.grad``: no copy into ``.grad`` hides or adds an allocation."""
+
     def run(leaves: tuple[Tensor, Tensor]) -> tuple:
         outputs = function(*leaves)
         return outputs, torch.autograd.grad(outputs, leaves, upstream)
+
     return run
 
 
-def build(kind: str, p: Problem, dtype: str, count: int, judge: Judge, entries: dict[str, Callable], upstream: object = None) -> LinearCase:
+def build(
+    kind: str, p: Problem, dtype: str, count: int, judge: Judge, entries: dict[str, Callable], upstream: object = None
+) -> LinearCase:
     """``entries``: functions of ``(hidden, weight)``; every product that they cannot avoid is timed beside them."""
     contenders = [Contender(floor(count), products(p, count), check=products_check(p))]
-    contenders += [Contender(name, differentiated(f, upstream), lambda: p.leaves, judge, ours=name == OURS) for name, f in entries.items()]
+    contenders += [
+        Contender(name, differentiated(f, upstream), lambda: p.leaves, judge, ours=name == OURS)
+        for name, f in entries.items()
+    ]
     name = f"{kind} forward+backward, {dtype} {list(p.shape)}"
     return LinearCase(name, contenders, kind, dtype, p.shape, count, {c.name: judge for c in contenders if c.ours})
 
 
-def trl_logprobs(chunked: Callable, targets: Tensor, outputs: tuple[str, ...] = ()) -> Callable[[Tensor, Tensor], tuple]:
+def trl_logprobs(
+    chunked: Callable, targets: Tensor, outputs: tuple[str, ...] = ()
+) -> Callable[[Tensor, Tensor], tuple]:
     """Log-probability and what else is asked for, in tiles of the size that TRL's trainers use."""
     return lambda h, w: chunked(h, w, None, targets, 1.0, 32768, None, 1.0, outputs)
 
 
 def liger_policy(loss: type, p: Problem) -> Callable[[Tensor, Tensor], Tensor]:
-    """Liger's chunked GRPO with an advantage per token: a batch of sequences of one token, in one chunk, which is its fastest."""
+    """Liger's chunked GRPO with an advantage per token: a batch of sequences of one token, in one chunk, which is its
+    fastest.
+    """
     tokens = p.shape[0]
     ones = torch.ones(tokens, 1, device=p.hidden.device)
-    made = loss(beta=0.0, compiled=False, use_ref_model=False, chunk_size=tokens, epsilon_low=CLIP_LOW, epsilon_high=CLIP_HIGH,
-                loss_type="bnpo")
+    made = loss(
+        beta=0.0,
+        compiled=False,
+        use_ref_model=False,
+        chunk_size=tokens,
+        epsilon_low=CLIP_LOW,
+        epsilon_high=CLIP_HIGH,
+        loss_type="bnpo",
+    )
 
     def run(h: Tensor, w: Tensor) -> Tensor:
-        return made(h[:, None], w, p.targets[:, None], ones, p.advantages, old_per_token_logps=p.old_logprobs[:, None])[0]
+        return made(h[:, None], w, p.targets[:, None], ones, p.advantages, old_per_token_logps=p.old_logprobs[:, None])[
+            0
+        ]
+
     return run
 
 
@@ -136,8 +159,14 @@ def dpo(p: Problem, dtype: str, peers: dict[str, Callable]) -> LinearCase:
         return -F.logsigmoid(BETA * ((chosen - references[0]) - (rejected - references[1]))).mean()
 
     def ours(h: Tensor, w: Tensor) -> Tensor:
-        return rlkernels.linear_dpo_loss(h.view(2 * pairs, length, -1), w, part.targets.view(2 * pairs, length), beta=BETA,
-                                         ref_chosen_logps=references[0], ref_rejected_logps=references[1])
+        return rlkernels.linear_dpo_loss(
+            h.view(2 * pairs, length, -1),
+            w,
+            part.targets.view(2 * pairs, length),
+            beta=BETA,
+            ref_chosen_logps=references[0],
+            ref_rejected_logps=references[1],
+        )
 
     entries = {OURS: ours, EAGER: lambda h, w: loss(full_logits(h, w, part.targets))}
     if "trl_chunked" in peers:
@@ -162,7 +191,11 @@ def sft(p: Problem, dtype: str, peers: dict[str, Callable]) -> LinearCase:
 
 
 CASES: dict[str, Callable[[Problem, str, dict[str, Callable]], LinearCase]] = {
-    "linear_policy_loss": policy, "linear_token_stats": statistics, "linear_dpo_loss": dpo, "linear_sft_loss": sft}
+    "linear_policy_loss": policy,
+    "linear_token_stats": statistics,
+    "linear_dpo_loss": dpo,
+    "linear_sft_loss": sft,
+}
 
 
 def peers() -> tuple[dict[str, Callable], list[str]]:
@@ -180,8 +213,8 @@ def peers() -> tuple[dict[str, Callable], list[str]]:
 def wrong(case: LinearCase) -> list[str]:
     """Each answer of ours outside the error policy; empty when all are right.
 
-    A row quantity or a loss may err by the case's slack, in fp32 also twice as far as torch's full logits do; a gradient 5 % more than one
-    rounding to its dtype, plus the slack.
+    A row quantity or a loss may err by the case's slack, in fp32 also twice as far as torch's full logits do; a
+    gradient 5 % more than one rounding to its dtype, plus the slack.
     """
     faults, eager = [], case.named(EAGER)
     torch_errors = eager.errors if eager and case.dtype == "fp32" else {}
@@ -191,7 +224,11 @@ def wrong(case: LinearCase) -> list[str]:
             if quantity.endswith(" rounding"):
                 continue
             once = errors.get(f"{quantity} rounding")
-            bound = judge.slack[quantity] + 2 * torch_errors.get(quantity, 0.0) if once is None else 1.05 * once + judge.slack["gradient"]
+            bound = (
+                judge.slack[quantity] + 2 * torch_errors.get(quantity, 0.0)
+                if once is None
+                else 1.05 * once + judge.slack["gradient"]
+            )
             if not error <= bound:
                 faults.append(f"{case.name}, {name}: error of {quantity} is {error:.3g}, allowed is {bound:.3g}")
     return faults

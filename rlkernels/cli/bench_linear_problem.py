@@ -1,4 +1,5 @@
-"""The measured problem of the fused head: hidden states, a head, and the float64 truth of every log-probability and of sampled gradients.
+"""The measured problem of the fused head: hidden states, a head, and the float64 truth of every log-probability and of
+sampled gradients.
 
 The device is that of its tensors: the benchmarks of CPU and GPU share it.
 """
@@ -19,7 +20,9 @@ EPS = torch.finfo(torch.float32).eps
 
 @dataclass
 class Problem:
-    """``rows`` and ``columns``: where gradients of hidden states and of the head are checked; ``half``: every second token."""
+    """``rows`` and ``columns``: where gradients of hidden states and of the head are checked; ``half``: every second
+    token.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -58,7 +61,8 @@ class Truth:
 def make(device: torch.device, tokens: int, hidden: int, vocab: int, dtype: str, seed: int = 0) -> Problem:
     """Logits of standard deviation 2; every second target has a probability near 1, as under a trained policy.
 
-    The ratios lie between 0.9 and 1.1 and no advantage is 0: every token has a gradient, none is clipped, no product may be skipped.
+    The ratios lie between 0.9 and 1.1 and no advantage is 0: every token has a gradient, none is clipped, no product
+    may be skipped.
     """
     draw = torch.Generator(device=device).manual_seed(seed)
     weight = torch.empty(vocab, hidden, dtype=DTYPES[dtype], device=device)
@@ -75,7 +79,10 @@ def make(device: torch.device, tokens: int, hidden: int, vocab: int, dtype: str,
     spread = torch.linspace(0, vocab - 1, min(CHECKED_COLUMNS, vocab)).long().to(device)
     columns = torch.unique(torch.cat([targets[rows], spread]))
     half = torch.arange(tokens, device=device) % 4 < 2  # pairs: both kinds of token in each half
-    old_logprobs, advantages = found.logp.float() + 0.2 * drift - 0.1, torch.where(noise[0] < 0, -1.0, 1.0) * (0.5 + size)
+    old_logprobs, advantages = (
+        found.logp.float() + 0.2 * drift - 0.1,
+        torch.where(noise[0] < 0, -1.0, 1.0) * (0.5 + size),
+    )
     return Problem(x, weight, targets, old_logprobs, advantages, noise[1], half, rows, columns, found)
 
 
@@ -83,8 +90,12 @@ def first(p: Problem, tokens: int) -> Problem:
     """The problem of the first so many tokens."""
     if tokens == p.hidden.shape[0]:
         return p
-    cut = {f.name: getattr(p, f.name)[:tokens] for f in fields(p) if f.name not in ("weight", "rows", "columns", "truth")}
-    return replace(p, **cut, rows=p.rows[p.rows < tokens], truth=Truth(*(getattr(p.truth, f.name)[:tokens] for f in fields(Truth))))
+    cut = {
+        f.name: getattr(p, f.name)[:tokens] for f in fields(p) if f.name not in ("weight", "rows", "columns", "truth")
+    }
+    return replace(
+        p, **cut, rows=p.rows[p.rows < tokens], truth=Truth(*(getattr(p.truth, f.name)[:tokens] for f in fields(Truth)))
+    )
 
 
 def _blocks(vocab: int, rows: int) -> list[slice]:
@@ -103,17 +114,26 @@ def truth(hidden: Tensor, weight: Tensor, targets: Tensor) -> Truth:
         scale, e = (shift - top).exp(), (x - top[:, None]).exp_()
         total, first, shift = total * scale + e.sum(1), first * scale + e.mul_(x).sum(1), top
         inside = (targets >= block.start) & (targets < block.stop)
-        picked = torch.where(inside, x.gather(1, (targets - block.start).clamp(0, x.shape[1] - 1)[:, None])[:, 0], picked)
+        picked = torch.where(
+            inside, x.gather(1, (targets - block.start).clamp(0, x.shape[1] - 1)[:, None])[:, 0], picked
+        )
     lse = shift + total.log()
     return Truth(lse, picked - lse, lse - first / total)
 
 
 def gradients(p: Problem, dlogp: Tensor, dentropy: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """float64 gradients of ``hidden[rows]`` and of ``weight[columns]`` from those of log-probability and entropy, ``[T]``."""
+    """float64 gradients of ``hidden[rows]`` and of ``weight[columns]`` from those of log-probability and entropy,
+    ``[T]``.
+    """
+
     def dlogits(x: Tensor, ids: Tensor, index: object) -> Tensor:
         gap = x - p.truth.lse[index][:, None]
         d = dlogp.double()[index][:, None] * ((p.targets[index][:, None] == ids).double() - gap.exp())
-        return d if dentropy is None else d - dentropy.double()[index][:, None] * gap.exp() * (gap + p.truth.entropy[index][:, None])
+        return (
+            d
+            if dentropy is None
+            else d - dentropy.double()[index][:, None] * gap.exp() * (gap + p.truth.entropy[index][:, None])
+        )
 
     wide, all_ids = p.hidden.double(), torch.arange(p.weight.shape[0], device=p.weight.device)
     some, dhidden = wide[p.rows], torch.zeros_like(wide[p.rows])
@@ -124,17 +144,24 @@ def gradients(p: Problem, dlogp: Tensor, dentropy: Tensor | None = None) -> tupl
 
 
 def products(p: Problem, count: int = 3) -> Callable[[object], tuple[Tensor, Tensor]]:
-    """Bytes that cannot be avoided: the logits (again where they are formed again) and the two gradients, in the operands' dtype, results new."""
+    """Bytes that cannot be avoided: the logits (again where they are formed again) and the two gradients, in the
+    operands' dtype, results new.
+    """
+
     def run(_: object) -> tuple[Tensor, Tensor]:
         for _ in range(count - 2):
             d = p.hidden @ p.weight.T
         return d @ p.weight, d.T @ p.hidden
+
     return run
 
 
 def products_check(p: Problem) -> Callable[[tuple[Tensor, Tensor]], dict[str, float]]:
     """Error of the first result of ``products`` on the checked rows: the floor does the work that it stands for."""
-    some, expected = p.hidden[p.rows].double(), torch.zeros(len(p.rows), p.hidden.shape[1], dtype=torch.float64, device=p.hidden.device)
+    some, expected = (
+        p.hidden[p.rows].double(),
+        torch.zeros(len(p.rows), p.hidden.shape[1], dtype=torch.float64, device=p.hidden.device),
+    )
     for block in _blocks(p.weight.shape[0], len(p.rows)):
         columns = p.weight[block].double()
         expected += some @ columns.T @ columns
@@ -153,24 +180,35 @@ def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class Judge:
-    """Errors against float64: the largest of a row quantity, absolute of a loss, relative (Frobenius) of a gradient on its sample.
+    """Errors against float64: the largest of a row quantity, absolute of a loss, relative (Frobenius) of a gradient on
+    its sample.
 
     Attributes:
-        slack: what each error may be beside the one rounding of a gradient to its dtype. Given: what the loss loses to its fp32 sums.
+        slack: what each error may be beside the one rounding of a gradient to its dtype. Given: what the loss loses to
+            its fp32 sums.
     """
 
-    def __init__(self, problem: Problem, loss: Callable[[Tensor], Tensor] | None, dentropy: Tensor | None = None,
-                 slack: float = 0.0) -> None:
-        """``loss`` takes log-probabilities ``[T]``; None: the statistics themselves, with the problem's upstream gradients."""
+    def __init__(
+        self,
+        problem: Problem,
+        loss: Callable[[Tensor], Tensor] | None,
+        dentropy: Tensor | None = None,
+        slack: float = 0.0,
+    ) -> None:
+        """``loss`` takes log-probabilities ``[T]``; None: the statistics themselves, with the problem's upstream
+        gradients.
+        """
         self.problem, self.loss = problem, None
         dlogp = problem.dlogp
         if loss is not None:
             leaf = problem.truth.logp.clone().requires_grad_()
             self.loss = loss(leaf)
-            dlogp, = torch.autograd.grad(self.loss, leaf)
+            (dlogp,) = torch.autograd.grad(self.loss, leaf)
         self.expected = gradients(problem, dlogp, dentropy)
         four = 4 * EPS
-        self.slack = {name: four * max(1.0, getattr(problem.truth, name).abs().max().item()) for name in ("logp", "entropy")}
+        self.slack = {
+            name: four * max(1.0, getattr(problem.truth, name).abs().max().item()) for name in ("logp", "entropy")
+        }
         self.slack["gradient"] = 4e-6 + slack
         self.slack["loss"] = 2e-6 * max(1.0, abs(self.loss.item())) + slack if loss is not None else 0.0
 
@@ -180,8 +218,11 @@ class Judge:
             errors = {"loss": (found.detach().double() - self.loss.detach()).abs().item()}
         else:
             found = found if isinstance(found, tuple) else (found,)
-            errors = {name: (x.detach().double() - getattr(self.problem.truth, name)).abs().max().item()
-                      for name, x in zip(("logp", "entropy"), found, strict=False) if x is not None}
+            errors = {
+                name: (x.detach().double() - getattr(self.problem.truth, name)).abs().max().item()
+                for name, x in zip(("logp", "entropy"), found, strict=False)
+                if x is not None
+            }
         where = self.problem.rows, self.problem.columns
         for name, grad, index, expected in zip(("dhidden", "dweight"), grads, where, self.expected, strict=True):
             once = expected.to(grad.dtype).double()

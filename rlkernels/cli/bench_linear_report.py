@@ -11,8 +11,17 @@ from rlkernels.cli.bench_timing import Contender
 TOKENS, HIDDEN, VOCABULARIES = (512, 2048), 512, (32000, 128256)
 """The shapes for which the figures to reach are stated; both dtypes."""
 QUANTITIES = ("loss", "logp", "entropy", "dhidden", "dweight")
-HEADER = ["", "median ms", "quartiles", "x ours", "x products", "GFLOP/s", "extra MB", "beyond gradients",
-          *(f"{q} err" for q in QUANTITIES)]
+HEADER = [
+    "",
+    "median ms",
+    "quartiles",
+    "x ours",
+    "x products",
+    "GFLOP/s",
+    "extra MB",
+    "beyond gradients",
+    *(f"{q} err" for q in QUANTITIES),
+]
 
 
 def stated(case: LinearCase) -> bool:
@@ -28,9 +37,17 @@ def beyond_gradients(case: LinearCase, contender: Contender) -> int | None:
 def row(case: LinearCase, c: Contender) -> list[str]:
     base, bare = case.named(OURS), case.named(bench_linear_cases.floor(case.products))
     low, high = c.quartiles
-    return [c.name, f"{1e3 * c.median:.2f}", f"{1e3 * low:.2f}-{1e3 * high:.2f}", f"{c.median / base.median:.2f}",
-            f"{c.median / bare.median:.2f}", f"{case.operations / c.median / 1e9:.0f}", megabytes(c.extra_bytes), megabytes(beyond_gradients(case, c)),
-            *(f"{c.errors[q]:.1e}" if q in c.errors else "-" for q in QUANTITIES)]
+    return [
+        c.name,
+        f"{1e3 * c.median:.2f}",
+        f"{1e3 * low:.2f}-{1e3 * high:.2f}",
+        f"{c.median / base.median:.2f}",
+        f"{c.median / bare.median:.2f}",
+        f"{case.operations / c.median / 1e9:.0f}",
+        megabytes(c.extra_bytes),
+        megabytes(beyond_gradients(case, c)),
+        *(f"{c.errors[q]:.1e}" if q in c.errors else "-" for q in QUANTITIES),
+    ]
 
 
 def targets(case: LinearCase, budget: int) -> list[Target]:
@@ -42,7 +59,12 @@ def targets(case: LinearCase, budget: int) -> list[Target]:
         Target("time over three bare products", ratio(case, OURS, bench_linear_cases.floor(3)), 1.25, False),
         Target("times faster than torch eager", ratio(case, EAGER, OURS), 1.3, True),
         Target(f"times faster than {TRL}", ratio(case, TRL, OURS), 2.4, True),
-        Target("peak beside inputs and gradients, over the budget of logits", None if peak is None else peak / budget, 1.05, False),
+        Target(
+            "peak beside inputs and gradients, over the budget of logits",
+            None if peak is None else peak / budget,
+            1.05,
+            False,
+        ),
         Target("time with half of the tokens masked, over that of all", ratio(case, HALF, OURS), 0.6, False),
     ]
 
@@ -57,30 +79,70 @@ def show(cases: Sequence[LinearCase], budget: int, plain: bool) -> None:
     """Prints a table per case, then the figures to reach, a line per shape."""
     for case in cases:
         tables.show(case.name, *without_empty_columns(HEADER, [row(case, c) for c in case.contenders]), plain=plain)
-    print("\nx products: over the bare products of the operands' dtype that the work cannot avoid; GFLOP/s counts those and nothing else.")
-    print("extra MB: peak beside the inputs (torch's allocator or the resident set, the larger); beyond gradients: less two gradients in fp32.")
-    print("Errors against float64: of the loss, of all log-probabilities and entropies the largest, of gradients relative (Frobenius) on")
+    print(
+        "\nx products: over the bare products of the operands' dtype that the work cannot avoid; GFLOP/s counts "
+        "those and nothing else."
+    )
+    print(
+        "extra MB: peak beside the inputs (torch's allocator or the resident set, the larger); beyond gradients: "
+        "less two gradients in fp32."
+    )
+    print(
+        "Errors against float64: of the loss, of all log-probabilities and entropies the largest, of gradients "
+        "relative (Frobenius) on"
+    )
     print("sampled rows of each.")
     judged = [(case, goals) for case in cases if (goals := targets(case, budget))]
     if judged:
         header = ["linear_policy_loss", *(f"{g.text} {'>=' if g.at_least else '<='} {g.bound:g}" for g in judged[0][1])]
         rows = [[f"{case.dtype} {list(case.shape)}", *(cell(case, g) for g in goals)] for case, goals in judged]
         transposed = [list(column) for column in zip(header, *rows, strict=True)]
-        tables.show(f"Figures to reach; budget of logits {budget / 2**20:.0f} MiB", transposed[0], transposed[1:], plain=plain)
+        tables.show(
+            f"Figures to reach; budget of logits {budget / 2**20:.0f} MiB", transposed[0], transposed[1:], plain=plain
+        )
 
 
 def record(cases: Sequence[LinearCase], budget: int) -> dict[str, object]:
     """The figures as plain data."""
+
     def entry(case: LinearCase, c: Contender) -> dict[str, object]:
-        return {"name": c.name, "ours": c.ours, "median_s": c.median, "quartiles_s": list(c.quartiles), "samples_s": c.samples,
-                "flops_per_s": case.operations / c.median, "peak_bytes": c.peak_bytes, "resident_bytes": c.resident_bytes,
-                "beyond_gradients_bytes": beyond_gradients(case, c), "errors": c.errors}
+        return {
+            "name": c.name,
+            "ours": c.ours,
+            "median_s": c.median,
+            "quartiles_s": list(c.quartiles),
+            "samples_s": c.samples,
+            "flops_per_s": case.operations / c.median,
+            "peak_bytes": c.peak_bytes,
+            "resident_bytes": c.resident_bytes,
+            "beyond_gradients_bytes": beyond_gradients(case, c),
+            "errors": c.errors,
+        }
 
     def goal(case: LinearCase, g: Target) -> dict[str, object]:
-        return {"text": g.text, "bound": g.bound, "at_least": g.at_least, "value": g.value, "met": g.met,
-                "shape_of_the_statement": stated(case)}
+        return {
+            "text": g.text,
+            "bound": g.bound,
+            "at_least": g.at_least,
+            "value": g.value,
+            "met": g.met,
+            "shape_of_the_statement": stated(case),
+        }
 
-    return {"logits_budget_bytes": budget, "cases": [
-        {"name": case.name, "kind": case.kind, "dtype": case.dtype, "shape": list(case.shape), "products": case.products,
-         "operations": case.operations, "gradient_bytes": case.gradient_bytes, "contenders": [entry(case, c) for c in case.contenders],
-         "targets": [goal(case, g) for g in targets(case, budget)]} for case in cases]}
+    return {
+        "logits_budget_bytes": budget,
+        "cases": [
+            {
+                "name": case.name,
+                "kind": case.kind,
+                "dtype": case.dtype,
+                "shape": list(case.shape),
+                "products": case.products,
+                "operations": case.operations,
+                "gradient_bytes": case.gradient_bytes,
+                "contenders": [entry(case, c) for c in case.contenders],
+                "targets": [goal(case, g) for g in targets(case, budget)],
+            }
+            for case in cases
+        ],
+    }

@@ -34,11 +34,13 @@ class Problem:
 
 
 def make(tokens: int, vocab: int, dtype: str, seed: int = 0) -> Problem:
-    """Logits of standard deviation 3; every second target is raised to a probability near 1, as a trained policy has them."""
+    """Logits of standard deviation 3; every second target is raised to a probability near 1, as a trained policy has
+    them.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.empty(tokens, vocab, dtype=DTYPES[dtype])
     for start in range(0, tokens, 64):  # in pieces: the fp32 draw of the whole would be twice the size of the problem
-        piece = logits[start:start + 64]
+        piece = logits[start : start + 64]
         piece.copy_(torch.randn(piece.shape, generator=generator) * 3.0)
     targets = torch.randint(vocab, (tokens,), generator=generator)
     logits[torch.arange(0, tokens, 2), targets[::2]] = 20.0
@@ -95,9 +97,11 @@ def truth(problem: Problem) -> Truth:
     x = problem.logits[rows].double().requires_grad_()
     logp, entropy = _stats64(x, problem.targets[rows])
     terms = policy_terms(logp, entropy, *(c[rows] for c in columns))
-    dlogits_logp, = torch.autograd.grad(logp, x, problem.dlogp[rows].double(), retain_graph=True)
-    dlogits_policy, = torch.autograd.grad(terms.sum() / tokens, x)
+    (dlogits_logp,) = torch.autograd.grad(logp, x, problem.dlogp[rows].double(), retain_graph=True)
+    (dlogits_policy,) = torch.autograd.grad(terms.sum() / tokens, x)
     loss = torch.zeros((), dtype=torch.float64)
     for index in torch.arange(tokens).split(64):
-        loss += policy_terms(*_stats64(problem.logits[index], problem.targets[index]), *(c[index] for c in columns)).sum()
+        loss += policy_terms(
+            *_stats64(problem.logits[index], problem.targets[index]), *(c[index] for c in columns)
+        ).sum()
     return Truth(logp.detach(), entropy.detach(), dlogits_logp, dlogits_policy, loss / tokens)

@@ -59,13 +59,34 @@ def megabytes(size: int | None) -> str:
 def row(case: Case, contender: Contender, read_bandwidth: float) -> list[str]:
     low, high = contender.quartiles
     ours = case.named(OURS)
-    errors = [f"{contender.errors[q]:.1e}" if q in contender.errors else "-" for q in ("logp", "entropy", "loss", "gradient")]
+    errors = [
+        f"{contender.errors[q]:.1e}" if q in contender.errors else "-" for q in ("logp", "entropy", "loss", "gradient")
+    ]
     return [
-        contender.name, f"{1e3 * contender.median:.2f}", f"{1e3 * low:.2f}-{1e3 * high:.2f}", f"{contender.median / ours.median:.2f}",
-        f"{contender.bandwidth / 1e9:.1f}", f"{100 * contender.bandwidth / read_bandwidth:.0f}", megabytes(contender.extra_bytes), *errors]
+        contender.name,
+        f"{1e3 * contender.median:.2f}",
+        f"{1e3 * low:.2f}-{1e3 * high:.2f}",
+        f"{contender.median / ours.median:.2f}",
+        f"{contender.bandwidth / 1e9:.1f}",
+        f"{100 * contender.bandwidth / read_bandwidth:.0f}",
+        megabytes(contender.extra_bytes),
+        *errors,
+    ]
 
 
-HEADER = ["", "median ms", "quartiles", "x ours", "GB/s", "% of read", "extra MB", "logp err", "entropy err", "loss err", "grad err"]
+HEADER = [
+    "",
+    "median ms",
+    "quartiles",
+    "x ours",
+    "GB/s",
+    "% of read",
+    "extra MB",
+    "logp err",
+    "entropy err",
+    "loss err",
+    "grad err",
+]
 
 
 def without_empty_columns(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
@@ -73,20 +94,46 @@ def without_empty_columns(header: list[str], rows: list[list[str]]) -> tuple[lis
     return [header[c] for c in kept], [[row[c] for c in kept] for row in rows]
 
 
-def show(cases: Sequence[Case], reader: Contender, goals: Sequence[Target], shape: tuple[int, int, str], plain: bool) -> None:
+def show(
+    cases: Sequence[Case], reader: Contender, goals: Sequence[Target], shape: tuple[int, int, str], plain: bool
+) -> None:
     """Prints a table per case, then the targets."""
     for case in cases:
-        tables.show(case.name, *without_empty_columns(HEADER, [row(case, c, reader.bandwidth) for c in case.contenders]), plain=plain)
+        tables.show(
+            case.name,
+            *without_empty_columns(HEADER, [row(case, c, reader.bandwidth) for c in case.contenders]),
+            plain=plain,
+        )
     low, high = (reader.moved / s / 1e9 for s in reversed(reader.quartiles))
-    print(f"\nread bandwidth of this machine in this run: {reader.bandwidth / 1e9:.1f} GB/s (quartiles {low:.1f}-{high:.1f}), "
-          f"{reader.name}, {reader.moved / 2**20:.0f} MiB")
-    print("GB/s: bytes that the work must move at least, over the median. extra MB: the larger of the peak of torch's allocator")
-    print("(torch.profiler) and the growth of the resident set, each above its level at the start, in a run of its own. Errors: against")
-    print("float64 on a few rows, the largest; of a gradient, relative (Frobenius), its one rounding to the dtype of the logits included.")
+    print(
+        f"\nread bandwidth of this machine in this run: {reader.bandwidth / 1e9:.1f} GB/s (quartiles "
+        f"{low:.1f}-{high:.1f}), "
+        f"{reader.name}, {reader.moved / 2**20:.0f} MiB"
+    )
+    print(
+        "GB/s: bytes that the work must move at least, over the median. extra MB: the larger of the peak of torch's "
+        "allocator"
+    )
+    print(
+        "(torch.profiler) and the growth of the resident set, each above its level at the start, in a run of its "
+        "own. Errors: against"
+    )
+    print(
+        "float64 on a few rows, the largest; of a gradient, relative (Frobenius), its one rounding to the dtype of "
+        "the logits included."
+    )
     named = f"{REFERENCE_SHAPE[2]} [{REFERENCE_SHAPE[0]}, {REFERENCE_SHAPE[1]}]"
     rows = []
     for goal in goals:
-        verdict = "not measured" if goal.met is None else "other shape" if shape != REFERENCE_SHAPE else "met" if goal.met else "NOT MET"
+        verdict = (
+            "not measured"
+            if goal.met is None
+            else "other shape"
+            if shape != REFERENCE_SHAPE
+            else "met"
+            if goal.met
+            else "NOT MET"
+        )
         value = "-" if goal.value is None else f"{goal.value:.3g}"
         rows.append([goal.text, f"{'>=' if goal.at_least else '<='} {goal.bound:g}", value, verdict])
     tables.show(f"Targets, stated for {named}", ["target", "bound", "this run", "verdict"], rows, plain=plain)
@@ -94,14 +141,28 @@ def show(cases: Sequence[Case], reader: Contender, goals: Sequence[Target], shap
 
 def record(cases: Sequence[Case], reader: Contender, goals: Sequence[Target]) -> dict[str, object]:
     """The figures as plain data."""
-    def entry(c: Contender) -> dict[str, object]:
-        return {"name": c.name, "median_s": c.median, "quartiles_s": list(c.quartiles), "samples_s": c.samples, "moved_bytes": c.moved,
-                "bytes_per_s": c.bandwidth, "fraction_of_read": c.bandwidth / reader.bandwidth, "peak_bytes": c.peak_bytes,
-                "resident_bytes": c.resident_bytes, "errors": c.errors}
 
-    return {"read_bandwidth": entry(reader),
-            "cases": [{"name": case.name, "contenders": [entry(c) for c in case.contenders]} for case in cases],
-            "targets": [{"text": g.text, "bound": g.bound, "at_least": g.at_least, "value": g.value, "met": g.met} for g in goals]}
+    def entry(c: Contender) -> dict[str, object]:
+        return {
+            "name": c.name,
+            "median_s": c.median,
+            "quartiles_s": list(c.quartiles),
+            "samples_s": c.samples,
+            "moved_bytes": c.moved,
+            "bytes_per_s": c.bandwidth,
+            "fraction_of_read": c.bandwidth / reader.bandwidth,
+            "peak_bytes": c.peak_bytes,
+            "resident_bytes": c.resident_bytes,
+            "errors": c.errors,
+        }
+
+    return {
+        "read_bandwidth": entry(reader),
+        "cases": [{"name": case.name, "contenders": [entry(c) for c in case.contenders]} for case in cases],
+        "targets": [
+            {"text": g.text, "bound": g.bound, "at_least": g.at_least, "value": g.value, "met": g.met} for g in goals
+        ],
+    }
 
 
 def save(path: Path, data: dict[str, object]) -> None:
@@ -119,7 +180,9 @@ def plot(path: Path, cases: Sequence[Case], title: str) -> None:
         names = [c.name for c in case.contenders]
         medians = [1e3 * c.median for c in case.contenders]
         spread = [[1e3 * abs(c.median - c.quartiles[side]) for c in case.contenders] for side in (0, 1)]
-        bars = panel.barh(names, medians, xerr=spread, color=["#1f77b4" if c.ours else "#b0b0b0" for c in case.contenders])
+        bars = panel.barh(
+            names, medians, xerr=spread, color=["#1f77b4" if c.ours else "#b0b0b0" for c in case.contenders]
+        )
         panel.bar_label(bars, [f"{m:.1f}" for m in medians], padding=4)
         panel.margins(x=0.12)
         panel.invert_yaxis()

@@ -73,7 +73,10 @@ def race(contenders: Sequence[Contender], rounds: int, warmup: int = 2) -> None:
 
 
 def once(contender: Contender) -> float:
-    """Seconds of one run. The outputs are freed after the clock has stopped: they are needed by whoever asked for them."""
+    """Seconds of one run.
+
+    The outputs are freed after the clock has stopped: they are needed by whoever asked for them.
+    """
     state = contender.prepare()
     enabled = gc.isenabled()
     gc.disable()
@@ -112,11 +115,14 @@ def memory(contender: Contender) -> None:
     """Peak of extra memory in one run outside the clock.
 
     ``peak_bytes`` is the high-water mark of torch's allocator above its level at the start (``torch.profiler`` with
-    ``profile_memory``); ``resident_bytes`` is the growth of the process's resident set (Linux), which also sees memory that
-    a kernel takes behind torch's back.
+    ``profile_memory``); ``resident_bytes`` is the growth of the process's resident set (Linux), which also sees memory
+    that a kernel takes behind torch's back.
     """
     state = contender.prepare()
-    with silent(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with (
+        silent(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         outputs = contender.run(state)
     level = peak = 0
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -149,9 +155,12 @@ def _status(key: str) -> int:
 
 
 def reader(quick: bool = False, rounds: int = 5) -> Contender:
-    """The fastest read-only reduction of torch over a buffer of at least four last-level caches: this machine's read bandwidth."""
+    """The fastest read-only reduction of torch over a buffer of at least four last-level caches: this machine's read
+    bandwidth.
+    """
     size = max(2**26 if quick else 2**28, 4 * (machine.last_level_cache() or 2**25))
-    words = torch.full((size // 8,), 0x3F8000003F800000, dtype=torch.int64)  # 1.0 twice: no subnormals for the fp32 view
+    # 1.0 twice: no subnormals for the fp32 view.
+    words = torch.full((size // 8,), 0x3F8000003F800000, dtype=torch.int64)
     floats = words.view(torch.float32)
     reductions = {"int64 sum": words.sum, "int64 max": words.max, "fp32 amax": floats.amax}
     contenders = [Contender(f"read only ({name})", lambda _, f=f: f(), moved=size) for name, f in reductions.items()]

@@ -68,8 +68,8 @@ def _git(root: Path, *arguments: str) -> str | None:
 def sources() -> dict[str, object]:
     """Digests of the code that runs, and the commit of the checkout it came from.
 
-    An installed package does not know its commit: the checkout in the current folder is named only if its ``rlkernels`` is
-    byte for byte the one that was imported.
+    An installed package does not know its commit: the checkout in the current folder is named only if its ``rlkernels``
+    is byte for byte the one that was imported.
     """
     package = Path(__file__).resolve().parents[1]
     found: dict[str, object] = dict.fromkeys(("native_sha256", "csrc_sha256", "commit", "dirty"))
@@ -77,7 +77,11 @@ def sources() -> dict[str, object]:
     for path in package.glob("_cpu*.so"):
         found["native_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     for root in (package.parent, Path.cwd()):
-        if (root / "csrc").is_dir() and (root / "rlkernels").is_dir() and digest(root / "rlkernels") == found["package_sha256"]:
+        if (
+            (root / "csrc").is_dir()
+            and (root / "rlkernels").is_dir()
+            and digest(root / "rlkernels") == found["package_sha256"]
+        ):
             found["csrc_sha256"] = digest(root / "csrc")
             found["commit"] = _git(root, "rev-parse", "HEAD")
             status = _git(root, "status", "--porcelain", "--untracked-files=no")
@@ -88,5 +92,11 @@ def sources() -> dict[str, object]:
 
 def describe() -> dict[str, object]:
     """Machine, versions and sources, for the JSON beside a figure."""
-    return {"processor": processor(), "cores": cores(), "last_level_cache_bytes": last_level_cache(), "platform": platform.platform(),
-            "versions": versions(), "sources": sources()}
+    return {
+        "processor": processor(),
+        "cores": cores(),
+        "last_level_cache_bytes": last_level_cache(),
+        "platform": platform.platform(),
+        "versions": versions(),
+        "sources": sources(),
+    }

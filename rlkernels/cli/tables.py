@@ -42,6 +42,8 @@ def text(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     right = [c > 0 and numeric(rows, c) for c in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        return "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(cells, widths, right, strict=True)).rstrip()
+        return "  ".join(
+            cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(cells, widths, right, strict=True)
+        ).rstrip()
 
     return "\n".join(["", title, line(header), line(["-" * w for w in widths]), *map(line, rows)]) + "\n"

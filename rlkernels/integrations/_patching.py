@@ -8,7 +8,8 @@ from typing import Any
 
 
 class Ledger:
-    """Counts of how often each seam was served by our kernels, and how often, and why, a call went to the original instead.
+    """Counts of how often each seam was served by our kernels, and how often, and why, a call went to the original
+    instead.
 
     ``strict``: an input outside our domain raises; otherwise it is handed to the original and counted.
     """
@@ -39,9 +40,15 @@ class Replacement:
         self.ledger.calls[self.name] += 1
 
     def delegate(self, reason: str):
-        """Returns the original for a call outside our domain, or raises under ``strict`` and where there is no original."""
+        """Returns the original for a call outside our domain, or raises under ``strict`` and where there is no
+        original.
+        """
         if self.ledger.strict or self.original is None:
-            cure = "there is no original to hand it to" if self.original is None else "patch(strict=False) hands such calls to the original"
+            cure = (
+                "there is no original to hand it to"
+                if self.original is None
+                else ("patch(strict=False) hands such calls to the original")
+            )
             raise RuntimeError(f"{self.name}: {reason}; {cure}")
         self.ledger.delegations[self.name, reason] += 1
         return self.original
@@ -71,7 +78,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """The report of ``patch``, one line per attribute; ``skipped`` holds a line, with the reason, for each seam that this host lacks."""
+    """The report of ``patch``, one line per attribute; ``skipped`` holds a line, with the reason, for each seam that
+    this host lacks.
+    """
 
     host: str
     replaced: tuple[str, ...] = ()
@@ -83,7 +92,9 @@ class PatchReport:
 
 @dataclass(frozen=True)
 class PatchStatus:
-    """Attributes that hold our objects now, and the counts since they were patched: per seam, and per (seam, reason) for delegations."""
+    """Attributes that hold our objects now, and the counts since they were patched: per seam, and per (seam, reason)
+    for delegations.
+    """
 
     replaced: tuple[str, ...] = ()
     calls: dict[str, int] = field(default_factory=dict)
@@ -101,7 +112,12 @@ def holders(package: str, value: Any) -> tuple[tuple[Any, str], ...]:
 
     ``vars`` and not ``getattr``: a lazy module would import half of its package to answer.
     """
-    return tuple((module, name) for module in loaded_modules(package) for name, held in list(vars(module).items()) if held is value)
+    return tuple(
+        (module, name)
+        for module in loaded_modules(package)
+        for name, held in list(vars(module).items())
+        if held is value
+    )
 
 
 def require_signature(host: str, name: str, function: Any, known: tuple[tuple[str, ...], ...]):

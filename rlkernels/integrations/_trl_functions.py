@@ -20,30 +20,49 @@ class FusedHead(Replacement):
     """
 
     def apply(
-        self, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0, outputs=OUTPUTS,
+        self,
+        hidden,
+        weight,
+        bias,
+        targets,
+        temperature,
+        chunk_size,
+        final_logit_softcapping=None,
+        logit_scale=1.0,
+        outputs=OUTPUTS,
     ):
         """``log softmax(softcap(scale (h W + b)) / T)`` of the targets, with TRL's four optional statistics.
 
         Args:
             hidden, weight, bias, targets: ``[N, H]``, ``[V, H]``, ``[V]`` or None, ``[N]``.
-            chunk_size: TRL's tile along the vocabulary; our chunks run along the tokens, and the result depends on neither.
+            chunk_size: TRL's tile along the vocabulary; our chunks run along the tokens, and the result depends on
+                neither.
 
         Returns:
-            ``(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1)``, None for what ``outputs`` does not name. Gradients flow
-            through the first two.
+            ``(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1)``, None for what ``outputs`` does not name.
+            Gradients flow through the first two.
         """
         reason = self._outside(hidden, weight, bias, outputs)
         if reason is not None:
             return self.delegate(reason).apply(
-                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
+                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+            )
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
-        # The head runs in the dtype of the hidden states, as TRL's does, and outside autocast, which would round the fp32 logits again.
+        # The head runs in the dtype of the hidden states, as TRL's does, and outside autocast, which would round the
+        # fp32 logits again.
         with torch.autocast(device, enabled=False):
             stats = linear_token_stats(
-                hidden, weight.to(hidden.dtype), targets, bias=None if bias is None else bias.to(hidden.dtype), temperature=temperature,
-                softcap=final_logit_softcapping, logit_scale=logit_scale, outputs=tuple(name for name in OUTPUTS if name in outputs))
+                hidden,
+                weight.to(hidden.dtype),
+                targets,
+                bias=None if bias is None else bias.to(hidden.dtype),
+                temperature=temperature,
+                softcap=final_logit_softcapping,
+                logit_scale=logit_scale,
+                outputs=tuple(name for name in OUTPUTS if name in outputs),
+            )
         self.served()
         return (stats.logprobs, *(getattr(stats, name) if name in outputs else None for name in OUTPUTS))
 
@@ -51,7 +70,9 @@ class FusedHead(Replacement):
     def _outside(hidden, weight, bias, outputs) -> str | None:
         if weight.numel() == 0 and hidden.shape[-1] != 0:
             expected = f"[V, {hidden.shape[-1]}]"
-            raise ValueError(f"weight must have shape {expected}, got {tuple(weight.shape)}: gather the sharded head before the call")
+            raise ValueError(
+                f"weight must have shape {expected}, got {tuple(weight.shape)}: gather the sharded head before the call"
+            )
         if hasattr(weight, "ds_id") or (bias is not None and hasattr(bias, "ds_id")):
             return "the head is sharded by ZeRO-3, and its backward would read it after TRL released it"
         if isinstance(weight, DTensor) or isinstance(hidden, DTensor) or isinstance(bias, DTensor):
@@ -79,11 +100,15 @@ class LogprobEntropy(Replacement):
 
 
 class LogSigmoid(Replacement):
-    """``nn.functional.logsigmoid`` of RewardTrainer: one value per pair, fp32; mean, margin and centring stay the trainer's."""
+    """``nn.functional.logsigmoid`` of RewardTrainer: one value per pair, fp32; mean, margin and centring stay the
+    trainer's.
+    """
 
     def __call__(self, input):
         if not isinstance(input, torch.Tensor) or input.device.type not in DEVICES or input.dtype not in FLOATS:
-            return self.delegate(f"{getattr(input, 'dtype', type(input))} on {getattr(input, 'device', 'no device')}")(input)
+            return self.delegate(f"{getattr(input, 'dtype', type(input))} on {getattr(input, 'device', 'no device')}")(
+                input
+            )
         margin = input.reshape(-1).to(torch.promote_types(input.dtype, torch.float32)).contiguous()
         _, value, _ = ops.elementwise("pairwise", margin, [], ops.numbers(()), None, ops.serving("elementwise", margin))
         self.served()

@@ -2,13 +2,15 @@
 
 TRL keeps its objectives, masks, metrics and normalisers; what is replaced is the arithmetic below them:
 
-======== =============================================== ==========================================================================
-level    attribute                                       serves
-======== =============================================== ==========================================================================
-fused    ``trl.trainer.utils._ChunkedLogProbFunction``   GRPO, RLOO, DPO, KTO, SFT: hidden states and head to log-probabilities
-logits   ``trl.trainer.utils._fused_logprob_entropy``    ``selective_log_softmax`` and its siblings, on a GPU with Triton
-pairs    ``nn`` of ``trl.trainer.reward_trainer``        RewardTrainer: ``logsigmoid`` of the reward margins
-======== =============================================== ==========================================================================
+======== ===============================================
+========================================================================== level    attribute
+serves ======== ===============================================
+========================================================================== fused
+``trl.trainer.utils._ChunkedLogProbFunction``   GRPO, RLOO, DPO, KTO, SFT: hidden states and head to log-probabilities
+logits   ``trl.trainer.utils._fused_logprob_entropy``    ``selective_log_softmax`` and its siblings, on a GPU with
+Triton pairs    ``nn`` of ``trl.trainer.reward_trainer``        RewardTrainer: ``logsigmoid`` of the reward margins
+======== ===============================================
+==========================================================================
 
 The attributes are private, so each is replaced only when its signature is a known one.
 """
@@ -22,7 +24,19 @@ from rlkernels.integrations._patching import PatchReport, PatchStatus, Plan
 LEVELS = ("fused", "logits", "pairs")
 SERIES = ("1.15", "1.16")
 
-HEAD = (("hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs"),)
+HEAD = (
+    (
+        "hidden",
+        "weight",
+        "bias",
+        "targets",
+        "temperature",
+        "chunk_size",
+        "final_logit_softcapping",
+        "logit_scale",
+        "outputs",
+    ),
+)
 HEAD_USER = (("model", "temperature", "cast_lm_head_to_fp32", "outputs"),)
 LOGITS = (("logits", "index", "temperature", "row_mask"),)
 COMPUTE_LOSS = (("self", "model", "inputs", "return_outputs", "num_items_in_batch"),)
@@ -33,12 +47,15 @@ _lock = threading.RLock()
 
 
 def patch(level: str = "all", strict: bool = True) -> PatchReport:
-    """Puts our kernels into TRL's seams. Works before and after TRL's trainers are imported or constructed; twice is once.
+    """Puts our kernels into TRL's seams.
+
+    Works before and after TRL's trainers are imported or constructed; twice is once.
 
     Args:
         level: ``"fused"``, ``"logits"``, ``"pairs"``, or ``"all"``.
-        strict: an input outside our domain raises. Otherwise it is handed to TRL's own function and counted with the reason. A TRL newer
-            than those tried is refused under ``strict``; otherwise it is accepted if every signature is a known one.
+        strict: an input outside our domain raises. Otherwise it is handed to TRL's own function and counted with the
+            reason. A TRL newer than those tried is refused under ``strict``; otherwise it is accepted if every
+            signature is a known one.
 
     Returns:
         One line per attribute that was replaced, and one, with the reason, per seam that this TRL does not have.
@@ -46,7 +63,8 @@ def patch(level: str = "all", strict: bool = True) -> PatchReport:
     Raises:
         ValueError: ``level`` is not one of the above.
         ImportError: TRL is not installed.
-        RuntimeError: this TRL's version or a signature is unknown, or another library has replaced the attribute. Nothing is replaced then.
+        RuntimeError: this TRL's version or a signature is unknown, or another library has replaced the attribute.
+            Nothing is replaced then.
     """
     if level not in (*LEVELS, "all"):
         raise ValueError(f"level must be one of {(*LEVELS, 'all')}, got {level!r}")
@@ -86,16 +104,27 @@ def unpatch() -> None:
         for plan in _plans.values():
             _require_ours("rlkernels", plan)
         for plan in _plans.values():
-            # Found again by identity: a module imported while the patch was on has bound our object under a name of its own.
-            for module, attribute in {**dict.fromkeys(plan.sites), **dict.fromkeys(_patching.holders("trl", plan.replacement))}:
+            # Found again by identity: a module imported while the patch was on has bound our object under a name of its
+            # own.
+            for module, attribute in {
+                **dict.fromkeys(plan.sites),
+                **dict.fromkeys(_patching.holders("trl", plan.replacement)),
+            }:
                 setattr(module, attribute, plan.replacement.original)
         _plans.clear()
 
 
 def status() -> PatchStatus:
-    """The attributes that are replaced now, and the calls and delegations counted since; the counts outlive ``unpatch`` until the next ``patch``."""
+    """The attributes that are replaced now, and the calls and delegations counted since; the counts outlive ``unpatch``
+    until the next ``patch``.
+    """
     with _lock:
-        held = [_patching.describe(site) for plan in _plans.values() for site in plan.sites if _held(site) is plan.replacement]
+        held = [
+            _patching.describe(site)
+            for plan in _plans.values()
+            for site in plan.sites
+            if _held(site) is plan.replacement
+        ]
         return PatchStatus(tuple(held), dict(_ledger.calls), dict(_ledger.delegations))
 
 
@@ -112,7 +141,9 @@ def _host(strict: bool) -> str:
     numbers = tuple(int(part) if part.isdigit() else 0 for part in series.split("."))
     if series not in SERIES and (strict or numbers < (1, 15)):
         newer = "; patch(strict=False) accepts a newer one whose signatures are known" if numbers > (1, 16) else ""
-        raise RuntimeError(f"TRL {version}: known are {', '.join(s + '.x' for s in SERIES)}; nothing was patched{newer}")
+        raise RuntimeError(
+            f"TRL {version}: known are {', '.join(s + '.x' for s in SERIES)}; nothing was patched{newer}"
+        )
     return f"TRL {version}"
 
 
@@ -138,12 +169,15 @@ def _plan_fused(host: str) -> Plan:
         raise RuntimeError(f"{host}: {_patching.describe(site)} does not exist; nothing was patched")
     original = _held(site)
     if original is None:
-        # TRL 1.15 without Triton leaves the seam empty and cannot train; the only signature left to check is that of its one user.
+        # TRL 1.15 without Triton leaves the seam empty and cannot train; the only signature left to check is that of
+        # its one user.
         _patching.require_signature(host, "add_fused_lm_head", utils.add_fused_lm_head, HEAD_USER)
         sites = (site,)
     else:
         _require_own(host, site, "trl.kernels.chunked_logprob", "TRL's own")
-        _patching.require_signature(host, f"{site[1]}.forward", original.forward, tuple(("ctx", *known) for known in HEAD))
+        _patching.require_signature(
+            host, f"{site[1]}.forward", original.forward, tuple(("ctx", *known) for known in HEAD)
+        )
         sites = _patching.holders("trl", original)
     return Plan(_trl_functions.FusedHead("fused_head", original, _ledger), sites)
 
@@ -164,8 +198,15 @@ def _plan_pairs(host: str) -> Plan:
     site, compute_loss = (module, "nn"), module.RewardTrainer.compute_loss
     _patching.require_signature(host, "RewardTrainer.compute_loss", compute_loss, COMPUTE_LOSS)
     code = getattr(compute_loss, "__code__", None)
-    if code is None or compute_loss.__globals__ is not vars(module) or not {"nn", "functional", "logsigmoid"} <= set(code.co_names):
-        raise RuntimeError(f"{host}: RewardTrainer.compute_loss does not call nn.functional.logsigmoid of its module; nothing was patched")
+    if (
+        code is None
+        or compute_loss.__globals__ is not vars(module)
+        or not {"nn", "functional", "logsigmoid"} <= set(code.co_names)
+    ):
+        raise RuntimeError(
+            f"{host}: RewardTrainer.compute_loss does not call nn.functional.logsigmoid of its module; "
+            "nothing was patched"
+        )
     original = _held(site)
     _require_own(host, site, "torch.nn", "torch.nn")
     pairs = _trl_functions.LogSigmoid("reward_pairs", original.functional.logsigmoid, _ledger)

@@ -1,8 +1,11 @@
-"""A loss over chunks of rows, its gradients made as soon as a chunk's derivatives are known: three products, nothing recomputed.
+"""A loss over chunks of rows, its gradients made as soon as a chunk's derivatives are known: three products, nothing
+recomputed.
 
-Per-token losses take one launch per chunk. A loss of whole sequences or pairs is scored when all its rows are in the chunk; one that
-outgrows a chunk is swept twice (four products). A shard's rows are scored the same way, after the ranks have met.
+Per-token losses take one launch per chunk. A loss of whole sequences or pairs is scored when all its rows are in the
+chunk; one that outgrows a chunk is swept twice (four products). A shard's rows are scored the same way, after the ranks
+have met.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -37,22 +40,35 @@ class Terms(NamedTuple):
         return live
 
     def still(self):
-        """Rows that provably have no gradient: no advantage, and neither KL nor entropy term. None where there is no such proof."""
+        """Rows that provably have no gradient: no advantage, and neither KL nor entropy term.
+
+        None where there is no such proof.
+        """
         if self.kl is not None or self.entropy_weight is not None or not still_where_zero(self.objective, "advantage"):
             return None
         return self.columns[OBJECTIVES[self.objective].columns.index("advantage") - 1] == 0
 
     def largest(self):
         """The largest weight, by which a gradient of 1 per token is multiplied."""
-        weights = [x.abs().amax() for x in (self.weight, self.entropy_weight, self.kl_weight) if x is not None and x.numel()]
+        weights = [
+            x.abs().amax() for x in (self.weight, self.entropy_weight, self.kl_weight) if x is not None and x.numel()
+        ]
         return torch.stack(weights).amax() if weights else 1.0
 
     def at(self, index):
-        return Terms(self.objective, [c[index] for c in self.columns], self.params, *(x[index] if isinstance(x, torch.Tensor) else x for x in self[3:]))
+        return Terms(
+            self.objective,
+            [c[index] for c in self.columns],
+            self.params,
+            *(x[index] if isinstance(x, torch.Tensor) else x for x in self[3:]),
+        )
 
 
 class Found(NamedTuple):
-    """``gradients``: of hidden states, weight and bias, None where frozen. ``logp``, ``entropy``: ``[T]``, 0 where not worked on."""
+    """``gradients``: of hidden states, weight and bias, None where frozen.
+
+    ``logp``, ``entropy``: ``[T]``, 0 where not worked on.
+    """
 
     loss: torch.Tensor
     gradients: tuple
@@ -66,11 +82,21 @@ class _Sweep:
     def __init__(self, head, needs, rows, size, largest):
         self.head, self.needs = head, needs
         self.total = Gradients(head.hidden, head.weight, head.bias, needs, head.shard, keep=True)
-        self.chunk = Chunk(head.weight, head.bias, head.softcap, head.logit_scale, head.logits_dtype, head.shard, filled_up(min(size, rows)),
-                           needs[2])
+        self.chunk = Chunk(
+            head.weight,
+            head.bias,
+            head.softcap,
+            head.logit_scale,
+            head.logits_dtype,
+            head.shard,
+            filled_up(min(size, rows)),
+            needs[2],
+        )
         self.scale = _power_of_two(largest(), head) if self.chunk.products.gradient_dtype == torch.float16 else None
         self.loss = torch.zeros((), dtype=torch.float64, device=head.hidden.device)
-        self.logp, self.entropy = (torch.zeros(head.targets.shape, dtype=head.real, device=head.hidden.device) for _ in range(2))
+        self.logp, self.entropy = (
+            torch.zeros(head.targets.shape, dtype=head.real, device=head.hidden.device) for _ in range(2)
+        )
 
     def arguments(self, rows):
         return rows.arguments(self.head.targets, self.head.temperature, self.head.ignore_index)
@@ -81,10 +107,13 @@ class _Sweep:
 
     def logits(self, rows):
         hidden = rows.hidden(self.head.hidden)
-        return self.chunk.logits(hidden)[:len(rows)], hidden
+        return self.chunk.logits(hidden)[: len(rows)], hidden
 
     def add(self, rows, dlogits, x, hidden, moving):
-        """Feeds the rows that have a gradient to the products. On a CPU, where that is known, the others are taken out."""
+        """Feeds the rows that have a gradient to the products.
+
+        On a CPU, where that is known, the others are taken out.
+        """
         if moving.device.type == "cpu" and not moving.all():
             kept = moving.nonzero()[:, 0]
             for moved in {id(x): x, id(dlogits): dlogits}.values():
@@ -92,7 +121,7 @@ class _Sweep:
                     if to != row:
                         moved[to].copy_(moved[row])
             rows = Rows(rows.index[kept], None if rows.dead is None else rows.dead[kept])
-            hidden, dlogits, x = hidden[kept], dlogits[:len(rows)], x[:len(rows)]
+            hidden, dlogits, x = hidden[kept], dlogits[: len(rows)], x[: len(rows)]
         if len(rows):
             self.total.add(self.chunk, rows, dlogits, x, hidden)
 
@@ -129,11 +158,26 @@ def per_token(head, terms, needs, backend):
 
 def _token_chunk(sweep, rows, terms, moving, backend):
     x, hidden = sweep.logits(rows)
-    weight, entropy_weight, kl_weight = (sweep.scaled(rows.of(c)) for c in (terms.weight, terms.entropy_weight, terms.kl_weight))
+    weight, entropy_weight, kl_weight = (
+        sweep.scaled(rows.of(c)) for c in (terms.weight, terms.entropy_weight, terms.kl_weight)
+    )
     out = sweep.chunk.gradient_of(x) if moving else None
     loss, _, logp, _, _, entropy, dlogp = ops.run_fused(
-        backend, terms.objective, x, *sweep.arguments(rows), None, [rows.of(c) for c in terms.columns], terms.params, weight,
-        entropy_weight, terms.kl, rows.of(terms.ref_logp), kl_weight, moving, out)
+        backend,
+        terms.objective,
+        x,
+        *sweep.arguments(rows),
+        None,
+        [rows.of(c) for c in terms.columns],
+        terms.params,
+        weight,
+        entropy_weight,
+        terms.kl,
+        rows.of(terms.ref_logp),
+        kl_weight,
+        moving,
+        out,
+    )
     sweep.loss += loss if sweep.scale is None else loss / sweep.scale
     sweep.logp[rows.index], sweep.entropy[rows.index] = logp, entropy
     if moving:
@@ -142,7 +186,8 @@ def _token_chunk(sweep, rows, terms, moving, backend):
 
 @torch.no_grad()
 def per_unit(head, plan, score, needs, with_entropy, backend, largest):
-    """``score(rows, logp, entropy, first, last) -> loss`` by autograd over a few numbers per row, units ``first`` to ``last``.
+    """``score(rows, logp, entropy, first, last) -> loss`` by autograd over a few numbers per row, units ``first`` to
+    ``last``.
 
     ``largest()``: about the largest derivative of the loss by a log-probability.
     """
@@ -157,7 +202,9 @@ def per_unit(head, plan, score, needs, with_entropy, backend, largest):
         for part in parts:
             kept = sweep.logits(part)
             statistics.append(sweep.chunk.statistics(backend, kept[0], sweep.arguments(part), wanted)[:4])
-        logp, shift, sum_exp, entropy = (torch.cat(s) for s in zip(*statistics, strict=True)) if parts else (sweep.logp[:0],) * 4
+        logp, shift, sum_exp, entropy = (
+            (torch.cat(s) for s in zip(*statistics, strict=True)) if parts else (sweep.logp[:0],) * 4
+        )
         moving = any(needs) and plan.moves(first)
         loss, dlogp, dentropy = _scored(score, rows, logp, entropy if with_entropy else None, first, last, moving)
         sweep.loss += loss
@@ -173,7 +220,9 @@ def per_unit(head, plan, score, needs, with_entropy, backend, largest):
             x, hidden = kept or sweep.logits(part)
             kept = None
             upstream = [None if d is None else sweep.scaled(d[here]).contiguous() for d in (dlogp, dentropy)]
-            dlogits = sweep.chunk.dlogits(backend, *upstream, x, sweep.arguments(part), [s[here] for s in (shift, sum_exp, entropy)])
+            dlogits = sweep.chunk.dlogits(
+                backend, *upstream, x, sweep.arguments(part), [s[here] for s in (shift, sum_exp, entropy)]
+            )
             sweep.add(part, dlogits, x, hidden, torch.stack([d != 0 for d in upstream if d is not None]).any(0))
     return sweep.found()
 
@@ -184,8 +233,12 @@ def _compared(head, sizes, offsets, needs, with_entropy):
         if met(head.hidden.device):
             facts, sums = head.in_common()
             sequences = None if offsets is None else pattern(offsets >= 0, offsets)
-            facts += [("rows of each chunk", sizes), ("digest of sequences", sequences), ("gradients of hidden, weight, bias", needs),
-                      ("entropy", with_entropy)]
+            facts += [
+                ("rows of each chunk", sizes),
+                ("digest of sequences", sequences),
+                ("gradients of hidden, weight, bias", needs),
+                ("entropy", with_entropy),
+            ]
             now.compare(head.shard[1:], facts, sums)
 
 
@@ -193,7 +246,11 @@ def _scored(score, rows, logp, entropy, first, last, needs):
     with torch.set_grad_enabled(needs):
         leaves = [x.detach().requires_grad_(needs) for x in (logp, entropy) if x is not None]
         loss = score(rows, *leaves, *(() if entropy is not None else (None,)), first, last)
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True) if needs and loss.requires_grad else [None] * len(leaves)
+        grads = (
+            torch.autograd.grad(loss, leaves, allow_unused=True)
+            if needs and loss.requires_grad
+            else [None] * len(leaves)
+        )
     dlogp = torch.zeros_like(logp) if grads[0] is None else grads[0]
     return loss.detach(), dlogp, grads[1] if len(grads) > 1 else None
 
@@ -216,7 +273,10 @@ def differentiable(h, compute):
 def checked(h, live):
     """The head without its graph; what dead tokens hold ignored, the others' targets and temperatures looked at."""
     temperature = or_one(~live, h.temperature)
-    h = replaced(h.detached(), targets=or_ignored(~live, h.targets, h.ignore_index),
-                 temperature=temperature.clone() if temperature is h.temperature else temperature)
+    h = replaced(
+        h.detached(),
+        targets=or_ignored(~live, h.targets, h.ignore_index),
+        temperature=temperature.clone() if temperature is h.temperature else temperature,
+    )
     check_targets(h.where, h.targets, h.ignore_index, h.temperature, h.weight.shape[0], h.shard)
     return h

@@ -1,4 +1,5 @@
 """Rows that enter a product: which, in which order, and how many at a time."""
+
 import os
 from dataclasses import dataclass
 
@@ -9,8 +10,11 @@ from rlkernels import checks
 BUDGET = {"cpu": 256 * 2**20}
 """Default bytes of logits per device type; elsewhere 1 GiB. On a CPU more only means more fresh pages to clear."""
 ROWS = 16
-"""A product has a multiple of this many rows. With fewer or odd ones MKL adds in another order (seen at 1, 2, 3, 5, 7 and 31 rows):
-a row's log-probability would depend on how many rows came with it."""
+"""A product has a multiple of this many rows.
+
+With fewer or odd ones MKL adds in another order (seen at 1, 2, 3, 5, 7 and 31 rows): a row's log-probability would
+depend on how many rows came with it.
+"""
 
 
 def budget_bytes(budget, device):
@@ -19,7 +23,9 @@ def budget_bytes(budget, device):
         return budget
     given = os.environ.get("RLKERNELS_LOGITS_BUDGET")
     if given is not None and not (given.isdecimal() and int(given) > 0):
-        raise ValueError(f"RLKERNELS_LOGITS_BUDGET must be a positive number of bytes, got {given!r}; correct it, or unset it")
+        raise ValueError(
+            f"RLKERNELS_LOGITS_BUDGET must be a positive number of bytes, got {given!r}; correct it, or unset it"
+        )
     return BUDGET.get(device, 2**30) if given is None else int(given)
 
 
@@ -59,7 +65,9 @@ class Rows:
         return found, of_each if self.dead is None else of_each.masked_fill(self.dead, 1.0), ignore_index
 
     def hidden(self, hidden):
-        """``[m, H]``, ``m`` a multiple of ROWS; the rows that fill up are 0, and so are dead ones: 0 times a NaN there would be NaN."""
+        """``[m, H]``, ``m`` a multiple of ROWS; the rows that fill up are 0, and so are dead ones: 0 times a NaN there
+        would be NaN.
+        """
         count = len(self)
         found = hidden.new_empty(filled_up(count), hidden.shape[1])
         torch.index_select(hidden, 0, self.index, out=found[:count])
@@ -83,7 +91,9 @@ def live_rows(live, bound=None):
 
 def _are_there(live):
     if hasattr(live, "__tensor_flatten__"):
-        raise checks.named(TypeError(f"a mask, weights or advantages are a {type(live).__name__}, {checks.KEPT_ELSEWHERE}"))
+        raise checks.named(
+            TypeError(f"a mask, weights or advantages are a {type(live).__name__}, {checks.KEPT_ELSEWHERE}")
+        )
 
 
 def bounded_rows(live, bound, order):
@@ -91,8 +101,12 @@ def bounded_rows(live, bound, order):
     enough = live.sum() <= bound
     if live.device.type == "cpu":
         if not enough:
-            raise checks.named(ValueError(
-                f"max_live_tokens={bound}, but {int(live.sum())} tokens are live; raise the bound, or pass None to have them counted"))
+            raise checks.named(
+                ValueError(
+                    f"max_live_tokens={bound}, but {int(live.sum())} tokens are live; raise the bound, or pass None to "
+                    "have them counted"
+                )
+            )
     else:
         torch._assert_async(enough, "rlkernels: more live tokens than max_live_tokens")
     index = order[:bound]
@@ -100,7 +114,10 @@ def bounded_rows(live, bound, order):
 
 
 def moving_and_still_rows(live, still):
-    """Live rows in two parts: those that may have a gradient, and those where ``still`` holds, which have none. One host read."""
+    """Live rows in two parts: those that may have a gradient, and those where ``still`` holds, which have none.
+
+    One host read.
+    """
     moving = live & ~still
     _are_there(moving)
     first, last = torch.stack([moving.sum(), live.sum()]).tolist()

@@ -1,9 +1,11 @@
 """The three products of a head, ``hidden weight^T`` and its two gradients, with the accumulator kept, on each device.
 
-cuBLAS and torch's CPU libraries do the work where they keep fp32 and are not behind. A CPU library hands a 16-bit product out in 16 bits: there
-bf16 goes to our own product, and what is left is widened, one block of the vocabulary at a time. fp16 so takes half the time of torch's fp32
-products of the same blocks (0.47 to 0.60 on one thread of a Zen 5, from 64 rows on).
+cuBLAS and torch's CPU libraries do the work where they keep fp32 and are not behind. A CPU library hands a 16-bit
+product out in 16 bits: there bf16 goes to our own product, and what is left is widened, one block of the vocabulary at
+a time. fp16 so takes half the time of torch's fp32 products of the same blocks (0.47 to 0.60 on one thread of a Zen 5,
+from 64 rows on).
 """
+
 import torch
 
 from rlkernels.backends import cpu_matmul
@@ -25,7 +27,9 @@ def products(weight, logits_dtype):
 
 
 def _rows(weight):
-    """The weight with each row side by side in memory: torch's library adds in another order where columns are (seen without AVX-512)."""
+    """The weight with each row side by side in memory: torch's library adds in another order where columns are (seen
+    without AVX-512).
+    """
     return weight if weight.stride(-1) == 1 or weight.shape[-1] == 1 else weight.contiguous()
 
 
@@ -43,7 +47,9 @@ class Plain:
         torch.mm(hidden, self.weight.t(), out=out)
 
     def gradients(self, dlogits, hidden, want_hidden, dweight, first):
-        """Adds to ``dweight`` (None: frozen), or fills it at ``first``; returns the gradient of ``hidden`` (None: not wanted)."""
+        """Adds to ``dweight`` (None: frozen), or fills it at ``first``; returns the gradient of ``hidden`` (None: not
+        wanted).
+        """
         if dweight is not None:
             dweight.addmm_(dlogits.t(), hidden, beta=0 if first else 1)
         return dlogits @ self.weight if want_hidden else None
@@ -72,7 +78,8 @@ class Native(Plain):
 class Widened(Plain):
     """16-bit operands, or 16-bit logits, on a CPU: blocks of the weight in fp32.
 
-    The products of blocks are our own where those of fp32 are: a row's bits then depend neither on the other rows nor on the number of threads.
+    The products of blocks are our own where those of fp32 are: a row's bits then depend neither on the other rows nor
+    on the number of threads.
     """
 
     def __init__(self, weight):
@@ -88,11 +95,15 @@ class Widened(Plain):
     def _blocks(self):
         real = real_dtype(self.weight.dtype)
         rows = max(1, BLOCK_BYTES // (self.weight.shape[1] * real.itemsize))
-        one = None if self.weight.dtype == real else self.weight.new_empty(min(rows, self.weight.shape[0]), self.weight.shape[1], dtype=real)
+        one = (
+            None
+            if self.weight.dtype == real
+            else self.weight.new_empty(min(rows, self.weight.shape[0]), self.weight.shape[1], dtype=real)
+        )
         for start in range(0, self.weight.shape[0], rows):
-            part = self.weight[start:start + rows]
+            part = self.weight[start : start + rows]
             # In one place: the caller holds on to a block while it asks for the next.
-            yield slice(start, start + rows), part if one is None else one[:part.shape[0]].copy_(part)
+            yield slice(start, start + rows), part if one is None else one[: part.shape[0]].copy_(part)
 
     def logits(self, hidden, out):
         hidden = hidden.to(real_dtype(hidden.dtype))
@@ -118,9 +129,11 @@ class Widened(Plain):
 
 
 class Accelerated(Plain):
-    """Matrix units take 16-bit operands and give fp32: the gradient of the logits is rounded to them once, sums and results are kept.
+    """Matrix units take 16-bit operands and give fp32: the gradient of the logits is rounded to them once, sums and
+    results are kept.
 
-    fp16 ends at 6e-8: whoever makes a gradient before its loss scale is known (``chunked_loss``) brings it near 1 first.
+    fp16 ends at 6e-8: whoever makes a gradient before its loss scale is known (``chunked_loss``) brings it near 1
+    first.
     """
 
     def __init__(self, weight):

@@ -1,4 +1,5 @@
 """Preference losses from hidden states and the lm_head: whole answers per chunk, the gradient made in the forward."""
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,30 +15,60 @@ from rlkernels.linear.token_stats import linear_token_logprobs
 from rlkernels.logits_layout import or_ignored
 from rlkernels.losses.policy_arguments import live_tokens
 from rlkernels.losses.preference import dpo_loss, pair_losses, preference_options, references_there
-from rlkernels.losses.unpaired_preference import class_weights, sequence_losses, unpaired_options, unpaired_preference_loss
+from rlkernels.losses.unpaired_preference import (
+    class_weights,
+    sequence_losses,
+    unpaired_options,
+    unpaired_preference_loss,
+)
 from rlkernels.sequences import segment_ids, sums, token_counts
 from rlkernels.tracing import replaced
 
-HEAD = ("bias", "temperature", "softcap", "logit_scale", "ignore_index", "logits_dtype", "chunk_tokens", "logits_budget", "max_live_tokens", "valid_vocab",
-        "process_group", "vocab_start")
+HEAD = (
+    "bias",
+    "temperature",
+    "softcap",
+    "logit_scale",
+    "ignore_index",
+    "logits_dtype",
+    "chunk_tokens",
+    "logits_budget",
+    "max_live_tokens",
+    "valid_vocab",
+    "process_group",
+    "vocab_start",
+)
 
 
 @agreed
-def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None, ref_rejected_logps=None, cu_seqlens=None, return_metrics=False,
-                    **options):
-    r"""``dpo_loss``, of any of its types, from hidden states and the lm_head, without ``[T, V]`` logits: three products.
+def linear_dpo_loss(
+    hidden,
+    weight,
+    targets,
+    mask=None,
+    *,
+    ref_chosen_logps=None,
+    ref_rejected_logps=None,
+    cu_seqlens=None,
+    return_metrics=False,
+    **options,
+):
+    r"""``dpo_loss``, of any of its types, from hidden states and the lm_head, without ``[T, V]`` logits: three
+    products.
 
-    The summed log-probabilities of each answer's live tokens go into ``dpo_loss``. Chunks hold whole pairs; a pair that outgrows a chunk is
-    multiplied once more, but for its last part. ``"aot"`` and ``"aot_unpaired"`` sort the batch: to them it is one pair. Under ``torch.compile``
-    everything is multiplied once more.
+    The summed log-probabilities of each answer's live tokens go into ``dpo_loss``. Chunks hold whole pairs; a pair that
+    outgrows a chunk is multiplied once more, but for its last part. ``"aot"`` and ``"aot_unpaired"`` sort the batch: to
+    them it is one pair. Under ``torch.compile`` everything is multiplied once more.
 
     Args:
-        hidden: ``[2B, L, H]``, the ``B`` chosen answers first, then the rejected ones in the same order; or packed ``[T, H]`` with ``cu_seqlens``
-            ``[2B + 1]``. weight: ``[V, H]``. Both, and ``bias``, get gradients where they require them.
+        hidden: ``[2B, L, H]``, the ``B`` chosen answers first, then the rejected ones in the same order; or packed
+            ``[T, H]`` with ``cu_seqlens`` ``[2B + 1]``. weight: ``[V, H]``. Both, and ``bias``, get gradients where
+            they require them.
         targets: ``[2B, L]`` or ``[T]``, shifted already. mask: the tokens of the answers; the others enter no product.
         ref_chosen_logps, ref_rejected_logps: sums under the reference, ``[B]``, as for ``dpo_loss``.
-        options: the keywords of ``linear_token_logprobs``, and those of ``dpo_loss``; lengths are those of the live tokens unless given. With
-            ``max_live_tokens`` the host reads no lengths: where the bound fits in one chunk three products, else four.
+        options: the keywords of ``linear_token_logprobs``, and those of ``dpo_loss``; lengths are those of the live
+            tokens unless given. With ``max_live_tokens`` the host reads no lengths: where the bound fits in one chunk
+            three products, else four.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)`` as ``dpo_loss``.
@@ -50,7 +81,10 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
     where = "linear_dpo_loss"
     answers, options = _answers(where, hidden, weight, targets, mask, cu_seqlens, options, preference_options)
     if answers.count % 2:
-        raise ValueError(f"{where}: hidden holds {answers.count} answers; they come in pairs: the chosen ones first, then the rejected ones")
+        raise ValueError(
+            f"{where}: hidden holds {answers.count} answers; they come in pairs: the chosen ones first, "
+            "then the rejected ones"
+        )
     pairs, lengths = answers.count // 2, answers.lengths()
     options = {"chosen_lengths": lengths[:pairs], "rejected_lengths": lengths[pairs:], **options}
     references = ref_chosen_logps, ref_rejected_logps
@@ -58,7 +92,9 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
     references_there(where, *references, checked)
 
     def whole(logps, return_metrics=return_metrics):
-        return answers.narrow(dpo_loss(logps[:pairs], logps[pairs:], *references, return_metrics=return_metrics, **options))
+        return answers.narrow(
+            dpo_loss(logps[:pairs], logps[pairs:], *references, return_metrics=return_metrics, **options)
+        )
 
     if checked.pair_weights is not None:
         answers = answers.only(checked.pair_weights[answers.answer % max(pairs, 1)] != 0)
@@ -72,21 +108,26 @@ def linear_dpo_loss(hidden, weight, targets, mask=None, *, ref_chosen_logps=None
     references = _references(where, references, pairs)
     if checked.pair_weights is not None:
         checked = replaced(checked, pair_weights=checked.pair_weights.clone())
-    place = answers.answer % max(pairs, 1) * 2 + answers.answer // max(pairs, 1)  # the pair's chosen answer, then its rejected one
+    # The pair's chosen answer, then its rejected one.
+    place = answers.answer % max(pairs, 1) * 2 + answers.answer // max(pairs, 1)
     loss, logp = answers.scored(place, 2, score) if checked.separable() else answers.scored_whole(whole)
     return (loss, whole(answers.sums(logp))[1]) if return_metrics else loss
 
 
 @agreed
-def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirable, mask=None, *, cu_seqlens=None, return_metrics=False, **options):
-    r"""``unpaired_preference_loss`` (KTO, APO-zero, BCO) from hidden states and the lm_head, without ``[T, V]`` logits: three products.
+def linear_unpaired_preference_loss(
+    hidden, weight, targets, ref_logps, desirable, mask=None, *, cu_seqlens=None, return_metrics=False, **options
+):
+    r"""``unpaired_preference_loss`` (KTO, APO-zero, BCO) from hidden states and the lm_head, without ``[T, V]`` logits:
+    three products.
 
     Args:
-        hidden: ``[N, L, H]``, or packed ``[T, H]`` with ``cu_seqlens`` ``[N + 1]``; weight: ``[V, H]``; targets: ``[N, L]`` or ``[T]``, shifted
-            already; mask: the tokens of the answers.
+        hidden: ``[N, L, H]``, or packed ``[T, H]`` with ``cu_seqlens`` ``[N + 1]``; weight: ``[V, H]``; targets: ``[N,
+            L]`` or ``[T]``, shifted already; mask: the tokens of the answers.
         ref_logps, desirable: ``[N]``, as for ``unpaired_preference_loss``.
-        options: the keywords of ``linear_token_logprobs``, and those of ``unpaired_preference_loss``. ``"kto_paired_batch"`` looks at the whole
-            batch, and with ``max_live_tokens`` the host reads no lengths: where that does not fit in one chunk, four products.
+        options: the keywords of ``linear_token_logprobs``, and those of ``unpaired_preference_loss``.
+            ``"kto_paired_batch"`` looks at the whole batch, and with ``max_live_tokens`` the host reads no lengths:
+            where that does not fit in one chunk, four products.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``.
@@ -108,7 +149,9 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
     checks.one_device(where, "hidden", hidden, ref_logps=ref_logps, desirable=desirable)
 
     def whole(logps, return_metrics=return_metrics):
-        return answers.narrow(unpaired_preference_loss(logps, ref_logps, desirable, return_metrics=return_metrics, **options))
+        return answers.narrow(
+            unpaired_preference_loss(logps, ref_logps, desirable, return_metrics=return_metrics, **options)
+        )
 
     weighs = class_weights(desirable, checked, answers.head.real) != 0
     if checked.separable() and not return_metrics:  # which are of both classes
@@ -116,7 +159,8 @@ def linear_unpaired_preference_loss(hidden, weight, targets, ref_logps, desirabl
     if torch.compiler.is_compiling():
         return whole(answers.sums(answers.again(answers.live)))
 
-    ref_logps, desirable = ref_logps.clone(), desirable.clone()  # a second backward scores again what the caller may have written over since
+    # A second backward scores again what the caller may have written over since.
+    ref_logps, desirable = ref_logps.clone(), desirable.clone()
     refs, good = torch.where(weighs, ref_logps, 0.0), desirable != 0
     if isinstance(checked.baseline, torch.Tensor):
         checked = replaced(checked, baseline=checked.baseline.clone())
@@ -157,9 +201,15 @@ class _Answers(NamedTuple):
         return token_counts(self.live, self.offsets)
 
     def scored(self, place, per_unit, score):
-        """Loss and log-probabilities. ``score(sums, first, last)``: the loss of units ``first`` to ``last`` from the sums of their answers."""
+        """Loss and log-probabilities.
+
+        ``score(sums, first, last)``: the loss of units ``first`` to ``last`` from the sums of their answers.
+        """
         plain = chunked_loss.checked(self.head, self.live)
-        plan, backend = units(self.live, place, self.count, per_unit, plain.bound), ops.serving("fused_policy", self.head.hidden)
+        plan, backend = (
+            units(self.live, place, self.count, per_unit, plain.bound),
+            ops.serving("fused_policy", self.head.hidden),
+        )
 
         def of_rows(rows, logp, entropy, first, last):
             every = torch.ones_like(logp, dtype=torch.bool, requires_grad=False) if rows.dead is None else ~rows.dead
@@ -180,11 +230,15 @@ def _answers(where, hidden, weight, targets, mask, cu_seqlens, options, loss_opt
     """The answers, and the options that ``loss_options`` takes."""
     for name in options:
         if name not in HEAD and name not in loss_options.__kwdefaults__:
-            raise TypeError(f"{where}: got an unknown option {name!r}; it takes {', '.join((*HEAD, *loss_options.__kwdefaults__))}")
+            raise TypeError(
+                f"{where}: got an unknown option {name!r}; it takes {', '.join((*HEAD, *loss_options.__kwdefaults__))}"
+            )
     given = {name: options[name] for name in HEAD if name in options}
     h = head(where, hidden, weight, targets, **given)
     if hidden.dim() != (3 if cu_seqlens is None else 2):
-        raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}, expected [B, L, H], or [T, H] together with cu_seqlens")
+        raise ValueError(
+            f"{where}: hidden has shape {tuple(hidden.shape)}, expected [B, L, H], or [T, H] together with cu_seqlens"
+        )
     targets = checks_tokens.holding(where, targets, h.ignore_index)
     live = live_tokens(where, targets.new_empty(targets.shape, dtype=h.real), mask) & (targets != h.ignore_index)
     rows = torch.arange(targets.numel(), device=targets.device)
@@ -200,7 +254,9 @@ def _answers(where, hidden, weight, targets, mask, cu_seqlens, options, loss_opt
         each = {**given, "temperature": h.temperature_without(~live, given.get("temperature", 1.0))}
         return linear_token_logprobs(hidden, weight, or_ignored(~live, targets, h.ignore_index), **each).reshape(-1)
 
-    return _Answers(h, live.reshape(-1), answer, offsets, count, again), {name: x for name, x in options.items() if name not in HEAD}
+    return _Answers(h, live.reshape(-1), answer, offsets, count, again), {
+        name: x for name, x in options.items() if name not in HEAD
+    }
 
 
 def _references(where, references, pairs):

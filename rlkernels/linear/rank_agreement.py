@@ -1,8 +1,11 @@
-"""The agreement of a process group: what its ranks must have in common, compared in one small collective per call and direction.
+"""The agreement of a process group: what its ranks must have in common, compared in one small collective per call and
+direction.
 
-Otherwise a rank that differs, or raises, leaves the others waiting in a collective that it never enters; and where shapes differ, gloo ends the process.
-Who reads a gathered number waits for the device, so accelerators meet with ``RLKERNELS_CHECK=1`` alone.
+Otherwise a rank that differs, or raises, leaves the others waiting in a collective that it never enters; and where
+shapes differ, gloo ends the process. Who reads a gathered number waits for the device, so accelerators meet with
+``RLKERNELS_CHECK=1`` alone.
 """
+
 import contextlib
 import contextvars
 import datetime
@@ -17,12 +20,17 @@ import torch
 from rlkernels import checks
 
 SLOTS, NEAR, FACTS = 80, 4, 9
-"""A rank sends ``SLOTS`` integers: whether it raised, a digest of names, three of its shard, ``NEAR`` numbers, and from ``FACTS`` on digests."""
+"""A rank sends ``SLOTS`` integers: whether it raised, a digest of names, three of its shard, ``NEAR`` numbers, and from
+``FACTS`` on digests.
+"""
 TEXT = 512  # bytes of what a rank says where it differs
 PATIENCE = datetime.timedelta(seconds=5)
-"""The time for which a rank that raises waits for the others to hear of it: they may not have called, and its own error must be seen."""
+"""The time for which a rank that raises waits for the others to hear of it: they may not have called, and its own error
+must be seen.
+"""
 TOLERANCE = 0.02  # of sums of numbers that may differ in their last bits from rank to rank
-_WEIGHT, _OWN = {"weight", "bias"}, {"process_group", "vocab_start"}  # of the first the rows, the others altogether: they differ as they should
+# Of the first the rows, the others altogether: they differ as they should.
+_WEIGHT, _OWN = {"weight", "bias"}, {"process_group", "vocab_start"}
 _call = contextvars.ContextVar("the call over a process group that this thread is in", default=None)
 
 
@@ -39,12 +47,15 @@ def gathered(mine, group):
 
 def _gather(mine, group, ranks, **options):
     everyone = mine.new_empty(ranks * mine.shape[0], *mine.shape[1:])
-    gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor  # the older name warns from 2.13 on
+    # The older name warns from 2.13 on.
+    gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
     return everyone, gather(everyone, mine, group=group, **options)
 
 
 def agreed(function):
-    """Compares the arguments of a ``linear_*`` function over its ``process_group``; what one rank raises, all of them raise."""
+    """Compares the arguments of a ``linear_*`` function over its ``process_group``; what one rank raises, all of them
+    raise.
+    """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -54,7 +65,9 @@ def agreed(function):
             return function(*arguments, **options)
         member(function.__name__, group)
         tensors = [x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor)]
-        with meeting(function.__name__, group, tensors[0].device if tensors else torch.device("cpu"), nested=False) as now:
+        with meeting(
+            function.__name__, group, tensors[0].device if tensors else torch.device("cpu"), nested=False
+        ) as now:
             if met(now.device):
                 now.facts = _arguments(signature.bind(*arguments, **options))
             return function(*arguments, **options)
@@ -66,14 +79,20 @@ def member(where, group):
     """A process group that this process is in."""
     distributed = torch.distributed
     if not isinstance(group, distributed.ProcessGroup) and group is not distributed.GroupMember.NON_GROUP_MEMBER:
-        raise TypeError(f"{where}: process_group must be a torch.distributed.ProcessGroup, such as mesh.get_group(), got {type(group).__name__}")
+        raise TypeError(
+            f"{where}: process_group must be a torch.distributed.ProcessGroup, such as mesh.get_group(), "
+            f"got {type(group).__name__}"
+        )
     if distributed.get_rank(group) < 0:
         raise ValueError(f"{where}: this process is not in process_group, so it has no vocabulary shard")
 
 
 @contextlib.contextmanager
 def meeting(where, group, device, nested=True):
-    """The meeting of the call that this thread is in, or a new one. An error before the ranks have met is told to all of them."""
+    """The meeting of the call that this thread is in, or a new one.
+
+    An error before the ranks have met is told to all of them.
+    """
     outer = _call.get()
     if nested and outer is not None and outer.group == group:
         yield outer
@@ -103,7 +122,7 @@ class Meeting:
         with contextlib.suppress(Exception):  # the caller's error counts, whatever becomes of the group
             if torch.distributed.get_rank(self.group) < 0:
                 return
-            said = f"{type(error).__name__}: {error}".encode()[:8 * (SLOTS - 1)].ljust(8 * (SLOTS - 1), b"\0")
+            said = f"{type(error).__name__}: {error}".encode()[: 8 * (SLOTS - 1)].ljust(8 * (SLOTS - 1), b"\0")
             mine = torch.tensor([1, *struct.unpack(f"<{SLOTS - 1}q", said)], device=self.device)
             self.told = _gather(mine, self.group, torch.distributed.get_world_size(self.group), async_op=True)
             self.told[1].wait(PATIENCE)
@@ -112,7 +131,8 @@ class Meeting:
         """Raises the same error on all ranks where they differ.
 
         Args:
-            shard: its start, columns and vocabulary. facts: names and values. near: what a sum is of, the sum, and what a difference is measured by;
+            shard: its start, columns and vocabulary. facts: names and values. near: what a sum is of, the sum, and what
+                a difference is measured by;
             two of them at most.
         """
         if not met(self.device):
@@ -121,7 +141,7 @@ class Meeting:
         facts = [*facts, *(fact for fact in self.facts if fact[0] not in dict(facts))]
         names = [name for name, _ in facts]
         digests = [_digest(_text(value)) for _, value in facts]
-        digests[SLOTS - FACTS - 1:] = [_digest(str(digests[SLOTS - FACTS - 1:]))]
+        digests[SLOTS - FACTS - 1 :] = [_digest(str(digests[SLOTS - FACTS - 1 :]))]
         sums = [x for _, *pair in near for x in pair]
         sums = struct.unpack(f"<{NEAR}q", struct.pack(f"<{NEAR}d", *sums, *[0.0] * (NEAR - len(sums))))
         mine = [0, _digest(f"{self.where}{names}"), *shard, *sums, *digests]
@@ -135,11 +155,15 @@ class Meeting:
             self._differ(f"called {self.where} with {', '.join(names)}")
         unlike = [i for i in range(len(digests)) if len({row[FACTS + i] for row in table}) > 1]
         if unlike:
-            self._differ("; ".join(f"{facts[i][0]} {_text(facts[i][1])}" if i < len(facts) else "later arguments" for i in unlike[:3]))
+            self._differ(
+                "; ".join(
+                    (f"{facts[i][0]} {_text(facts[i][1])}") if i < len(facts) else "later arguments" for i in unlike[:3]
+                )
+            )
         sums = [struct.unpack(f"<{NEAR}d", struct.pack(f"<{NEAR}q", *row[5:FACTS])) for row in table]
         for i in range(0, NEAR, 2):  # of those that this rank lacks too: the ranks go on together, or none does
-            if not all(_close(row[i:i + 2], sums[0][i:i + 2]) for row in sums):
-                self._differ(", ".join(f"sum of {name} {value:.4g}" for name, value, _ in near[i // 2:i // 2 + 1]))
+            if not all(_close(row[i : i + 2], sums[0][i : i + 2]) for row in sums):
+                self._differ(", ".join(f"sum of {name} {value:.4g}" for name, value, _ in near[i // 2 : i // 2 + 1]))
 
     def _differ(self, text):
         """Every rank comes here with its own ``text``, or none does."""
@@ -149,8 +173,11 @@ class Meeting:
         for rank, one in enumerate(texts):
             said.setdefault(one, []).append(str(rank))
         lines = " | ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}: {one}" for one, ranks in said.items())
-        raise RuntimeError(f"{self.where}: the ranks of process_group differ. {lines}. Pass the same on every rank: all but vocab_start and the rows of weight "
-                           "and bias")
+        raise RuntimeError(
+            f"{self.where}: the ranks of process_group differ. {lines}. Pass the same on every rank: "
+            "all but vocab_start and the rows of weight "
+            "and bias"
+        )
 
 
 def _digest(text):
@@ -167,14 +194,23 @@ def _cover(where, shards):
     ends = 0
     for first, size, vocab in shards:  # in the order of the ranks: the first maximum is looked for in that order
         if min(first, vocab) != ends:
-            raise ValueError(f"{where}: a vocabulary shard starts at {first}, expected {ends}; shards (start, columns, vocabulary): {shards}; "
-                             "pass vocab_start and valid_vocab where they differ in size")
+            raise ValueError(
+                f"{where}: a vocabulary shard starts at {first}, expected {ends}; shards (start, columns, "
+                f"vocabulary): {shards}; "
+                "pass vocab_start and valid_vocab where they differ in size"
+            )
         ends += size
     if len({total for *_, total in shards}) > 1:
-        raise ValueError(f"{where}: the vocabulary shards are of vocabularies of different sizes, (start, columns, vocabulary): {shards}; "
-                         "pass the same valid_vocab on every rank")
+        raise ValueError(
+            f"{where}: the vocabulary shards are of vocabularies of different sizes, (start, columns, "
+            f"vocabulary): {shards}; "
+            "pass the same valid_vocab on every rank"
+        )
     if ends < vocab:
-        raise ValueError(f"{where}: the vocabulary shards hold {ends} of {vocab} columns; shards (start, columns, vocabulary): {shards}")
+        raise ValueError(
+            f"{where}: the vocabulary shards hold {ends} of {vocab} columns; shards (start, columns, "
+            f"vocabulary): {shards}"
+        )
 
 
 def _arguments(bound):
@@ -203,18 +239,28 @@ def _text(x):
         return f"[{', '.join(map(_text, x))}]"
     if isinstance(x, torch.Tensor):
         return _kind(x, False)
-    return str(x) if x is None or isinstance(x, (bool, int, float, str, torch.dtype)) or hasattr(x, "__array__") else type(x).__name__
+    return (
+        str(x)
+        if x is None or isinstance(x, (bool, int, float, str, torch.dtype)) or hasattr(x, "__array__")
+        else type(x).__name__
+    )
 
 
 def pattern(live, targets):
     """A digest of which rows are live and what their targets are; the order counts."""
-    x = torch.where(live, targets, -1).to(torch.int64) + 0x9E3779B9 * torch.arange(1, live.numel() + 1, device=live.device)
+    x = torch.where(live, targets, -1).to(torch.int64) + 0x9E3779B9 * torch.arange(
+        1, live.numel() + 1, device=live.device
+    )
     x = x * 0x2545F4914F6CDD1D
     return f"{((x ^ (x >> 29)) * 0x1B873593).sum().item() & 0xFFFFFFFF:08x}"
 
 
 def sketch(hidden, live):
-    """A sum over the live rows in which features and rows have unlike factors, and its size. One pass over ``hidden``: 1/V of a product."""
+    """A sum over the live rows in which features and rows have unlike factors, and its size.
+
+    One pass over ``hidden``: 1/V of a product.
+    """
+
     def factors(count, dtype):  # between -0.7 and 1.3: with a mean of 0 a constant that one rank adds would cancel
         x = torch.arange(1, count + 1, device=hidden.device) * 0x9E3779B1
         return (((x ^ (x >> 15)) & 0xFFFF).double() / 32768 - 0.7).to(dtype)

@@ -1,8 +1,10 @@
 """A head whose rows are spread over a process group: every rank has the hidden states and some columns of the logits.
 
-Each rank reduces its own columns; what travels is a few numbers per token and rank, in one collective, added in the order of the
-vocabulary on every rank: the result is the same everywhere, and does not depend on the rows that came along.
+Each rank reduces its own columns; what travels is a few numbers per token and rank, in one collective, added in the
+order of the vocabulary on every rank: the result is the same everywhere, and does not depend on the rows that came
+along.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -36,29 +38,39 @@ def shard(where, weight, process_group, vocab_start, valid_vocab):
     if vocab_start is None:
         start, vocab = rank * rows, ranks * rows if valid_vocab is None else valid_vocab
     elif valid_vocab is None:
-        raise ValueError(f"{where}: with vocab_start the shards may differ in size; pass the whole vocabulary as valid_vocab")
+        raise ValueError(
+            f"{where}: with vocab_start the shards may differ in size; pass the whole vocabulary as valid_vocab"
+        )
     else:
         start, vocab = checks.integer(where, "vocab_start", vocab_start), valid_vocab
     return Shard(process_group.group_name, start, max(0, min(rows, vocab - start)), vocab)
 
 
 def absent(dtype):
-    """The number that stands in the column behind a shard's own: below every logit but -inf, so that a row of -inf is told from a row with a NaN."""
+    """The number that stands in the column behind a shard's own: below every logit but -inf, so that a row of -inf is
+    told from a row with a NaN.
+    """
     return torch.finfo(dtype).min
 
 
 def local_targets(shard, targets, ignore_index):
-    """Targets as columns of this shard: those of other shards point to the column behind the last, which holds ``absent``."""
+    """Targets as columns of this shard: those of other shards point to the column behind the last, which holds
+    ``absent``.
+    """
     here = (targets >= shard.start) & (targets < shard.start + shard.columns)
-    return torch.where(targets == ignore_index, ignore_index, torch.where(here, targets - shard.start, shard.columns)), here
+    return torch.where(
+        targets == ignore_index, ignore_index, torch.where(here, targets - shard.start, shard.columns)
+    ), here
 
 
 def token_stats(shard, backend, x, targets, temperature, ignore_index, wanted):
     """``token_stats`` of whole rows from this rank's columns ``x``; one collective."""
     local, here = local_targets(shard, targets, ignore_index)
-    logp, shift, sum_exp, entropy, log_sum_sq, _, is_top1, *rest = ops.run("token_stats", backend, x, local, temperature, ignore_index, None, None,
-                                                                           wanted & ~ops.FLAGS["mean_logits"])
-    live, lowest = targets != ignore_index, (shift == absent(x.dtype)).to(shift.dtype)  # then the column that is not ours counts as 1
+    logp, shift, sum_exp, entropy, log_sum_sq, _, is_top1, *rest = ops.run(
+        "token_stats", backend, x, local, temperature, ignore_index, None, None, wanted & ~ops.FLAGS["mean_logits"]
+    )
+    # Then the column that is not ours counts as 1.
+    live, lowest = targets != ignore_index, (shift == absent(x.dtype)).to(shift.dtype)
     own = sum_exp - lowest
     parts = [torch.where(own == 0, -torch.inf, shift), own, torch.where(here, logp + sum_exp.log(), 0.0)]
     if wanted & ops.ENTROPY:  # sum_v e^(z_v - shift) (z_v - shift)
@@ -86,8 +98,11 @@ def _combine(gathered, live, temperature, vocab, wanted, rest):
     def per_row(x):
         return torch.where(live, x, 0.0)
 
-    # On the owner's rank the target is measured from that rank's maximum; where no rank owns it (an accelerator, unchecked) the row is NaN.
-    centred = _in_order(torch.where(owned, targets + torch.where(targets == -torch.inf, 0.0, (shifts - shift) / temperature), 0.0))
+    # On the owner's rank the target is measured from that rank's maximum; where no rank owns it (an accelerator,
+    # unchecked) the row is NaN.
+    centred = _in_order(
+        torch.where(owned, targets + torch.where(targets == -torch.inf, 0.0, (shifts - shift) / temperature), 0.0)
+    )
     logp = torch.where(owned.any(0), centred - log_sum, torch.nan)
     nothing = shift.new_empty(0)
     entropy, log_sum_sq, mean_logits, is_top1 = nothing, nothing, nothing, nothing.bool()
@@ -113,8 +128,28 @@ def _in_order(x):
     return total
 
 
-def token_stats_backward(shard, backend, dlogp, dentropy, x, targets, temperature, ignore_index, shift, sum_exp, entropy, out):
+def token_stats_backward(
+    shard, backend, dlogp, dentropy, x, targets, temperature, ignore_index, shift, sum_exp, entropy, out
+):
     """The gradient of this rank's columns; no communication."""
     local, _ = local_targets(shard, targets, ignore_index)
-    return ops.run("token_stats_backward", backend, dlogp, dentropy, None, x, local, temperature, ignore_index, None, None, shift, sum_exp, entropy,
-                   None, None, None, out)
+    return ops.run(
+        "token_stats_backward",
+        backend,
+        dlogp,
+        dentropy,
+        None,
+        x,
+        local,
+        temperature,
+        ignore_index,
+        None,
+        None,
+        shift,
+        sum_exp,
+        entropy,
+        None,
+        None,
+        None,
+        out,
+    )

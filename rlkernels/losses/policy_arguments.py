@@ -1,4 +1,5 @@
 """The parts of a policy loss: its objective and state, which tokens live, and what each token weighs in each term."""
+
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,9 @@ RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 
 
 def resolve(where, objective, params, like):
-    """The registered objective and the values of its parameters, in order; ``like``: a tensor on the device of the data."""
+    """The registered objective and the values of its parameters, in order; ``like``: a tensor on the device of the
+    data.
+    """
     entry = OBJECTIVES.get(objective) if isinstance(objective, str) else None
     if entry is None or not _is_policy(entry):
         checks.choice(where, "objective", objective, [name for name, entry in OBJECTIVES.items() if _is_policy(entry)])
@@ -34,7 +37,9 @@ def _is_policy(entry):
 
 
 class Share(NamedTuple):
-    """The weight of a token in a weighted sum: ``weight`` (None: 1; bool: 1 or 0) times ``share``, divided by the count ``total``."""
+    """The weight of a token in a weighted sum: ``weight`` (None: 1; bool: 1 or 0) times ``share``, divided by the count
+    ``total``.
+    """
 
     weight: torch.Tensor | None
     total: torch.Tensor | None = None
@@ -48,7 +53,11 @@ def live_tokens(where, like, mask):
 
 def every_token(like, live):
     """The result of ``some_tokens`` as a tensor in any case."""
-    return torch.ones_like(like, dtype=torch.bool, requires_grad=False, memory_format=torch.contiguous_format) if live is None else live
+    return (
+        torch.ones_like(like, dtype=torch.bool, requires_grad=False, memory_format=torch.contiguous_format)
+        if live is None
+        else live
+    )
 
 
 def some_tokens(where, like, mask):
@@ -68,13 +77,19 @@ def state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
     """The columns that the objective names after ``logp``, shaped like the log-probabilities ``like``."""
     checks.choice(where, "ratio_level", ratio_level, RATIO_LEVELS)
     if ratio_level != "token" and "old_logp" not in entry.columns:
-        raise ValueError(f"{where}: ratio_level={ratio_level!r} needs an objective of a ratio; this one has columns {', '.join(entry.columns)}")
+        raise ValueError(
+            f"{where}: ratio_level={ratio_level!r} needs an objective of a ratio; this one has columns "
+            f"{', '.join(entry.columns)}"
+        )
     given = {"old_logp": ("old_logprobs", old_logprobs), "advantage": ("advantages", advantages)}
     columns = []
     for name in entry.columns[1:]:
         if name not in given:
-            raise ValueError(f"{where}: the objective needs a column {name!r}, which {where} has no argument for; compute it with plain torch, or "
-                             "write the objective without that column")
+            raise ValueError(
+                f"{where}: the objective needs a column {name!r}, which {where} has no argument for; "
+                "compute it with plain torch, or "
+                "write the objective without that column"
+            )
         argument, x = given[name]
         if name == "advantage":
             checks.floating(where, argument, x)
@@ -98,7 +113,9 @@ def of_sums(aggregation, weights):
 
 
 def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers):
-    """The weight of each token in every term of a loss: objective, KL and entropy alike; 0 on dead tokens. ``cu_seqlens``: of ``checks.tokens.rows``.
+    """The weight of each token in every term of a loss: objective, KL and entropy alike; 0 on dead tokens.
+
+    ``cu_seqlens``: of ``checks.tokens.rows``.
 
     One vector for all terms, because each must be the same whether a batch comes whole or in micro-batches.
     """
@@ -106,12 +123,16 @@ def term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizer
     real = real_dtype(like.dtype)
     if weights is not None:
         if aggregation != "token-mean" or normalizers:
-            raise ValueError(f"{where}: weights and aggregation={aggregation!r} both decide the weights; pass one of them")
+            raise ValueError(
+                f"{where}: weights and aggregation={aggregation!r} both decide the weights; pass one of them"
+            )
         column(where, "weights", weights, like)
         return checks_tokens.tied(torch.where(live, weights.to(real), 0.0), cu_seqlens)
     if _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
         return token_mean(where, live, real)
-    weights = weights_for(where, live, aggregation, cu_seqlens=cu_seqlens, dtype=real, **checks_tokens.keywords(where, normalizers))
+    weights = weights_for(
+        where, live, aggregation, cu_seqlens=cu_seqlens, dtype=real, **checks_tokens.keywords(where, normalizers)
+    )
     checks.no_forward_ad(where, weights)  # of a normaliser
     return weights
 
@@ -128,7 +149,10 @@ def share_of(where, like, live, aggregation, weights, cu_seqlens, normalizers):
 
 
 def present(coefficient):
-    """Tell whether a term takes part. A tensor may hold a 0, which only the device knows: its term is made, and weighs nothing."""
+    """Tell whether a term takes part.
+
+    A tensor may hold a 0, which only the device knows: its term is made, and weighs nothing.
+    """
     return isinstance(coefficient, torch.Tensor) or coefficient != 0
 
 
@@ -139,9 +163,14 @@ def _coefficient(where, name, x, like):
 
 
 def check_terms(where, like, ref_logprobs, kl, kl_coef, entropy, entropy_coef):
-    """The two coefficients, None where a term takes no part; ``entropy``: the caller's, or ``ROW``, which any row of logits has."""
+    """The two coefficients, None where a term takes no part; ``entropy``: the caller's, or ``ROW``, which any row of
+    logits has.
+    """
     checks.choice(where, "kl", kl, ("k1", "k2", "k3"))
-    kl_coef, entropy_coef = _coefficient(where, "kl_coef", kl_coef, like), _coefficient(where, "entropy_coef", entropy_coef, like)
+    kl_coef, entropy_coef = (
+        _coefficient(where, "kl_coef", kl_coef, like),
+        _coefficient(where, "entropy_coef", entropy_coef, like),
+    )
     if kl_coef is not None and ref_logprobs is None:
         raise ValueError(f"{where}: kl={kl!r} needs ref_logprobs where kl_coef is not 0")
     if ref_logprobs is not None:

@@ -1,21 +1,28 @@
 """Metrics that a trainer plots beside the loss: masked, detached, never a host synchronisation."""
+
 import torch
 
 from rlkernels.sequences import means, spread, sums
 
 OF_THE_RATIO = ("cispo",)
-"""Objectives that clip the ratio itself; the others take the smaller of two surrogates, which the sign of the advantage decides."""
+"""Objectives that clip the ratio itself; the others take the smaller of two surrogates, which the sign of the advantage
+decides.
+"""
 
 
 @torch.no_grad()
-def policy_metrics(logprobs, columns, live, ref_logprobs, kl, entropy, entry, params, ratio_level="token", cu_seqlens=None):
-    """Means over live tokens: ``ppo_kl`` (k1 of old against new), ``approx_kl`` (k2), ``ratio``, the clip fractions, ``kl``, ``entropy``.
+def policy_metrics(
+    logprobs, columns, live, ref_logprobs, kl, entropy, entry, params, ratio_level="token", cu_seqlens=None
+):
+    """Means over live tokens: ``ppo_kl`` (k1 of old against new), ``approx_kl`` (k2), ``ratio``, the clip fractions,
+    ``kl``, ``entropy``.
 
     Ratio and clip fractions are those of the ratio that the loss clips: the sequence's at a sequence level.
 
-    ``clip_fraction_low``: ``rho < 1 - clip_low`` with ``A < 0``; ``clip_fraction_high``: ``rho > 1 + clip_high`` with ``A > 0``;
-    ``clip_fraction``: where the clipped surrogate is the smaller one, which is their sum. CISPO clips a weight, whatever the advantage is:
-    there the ratio alone counts. ``clip_fraction_dual``: ``rho > dual_clip`` with ``A < 0``, beside the others.
+    ``clip_fraction_low``: ``rho < 1 - clip_low`` with ``A < 0``; ``clip_fraction_high``: ``rho > 1 + clip_high`` with
+    ``A > 0``; ``clip_fraction``: where the clipped surrogate is the smaller one, which is their sum. CISPO clips a
+    weight, whatever the advantage is: there the ratio alone counts. ``clip_fraction_dual``: ``rho > dual_clip`` with
+    ``A < 0``, beside the others.
     """
     count = live.sum().clamp(min=1)
 
@@ -41,7 +48,9 @@ def policy_metrics(logprobs, columns, live, ref_logprobs, kl, entropy, entry, pa
             metrics |= {"clip_fraction_low": mean(low.to(gap.dtype)), "clip_fraction_high": mean(high.to(gap.dtype))}
             metrics["clip_fraction"] = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
         if "dual_clip" in settings:
-            metrics["clip_fraction_dual"] = mean(((ratio > settings["dual_clip"]) & (known["advantage"] < 0)).to(gap.dtype))
+            metrics["clip_fraction_dual"] = mean(
+                ((ratio > settings["dual_clip"]) & (known["advantage"] < 0)).to(gap.dtype)
+            )
     if ref_logprobs is not None:
         gap = ref_logprobs - logprobs.detach()
         metrics["kl"] = mean({"k1": -gap, "k2": 0.5 * gap * gap, "k3": gap.expm1() - gap}[kl])

@@ -1,4 +1,5 @@
 """Losses of preference pairs, from the log-probabilities of whole answers."""
+
 import torch
 
 from rlkernels import checks
@@ -11,9 +12,11 @@ from rlkernels.tracing import product
 
 
 def pair_losses(where, chosen, rejected, ref_chosen, ref_rejected, options):
-    """The loss of each pair times its weight, ``[B]``: differentiable in ``chosen`` and ``rejected``, sums of log-probabilities ``[B]``.
+    """The loss of each pair times its weight, ``[B]``: differentiable in ``chosen`` and ``rejected``, sums of
+    log-probabilities ``[B]``.
 
-    A part of a batch gives the same numbers as the whole batch where ``options.separable``; take ``options.part`` with it.
+    A part of a batch gives the same numbers as the whole batch where ``options.separable``; take ``options.part`` with
+    it.
     """
     checks.pairs(where, chosen, rejected, ("chosen_logps", "rejected_logps"))
     pairs, total = _pairs(where, chosen, rejected, ref_chosen, ref_rejected, options), 0.0
@@ -23,14 +26,18 @@ def pair_losses(where, chosen, rejected, ref_chosen, ref_rejected, options):
 
 
 def common_dtype(*logps):
-    """The dtype of the arithmetic: float64 where one of the log-probabilities has it; rounding it would lose what it was kept for."""
+    """The dtype of the arithmetic: float64 where one of the log-probabilities has it; rounding it would lose what it
+    was kept for.
+    """
     return torch.float64 if torch.float64 in [getattr(x, "dtype", None) for x in logps] else torch.float32
 
 
 def per_answer(where, name, x):
     """One log-probability per answer. Those of tokens would be taken for as many answers, in silence."""
     if x.dim() > 1:
-        raise ValueError(f"{where}: {name} has shape {tuple(x.shape)}, expected [B]; sum over tokens first, as sequence_sums does")
+        raise ValueError(
+            f"{where}: {name} has shape {tuple(x.shape)}, expected [B]; sum over tokens first, as sequence_sums does"
+        )
 
 
 def references_there(where, ref_chosen, ref_rejected, options):
@@ -54,59 +61,85 @@ def _pairs(where, chosen, rejected, ref_chosen, ref_rejected, options):
     return Pairs(*both, options)
 
 
-def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_logps=None, *, beta=0.1, loss_type="sigmoid",
-             loss_weights=None, label_smoothing=0.0, reference_free=False, f_divergence="reverse_kl", alpha=None, length_normalized=False,
-             simpo_gamma=None, alphapo_alpha=0.0, discopop_tau=None, cpo_alpha=None, chosen_lengths=None, rejected_lengths=None,
-             pair_weights=None, return_metrics=False):
+def dpo_loss(
+    chosen_logps,
+    rejected_logps,
+    ref_chosen_logps=None,
+    ref_rejected_logps=None,
+    *,
+    beta=0.1,
+    loss_type="sigmoid",
+    loss_weights=None,
+    label_smoothing=0.0,
+    reference_free=False,
+    f_divergence="reverse_kl",
+    alpha=None,
+    length_normalized=False,
+    simpo_gamma=None,
+    alphapo_alpha=0.0,
+    discopop_tau=None,
+    cpo_alpha=None,
+    chosen_lengths=None,
+    rejected_lengths=None,
+    pair_weights=None,
+    return_metrics=False,
+):
     r"""Direct preference optimisation and its relatives, from the summed log-probabilities of pairs: one launch a term.
 
     ``mean_i w_i sum_k c_k l_k(pair_i)``. With ``rho = logp - ref``, ``S = f(rho)``, ``D = S_c - S_r``, ``b = beta``,
     ``e = label_smoothing``, ``n`` the lengths, ``s`` the logistic function:
 
     - ``"sigmoid"`` ``-(1-e) log s(b D) - e log s(-b D)``; ``"sigmoid_norm"`` the same of ``S_c/n_c - S_r/n_r``;
-    - ``"robust"`` ``(-(1-e) log s(b D) + e log s(-b D)) / (1-2e)``; ``"hinge"`` ``max(0, 1 - b D)``; ``"ipo"`` ``(D - 1/(2b))^2``;
-    - ``"exo_pair"`` ``KL((s(b D), s(-b D)) || (1-e, e))``, ``e > 0``; ``"discopop"`` ``-log s(x) (1-u) + e^-x u``, ``x = b D``,
-      ``u = s(x/tau)``;
-    - ``"nca_pair"`` ``-log s(b rho_c) - log s(-b rho_c)/2 - log s(-b rho_r)/2``; ``"bco_pair"`` ``-log s(b rho_c) - log s(-b rho_r)``;
+    - ``"robust"`` ``(-(1-e) log s(b D) + e log s(-b D)) / (1-2e)``; ``"hinge"`` ``max(0, 1 - b D)``; ``"ipo"`` ``(D -
+      1/(2b))^2``;
+    - ``"exo_pair"`` ``KL((s(b D), s(-b D)) || (1-e, e))``, ``e > 0``; ``"discopop"`` ``-log s(x) (1-u) + e^-x u``, ``x
+      = b D``, ``u = s(x/tau)``;
+    - ``"nca_pair"`` ``-log s(b rho_c) - log s(-b rho_c)/2 - log s(-b rho_r)/2``; ``"bco_pair"`` ``-log s(b rho_c) - log
+      s(-b rho_r)``;
     - ``"sppo_hard"`` ``(rho_c - 1/(2b))^2 + (rho_r + 1/(2b))^2``; ``"apo_zero"`` ``1 - s(b rho_c) + s(b rho_r)``;
       ``"apo_down"`` ``s(b rho_c) + 1 - s(b (rho_c - rho_r))``;
-    - ``"aot"``, ``"aot_unpaired"`` ``"sigmoid"`` of differences between sorted columns: ``logp_c - logp_r`` less ``ref_c - ref_r``,
-      ``rho_c`` less ``rho_r``;
+    - ``"aot"``, ``"aot_unpaired"`` ``"sigmoid"`` of differences between sorted columns: ``logp_c - logp_r`` less
+      ``ref_c - ref_r``, ``rho_c`` less ``rho_r``;
     - ``"sft"`` ``-log pi`` of the chosen answers, mean over all their tokens;
-    - without a reference: ``"cpo"``, ``"cpo_hinge"``, ``"cpo_ipo"`` of ``D = logp_c - logp_r``, plus ``cpo_alpha`` times ``"sft"``;
-      ``"simpo"`` ``"sigmoid"`` of ``D = logp_c/n_c - logp_r/n_r - simpo_gamma/b``; ``"orpo_odds_ratio"``
-      ``-b log s(log odds_c - log odds_r)``, ``odds = p/(1-p)``, ``log p = logp/n``; ``"orpo"`` adds ``-logp_c/n_c``.
+    - without a reference: ``"cpo"``, ``"cpo_hinge"``, ``"cpo_ipo"`` of ``D = logp_c - logp_r``, plus ``cpo_alpha``
+      times ``"sft"``; ``"simpo"`` ``"sigmoid"`` of ``D = logp_c/n_c - logp_r/n_r - simpo_gamma/b``;
+      ``"orpo_odds_ratio"`` ``-b log s(log odds_c - log odds_r)``, ``odds = p/(1-p)``, ``log p = logp/n``; ``"orpo"``
+      adds ``-logp_c/n_c``.
 
     Args:
-        chosen_logps, rejected_logps: sums of log-probabilities of the answers under the policy, ``[B]``; both get a gradient.
-        ref_chosen_logps, ref_rejected_logps: the same under the reference. May be left out where the loss does not look at them; given
-            there, they enter the metrics alone.
-        beta: strength of the tie to the reference, or inverse temperature, > 0. It, and every other number here, may be a tensor of shape ``()``,
-            as for ``policy_loss``.
+        chosen_logps, rejected_logps: sums of log-probabilities of the answers under the policy, ``[B]``; both get a
+            gradient.
+        ref_chosen_logps, ref_rejected_logps: the same under the reference. May be left out where the loss does not look
+            at them; given there, they enter the metrics alone.
+        beta: strength of the tie to the reference, or inverse temperature, > 0. It, and every other number here, may be
+            a tensor of shape ``()``, as for ``policy_loss``.
         loss_type, loss_weights: a name, or a tuple of names with a weight ``c`` each (1).
         label_smoothing: ``e``, the assumed share of flipped labels, in ``[0, 0.5)``.
         reference_free: the reference counts as 0 in the loss, not in the metrics.
-        f_divergence, alpha: ``f``: ``"reverse_kl"`` ``rho``; ``"forward_kl"`` ``1 - e^-rho``; ``"js_divergence"`` ``log 2 + log s(rho)``;
-            ``"alpha_divergence"`` ``(e^((alpha-1) rho) - 1)/(alpha-1)``, ``alpha`` 0.5 unless given. Exponents are capped at 80.
+        f_divergence, alpha: ``f``: ``"reverse_kl"`` ``rho``; ``"forward_kl"`` ``1 - e^-rho``; ``"js_divergence"`` ``log
+            2 + log s(rho)``; ``"alpha_divergence"`` ``(e^((alpha-1) rho) - 1)/(alpha-1)``, ``alpha`` 0.5 unless given.
+            Exponents are capped at 80.
         length_normalized: ``S/n`` (and ``logp/n``) instead of ``S`` (TRL's IPO).
         simpo_gamma, discopop_tau, cpo_alpha: see above; 0.5, 0.05, and 1 (0 with ``"simpo"``) unless given.
         alphapo_alpha: ``a``, not 0: ``(1 - e^(-a logp))/a`` in place of ``logp`` in the losses without a reference.
-        chosen_lengths, rejected_lengths: ``n``, tokens per answer, ``[B]``; looked at where something is averaged. The average of an answer of no
-            tokens is its sum, 0; a pair with one has odds of 1, so that ORPO's term is ``b log 2`` and moves nothing.
+        chosen_lengths, rejected_lengths: ``n``, tokens per answer, ``[B]``; looked at where something is averaged. The
+            average of an answer of no tokens is its sum, 0; a pair with one has odds of 1, so that ORPO's term is ``b
+            log 2`` and moves nothing.
         pair_weights: ``w``, ``[B]``, without gradient (WPO); a pair of weight 0 is left out, whatever it holds.
 
     Returns:
-        Scalar, fp32 (fp64 where any of the log-probabilities is). No pair gives 0. With ``return_metrics``, ``(loss, dict)`` with means of the
-        implicit rewards ``beta (logp - ref)`` (of averages per token where every loss is of those and none has a reference), their margin,
-        the accuracy (strict), and the log of ORPO's odds ratio.
+        Scalar, fp32 (fp64 where any of the log-probabilities is). No pair gives 0. With ``return_metrics``, ``(loss,
+        dict)`` with means of the implicit rewards ``beta (logp - ref)`` (of averages per token where every loss is of
+        those and none has a reference), their margin, the accuracy (strict), and the log of ORPO's odds ratio.
 
     Raises:
-        ValueError: an option out of range, unknown, or not looked at by the loss; unequal numbers of pairs; a reference or lengths missing;
-            log-probabilities of tokens, ``[B, L]``; on a CPU lengths below 0.
+        ValueError: an option out of range, unknown, or not looked at by the loss; unequal numbers of pairs; a reference
+            or lengths missing; log-probabilities of tokens, ``[B, L]``; on a CPU lengths below 0.
 
-    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing: Mitchell 2023; the others: see their objectives, and Xu et al. 2024,
-    arXiv:2401.08417 (CPO), Meng et al. 2024, arXiv:2405.14734 (SimPO), Melnyk et al. 2024, arXiv:2406.05882 (AOT), Zhou et al. 2024,
-    arXiv:2406.11827 (WPO), Chen et al. 2024, arXiv:2402.05369 (NCA), Wu et al. 2024, arXiv:2405.00675 (SPPO).
+    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing: Mitchell 2023; the others: see their objectives, and
+    Xu et al. 2024, arXiv:2401.08417 (CPO), Meng et al. 2024, arXiv:2405.14734 (SimPO), Melnyk et al. 2024,
+    arXiv:2406.05882 (AOT), Zhou et al. 2024, arXiv:2406.11827 (WPO), Chen et al. 2024, arXiv:2402.05369 (NCA), Wu et
+    al. 2024, arXiv:2405.00675 (SPPO).
     """
     where = "dpo_loss"
     checks.pairs(where, chosen_logps, rejected_logps, ("chosen_logps", "rejected_logps"))
@@ -114,10 +147,24 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_l
     checks.no_forward_ad(where, chosen_logps, rejected_logps)
     like = chosen_logps.detach().to(common_dtype(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps))
     options = preference_options(
-        where, like, beta=beta, loss_type=loss_type, loss_weights=loss_weights, label_smoothing=label_smoothing,
-        reference_free=reference_free, f_divergence=f_divergence, alpha=alpha, length_normalized=length_normalized, simpo_gamma=simpo_gamma,
-        alphapo_alpha=alphapo_alpha, discopop_tau=discopop_tau, cpo_alpha=cpo_alpha, chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths, pair_weights=pair_weights)
+        where,
+        like,
+        beta=beta,
+        loss_type=loss_type,
+        loss_weights=loss_weights,
+        label_smoothing=label_smoothing,
+        reference_free=reference_free,
+        f_divergence=f_divergence,
+        alpha=alpha,
+        length_normalized=length_normalized,
+        simpo_gamma=simpo_gamma,
+        alphapo_alpha=alphapo_alpha,
+        discopop_tau=discopop_tau,
+        cpo_alpha=cpo_alpha,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        pair_weights=pair_weights,
+    )
     pairs = _pairs(where, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, options)
     loss = weighted_terms(pairs.terms(), options.pair_weights, 1.0 / max(like.numel(), 1))
     return (loss, _metrics(pairs, ref_chosen_logps, ref_rejected_logps)) if return_metrics else loss
@@ -130,7 +177,10 @@ def weighted_terms(terms, weights, share):
         weight = weights
         if isinstance(coefficient, torch.Tensor):
             factor = coefficient * share
-            weight, factor = torch.zeros_like(x, requires_grad=False) + factor if weights is None else weights * factor, 1.0
+            weight, factor = (
+                torch.zeros_like(x, requires_grad=False) + factor if weights is None else weights * factor,
+                1.0,
+            )
         else:
             factor = product(coefficient, share)
         loss = weighted_sum(objective, x, [], params, weight, None, factor)
@@ -139,15 +189,17 @@ def weighted_terms(terms, weights, share):
 
 
 def length_desensitized_weights(chosen_mask, rejected_mask, ld_alpha):
-    r"""Weights per token that keep DPO from rewarding length: 1 up to the length of the pair's shorter answer, ``ld_alpha`` beyond.
+    r"""Weights per token that keep DPO from rewarding length: 1 up to the length of the pair's shorter answer,
+    ``ld_alpha`` beyond.
 
     Args:
-        chosen_mask, rejected_mask: live tokens of the answers, ``[B, L]`` and ``[B, L']``, any pattern; live tokens alone are counted.
+        chosen_mask, rejected_mask: live tokens of the answers, ``[B, L]`` and ``[B, L']``, any pattern; live tokens
+            alone are counted.
         ld_alpha: in ``[0, 1]``; 1 changes nothing.
 
     Returns:
-        Two tensors shaped like the masks, fp32, 0 on dead tokens. ``sequence_sums(weights * logprobs, mask)`` goes into ``dpo_loss``, for
-        the policy and the reference alike.
+        Two tensors shaped like the masks, fp32, 0 on dead tokens. ``sequence_sums(weights * logprobs, mask)`` goes into
+        ``dpo_loss``, for the policy and the reference alike.
 
     Raises:
         ValueError: masks of unequal numbers of pairs, ``ld_alpha`` out of range.
@@ -169,13 +221,20 @@ def length_desensitized_weights(chosen_mask, rejected_mask, ld_alpha):
     live = [x != 0 for x in masks.values()]
     shared = torch.minimum(*(x.sum(-1, keepdim=True) for x in live))
     zeros = [x.new_zeros(x.shape, dtype=torch.float32) for x in live]
-    return tuple(torch.where(x, torch.where(x.cumsum(-1) <= shared, zero + 1.0, zero + ld_alpha), zero) for x, zero in zip(live, zeros, strict=True))
+    return tuple(
+        torch.where(x, torch.where(x.cumsum(-1) <= shared, zero + 1.0, zero + ld_alpha), zero)
+        for x, zero in zip(live, zeros, strict=True)
+    )
 
 
 @torch.no_grad()
 def _metrics(pairs, ref_chosen, ref_rejected):
     options = pairs.options
-    live = torch.ones_like(pairs.policy[0], dtype=torch.bool) if options.pair_weights is None else options.pair_weights != 0
+    live = (
+        torch.ones_like(pairs.policy[0], dtype=torch.bool)
+        if options.pair_weights is None
+        else options.pair_weights != 0
+    )
     count = live.sum().clamp(min=1)
 
     def mean(x):
@@ -187,8 +246,12 @@ def _metrics(pairs, ref_chosen, ref_rejected):
     elif not any(kind.reference for kind in options.kinds) and all(kind.averages for kind in options.kinds):
         scores = pairs.policy_scores(True)
     chosen, rejected = (options.beta * x.detach() for x in scores)
-    metrics = {"reward_chosen": mean(chosen), "reward_rejected": mean(rejected), "reward_margin": mean(chosen - rejected),
-               "accuracy": mean((chosen > rejected).to(chosen.dtype))}
+    metrics = {
+        "reward_chosen": mean(chosen),
+        "reward_rejected": mean(rejected),
+        "reward_margin": mean(chosen - rejected),
+        "accuracy": mean((chosen > rejected).to(chosen.dtype)),
+    }
     if any(name.startswith("orpo") for name in options.names):
         metrics["log_odds_ratio"] = mean(pairs.odds())
     return metrics

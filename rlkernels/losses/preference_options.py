@@ -1,4 +1,5 @@
 """The options of the losses of preference pairs, checked once for a batch."""
+
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,10 @@ F_DIVERGENCES = {"reverse_kl": 1.0, "forward_kl": 0.0, "js_divergence": 1.0, "al
 
 
 class PreferenceOptions(NamedTuple):
-    """The options of ``dpo_loss`` for one batch, checked. Numbers, and tensors of shape ``()`` in their place, hold for all pairs; others are per pair."""
+    """The options of ``dpo_loss`` for one batch, checked.
+
+    Numbers, and tensors of shape ``()`` in their place, hold for all pairs; others are per pair.
+    """
 
     names: tuple[str, ...]
     kinds: tuple[Kind, ...]
@@ -31,7 +35,8 @@ class PreferenceOptions(NamedTuple):
     cpo_alpha: float | None
     lengths: tuple[torch.Tensor, torch.Tensor] | None = None  # of the chosen and the rejected answers, at least 1
     empty: torch.Tensor | None = None  # pairs with an answer of no tokens; beside lengths
-    pairs_per_token: torch.Tensor | None = None  # pairs of the batch / tokens of its chosen answers; the same in every part of the batch
+    # Pairs of the batch / tokens of its chosen answers; the same in every part of the batch.
+    pairs_per_token: torch.Tensor | None = None
     pair_weights: torch.Tensor | None = None
 
     def separable(self):
@@ -48,40 +53,85 @@ class PreferenceOptions(NamedTuple):
         return replaced(self, lengths=lengths, empty=empty, pair_weights=weights)
 
 
-def preference_options(where, like, *, beta=0.1, loss_type="sigmoid", loss_weights=None, label_smoothing=0.0, reference_free=False,
-                       f_divergence="reverse_kl", alpha=None, length_normalized=False, simpo_gamma=None, alphapo_alpha=0.0,
-                       discopop_tau=None, cpo_alpha=None, chosen_lengths=None, rejected_lengths=None, pair_weights=None):
+def preference_options(
+    where,
+    like,
+    *,
+    beta=0.1,
+    loss_type="sigmoid",
+    loss_weights=None,
+    label_smoothing=0.0,
+    reference_free=False,
+    f_divergence="reverse_kl",
+    alpha=None,
+    length_normalized=False,
+    simpo_gamma=None,
+    alphapo_alpha=0.0,
+    discopop_tau=None,
+    cpo_alpha=None,
+    chosen_lengths=None,
+    rejected_lengths=None,
+    pair_weights=None,
+):
     """Checks the options of ``dpo_loss``. ``like``: a tensor ``[B]`` of the dtype and device of the losses."""
     names = (loss_type,) if isinstance(loss_type, str) else checks.several(where, "loss_type", loss_type)
     for name in names:
         checks.choice(where, "loss_type", name, KINDS)
     weights = (1.0,) * len(names) if loss_weights is None else checks.several(where, "loss_weights", loss_weights)
     if not names or len(weights) != len(names):
-        raise ValueError(f"{where}: loss_weights has {len(weights)} elements, loss_type {len(names)}; "
-                         "one weight for each of at least one type")
+        raise ValueError(
+            f"{where}: loss_weights has {len(weights)} elements, loss_type {len(names)}; "
+            "one weight for each of at least one type"
+        )
     weights = tuple(checks.coefficient(checks.finite, where, "loss_weights", weight, like) for weight in weights)
     checks.choice(where, "f_divergence", f_divergence, F_DIVERGENCES)
     if alpha is not None and f_divergence != "alpha_divergence":
         raise ValueError(f"{where}: alpha needs f_divergence='alpha_divergence', got {f_divergence!r}")
     options = PreferenceOptions(
-        names, tuple(KINDS[name] for name in names), weights, beta, label_smoothing, reference_free, f_divergence,
-        F_DIVERGENCES[f_divergence] if alpha is None else alpha, length_normalized, 0.5 if simpo_gamma is None else simpo_gamma,
-        alphapo_alpha, 0.05 if discopop_tau is None else discopop_tau, cpo_alpha)
+        names,
+        tuple(KINDS[name] for name in names),
+        weights,
+        beta,
+        label_smoothing,
+        reference_free,
+        f_divergence,
+        F_DIVERGENCES[f_divergence] if alpha is None else alpha,
+        length_normalized,
+        0.5 if simpo_gamma is None else simpo_gamma,
+        alphapo_alpha,
+        0.05 if discopop_tau is None else discopop_tau,
+        cpo_alpha,
+    )
     options = _numbers(where, options, like)
-    _taken(where, options, label_smoothing=present(options.label_smoothing), f_divergence=f_divergence != "reverse_kl",
-           length_normalized=length_normalized, simpo_gamma=simpo_gamma is not None, alphapo_alpha=present(options.alphapo_alpha),
-           discopop_tau=discopop_tau is not None, cpo_alpha=cpo_alpha is not None)
+    _taken(
+        where,
+        options,
+        label_smoothing=present(options.label_smoothing),
+        f_divergence=f_divergence != "reverse_kl",
+        length_normalized=length_normalized,
+        simpo_gamma=simpo_gamma is not None,
+        alphapo_alpha=present(options.alphapo_alpha),
+        discopop_tau=discopop_tau is not None,
+        cpo_alpha=cpo_alpha is not None,
+    )
     return _tensors(where, options, like, chosen_lengths, rejected_lengths, pair_weights)
 
 
 def _numbers(where, options, like):
     """The options with Python's numbers for what came as others."""
     number = checks.coefficient
-    found = {"beta": number(checks.positive, where, "beta", options.beta, like),
-             "label_smoothing": number(checks.interval, where, "label_smoothing", options.label_smoothing, like, 0, 0.5, closed=False)}
+    found = {
+        "beta": number(checks.positive, where, "beta", options.beta, like),
+        "label_smoothing": number(
+            checks.interval, where, "label_smoothing", options.label_smoothing, like, 0, 0.5, closed=False
+        ),
+    }
     if "exo_pair" in options.names and not present(found["label_smoothing"]):
-        raise ValueError(f"{where}: label_smoothing must be in (0, 0.5) for loss_type 'exo_pair', got {options.label_smoothing}; "
-                         "its paper uses 1e-3")
+        raise ValueError(
+            f"{where}: label_smoothing must be in (0, 0.5) for loss_type 'exo_pair', got "
+            f"{options.label_smoothing}; "
+            "its paper uses 1e-3"
+        )
     found["discopop_tau"] = number(checks.positive, where, "discopop_tau", options.discopop_tau, like)
     for name in ("alpha", "simpo_gamma", "alphapo_alpha", *(() if options.cpo_alpha is None else ("cpo_alpha",))):
         found[name] = number(checks.finite, where, name, getattr(options, name), like)
@@ -101,8 +151,10 @@ def _tensors(where, options, like, chosen_lengths, rejected_lengths, pair_weight
     if pair_weights is not None:
         column(where, "pair_weights", pair_weights, like, "chosen_logps")
         if not options.separable():
-            raise ValueError(f"{where}: loss_type {_listed(options.names)} sorts the batch and takes no pair_weights: "
-                             "they would lose their pairs")
+            raise ValueError(
+                f"{where}: loss_type {_listed(options.names)} sorts the batch and takes no pair_weights: "
+                "they would lose their pairs"
+            )
         pair_weights = dense(pair_weights, like.dtype)
     averaged = options.length_normalized or any(kind.averages for kind in options.kinds)
     counted = any(present(kind.likelihood_coefficient(options)) for kind in options.kinds)
@@ -113,13 +165,23 @@ def _tensors(where, options, like, chosen_lengths, rejected_lengths, pair_weight
             checks.one_device(where, "chosen_logps", like, **{name: x})
             checks.no_gradient(where, **{name: x})
         elif needed:
-            hint = ", or cpo_alpha=0 for none of their likelihood" if counted and not averaged and "sft" not in options.names else ""
-            raise ValueError(f"{where}: loss_type {_listed(options.names)} needs {name}: the number of tokens of each answer (ones, where "
-                             f"the log-probabilities are averages already){hint}")
+            hint = (
+                ", or cpo_alpha=0 for none of their likelihood"
+                if counted and not averaged and "sft" not in options.names
+                else ""
+            )
+            raise ValueError(
+                f"{where}: loss_type {_listed(options.names)} needs {name}: the number of tokens of each "
+                "answer (ones, where "
+                f"the log-probabilities are averages already){hint}"
+            )
     return replaced(
-        options, lengths=tuple(x.to(like.dtype).clamp(min=1.0) for x in lengths.values()) if averaged else None,
+        options,
+        lengths=tuple(x.to(like.dtype).clamp(min=1.0) for x in lengths.values()) if averaged else None,
         empty=(chosen_lengths == 0) | (rejected_lengths == 0) if averaged else None,
-        pairs_per_token=like.numel() / chosen_lengths.sum().to(like.dtype).clamp(min=1.0) if counted else None, pair_weights=pair_weights)
+        pairs_per_token=like.numel() / chosen_lengths.sum().to(like.dtype).clamp(min=1.0) if counted else None,
+        pair_weights=pair_weights,
+    )
 
 
 def _listed(names):

@@ -1,4 +1,5 @@
 """The parts of each preference loss: a table from its name to objectives of one number per pair."""
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,9 @@ class Pairs:
     def __init__(self, chosen, rejected, ref_chosen, ref_rejected, options):
         self.policy, self.options = (chosen, rejected), options
         self.references = [None if options.reference_free else x for x in (ref_chosen, ref_rejected)]
-        self.log_ratios = [logp if ref is None else logp - ref for logp, ref in zip(self.policy, self.references, strict=True)]
+        self.log_ratios = [
+            logp if ref is None else logp - ref for logp, ref in zip(self.policy, self.references, strict=True)
+        ]
 
     def scored(self, objective, x, *params):
         """An objective's value, differentiable; 0 without a gradient for a pair of weight 0."""
@@ -33,7 +36,11 @@ class Pairs:
     def margin(self, averaged):
         """``S_c - S_r``, ``S = f(log-ratio)``, each divided by the answer's length where ``averaged``."""
         js = self.options.f_divergence == "js_divergence"
-        scores = [self.scored("js_divergence", x) for x in self.log_ratios] if js else self.diverged(self.log_ratios, self.options.alpha)
+        scores = (
+            [self.scored("js_divergence", x) for x in self.log_ratios]
+            if js
+            else self.diverged(self.log_ratios, self.options.alpha)
+        )
         chosen, rejected = self.averages(scores) if averaged else scores
         return chosen - rejected
 
@@ -46,18 +53,26 @@ class Pairs:
         return chosen - rejected
 
     def odds(self):
-        """The log of the odds ratio, from averages per token; 0 of a pair with an empty answer, and of two certain ones."""
+        """The log of the odds ratio, from averages per token; 0 of a pair with an empty answer, and of two certain
+        ones.
+        """
         chosen, rejected = (self.scored("log_odds", x) for x in self.averages(self.policy))
         # Odds of probability 1 are infinite, and infinity less infinity would be NaN in the mean over the batch.
         equal = self.options.empty | (chosen == torch.inf) & (rejected == torch.inf)
         return torch.where(equal, 0.0, chosen - rejected)
 
     def terms(self):
-        """Every term of every loss in the mixture: coefficient, objective, numbers per pair, parameters of the objective."""
+        """Every term of every loss in the mixture: coefficient, objective, numbers per pair, parameters of the
+        objective.
+        """
         for kind, weight in zip(self.options.kinds, self.options.loss_weights, strict=True):
-            # Not 1.0 times beta: the product of two numbers is a constant of the graph in torch 2.11, and every beta would have a graph of its own.
+            # Not 1.0 times beta: the product of two numbers is a constant of the graph in torch 2.11, and every beta
+            # would have a graph of its own.
             plain = not isinstance(weight, torch.Tensor) and weight == 1.0
-            yield from ((coefficient if plain else weight * coefficient, *rest) for coefficient, *rest in kind.terms(self, self.options))
+            yield from (
+                (coefficient if plain else weight * coefficient, *rest)
+                for coefficient, *rest in kind.terms(self, self.options)
+            )
             likelihood = kind.likelihood_coefficient(self.options)
             if present(likelihood):
                 yield weight * likelihood * self.options.pairs_per_token, "nll", self.policy[0], ()
@@ -65,16 +80,21 @@ class Pairs:
 
 # A loss without the likelihood of the chosen answers: (pairs, options) to its terms.
 
+
 def _none(p, o):
     return []
 
 
 def _margin(objective, *names, averaged=False):
-    return lambda p, o: [(1.0, objective, p.margin(averaged or o.length_normalized), tuple(getattr(o, name) for name in names))]
+    return lambda p, o: [
+        (1.0, objective, p.margin(averaged or o.length_normalized), tuple(getattr(o, name) for name in names))
+    ]
 
 
 def _policy(objective, *names):
-    return lambda p, o: [(1.0, objective, p.policy_margin(o.length_normalized), tuple(getattr(o, name) for name in names))]
+    return lambda p, o: [
+        (1.0, objective, p.policy_margin(o.length_normalized), tuple(getattr(o, name) for name in names))
+    ]
 
 
 def _simpo(p, o):
@@ -83,7 +103,9 @@ def _simpo(p, o):
 
 def _nca(p, o):
     chosen, rejected = p.log_ratios
-    return [(weight, "dpo_sigmoid", x, (o.beta, 0.0)) for weight, x in ((1.0, chosen), (0.5, -chosen), (0.5, -rejected))]
+    return [
+        (weight, "dpo_sigmoid", x, (o.beta, 0.0)) for weight, x in ((1.0, chosen), (0.5, -chosen), (0.5, -rejected))
+    ]
 
 
 def _bco(p, o):
@@ -95,6 +117,7 @@ def _up_and_down(objective):
     def terms(p, o):
         chosen, rejected = p.log_ratios
         return [(1.0, objective, chosen, (o.beta,)), (1.0, objective, -rejected, (o.beta,))]
+
     return terms
 
 
@@ -132,7 +155,8 @@ class Kind(NamedTuple):
     averages: bool = False  # always of averages per token
     reference: bool = True
     separable: bool = True  # the loss of a pair depends on that pair alone
-    likelihood: float = 0.0  # coefficient of the mean over tokens of -log pi of the chosen answers; cpo_alpha replaces it where it is taken
+    # Coefficient of the mean over tokens of -log pi of the chosen answers; cpo_alpha replaces it where it is taken.
+    likelihood: float = 0.0
 
     def likelihood_coefficient(self, options):
         return options.cpo_alpha if options.cpo_alpha is not None and "cpo_alpha" in self.takes else self.likelihood
@@ -155,7 +179,9 @@ KINDS = {
     "apo_down": Kind(_apo_down),
     "discopop": Kind(_margin("discopop", "beta", "discopop_tau"), (*SCORE, "discopop_tau")),
     "sft": Kind(_none, ("f_divergence",), reference=False, likelihood=1.0),
-    "sigmoid_norm": Kind(_margin("dpo_sigmoid", "beta", "label_smoothing", averaged=True), SMOOTH + SCORE, averages=True),
+    "sigmoid_norm": Kind(
+        _margin("dpo_sigmoid", "beta", "label_smoothing", averaged=True), SMOOTH + SCORE, averages=True
+    ),
     "cpo": Kind(_policy("dpo_sigmoid", "beta", "label_smoothing"), SMOOTH + POLICY, reference=False, likelihood=1.0),
     "cpo_hinge": Kind(_policy("hinge", "beta"), POLICY, reference=False, likelihood=1.0),
     "cpo_ipo": Kind(_policy("ipo", "beta"), POLICY, reference=False, likelihood=1.0),

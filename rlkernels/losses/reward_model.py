@@ -1,4 +1,5 @@
 """Reward models: the pairwise loss, and the head that reads one hidden state per sequence."""
+
 import torch
 
 from rlkernels import checks, ops
@@ -26,7 +27,8 @@ def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
     Raises:
         ValueError: unequal numbers of pairs.
 
-    Ouyang et al. 2022, arXiv:2203.02155, eq. 1; margin: Touvron et al. 2023, arXiv:2307.09288; centring: Eisenstein et al. 2023, arXiv:2312.09244.
+    Ouyang et al. 2022, arXiv:2203.02155, eq. 1; margin: Touvron et al. 2023, arXiv:2307.09288; centring: Eisenstein et
+    al. 2023, arXiv:2312.09244.
     """
     where = "pairwise_reward_loss"
     checks.pairs(where, chosen, rejected)
@@ -37,8 +39,23 @@ def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
         checks.one_device(where, "chosen", chosen, margin=margin)
     checks.no_forward_ad(where, chosen, rejected, margin)
     real = torch.float64 if torch.float64 in (chosen.dtype, rejected.dtype) else torch.float32
-    chosen, rejected, margin = dense(chosen, real), dense(rejected, real), None if margin is None else dense(margin, real)
-    loss, _ = ops.weighted_loss("pairwise", chosen, rejected, margin, [], (), None, None, 1.0 / max(chosen.numel(), 1), ops.serving("weighted_loss", chosen))
+    chosen, rejected, margin = (
+        dense(chosen, real),
+        dense(rejected, real),
+        None if margin is None else dense(margin, real),
+    )
+    loss, _ = ops.weighted_loss(
+        "pairwise",
+        chosen,
+        rejected,
+        margin,
+        [],
+        (),
+        None,
+        None,
+        1.0 / max(chosen.numel(), 1),
+        ops.serving("weighted_loss", chosen),
+    )
     if not present(center_coef):
         return loss
     total = chosen + rejected
@@ -46,22 +63,25 @@ def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
 
 
 def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=None):
-    r"""Score of each sequence from the hidden state of its last token: ``h_end . w (+ b)``; reads ``B`` rows, not ``B L``.
+    r"""Score of each sequence from the hidden state of its last token: ``h_end . w (+ b)``; reads ``B`` rows, not ``B
+    L``.
 
     Args:
         hidden: ``[B, L, H]``, or packed ``[T, H]`` with ``cu_seqlens``.
         weight: ``[1, H]``, the head's matrix.
-        attention_mask: ``[B, L]``; the end is the last 1 (left or right padding, holes); a row of zeros, or no mask, ends at ``L - 1``. Not beside
-            ``cu_seqlens``.
-        cu_seqlens: ``[B + 1]`` offsets of a packed batch; the end of sequence ``i`` is ``cu_seqlens[i + 1] - 1``. An empty sequence has none: on
-            a CPU it is an error, on an accelerator, where values are not read, its score is 0 and has no gradient.
+        attention_mask: ``[B, L]``; the end is the last 1 (left or right padding, holes); a row of zeros, or no mask,
+            ends at ``L - 1``. Not beside ``cu_seqlens``.
+        cu_seqlens: ``[B + 1]`` offsets of a packed batch; the end of sequence ``i`` is ``cu_seqlens[i + 1] - 1``. An
+            empty sequence has none: on a CPU it is an error, on an accelerator, where values are not read, its score is
+            0 and has no gradient.
         bias: ``[1]``. Hidden states, weight and bias have one dtype, or autocast is on.
 
     Returns:
         Tensor ``[B]``, fp32 (fp64 for fp64 hidden states), differentiable in ``hidden``, ``weight`` and ``bias``.
 
     Raises:
-        ValueError: shapes do not fit; ``cu_seqlens`` does not cover the tokens, or makes a sequence empty; sequences of no token.
+        ValueError: shapes do not fit; ``cu_seqlens`` does not cover the tokens, or makes a sequence empty; sequences of
+            no token.
         TypeError: dtypes do not fit.
     """
     where = "reward_scores"
@@ -69,7 +89,10 @@ def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=
     checks.floating(where, "weight", weight)
     expected = 2 if cu_seqlens is not None else 3
     if hidden.dim() != expected:
-        raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}, expected {'[T, H] with cu_seqlens' if expected == 2 else '[B, L, H]'}")
+        raise ValueError(
+            f"{where}: hidden has shape {tuple(hidden.shape)}, expected "
+            f"{'[T, H] with cu_seqlens' if expected == 2 else '[B, L, H]'}"
+        )
     checks.shape(where, "weight", weight, (1, hidden.shape[-1]))
     if bias is not None:
         checks.floating(where, "bias", bias)
@@ -80,11 +103,19 @@ def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=
     if cu_seqlens is None:
         checks.mask(where, attention_mask, hidden.shape[:2], "attention_mask")
         if hidden.shape[0] and not hidden.shape[1]:
-            raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}: sequences without a token have no last one to score")
-        rows = hidden[torch.arange(hidden.shape[0], device=hidden.device), last_live_index(attention_mask, hidden.shape[:2], hidden.device)]
+            raise ValueError(
+                f"{where}: hidden has shape {tuple(hidden.shape)}: sequences without a token have no last one to score"
+            )
+        rows = hidden[
+            torch.arange(hidden.shape[0], device=hidden.device),
+            last_live_index(attention_mask, hidden.shape[:2], hidden.device),
+        ]
     else:
         if attention_mask is not None:
-            raise ValueError(f"{where}: attention_mask is for padded hidden states [B, L, H], cu_seqlens for packed ones [T, H]; pass one of them")
+            raise ValueError(
+                f"{where}: attention_mask is for padded hidden states [B, L, H], cu_seqlens for packed "
+                "ones [T, H]; pass one of them"
+            )
         rows, empty = _packed_ends(where, hidden, cu_seqlens)
     real = real_dtype(hidden.dtype)
     scores = (rows.to(real) * weight.to(real)).sum(-1)
@@ -99,5 +130,9 @@ def _packed_ends(where, hidden, cu_seqlens):
     if checks_tokens.values_are_read(cu_seqlens):
         return hidden[ends - 1], None
     empty = ends <= offsets[:-1]
-    rows = hidden[(ends - 1).clamp(min=0)] if hidden.shape[0] else hidden.new_zeros(ends.shape[0], hidden.shape[1]) + hidden.sum()
+    rows = (
+        hidden[(ends - 1).clamp(min=0)]
+        if hidden.shape[0]
+        else hidden.new_zeros(ends.shape[0], hidden.shape[1]) + hidden.sum()
+    )
     return torch.where(empty[:, None], 0.0, rows), empty

@@ -1,4 +1,7 @@
-"""Supervised fine-tuning: the likelihood of given tokens, weighted, from their log-probabilities or straight from logits."""
+"""Supervised fine-tuning: the likelihood of given tokens, weighted, from their log-probabilities or straight from
+logits.
+"""
+
 import torch
 
 from rlkernels import checks, ops
@@ -11,20 +14,32 @@ from rlkernels.sequences import per_token
 KINDS = ("nll", "dft")
 
 
-def logprobs_sft_loss(logprobs, mask=None, *, kind="nll", aggregation="token-mean", weights=None, sample_weights=None, cu_seqlens=None,
-                      normalizers=None, return_metrics=False):
+def logprobs_sft_loss(
+    logprobs,
+    mask=None,
+    *,
+    kind="nll",
+    aggregation="token-mean",
+    weights=None,
+    sample_weights=None,
+    cu_seqlens=None,
+    normalizers=None,
+    return_metrics=False,
+):
     r"""``sft_loss`` from the log-probabilities of the targets: value and derivative in one launch.
 
     ``sum_t w_t v_t l(logp_t)``, ``l = -logp`` (``"nll"``) or ``-sg[exp(logp)] logp`` (``"dft"``).
 
     Args:
         logprobs: ``[B, L]``, or packed ``[T]``; the only argument that gets a gradient.
-        mask: live tokens, same shape, as for ``policy_loss``; a dead token touches neither loss nor gradient, whatever it holds.
+        mask: live tokens, same shape, as for ``policy_loss``; a dead token touches neither loss nor gradient, whatever
+            it holds.
         kind, sample_weights: as for ``sft_loss``.
         aggregation, normalizers, weights, cu_seqlens: as for ``policy_loss``.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, {"nll": ..., "probability": ...})``, means over the tokens
+        Scalar, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, {"nll": ..., "probability": ...})``,
+            means over the tokens
         whose weight is not 0.
 
     Raises:
@@ -38,36 +53,56 @@ def logprobs_sft_loss(logprobs, mask=None, *, kind="nll", aggregation="token-mea
     live = live_tokens(where, logprobs, mask)
     weights = sft_weights(where, logprobs, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
     logp = dense(logprobs, real_dtype(logprobs.dtype))
-    loss, _ = ops.weighted_loss(kind, logp, None, None, [], (), dense(weights, logp.dtype), None, 1.0, ops.serving("weighted_loss", logp))
+    loss, _ = ops.weighted_loss(
+        kind, logp, None, None, [], (), dense(weights, logp.dtype), None, 1.0, ops.serving("weighted_loss", logp)
+    )
     return (loss, sft_metrics(logp, weights)) if return_metrics else loss
 
 
-def sft_loss(logits, targets, mask=None, *, kind="nll", temperature=1.0, ignore_index=-100, vocab_mask=None, aggregation="token-mean",
-             weights=None, sample_weights=None, cu_seqlens=None, normalizers=None, inplace_backward=False, return_metrics=False):
+def sft_loss(
+    logits,
+    targets,
+    mask=None,
+    *,
+    kind="nll",
+    temperature=1.0,
+    ignore_index=-100,
+    vocab_mask=None,
+    aggregation="token-mean",
+    weights=None,
+    sample_weights=None,
+    cu_seqlens=None,
+    normalizers=None,
+    inplace_backward=False,
+    return_metrics=False,
+):
     r"""Likelihood of given tokens, from logits: loss and gradient with respect to the logits in one pass over each row.
 
-    ``sum_t w_t v_t l(log pi(y_t))``, ``w`` the aggregation's weights, ``v`` the ``sample_weights``. Row ``t`` of the logits scores
-    ``targets[t]``: nothing is shifted here; pass ``logits[:, :-1]`` (no copy) and ``labels[:, 1:]``.
+    ``sum_t w_t v_t l(log pi(y_t))``, ``w`` the aggregation's weights, ``v`` the ``sample_weights``. Row ``t`` of the
+    logits scores ``targets[t]``: nothing is shifted here; pass ``logits[:, :-1]`` (no copy) and ``labels[:, 1:]``.
 
     Args:
-        logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; a target that is ignored is a dead token.
-        mask: live tokens, shaped like ``targets``. A dead token's row is never read, nor its target and temperature. None alive: the
-            loss is 0, its gradient too.
-        kind: ``"nll"``: ``l = -log pi``; ``"dft"``: ``-sg[pi] log pi``, which follows a token the less, the less likely it is. (ASFT adds
-            an exact KL(ref || pi) to it, EAFT an entropy over the 20 largest logits: no backend has these, so neither is offered.)
+        logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; a target that is ignored is a
+            dead token.
+        mask: live tokens, shaped like ``targets``. A dead token's row is never read, nor its target and temperature.
+            None alive: the loss is 0, its gradient too.
+        kind: ``"nll"``: ``l = -log pi``; ``"dft"``: ``-sg[pi] log pi``, which follows a token the less, the less likely
+            it is. (ASFT adds an exact KL(ref || pi) to it, EAFT an entropy over the 20 largest logits: no backend has
+            these, so neither is offered.)
         aggregation, normalizers, weights, cu_seqlens: as for ``policy_loss``; ``weights`` stand in for an aggregation.
-        sample_weights: ``v``, shaped like ``targets`` or one per sequence (as ``advantages`` of ``policy_loss``), of any sign,
-            without gradient. The aggregation goes on counting all live tokens; where ``v`` is 0 the gradient is exactly 0. A reward as
-            ``v`` is rejection-sampling fine-tuning (0 or 1) or REINFORCE.
+        sample_weights: ``v``, shaped like ``targets`` or one per sequence (as ``advantages`` of ``policy_loss``), of
+            any sign, without gradient. The aggregation goes on counting all live tokens; where ``v`` is 0 the gradient
+            is exactly 0. A reward as ``v`` is rejection-sampling fine-tuning (0 or 1) or REINFORCE.
         inplace_backward: the backward writes the gradient over ``logits``.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, {"nll": ..., "probability": ..., "entropy": ...})``, means
+        Scalar, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, {"nll": ..., "probability": ...,
+            "entropy": ...})``, means
         over the tokens whose weight is not 0.
 
     Raises:
-        TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs``; unknown names, shapes that do not match, two sources of
-            weights.
+        TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs``; unknown names, shapes that do not match,
+            two sources of weights.
 
     Wu et al. 2025, arXiv:2508.05629 (DFT); Yuan et al. 2023, arXiv:2308.01825 (RFT).
     """
@@ -75,19 +110,40 @@ def sft_loss(logits, targets, mask=None, *, kind="nll", temperature=1.0, ignore_
     row = rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
     ignore_index = row.ignore_index
     if not row.shape:
-        raise ValueError(f"{where}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row")
+        raise ValueError(
+            f"{where}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
+        )
     checks.choice(where, "kind", kind, KINDS)
     targets = checks_tokens.holding(where, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=row.real)
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     live = live_tokens(where, like, mask) & (targets != ignore_index)
-    everywhere = mask is None and weights is None and sample_weights is None and not isinstance(row.temperature, torch.Tensor)
+    everywhere = (
+        mask is None and weights is None and sample_weights is None and not isinstance(row.temperature, torch.Tensor)
+    )
     weights = row.flat(sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers))
     row = row if everywhere else row.without(weights == 0)
-    with_grad = torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
+    with_grad = (
+        torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
+    )
     loss, _, logp, _, _, entropy, _ = ops.fused_policy(
-        kind, row.logits, row.targets, row.temperature, ignore_index, row.vocab_mask, [], (), weights, None, None, None, None, with_grad,
-        inplace_backward, ops.serving("fused_policy", logits))
+        kind,
+        row.logits,
+        row.targets,
+        row.temperature,
+        ignore_index,
+        row.vocab_mask,
+        [],
+        (),
+        weights,
+        None,
+        None,
+        None,
+        None,
+        with_grad,
+        inplace_backward,
+        ops.serving("fused_policy", logits),
+    )
     if not return_metrics:
         return loss
     return loss, {**sft_metrics(logp, weights), "entropy": _mean(entropy, weights)}

@@ -1,4 +1,5 @@
 """Losses of answers that were judged one by one, from their log-probabilities: KTO, APO-zero, BCO."""
+
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,10 @@ LOSS_TYPES = ("kto", "apo_zero_unpaired", "bco", "kto_paired_batch")
 
 
 class UnpairedOptions(NamedTuple):
-    """The options of ``unpaired_preference_loss``, checked. ``baseline``: what is taken off a log-ratio (kto) or a reward (bco)."""
+    """The options of ``unpaired_preference_loss``, checked.
+
+    ``baseline``: what is taken off a log-ratio (kto) or a reward (bco).
+    """
 
     loss_type: str
     beta: float
@@ -25,13 +29,26 @@ class UnpairedOptions(NamedTuple):
         return self.loss_type != "kto_paired_batch"
 
 
-def unpaired_options(where, like, *, loss_type="kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0, kl=None, kl_logps=None,
-                     ref_kl_logps=None, delta=None):
+def unpaired_options(
+    where,
+    like,
+    *,
+    loss_type="kto",
+    beta=0.1,
+    desirable_weight=1.0,
+    undesirable_weight=1.0,
+    kl=None,
+    kl_logps=None,
+    ref_kl_logps=None,
+    delta=None,
+):
     """Checks the options; ``like``: a tensor of the dtype and device of the losses."""
     checks.choice(where, "loss_type", loss_type, LOSS_TYPES)
     beta = checks.coefficient(checks.positive, where, "beta", beta, like)
-    desirable_weight, undesirable_weight = (checks.coefficient(checks.finite, where, name, x, like) for name, x in (
-        ("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)))
+    desirable_weight, undesirable_weight = (
+        checks.coefficient(checks.finite, where, name, x, like)
+        for name, x in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight))
+    )
     for name, x in {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}.items():
         if not isinstance(x, torch.Tensor) and x < 0:
             raise ValueError(f"{where}: {name} must not be negative, got {x}; the labels say which way an answer moves")
@@ -68,7 +85,9 @@ def _number(where, name, x, like):
 
 def _kl(where, kl, kl_logps, ref_kl_logps, like):
     if kl is not None or kl_logps is None or ref_kl_logps is None:
-        raise ValueError(f"{where}: kl_logps and ref_kl_logps go together, instead of kl; pass both of them, or kl alone")
+        raise ValueError(
+            f"{where}: kl_logps and ref_kl_logps go together, instead of kl; pass both of them, or kl alone"
+        )
     checks.floating(where, "kl_logps", kl_logps)
     checks.no_forward_ad(where, kl_logps)
     per_answer(where, "kl_logps", kl_logps)
@@ -79,15 +98,20 @@ def _kl(where, kl, kl_logps, ref_kl_logps, like):
 
 
 def sequence_losses(where, logps, ref_logps, desirable, options):
-    """The loss of each answer times the weight of its class, ``[N]``, differentiable in ``logps``, sums of log-probabilities ``[N]``."""
+    """The loss of each answer times the weight of its class, ``[N]``, differentiable in ``logps``, sums of
+    log-probabilities ``[N]``.
+    """
     margin, objective, params = _margins(where, logps, ref_logps, desirable, options)
     weights = class_weights(desirable, options, margin.dtype)
     return each(objective, margin, params, weights) * weights  # 0 in a class of weight 0, whatever it holds
 
 
 def class_weights(desirable, options, dtype):
-    zeros = desirable.new_zeros(desirable.shape, dtype=dtype)  # a where of two numbers would be of torch's default dtype
-    return torch.where((desirable != 0).contiguous(), zeros + options.desirable_weight, zeros + options.undesirable_weight)
+    # A where of two numbers would be of torch's default dtype.
+    zeros = desirable.new_zeros(desirable.shape, dtype=dtype)
+    return torch.where(
+        (desirable != 0).contiguous(), zeros + options.desirable_weight, zeros + options.undesirable_weight
+    )
 
 
 def _margins(where, logps, ref_logps, desirable, options):
@@ -103,41 +127,60 @@ def _margins(where, logps, ref_logps, desirable, options):
         reward = options.beta * log_ratio - options.baseline
         return torch.where(good, reward, -reward), "pairwise", ()
     if options.loss_type == "kto_paired_batch":
-        means = [(torch.where(one, log_ratio, 0.0).sum() / one.sum().clamp(min=1)).clamp(min=0.0) for one in (good, ~good)]
+        means = [
+            (torch.where(one, log_ratio, 0.0).sum() / one.sum().clamp(min=1)).clamp(min=0.0) for one in (good, ~good)
+        ]
         return torch.where(good, log_ratio - means[1], means[0] - log_ratio), "kto", (options.beta,)
     log_ratio = log_ratio - options.baseline
     return torch.where(good, log_ratio, -log_ratio), "kto", (options.beta,)
 
 
-def unpaired_preference_loss(logps, ref_logps, desirable, *, loss_type="kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0,
-                             kl=None, kl_logps=None, ref_kl_logps=None, delta=None, return_metrics=False):
+def unpaired_preference_loss(
+    logps,
+    ref_logps,
+    desirable,
+    *,
+    loss_type="kto",
+    beta=0.1,
+    desirable_weight=1.0,
+    undesirable_weight=1.0,
+    kl=None,
+    kl_logps=None,
+    ref_kl_logps=None,
+    delta=None,
+    return_metrics=False,
+):
     r"""Losses of answers that are desirable or not, without pairs: value and derivative in one launch.
 
     The mean over all answers of ``w l``. With ``rho = logp - ref``, ``b = beta``, ``s`` the logistic function:
 
     - ``"kto"`` desirable ``1 - s(b (rho - kl))``, undesirable ``1 - s(b (kl - rho))``;
     - ``"apo_zero_unpaired"`` the same without ``kl``: ``1 - s(b rho)`` and ``s(b rho)``;
-    - ``"kto_paired_batch"`` the same, where ``kl`` of each class is the mean ``rho`` of the other one, at least 0, with its gradient;
+    - ``"kto_paired_batch"`` the same, where ``kl`` of each class is the mean ``rho`` of the other one, at least 0, with
+      its gradient;
     - ``"bco"`` ``-log s(b rho - delta)`` and ``-log s(delta - b rho)``.
 
     Args:
-        logps: sums of log-probabilities of the answers under the policy, ``[N]``; the only argument that gets a gradient.
+        logps: sums of log-probabilities of the answers under the policy, ``[N]``; the only argument that gets a
+            gradient.
         ref_logps: the same under the reference.
         desirable: which answers are, ``[N]``, bool, or 1 and 0 in any dtype. A batch of one class will do.
         beta: strength of the tie to the reference, > 0.
         desirable_weight, undesirable_weight: ``w`` of each class, at least 0.
-        kl: for ``"kto"``: how far the policy has drifted, at least 0, a number or a tensor of shape ``()`` (averaged over ranks, say).
-        kl_logps, ref_kl_logps: instead of ``kl``: ``[M]``, log-probabilities of answers to other prompts; ``kl`` is then the mean of their
-            difference, at least 0. None of them gives 0.
+        kl: for ``"kto"``: how far the policy has drifted, at least 0, a number or a tensor of shape ``()`` (averaged
+            over ranks, say).
+        kl_logps, ref_kl_logps: instead of ``kl``: ``[M]``, log-probabilities of answers to other prompts; ``kl`` is
+            then the mean of their difference, at least 0. None of them gives 0.
         delta: for ``"bco"``: the running mean of all rewards, a number or a tensor of shape ``()``.
 
     Returns:
-        Scalar, fp32 (fp64 where any of the log-probabilities is). No answer gives 0. With ``return_metrics``, ``(loss, dict)`` with the mean implicit
-        reward ``beta rho`` of each class (0 where it has no answer), and ``kl`` with ``"kto"``.
+        Scalar, fp32 (fp64 where any of the log-probabilities is). No answer gives 0. With ``return_metrics``, ``(loss,
+        dict)`` with the mean implicit reward ``beta rho`` of each class (0 where it has no answer), and ``kl`` with
+        ``"kto"``.
 
     Raises:
-        ValueError: an option out of range, unknown, or not looked at by the loss; shapes that differ; ``kl`` or ``delta`` missing; on a CPU ``kl``
-            below 0, or labels that are not 0 and 1.
+        ValueError: an option out of range, unknown, or not looked at by the loss; shapes that differ; ``kl`` or
+            ``delta`` missing; on a CPU ``kl`` below 0, or labels that are not 0 and 1.
 
     Ethayarajh et al. 2024, arXiv:2402.01306 (KTO); D'Oosterlinck et al. 2024, arXiv:2408.06266 (APO); Jung et al. 2024,
     arXiv:2404.04656 (BCO).
@@ -147,17 +190,32 @@ def unpaired_preference_loss(logps, ref_logps, desirable, *, loss_type="kto", be
     checks.no_forward_ad(where, logps)
     per_answer(where, "logps", logps)
     like = logps.detach().to(common_dtype(logps, ref_logps))
-    options = unpaired_options(where, like, loss_type=loss_type, beta=beta, desirable_weight=desirable_weight,
-                               undesirable_weight=undesirable_weight, kl=kl, kl_logps=kl_logps, ref_kl_logps=ref_kl_logps, delta=delta)
+    options = unpaired_options(
+        where,
+        like,
+        loss_type=loss_type,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        kl=kl,
+        kl_logps=kl_logps,
+        ref_kl_logps=ref_kl_logps,
+        delta=delta,
+    )
     margin, objective, params = _margins(where, logps, ref_logps, desirable, options)
-    loss = weighted_terms([(1.0, objective, margin, params)], class_weights(desirable, options, like.dtype), 1.0 / max(like.numel(), 1))
+    loss = weighted_terms(
+        [(1.0, objective, margin, params)], class_weights(desirable, options, like.dtype), 1.0 / max(like.numel(), 1)
+    )
     if not return_metrics:
         return loss
     with torch.no_grad():
         rewards, good = options.beta * (like - ref_logps), desirable != 0
-        metrics = {f"reward_{name}": torch.where(one, rewards, 0.0).sum() / one.sum().clamp(min=1)
-                   for name, one in (("desirable", good), ("undesirable", ~good))}
+        metrics = {
+            f"reward_{name}": torch.where(one, rewards, 0.0).sum() / one.sum().clamp(min=1)
+            for name, one in (("desirable", good), ("undesirable", ~good))
+        }
         if loss_type == "kto":
             kl = options.baseline
-            metrics["kl"] = kl.to(like.dtype) if isinstance(kl, torch.Tensor) else like.new_full((), kl)  # filled there: a copy would wait for the device
+            # Filled there: a copy would wait for the device.
+            metrics["kl"] = kl.to(like.dtype) if isinstance(kl, torch.Tensor) else like.new_full((), kl)
         return loss, metrics

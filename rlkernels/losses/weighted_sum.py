@@ -1,15 +1,19 @@
 """An objective over columns: the weighted sum that is a loss, and the value of each element.
 
-Parameters are numbers, or tensors of shape ``()`` that no host reads. With one of the latter the objective runs in plain torch, a few launches
-more: kernels take numbers alone.
+Parameters are numbers, or tensors of shape ``()`` that no host reads. With one of the latter the objective runs in
+plain torch, a few launches more: kernels take numbers alone.
 """
+
 import torch
 
 from rlkernels import ops
 
 
 def parameters(values):
-    """Numbers as a tuple; with a tensor among them, as one float64 tensor: of the device that one of them is on. Such a tensor stays as it is."""
+    """Numbers as a tuple; with a tensor among them, as one float64 tensor: of the device that one of them is on.
+
+    Such a tensor stays as it is.
+    """
     if isinstance(values, torch.Tensor):
         return values
     for x in values:
@@ -18,16 +22,34 @@ def parameters(values):
     else:
         return tuple(values)
     devices = [x.device for x in values if isinstance(x, torch.Tensor)]
-    device = [*[d for d in devices if d.type != "cpu"], devices[0]][0]  # not next(): Dynamo of torch 2.8 cannot trace it
+    # Not next(): Dynamo of torch 2.8 cannot trace it.
+    device = [*[d for d in devices if d.type != "cpu"], devices[0]][0]
     # zeros + x: a filled tensor would be a new compilation for each number.
-    return torch.stack([x.to(device, torch.float64) if isinstance(x, torch.Tensor) else torch.zeros((), dtype=torch.float64, device=device) + x
-                        for x in values])
+    return torch.stack(
+        [
+            x.to(device, torch.float64)
+            if isinstance(x, torch.Tensor)
+            else torch.zeros((), dtype=torch.float64, device=device) + x
+            for x in values
+        ]
+    )
 
 
 def weighted_sum(objective, first, others, params, weight, total, share):
     """``sum_i w_i l(first_i, others_i)``, differentiable in ``first``; ``w`` as for ``ops.weighted_loss``."""
     first = first.contiguous()
-    return ops.weighted_loss(objective, first, None, None, others, parameters(params), weight, total, share, ops.serving("weighted_loss", first))[0]
+    return ops.weighted_loss(
+        objective,
+        first,
+        None,
+        None,
+        others,
+        parameters(params),
+        weight,
+        total,
+        share,
+        ops.serving("weighted_loss", first),
+    )[0]
 
 
 def each(objective, x, params, weight):

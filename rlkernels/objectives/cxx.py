@@ -1,10 +1,21 @@
 """Every built-in objective as a C++ functor, and what tells one set of objectives from another."""
+
 import ast
 import hashlib
 
 from rlkernels.objectives.language import OBJECTIVES
 
-SYMBOLS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.USub: "-", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
+SYMBOLS = {
+    ast.Add: "+",
+    ast.Sub: "-",
+    ast.Mult: "*",
+    ast.Div: "/",
+    ast.USub: "-",
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+}
 
 
 def expression(node):
@@ -19,7 +30,8 @@ def expression(node):
             return f"({expression(a)} {SYMBOLS[type(op)]} {expression(b)})"
         case ast.Call(func=ast.Name(id=f), args=args):
             return f"rlk::{f}({', '.join(map(expression, args))})"
-    raise SyntaxError(f"no C++ form for {ast.unparse(node)!r}")  # the checker of the language admits nothing that ends here
+    # The checker of the language admits nothing that ends here.
+    raise SyntaxError(f"no C++ form for {ast.unparse(node)!r}")
 
 
 def functor(name):
@@ -30,7 +42,9 @@ def functor(name):
     lines.append("return {" + ", ".join(map(expression, last.value.elts)) + "};")
     arguments = ", ".join(f"S {a}" for a in objective.columns + objective.params)
     body = "\n".join("    " + line for line in lines)
-    return f"struct {name} {{\n  template <class S>\n  RLK_HD Term<S> operator()({arguments}) const {{\n{body}\n  }}\n}};"
+    return (
+        f"struct {name} {{\n  template <class S>\n  RLK_HD Term<S> operator()({arguments}) const {{\n{body}\n  }}\n}};"
+    )
 
 
 def builtin():
@@ -40,7 +54,9 @@ def builtin():
 
 def table(macro, names):
     """A list ``macro(X)`` of ``X(name, columns, parameters)``."""
-    return f"#define {macro}(X) \\\n" + " \\\n".join(f"  X({n}, {len(OBJECTIVES[n].columns)}, {len(OBJECTIVES[n].params)})" for n in names)
+    return f"#define {macro}(X) \\\n" + " \\\n".join(
+        (f"  X({n}, {len(OBJECTIVES[n].columns)}, {len(OBJECTIVES[n].params)})") for n in names
+    )
 
 
 def body(names):
@@ -52,5 +68,7 @@ def body(names):
 
 
 def digest(names=None):
-    """A digest that tells a compiled module of these objectives from one of others; a comment or a docstring changes nothing."""
+    """A digest that tells a compiled module of these objectives from one of others; a comment or a docstring changes
+    nothing.
+    """
     return hashlib.sha256(body(builtin() if names is None else names).encode()).hexdigest()[:16]

@@ -1,9 +1,11 @@
 """``@objective``: checks a scalar function against the objective language and registers it.
 
-The language is what Python, Triton and C++ read alike: positional arguments; a docstring; ``name = expression``; one final
-``return value, derivative``. Expressions are arguments, locals, float literals, ``+ - * /``, unary ``-`` and calls of the
-names in ``rlkernels.objectives.functions``; a comparison stands only as the condition of ``where``. The derivative is with respect to the first argument.
+The language is what Python, Triton and C++ read alike: positional arguments; a docstring; ``name = expression``; one
+final ``return value, derivative``. Expressions are arguments, locals, float literals, ``+ - * /``, unary ``-`` and
+calls of the names in ``rlkernels.objectives.functions``; a comparison stands only as the condition of ``where``. The
+derivative is with respect to the first argument.
 """
+
 import ast
 import inspect
 import textwrap
@@ -12,16 +14,30 @@ from typing import NamedTuple
 
 from rlkernels.objectives import functions
 
-COLUMNS = ("logp", "old_logp", "ref_logp", "advantage", "value", "old_value", "returns", "margin", "log_ratio", "mean_logp")
+COLUMNS = (
+    "logp",
+    "old_logp",
+    "ref_logp",
+    "advantage",
+    "value",
+    "old_value",
+    "returns",
+    "margin",
+    "log_ratio",
+    "mean_logp",
+)
 """Argument names that are per-row tensors. Every other argument is one run-time float per launch."""
 
 ARITY = {name: len(inspect.signature(function).parameters) for name, function in functions.FUNCTIONS.items()}
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 COMPARISONS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 CXX_KEYWORDS = frozenset(
-    "auto bool case catch char const default delete do double enum explicit extern float friend goto inline int long mutable "
-    "namespace new operator private protected public register short signed sizeof static struct switch template this throw "
-    "typedef typename union unsigned using virtual void volatile".split())
+    "auto bool case catch char const default delete do double enum explicit extern float friend goto inline int long "
+    "mutable "
+    "namespace new operator private protected public register short signed sizeof static struct switch template this "
+    "throw "
+    "typedef typename union unsigned using virtual void volatile".split()
+)
 INSTEAD = {
     ast.Pow: "multiply: x * x",
     ast.IfExp: "where(condition, a, b)",
@@ -59,7 +75,10 @@ def objective(function=None, *, columns=None):
     if function is None:
         return lambda f: objective(f, columns=columns)
     if getattr(function, "__name__", "<lambda>") == "<lambda>":
-        raise TypeError(f"objective: expected a function with a name, got {'a lambda' if callable(function) else type(function).__name__}; define it with def")
+        raise TypeError(
+            "objective: expected a function with a name, got "
+            f"{'a lambda' if callable(function) else type(function).__name__}; define it with def"
+        )
     name = function.__name__
     tree = _parse(function)
     names = _arguments(function)
@@ -82,7 +101,9 @@ def _parse(function):
     try:
         source = inspect.getsource(function)
     except OSError as error:
-        raise TypeError(f"objective {function.__name__!r} must be defined in a file or a notebook cell: no source found") from error
+        raise TypeError(
+            f"objective {function.__name__!r} must be defined in a file or a notebook cell: no source found"
+        ) from error
     return ast.parse(textwrap.dedent(source)).body[0]
 
 
@@ -123,7 +144,10 @@ class _Checker:
 
     def fresh(self, name, node):
         if name in ARITY or name in CXX_KEYWORDS:
-            raise TypeError(f"objective {self.name!r}, line {node.lineno}: {name!r} is a name of _math or of C++; write another name")
+            raise TypeError(
+                f"objective {self.name!r}, line {node.lineno}: {name!r} is a name of _math or of C++; "
+                "write another name"
+            )
 
     def expression(self, node):
         match node:
@@ -141,14 +165,20 @@ class _Checker:
                 self.fail(node, INSTEAD.get(type(op), "+ - * /"))
             case ast.Call(func=ast.Name(id=f), args=args, keywords=[]) if len(args) == ARITY.get(f):
                 if self.function.__globals__.get(f) is not functions.FUNCTIONS[f]:
-                    self.fail(node, f"{f} imported from rlkernels.objectives: kernels replace that function and no other")
+                    self.fail(
+                        node, f"{f} imported from rlkernels.objectives: kernels replace that function and no other"
+                    )
                 if f == "where":
                     self.condition(args[0])
                     args = args[1:]
                 return [self.expression(x) for x in args]
             case ast.Call():
-                self.fail(node, "a call, with positional arguments, of " + ", ".join(f"{f}/{n}" for f, n in ARITY.items()))
-        self.fail(node, INSTEAD.get(type(node), "arguments, earlier locals, float literals, + - * / and the names of _math"))
+                self.fail(
+                    node, "a call, with positional arguments, of " + ", ".join(f"{f}/{n}" for f, n in ARITY.items())
+                )
+        self.fail(
+            node, INSTEAD.get(type(node), "arguments, earlier locals, float literals, + - * / and the names of _math")
+        )
 
     def condition(self, node):
         match node:
@@ -157,4 +187,7 @@ class _Checker:
         self.fail(node, "one comparison < <= > >= as the condition of where")
 
     def fail(self, node, instead):
-        raise TypeError(f"objective {self.name!r}, line {node.lineno}: {ast.unparse(node)!r} is not in the language; write {instead}")
+        raise TypeError(
+            f"objective {self.name!r}, line {node.lineno}: {ast.unparse(node)!r} is not in the language; "
+            f"write {instead}"
+        )

@@ -1,10 +1,12 @@
 """Policy objectives, each once: ``columns, parameters -> (value, d value / d logp)``.
 
 A comparison is written so that NaN takes the live branch: ``where(held < free, 0.0, free)`` keeps a NaN that
-``where(free <= held, free, 0.0)`` would turn into a zero gradient beside a NaN loss. A zero advantage is 0 even where the ratio
-overflows (``inf * 0`` would be NaN from a log-ratio of 89 on): ``advantage * gap`` is that 0, and stays NaN for a NaN. At an exact tie the derivative is the
-unclipped one, on every backend (``torch.min`` would split it in halves).
+``where(free <= held, free, 0.0)`` would turn into a zero gradient beside a NaN loss. A zero advantage is 0 even where
+the ratio overflows (``inf * 0`` would be NaN from a log-ratio of 89 on): ``advantage * gap`` is that 0, and stays NaN
+for a NaN. At an exact tie the derivative is the unclipped one, on every backend (``torch.min`` would split it in
+halves).
 """
+
 from rlkernels.objectives.functions import clip, exp, sigmoid, where
 from rlkernels.objectives.language import objective
 
@@ -30,7 +32,10 @@ def ppo_clip(logp, old_logp, advantage, clip_low, clip_high):
 
 @objective
 def dual_clip(logp, old_logp, advantage, clip_low, clip_high, dual_clip):
-    r"""PPO with a floor for bad actions: where ``A < 0`` the loss is at most ``-dual_clip * A``. Ye et al. 2020, arXiv:1912.09729."""
+    r"""PPO with a floor for bad actions: where ``A < 0`` the loss is at most ``-dual_clip * A``.
+
+    Ye et al. 2020, arXiv:1912.09729.
+    """
     gap = logp - old_logp
     ratio = exp(gap)
     free = where(advantage > 0.0, ratio * advantage, where(advantage < 0.0, ratio * advantage, advantage * gap))
@@ -45,8 +50,8 @@ def dual_clip(logp, old_logp, advantage, clip_low, clip_high, dual_clip):
 def cispo(logp, old_logp, advantage, clip_low, clip_high):
     r"""CISPO: ``-sg[clip(rho, 1-clip_low, 1+clip_high)] A log pi``; every token keeps a gradient.
 
-    MiniMax-M1 2025, arXiv:2506.13585, eq. 4-5. The bounds are distances from 1; the paper sets no lower one: ``clip_low=1``.
-    TRL's bound is the cap itself: ``clip_high = cap - 1``.
+    MiniMax-M1 2025, arXiv:2506.13585, eq. 4-5. The bounds are distances from 1; the paper sets no lower one:
+    ``clip_low=1``. TRL's bound is the cap itself: ``clip_high = cap - 1``.
     """
     weight = clip(exp(logp - old_logp), 1.0 - clip_low, 1.0 + clip_high) * advantage
     return -weight * logp, -weight
@@ -56,7 +61,8 @@ def cispo(logp, old_logp, advantage, clip_low, clip_high):
 def sapo(logp, old_logp, advantage, tau_pos, tau_neg):
     r"""SAPO: ``-(4/tau) sigmoid(tau (rho - 1)) A``, ``tau`` by the sign of ``A``. 2025, arXiv:2511.20347.
 
-    The slope ``4 g (1-g) rho`` is formed as ``4 sigmoid(u) sigmoid(-u) rho``: ``1 - g`` has no digits once ``g`` is near 1.
+    The slope ``4 g (1-g) rho`` is formed as ``4 sigmoid(u) sigmoid(-u) rho``: ``1 - g`` has no digits once ``g`` is
+    near 1.
     """
     ratio = exp(logp - old_logp)
     tau = where(advantage > 0.0, tau_pos, tau_neg)

@@ -1,4 +1,7 @@
-"""Objectives of supervised fine-tuning, on the log-probability of the target alone: ``logp -> (value, d value / d logp)``."""
+"""Objectives of supervised fine-tuning, on the log-probability of the target alone: ``logp -> (value, d value / d
+logp)``.
+"""
+
 from rlkernels.objectives.functions import exp
 from rlkernels.objectives.language import objective
 

@@ -1,16 +1,28 @@
-"""Rows in which an objective cannot move: a proof, from its source, that its derivative is 0 wherever one column is 0."""
+"""Rows in which an objective cannot move: a proof, from its source, that its derivative is 0 wherever
+one column is 0.
+"""
+
 import ast
 import functools
 import operator
 
 from rlkernels.objectives.language import OBJECTIVES
 
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Lt: operator.lt,
-              ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge}
+OPERATIONS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
 
 
 def still_where_zero(name, column):
-    """Tell whether the derivative of objective ``name`` is 0 in every row where ``column`` is, all other columns and parameters being finite.
+    """Tell whether the derivative of objective ``name`` is 0 in every row where ``column`` is, all other columns and
+    parameters being finite.
 
     False also where that cannot be shown.
     """
@@ -42,7 +54,9 @@ def _constant(node, known):
             a, b = _constant(a, known), _constant(b, known)
             if isinstance(op, ast.Mult) and 0.0 in (a, b) or isinstance(op, ast.Div) and a == 0.0 and b is None:
                 return 0.0
-            return None if a is None or b is None or isinstance(op, ast.Div) and b == 0.0 else OPERATIONS[type(op)](a, b)
+            return (
+                None if a is None or b is None or isinstance(op, ast.Div) and b == 0.0 else OPERATIONS[type(op)](a, b)
+            )
         case ast.Call(func=ast.Name(id="where"), args=[condition, a, b]):
             condition, a, b = (_constant(x, known) for x in (condition, a, b))
             return (a if condition else b) if condition is not None else a if a == b else None

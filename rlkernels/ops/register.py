@@ -1,8 +1,10 @@
-"""The registration of an op with torch: its schema, its fake, its autograd formula, and the way past the dispatcher; how a loss keeps its gradients.
+"""The registration of an op with torch: its schema, its fake, its autograd formula, and the way past the dispatcher;
+how a loss keeps its gradients.
 
-A call with plain tensors outside of every mode goes straight to the implementation, with the same autograd formula (``rlkernels.tracing``); any
-other call takes the registered op.
+A call with plain tensors outside of every mode goes straight to the implementation, with the same autograd formula
+(``rlkernels.tracing``); any other call takes the registered op.
 """
+
 from collections import Counter
 
 import torch
@@ -11,7 +13,9 @@ from rlkernels import checks
 from rlkernels.backends import BACKENDS
 from rlkernels.tracing import gradient_wanted, registered
 
-DOUBLE_BACKWARD = "double backward is not supported by rlkernels; use plain torch operations where second derivatives are needed"
+DOUBLE_BACKWARD = (
+    "double backward is not supported by rlkernels; use plain torch operations where second derivatives are needed"
+)
 
 _library = torch.library.Library("rlkernels", "DEF")
 _calls = Counter()
@@ -34,10 +38,12 @@ def run(op, backend, *arguments):
 
 
 def define(name, schema, implementation, fake, formula=None, setup=None):
-    """Registers an op with its fake and, unless it mutates, its autograd formula. Without one, a derivative of it is an error.
+    """Registers an op with its fake and, unless it mutates, its autograd formula.
 
-    The result is what to call; its ``op`` is the registered op. A tensor argument that is a number may be given as a float, one that is a row
-    of numbers as a tuple of them.
+    Without one, a derivative of it is an error.
+
+    The result is what to call; its ``op`` is the registered op. A tensor argument that is a number may be given as a
+    float, one that is a row of numbers as a tuple of them.
     """
     _library.define(f"{name}{schema}")
     _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -46,7 +52,8 @@ def define(name, schema, implementation, fake, formula=None, setup=None):
     torch.library.register_fake(f"rlkernels::{name}", fake, lib=_library)
     recorded, formula, setup = implementation, formula or _raises, setup or (lambda ctx, inputs, output: None)
     if "!" not in schema:
-        # For the backward ops this makes the second derivative an error: autograd would treat the first one as a constant.
+        # For the backward ops this makes the second derivative an error: autograd would treat the first one as a
+        # constant.
         torch.library.register_autograd(f"rlkernels::{name}", formula, setup_context=setup, lib=_library)
         recorded = _recorded(name, implementation, formula, setup)
     op = getattr(torch.ops.rlkernels, name).default
@@ -63,17 +70,20 @@ def define(name, schema, implementation, fake, formula=None, setup=None):
 
 def _recorded(name, implementation, formula, setup):
     """The same op for a call that autograd records outside of the dispatcher."""
+
     def forward(ctx, *arguments):
         output = implementation(*arguments)
         setup(ctx, arguments, output)
         return output
 
     def backward(ctx, *grads):
-        return tuple([g if isinstance(g, torch.Tensor) else None for g in formula(ctx, *grads)])  # of a list of tensors: a list of None
+        # Of a list of tensors: a list of None.
+        return tuple([g if isinstance(g, torch.Tensor) else None for g in formula(ctx, *grads)])
 
     base = torch.autograd.Function
     function = type(base)(name, (base,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
-    return super(base, function).apply  # its own apply looks for wrappers of functorch in every argument, which are not plain
+    # Its own apply looks for wrappers of functorch in every argument, which are not plain.
+    return super(base, function).apply
 
 
 def _raises(ctx, *grads):
@@ -84,7 +94,8 @@ class _Held(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss, held, again, *inputs):
         ctx.held, ctx.again = held, again
-        ctx.save_for_backward(*inputs)  # an input changed in between raises, instead of meeting the gradient of what it was
+        # An input changed in between raises, instead of meeting the gradient of what it was.
+        ctx.save_for_backward(*inputs)
         return loss.clone()
 
     @staticmethod
@@ -93,7 +104,12 @@ class _Held(torch.autograd.Function):
             raise RuntimeError(DOUBLE_BACKWARD)
         inputs, held = ctx.saved_tensors, ctx.held
         ctx.held = None
-        return None, None, None, *(None if d is None else _scaled(d, upstream, x) for d, x in zip(held or ctx.again(), inputs, strict=True))
+        return (
+            None,
+            None,
+            None,
+            *(None if d is None else _scaled(d, upstream, x) for d, x in zip(held or ctx.again(), inputs, strict=True)),
+        )
 
 
 def _scaled(gradient, upstream, like):
@@ -107,5 +123,7 @@ def _scaled(gradient, upstream, like):
 
 
 def with_gradients(loss, gradients, again, *inputs):
-    """``loss``, differentiable in ``inputs``; their gradients (None: not wanted) are given away once, then ``again()`` makes them anew."""
+    """``loss``, differentiable in ``inputs``; their gradients (None: not wanted) are given away once, then ``again()``
+    makes them anew.
+    """
     return _Held.apply(loss, gradients, again, *inputs)

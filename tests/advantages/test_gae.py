@@ -1,4 +1,5 @@
 """GAE and discounted returns against a loop in Python floats, on every backend."""
+
 import time
 
 import pytest
@@ -9,13 +10,16 @@ from rlkernels.backends import absent, use_backend
 
 HERE = [name for name in ("eager", "cpu") if absent(name) is None]
 # Holes at the start, in the middle and at the end; no hole; nothing alive.
-MASK = torch.tensor([
-    [1, 1, 1, 1, 1, 0, 0, 0],
-    [0, 0, 1, 1, 0, 0, 1, 1],
-    [1, 1, 1, 1, 1, 1, 1, 1],
-    [0, 0, 0, 0, 0, 0, 0, 0],
-    [0, 1, 0, 0, 0, 0, 0, 0],
-], dtype=torch.bool)
+MASK = torch.tensor(
+    [
+        [1, 1, 1, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 1, 1],
+        [1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0, 0, 0],
+    ],
+    dtype=torch.bool,
+)
 B, L = MASK.shape
 BOOTSTRAP = torch.tensor([0.5, -1.0, 2.0, 9.0, 0.25], dtype=torch.float64)
 
@@ -48,8 +52,10 @@ def gae_row(rewards, values, live, gamma, lam, masked, bootstrap=0.0):
 
 def gae_loop(rewards, values, mask, gamma, lam, masked, bootstrap=None):
     bootstrap = [0.0] * len(rewards) if bootstrap is None else bootstrap.tolist()
-    rows = [gae_row(*row, gamma, lam, masked, b)
-            for *row, b in zip(rewards.double().tolist(), values.double().tolist(), mask.tolist(), bootstrap, strict=True)]
+    rows = [
+        gae_row(*row, gamma, lam, masked, b)
+        for *row, b in zip(rewards.double().tolist(), values.double().tolist(), mask.tolist(), bootstrap, strict=True)
+    ]
     return tuple(torch.tensor(x, dtype=torch.float64) for x in zip(*rows, strict=True))
 
 
@@ -79,7 +85,16 @@ def test_F87_packed_gae_equals_padded_gae(masked, bootstrap, backend):
     (rewards, values, mask), inside, cu_seqlens = pack(REWARDS, VALUES, MASK)
     with use_backend(backend):
         padded = gae(REWARDS, VALUES, MASK, gamma=0.9, lam=0.8, masked=masked, bootstrap_values=bootstrap)
-        packed = gae(rewards, values, mask, gamma=0.9, lam=0.8, masked=masked, cu_seqlens=cu_seqlens.int(), bootstrap_values=bootstrap)
+        packed = gae(
+            rewards,
+            values,
+            mask,
+            gamma=0.9,
+            lam=0.8,
+            masked=masked,
+            cu_seqlens=cu_seqlens.int(),
+            bootstrap_values=bootstrap,
+        )
     for a, b in zip(packed, padded, strict=True):
         assert torch.equal(a, b[inside])
 
@@ -91,7 +106,9 @@ def test_F85_what_dead_tokens_hold_changes_nothing(masked, garbage, backend):
     dirty = [torch.where(MASK, x, garbage) for x in (REWARDS, VALUES)]
     with use_backend(backend):
         clean = gae(REWARDS, VALUES, MASK, gamma=0.9, lam=0.8, masked=masked)
-        assert all(torch.equal(a, b) for a, b in zip(gae(*dirty, MASK, gamma=0.9, lam=0.8, masked=masked), clean, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(gae(*dirty, MASK, gamma=0.9, lam=0.8, masked=masked), clean, strict=True)
+        )
         returns = discounted_returns(REWARDS, MASK, gamma=0.9, masked=masked)
         assert torch.equal(discounted_returns(dirty[0], MASK, gamma=0.9, masked=masked), returns)
 
@@ -101,7 +118,10 @@ def test_F85_inserted_dead_tokens_leave_skip_gae_alone_and_change_zero_gae():
     place = torch.tensor([0, 2, 3, 7, 8, 9, 11, 12])
     rewards[:, place], values[:, place], mask[:, place] = REWARDS, VALUES, MASK
     for masked, same in (("skip", True), ("zero", False)):
-        inserted, compact = gae(rewards, values, mask, gamma=0.9, masked=masked), gae(REWARDS, VALUES, MASK, gamma=0.9, masked=masked)
+        inserted, compact = (
+            gae(rewards, values, mask, gamma=0.9, masked=masked),
+            gae(REWARDS, VALUES, MASK, gamma=0.9, masked=masked),
+        )
         assert torch.equal(inserted[0][:, place], compact[0]) == same
 
 
@@ -159,7 +179,12 @@ def test_gae_leaves_inputs_and_graph_alone():
 @pytest.mark.parametrize("backend", HERE)
 def test_gae_of_nothing_is_nothing(backend):
     with use_backend(backend):
-        for shape, cu_seqlens in (((0, 5), None), ((3, 0), None), ((0,), torch.tensor([0])), ((0,), torch.tensor([0, 0]))):
+        for shape, cu_seqlens in (
+            ((0, 5), None),
+            ((3, 0), None),
+            ((0,), torch.tensor([0])),
+            ((0,), torch.tensor([0, 0])),
+        ):
             assert gae(torch.zeros(shape), torch.zeros(shape), cu_seqlens=cu_seqlens)[0].shape == shape
 
 
@@ -197,25 +222,54 @@ def test_discounted_returns_equal_a_loop(masked):
     torch.testing.assert_close(discounted_returns(REWARDS, MASK, gamma=0.9, masked=masked), want)
     if masked != "none":
         (rewards, mask), inside, cu_seqlens = pack(REWARDS, MASK)
-        torch.testing.assert_close(discounted_returns(rewards, mask, gamma=0.9, masked=masked, cu_seqlens=cu_seqlens), want[inside])
+        torch.testing.assert_close(
+            discounted_returns(rewards, mask, gamma=0.9, masked=masked, cu_seqlens=cu_seqlens), want[inside]
+        )
 
 
 ZEROS = torch.zeros(2, 3)
 BAD = {
     "B49 gamma": (ValueError, r"^gae: gamma must be in \[0, 1\], got 1.5", lambda: gae(ZEROS, ZEROS, gamma=1.5)),
     "B49 lam": (ValueError, r"^gae: lam must be in \[0, 1\], got nan", lambda: gae(ZEROS, ZEROS, lam=float("nan"))),
-    "B49 returns": (ValueError, r"^discounted_returns: gamma must be in \[0, 1\], got -0.1", lambda: discounted_returns(ZEROS, gamma=-0.1)),
+    "B49 returns": (
+        ValueError,
+        r"^discounted_returns: gamma must be in \[0, 1\], got "
+        r"-0.1",
+        lambda: discounted_returns(ZEROS, gamma=-0.1),
+    ),
     "B50": (ValueError, r"^gae: values has shape \(2, 4\), expected \(2, 3\)", lambda: gae(ZEROS, torch.zeros(2, 4))),
-    "B44": (ValueError, r"^gae: masked must be one of skip, zero, none; got 'drop'", lambda: gae(ZEROS, ZEROS, masked="drop")),
+    "B44": (
+        ValueError,
+        r"^gae: masked must be one of skip, zero, none; got "
+        r"'drop'",
+        lambda: gae(ZEROS, ZEROS, masked="drop"),
+    ),
     "B15": (ValueError, r"^gae: mask has shape \(3,\), expected \(2, 3\)", lambda: gae(ZEROS, ZEROS, torch.ones(3))),
-    "B16": (TypeError, "^gae: mask must be bool, integer or floating", lambda: gae(ZEROS, ZEROS, ZEROS.to(torch.complex64))),
-    "B40": (ValueError, "^gae: cu_seqlens ends at 2, expected the number of tokens, 3",
-            lambda: gae(ZEROS[0], ZEROS[0], cu_seqlens=torch.tensor([0, 2]))),
-    "no layout": (ValueError, r"^gae: rewards has shape \(3,\), expected \[B, L\], or \[N\] together with cu_seqlens",
-                  lambda: gae(ZEROS[0], ZEROS[0])),
-    "B03 complex": (TypeError, "^gae: rewards has dtype torch.complex64; supported: ", lambda: gae(ZEROS.to(torch.complex64), ZEROS)),
-    "F73": (ValueError, r"^gae: bootstrap_values has shape \(2, 1\), expected \(2,\)",
-            lambda: gae(ZEROS, ZEROS, bootstrap_values=torch.zeros(2, 1))),
+    "B16": (
+        TypeError,
+        "^gae: mask must be bool, integer or floating",
+        lambda: gae(ZEROS, ZEROS, ZEROS.to(torch.complex64)),
+    ),
+    "B40": (
+        ValueError,
+        "^gae: cu_seqlens ends at 2, expected the number of tokens, 3",
+        lambda: gae(ZEROS[0], ZEROS[0], cu_seqlens=torch.tensor([0, 2])),
+    ),
+    "no layout": (
+        ValueError,
+        r"^gae: rewards has shape \(3,\), expected \[B, L\], or \[N\] together with cu_seqlens",
+        lambda: gae(ZEROS[0], ZEROS[0]),
+    ),
+    "B03 complex": (
+        TypeError,
+        "^gae: rewards has dtype torch.complex64; supported: ",
+        lambda: gae(ZEROS.to(torch.complex64), ZEROS),
+    ),
+    "F73": (
+        ValueError,
+        r"^gae: bootstrap_values has shape \(2, 1\), expected \(2,\)",
+        lambda: gae(ZEROS, ZEROS, bootstrap_values=torch.zeros(2, 1)),
+    ),
 }
 
 

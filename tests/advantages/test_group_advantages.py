@@ -1,4 +1,5 @@
 """Advantages within groups against a loop over the responses, in Python floats."""
+
 import math
 
 import pytest
@@ -6,7 +7,8 @@ import torch
 
 from rlkernels.advantages.group import BASELINES, SCALES, broadcast_advantages, group_advantages
 
-# Unsorted groups of 4, 2, 1 and 3, an unscorable response in two of them, one of them left alone by that; equal rewards in group 5.
+# Unsorted groups of 4, 2, 1 and 3, an unscorable response in two of them, one of them left alone by that; equal rewards
+# in group 5.
 R = torch.tensor([1.0, 2.0, 0.0, 7.0, float("nan"), 0.5, 0.1, 1.0, 0.1, 0.1, 3.0, float("nan")], dtype=torch.float64)
 IDS = torch.tensor([4, -1, 4, 9, 4, 4, 5, 4, 5, 5, 2**40, -1])
 
@@ -17,6 +19,7 @@ def randn(*shape, seed):
 
 def group_loop(rewards, ids, baseline, scale, eps, unbiased, weights):
     """Each response in turn: its group's scorable rewards, their baseline, their scale."""
+
     def std(xs):
         centre = math.fsum(xs) / len(xs)
         return math.sqrt(math.fsum((x - centre) ** 2 for x in xs) / max(len(xs) - unbiased, 1))
@@ -29,15 +32,24 @@ def group_loop(rewards, ids, baseline, scale, eps, unbiased, weights):
         if math.isnan(own) or (len(scores) == 1 and (baseline not in ("batch-mean", None) or scale in ("std", "mean"))):
             result.append(0.0)
             continue
-        centred = own - {
+        centred = (
+            own
+            - {
+                "mean": lambda s=scores: math.fsum(s) / len(s),
+                "leave-one-out": lambda s=scores, o=own: (math.fsum(s) - o) / (len(s) - 1),
+                "length-mean": lambda s=scores, g=group: (
+                    sum(weights[j] * rewards[j] for j in g) / sum(weights[j] for j in g)
+                ),
+                "batch-mean": lambda: math.fsum(everyone) / len(everyone),
+                None: lambda: 0.0,
+            }[baseline]()
+        )
+        size = {
+            "std": lambda s=scores: std(s),
+            "batch-std": lambda: std(everyone),
             "mean": lambda s=scores: math.fsum(s) / len(s),
-            "leave-one-out": lambda s=scores, o=own: (math.fsum(s) - o) / (len(s) - 1),
-            "length-mean": lambda s=scores, g=group: sum(weights[j] * rewards[j] for j in g) / sum(weights[j] for j in g),
-            "batch-mean": lambda: math.fsum(everyone) / len(everyone),
-            None: lambda: 0.0,
-        }[baseline]()
-        size = {"std": lambda s=scores: std(s), "batch-std": lambda: std(everyone), "mean": lambda s=scores: math.fsum(s) / len(s),
-                None: lambda: None}[scale]()
+            None: lambda: None,
+        }[scale]()
         equal = scale == "std" and len(set(scores)) == 1
         result.append(centred if size is None else 0.0 if equal else centred / (size + eps))
     return torch.tensor(result, dtype=torch.float64)
@@ -58,14 +70,22 @@ def test_group_advantages_equal_a_loop_over_the_responses(baseline, scale, unbia
 @pytest.mark.parametrize("baseline", ["mean", "leave-one-out"])
 def test_F89_equal_rewards_and_groups_of_one_get_exactly_zero(baseline, scale, eps):
     # 0.1 three times: the mean of the float64 sum is not 0.1, so a plain (r - mean) / std is 1e-17 / 1e-17.
-    rewards, ids = torch.tensor([0.1, 0.1, 0.1, 5.0, float("nan"), 3.0], dtype=torch.float64), torch.tensor([0, 0, 0, 1, 2, 2])
+    rewards, ids = (
+        torch.tensor([0.1, 0.1, 0.1, 5.0, float("nan"), 3.0], dtype=torch.float64),
+        torch.tensor([0, 0, 0, 1, 2, 2]),
+    )
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         assert group_advantages(rewards.to(dtype), ids, baseline=baseline, scale=scale, eps=eps).tolist() == [0.0] * 6
-        assert group_advantages(rewards[:3].to(dtype), ids[:3], baseline=baseline, scale=scale, eps=eps).tolist() == [0.0] * 3
+        assert (
+            group_advantages(rewards[:3].to(dtype), ids[:3], baseline=baseline, scale=scale, eps=eps).tolist()
+            == [0.0] * 3
+        )
 
 
 def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others():
-    got = group_advantages(torch.tensor([1.0, 4.0, 7.0]), torch.zeros(3, dtype=torch.int64), baseline="leave-one-out", scale=None)
+    got = group_advantages(
+        torch.tensor([1.0, 4.0, 7.0]), torch.zeros(3, dtype=torch.int64), baseline="leave-one-out", scale=None
+    )
     assert got.tolist() == [1 - 11 / 2, 4 - 8 / 2, 7 - 5 / 2]
 
 
@@ -116,28 +136,59 @@ def test_group_advantages_compile_into_one_graph_whatever_the_number_of_groups()
 
 
 def test_every_row_of_a_trajectory_gets_its_last_steps_advantage():
-    rows = torch.tensor([float("nan"), 0.5, 3.0, 1.0, -0.25])  # rows of two trajectories, interleaved; steps before the last hold anything
+    # Rows of two trajectories, interleaved; steps before the last hold anything.
+    rows = torch.tensor([float("nan"), 0.5, 3.0, 1.0, -0.25])
     got = broadcast_advantages(rows, torch.tensor([0, 1, 0, 0, 1]), torch.tensor([7, 7, 2, 7, 2]))
     assert got.tolist() == [0.5, 0.5, -0.25, 0.5, -0.25]
 
 
 ZEROS, IDS0 = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
 BAD = {
-    "B44 baseline": (ValueError, "^group_advantages: baseline must be one of", lambda: group_advantages(ZEROS, IDS0, baseline="median")),
-    "B44 scale": (ValueError, "^group_advantages: scale must be one of", lambda: group_advantages(ZEROS, IDS0, scale="group")),
-    "B51 dtype": (TypeError, "^group_advantages: group_ids must be an integer tensor, got torch.float32",
-                  lambda: group_advantages(ZEROS, IDS0.float())),
-    "B51 shape": (ValueError, r"^group_advantages: group_ids has shape \(2,\), expected \(3,\)",
-                  lambda: group_advantages(torch.zeros(3), IDS0)),
-    "per token": (ValueError, r"^group_advantages: rewards has shape \(2, 3\), expected \[N\]",
-                  lambda: group_advantages(torch.zeros(2, 3), IDS0)),
-    "eps": (ValueError, "^group_advantages: eps must be finite and not negative, got -1", lambda: group_advantages(ZEROS, IDS0, eps=-1)),
-    "lengths missing": (ValueError, "^group_advantages: baseline 'length-mean' needs lengths",
-                        lambda: group_advantages(ZEROS, IDS0, baseline="length-mean")),
-    "lengths unused": (ValueError, "^group_advantages: baseline 'mean' takes no lengths",
-                       lambda: group_advantages(ZEROS, IDS0, lengths=torch.ones(2))),
-    "trajectories": (ValueError, r"^broadcast_advantages: trajectory_ids has shape \(1,\), expected \(2,\)",
-                     lambda: broadcast_advantages(ZEROS, torch.ones(2), IDS0[:1])),
+    "B44 baseline": (
+        ValueError,
+        "^group_advantages: baseline must be one of",
+        lambda: group_advantages(ZEROS, IDS0, baseline="median"),
+    ),
+    "B44 scale": (
+        ValueError,
+        "^group_advantages: scale must be one of",
+        lambda: group_advantages(ZEROS, IDS0, scale="group"),
+    ),
+    "B51 dtype": (
+        TypeError,
+        "^group_advantages: group_ids must be an integer tensor, got torch.float32",
+        lambda: group_advantages(ZEROS, IDS0.float()),
+    ),
+    "B51 shape": (
+        ValueError,
+        r"^group_advantages: group_ids has shape \(2,\), expected \(3,\)",
+        lambda: group_advantages(torch.zeros(3), IDS0),
+    ),
+    "per token": (
+        ValueError,
+        r"^group_advantages: rewards has shape \(2, 3\), expected \[N\]",
+        lambda: group_advantages(torch.zeros(2, 3), IDS0),
+    ),
+    "eps": (
+        ValueError,
+        "^group_advantages: eps must be finite and not negative, got -1",
+        lambda: group_advantages(ZEROS, IDS0, eps=-1),
+    ),
+    "lengths missing": (
+        ValueError,
+        "^group_advantages: baseline 'length-mean' needs lengths",
+        lambda: group_advantages(ZEROS, IDS0, baseline="length-mean"),
+    ),
+    "lengths unused": (
+        ValueError,
+        "^group_advantages: baseline 'mean' takes no lengths",
+        lambda: group_advantages(ZEROS, IDS0, lengths=torch.ones(2)),
+    ),
+    "trajectories": (
+        ValueError,
+        r"^broadcast_advantages: trajectory_ids has shape \(1,\), expected \(2,\)",
+        lambda: broadcast_advantages(ZEROS, torch.ones(2), IDS0[:1]),
+    ),
 }
 
 

@@ -1,4 +1,5 @@
 """Whitening over live elements against a loop in Python floats."""
+
 import math
 
 import pytest
@@ -7,13 +8,16 @@ import torch
 from rlkernels.advantages.gae import masked_whiten
 
 # Holes at the start, in the middle and at the end; no hole; nothing alive; one element.
-MASK = torch.tensor([
-    [1, 1, 1, 1, 1, 0, 0, 0],
-    [0, 0, 1, 1, 0, 0, 1, 1],
-    [1, 1, 1, 1, 1, 1, 1, 1],
-    [0, 0, 0, 0, 0, 0, 0, 0],
-    [0, 1, 0, 0, 0, 0, 0, 0],
-], dtype=torch.bool)
+MASK = torch.tensor(
+    [
+        [1, 1, 1, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 1, 1],
+        [1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0, 0, 0],
+    ],
+    dtype=torch.bool,
+)
 
 
 def randn(*shape, seed):
@@ -54,11 +58,18 @@ def test_whitening_equals_a_loop_over_live_elements(dim, unbiased, eps_mode, eps
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 @pytest.mark.parametrize("eps_mode", ["add", "clamp"])
 def test_F89_whitening_without_spread_gives_exactly_zero(eps_mode, eps):
-    for x in (torch.full((3, 7), 0.1, dtype=torch.float64), torch.full((3, 7), 0.1), torch.zeros(1, 4), torch.zeros(0, 4)):
+    for x in (
+        torch.full((3, 7), 0.1, dtype=torch.float64),
+        torch.full((3, 7), 0.1),
+        torch.zeros(1, 4),
+        torch.zeros(0, 4),
+    ):
         assert torch.equal(masked_whiten(x, eps=eps, eps_mode=eps_mode), torch.zeros_like(x))
     one, none = torch.tensor([[3.5, 7.0]]), torch.tensor([[0, 0]])
     assert masked_whiten(one, torch.tensor([[1, 0]]), eps=eps, eps_mode=eps_mode).tolist() == [[0.0, 0.0]]
-    assert masked_whiten(one, torch.tensor([[1, 0]]), eps=eps, eps_mode=eps_mode, shift_mean=False).tolist() == [[3.5, 0.0]]
+    assert masked_whiten(one, torch.tensor([[1, 0]]), eps=eps, eps_mode=eps_mode, shift_mean=False).tolist() == [
+        [3.5, 0.0]
+    ]
     assert masked_whiten(one, none, eps=eps, eps_mode=eps_mode).tolist() == [[0.0, 0.0]]
 
 
@@ -89,9 +100,21 @@ def test_nan_in_a_live_element_poisons_its_population_and_no_other():
 
 BAD = {
     "B15": (ValueError, r"^masked_whiten: mask has shape \(8,\), expected \(5, 8\)", lambda: masked_whiten(X, MASK[0])),
-    "B16": (TypeError, "^masked_whiten: mask must be bool, integer or floating", lambda: masked_whiten(X, MASK.to(torch.complex64))),
-    "B44": (ValueError, "^masked_whiten: eps_mode must be one of add, clamp; got 'max'", lambda: masked_whiten(X, eps_mode="max")),
-    "eps": (ValueError, "^masked_whiten: eps must be finite and not negative, got nan", lambda: masked_whiten(X, eps=float("nan"))),
+    "B16": (
+        TypeError,
+        "^masked_whiten: mask must be bool, integer or floating",
+        lambda: masked_whiten(X, MASK.to(torch.complex64)),
+    ),
+    "B44": (
+        ValueError,
+        "^masked_whiten: eps_mode must be one of add, clamp; got 'max'",
+        lambda: masked_whiten(X, eps_mode="max"),
+    ),
+    "eps": (
+        ValueError,
+        "^masked_whiten: eps must be finite and not negative, got nan",
+        lambda: masked_whiten(X, eps=float("nan")),
+    ),
     "integers": (TypeError, "^masked_whiten: x has dtype torch.int64", lambda: masked_whiten(MASK.long())),
 }
 

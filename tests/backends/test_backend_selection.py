@@ -1,4 +1,5 @@
 """Faults of backends, threads and processes: who runs what, and where the library can be taken."""
+
 import copy
 import functools
 import multiprocessing
@@ -28,7 +29,10 @@ ROOT = Path(rlk.__file__).parent.parent
 def test_F46_a_forced_backend_refuses_a_device_it_does_not_serve_and_automatic_choice_takes_one_that_does():
     x, targets, _ = draw_rows((3,), V)
     if absent("cpu") is None:
-        with use_backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu' does not serve device meta .*token_stats"):
+        with (
+            use_backend("cpu"),
+            pytest.raises(RuntimeError, match="backend 'cpu' does not serve device meta .*token_stats"),
+        ):
             rlk.token_logprobs(x.to("meta"), targets.to("meta"))
     before = ops.calls()
     rlk.token_logprobs(x, targets)
@@ -54,13 +58,24 @@ def test_F91_the_backend_of_the_forward_runs_the_backward_and_both_are_counted(b
 
 def child(code, *arguments, root=ROOT, **environment):
     path = os.pathsep.join([str(root), str(SUPPORT)])
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *arguments], env={**os.environ, "PYTHONPATH": path, **environment}, cwd="/",
-                          capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_F58_the_library_imports_and_runs_without_triton_without_a_compiler_and_without_its_native_module(tmp_path):
-    shutil.copytree(ROOT / "rlkernels", tmp_path / "rlkernels", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__", ".ruff_cache"))
-    done = child("""
+    shutil.copytree(
+        ROOT / "rlkernels",
+        tmp_path / "rlkernels",
+        ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__", ".ruff_cache"),
+    )
+    done = child(
+        """
         import sys
         sys.modules["triton"] = None
         # An editable install would find the compiled module in the source tree.
@@ -79,7 +94,10 @@ def test_F58_the_library_imports_and_runs_without_triton_without_a_compiler_and_
         except RuntimeError as error:
             assert "backend 'cpu' is unavailable: " in str(error), error
             print("done")
-        """, root=tmp_path, PATH="")
+        """,
+        root=tmp_path,
+        PATH="",
+    )
     assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-2000:]
 
 
@@ -115,13 +133,15 @@ def test_F62_eight_threads_that_call_first_together_agree():
             barrier.wait()
             for _ in range(5):
                 stats = rlk.token_stats(leaf, y)
-                found[k] = (stats.logprobs.detach(), *torch.autograd.grad((stats.logprobs, stats.entropy), leaf, (y * 0.1, -y * 0.2)))
+                gradients = torch.autograd.grad((stats.logprobs, stats.entropy), leaf, (y * 0.1, -y * 0.2))
+                found[k] = (stats.logprobs.detach(), *gradients)
 
         threads = [threading.Thread(target=call, args=(k,)) for k in range(8)]
         [t.start() for t in threads]
         [t.join() for t in threads]
         assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0]))
-        assert rlk.ops.calls()["token_stats", rlk.available_backends()["serves"]["cpu"]["token_stats"]] == 40, rlk.ops.calls()
+        serving = rlk.available_backends()["serves"]["cpu"]["token_stats"]
+        assert rlk.ops.calls()["token_stats", serving] == 40, rlk.ops.calls()
         print("done")
         """)
     assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-2000:]

@@ -1,4 +1,7 @@
-"""The gate to native code: who takes addresses, and F120, F135: every registered op with every tensor in another layout, length, dtype or place."""
+"""The gate to native code: who takes addresses, and F120, F135: every registered op with every tensor in another
+layout, length, dtype or place.
+"""
+
 import ast
 from pathlib import Path
 
@@ -21,8 +24,18 @@ def test_the_gate_alone_takes_addresses():
     found = {}
     for path in sorted((ROOT / "rlkernels").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            name = node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else None
-            if name in ("data_ptr", "frombuffer", "from_blob", "const_data_ptr", "mutable_data_ptr", "__cuda_array_interface__", "to_dlpack"):
+            name = (
+                node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else None
+            )
+            if name in (
+                "data_ptr",
+                "frombuffer",
+                "from_blob",
+                "const_data_ptr",
+                "mutable_data_ptr",
+                "__cuda_array_interface__",
+                "to_dlpack",
+            ):
                 found.setdefault(name, set()).add(path.name)
     assert found == {"data_ptr": {"gate.py"}, "frombuffer": {"cpu.py"}}  # the second one: of our own buffers
 
@@ -52,12 +65,24 @@ TURNED = {
     "a subclass with memory of its own": lambda: LIKE.clone().as_subclass(Innocent),
 }
 REFUSED = {
-    "two tensors": (lambda: TwoTensor(LIKE.clone(), LIKE.clone()), TypeError, "w: x is a TwoTensor, a tensor subclass that keeps its data in other tensors"),
-    "another dtype": (lambda: LIKE.double(), TypeError, "w: x has dtype torch.float64, expected torch.float32; cast it"),
+    "two tensors": (
+        lambda: TwoTensor(LIKE.clone(), LIKE.clone()),
+        TypeError,
+        "w: x is a TwoTensor, a tensor subclass that keeps its data in other tensors",
+    ),
+    "another dtype": (
+        lambda: LIKE.double(),
+        TypeError,
+        "w: x has dtype torch.float64, expected torch.float32; cast it",
+    ),
     "another length": (lambda: LIKE[:5], ValueError, r"w: x has shape \(5,\), expected \(6,\)"),
     "another shape": (lambda: LIKE.view(2, 3), ValueError, r"w: x has shape \(2, 3\), expected \(6,\)"),
     "no data": (lambda: LIKE.to("meta"), RuntimeError, "w: x is on meta, expected cpu; move it"),
-    "sparse": (lambda: LIKE.to_sparse(), TypeError, "w: x has layout torch.sparse_coo, expected a dense strided tensor; call to_dense"),
+    "sparse": (
+        lambda: LIKE.to_sparse(),
+        TypeError,
+        "w: x has layout torch.sparse_coo, expected a dense strided tensor; call to_dense",
+    ),
 }
 
 
@@ -79,6 +104,7 @@ def test_what_is_something_else_is_refused_by_name(name):
 def test_the_quick_half_of_the_gate_lets_pass_what_the_other_half_leaves_as_it_is_and_nothing_else():
     def ask(*tensors):
         return cpu._cpu.addresses(torch.float32, LIKE, *tensors)
+
     parameter = torch.nn.Parameter(LIKE.clone())
     assert ask(LIKE, None, parameter) == (LIKE.data_ptr(), 0, parameter.data_ptr()) and ask() == ()
     assert cpu._cpu.addresses(torch.float32, LIKE[:0], LIKE[:0].clone()) == (0,)
@@ -112,10 +138,14 @@ def test_a_gradient_is_not_written_where_two_elements_share_memory(name):
         op(*put(arguments, place, torch.ones(1, 37).expand(6, 37)))
 
 
-@pytest.mark.parametrize("name", ["elementwise of a grid", "weighted_loss of columns", "gae", "token_stats", "fused_policy"])
+@pytest.mark.parametrize(
+    "name", ["elementwise of a grid", "weighted_loss of columns", "gae", "token_stats", "fused_policy"]
+)
 def test_F120_a_compiled_program_hands_over_whatever_strides_it_has(name, backend):
     op, arguments = op_calls(backend)[name]
-    numbers = [a.item() if isinstance(a, torch.Tensor) and a.dtype == torch.float64 and a.dim() == 0 else a for a in arguments]
+    numbers = [
+        a.item() if isinstance(a, torch.Tensor) and a.dtype == torch.float64 and a.dim() == 0 else a for a in arguments
+    ]
     numbers = [tuple(a.tolist()) if isinstance(a, torch.Tensor) and a.dtype == torch.float64 else a for a in numbers]
     where = list(places(numbers))
 
@@ -128,7 +158,9 @@ def test_F120_a_compiled_program_hands_over_whatever_strides_it_has(name, backen
     want = op(*numbers)
     torch._dynamo.reset()
     for bent in (turned, apart):
-        got = torch.compile(program, backend="aot_eager", fullgraph=True)(*(bent(at(numbers, place)) for place in where))
+        got = torch.compile(program, backend="aot_eager", fullgraph=True)(
+            *(bent(at(numbers, place)) for place in where)
+        )
         assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -167,21 +199,37 @@ HOSTILE = """
                     except (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError, AttributeError):
                         refused += 1
                     else:
-                        if what not in ("meta", "two") and x.dtype != torch.float64:  # those two go to fakes and to their own tensors; numbers have any dtype
+                        # Those two go to fakes and to their own tensors; numbers have any dtype.
+                        if what not in ("meta", "two") and x.dtype != torch.float64:
                             passed.add(" ".join(map(str, (name, *place, what))))
     print(*sorted(passed), sep=";")
     print("refused", refused)
 """
 ALLOWED = {
     # Logits in 16 bits have statistics in fp32, and [1, T, V] is a batch of one.
-    *(f"{name} {place} {what}" for name, place in (("fused_policy", 1),) for what in ("half", "huge", "more dimensions")),
+    *(
+        (f"{name} {place} {what}")
+        for name, place in (("fused_policy", 1),)
+        for what in ("half", "huge", "more dimensions")
+    ),
     # One temperature for all rows; one number decides about a gradient.
-    *(f"{name} fewer dimensions" for name in ("token_stats 2", "fused_policy 3", "linear_stats 4", "linear_stats_backward 6", "weighted_loss 7",
-                                              *(f"token_stats_backward{end} 5" for end in ("", "_", "_into")))),
+    *(
+        (f"{name} fewer dimensions")
+        for name in (
+            "token_stats 2",
+            "fused_policy 3",
+            "linear_stats 4",
+            "linear_stats_backward 6",
+            "weighted_loss 7",
+            *(f"token_stats_backward{end} 5" for end in ("", "_", "_into")),
+        )
+    ),
     "token_stats_backward_into 16 more dimensions",
-    "weighted_loss of columns 6 bool", "weighted_loss 7 huge",  # a weight of 1 or 0, any count
+    "weighted_loss of columns 6 bool",
+    "weighted_loss 7 huge",  # a weight of 1 or 0, any count
 }
-WITHOUT_KERNELS = ("elementwise_backward ", "weighted_loss_backward ", "token_stats_backward_into 17 ")  # torch's arithmetic, by torch's rules
+# Torch's arithmetic, by torch's rules.
+WITHOUT_KERNELS = ("elementwise_backward ", "weighted_loss_backward ", "token_stats_backward_into 17 ")
 
 
 def test_F135_no_op_crashes_on_arguments_that_are_short_of_another_dtype_or_elsewhere(backend):

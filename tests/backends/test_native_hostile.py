@@ -1,4 +1,5 @@
 """Faults at the door to native code: F121 and F123 (who reads addresses again), F122, F132, F143."""
+
 import pytest
 import subprocesses
 import torch
@@ -10,7 +11,7 @@ import rlkernels as rlk
 from rlkernels import ops
 from rlkernels.backends import cpu
 
-# F123, F121 ------------------------------------------------------------------------------------------------------------------------
+# F123, F121 -----------------------------------------------------------------------------------------------------------
 
 WRITER = """
     import sys
@@ -28,10 +29,12 @@ WRITER = """
     values = torch.randn(rows)
     CALLS = {
         "targets": (targets, 2**40, lambda: rlk.token_logprobs(x, targets)),
-        "targets of a policy": (targets, 2**40, lambda: rlk.logits_policy_loss(x, targets, torch.zeros(rows), torch.ones(rows))),
+        "targets of a policy": (targets, 2**40,
+                                lambda: rlk.logits_policy_loss(x, targets, torch.zeros(rows), torch.ones(rows))),
         "targets of a head": (targets, 2**40, lambda: rlk.linear_token_logprobs(x, torch.ones(16, 8), targets)),
         "offsets": (offsets, 2**40, lambda: rlk.gae(values, values, cu_seqlens=offsets)),
-        "offsets of the op": (offsets, 2**40, lambda: ops.gae(values, values, None, offsets, 1.0, 1.0, "skip", backend)),
+        "offsets of the op": (offsets, 2**40,
+                              lambda: ops.gae(values, values, None, offsets, 1.0, 1.0, "skip", backend)),
     }
     changed, far, call = CALLS[name]
     right, done = changed.clone(), False
@@ -61,7 +64,9 @@ WRITER = """
 """
 
 
-@pytest.mark.parametrize("name", ["targets", "targets of a policy", "targets of a head", "offsets", "offsets of the op"])
+@pytest.mark.parametrize(
+    "name", ["targets", "targets of a policy", "targets of a head", "offsets", "offsets of the op"]
+)
 def test_F123_what_another_thread_writes_in_between_raises_or_changes_nothing(name, backend):
     done = subprocesses.code(WRITER, backend, name, timeout=120)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
@@ -81,11 +86,21 @@ def test_F123_a_batch_keeps_the_targets_and_temperatures_that_it_looked_at(monke
         return made
 
     monkeypatch.setattr(cpu, "_batch", batch)
-    assert all(same_bits(a, b) for a, b in zip(cpu.token_stats(x, targets, temperature, -100, None, None, 0), want, strict=True))
+    assert all(
+        same_bits(a, b)
+        for a, b in zip(cpu.token_stats(x, targets, temperature, -100, None, None, 0), want, strict=True)
+    )
 
 
-BAD_OFFSETS = {"beyond the end": [0, 4, 80], "far beyond the end": [0, 4, 10**8], "decreasing": [0, 6, 3, 8], "not from 0": [1, 4, 8], "negative": [0, -4, 8],
-               "before the end": [0, 4, 7], "one": [8]}
+BAD_OFFSETS = {
+    "beyond the end": [0, 4, 80],
+    "far beyond the end": [0, 4, 10**8],
+    "decreasing": [0, 6, 3, 8],
+    "not from 0": [1, 4, 8],
+    "negative": [0, -4, 8],
+    "before the end": [0, 4, 7],
+    "one": [8],
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -93,14 +108,21 @@ BAD_OFFSETS = {"beyond the end": [0, 4, 80], "far beyond the end": [0, 4, 10**8]
 def test_F121_the_scan_itself_refuses_offsets_that_point_elsewhere(name, dtype, backend):
     x, offsets = torch.randn(8), torch.tensor(BAD_OFFSETS[name], dtype=dtype)
     for call in (ops.gae, lambda *a: ops.gae.op(*a[:4], ops.number(a[4]), ops.number(a[5]), *a[6:])):
-        with pytest.raises(ValueError, match=r"gae: cu_seqlens (starts|decreases|ends) .*expected|gae: cu_seqlens .*must hold cumulative lengths"):
+        with pytest.raises(
+            ValueError,
+            match=r"gae: cu_seqlens (starts|decreases|ends) .*expected|gae: cu_seqlens "
+            r".*must hold cumulative lengths",
+        ):
             call(x, x, None, offsets, 1.0, 1.0, "skip", backend)
 
 
-# F122 ------------------------------------------------------------------------------------------------------------------------------
+# F122 -----------------------------------------------------------------------------------------------------------------
+
 
 class Int8(torch.Tensor):
-    """A weight in 8 bits with one scale a row, as quantising libraries make them: it knows a few of torch's operations."""
+    """A weight in 8 bits with one scale a row, as quantising libraries make them: it knows a few of
+    torch's operations.
+    """
 
     @staticmethod
     def __new__(cls, codes, scale):
@@ -127,7 +149,8 @@ def heads():
         "linear_sft_loss": lambda h, w: rlk.linear_sft_loss(h, w, targets),
         "linear_dpo_loss": lambda h, w: rlk.linear_dpo_loss(h, w, targets, cu_seqlens=cu, reference_free=True),
         "linear_unpaired_preference_loss": lambda h, w: rlk.linear_unpaired_preference_loss(
-            h, w, targets, torch.zeros(2), torch.tensor([True, False]), cu_seqlens=cu, kl=0.0),
+            h, w, targets, torch.zeros(2), torch.tensor([True, False]), cu_seqlens=cu, kl=0.0
+        ),
         "linear_token_logprobs": lambda h, w: rlk.linear_token_logprobs(h, w, targets),
         "linear_token_stats": lambda h, w: rlk.linear_token_stats(h, w, targets).entropy,
     }
@@ -141,12 +164,17 @@ HEADS = tuple(heads()[2])
 def test_F122_a_subclass_that_keeps_its_data_elsewhere_is_dispatched_or_refused_by_name(name, backend):
     hidden, weight, losses = heads()
     want = losses[name](hidden, weight)
-    for argument, h, w in (("weight", hidden, TwoTensor(weight, weight.clone())), ("hidden", TwoTensor(hidden, hidden.clone()), weight)):
+    for argument, h, w in (
+        ("weight", hidden, TwoTensor(weight, weight.clone())),
+        ("hidden", TwoTensor(hidden, hidden.clone()), weight),
+    ):
         if name.startswith("linear_token"):
             got = losses[name](h, w)
             assert type(got) is TwoTensor and same_bits(got.a, want) and same_bits(got.b, want)
         else:
-            with pytest.raises(TypeError, match=f"{name}: {argument} is a TwoTensor, .*pass a plain tensor, such as its dequantize"):
+            with pytest.raises(
+                TypeError, match=f"{name}: {argument} is a TwoTensor, .*pass a plain tensor, such as its dequantize"
+            ):
                 losses[name](h, w)
     coded = Int8(torch.randint(-100, 100, (32, 16), dtype=torch.int8), torch.rand(32, 1))
     with pytest.raises(TypeError, match=f"{name}: weight is a Int8, .*pass a plain tensor, such as its dequantize"):
@@ -156,14 +184,20 @@ def test_F122_a_subclass_that_keeps_its_data_elsewhere_is_dispatched_or_refused_
 
 @pytest.mark.parametrize("name", ["linear_token_logprobs", "linear_token_stats", "linear_sft_loss"])
 def test_F122_targets_that_keep_their_data_elsewhere_are_refused_by_name(name):
-    targets, operands = torch.tensor([1, 2, 0]), (torch.randn(3, 4), torch.randn(5, 4))  # a head looks for the rows that live
-    with pytest.raises(TypeError, match=f"^{name}: targets is a TwoTensor, a tensor subclass that keeps its data in other tensors"):
+    # A head looks for the rows that live.
+    targets, operands = torch.tensor([1, 2, 0]), (torch.randn(3, 4), torch.randn(5, 4))
+    with pytest.raises(
+        TypeError, match=f"^{name}: targets is a TwoTensor, a tensor subclass that keeps its data in other tensors"
+    ):
         getattr(rlk, name)(*operands, TwoTensor(targets, targets.clone()))
 
 
 def test_F122_offsets_that_keep_their_data_elsewhere_are_refused_by_name():
     offsets = torch.tensor([0, 2, 3])
-    with pytest.raises(TypeError, match="^sequence_sums: cu_seqlens is a TwoTensor, a tensor subclass that keeps its data in other tensors"):
+    with pytest.raises(
+        TypeError,
+        match="^sequence_sums: cu_seqlens is a TwoTensor, a tensor subclass that keeps its data in other tensors",
+    ):
         rlk.sequence_sums(torch.ones(3), None, TwoTensor(offsets, offsets.clone()))
 
 
@@ -173,15 +207,19 @@ def test_F122_a_head_takes_no_rows_from_what_keeps_its_data_elsewhere(argument):
     given = {"mask": torch.ones(3, 2, dtype=torch.bool), "advantages": x, "weights": x}
     given[argument] = TwoTensor(given[argument], given[argument].clone())
     with pytest.raises(TypeError, match="^linear_policy_loss: a mask, weights or advantages are a TwoTensor"):
-        rlk.linear_policy_loss(torch.randn(3, 2, 4), torch.randn(5, 4), torch.zeros(3, 2, dtype=torch.long), -x, **given)
+        rlk.linear_policy_loss(
+            torch.randn(3, 2, 4), torch.randn(5, 4), torch.zeros(3, 2, dtype=torch.long), -x, **given
+        )
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_F122_a_pending_negation_of_a_head_is_carried_out(name, backend):
     hidden, weight, losses = heads()
     for of_hidden, of_weight in ((True, False), (False, True), (True, True)):
-        bent = [torch.complex(torch.zeros_like(x), -x).conj().imag.requires_grad_() if turn else x.clone().requires_grad_()
-                for x, turn in ((hidden, of_hidden), (weight, of_weight))]
+        bent = [
+            torch.complex(torch.zeros_like(x), -x).conj().imag.requires_grad_() if turn else x.clone().requires_grad_()
+            for x, turn in ((hidden, of_hidden), (weight, of_weight))
+        ]
         assert [x.is_neg() for x in bent] == [of_hidden, of_weight]
         plain = [x.clone().requires_grad_() for x in (hidden, weight)]
         got, want = losses[name](*bent), losses[name](*plain)
@@ -190,7 +228,8 @@ def test_F122_a_pending_negation_of_a_head_is_carried_out(name, backend):
             assert same_bits(a.resolve_neg(), b)
 
 
-# F132 ------------------------------------------------------------------------------------------------------------------------------
+# F132 -----------------------------------------------------------------------------------------------------------------
+
 
 def test_F132_a_loss_beyond_fp32_is_infinite(backend):
     large = torch.full((4,), 3e38)
@@ -202,7 +241,10 @@ def test_F132_a_loss_beyond_fp32_is_infinite(backend):
     assert rlk.value_loss(large, large, -large, aggregation="token-sum") == torch.inf
     assert ops.elementwise("nll", -large, [], (), None, backend)[0] == torch.inf
     assert ops.elementwise("nll", large, [], (), torch.ones(4), backend)[0] == -torch.inf
-    assert rlk.sft_loss(torch.tensor([[0.0, 3e38], [0.0, 3e38]]), torch.tensor([0, 0]), aggregation="token-sum") == torch.inf
+    assert (
+        rlk.sft_loss(torch.tensor([[0.0, 3e38], [0.0, 3e38]]), torch.tensor([0, 0]), aggregation="token-sum")
+        == torch.inf
+    )
     wide = torch.full((4,), 3e38, dtype=torch.float64)
     assert ops.elementwise("nll", -wide, [], (), None, backend)[0] == 1.2e39  # fp64 holds it
 
@@ -213,7 +255,7 @@ def test_F132_a_parameter_beyond_fp32_is_infinite(backend):
     torch.testing.assert_close(value, -torch.exp(x))  # an upper bound that is never reached
 
 
-# F143 ------------------------------------------------------------------------------------------------------------------------------
+# F143 -----------------------------------------------------------------------------------------------------------------
 
 FLUSHED = """
     import torch
@@ -233,10 +275,13 @@ FLUSHED = """
     def everything():
         leaf = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(rlk.token_logprobs(leaf, targets), leaf, tiny)
-        (fused,) = torch.autograd.grad(rlk.logits_policy_loss(leaf, targets, torch.zeros(rows), torch.ones(rows), weights=tiny), leaf)
+        loss = rlk.logits_policy_loss(leaf, targets, torch.zeros(rows), torch.ones(rows), weights=tiny)
+        (fused,) = torch.autograd.grad(loss, leaf)
         wide = x.double().mul_(80).requires_grad_()
-        (double,) = torch.autograd.grad(rlk.token_logprobs(wide, targets), wide, torch.full((rows,), 1e-300, dtype=torch.float64))
-        found = [gradient, fused, double, *ops.elementwise("k2", columns[0], [columns[1]], (), torch.full_like(columns[0], 0.5), "cpu")]
+        tiny64 = torch.full((rows,), 1e-300, dtype=torch.float64)
+        (double,) = torch.autograd.grad(rlk.token_logprobs(wide, targets), wide, tiny64)
+        halves = torch.full_like(columns[0], 0.5)
+        found = [gradient, fused, double, *ops.elementwise("k2", columns[0], [columns[1]], (), halves, "cpu")]
         return found + ([cpu_matmul.mm(a, b, torch.empty(256, 192))] if cpu_matmul.fp32_available() else [])
 
     torch.set_num_threads(1)
@@ -247,7 +292,8 @@ FLUSHED = """
         torch.set_num_threads(threads)
         for _ in range(5):
             assert all(torch.equal(p, q) for p, q in zip(everything(), want)), threads
-    # The pool's threads are left as they were found: torch's own sums of subnormal numbers are what they would be without us.
+    # The pool's threads are left as they were found: torch's own sums of subnormal numbers are what they would be
+    # without us.
     assert torch.set_flush_denormal(False)
     torch.set_num_threads(4)
     kept = torch.full((1 << 20,), 1e-40)

@@ -1,4 +1,7 @@
-"""Which native code is used, and by whom: F146, a module of other sources; F149, a choice that stays with who made it."""
+"""Which native code is used, and by whom: F146, a module of other sources; F149, a choice that stays
+with who made it.
+"""
+
 import asyncio
 import contextvars
 import re
@@ -19,7 +22,8 @@ from rlkernels.objectives import cxx
 
 ROOT = Path(rlk.__file__).resolve().parents[1]
 
-# F146 ------------------------------------------------------------------------------------------------------------------------------
+# F146 -----------------------------------------------------------------------------------------------------------------
+
 
 class Module:
     __name__ = "rlkernels._cpu"
@@ -31,9 +35,16 @@ class Module:
 def test_F146_a_module_of_other_sources_is_refused_with_what_to_do():
     ours = {"INTERFACE": gate.INTERFACE, "OBJECTIVES_DIGEST": cxx.digest()}
     assert gate.disagreement(Module(**ours)) == ""
-    for other, what in (({}, "interface none"), ({**ours, "INTERFACE": "0.0.9/1"}, r"interface 0\.0\.9/1"),
-                        ({**ours, "OBJECTIVES_DIGEST": "0123"}, "objectives 0123")):
-        assert re.match(rf"rlkernels\._cpu was built from other sources .*\({what}, expected .*\); run pip install again", gate.disagreement(Module(**other)))
+    for other, what in (
+        ({}, "interface none"),
+        ({**ours, "INTERFACE": "0.0.9/1"}, r"interface 0\.0\.9/1"),
+        ({**ours, "OBJECTIVES_DIGEST": "0123"}, "objectives 0123"),
+    ):
+        assert re.match(
+            rf"rlkernels\._cpu was built from other sources .*\({what}, expected .*\); run pip install "
+            r"again",
+            gate.disagreement(Module(**other)),
+        )
 
 
 def test_F146_python_and_csrc_name_one_interface_and_it_is_that_of_the_version():
@@ -58,21 +69,27 @@ def test_F146_an_objective_that_was_edited_after_the_build_takes_the_module_away
         import torch, rlkernels
         state = rlkernels.available_backends()
         print(state["serves"]["cpu"]["elementwise"], "|", state["absent"].get("cpu"))
-        print(rlkernels.ops.elementwise("k2", torch.tensor([3.0]), [torch.tensor([1.0])], (), None, state["serves"]["cpu"]["elementwise"])[0].item())
+        serving = state["serves"]["cpu"]["elementwise"]
+        print(rlkernels.ops.elementwise("k2", torch.tensor([3.0]), [torch.tensor([1.0])], (), None, serving)[0].item())
     """
     path = str(tmp_path)
-    before = subprocesses.child("-c", "import sys; sys.path.insert(0, sys.argv[1])\n" + textwrap.dedent(ask), path).stdout.splitlines()
+    before = subprocesses.child(
+        "-c", "import sys; sys.path.insert(0, sys.argv[1])\n" + textwrap.dedent(ask), path
+    ).stdout.splitlines()
     assert before == ["cpu | None", "2.0"]
     source = tmp_path / "rlkernels/objectives/kl.py"
     text = source.read_text()
     assert text.count("0.5 * ") >= 1
     source.write_text(text.replace("0.5 * ", "0.75 * ", 1))
-    after = subprocesses.child("-c", "import sys; sys.path.insert(0, sys.argv[1])\n" + textwrap.dedent(ask), path).stdout.splitlines()
+    after = subprocesses.child(
+        "-c", "import sys; sys.path.insert(0, sys.argv[1])\n" + textwrap.dedent(ask), path
+    ).stdout.splitlines()
     assert re.match(r"eager \| rlkernels\._cpu was built from other sources .*objectives \w+, expected", after[0])
     assert after[1] == "3.0"
 
 
-# F149 ------------------------------------------------------------------------------------------------------------------------------
+# F149 -----------------------------------------------------------------------------------------------------------------
+
 
 def test_F149_a_task_keeps_its_choice_to_itself():
     async def chooses(name, steps):
@@ -153,7 +170,10 @@ def test_F149_a_decorated_function_chooses_at_each_call():
         return [forced(), *(asks(depth - 1) if depth else [])]
 
     assert asks(2) == ["eager"] * 3 and forced() is None
-    with pytest.raises(ValueError, match="backend must be one of eager, cpu, triton, cuda; got 'gpu'"), use_backend("gpu"):
+    with (
+        pytest.raises(ValueError, match="backend must be one of eager, cpu, triton, cuda; got 'gpu'"),
+        use_backend("gpu"),
+    ):
         pass
 
 

@@ -1,4 +1,7 @@
-"""``rlkernels bench --device cuda`` on a stand-in for the device: the protocol, the judge, the file that grows, and what is told."""
+"""``rlkernels bench --device cuda`` on a stand-in for the device: the protocol, the judge, the file that grows, and
+what is told.
+"""
+
 import argparse
 import json
 import statistics
@@ -8,7 +11,17 @@ import pytest
 import torch
 
 import rlkernels
-from rlkernels.cli import bench, bench_gpu, bench_gpu_cases, bench_gpu_device, bench_gpu_plots, bench_gpu_problem, bench_gpu_report, bench_gpu_small, main
+from rlkernels.cli import (
+    bench,
+    bench_gpu,
+    bench_gpu_cases,
+    bench_gpu_device,
+    bench_gpu_plots,
+    bench_gpu_problem,
+    bench_gpu_report,
+    bench_gpu_small,
+    main,
+)
 from rlkernels.cli import bench_gpu_timing as timing
 from rlkernels.cli.bench_gpu_linear import NAMES as LINEAR
 from rlkernels.cli.bench_gpu_timing import Entry
@@ -59,13 +72,29 @@ def entry(device, name, cost, log=None, **rest):
         device.now += cost
         if log is not None:
             log.append((name, state))
+
     return Entry(name, run, lambda buffer: buffer, **rest)
 
 
 def arguments(*more):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    return parser.parse_args(["--device", "cuda", "--tokens", "32", "--vocab", "131", "--seconds", "0.001", "--no-compile", "--no-peers", "--plain", *more])
+    return parser.parse_args(
+        [
+            "--device",
+            "cuda",
+            "--tokens",
+            "32",
+            "--vocab",
+            "131",
+            "--seconds",
+            "0.001",
+            "--no-compile",
+            "--no-peers",
+            "--plain",
+            *more,
+        ]
+    )
 
 
 def run(*more, device=None):
@@ -104,7 +133,13 @@ def test_buffers_are_four_caches_in_total():
 
 
 def test_launches_are_counted_by_kind_without_the_profilers_own_ranges():
-    names = ["token_stats", "Memcpy DtoD (Device -> Device)", "Memset (Device)", "vectorized_elementwise", "## Call CompiledFxGraph abc ##"]
+    names = [
+        "token_stats",
+        "Memcpy DtoD (Device -> Device)",
+        "Memset (Device)",
+        "vectorized_elementwise",
+        "## Call CompiledFxGraph abc ##",
+    ]
     assert bench_gpu_device.count_launches(names) == {"kernels": 2, "copies": 1, "fills": 1}
     assert bench_gpu_device.count_launches([]) is None
 
@@ -114,8 +149,15 @@ def test_driver_and_clocks_are_read_from_one_line_of_the_tool(tmp_path, monkeypa
     tool.write_text("#!/bin/sh\necho '580.159.04, 1980, 3201, 1980, 412.5, 700.00, 41'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert bench_gpu_device.smi(0) == {"driver_version": "580.159.04", "clocks.sm": "1980", "clocks.mem": "3201", "clocks.max.sm": "1980",
-                                       "power.draw": "412.5", "power.limit": "700.00", "temperature.gpu": "41"}
+    assert bench_gpu_device.smi(0) == {
+        "driver_version": "580.159.04",
+        "clocks.sm": "1980",
+        "clocks.mem": "3201",
+        "clocks.max.sm": "1980",
+        "power.draw": "412.5",
+        "power.limit": "700.00",
+        "temperature.gpu": "41",
+    }
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert bench_gpu_device.smi(0) == {}
     tool.unlink()
@@ -153,11 +195,21 @@ def test_a_floor_is_the_larger_of_moving_and_computing():
 
 
 def test_the_command_writes_every_case_judges_it_and_draws(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(timing, "host_seconds", lambda device, run, prepare: len([run(prepare(0))]) * 1e-5)  # once, not thirty times
+    # Once, not thirty times.
+    monkeypatch.setattr(timing, "host_seconds", lambda device, run, prepare: len([run(prepare(0))]) * 1e-5)
     file = tmp_path / "bench.json"
-    wanted = [bench_gpu_cases.STATS, bench_gpu_cases.LOGP, bench_gpu_cases.POLICY, bench_gpu_cases.TWO_BOTH, *bench_gpu.SMALL, *LINEAR]
+    wanted = [
+        bench_gpu_cases.STATS,
+        bench_gpu_cases.LOGP,
+        bench_gpu_cases.POLICY,
+        bench_gpu_cases.TWO_BOTH,
+        *bench_gpu.SMALL,
+        *LINEAR,
+    ]
     pictures = ["--plot", str(tmp_path / "pictures")] if bench_gpu_plots_work() else []
-    assert run("--json", str(file), "--commit", "abc", *pictures, *(x for name in wanted for x in ("--case", name))) == 0
+    assert (
+        run("--json", str(file), "--commit", "abc", *pictures, *(x for name in wanted for x in ("--case", name))) == 0
+    )
     printed, data = capsys.readouterr().out, json.loads(file.read_text())
     assert data["complete"] and not data["not_measured"] and data["device"]["name"] == Device.name
     measured = [c["name"].split(" [")[0] for c in data["cases"]]
@@ -166,7 +218,12 @@ def test_the_command_writes_every_case_judges_it_and_draws(tmp_path, capsys, mon
         assert case["faults"] == [] and case["floor_s"] > 0 and case["state"]["driver_version"] == "1.2"
         assert {e["name"] for e in case["entries"]} >= {"rlkernels auto", bench_gpu_cases.EAGER}
         for e in case["entries"]:
-            assert not e["failed"] and e["hot"]["runs"] >= timing.LEAST and e["peak_bytes"] == 4096 and e["launches"]["kernels"] == 2
+            assert (
+                not e["failed"]
+                and e["hot"]["runs"] >= timing.LEAST
+                and e["peak_bytes"] == 4096
+                and e["launches"]["kernels"] == 2
+            )
             assert e["of_floor"] == pytest.approx(case["floor_s"] / e["hot"]["median_s"]) and e["errors"]
             assert e["name"] in printed
     assert {"read", "copy", "matmul"} <= set(data["roofline"])
@@ -216,7 +273,10 @@ def test_a_spent_budget_leaves_cases_out_by_name(tmp_path):
     file = tmp_path / "bench.json"
     run("--budget", "0.000001", "--case", bench_gpu_cases.STATS, "--case", "dpo_loss", "--json", str(file))
     data = json.loads(file.read_text())
-    assert data["cases"] == [] and [line.split(":")[0] for line in data["not_measured"]] == [f"{bench_gpu_cases.STATS} [32, 131]", "dpo_loss"]
+    assert data["cases"] == [] and [line.split(":")[0] for line in data["not_measured"]] == [
+        f"{bench_gpu_cases.STATS} [32, 131]",
+        "dpo_loss",
+    ]
 
 
 def test_a_peer_that_loses_the_device_ends_the_run_with_what_it_has(monkeypatch, tmp_path):
@@ -240,27 +300,53 @@ def test_a_peer_that_loses_the_device_ends_the_run_with_what_it_has(monkeypatch,
 
 
 def test_peers_that_err_or_fail_are_shown_with_a_remark():
-    good, coarse = Entry("p", None, errors={"logp": 1e-5, "gradient": 2e-3, "rounding": 1.6e-3}), Entry("p", None, errors={"logp": 0.05})
+    good, coarse = (
+        Entry("p", None, errors={"logp": 1e-5, "gradient": 2e-3, "rounding": 1.6e-3}),
+        Entry("p", None, errors={"logp": 0.05}),
+    )
     assert bench_gpu_report.remark(good) == "" and bench_gpu_report.remark(coarse) == "other numbers: logp 5.0e-02"
     assert "nan" in bench_gpu_report.remark(Entry("p", None, errors={"logp": float("nan")}))
-    failed = bench_gpu_report.record(bench_gpu_cases.Case("c", [Entry("p", None, failed=True, remark="out of memory")], "1R", 1, 0),
-                                     timing.Roofline(1, 1, 1))["entries"][0]
+    failed = bench_gpu_report.record(
+        bench_gpu_cases.Case("c", [Entry("p", None, failed=True, remark="out of memory")], "1R", 1, 0),
+        timing.Roofline(1, 1, 1),
+    )["entries"][0]
     assert bench_gpu_report.row(failed, 1.0)[-1] == "out of memory"
 
 
 def case_record(name, shape, times, floor, launches=None):
-    return {"name": name, "shape": shape, "reads_bytes": 100, "writes_bytes": 0, "floor_s": floor, "entries": [
-        {"name": n, "hot": {"median_s": t}, "of_floor": floor / t, "peak_bytes": 50, "launches": launches} for n, t in times.items()]}
+    return {
+        "name": name,
+        "shape": shape,
+        "reads_bytes": 100,
+        "writes_bytes": 0,
+        "floor_s": floor,
+        "entries": [
+            {"name": n, "hot": {"median_s": t}, "of_floor": floor / t, "peak_bytes": 50, "launches": launches}
+            for n, t in times.items()
+        ],
+    }
 
 
 def test_goals_take_the_worst_shape_and_say_what_was_not_measured():
-    cases = [case_record(bench_gpu_cases.STATS, [8192, v], {"rlkernels auto": 1.0, "TRL kernel": trl}, 0.95) for v, trl in ((1, 1.5), (2, 1.1))]
-    cases.append(case_record("policy_loss [64, 2048] forward+backward", [64, 2048], {"rlkernels auto": 1.0, "torch eager": 12.0}, 0.1,
-                             {"kernels": 3, "copies": 0, "fills": 0}))
+    cases = [
+        case_record(bench_gpu_cases.STATS, [8192, v], {"rlkernels auto": 1.0, "TRL kernel": trl}, 0.95)
+        for v, trl in ((1, 1.5), (2, 1.1))
+    ]
+    cases.append(
+        case_record(
+            "policy_loss [64, 2048] forward+backward",
+            [64, 2048],
+            {"rlkernels auto": 1.0, "torch eager": 12.0},
+            0.1,
+            {"kernels": 3, "copies": 0, "fills": 0},
+        )
+    )
     found = {g["text"]: (g["worst"], g["met"]) for g in bench_gpu_report.goals(cases)}
     assert found["token_stats forward, share of read bandwidth"] == (pytest.approx(0.95), True)
     assert found["token_stats forward, times faster than TRL's kernel"] == (1.1, False)
-    assert found["policy_loss, times faster than torch eager"] == (12.0, True) and found["policy_loss, launches forward+backward"] == (3, True)
+    assert found["policy_loss, times faster than torch eager"] == (12.0, True) and found[
+        "policy_loss, launches forward+backward"
+    ] == (3, True)
     assert found["logits_policy_loss, time over the 1R+1W floor"] == (None, None)
 
 
@@ -274,8 +360,18 @@ def test_pictures_are_drawn_from_the_json_alone(tmp_path):
     if not bench_gpu_plots_work():
         pytest.skip("matplotlib is not installed")
     grid = [(t, v) for t in (2048, 8192) for v in (32000, 151936)]
-    cases = [{**case_record("c", list(s), {"rlkernels auto": 1e-9 * s[0] * s[1], "torch eager": 1e-8 * s[0] * s[1]}, 5e-10 * s[0] * s[1]), "passes": "1R"}
-             for s in grid]
+    cases = [
+        {
+            **case_record(
+                "c",
+                list(s),
+                {"rlkernels auto": 1e-9 * s[0] * s[1], "torch eager": 1e-8 * s[0] * s[1]},
+                5e-10 * s[0] * s[1],
+            ),
+            "passes": "1R",
+        }
+        for s in grid
+    ]
     drawn = bench_gpu_plots.draw({"cases": cases, "device": {"name": "x"}, "dtype": "bf16"}, tmp_path)
     assert sorted(p.name for p in drawn) == ["against_rows.png", "against_vocabulary.png", "roofline.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in drawn)

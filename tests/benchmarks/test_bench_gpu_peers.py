@@ -1,4 +1,7 @@
-"""Other libraries in the GPU benchmark: our calls fit their signatures, and stand-ins with the same signatures get the right answers."""
+"""Other libraries in the GPU benchmark: our calls fit their signatures, and stand-ins with the same signatures get the
+right answers.
+"""
+
 import ast
 import importlib.util
 import sys
@@ -60,8 +63,17 @@ def test_our_call_fits_the_installed_peer(key):
     arguments = [a.arg for a in (*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs)]
     missing = [p for p in peer.parameters if p not in arguments]
     assert not missing, f"{peer.attribute} takes {arguments}; our call passes {missing}"
-    positional = {"liger_grpo": 6, "verl_linear": 5, "fla_grpo": 4, "cce": 3, "rl_triton": 3, "trl_chunked": 9, "liger_chunked": 5,
-                  "liger_sm90": 7, "verl_chunked": 4}.get(key, 2)
+    positional = {
+        "liger_grpo": 6,
+        "verl_linear": 5,
+        "fla_grpo": 4,
+        "cce": 3,
+        "rl_triton": 3,
+        "trl_chunked": 9,
+        "liger_chunked": 5,
+        "liger_sm90": 7,
+        "verl_chunked": 4,
+    }.get(key, 2)
     plain = [a for a in arguments if a not in ("ctx", "self")][:positional]
     assert plain == list(peer.parameters[:positional]), "passed by position in another order"
 
@@ -72,7 +84,9 @@ def test_a_peer_whose_parameter_was_renamed_is_reported_and_not_called(monkeypat
     monkeypatch.setitem(sys.modules, "quack", type(sys)("quack"))
     monkeypatch.setitem(sys.modules, "quack.cross_entropy", module)
     function, line = bench_gpu_peers.load("quack")
-    assert function is None and line == "QuACK CE: not measured: cross_entropy takes no target; it takes x, labels, reduction"
+    assert function is None and line == (
+        "QuACK CE: not measured: cross_entropy takes no target; it takes x, labels, reduction"
+    )
 
 
 def test_an_absent_peer_and_one_that_breaks_at_import_are_one_line_each(monkeypatch):
@@ -96,6 +110,7 @@ def cross_entropy(x, y, reduction="none"):
 
 def overwriting(input, target, reduction="mean"):
     """As Liger's: the gradient goes over the input in the forward."""
+
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, y):
@@ -112,9 +127,27 @@ def overwriting(input, target, reduction="mean"):
     return Function.apply(input, target)
 
 
-def grpo(logits, old_logp, ref_logp, completion_ids, advantages, completion_mask=None, temperature=0.9, beta=0.04, eps_low=0.2, eps_high=0.4,
-         inplace=True, loss_type="dapo", reduce=False):
-    assert temperature == 1.0 and loss_type == "dapo" and reduce and all(c.is_contiguous() for c in (logits, old_logp, ref_logp, completion_ids))
+def grpo(
+    logits,
+    old_logp,
+    ref_logp,
+    completion_ids,
+    advantages,
+    completion_mask=None,
+    temperature=0.9,
+    beta=0.04,
+    eps_low=0.2,
+    eps_high=0.4,
+    inplace=True,
+    loss_type="dapo",
+    reduce=False,
+):
+    assert (
+        temperature == 1.0
+        and loss_type == "dapo"
+        and reduce
+        and all(c.is_contiguous() for c in (logits, old_logp, ref_logp, completion_ids))
+    )
     logp = logits[:, :-1].float().log_softmax(-1).gather(-1, completion_ids[..., None])[..., 0]
     ratio, a = (logp - old_logp).exp(), advantages[:, None]
     kl = (ref_logp - logp).exp() - (ref_logp - logp) - 1
@@ -132,8 +165,13 @@ def on_policy(logits, ref_logp, input_ids, advantages, beta=0.1, completion_mask
 
 
 STAND_INS = {
-    "trl": logprob_and_entropy, "liger_grpo": grpo, "liger_ce": overwriting, "quack": cross_entropy, "fla_grpo": on_policy,
-    "flash": lambda logits, labels: (cross_entropy(logits, labels), None), "fla_ce": lambda logits, target: (cross_entropy(logits, target), None),
+    "trl": logprob_and_entropy,
+    "liger_grpo": grpo,
+    "liger_ce": overwriting,
+    "quack": cross_entropy,
+    "fla_grpo": on_policy,
+    "flash": lambda logits, labels: (cross_entropy(logits, labels), None),
+    "fla_ce": lambda logits, target: (cross_entropy(logits, target), None),
     "verl": lambda logits, labels, inplace_backward=True: -cross_entropy(logits, labels),
 }
 
@@ -151,9 +189,11 @@ def test_every_peer_of_the_right_formula_is_found_right_on_every_buffer(name, ju
     case = bench_gpu_cases.CASES[name](problem, judge, STAND_INS, False)
     bench_gpu_timing.ready(Device(), case.entries, False)
     peers = {e.name: e for e in case.entries if not e.ours}
-    expected = {bench_gpu_cases.STATS: {"TRL kernel", "Liger CE", "flash-attn CE", "QuACK CE", "fla CE", "verl", "torch eager"},
-                bench_gpu_cases.LOGP: {"TRL kernel", "Liger CE", "flash-attn CE", "QuACK CE", "fla CE", "verl", "torch eager"},
-                bench_gpu_cases.POLICY: {"TRL kernel and torch", "Liger GRPO", "fla GRPO", "torch eager"}}[name]
+    expected = {
+        bench_gpu_cases.STATS: {"TRL kernel", "Liger CE", "flash-attn CE", "QuACK CE", "fla CE", "verl", "torch eager"},
+        bench_gpu_cases.LOGP: {"TRL kernel", "Liger CE", "flash-attn CE", "QuACK CE", "fla CE", "verl", "torch eager"},
+        bench_gpu_cases.POLICY: {"TRL kernel and torch", "Liger GRPO", "fla GRPO", "torch eager"},
+    }[name]
     assert set(peers) == expected
     for e in case.entries:
         assert not e.failed and "other numbers" not in bench_gpu_report.remark(e), (e.name, e.remark, e.errors)
@@ -211,32 +251,51 @@ class Grpo(torch.nn.Module):
         assert beta == 0.0 and not use_ref_model and loss_type == "bnpo"
         self.low, self.high = epsilon_low, epsilon_high
 
-    def forward(self, hidden, weight, ids, mask, advantages, bias=None, ref_per_token_logps=None, old_per_token_logps=None):
+    def forward(
+        self, hidden, weight, ids, mask, advantages, bias=None, ref_per_token_logps=None, old_per_token_logps=None
+    ):
         logp = head(hidden.flatten(0, 1), weight, ids.flatten()).view(ids.shape)
         ratio, a = (logp - old_per_token_logps).exp(), advantages[:, None]
         return ((-torch.minimum(ratio * a, ratio.clamp(1 - self.low, 1 + self.high) * a) * mask).sum() / mask.sum(), [])
 
 
 HEADS = {
-    "trl_chunked": tiled, "liger_sm90": scaled, "verl_chunked": Chunked, "liger_chunked": Grpo, "cce": lambda e, c, t, reduction: -head(e, c, t),
+    "trl_chunked": tiled,
+    "liger_sm90": scaled,
+    "verl_chunked": Chunked,
+    "liger_chunked": Grpo,
+    "cce": lambda e, c, t, reduction: -head(e, c, t),
     "verl_linear": lambda h, w, y, temperature, reduction: head_stats(h, w, y),
 }
 
 
-@pytest.mark.parametrize(("name", "absent"), [("linear_policy_loss", set()), ("linear_token_stats", {"cut-cross-entropy", "Liger chunked GRPO"}),
-                                              ("linear_token_logprobs", {"Liger chunked GRPO"})])
+@pytest.mark.parametrize(
+    ("name", "absent"),
+    [
+        ("linear_policy_loss", set()),
+        ("linear_token_stats", {"cut-cross-entropy", "Liger chunked GRPO"}),
+        ("linear_token_logprobs", {"Liger chunked GRPO"}),
+    ],
+)
 def test_every_fused_head_of_the_right_formula_is_found_right(name, absent):
     problem = bench_linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
     case = bench_gpu_linear.CASES[name](problem, HEADS, False)
     bench_gpu_timing.ready(Device(), case.entries, False)
     own = [PEERS[key].name for key in HEADS if PEERS[key].name not in absent]
-    assert {e.name for e in case.entries if e.remark != "the floor of this run"} >= {*own, "torch eager", "rlkernels auto"}
+    assert {e.name for e in case.entries if e.remark != "the floor of this run"} >= {
+        *own,
+        "torch eager",
+        "rlkernels auto",
+    }
     assert not absent & {e.name for e in case.entries}
     for e in case.entries:
         assert not e.failed and e.errors, (e.name, e.remark)
         if e.name in own:  # they work in fp32: one rounding of the gradient is all that they lose
             assert all(e.errors[q] < 1e-5 for q in ("loss", "logp", "entropy") if q in e.errors), (e.name, e.errors)
-            assert all(e.errors[q] <= 1.05 * e.errors[f"{q} rounding"] + 1e-5 for q in ("dhidden", "dweight")), (e.name, e.errors)
+            assert all(e.errors[q] <= 1.05 * e.errors[f"{q} rounding"] + 1e-5 for q in ("dhidden", "dweight")), (
+                e.name,
+                e.errors,
+            )
     assert bench_gpu_report.faults(case) == []
     assert case.flops == 2 * (3 if name == "linear_policy_loss" else 4) * 16 * 32 * 259
 
@@ -245,7 +304,11 @@ def test_at_the_longest_batch_nothing_that_holds_all_logits_runs(monkeypatch):
     problem = bench_linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
     monkeypatch.setattr(bench_gpu_linear, "LONG", 16)
     names = {e.name for e in bench_gpu_linear.policy(problem, HEADS, False).entries}
-    assert "torch eager" not in names and "F.linear_cross_entropy" not in names and names >= {"rlkernels auto", "TRL chunked"}
+    assert (
+        "torch eager" not in names
+        and "F.linear_cross_entropy" not in names
+        and names >= {"rlkernels auto", "TRL chunked"}
+    )
 
 
 def test_a_gradient_of_ours_off_by_two_roundings_is_a_fault():

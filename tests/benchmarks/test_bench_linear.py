@@ -1,4 +1,7 @@
-"""The fused head's cases of ``rlkernels bench``: their truth, their judge, the shapes that are run, and what is told."""
+"""The fused head's cases of ``rlkernels bench``: their truth, their judge, the shapes that are run, and
+what is told.
+"""
+
 import argparse
 import json
 import sys
@@ -52,10 +55,15 @@ def test_the_truth_is_torchs_in_float64_whatever_the_blocks(small, monkeypatch):
 def test_no_token_of_the_problem_may_skip_a_product(small):
     problem, _ = small
     leaf = problem.truth.logp.clone().requires_grad_()
-    dlogp, = torch.autograd.grad(bench_linear_problem.ppo(leaf, problem.old_logprobs, problem.advantages).sum(), leaf)
+    (dlogp,) = torch.autograd.grad(bench_linear_problem.ppo(leaf, problem.old_logprobs, problem.advantages).sum(), leaf)
     assert (dlogp != 0).all() and (problem.dlogp != 0).all()
     certain = problem.truth.logp > -1
-    assert 0 < certain.sum() < 24 and problem.half.sum() == 12 and (problem.half & certain).any() and (problem.half & ~certain).any()
+    assert (
+        0 < certain.sum() < 24
+        and problem.half.sum() == 12
+        and (problem.half & certain).any()
+        and (problem.half & ~certain).any()
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -73,7 +81,9 @@ def test_every_contender_computes_what_is_asked_and_ours_within_the_policy(name,
         assert contender.errors.get("loss", 0.0) < (0.1 if dtype == "bf16" else 1e-5), told
     assert floor.errors and case.named(OURS).errors.keys() >= {"dhidden", "dweight"}
     assert bench_linear_cases.wrong(case) == []
-    assert case.operations == 2 * case.products * 32 * 1031 * case.shape[0] and case.gradient_bytes == 4 * 32 * (case.shape[0] + 1031)
+    assert case.operations == 2 * case.products * 32 * 1031 * case.shape[0] and case.gradient_bytes == 4 * 32 * (
+        case.shape[0] + 1031
+    )
     assert (TRL in [c.name for c in case.contenders]) == ("trl_chunked" in peers and name != "linear_sft_loss")
 
 
@@ -105,7 +115,10 @@ def test_the_command_alone_writes_every_figure_it_prints(capsys, tmp_path):
     plot = ["--plot", str(picture)] if machine.version("matplotlib") else []
     assert main([*TINY, "--dtype", "bf16", "--case", "linear", "--json", str(file), *plot]) == 0
     printed, data = capsys.readouterr().out, json.loads(file.read_text())
-    assert set(data) == {"command", "machine", "threads", "correct", "faults", "remarks", "linear"} and data["correct"] is True
+    assert (
+        set(data) == {"command", "machine", "threads", "correct", "faults", "remarks", "linear"}
+        and data["correct"] is True
+    )
     cases = data["linear"]["cases"]
     assert [(c["kind"], c["dtype"]) for c in cases] == [(name, "bf16") for name in CASES]
     for case in cases:
@@ -113,7 +126,9 @@ def test_the_command_alone_writes_every_figure_it_prints(capsys, tmp_path):
         for c in case["contenders"]:
             assert len(c["samples_s"]) == 3 and min(c["samples_s"]) > 0 and c["peak_bytes"] is not None
             assert f"{1e3 * c['median_s']:.2f}" in printed and c["errors"]
-        assert [t["shape_of_the_statement"] for t in case["targets"]] == [False] * (5 if case["kind"] == "linear_policy_loss" else 0)
+        assert [t["shape_of_the_statement"] for t in case["targets"]] == [False] * (
+            5 if case["kind"] == "linear_policy_loss" else 0
+        )
     assert "other shape" in printed and "NOT MET" not in printed and "median ms" in printed
     assert not plot or picture.read_bytes().startswith(b"\x89PNG")
 
@@ -128,8 +143,13 @@ def test_a_peer_that_is_absent_or_fails_is_one_line(monkeypatch, capsys):
     assert main([*TINY, "--dtype", "fp32", "--case", "linear_policy_loss"]) == 0
     printed = capsys.readouterr().out
     assert "note: Liger chunked GRPO: not measured: ModuleNotFoundError" in printed
-    assert "note: linear_policy_loss forward+backward, fp32 [8, 16, 131]: torch eager not measured: no such device\n" in printed
-    assert "second line" not in printed and "times faster than torch eager >= 1.3" in printed and "not measured" in printed
+    assert (
+        "note: linear_policy_loss forward+backward, fp32 [8, 16, 131]: torch eager not measured: no such device\n"
+        in printed
+    )
+    assert (
+        "second line" not in printed and "times faster than torch eager >= 1.3" in printed and "not measured" in printed
+    )
 
 
 def plan(*arguments):
@@ -144,9 +164,13 @@ def test_without_a_name_one_shape_is_measured_and_by_name_all_of_them():
     assert plan("--quick", "--dtype", "bf16") == [((64, 128, 8192), "bf16", every)]
     assert plan("--case", bench_cases.FORWARD) == []
     grid = plan("--case", "linear")
-    assert [shape for shape, dtype, _ in grid if dtype == "bf16"] == [(t, 512, v) for t in (512, 2048) for v in (32000, 128256)]
+    assert [shape for shape, dtype, _ in grid if dtype == "bf16"] == [
+        (t, 512, v) for t in (512, 2048) for v in (32000, 128256)
+    ]
     assert all(names == (every if shape[0] == 512 else every[:1]) for shape, _, names in grid)
-    assert {shape for shape, _, _ in plan("--case", "linear", "--tokens", "2048", "--vocab", "32000")} == {(2048, 512, 32000)}
+    assert {shape for shape, _, _ in plan("--case", "linear", "--tokens", "2048", "--vocab", "32000")} == {
+        (2048, 512, 32000)
+    }
     assert {tuple(names) for _, _, names in plan("--case", "linear_dpo_loss")} == {("linear_dpo_loss",)}
 
 
@@ -159,8 +183,20 @@ def test_figures_to_reach_compare_medians_and_leave_the_gradients_out():
     contenders = [timed(FLOOR, 1.0), ours, timed(HALF, 0.9), timed(EAGER, 1.5)]
     case = bench_linear_cases.LinearCase("c", contenders, "linear_policy_loss", "bf16", (512, 512, 32000))
     goals = bench_linear_report.targets(case, 100)
-    assert [g.value for g in goals] == [pytest.approx(1.2), pytest.approx(1.25), None, pytest.approx(0.9), pytest.approx(0.75)]
-    assert [bench_linear_report.cell(case, g) for g in goals] == ["1.2 met", "1.25 NOT MET", "not measured", "0.9 met", "0.75 NOT MET"]
+    assert [g.value for g in goals] == [
+        pytest.approx(1.2),
+        pytest.approx(1.25),
+        None,
+        pytest.approx(0.9),
+        pytest.approx(0.75),
+    ]
+    assert [bench_linear_report.cell(case, g) for g in goals] == [
+        "1.2 met",
+        "1.25 NOT MET",
+        "not measured",
+        "0.9 met",
+        "0.75 NOT MET",
+    ]
     case.shape = (512, 512, 31999)
     assert bench_linear_report.cell(case, goals[1]) == "1.25 other shape"
 
@@ -193,14 +229,24 @@ def test_on_a_gpu_the_headline_is_one_shape_and_the_longest_batch():
 
 def test_figures_of_the_gpu_are_shares_of_the_products_of_the_same_run():
     def found(name, tokens, times, peak=0):
-        return {"name": f"{name} [x] forward+backward", "shape": [tokens, 4096, 151936], "reads_bytes": 1, "writes_bytes": 0, "entries": [
-            {"name": n, "hot": {"median_s": t}, "of_floor": 1.0, "peak_bytes": peak, "launches": None} for n, t in times.items()]}
+        return {
+            "name": f"{name} [x] forward+backward",
+            "shape": [tokens, 4096, 151936],
+            "reads_bytes": 1,
+            "writes_bytes": 0,
+            "entries": [
+                {"name": n, "hot": {"median_s": t}, "of_floor": 1.0, "peak_bytes": peak, "launches": None}
+                for n, t in times.items()
+            ],
+        }
 
     gradients = 4 * 4096 * (32768 + 151936)
     peers = {"TRL chunked": 1.5, "verl FusedLinearForPPO": 1.9}
-    cases = [found("linear_policy_loss", 4096, {"3 cuBLAS products": 0.9, "rlkernels auto": 1.0, **peers}),
-             found("linear_policy_loss", 32768, {"3 cuBLAS products": 7.0, "rlkernels auto": 8.0}, gradients + 2**30),
-             found("linear_token_stats", 4096, {"4 cuBLAS products": 0.8, "rlkernels auto": 1.0})]
+    cases = [
+        found("linear_policy_loss", 4096, {"3 cuBLAS products": 0.9, "rlkernels auto": 1.0, **peers}),
+        found("linear_policy_loss", 32768, {"3 cuBLAS products": 7.0, "rlkernels auto": 8.0}, gradients + 2**30),
+        found("linear_token_stats", 4096, {"4 cuBLAS products": 0.8, "rlkernels auto": 1.0}),
+    ]
     goals = {g["text"]: (g["worst"], g["met"]) for g in bench_gpu_report.goals(cases)}
     assert goals["linear_policy_loss forward+backward, share of 3 cuBLAS products"] == (0.875, False)
     assert goals["linear_token_stats forward+backward, share of 4 cuBLAS products"] == (0.8, False)

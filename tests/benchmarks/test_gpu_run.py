@@ -1,4 +1,7 @@
-"""The driver behind ``make gpu`` with stages that are stand-ins: what fails, hangs or is interrupted leaves what was finished."""
+"""The driver behind ``make gpu`` with stages that are stand-ins: what fails, hangs or is interrupted leaves what was
+finished.
+"""
+
 import importlib
 import json
 import os
@@ -65,9 +68,15 @@ def test_an_interrupt_ends_the_run_and_keeps_what_was_finished(driver, stages, t
     def interrupted(context):
         raise KeyboardInterrupt
 
-    outcomes = go(driver, stages, tmp_path, {"build": (ended(), 10.0), "tests": (interrupted, 10.0), "bench": (ended(), 10.0)})
+    outcomes = go(
+        driver, stages, tmp_path, {"build": (ended(), 10.0), "tests": (interrupted, 10.0), "bench": (ended(), 10.0)}
+    )
     assert [o["status"] for o in outcomes.values()] == ["ended", "interrupted", "not started"]
-    assert [o["status"] for o in results(tmp_path, stages)["stages"].values()] == ["ended", "interrupted", "not started"]
+    assert [o["status"] for o in results(tmp_path, stages)["stages"].values()] == [
+        "ended",
+        "interrupted",
+        "not started",
+    ]
 
 
 def test_time_that_a_stage_leaves_over_goes_to_the_next_and_the_whole_has_an_end(driver, stages, tmp_path):
@@ -78,6 +87,7 @@ def test_time_that_a_stage_leaves_over_goes_to_the_next_and_the_whole_has_an_end
             limits.append(context.limit_s)
             now[0] += seconds
             return {"ok": True}
+
         return stage
 
     table = {"a": (takes(40.0), 100.0), "b": (takes(160.0), 100.0), "c": (takes(97.0), 100.0), "d": (takes(1.0), 100.0)}
@@ -87,8 +97,11 @@ def test_time_that_a_stage_leaves_over_goes_to_the_next_and_the_whole_has_an_end
 
 def test_a_child_that_hangs_is_ended_with_its_own_children(stages, tmp_path):
     mark = tmp_path / "alive"
-    code = (f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', \"import time; time.sleep(2.5); open({str(mark)!r}, 'w')\"]); "
-            "print('started', flush=True); time.sleep(60)")
+    code = (
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', \"import time; time.sleep(2.5); "
+        f"open({str(mark)!r}, 'w')\"]); "
+        "print('started', flush=True); time.sleep(60)"
+    )
     context = stages.Context(stages.Device("x", "90a"), tmp_path, 1.0)
     outcome = stages.ran(context, "hangs", [sys.executable, "-c", code])
     assert outcome["timed_out"] and outcome["seconds"] < 4 and "started" in outcome["tail"]
@@ -107,11 +120,15 @@ def test_the_suite_on_a_machine_without_a_gpu_is_counted_as_skipped_with_its_rea
     if torch.cuda.is_available():
         pytest.skip("a CUDA device is visible")
     monkeypatch.setattr(stages, "module", lambda name: False)
-    outcome = stages.tests(stages.Context(stages.Device("x", "90a"), tmp_path, 100.0, extra={"tests": ["-k", "runtime or sanitized"]}))
+    outcome = stages.tests(
+        stages.Context(stages.Device("x", "90a"), tmp_path, 100.0, extra={"tests": ["-k", "runtime or sanitized"]})
+    )
     assert outcome["ok"] is False, "nothing ran"
     assert outcome["returncode"] == 0 and set(outcome["counts"]) == {"skipped"} and outcome["counts"]["skipped"] > 80
     assert len(outcome["skips"]) == 1 and "no CUDA device" in next(iter(outcome["skips"]))
-    assert "SKIPPED" in (tmp_path / "tests.log").read_text() and (tmp_path / "tests.log").read_text().count("SKIPPED") == 1
+    assert (
+        "SKIPPED" in (tmp_path / "tests.log").read_text() and (tmp_path / "tests.log").read_text().count("SKIPPED") == 1
+    )
 
 
 def test_the_log_of_a_suite_that_was_cut_short_is_read_up_to_its_last_whole_line(stages, tmp_path):
@@ -128,13 +145,22 @@ def fake_tool(folder, body):
     return tool
 
 
-@pytest.mark.parametrize(("body", "ok", "part"), [
-    ("print('========= ERROR SUMMARY: 0 errors')", True, None),
-    ("print('========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)' if name == 'racecheck' else 'ERROR SUMMARY: 0 errors'); "
-     "sys.exit(name == 'racecheck')", False, None),
-    ("print('Device not supported'); sys.exit(1)", None, "memcheck not supported here"),
-    ("time.sleep(30 if name == 'initcheck' else 0)", None, "initcheck timed out"),
-])
+@pytest.mark.parametrize(
+    ("body", "ok", "part"),
+    [
+        ("print('========= ERROR SUMMARY: 0 errors')", True, None),
+        (
+            "print('========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)' if name == 'racecheck' "
+            "else "
+            "'ERROR SUMMARY: 0 errors'); "
+            "sys.exit(name == 'racecheck')",
+            False,
+            None,
+        ),
+        ("print('Device not supported'); sys.exit(1)", None, "memcheck not supported here"),
+        ("time.sleep(30 if name == 'initcheck' else 0)", None, "initcheck timed out"),
+    ],
+)
 def test_the_four_checkers_are_judged_by_what_they_found(stages, tmp_path, monkeypatch, body, ok, part):
     fake_tool(tmp_path, body)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -146,7 +172,9 @@ def test_the_four_checkers_are_judged_by_what_they_found(stages, tmp_path, monke
 def test_without_the_checker_there_is_one_line(stages, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert stages.sanitize(stages.Context(stages.Device("x", "90a"), tmp_path, 5.0)) == {
-        "ok": None, "reason": "compute-sanitizer is not on PATH: not run"}
+        "ok": None,
+        "reason": "compute-sanitizer is not on PATH: not run",
+    }
 
 
 def test_the_build_asks_for_this_gpu_alone_and_falls_back_to_the_cpu_module(stages, tmp_path, monkeypatch):
@@ -154,7 +182,12 @@ def test_the_build_asks_for_this_gpu_alone_and_falls_back_to_the_cpu_module(stag
 
     def ran(context, name, command, **variables):
         asked.append(variables)
-        return {"returncode": int(variables["RLKERNELS_CUDA"] == "1"), "seconds": 1.0, "timed_out": False, "tail": "nvcc fatal"}
+        return {
+            "returncode": int(variables["RLKERNELS_CUDA"] == "1"),
+            "seconds": 1.0,
+            "timed_out": False,
+            "tail": "nvcc fatal",
+        }
 
     monkeypatch.setattr(stages, "ran", ran)
     outcome = stages.build(stages.Context(stages.Device("x", stages.arch_of(9, 0)), tmp_path, 60.0))
@@ -168,7 +201,9 @@ def test_the_benchmark_runs_again_without_peers_where_one_lost_the_device(stages
 
     def ran(context, name, command, **variables):
         commands.append(command)
-        Path(command[command.index("--json") + 1]).write_text(json.dumps({"cases": [{"faults": []}], "complete": False}))
+        Path(command[command.index("--json") + 1]).write_text(
+            json.dumps({"cases": [{"faults": []}], "complete": False})
+        )
         return {"returncode": 3 if name == "bench" else 0, "seconds": 1.0, "timed_out": False}
 
     monkeypatch.setattr(stages, "ran", ran)
@@ -179,9 +214,15 @@ def test_the_benchmark_runs_again_without_peers_where_one_lost_the_device(stages
 
 def test_the_figures_of_the_benchmark_and_the_record_of_its_stage_are_two_files(driver, stages, tmp_path, monkeypatch):
     entry = {"name": "rlkernels auto", "hot": {"median_s": 2e-3}, "of_floor": 0.5, "remark": ""}
-    figures = {"roofline": {"read": 4e12, "copy": 4.1e12, "matmul": 8e14}, "complete": True, "sources": {"commit": "abc"}, "goals": [
-        {"text": "faster", "bound": 2.0, "at_least": True, "worst": 1.5, "met": False, "cases": 1}],
-        "cases": [{"name": "gae", "shape": [64, 4096], "floor_s": 1e-3, "passes": "2R", "faults": [], "entries": [entry]}]}
+    figures = {
+        "roofline": {"read": 4e12, "copy": 4.1e12, "matmul": 8e14},
+        "complete": True,
+        "sources": {"commit": "abc"},
+        "goals": [{"text": "faster", "bound": 2.0, "at_least": True, "worst": 1.5, "met": False, "cases": 1}],
+        "cases": [
+            {"name": "gae", "shape": [64, 4096], "floor_s": 1e-3, "passes": "2R", "faults": [], "entries": [entry]}
+        ],
+    }
 
     def ran(context, name, command, **variables):
         Path(command[command.index("--json") + 1]).write_text(json.dumps(figures))

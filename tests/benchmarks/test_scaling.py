@@ -1,4 +1,5 @@
 """The cost model, the page that prints it, and the fit of time against tokens and vocabulary."""
+
 import math
 import re
 import runpy
@@ -33,26 +34,40 @@ def test_an_outlier_is_reported_with_its_sign():
 def test_the_quick_run_prints_a_fit_that_grows_with_tokens_times_vocabulary():
     done = subprocesses.child(ROOT / "benchmarks/scaling.py", "--quick", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-2000:]
-    found = re.search(r"fit: time = (-?[\d.]+) ms \+ ([\d.]+) ps x T V H, R\^2 (-?[\d.]+), largest deviation ([+-][\d.]+)%", done.stdout)
+    found = re.search(
+        r"fit: time = (-?[\d.]+) ms \+ ([\d.]+) ps x T V H, R\^2 (-?[\d.]+), largest deviation "
+        r"([+-][\d.]+)%",
+        done.stdout,
+    )
     assert found, done.stdout
     _, slope, r2, _ = map(float, found.groups())
     assert slope > 0 and r2 <= 1, done.stdout
     smallest = re.search(r"^ +128 +([\d.]+) \(", done.stdout, re.MULTILINE)
-    largest = re.search(r"T 512, V 8000, left out of the fit: predicted [\d.]+ ms, measured ([\d.]+) ms, ratio [\d.]+", done.stdout)
+    largest = re.search(
+        r"T 512, V 8000, left out of the fit: predicted [\d.]+ ms, measured ([\d.]+) ms, ratio "
+        r"[\d.]+",
+        done.stdout,
+    )
     # 16 times the work. A loose bound: other processes share the machine.
     assert float(largest[1]) > 2 * float(smallest[1]), done.stdout
 
 
 def test_the_tables_of_the_page_are_those_of_the_model():
-    assert MODEL["table"](MODEL["CASES"], Machine()) in PAGE.read_text(), "run: python benchmarks/scaling_model.py, and paste it into docs/scaling.md"
+    assert MODEL["table"](MODEL["CASES"], Machine()) in PAGE.read_text(), (
+        "run: python benchmarks/scaling_model.py, and paste it into docs/scaling.md"
+    )
 
 
 def test_the_model_charges_the_same_products_whichever_way_the_head_is_cut():
     on = Machine()
     for tokens, vocab in ((2**16, 128256), (2**20, 151936)):
         tokens_cut, vocabulary_cut = (Case(tokens, vocab, sharded=sharded) for sharded in (False, True))
-        assert math.isclose(MODEL["seconds"](tokens_cut, on)["products"], MODEL["seconds"](vocabulary_cut, on)["products"], rel_tol=1e-4)
-        assert math.isclose(MODEL["seconds"](tokens_cut, on)["products"], 6 * tokens * vocab * 4096 / 8 / 790e12, rel_tol=1e-12)
+        assert math.isclose(
+            MODEL["seconds"](tokens_cut, on)["products"], MODEL["seconds"](vocabulary_cut, on)["products"], rel_tol=1e-4
+        )
+        assert math.isclose(
+            MODEL["seconds"](tokens_cut, on)["products"], 6 * tokens * vocab * 4096 / 8 / 790e12, rel_tol=1e-12
+        )
 
 
 @pytest.mark.parametrize(("gathers", "there"), [(2, True), (3, True), (2, False)])
@@ -62,10 +77,17 @@ def test_the_links_break_even_where_the_model_says(gathers, there):
     dense = gathers * 2 * hidden * vocab
     sharded = tokens * hidden * (8 if there else 10)
     assert math.isclose(dense, sharded, rel_tol=1e-12)
-    if (gathers, there) == (2, True):  # the links of the model itself, but for the latencies and the few numbers of the forward
+    # The links of the model itself, but for the latencies and the few numbers of the forward.
+    if (gathers, there) == (2, True):
         on = Machine(latency=0.0)
-        links = [sum(v for k, v in MODEL["seconds"](Case(int(tokens), vocab, hidden, n, sharded, numbers=0), on).items() if "link" in k)
-                 for sharded in (False, True)]
+        links = [
+            sum(
+                v
+                for k, v in MODEL["seconds"](Case(int(tokens), vocab, hidden, n, sharded, numbers=0), on).items()
+                if "link" in k
+            )
+            for sharded in (False, True)
+        ]
         assert math.isclose(*links, rel_tol=1e-3)
     assert {0.5: "`N < V/2`", 0.75: "`0.75 V`", 0.4: "`0.4 V`"}[round(tokens / vocab, 2)] in PAGE.read_text()
 

@@ -1,4 +1,5 @@
 """F147, F148: numbers as config files and other libraries give them, and names as papers and trainers write them."""
+
 import re
 
 import numpy
@@ -45,25 +46,49 @@ REALS = {
     "dpo_loss label_smoothing": lambda x: dpo(label_smoothing=x),
     "dpo_loss loss_weights": lambda x: dpo(loss_type=("sigmoid", "ipo"), loss_weights=(x, 1.0)),
     "dpo_loss alpha": lambda x: dpo(f_divergence="alpha_divergence", alpha=x),
-    "dpo_loss simpo_gamma": lambda x: dpo(loss_type="simpo", simpo_gamma=x, chosen_lengths=LENGTHS, rejected_lengths=LENGTHS),
-    "dpo_loss alphapo_alpha": lambda x: dpo(loss_type="simpo", alphapo_alpha=x, chosen_lengths=LENGTHS, rejected_lengths=LENGTHS),
+    "dpo_loss simpo_gamma": lambda x: dpo(
+        loss_type="simpo", simpo_gamma=x, chosen_lengths=LENGTHS, rejected_lengths=LENGTHS
+    ),
+    "dpo_loss alphapo_alpha": lambda x: dpo(
+        loss_type="simpo", alphapo_alpha=x, chosen_lengths=LENGTHS, rejected_lengths=LENGTHS
+    ),
     "dpo_loss discopop_tau": lambda x: dpo(loss_type="discopop", discopop_tau=x),
     "dpo_loss cpo_alpha": lambda x: dpo(loss_type="cpo", cpo_alpha=x, chosen_lengths=LENGTHS),
     "unpaired_preference_loss beta": lambda x: rlk.unpaired_preference_loss(*PAIRS[:2], GOOD, kl=0.1, beta=x),
-    "unpaired_preference_loss desirable_weight": lambda x: rlk.unpaired_preference_loss(*PAIRS[:2], GOOD, kl=0.1, desirable_weight=x),
-    "unpaired_preference_loss undesirable_weight": lambda x: rlk.unpaired_preference_loss(*PAIRS[:2], GOOD, kl=0.1, undesirable_weight=x),
-    "length_desensitized_weights ld_alpha": lambda x: rlk.length_desensitized_weights(torch.ones(1, 3), torch.tensor([[0, 1, 1]]), x)[0],
+    "unpaired_preference_loss desirable_weight": lambda x: rlk.unpaired_preference_loss(
+        *PAIRS[:2], GOOD, kl=0.1, desirable_weight=x
+    ),
+    "unpaired_preference_loss undesirable_weight": lambda x: rlk.unpaired_preference_loss(
+        *PAIRS[:2], GOOD, kl=0.1, undesirable_weight=x
+    ),
+    "length_desensitized_weights ld_alpha": lambda x: rlk.length_desensitized_weights(
+        torch.ones(1, 3), torch.tensor([[0, 1, 1]]), x
+    )[0],
     "pairwise_reward_loss center_coef": lambda x: rlk.pairwise_reward_loss(*PAIRS[:2], center_coef=x),
     "gae gamma": lambda x: rlk.gae(Z, OLD, gamma=x)[0],
     "gae lam": lambda x: rlk.gae(Z, OLD, lam=x)[0],
     "discounted_returns gamma": lambda x: rlk.discounted_returns(Z, gamma=x),
     "linear_token_logprobs softcap": lambda x: head(softcap=x),
     "linear_token_logprobs logit_scale": lambda x: head(logit_scale=x),
-    "linear_dpo_loss beta": lambda x: rlk.linear_dpo_loss(HIDDEN, HEAD, Y, ref_chosen_logps=PAIRS[0][:1], ref_rejected_logps=PAIRS[1][:1], beta=x),
+    "linear_dpo_loss beta": lambda x: rlk.linear_dpo_loss(
+        HIDDEN, HEAD, Y, ref_chosen_logps=PAIRS[0][:1], ref_rejected_logps=PAIRS[1][:1], beta=x
+    ),
 }
 # What a scheduler or a learned parameter may give: a tensor on a device is theirs to take.
-COEFFICIENTS = {name for name in REALS if name.split()[0] in ("policy_loss", "logits_policy_loss", "value_loss", "dpo_loss", "unpaired_preference_loss",
-                                                             "pairwise_reward_loss", "linear_dpo_loss")}
+COEFFICIENTS = {
+    name
+    for name in REALS
+    if name.split()[0]
+    in (
+        "policy_loss",
+        "logits_policy_loss",
+        "value_loss",
+        "dpo_loss",
+        "unpaired_preference_loss",
+        "pairwise_reward_loss",
+        "linear_dpo_loss",
+    )
+}
 COUNTS = ("token_weights batch_num_tokens", "token_weights horizon", "aggregate num_sequences")
 NORMALISERS = {  # of them, too
     "policy_loss scale": lambda x: policy(normalizers={"scale": x}),
@@ -82,15 +107,24 @@ INTEGERS = {  # x = 2
     "linear_token_logprobs chunk_tokens": lambda x: head(chunk_tokens=x),
     "linear_token_logprobs logits_budget": lambda x: head(logits_budget=x),
     "linear_token_logprobs valid_vocab": lambda x: rlk.linear_token_logprobs(HIDDEN, HEAD, Y * 0, valid_vocab=x),
-    "linear_token_logprobs max_live_tokens": lambda x: rlk.linear_token_logprobs(HIDDEN[:1, :2], HEAD, Y[:1, :2], max_live_tokens=x),
+    "linear_token_logprobs max_live_tokens": lambda x: rlk.linear_token_logprobs(
+        HIDDEN[:1, :2], HEAD, Y[:1, :2], max_live_tokens=x
+    ),
     "masked_whiten dim": lambda x: rlk.masked_whiten(X, dim=x),
     "spans_to_mask length": lambda x: rlk.spans_to_mask([[0, 2]], x, shift=False),
 }
 
 
 def from_elsewhere(x):
-    kinds = [numpy.float32(x), numpy.float64(x), numpy.float16(x), numpy.array(x), torch.tensor(x), torch.tensor(x, dtype=torch.float64),
-             torch.tensor(x, dtype=torch.bfloat16)]
+    kinds = [
+        numpy.float32(x),
+        numpy.float64(x),
+        numpy.float16(x),
+        numpy.array(x),
+        torch.tensor(x),
+        torch.tensor(x, dtype=torch.float64),
+        torch.tensor(x, dtype=torch.bfloat16),
+    ]
     return [*kinds, numpy.int64(x), numpy.int32(x), torch.tensor(int(x))] if x == int(x) else kinds
 
 
@@ -98,8 +132,13 @@ def from_elsewhere(x):
 def test_F147_a_number_of_numpy_or_torch_is_that_number(name):
     function = {**REALS, **NORMALISERS}[name]
     expected = function(0.25)
+
     def kinds(number):  # F139: a count in 16 bits is refused, because they skip counts
-        return [x for x in from_elsewhere(number) if not (name in COUNTS and isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16)]
+        return [
+            x
+            for x in from_elsewhere(number)
+            if not (name in COUNTS and isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16)
+        ]
 
     for x in kinds(0.25):
         assert same_bits(function(x), expected), type(x)
@@ -111,7 +150,14 @@ def test_F147_a_number_of_numpy_or_torch_is_that_number(name):
 def test_F147_an_integer_of_numpy_or_torch_is_that_integer(name):
     function = INTEGERS[name]
     expected = function(2)
-    for x in (numpy.int64(2), numpy.int32(2), numpy.uint8(2), numpy.array(2), torch.tensor(2), torch.tensor(2, dtype=torch.int32)):
+    for x in (
+        numpy.int64(2),
+        numpy.int32(2),
+        numpy.uint8(2),
+        numpy.array(2),
+        torch.tensor(2),
+        torch.tensor(2, dtype=torch.int32),
+    ):
         assert same_bits(function(x), expected), type(x)
 
 
@@ -119,9 +165,22 @@ def test_F147_an_integer_of_numpy_or_torch_is_that_integer(name):
 def test_F147_what_is_no_number_is_refused_by_name(name):
     function, (where, argument) = {**REALS, **INTEGERS}[name], name.split(" ")
     said = rf"^{where}: {argument} must "
-    wrong = [("1", TypeError, "str '1'; convert it"), (True, TypeError, "bool"), (torch.tensor([0.25]), TypeError, r"tensor of shape \(1,\) on cpu"),
-             (torch.tensor(0.25, device="meta"), TypeError, r"tensor of shape \(\) on meta"), (numpy.array([0.25]), TypeError, "ndarray"),
-             (1j, TypeError, "complex"), (object(), TypeError, "object"), (numpy.bool_(True), TypeError, "bool"), (torch.tensor(True), TypeError, "bool")]
+    wrong = [
+        ("1", TypeError, "str '1'; convert it"),
+        (True, TypeError, "bool"),
+        (torch.tensor([0.25]), TypeError, r"tensor of shape \(1,\) on cpu"),
+        (
+            torch.tensor(0.25, device="meta"),
+            TypeError,
+            r"tensor of shape \(\) on "
+            r"meta",
+        ),
+        (numpy.array([0.25]), TypeError, "ndarray"),
+        (1j, TypeError, "complex"),
+        (object(), TypeError, "object"),
+        (numpy.bool_(True), TypeError, "bool"),
+        (torch.tensor(True), TypeError, "bool"),
+    ]
     for x, error, came in wrong:
         if name in COEFFICIENTS and isinstance(x, torch.Tensor) and x.is_meta:
             continue
@@ -132,13 +191,13 @@ def test_F147_what_is_no_number_is_refused_by_name(name):
             function(torch.tensor(0.25, requires_grad=True))
         with pytest.raises(ValueError, match=said):
             function(float("nan"))
-        for far in (10**400, -10**400):
+        for far in (10**400, -(10**400)):
             try:
                 assert torch.isfinite(function(far)).all()
             except ValueError as error:
                 assert re.match(said, str(error))
     else:
-        for x in (2.0, 2**63, -2**63 - 1):
+        for x in (2.0, 2**63, -(2**63) - 1):
             with pytest.raises((TypeError, ValueError), match=said):
                 function(x)
 
@@ -168,7 +227,12 @@ MEANT = [
     ("loss_type", "dpo", "did you mean sigmoid?", dpo),
     ("loss_type", "kto", "did you mean kto of unpaired_preference_loss", dpo),
     ("loss_type", "simp", "did you mean simpo?", dpo),
-    ("loss_type", "apo_zero", "did you mean apo_zero_unpaired?", lambda **o: rlk.unpaired_preference_loss(*PAIRS[:2], GOOD, **o)),
+    (
+        "loss_type",
+        "apo_zero",
+        "did you mean apo_zero_unpaired?",
+        lambda **o: rlk.unpaired_preference_loss(*PAIRS[:2], GOOD, **o),
+    ),
     ("f_divergence", "js", "did you mean js_divergence?", dpo),
     ("kind", "cross_entropy", "did you mean nll?", lambda **o: rlk.sft_loss(X, Y, **o)),
     ("baseline", "rloo", "did you mean leave-one-out?", lambda **o: rlk.group_advantages(PAIRS[0], GROUPS, **o)),
@@ -179,7 +243,9 @@ MEANT = [
 ]
 
 
-@pytest.mark.parametrize("argument,name,offered,function", MEANT, ids=[f"{a}-{getattr(n, '__name__', n)}" for a, n, *_ in MEANT])
+@pytest.mark.parametrize(
+    "argument,name,offered,function", MEANT, ids=[f"{a}-{getattr(n, '__name__', n)}" for a, n, *_ in MEANT]
+)
 def test_F148_an_unknown_name_is_told_what_was_meant(argument, name, offered, function):
     with pytest.raises(ValueError, match=rf"^\w+: {argument}.*(got|unknown) .*;.* ({offered})"):
         function(**{argument: name})
@@ -218,33 +284,115 @@ def test_F148_every_error_of_the_table_begins_with_the_function_that_was_called(
 
 
 WHO = {
-    "targets of a head": (lambda: rlk.linear_token_stats(HIDDEN, HEAD, Y + 9), IndexError, r"^linear_token_stats: target \d+ at row 0"),
-    "targets of a loss of a head": (lambda: rlk.linear_policy_loss(HIDDEN, HEAD, Y + 9, OLD, A), IndexError, r"^linear_policy_loss: target"),
-    "targets of answers": (lambda: rlk.linear_dpo_loss(HIDDEN, HEAD, Y + 9, reference_free=True), IndexError, r"^linear_dpo_loss: target"),
+    "targets of a head": (
+        lambda: rlk.linear_token_stats(HIDDEN, HEAD, Y + 9),
+        IndexError,
+        r"^linear_token_stats: target \d+ at row "
+        r"0",
+    ),
+    "targets of a loss of a head": (
+        lambda: rlk.linear_policy_loss(HIDDEN, HEAD, Y + 9, OLD, A),
+        IndexError,
+        r"^linear_policy_loss: target",
+    ),
+    "targets of answers": (
+        lambda: rlk.linear_dpo_loss(HIDDEN, HEAD, Y + 9, reference_free=True),
+        IndexError,
+        r"^linear_dpo_loss: target",
+    ),
     "targets of logits": (lambda: rlk.sft_loss(X, Y + 9), IndexError, r"^sft_loss: target"),
-    "temperature": (lambda: rlk.token_stats(X, Y, temperature=torch.zeros(2, 3)), ValueError,
-                    "^token_stats: temperature must be positive and finite, got 0.0 at row 0"),
-    "live tokens": (lambda: rlk.linear_sft_loss(HIDDEN, HEAD, Y, max_live_tokens=1), ValueError, r"^linear_sft_loss: max_live_tokens=1, but 6 tokens are live"),
-    "ratio of packed logits": (lambda: rlk.logits_policy_loss(X.view(6, 5), Y.view(6), OLD.view(6), A.view(6), ratio_level="sequence"), ValueError,
-                               r"^logits_policy_loss: ratio_level 'sequence' needs"),
-    "aggregation of sequences of logits": (lambda: rlk.logits_policy_loss(X, Y, OLD, A, ratio_level="sequence", aggregation="mean"), ValueError,
-                                           "^logits_policy_loss: aggregation must be one of .*did you mean token-mean"),
-    "sparse offsets": (lambda: rlk.sequence_sums(Z.view(6), None, torch.tensor([0, 6]).to_sparse()), TypeError, "^sequence_sums: cu_seqlens .*dense"),
-    "weight without dimensions": (lambda: rlk.linear_token_logprobs(HIDDEN, torch.ones(()), Y), ValueError, "^linear_token_logprobs: .* weight has no"),
-    "weight of one dimension": (lambda: rlk.linear_token_logprobs(HIDDEN, torch.ones(4), Y), ValueError, r"^linear_token_logprobs: .*expected \[..., H\] and"),
-    "bias of a reward": (lambda: rlk.reward_scores(HIDDEN, HEAD[:1], bias=[1.0]), TypeError, "^reward_scores: bias must be a torch.Tensor, got list"),
-    "a mixture": (lambda: dpo(loss_type=3), TypeError, "^dpo_loss: loss_type must be a tuple, one entry for each loss of a mixture, got int"),
+    "temperature": (
+        lambda: rlk.token_stats(X, Y, temperature=torch.zeros(2, 3)),
+        ValueError,
+        "^token_stats: temperature must be positive and finite, got 0.0 at row 0",
+    ),
+    "live tokens": (
+        lambda: rlk.linear_sft_loss(HIDDEN, HEAD, Y, max_live_tokens=1),
+        ValueError,
+        r"^linear_sft_loss: "
+        r"max_live_tokens=1, "
+        r"but 6 tokens are "
+        r"live",
+    ),
+    "ratio of packed logits": (
+        lambda: rlk.logits_policy_loss(X.view(6, 5), Y.view(6), OLD.view(6), A.view(6), ratio_level="sequence"),
+        ValueError,
+        r"^logits_policy_loss: ratio_level 'sequence' needs",
+    ),
+    "aggregation of sequences of logits": (
+        lambda: rlk.logits_policy_loss(X, Y, OLD, A, ratio_level="sequence", aggregation="mean"),
+        ValueError,
+        "^logits_policy_loss: aggregation must be one of .*did you mean token-mean",
+    ),
+    "sparse offsets": (
+        lambda: rlk.sequence_sums(Z.view(6), None, torch.tensor([0, 6]).to_sparse()),
+        TypeError,
+        "^sequence_sums: cu_seqlens .*dense",
+    ),
+    "weight without dimensions": (
+        lambda: rlk.linear_token_logprobs(HIDDEN, torch.ones(()), Y),
+        ValueError,
+        "^linear_token_logprobs: .* weight has no",
+    ),
+    "weight of one dimension": (
+        lambda: rlk.linear_token_logprobs(HIDDEN, torch.ones(4), Y),
+        ValueError,
+        r"^linear_token_logprobs: "
+        r".*expected \[..., H\] "
+        r"and",
+    ),
+    "bias of a reward": (
+        lambda: rlk.reward_scores(HIDDEN, HEAD[:1], bias=[1.0]),
+        TypeError,
+        "^reward_scores: bias must be a torch.Tensor, got list",
+    ),
+    "a mixture": (
+        lambda: dpo(loss_type=3),
+        TypeError,
+        "^dpo_loss: loss_type must be a tuple, one entry for each loss of a mixture, got int",
+    ),
     "weights of a mixture": (lambda: dpo(loss_weights=0.5), TypeError, "^dpo_loss: loss_weights must be a tuple"),
-    "outputs": (lambda: rlk.token_stats(X, Y, outputs=None), TypeError, "^token_stats: outputs must be a tuple of names, got NoneType"),
-    "normalizers": (lambda: policy(normalizers=3), TypeError, "^policy_loss: normalizers must be a dict of keywords of token_weights, got int"),
-    "a normaliser that is none": (lambda: policy(normalizers={"dtype": torch.float64}), TypeError, "^policy_loss: normalizers takes no 'dtype'"),
-    "spans": (lambda: rlk.spans_to_mask([["a", "b"]], 4), TypeError, "^spans_to_mask: spans must be a tensor or a nested list of integers, got list"),
-    "spans of floats": (lambda: rlk.spans_to_mask(torch.tensor([[0.5, 2.0]]), 4), TypeError, "^spans_to_mask: spans must hold integers, got torch.float32"),
+    "outputs": (
+        lambda: rlk.token_stats(X, Y, outputs=None),
+        TypeError,
+        "^token_stats: outputs must be a tuple of names, got NoneType",
+    ),
+    "normalizers": (
+        lambda: policy(normalizers=3),
+        TypeError,
+        "^policy_loss: normalizers must be a dict of keywords of token_weights, got int",
+    ),
+    "a normaliser that is none": (
+        lambda: policy(normalizers={"dtype": torch.float64}),
+        TypeError,
+        "^policy_loss: normalizers takes no 'dtype'",
+    ),
+    "spans": (
+        lambda: rlk.spans_to_mask([["a", "b"]], 4),
+        TypeError,
+        "^spans_to_mask: spans must be a tensor or a nested list of integers, got list",
+    ),
+    "spans of floats": (
+        lambda: rlk.spans_to_mask(torch.tensor([[0.5, 2.0]]), 4),
+        TypeError,
+        "^spans_to_mask: spans must hold integers, got torch.float32",
+    ),
     "length": (lambda: rlk.spans_to_mask([[0, 1]], 0), ValueError, "^spans_to_mask: length must be at least 1, got 0"),
-    "dim": (lambda: rlk.masked_whiten(Z, dim=2), ValueError, "^masked_whiten: dim must name dimensions of x, each once, from -2 to 1; got 2"),
-    "dim twice": (lambda: rlk.masked_whiten(Z, dim=(0, -2)), ValueError, "^masked_whiten: dim must name dimensions of x, each once"),
-    "a mask without rows": (lambda: rlk.length_desensitized_weights(torch.ones(1, 3), torch.tensor(1), 0.5), ValueError,
-                            r"^length_desensitized_weights: rejected_mask has shape \(\), expected \[B, L\]"),
+    "dim": (
+        lambda: rlk.masked_whiten(Z, dim=2),
+        ValueError,
+        "^masked_whiten: dim must name dimensions of x, each once, from -2 to 1; got 2",
+    ),
+    "dim twice": (
+        lambda: rlk.masked_whiten(Z, dim=(0, -2)),
+        ValueError,
+        "^masked_whiten: dim must name dimensions of x, each once",
+    ),
+    "a mask without rows": (
+        lambda: rlk.length_desensitized_weights(torch.ones(1, 3), torch.tensor(1), 0.5),
+        ValueError,
+        r"^length_desensitized_weights: rejected_mask has shape \(\), expected \[B, L\]",
+    ),
 }
 
 

@@ -1,4 +1,7 @@
-"""Faults of packed batches: F121, F123 and F147, offsets that are wrong in a compiled program, changed by another thread, or no tensor."""
+"""Faults of packed batches: F121, F123 and F147, offsets that are wrong in a compiled program, changed by another
+thread, or no tensor.
+"""
+
 import pytest
 import torch
 from packed_calls import BAD, CALLS, EVERY, GOOD, OLD, VALUES, T, Z
@@ -12,7 +15,8 @@ def compiled(name, backend):
     return torch.compile(CALLS[name], backend=backend, fullgraph=True)
 
 
-# F121 ------------------------------------------------------------------------------------------------------------------------------
+# F121 -----------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"], ids=["as dynamo traces it", "as autograd traces it"])
 @pytest.mark.parametrize("name", CALLS)
@@ -26,7 +30,8 @@ def test_F121_bad_offsets_raise_in_a_compiled_program_as_they_do_without_compila
                 CALLS[name](cu)
             with pytest.raises(ValueError, match="cu_seqlens") as inside:
                 run(cu)
-            assert str(inside.value).splitlines()[0] == str(plain.value)  # torch 2.8 says behind it which node of the graph it was
+            # Torch 2.8 says behind it which node of the graph it was.
+            assert str(inside.value).splitlines()[0] == str(plain.value)
 
 
 @pytest.mark.parametrize("name", ["gae", "sequence_sums", "policy_loss with weights"])
@@ -40,12 +45,21 @@ def test_F121_bad_offsets_raise_in_a_program_of_inductor(name):
 
 def test_F121_bad_offsets_raise_in_the_gradient_of_a_compiled_program():
     torch._dynamo.reset()
-    run = torch.compile(lambda z, cu: rlk.policy_loss(z, OLD, VALUES, cu_seqlens=cu, ratio_level="sequence"), backend="aot_eager", fullgraph=True)
+    run = torch.compile(
+        lambda z, cu: rlk.policy_loss(z, OLD, VALUES, cu_seqlens=cu, ratio_level="sequence"),
+        backend="aot_eager",
+        fullgraph=True,
+    )
     for bad in (GOOD, *BAD.values()):
         z = Z.clone().requires_grad_()
         if bad == GOOD:
             run(z, torch.tensor(bad)).backward()
-            torch.testing.assert_close(z.grad, torch.autograd.grad(rlk.policy_loss(z, OLD, VALUES, cu_seqlens=torch.tensor(bad), ratio_level="sequence"), z)[0])
+            torch.testing.assert_close(
+                z.grad,
+                torch.autograd.grad(
+                    rlk.policy_loss(z, OLD, VALUES, cu_seqlens=torch.tensor(bad), ratio_level="sequence"), z
+                )[0],
+            )
         else:
             with pytest.raises(ValueError, match="cu_seqlens"):
                 run(z, torch.tensor(bad))
@@ -59,11 +73,17 @@ def test_F121_one_program_serves_every_number_of_tokens_and_sequences():
         return graph.forward
 
     torch._dynamo.reset()
-    run = torch.compile(lambda x, cu: rlk.sequence_sums(x, cu_seqlens=cu), backend=backend, fullgraph=True, dynamic=True)
+    run = torch.compile(
+        lambda x, cu: rlk.sequence_sums(x, cu_seqlens=cu), backend=backend, fullgraph=True, dynamic=True
+    )
     for length, ends in ((8, (0, 3, 8)), (9, (0, 3, 8, 9)), (17, (0, 1, 2, 3, 17))):
         x, cu = torch.randn(length), torch.tensor(ends)
-        torch.testing.assert_close(run(x, cu), torch.stack([x[a:b].sum() for a, b in zip(ends, ends[1:], strict=False)]))
-        with pytest.raises(ValueError, match=f"cu_seqlens ends at {length}, expected the number of tokens, {length - 1}"):
+        torch.testing.assert_close(
+            run(x, cu), torch.stack([x[a:b].sum() for a, b in zip(ends, ends[1:], strict=False)])
+        )
+        with pytest.raises(
+            ValueError, match=f"cu_seqlens ends at {length}, expected the number of tokens, {length - 1}"
+        ):
             run(x[1:], cu)
     assert len(graphs) == 1
 
@@ -76,7 +96,8 @@ def test_F121_where_values_are_not_read_no_offset_points_outside_of_the_tokens(b
         offsets = checks_tokens.segments("here", torch.tensor(BAD[bad], dtype=dtype), Z)
         assert offsets.dtype == torch.int64 and offsets.min() >= 0 and offsets.max() <= T
     reductions = ("sequence_sums", "sequence_means", "token_weights", "aggregate", "policy_loss of sequences")
-    for name in ("broadcast_to_tokens", "reward_scores", *(reductions if "decreases" not in bad else ())):  # torch's on a CPU refuses a length below 0
+    # Torch's on a CPU refuses a length below 0.
+    for name in ("broadcast_to_tokens", "reward_scores", *(reductions if "decreases" not in bad else ())):
         CALLS[name](torch.tensor(BAD[bad]))
     with pytest.raises(ValueError, match=r"cu_seqlens has shape \(1,\), which is no sequence"):
         checks_tokens.segments("here", torch.tensor([0]), Z)
@@ -87,7 +108,8 @@ def test_F121_the_host_reads_no_offsets_of_an_accelerator():
         assert checks_tokens.segments("here", cu, Z.to("meta")).dtype == torch.int64
 
 
-# F123 ------------------------------------------------------------------------------------------------------------------------------
+# F123 -----------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("name", CALLS)
@@ -106,7 +128,8 @@ def test_F123_offsets_that_are_changed_after_their_check_change_nothing(name, dt
     assert caller.tolist() == [2**30] * 5
 
 
-# what else offsets may be ----------------------------------------------------------------------------------------------------------
+# what else offsets may be ---------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", CALLS)
 def test_F147_offsets_may_come_as_a_list(name, backend):
@@ -115,8 +138,13 @@ def test_F147_offsets_may_come_as_a_list(name, backend):
         assert torch.equal(CALLS[name](listed), want)
 
 
-LAYOUTS = {"int32": lambda cu: cu.int(), "strided": lambda cu: cu.repeat_interleave(3)[::3], "column": lambda cu: torch.stack([cu, cu * 7], 1)[:, 0],
-           "slice": lambda cu: torch.nn.functional.pad(cu, (4, 4), value=99)[4:-4], "negative bit": lambda cu: torch._neg_view(-cu)}
+LAYOUTS = {
+    "int32": lambda cu: cu.int(),
+    "strided": lambda cu: cu.repeat_interleave(3)[::3],
+    "column": lambda cu: torch.stack([cu, cu * 7], 1)[:, 0],
+    "slice": lambda cu: torch.nn.functional.pad(cu, (4, 4), value=99)[4:-4],
+    "negative bit": lambda cu: torch._neg_view(-cu),
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -132,7 +160,11 @@ def test_F121_weights_keep_every_bit_in_a_compiled_program_that_checks_offsets()
     """``tied`` adds a 0 in a compiled program only: weights keep every bit."""
     torch._dynamo.reset()
     weights = torch.tensor([0.1, -0.3, 1e-38, 3e38, 0.0, 1.0, 7.0, -2.0])
-    run = torch.compile(lambda cu: rlk.value_loss(Z, None, VALUES, EVERY, weights=weights, cu_seqlens=cu), backend="aot_eager", fullgraph=True)
+    run = torch.compile(
+        lambda cu: rlk.value_loss(Z, None, VALUES, EVERY, weights=weights, cu_seqlens=cu),
+        backend="aot_eager",
+        fullgraph=True,
+    )
     assert torch.equal(run(torch.tensor(GOOD)), rlk.value_loss(Z, None, VALUES, EVERY, weights=weights))
 
 
@@ -151,7 +183,10 @@ def test_F121_exported_traced_and_fake_programs_hold_the_check():
             return rlk.sequence_sums(x, cu_seqlens=cu)
 
     cu, bad = torch.tensor(GOOD), torch.tensor(BAD["ends far behind it"])
-    exported, traced = torch.export.export(Sums(), (Z, cu)).module(), torch.fx.experimental.proxy_tensor.make_fx(Sums())(Z, cu)
+    exported, traced = (
+        torch.export.export(Sums(), (Z, cu)).module(),
+        torch.fx.experimental.proxy_tensor.make_fx(Sums())(Z, cu),
+    )
     for program in (exported, traced):
         assert torch.equal(program(Z, cu), Sums()(Z, cu))
         with pytest.raises(ValueError, match="^sequence_sums: cu_seqlens ends at 100000000"):

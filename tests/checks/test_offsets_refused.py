@@ -1,4 +1,7 @@
-"""Faults of packed batches: F127 and F137, offsets that do not cover the tokens, empty sequences, and numbers that could be per token or per sequence."""
+"""Faults of packed batches: F127 and F137, offsets that do not cover the tokens, empty sequences, and numbers that
+could be per token or per sequence.
+"""
+
 import re
 
 import pytest
@@ -9,7 +12,8 @@ import rlkernels as rlk
 from rlkernels import sequences
 from rlkernels.checks import tokens as checks_tokens
 
-# F127 ------------------------------------------------------------------------------------------------------------------------------
+# F127 -----------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", CALLS)
 def test_F127_every_function_refuses_offsets_that_do_not_cover_the_tokens(name, backend):
@@ -21,8 +25,16 @@ def test_F127_every_function_refuses_offsets_that_do_not_cover_the_tokens(name, 
 
 
 KINDS = {
-    "floats": (TypeError, torch.tensor(GOOD, dtype=torch.float32), "must be an int32 or int64 tensor, got torch.float32"),
-    "bools": (TypeError, torch.tensor([False, True, True, True, True]), "must be an int32 or int64 tensor, got torch.bool"),
+    "floats": (
+        TypeError,
+        torch.tensor(GOOD, dtype=torch.float32),
+        "must be an int32 or int64 tensor, got torch.float32",
+    ),
+    "bools": (
+        TypeError,
+        torch.tensor([False, True, True, True, True]),
+        "must be an int32 or int64 tensor, got torch.bool",
+    ),
     "16 bits": (TypeError, torch.tensor(GOOD, dtype=torch.int16), "must be an int32 or int64 tensor, got torch.int16"),
     "two dimensions": (ValueError, torch.tensor([GOOD]), r"has shape \(1, 5\), expected \[S \+ 1\]"),
     "a number": (ValueError, torch.tensor(8), r"has shape \(\), expected \[S \+ 1\]"),
@@ -53,7 +65,9 @@ def scores(h=HIDDEN, w=WEIGHT[:1], **options):
 @pytest.mark.parametrize("ends, named", [((0, 0, 8), 0), ((0, 4, 4, 8), 1), ((0, 4, 8, 8), 2)], ids=str)
 def test_F127_an_empty_sequence_has_no_score(ends, named):
     for cu in (torch.tensor(ends), list(ends)):
-        with pytest.raises(ValueError, match=f"^reward_scores: cu_seqlens makes sequence {named} empty .* leave it out"):
+        with pytest.raises(
+            ValueError, match=f"^reward_scores: cu_seqlens makes sequence {named} empty .* leave it out"
+        ):
             scores(cu_seqlens=cu)
     torch._dynamo.reset()
     with pytest.raises(ValueError, match=f"^reward_scores: cu_seqlens makes sequence {named} empty"):
@@ -65,9 +79,15 @@ def test_F127_where_values_are_not_read_an_empty_sequence_scores_0_without_a_gra
     """Neither its neighbour's score nor a share in its neighbour's gradient, even where that neighbour is NaN."""
     monkeypatch.setattr(checks_tokens, "values_are_read", lambda cu: False)
     empty = [a == b for a, b in zip(ends, ends[1:], strict=False)]
-    want = torch.stack([torch.zeros(()) if a == b else HIDDEN[b - 1] @ WEIGHT[0] + 1.0 for a, b in zip(ends, ends[1:], strict=False)])
+    want = torch.stack(
+        [torch.zeros(()) if a == b else HIDDEN[b - 1] @ WEIGHT[0] + 1.0 for a, b in zip(ends, ends[1:], strict=False)]
+    )
     for poison in (1.0, float("nan")):
-        h, w, b = (HIDDEN * poison).requires_grad_(), WEIGHT[:1].clone().requires_grad_(), torch.ones(1, requires_grad=True)
+        h, w, b = (
+            (HIDDEN * poison).requires_grad_(),
+            WEIGHT[:1].clone().requires_grad_(),
+            torch.ones(1, requires_grad=True),
+        )
         got = scores(h, w, bias=b, cu_seqlens=torch.tensor(ends))
         assert not got[empty].any()
         gradients = torch.autograd.grad(got[empty].sum(), (h, w, b))
@@ -80,14 +100,43 @@ def test_F127_where_values_are_not_read_an_empty_sequence_scores_0_without_a_gra
 
 
 BAD_SCORES = {
-    "both": (ValueError, "attention_mask is for padded hidden states", {"cu_seqlens": torch.tensor(GOOD), "attention_mask": torch.ones(1, 8)}),
+    "both": (
+        ValueError,
+        "attention_mask is for padded hidden states",
+        {"cu_seqlens": torch.tensor(GOOD), "attention_mask": torch.ones(1, 8)},
+    ),
     "bias list": (TypeError, "bias must be a torch.Tensor, got list", {"cu_seqlens": [0, 8], "bias": [0.0]}),
-    "bias integers": (TypeError, "bias has dtype torch.int64", {"cu_seqlens": [0, 8], "bias": torch.zeros(1, dtype=torch.int64)}),
-    "bias complex": (TypeError, "bias has dtype torch.complex64", {"cu_seqlens": [0, 8], "bias": torch.zeros(1, dtype=torch.complex64)}),
-    "bias dtype": (TypeError, "bias has dtype torch.float64, hidden has torch.float32", {"cu_seqlens": [0, 8], "bias": torch.zeros(1, dtype=torch.float64)}),
-    "bias shape": (ValueError, r"bias has shape \(\), expected \(1,\)", {"cu_seqlens": [0, 8], "bias": torch.zeros(())}),
-    "weight dtype": (TypeError, "weight has dtype torch.bfloat16, hidden has torch.float32", {"cu_seqlens": [0, 8], "w": WEIGHT[:1].bfloat16()}),
-    "weight float64": (TypeError, "weight has dtype torch.float64, hidden has torch.float32", {"cu_seqlens": [0, 8], "w": WEIGHT[:1].double()}),
+    "bias integers": (
+        TypeError,
+        "bias has dtype torch.int64",
+        {"cu_seqlens": [0, 8], "bias": torch.zeros(1, dtype=torch.int64)},
+    ),
+    "bias complex": (
+        TypeError,
+        "bias has dtype torch.complex64",
+        {"cu_seqlens": [0, 8], "bias": torch.zeros(1, dtype=torch.complex64)},
+    ),
+    "bias dtype": (
+        TypeError,
+        "bias has dtype torch.float64, hidden has torch.float32",
+        {"cu_seqlens": [0, 8], "bias": torch.zeros(1, dtype=torch.float64)},
+    ),
+    "bias shape": (
+        ValueError,
+        r"bias has shape \(\), expected "
+        r"\(1,\)",
+        {"cu_seqlens": [0, 8], "bias": torch.zeros(())},
+    ),
+    "weight dtype": (
+        TypeError,
+        "weight has dtype torch.bfloat16, hidden has torch.float32",
+        {"cu_seqlens": [0, 8], "w": WEIGHT[:1].bfloat16()},
+    ),
+    "weight float64": (
+        TypeError,
+        "weight has dtype torch.float64, hidden has torch.float32",
+        {"cu_seqlens": [0, 8], "w": WEIGHT[:1].double()},
+    ),
     "no token": (ValueError, r"hidden has shape \(2, 0, 4\): sequences without a token", {"h": torch.zeros(2, 0, 4)}),
 }
 
@@ -106,17 +155,21 @@ def test_F127_under_autocast_a_head_of_another_dtype_is_taken():
     assert scores(torch.zeros(0, 0, 4)).shape == (0,)
 
 
-# F137 ------------------------------------------------------------------------------------------------------------------------------
+# F137 -----------------------------------------------------------------------------------------------------------------
 
 CU = torch.tensor([0, 3, 3, 3])  # three tokens, three sequences, two of them empty
 PER = torch.tensor([2.0, 5.0, 7.0])
 TAKES = {
     "policy_loss": lambda per, cu: rlk.policy_loss(Z[:3], OLD[:3], per, cu_seqlens=cu),
     "logits_policy_loss": lambda per, cu: rlk.logits_policy_loss(LOGITS[:3], TARGETS[:3], OLD[:3], per, cu_seqlens=cu),
-    "linear_policy_loss": lambda per, cu: rlk.linear_policy_loss(HIDDEN[:3], WEIGHT, TARGETS[:3], OLD[:3], per, cu_seqlens=cu),
+    "linear_policy_loss": lambda per, cu: rlk.linear_policy_loss(
+        HIDDEN[:3], WEIGHT, TARGETS[:3], OLD[:3], per, cu_seqlens=cu
+    ),
     "sft_loss": lambda per, cu: rlk.sft_loss(LOGITS[:3], TARGETS[:3], sample_weights=per, cu_seqlens=cu),
     "logprobs_sft_loss": lambda per, cu: rlk.logprobs_sft_loss(Z[:3], sample_weights=per, cu_seqlens=cu),
-    "linear_sft_loss": lambda per, cu: rlk.linear_sft_loss(HIDDEN[:3], WEIGHT, TARGETS[:3], sample_weights=per, cu_seqlens=cu),
+    "linear_sft_loss": lambda per, cu: rlk.linear_sft_loss(
+        HIDDEN[:3], WEIGHT, TARGETS[:3], sample_weights=per, cu_seqlens=cu
+    ),
 }
 
 
@@ -124,11 +177,22 @@ TAKES = {
 def test_F137_one_number_per_sequence_is_not_taken_for_one_per_token(name, backend):
     argument = "sample_weights" if "sft" in name else "advantages"
     call = TAKES[name]
-    with pytest.raises(ValueError, match=rf"^{name}: {argument} has shape \(3,\) in a batch of 3 tokens and 3 sequences: .* Pass \[S, 1\]"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{name}: {argument} has shape \(3,\) in a batch of 3 tokens and 3 "
+        r"sequences: .* Pass \[S, 1\]",
+    ):
         call(PER, CU)
     # The truth: the same without the empty sequences, every token with its sequence's number.
-    torch.testing.assert_close(call(PER[:, None], CU), call(PER[:1].expand(3).contiguous(), torch.tensor([0, 3])), rtol=0, atol=0)
-    torch.testing.assert_close(call(PER[1:, None], torch.tensor([0, 0, 3])), call(PER[2:].expand(3).contiguous(), torch.tensor([0, 3])), rtol=0, atol=0)
+    torch.testing.assert_close(
+        call(PER[:, None], CU), call(PER[:1].expand(3).contiguous(), torch.tensor([0, 3])), rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        call(PER[1:, None], torch.tensor([0, 0, 3])),
+        call(PER[2:].expand(3).contiguous(), torch.tensor([0, 3])),
+        rtol=0,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("name", TAKES)
@@ -138,7 +202,9 @@ def test_F137_sequences_of_one_token_each_may_be_read_either_way(name, backend):
 
 
 def test_F137_without_values_only_the_shape_decides():
-    """On an accelerator lengths are not known to the host: [S] is ambiguous wherever S is the number of tokens, but for one token."""
+    """On an accelerator lengths are not known to the host: [S] is ambiguous wherever S is the number of tokens, but for
+    one token.
+    """
     meta, offsets = torch.zeros(3, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
     with pytest.raises(ValueError, match=r"advantages has shape \(3,\) .* Pass \[S, 1\]"):
         sequences.per_token("here", "advantages", meta, meta, offsets)

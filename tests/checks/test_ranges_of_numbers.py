@@ -1,4 +1,7 @@
-"""Faults at the ends of what arguments may be: F136, temperatures; F144, no rows at all and an ignored id that int32 cannot hold."""
+"""Faults at the ends of what arguments may be: F136, temperatures; F144, no rows at all and an ignored id that int32
+cannot hold.
+"""
+
 import math
 
 import pytest
@@ -7,7 +10,7 @@ from packed_calls import HIDDEN, LOGITS, OLD, TARGETS, VALUES, WEIGHT
 
 import rlkernels as rlk
 
-# F136 ------------------------------------------------------------------------------------------------------------------------------
+# F136 -----------------------------------------------------------------------------------------------------------------
 
 COLDEST, HOTTEST = 2.0**-40, 2.0**40
 TAKE = {
@@ -15,11 +18,17 @@ TAKE = {
     "token_stats": lambda t, x=LOGITS: rlk.token_stats(x, TARGETS, temperature=t),
     "logits_policy_loss": lambda t, x=LOGITS: rlk.logits_policy_loss(x, TARGETS, OLD, VALUES, temperature=t),
     "sft_loss": lambda t, x=LOGITS: rlk.sft_loss(x, TARGETS, temperature=t),
-    "linear_token_logprobs": lambda t, h=HIDDEN: rlk.linear_token_logprobs(h, WEIGHT.to(h.dtype), TARGETS, temperature=t),
+    "linear_token_logprobs": lambda t, h=HIDDEN: rlk.linear_token_logprobs(
+        h, WEIGHT.to(h.dtype), TARGETS, temperature=t
+    ),
     "linear_token_stats": lambda t, h=HIDDEN: rlk.linear_token_stats(h, WEIGHT.to(h.dtype), TARGETS, temperature=t),
-    "linear_policy_loss": lambda t, h=HIDDEN: rlk.linear_policy_loss(h, WEIGHT.to(h.dtype), TARGETS, OLD, VALUES, temperature=t),
+    "linear_policy_loss": lambda t, h=HIDDEN: rlk.linear_policy_loss(
+        h, WEIGHT.to(h.dtype), TARGETS, OLD, VALUES, temperature=t
+    ),
     "linear_sft_loss": lambda t, h=HIDDEN: rlk.linear_sft_loss(h, WEIGHT.to(h.dtype), TARGETS, temperature=t),
-    "linear_dpo_loss": lambda t, h=HIDDEN: rlk.linear_dpo_loss(h, WEIGHT.to(h.dtype), TARGETS, cu_seqlens=[0, 4, 8], reference_free=True, temperature=t),
+    "linear_dpo_loss": lambda t, h=HIDDEN: rlk.linear_dpo_loss(
+        h, WEIGHT.to(h.dtype), TARGETS, cu_seqlens=[0, 4, 8], reference_free=True, temperature=t
+    ),
 }
 
 
@@ -28,11 +37,19 @@ TAKE = {
 def test_F136_a_temperature_that_fp32_cannot_divide_by_is_refused(name, dtype, backend):
     operand = (HIDDEN if name.startswith("linear") else LOGITS).to(dtype)
     for bad in (1e-300, 1e-50, 1e-40, 1e-20, COLDEST * 0.99, HOTTEST * 1.01, 1e36, 1e38, 1e300, 5e-324):
-        with pytest.raises(ValueError, match=rf"^{name}: temperature must be from 2\*\*-40 \(9.1e-13\) to 2\*\*40 \(1.1e12\), got "):
+        with pytest.raises(
+            ValueError,
+            match=rf"^{name}: temperature must be from 2\*\*-40 \(9.1e-13\) to 2\*\*40 "
+            r"\(1.1e12\), got ",
+        ):
             TAKE[name](bad, operand)
         for tensor in {torch.float64, operand.dtype} if dtype == torch.float64 else {torch.float32}:
             temperature = torch.tensor([1.0, 1.0, 1.0, bad, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64).to(tensor)
-            with pytest.raises(ValueError, match=r"temperature must be positive and finite, got .* at row 3; it may be from 2\*\*-40 to 2\*\*40"):
+            with pytest.raises(
+                ValueError,
+                match=r"temperature must be positive and finite, got .* at row 3; it may be "
+                r"from 2\*\*-40 to 2\*\*40",
+            ):
                 TAKE[name](temperature, operand)
     for good in (COLDEST, 1e-12, 1e12, HOTTEST):
         TAKE[name](good, operand)
@@ -68,7 +85,9 @@ def test_F136_at_every_temperature_that_is_taken_the_numbers_are_right(dtype, t,
     scale = want[2].abs().amax().item()
     for got, right in zip((stats.logprobs, stats.entropy), want, strict=False):
         torch.testing.assert_close(got.double(), right, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(gradient.double() / scale, want[2] / scale, rtol=5e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        gradient.double() / scale, want[2] / scale, rtol=5e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
     assert math.isfinite(scale) and (scale > 0 or t > 1)
 
 
@@ -76,10 +95,12 @@ def test_F136_at_every_temperature_that_is_taken_the_numbers_are_right(dtype, t,
 def test_F136_a_head_is_right_at_both_ends(t, backend):
     logits = HIDDEN.double() @ WEIGHT.double().T
     want = (logits / t).log_softmax(-1).gather(1, TARGETS[:, None])[:, 0]
-    torch.testing.assert_close(rlk.linear_token_logprobs(HIDDEN, WEIGHT, TARGETS, temperature=t).double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        rlk.linear_token_logprobs(HIDDEN, WEIGHT, TARGETS, temperature=t).double(), want, rtol=1e-5, atol=1e-6
+    )
 
 
-# F144 ------------------------------------------------------------------------------------------------------------------------------
+# F144 -----------------------------------------------------------------------------------------------------------------
 
 EMPTY = [(2, 3, 0, 5), (2, 0, 3, 5), (0, 3, 4, 5), (2, 3, 4, 0, 5), (2, 0, 5), (0, 4, 5), (0, 5)]
 
@@ -91,8 +112,14 @@ def test_F144_logits_without_rows_have_empty_results_and_an_empty_gradient(shape
     mask, given = torch.ones(shape, dtype=torch.bool), {"inplace_backward": inplace}
     calls = {
         "token_logprobs": lambda x: rlk.token_logprobs(x, targets, **given),
-        "token_stats": lambda x: rlk.token_stats(x, targets, temperature=column + 1, vocab_mask=mask, ref_logits=x.detach(), kl="exact", **given).kl,
-        "logits_policy_loss": lambda x: rlk.logits_policy_loss(x, targets, column, column, entropy_coef=0.1, return_metrics=True, **given)[0],
+        "token_stats": lambda x: (
+            rlk.token_stats(
+                x, targets, temperature=column + 1, vocab_mask=mask, ref_logits=x.detach(), kl="exact", **given
+            ).kl
+        ),
+        "logits_policy_loss": lambda x: rlk.logits_policy_loss(
+            x, targets, column, column, entropy_coef=0.1, return_metrics=True, **given
+        )[0],
         "sft_loss": lambda x: rlk.sft_loss(x, targets, **given),
     }
     for name, call in calls.items():
@@ -119,27 +146,33 @@ IGNORING = {
     "token_logprobs": lambda y, i: rlk.token_logprobs(LOGITS, y, ignore_index=i),
     "token_stats": lambda y, i: rlk.token_stats(LOGITS, y, ignore_index=i).entropy,
     "logits_policy_loss": lambda y, i: rlk.logits_policy_loss(LOGITS, y, OLD, VALUES, MASK, ignore_index=i),
-    "logits_policy_loss of sequences": lambda y, i: rlk.logits_policy_loss(LOGITS, y, OLD, VALUES, MASK, ignore_index=i, cu_seqlens=[0, 5, 8],
-                                                                           ratio_level="sequence"),
+    "logits_policy_loss of sequences": lambda y, i: rlk.logits_policy_loss(
+        LOGITS, y, OLD, VALUES, MASK, ignore_index=i, cu_seqlens=[0, 5, 8], ratio_level="sequence"
+    ),
     "sft_loss": lambda y, i: rlk.sft_loss(LOGITS, y, MASK, ignore_index=i),
     "linear_token_logprobs": lambda y, i: rlk.linear_token_logprobs(HIDDEN, WEIGHT, y, ignore_index=i),
     "linear_token_stats": lambda y, i: rlk.linear_token_stats(HIDDEN, WEIGHT, y, ignore_index=i).entropy,
     "linear_policy_loss": lambda y, i: rlk.linear_policy_loss(HIDDEN, WEIGHT, y, OLD, VALUES, MASK, ignore_index=i),
     "linear_sft_loss": lambda y, i: rlk.linear_sft_loss(HIDDEN, WEIGHT, y, MASK, ignore_index=i),
-    "linear_dpo_loss": lambda y, i: rlk.linear_dpo_loss(HIDDEN, WEIGHT, y, MASK, cu_seqlens=[0, 5, 8], reference_free=True, ignore_index=i),
+    "linear_dpo_loss": lambda y, i: rlk.linear_dpo_loss(
+        HIDDEN, WEIGHT, y, MASK, cu_seqlens=[0, 5, 8], reference_free=True, ignore_index=i
+    ),
     "linear_unpaired_preference_loss": lambda y, i: rlk.linear_unpaired_preference_loss(
-        HIDDEN, WEIGHT, y, torch.zeros(2), torch.ones(2), MASK, cu_seqlens=[0, 5, 8], kl=0.0, ignore_index=i),
+        HIDDEN, WEIGHT, y, torch.zeros(2), torch.ones(2), MASK, cu_seqlens=[0, 5, 8], kl=0.0, ignore_index=i
+    ),
 }
 
 
 @pytest.mark.parametrize("name", IGNORING)
 def test_F144_an_ignored_id_that_int32_cannot_hold_is_never_met(name, backend):
     want = IGNORING[name](TARGETS, -100)
-    for index in (2**31, -2**31 - 1, 2**40, 2**32 + int(TARGETS[0]), 2**63 - 1, -2**63):
+    for index in (2**31, -(2**31) - 1, 2**40, 2**32 + int(TARGETS[0]), 2**63 - 1, -(2**63)):
         for y in (Y32, TARGETS):
             assert torch.equal(IGNORING[name](y, index), want)
-    for index in (2**63, -2**63 - 1, 2**70):
-        with pytest.raises(ValueError, match=f"^{name.split(' ')[0]}: ignore_index must be a 64-bit integer, got {index}"):
+    for index in (2**63, -(2**63) - 1, 2**70):
+        with pytest.raises(
+            ValueError, match=f"^{name.split(' ')[0]}: ignore_index must be a 64-bit integer, got {index}"
+        ):
             IGNORING[name](Y32, index)
 
 

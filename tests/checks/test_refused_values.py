@@ -1,4 +1,7 @@
-"""F139: values that would be wrong in silence: weights and additive numbers as masks, counts in 16 bits, negative lengths, a negative KL."""
+"""F139: values that would be wrong in silence: weights and additive numbers as masks, counts in 16 bits, negative
+lengths, a negative KL.
+"""
+
 import math
 
 import pytest
@@ -11,20 +14,37 @@ B, L, V, H = 4, 3, 5, 4
 draw = torch.Generator().manual_seed(0)
 Z, OLD, A = (torch.randn(B, L, generator=draw) for _ in range(3))
 X, Y = torch.randn(B, L, V, generator=draw), torch.randint(0, V, (B, L), generator=draw)
-HIDDEN, HEAD, SUMS = torch.randn(B, L, H, generator=draw), torch.randn(V, H, generator=draw), -torch.rand(B, generator=draw)
+HIDDEN, HEAD, SUMS = (
+    torch.randn(B, L, H, generator=draw),
+    torch.randn(V, H, generator=draw),
+    -torch.rand(B, generator=draw),
+)
 GOOD = torch.tensor([1, 0, 1, 0])
 MASKED = {
     "policy_loss": lambda m: rlk.policy_loss(Z, OLD, A, m),
-    "policy_loss sequence": lambda m: rlk.policy_loss(Z, OLD, A, m, ratio_level="sequence_sum", aggregation="seq-mean-token-mean"),
+    "policy_loss sequence": lambda m: rlk.policy_loss(
+        Z, OLD, A, m, ratio_level="sequence_sum", aggregation="seq-mean-token-mean"
+    ),
     "logits_policy_loss": lambda m: rlk.logits_policy_loss(X, Y, OLD, A, m),
     "linear_policy_loss": lambda m: rlk.linear_policy_loss(HIDDEN, HEAD, Y, OLD, A, m),
-    "value_loss": lambda m: rlk.value_loss(Z, OLD, A, m), "sft_loss": lambda m: rlk.sft_loss(X, Y, m),
-    "logprobs_sft_loss": lambda m: rlk.logprobs_sft_loss(Z, m), "linear_sft_loss": lambda m: rlk.linear_sft_loss(HIDDEN, HEAD, Y, m),
-    "linear_dpo_loss": lambda m: rlk.linear_dpo_loss(HIDDEN, HEAD, Y, m, ref_chosen_logps=SUMS[:2], ref_rejected_logps=SUMS[2:]),
-    "linear_unpaired_preference_loss": lambda m: rlk.linear_unpaired_preference_loss(HIDDEN, HEAD, Y, SUMS, GOOD, m, kl=0.0),
-    "aggregate": lambda m: rlk.aggregate(Z, m), "token_weights": rlk.token_weights, "sequence_sums": lambda m: rlk.sequence_sums(Z, m),
-    "sequence_means": lambda m: rlk.sequence_means(Z, m), "broadcast_to_tokens": lambda m: rlk.broadcast_to_tokens(SUMS, m),
-    "gae": lambda m: rlk.gae(Z, OLD, m)[0], "discounted_returns": lambda m: rlk.discounted_returns(Z, m), "masked_whiten": lambda m: rlk.masked_whiten(Z, m),
+    "value_loss": lambda m: rlk.value_loss(Z, OLD, A, m),
+    "sft_loss": lambda m: rlk.sft_loss(X, Y, m),
+    "logprobs_sft_loss": lambda m: rlk.logprobs_sft_loss(Z, m),
+    "linear_sft_loss": lambda m: rlk.linear_sft_loss(HIDDEN, HEAD, Y, m),
+    "linear_dpo_loss": lambda m: rlk.linear_dpo_loss(
+        HIDDEN, HEAD, Y, m, ref_chosen_logps=SUMS[:2], ref_rejected_logps=SUMS[2:]
+    ),
+    "linear_unpaired_preference_loss": lambda m: rlk.linear_unpaired_preference_loss(
+        HIDDEN, HEAD, Y, SUMS, GOOD, m, kl=0.0
+    ),
+    "aggregate": lambda m: rlk.aggregate(Z, m),
+    "token_weights": rlk.token_weights,
+    "sequence_sums": lambda m: rlk.sequence_sums(Z, m),
+    "sequence_means": lambda m: rlk.sequence_means(Z, m),
+    "broadcast_to_tokens": lambda m: rlk.broadcast_to_tokens(SUMS, m),
+    "gae": lambda m: rlk.gae(Z, OLD, m)[0],
+    "discounted_returns": lambda m: rlk.discounted_returns(Z, m),
+    "masked_whiten": lambda m: rlk.masked_whiten(Z, m),
     "length_desensitized_weights": lambda m: rlk.length_desensitized_weights(m, m, 0.5)[0],
     "reward_scores attention": lambda m: rlk.reward_scores(HIDDEN, HEAD[:1], attention_mask=m),
 }
@@ -40,13 +60,25 @@ def mask(*dead, live=1.0, holding=0.0, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", MASKED)
 def test_F139_a_float_mask_of_other_values_than_0_and_1_is_refused(name):
-    function, argument = name.split()[0], {"attention": "attention_mask"}.get(name.split()[-1], "chosen_mask" if "desensitized" in name else "mask")
+    function, argument = (
+        name.split()[0],
+        {"attention": "attention_mask"}.get(name.split()[-1], "chosen_mask" if "desensitized" in name else "mask"),
+    )
     places = [(1, 2), (3, 0)]
-    bad = {"a weight": (mask(*places, holding=0.5), "0.5"), "an additive mask": (mask(*places, live=0.0, holding=-math.inf), "-inf"),
-           "an additive mask of large numbers": (mask(*places, live=0.0, holding=-1e9), "-1000000000.0"), "NaN": (mask(*places, holding=math.nan), "nan"),
-           "16 bits": (mask(*places, holding=0.25, dtype=torch.bfloat16), "0.25"), "2": (mask(*places, holding=2.0), "2.0")}
+    bad = {
+        "a weight": (mask(*places, holding=0.5), "0.5"),
+        "an additive mask": (mask(*places, live=0.0, holding=-math.inf), "-inf"),
+        "an additive mask of large numbers": (mask(*places, live=0.0, holding=-1e9), "-1000000000.0"),
+        "NaN": (mask(*places, holding=math.nan), "nan"),
+        "16 bits": (mask(*places, holding=0.25, dtype=torch.bfloat16), "0.25"),
+        "2": (mask(*places, holding=2.0), "2.0"),
+    }
     for what, (m, value) in bad.items():
-        with pytest.raises(ValueError, match=rf"^{function}: {argument} holds {value}, expected 0 and 1 alone; weights .* weights=, .* {argument} == 0"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^{function}: {argument} holds {value}, expected 0 and 1 alone; weights "
+            rf".* weights=, .* {argument} == 0",
+        ):
             pytest.fail(f"{what} was taken: {MASKED[name](m)}")
 
 
@@ -55,7 +87,8 @@ def test_F139_a_mask_of_any_dtype_is_the_same_mask(name):
     want = MASKED[name](mask((1, 2), (3, 0)) != 0)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8):
         assert torch.equal(MASKED[name](mask((1, 2), (3, 0), dtype=dtype)), want), dtype
-    assert torch.equal(MASKED[name](mask((1, 2), (3, 0), dtype=torch.int64) * 7), want)  # integers that are not 0 live: the ids of packed documents
+    # Integers that are not 0 live: the ids of packed documents.
+    assert torch.equal(MASKED[name](mask((1, 2), (3, 0), dtype=torch.int64) * 7), want)
 
 
 def test_F139_on_a_device_masks_are_looked_at_where_that_was_asked_for(monkeypatch):
@@ -71,22 +104,35 @@ def test_F139_on_a_device_masks_are_looked_at_where_that_was_asked_for(monkeypat
 def test_F139_lengths_below_zero_are_refused(wrong):
     for bad in (torch.tensor([3, -2, 4]), torch.tensor([3.0, math.nan, 1.0])):
         lengths = {"chosen_lengths": torch.tensor([1, 2, 3]), "rejected_lengths": torch.tensor([1, 2, 3]), wrong: bad}
-        with pytest.raises(ValueError, match=rf"^dpo_loss: {wrong} holds (-2|nan), expected numbers of tokens, at least 0"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^dpo_loss: {wrong} holds (-2|nan), expected numbers of tokens, at "
+            r"least 0",
+        ):
             rlk.dpo_loss(SUMS[:3], SUMS[1:], loss_type="simpo", **lengths)
 
 
 def test_F139_a_kl_below_zero_is_refused():
     for kl in (-2.0, torch.tensor(-2.0), torch.tensor(-2.0, dtype=torch.float64)):
-        with pytest.raises(ValueError, match=r"^unpaired_preference_loss: kl must be at least 0, got -2.0; clamp the estimate"):
+        with pytest.raises(
+            ValueError,
+            match=r"^unpaired_preference_loss: kl must be at least 0, got -2.0; clamp the "
+            r"estimate",
+        ):
             rlk.unpaired_preference_loss(SUMS, SUMS, GOOD, kl=kl)
         with pytest.raises(ValueError, match=r"^linear_unpaired_preference_loss: kl must be at least 0"):
             rlk.linear_unpaired_preference_loss(HIDDEN, HEAD, Y, SUMS, GOOD, kl=kl)
-    assert rlk.unpaired_preference_loss(SUMS, SUMS, GOOD, loss_type="bco", delta=-2.0).isfinite()  # a mean reward may be
-    assert rlk.unpaired_preference_loss(SUMS, SUMS, GOOD, kl=torch.tensor(math.nan)).isnan()  # a diverging step must be seen
+    # A mean reward may be.
+    assert rlk.unpaired_preference_loss(SUMS, SUMS, GOOD, loss_type="bco", delta=-2.0).isfinite()
+    # A diverging step must be seen.
+    assert rlk.unpaired_preference_loss(SUMS, SUMS, GOOD, kl=torch.tensor(math.nan)).isnan()
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([1, -1, 1, -1]), torch.tensor([1.0, 0.5, 0.0, 0.0]), torch.tensor([0, 1, 2, 1])],
-                         ids=["signs", "shares", "classes"])
+@pytest.mark.parametrize(
+    "labels",
+    [torch.tensor([1, -1, 1, -1]), torch.tensor([1.0, 0.5, 0.0, 0.0]), torch.tensor([0, 1, 2, 1])],
+    ids=["signs", "shares", "classes"],
+)
 def test_F139_labels_that_are_not_two_classes_are_refused(labels):
     with pytest.raises(ValueError, match="^unpaired_preference_loss: desirable holds .*, expected 0 and 1 alone"):
         rlk.unpaired_preference_loss(SUMS, SUMS, labels, kl=0.0)
@@ -94,14 +140,25 @@ def test_F139_labels_that_are_not_two_classes_are_refused(labels):
         rlk.linear_unpaired_preference_loss(HIDDEN, HEAD, Y, SUMS, labels, kl=0.0)
 
 
-@pytest.mark.parametrize("name,mode", [("batch_num_tokens", "token-mean"), ("num_sequences", "seq-mean-token-mean"), ("horizon", "fixed-horizon")])
+@pytest.mark.parametrize(
+    "name,mode",
+    [("batch_num_tokens", "token-mean"), ("num_sequences", "seq-mean-token-mean"), ("horizon", "fixed-horizon")],
+)
 def test_F139_a_count_in_16_bits_is_refused_and_any_other_read_exactly(name, mode):
     more = {} if name != "horizon" else {"num_sequences": 4}
     for dtype, bound in ((torch.bfloat16, 256), (torch.float16, 2048)):
-        with pytest.raises(TypeError, match=rf"^policy_loss: {name} has dtype {dtype}, which skips counts beyond {bound}; keep it an integer or float32"):
+        with pytest.raises(
+            TypeError,
+            match=rf"^policy_loss: {name} has dtype {dtype}, which skips counts beyond "
+            rf"{bound}; keep it an integer or float32",
+        ):
             rlk.policy_loss(Z, OLD, A, aggregation=mode, normalizers={name: torch.tensor(257.0, dtype=dtype), **more})
     want = rlk.token_weights(Z > 0, mode, **{name: 16777217, **more}, dtype=torch.float64)
-    for x in (torch.tensor(16777217), torch.tensor(16777217, dtype=torch.int32), torch.tensor(16777217.0, dtype=torch.float64)):
+    for x in (
+        torch.tensor(16777217),
+        torch.tensor(16777217, dtype=torch.int32),
+        torch.tensor(16777217.0, dtype=torch.float64),
+    ):
         assert torch.equal(rlk.token_weights(Z > 0, mode, **{name: x, **more}, dtype=torch.float64), want)
 
 
@@ -123,7 +180,9 @@ def test_F139_a_reference_without_a_coefficient_is_for_the_metric_alone(function
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, 3, [], "float32"], ids=str)
 def test_weights_have_a_floating_dtype(dtype):
-    with pytest.raises(TypeError, match="^token_weights: dtype must be one of float32, bfloat16, float16, float64, got"):
+    with pytest.raises(
+        TypeError, match="^token_weights: dtype must be one of float32, bfloat16, float16, float64, got"
+    ):
         rlk.token_weights(mask(), dtype=dtype)
     with pytest.raises(TypeError, match="^aggregate: dtype must be"):
         rlk.aggregate(Z, mask(), dtype=dtype)
@@ -131,7 +190,9 @@ def test_weights_have_a_floating_dtype(dtype):
 
 @pytest.mark.parametrize("group", ["x", 3, [0, 1]], ids=str)
 def test_F148_what_is_no_process_group_is_refused_by_name(group):
-    for where, call in (("linear_token_logprobs", lambda: rlk.linear_token_logprobs(HIDDEN, HEAD, Y, process_group=group)),
-                        ("linear_policy_loss", lambda: rlk.linear_policy_loss(HIDDEN, HEAD, Y, OLD, A, process_group=group))):
+    for where, call in (
+        ("linear_token_logprobs", lambda: rlk.linear_token_logprobs(HIDDEN, HEAD, Y, process_group=group)),
+        ("linear_policy_loss", lambda: rlk.linear_policy_loss(HIDDEN, HEAD, Y, OLD, A, process_group=group)),
+    ):
         with pytest.raises(TypeError, match=f"^{where}: process_group must be a torch.distributed.ProcessGroup"):
             call()

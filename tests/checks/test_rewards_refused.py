@@ -1,4 +1,7 @@
-"""Faults of rewards: F130, F139 and F147, negative rewards of MaxRL, lengths that are none, and rewards that are no floats."""
+"""Faults of rewards: F130, F139 and F147, negative rewards of MaxRL, lengths that are none, and rewards that are no
+floats.
+"""
+
 import math
 
 import pytest
@@ -26,18 +29,30 @@ def by_hand(rewards, ids=IDS, eps=1e-6):
 
 @pytest.mark.parametrize("baseline", ["mean", "leave-one-out", "batch-mean", None], ids=str)
 def test_F130_a_negative_reward_is_refused_where_the_scale_is_the_mean(baseline):
-    for rewards, named in (([-1.0, 1.0, -1.0, -1.0, 0.0, 0.0, 2.0], "-1.0 at entry 0"),
-                           ([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, -2.0**-20], "-9.5367431640625e-07 at entry 6"),
-                           ([1.0, 1.0, 1.0, 1.0, -math.inf, 0.0, 1.0], "-inf at entry 4")):
-        with pytest.raises(ValueError, match=f"^group_advantages: rewards holds {named}; it needs rewards >= 0 for scale 'mean'"):
+    for rewards, named in (
+        ([-1.0, 1.0, -1.0, -1.0, 0.0, 0.0, 2.0], "-1.0 at entry 0"),
+        ([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, -(2.0**-20)], "-9.5367431640625e-07 at entry 6"),
+        ([1.0, 1.0, 1.0, 1.0, -math.inf, 0.0, 1.0], "-inf at entry 4"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"^group_advantages: rewards holds {named}; it needs rewards >= 0 for scale 'mean'"
+        ):
             maxrl(rewards, baseline=baseline)
     with pytest.raises(ValueError, match="rewards holds -3.0 at entry 2"):
         maxrl(torch.tensor([1, 1, -3, 1, 0, 0, 0]))
-    assert rlk.group_advantages(torch.tensor([-1.0, 1.0, -1.0, -1.0, 0.0, 0.0, 2.0]), IDS, baseline=baseline).isfinite().all()
+    assert (
+        rlk.group_advantages(torch.tensor([-1.0, 1.0, -1.0, -1.0, 0.0, 0.0, 2.0]), IDS, baseline=baseline)
+        .isfinite()
+        .all()
+    )
 
 
 def test_F130_rewards_that_are_not_negative_keep_their_advantages():
-    for rewards in ([0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1e-9, 0.0, -0.0, 3e-7], [math.nan, 2.0, 1.0, 0.5, 0.25, 0.0, 0.125]):
+    for rewards in (
+        [0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0],
+        [0.0, 0.0, 0.0, 1e-9, 0.0, -0.0, 3e-7],
+        [math.nan, 2.0, 1.0, 0.5, 0.25, 0.0, 0.125],
+    ):
         live = [x for x in rewards if not math.isnan(x)]
         want = by_hand(live, IDS[[not math.isnan(x) for x in rewards]])
         got = maxrl(torch.tensor(rewards, dtype=torch.float64))
@@ -58,7 +73,9 @@ def test_F130_where_values_are_not_read_a_negative_reward_makes_its_group_nan_an
 
 def test_F130_a_compiled_program_gives_nan_as_an_accelerator_does():
     torch._dynamo.reset()
-    got = torch.compile(lambda r: maxrl(r), backend="eager", fullgraph=True)(torch.tensor([-1.0, 1.0, -1.0, 1.0, 0.5, 0.0, 2.0]))
+    got = torch.compile(lambda r: maxrl(r), backend="eager", fullgraph=True)(
+        torch.tensor([-1.0, 1.0, -1.0, 1.0, 0.5, 0.0, 2.0])
+    )
     assert got.isnan().tolist() == (IDS == 7).tolist()
 
 
@@ -69,7 +86,9 @@ REWARDS = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 0.0, 2.0])
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf, -math.inf])
 def test_F139_lengths_that_are_no_lengths_are_refused(bad, dtype):
     lengths = torch.tensor([1, 2, 3, 4, bad, 5, 6], dtype=dtype)
-    with pytest.raises(ValueError, match=f"^group_advantages: lengths holds {bad} at entry 4; it needs finite lengths >= 0"):
+    with pytest.raises(
+        ValueError, match=f"^group_advantages: lengths holds {bad} at entry 4; it needs finite lengths >= 0"
+    ):
         rlk.group_advantages(REWARDS, IDS, baseline="length-mean", lengths=lengths)
     # Under a reward that could not be scored it is not looked at.
     unscored = torch.where(torch.arange(7) == 4, torch.nan, REWARDS)
@@ -97,7 +116,9 @@ def test_F147_rewards_may_be_integers_or_bools(dtype, backend):
     rewards, values = WHOLE.to(dtype), torch.tensor([[0.5, -1.0, 2.0, 0.25], [1.0, 0.0, -0.5, 0.75]])
     real = rewards.float()
     for v in (values, values.double()):
-        for got, want in zip(rlk.gae(rewards, v, gamma=0.9, lam=0.8), rlk.gae(real.to(v.dtype), v, gamma=0.9, lam=0.8), strict=True):
+        for got, want in zip(
+            rlk.gae(rewards, v, gamma=0.9, lam=0.8), rlk.gae(real.to(v.dtype), v, gamma=0.9, lam=0.8), strict=True
+        ):
             assert got.dtype == v.dtype and torch.equal(got, want)
     returns = [[sum(0.9 ** (u - t) * float(row[u]) for u in range(t, 4)) for t in range(4)] for row in real]
     got = rlk.discounted_returns(rewards, gamma=0.9)
@@ -105,7 +126,9 @@ def test_F147_rewards_may_be_integers_or_bools(dtype, backend):
     torch.testing.assert_close(got, torch.tensor(returns), rtol=1e-6, atol=1e-7)
     ids = torch.tensor([0, 0, 1, 1])
     got = rlk.group_advantages(rewards[0], ids, scale=None)
-    assert got.dtype == torch.float32 and torch.equal(got, real[0] - torch.tensor([real[0, :2].mean()] * 2 + [real[0, 2:].mean()] * 2))
+    assert got.dtype == torch.float32 and torch.equal(
+        got, real[0] - torch.tensor([real[0, :2].mean()] * 2 + [real[0, 2:].mean()] * 2)
+    )
     packed = rlk.gae(rewards.view(-1), values.view(-1), cu_seqlens=[0, 4, 8], bootstrap_values=torch.ones(2))
     assert torch.equal(packed[0].view(2, 4), rlk.gae(real, values, bootstrap_values=torch.ones(2))[0])
 
@@ -113,8 +136,11 @@ def test_F147_rewards_may_be_integers_or_bools(dtype, backend):
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn], ids=str)
 def test_F147_other_rewards_are_refused_by_name(dtype):
     rewards = torch.ones(2, 4).to(dtype)
-    for where, call in (("gae", lambda: rlk.gae(rewards, torch.ones(2, 4))), ("discounted_returns", lambda: rlk.discounted_returns(rewards)),
-                        ("group_advantages", lambda: rlk.group_advantages(rewards[0], IDS[:4]))):
+    for where, call in (
+        ("gae", lambda: rlk.gae(rewards, torch.ones(2, 4))),
+        ("discounted_returns", lambda: rlk.discounted_returns(rewards)),
+        ("group_advantages", lambda: rlk.group_advantages(rewards[0], IDS[:4])),
+    ):
         with pytest.raises(TypeError, match=f"^{where}: rewards has dtype {dtype}; supported: .*, bool and integers"):
             call()
     with pytest.raises(TypeError, match="^group_advantages: rewards must be a torch.Tensor, got list"):

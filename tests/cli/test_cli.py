@@ -1,4 +1,5 @@
 """``rlkernels doctor`` and ``rlkernels bench`` end to end, on a shape that takes seconds."""
+
 import json
 import os
 import re
@@ -13,9 +14,35 @@ from paths import ROOT
 
 import rlkernels
 from rlkernels.backends import DEVICES, measured_order
-from rlkernels.cli import bench, bench_cases, bench_host, bench_linear, bench_problem, bench_report, bench_timing, doctor, machine, main, tables
+from rlkernels.cli import (
+    bench,
+    bench_cases,
+    bench_host,
+    bench_linear,
+    bench_problem,
+    bench_report,
+    bench_timing,
+    doctor,
+    machine,
+    main,
+    tables,
+)
 
-TINY = ["bench", "--device", "cpu", "--quick", "--tokens", "6", "--vocab", "515", "--rounds", "3", "--no-compile", "--no-peers", "--plain"]
+TINY = [
+    "bench",
+    "--device",
+    "cpu",
+    "--quick",
+    "--tokens",
+    "6",
+    "--vocab",
+    "515",
+    "--rounds",
+    "3",
+    "--no-compile",
+    "--no-peers",
+    "--plain",
+]
 
 
 @pytest.fixture
@@ -55,8 +82,14 @@ def test_doctor_prints_the_measured_choice_or_says_that_nothing_is_measured(caps
     printed = capsys.readouterr().out
     assert "nothing has been measured on a GPU yet; the order below is used" in printed
     assert re.search(r"^cuda +triton, cuda, eager$", printed, re.MULTILINE)
-    monkeypatch.setattr(measured_order, "TABLE", {("fused_policy", "cuda", 2, "large"): ("cuda", "triton"),
-                                                  ("fused_policy", "cuda", 2, "small"): ("triton", "cuda")})
+    monkeypatch.setattr(
+        measured_order,
+        "TABLE",
+        {
+            ("fused_policy", "cuda", 2, "large"): ("cuda", "triton"),
+            ("fused_policy", "cuda", 2, "small"): ("triton", "cuda"),
+        },
+    )
     main(["doctor", "--plain"])
     printed = capsys.readouterr().out
     assert re.search(r"^fused_policy +cuda +2 bytes +large +cuda, triton$", printed, re.MULTILINE)
@@ -67,8 +100,16 @@ def test_doctor_prints_the_measured_choice_or_says_that_nothing_is_measured(caps
 def test_what_doctor_prints_is_what_is_chosen(monkeypatch):
     monkeypatch.setattr(measured_order, "TABLE", {("fused_policy", "cuda", 2, "large"): ("cuda",)})
     order = DEVICES["cuda"]
-    assert measured_order.preferred("fused_policy", "cuda", torch.bfloat16, 151936, order) == ("cuda", "triton", "eager")
-    for op, dtype, vocab in (("token_stats", torch.bfloat16, 151936), ("fused_policy", torch.float32, 151936), ("fused_policy", torch.bfloat16, 32000)):
+    assert measured_order.preferred("fused_policy", "cuda", torch.bfloat16, 151936, order) == (
+        "cuda",
+        "triton",
+        "eager",
+    )
+    for op, dtype, vocab in (
+        ("token_stats", torch.bfloat16, 151936),
+        ("fused_policy", torch.float32, 151936),
+        ("fused_policy", torch.bfloat16, 32000),
+    ):
         assert measured_order.preferred(op, "cuda", dtype, vocab, order) == order
 
 
@@ -78,8 +119,23 @@ def test_bench_writes_every_figure_it_prints(capsys, tmp_path):
     assert main([*TINY, "--json", str(file), *plot]) == 0
     printed = capsys.readouterr().out
     data = json.loads(file.read_text())
-    assert {"command", "machine", "threads", "shape", "dtype", "rounds", "checked_rows", "correct", "faults", "remarks",
-            "read_bandwidth", "cases", "targets", "host", "linear"} == set(data)
+    assert {
+        "command",
+        "machine",
+        "threads",
+        "shape",
+        "dtype",
+        "rounds",
+        "checked_rows",
+        "correct",
+        "faults",
+        "remarks",
+        "read_bandwidth",
+        "cases",
+        "targets",
+        "host",
+        "linear",
+    } == set(data)
     assert data["correct"] is True and data["shape"] == [6, 515] and data["dtype"] == "bf16"
     assert [case["name"] for case in data["cases"]] == list(bench_cases.CASES)
     for case in data["cases"]:
@@ -87,13 +143,22 @@ def test_bench_writes_every_figure_it_prints(capsys, tmp_path):
         for contender in case["contenders"]:
             assert len(contender["samples_s"]) == 3 and min(contender["samples_s"]) > 0
             assert contender["peak_bytes"] is not None and f"{1e3 * contender['median_s']:.2f}" in printed
-    assert {f["name"].split(" ")[0] for f in data["host"]} == {"policy_loss", "value_loss", "pairwise_reward_loss", "token_logprobs"}
+    assert {f["name"].split(" ")[0] for f in data["host"]} == {
+        "policy_loss",
+        "value_loss",
+        "pairwise_reward_loss",
+        "token_logprobs",
+    }
     for figures in data["host"]:
         assert figures["name"] in printed and figures["error"] < 1e-5
         for who, samples in figures["samples_us"].items():
             assert len(samples) == 3 and min(samples) > 0 and f"{figures['median_us'][who]:.1f}" in printed
-    assert {(c["kind"], c["dtype"]) for c in data["linear"]["cases"]} == {(kind, dtype) for kind in bench_linear.CASES for dtype in ("fp32", "bf16")}
-    assert all(c["name"] in printed and c["shape"] == [6, bench_linear.QUICK_HIDDEN, 515] for c in data["linear"]["cases"])
+    assert {(c["kind"], c["dtype"]) for c in data["linear"]["cases"]} == {
+        (kind, dtype) for kind in bench_linear.CASES for dtype in ("fp32", "bf16")
+    }
+    assert all(
+        c["name"] in printed and c["shape"] == [6, bench_linear.QUICK_HIDDEN, 515] for c in data["linear"]["cases"]
+    )
     assert len(data["machine"]["sources"]["package_sha256"]) == 64 and data["machine"]["processor"]
     assert {t["text"] for t in data["targets"]} and "other shape" in printed and "NOT MET" not in printed
     assert not plot or picture.read_bytes().startswith(b"\x89PNG")
@@ -139,6 +204,7 @@ def test_bench_shows_a_competitor_that_fails_as_one_line(monkeypatch, capsys):
     def no_compiler(function):
         def run(*arguments):
             raise RuntimeError("no C++ compiler\nsecond line")
+
         return run
 
     monkeypatch.setattr(bench_cases, "compiled", no_compiler)
@@ -206,15 +272,32 @@ def test_targets_compare_medians_of_the_same_run():
         return bench_timing.Contender(name, lambda _: None, samples=[seconds, seconds, 100.0], **rest)
 
     in_place = contender(bench_cases.IN_PLACE, 1.0, peak_bytes=5, resident_bytes=50)
-    both = bench_cases.Case(bench_cases.BOTH, [contender(bench_cases.OURS, 1.0), in_place, contender(bench_cases.EAGER, 14.0)])
-    policy = bench_cases.Case(bench_cases.POLICY, [
-        contender(bench_cases.OURS, 3.0), contender(bench_cases.PASS_FORWARD, 1.0), contender(bench_cases.PASS_BACKWARD, 3.0)])
+    both = bench_cases.Case(
+        bench_cases.BOTH, [contender(bench_cases.OURS, 1.0), in_place, contender(bench_cases.EAGER, 14.0)]
+    )
+    policy = bench_cases.Case(
+        bench_cases.POLICY,
+        [
+            contender(bench_cases.OURS, 3.0),
+            contender(bench_cases.PASS_FORWARD, 1.0),
+            contender(bench_cases.PASS_BACKWARD, 3.0),
+        ],
+    )
     goals = bench_report.targets({bench_cases.BOTH: both, bench_cases.POLICY: policy}, logits_bytes=1000)
-    assert [(g.value, g.met) for g in goals] == [(None, None), (None, None), (14.0, False), (None, None), (0.05, True), (0.75, True)]
+    assert [(g.value, g.met) for g in goals] == [
+        (None, None),
+        (None, None),
+        (14.0, False),
+        (None, None),
+        (0.05, True),
+        (0.75, True),
+    ]
 
 
 def test_plain_tables_align_numbers_right_and_words_left():
-    assert tables.text("T", ["what", "ms"], [["a", "1.5"], ["bcd", "12.5"]]) == "\nT\nwhat    ms\n----  ----\na      1.5\nbcd   12.5\n"
+    assert tables.text("T", ["what", "ms"], [["a", "1.5"], ["bcd", "12.5"]]) == (
+        "\nT\nwhat    ms\n----  ----\na      1.5\nbcd   12.5\n"
+    )
 
 
 def test_python_of_the_readme_runs():
@@ -224,5 +307,7 @@ def test_python_of_the_readme_runs():
         script = Path(folder, "example.py")
         script.write_text(examples[0].replace("32000", "517"))
         environment = {**os.environ, "PYTHONPATH": str(Path(rlkernels.__file__).resolve().parents[1])}
-        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, cwd=folder)
+        done = subprocess.run(
+            [sys.executable, str(script)], capture_output=True, text=True, env=environment, cwd=folder
+        )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
 """``rlkernels demo``: it runs offline from end to end, fails when it should, and measures what it says."""
+
 import json
 import os
 import random
@@ -20,9 +21,13 @@ PATIENCE = 300
 
 
 def run(code, *argv):
-    """The command in a process of its own, after ``code``; the demo changes warnings, logging and the environment of its process."""
+    """The command in a process of its own, after ``code``; the demo changes warnings, logging and the environment of
+    its process.
+    """
     program = f"import sys\n{code}\nfrom rlkernels.cli import main\nsys.exit(main({['demo', *map(str, argv)]!r}))"
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT, cwd=os.sep)
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT, cwd=os.sep
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,12 @@ def test_the_quick_demo_runs_offline_and_writes_what_it_says(libraries, tmp_path
         entry = record["trainers"][name]
         comparison = entry["comparison"]
         for side in ("stock", "rlkernels"):
-            assert len(entry[side]["losses"]) == len(entry[side]["grad_norms"]) == len(entry[side]["loss_seconds"]) == steps
+            assert (
+                len(entry[side]["losses"])
+                == len(entry[side]["grad_norms"])
+                == len(entry[side]["loss_seconds"])
+                == steps
+            )
             assert min(entry[side]["loss_seconds"]) > 0 and entry[side]["peak_bytes"] > 0
         # The gap once more, from the curves: the comparison is not taken on trust.
         stock, ours = entry["stock"]["losses"], entry["rlkernels"]["losses"]
@@ -59,7 +69,11 @@ def test_the_quick_demo_runs_offline_and_writes_what_it_says(libraries, tmp_path
         assert comparison["loss_gap"] == pytest.approx(worst) and worst <= 1e-4 and comparison["grad_norm_gap"] <= 1e-4
         assert comparison["calls"] >= steps and entry["stock"]["kernels"] == {} and comparison["failures"] == []
         op, backend = next(iter(comparison["kernels"])).split(" on ")
-        assert op in ("elementwise", "weighted_loss", "token_stats") and backend in ("cpu", "eager") and f"{op} on" in done.stdout
+        assert (
+            op in ("elementwise", "weighted_loss", "token_stats")
+            and backend in ("cpu", "eager")
+            and f"{op} on" in done.stdout
+        )
         assert len(set(stock)) > 1
     assert 0 <= record["trainers"]["reward"]["rlkernels"]["held_out_accuracy"] <= 1
     assert "accuracy" in done.stdout and len(re.findall(r"4/4", done.stdout)) == 6
@@ -80,7 +94,11 @@ functions.FusedHead.apply = wrong
 def test_a_kernel_that_is_one_percent_wrong_makes_the_demo_fail(libraries, tmp_path):
     done = run(WRONG, "--quick", "--steps", 2, "--out", tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "DPOTrainer: loss differs by" in done.stdout and "GRPOTrainer: " in done.stdout and "all three" not in done.stdout
+    assert (
+        "DPOTrainer: loss differs by" in done.stdout
+        and "GRPOTrainer: " in done.stdout
+        and "all three" not in done.stdout
+    )
     assert "RewardTrainer: " not in done.stdout  # it has no head: the wrong kernel is not its own
     record = json.loads((tmp_path / "demo.json").read_text())
     assert record["passed"] is False and record["trainers"]["reward"]["comparison"]["passed"] is True
@@ -92,8 +110,13 @@ def test_no_call_to_our_kernels_and_a_nan_are_failures(libraries):
 
     def pair(**changes):
         fine = dict(
-            losses=[0.7, 0.6], grad_norms=[2.0, 1.0], loss_seconds=[0.1, 0.1], largest_call_seconds=0.1, seam_calls=2,
-            kernels={"token_stats on cpu": 2})
+            losses=[0.7, 0.6],
+            grad_norms=[2.0, 1.0],
+            loss_seconds=[0.1, 0.1],
+            largest_call_seconds=0.1,
+            seam_calls=2,
+            kernels={"token_stats on cpu": 2},
+        )
         return {"dpo": [Run(**fine), Run(**{**fine, **changes})]}
 
     assert compare(pair())["dpo"].passed
@@ -122,8 +145,20 @@ def test_the_picture_and_the_record_of_a_run_that_went_to_nan_and_infinity_are_w
 
 
 def test_ctrl_c_stops_the_demo_with_one_line_and_status_130(libraries, tmp_path):
-    command = [sys.executable, "-m", "rlkernels.cli", "demo", "--quick", "--steps", "2000", "--out", str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "rlkernels.cli",
+        "demo",
+        "--quick",
+        "--steps",
+        "2000",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
         try:
             for line in process.stdout:
                 if line.startswith("patch "):
@@ -162,7 +197,9 @@ def test_wrong_usage_exits_with_status_2(argv, capsys):
 
 def test_docstrings_are_read_from_source_in_order_and_nothing_is_imported(tmp_path):
     (tmp_path / "b.py").write_text(
-        '"""Module b."""\nraise SystemExit("imported")\nclass C:\n    """Class C."""\n    def f(self):\n        """Method f."""\n')
+        '"""Module b."""\nraise SystemExit("imported")\nclass C:\n    """Class C."""\n    def f(self):\n        '
+        '"""Method f."""\n'
+    )
     (tmp_path / "a.py").write_text('async def g():\n    """Function g."""\n')
     (tmp_path / "broken.py").write_text('"""Lost."""\ndef (:\n')
     (tmp_path / "test").mkdir()
@@ -190,7 +227,11 @@ def test_pairs_share_their_prompt_and_differ_after_it_and_repeat_under_a_seed():
     words = "one two three four five six".split()
     spoilt = [corpus.corrupt(words, ["seven"], random.Random(seed)) for seed in range(50)]
     assert words == "one two three four five six".split() and {len(w) for w in spoilt} == {6}
-    assert any("seven" in w for w in spoilt) and any("trhee" in w for w in spoilt) and any(w[:2] == ["two", "one"] for w in spoilt)
+    assert (
+        any("seven" in w for w in spoilt)
+        and any("trhee" in w for w in spoilt)
+        and any(w[:2] == ["two", "one"] for w in spoilt)
+    )
 
 
 def test_the_tokenizer_gives_back_every_string(libraries):

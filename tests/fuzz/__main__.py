@@ -1,4 +1,5 @@
 """The command line; see the package's docstring."""
+
 import argparse
 import sys
 import time
@@ -18,15 +19,31 @@ SHOWN = 2
 
 
 def arguments():
-    parser = argparse.ArgumentParser(prog="python tests/fuzz", description=sys.modules["fuzz"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tests/fuzz",
+        description=sys.modules["fuzz"].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--kind", choices=sorted(CASES), action="append", help="default: all kinds")
-    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 20), metavar=("FIRST", "END"), help="FIRST to END - 1")
+    parser.add_argument(
+        "--seeds", type=int, nargs=2, default=(0, 20), metavar=("FIRST", "END"), help="FIRST to END - 1"
+    )
     parser.add_argument("--case", action="append", default=[], help="a case of the kind; default: all")
     parser.add_argument("--backend", help="default: what the library chooses")
     parser.add_argument("--jobs", type=int, default=1, help="child processes at a time")
-    parser.add_argument("--change", choices=[name for name in CHANGES if name], help="a self-test: change every result; each case must then find something")
-    parser.add_argument("--sanitized", action="store_true", help="build the native module under ASan and UBSan, and run with that")
-    parser.add_argument("--self-check", action="store_true", help="with --sanitized: plant a read out of bounds in the copy of the sources; it must be found")
+    parser.add_argument(
+        "--change",
+        choices=[name for name in CHANGES if name],
+        help="a self-test: change every result; each case must then find something",
+    )
+    parser.add_argument(
+        "--sanitized", action="store_true", help="build the native module under ASan and UBSan, and run with that"
+    )
+    parser.add_argument(
+        "--self-check",
+        action="store_true",
+        help="with --sanitized: plant a read out of bounds in the copy of the sources; it must be found",
+    )
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -34,8 +51,16 @@ def arguments():
 def main():
     given = arguments()
     kinds = given.kind or list(CASES)
-    works = [Work(kind, *given.seeds, tuple(name for name in CASES[kind] if name in (given.case or CASES[kind])), given.backend, given.change)
-             for kind in kinds]
+    works = [
+        Work(
+            kind,
+            *given.seeds,
+            tuple(name for name in CASES[kind] if name in (given.case or CASES[kind])),
+            given.backend,
+            given.change,
+        )
+        for kind in kinds
+    ]
     if not any(work.cases for work in works):
         raise SystemExit(f"no such case; there are: {', '.join(name for kind in kinds for name in CASES[kind])}")
     if given.child:
@@ -63,8 +88,11 @@ def report(work, given, environment):
     for (name, text), count in sorted(groups.items(), key=lambda item: -item[1]):
         if count > SHOWN:
             print(f"{count} times: {name}: {text}")
-    print(f"{work.kind}: seeds {work.first} to {work.end - 1} of {len(work.cases)} cases, {calls.total()} calls of {len(calls)} functions in {seconds:.0f} s "
-          f"({calls.total() / seconds:.0f} a second), {len(findings)} findings in {len(groups)} groups")
+    print(
+        f"{work.kind}: seeds {work.first} to {work.end - 1} of {len(work.cases)} cases, {calls.total()} calls of "
+        f"{len(calls)} functions in {seconds:.0f} s "
+        f"({calls.total() / seconds:.0f} a second), {len(findings)} findings in {len(groups)} groups"
+    )
     return findings
 
 

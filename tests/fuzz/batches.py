@@ -1,15 +1,29 @@
 """Batches of sequences, padded or packed, and the true weights of every aggregation, by hand."""
+
 from collections import Counter
 
 import torch
 
-MODES = ("token-mean", "global-token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "fixed-horizon",
-         "prompt-mean", "group-mean", "rollout-mean", "seq-mean")
+MODES = (
+    "token-mean",
+    "global-token-mean",
+    "token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "fixed-horizon",
+    "prompt-mean",
+    "group-mean",
+    "rollout-mean",
+    "seq-mean",
+)
 WITH_A_NUMBER_OF_ROWS = MODES[3:]
 
 
 class Batch:
-    """Tokens ``shape`` (``[B, L]``, or packed ``[T]`` with ``offsets``) in ``count`` sequences. ``sequence``: that of each token, flat.
+    """Tokens ``shape`` (``[B, L]``, or packed ``[T]`` with ``offsets``) in ``count`` sequences.
+
+    ``sequence``: that of each token, flat.
 
     ``live``: which tokens count, and ``mask``: the argument that says so, None for all.
     """
@@ -66,7 +80,7 @@ def draw_normalizers(draw, mode, batch):
     if mode == "fixed-horizon" or mode == "seq-mean-token-sum-norm" and (batch.packed or draw.flag(0.3)):
         found["horizon"] = draw.number(draw.choice((1, 4, 9)))
     if mode in ("prompt-mean", "group-mean", "rollout-mean"):
-        some = draw.integers(-2**62, 2**62, (3,)) if draw.flag(0.5) else torch.tensor([0, 1, 5])
+        some = draw.integers(-(2**62), 2**62, (3,)) if draw.flag(0.5) else torch.tensor([0, 1, 5])
         ids = some[draw.integers(0, 3, (batch.count,))]
         found["rollout_ids" if mode == "rollout-mean" else "group_ids"] = draw.laid_out(ids, keep=True)
         if draw.flag(0.3):
@@ -91,7 +105,9 @@ def true_weights(mode, batch, normalizers):
     rows, given = batch.count, normalizers.get("num_sequences")
     counted = sum(x > 0 for x in n) if not normalizers.get("count_empty_rows") else rows
     rows, counted = (rows, counted) if given is None else (given, given)
-    ids = normalizers.get("group_ids", normalizers.get("rollout_ids", torch.zeros(batch.count, dtype=torch.int64))).tolist()
+    ids = normalizers.get(
+        "group_ids", normalizers.get("rollout_ids", torch.zeros(batch.count, dtype=torch.int64))
+    ).tolist()
     tokens, members = Counter(), Counter()
     for i, x in zip(ids, n, strict=True):
         tokens[i] += x

@@ -1,4 +1,5 @@
 """All cases, by kind."""
+
 from fuzz import heads, hostile, policies, preferences, rows, sequences  # noqa: F401  (a module's cases register themselves)
 from fuzz.trial import CASES
 

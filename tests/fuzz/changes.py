@@ -1,4 +1,5 @@
 """What a self-test does to results: an oracle that sees none of these is no oracle."""
+
 import os
 import signal
 
@@ -17,6 +18,7 @@ class _SteeperBackward(torch.autograd.Function):
 
 def _each(change):
     """``change`` of every tensor of a result: alone, in a tuple, in a dict of metrics."""
+
     def changed(x):
         if isinstance(x, torch.Tensor):
             return change(x)
@@ -26,6 +28,7 @@ def _each(change):
             parts = [changed(part) for part in x]
             return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
         return x
+
     return changed
 
 
@@ -36,4 +39,6 @@ CHANGES = {
     "company": _each(lambda x: x * 1.01 if x.is_floating_point() and x.numel() > 1 else x),
     "gradients": _each(lambda x: _SteeperBackward.apply(x) if x.is_floating_point() and x.requires_grad else x),
 }
-"""Values and gradients change by one percent, or to the opposite of what is true or false; of "company", values beside others alone."""
+"""Values and gradients change by one percent, or to the opposite of what is true or false; of "company", values beside
+others alone.
+"""

@@ -1,4 +1,5 @@
 """The functions of hidden states and a head: the truth forms all logits in float64."""
+
 import torch
 from reference import statistics
 
@@ -27,12 +28,20 @@ class Head:
             hidden = draw.laid_out(torch.where(batch.live[..., None], hidden, NAN).to(dtype), keep=True)
         trained = draw.choice(((1, 1, 1), (1, 1, 1), (1, 0, 1), (0, 1, 0)))
         self.hidden = leaf(hidden, bool(trained[0]))
-        self.weight = leaf(draw.laid_out(draw.normal((self.vocab, features), dtype, draw.choice((0.3, 1)))), bool(trained[1]))
+        self.weight = leaf(
+            draw.laid_out(draw.normal((self.vocab, features), dtype, draw.choice((0.3, 1)))), bool(trained[1])
+        )
         self.bias = leaf(draw.laid_out(draw.normal((self.vocab,), dtype)), bool(trained[2])) if draw.flag(0.4) else None
         self.softcap, self.scale = draw.choice((None, None, 2.0, 10.0)), draw.choice((1.0, 1.0, 0.5, 2.0))
         self.logits_dtype = draw.choice(tuple(ROUNDING)) if dtype != torch.float64 and draw.flag(0.15) else None
-        self.options = {"temperature": temperature, "ignore_index": ignore, "bias": self.bias, "softcap": self.softcap, "logit_scale": self.scale,
-                        "valid_vocab": self.columns if self.columns < self.vocab else None}
+        self.options = {
+            "temperature": temperature,
+            "ignore_index": ignore,
+            "bias": self.bias,
+            "softcap": self.softcap,
+            "logit_scale": self.scale,
+            "valid_vocab": self.columns if self.columns < self.vocab else None,
+        }
         if self.logits_dtype:
             self.options["logits_dtype"] = self.logits_dtype
         if draw.flag(0.4):
@@ -47,12 +56,18 @@ class Head:
         return self.hidden, self.weight, self.targets
 
     def statistics(self):
-        """The true ones, differentiable in the float64 leaves ``h``, ``w``, ``b`` and in the logits ``u`` before scale and cap."""
+        """The true ones, differentiable in the float64 leaves ``h``, ``w``, ``b`` and in the logits ``u`` before scale
+        and cap.
+        """
         self.h = torch.where(self.live[..., None], self.hidden.detach().double(), 0.0).requires_grad_()
         self.w = self.weight.detach().double().contiguous().requires_grad_()
-        self.b = torch.zeros(self.vocab, dtype=torch.float64) if self.bias is None else self.bias.detach().double().contiguous()
+        self.b = (
+            torch.zeros(self.vocab, dtype=torch.float64)
+            if self.bias is None
+            else self.bias.detach().double().contiguous()
+        )
         self.b.requires_grad_()
-        z = (self.h @ self.w[:self.columns].T + self.b[:self.columns]) * self.scale
+        z = (self.h @ self.w[: self.columns].T + self.b[: self.columns]) * self.scale
         z = z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
         if self.logits_dtype:
             z = z + (z.detach().float().to(self.logits_dtype).double() - z.detach())
@@ -62,7 +77,7 @@ class Head:
     def unit(self):
         """How far off a logit may be, over the temperature: its sum over the features, and what it is rounded to."""
         z = self.z.detach().abs()
-        reach = self.h.detach().abs() @ self.w.detach()[:self.columns].abs().T + self.b.detach()[:self.columns].abs()
+        reach = self.h.detach().abs() @ self.w.detach()[: self.columns].abs().T + self.b.detach()[: self.columns].abs()
         off = 8 * eps(self.hidden) * (1 + reach * self.scale) + ROUNDING.get(self.logits_dtype, 0.0) * z
         return (off / self.t[..., None]).amax(-1)
 
@@ -81,9 +96,13 @@ class Head:
         trained = {name: pair for name, pair in given.items() if pair[0] is not None and pair[0].requires_grad}
         got = trial.gradients(outputs, [x for x, _ in trained.values()], upstream)
         names = ("logprobs", "entropy")
-        found = torch.autograd.grad(total, [*(x for _, x in trained.values()), *(truth[name] for name in names)], allow_unused=True)
-        want, inner = found[:len(trained)], found[len(trained):]
-        allowed = self._allowed({name: torch.zeros_like(self.t) if g is None else g for name, g in zip(names, inner, strict=True)})
+        found = torch.autograd.grad(
+            total, [*(x for _, x in trained.values()), *(truth[name] for name in names)], allow_unused=True
+        )
+        want, inner = found[: len(trained)], found[len(trained) :]
+        allowed = self._allowed(
+            {name: torch.zeros_like(self.t) if g is None else g for name, g in zip(names, inner, strict=True)}
+        )
         for (name, (x, _)), g, w in zip(trained.items(), got, want, strict=True):
             if g.dtype != x.dtype:
                 trial.findings.append(f"the gradient of {name} has dtype {g.dtype}, {name} has {x.dtype}")
@@ -98,12 +117,19 @@ class Head:
             d = d + 2.0**-13 * d.max()  # what is small beside the largest one loses digits
         off = 64 * eps(self.hidden) + 4 * self.unit()[..., None] + 2 * max(ROUNDING.get(dtype, 0.0) for dtype in stored)
         if self.softcap is not None:  # 1 - tanh^2 has the digits of 1
-            off = off * (1 - (self.z.detach() / self.softcap).square()) + 16 * eps(self.hidden) + 4 * ROUNDING.get(self.logits_dtype, 0.0)
+            off = (
+                off * (1 - (self.z.detach() / self.softcap).square())
+                + 16 * eps(self.hidden)
+                + 4 * ROUNDING.get(self.logits_dtype, 0.0)
+            )
         d = (off * d).reshape(-1, self.columns)
-        h, w = self.h.detach().abs().reshape(-1, self.h.shape[-1]), self.w.detach()[:self.columns].abs()
+        h, w = self.h.detach().abs().reshape(-1, self.h.shape[-1]), self.w.detach()[: self.columns].abs()
         padding = self.vocab - self.columns
-        return {"hidden": (d @ w).view(self.h.shape), "weight": torch.nn.functional.pad(d.T @ h, (0, 0, 0, padding)),
-                "bias": torch.nn.functional.pad(d.sum(0), (0, padding))}
+        return {
+            "hidden": (d @ w).view(self.h.shape),
+            "weight": torch.nn.functional.pad(d.T @ h, (0, 0, 0, padding)),
+            "bias": torch.nn.functional.pad(d.sum(0), (0, padding)),
+        }
 
 
 def some_tokens(draw):
@@ -116,14 +142,18 @@ def some_tokens(draw):
 def check_statistics(trial, head, stats):
     truth, unit = head.statistics(), head.unit()
     for name, x in stats.items():
-        slack = 16 * eps(head.hidden) * (8 + truth[name].detach().double().abs()) + 4 * unit * (1 + truth[name].detach().double().abs())
+        slack = 16 * eps(head.hidden) * (8 + truth[name].detach().double().abs()) + 4 * unit * (
+            1 + truth[name].detach().double().abs()
+        )
         trial.expect(f"{name} of {head.hidden.dtype}", x, truth[name], torch.where(head.live, slack, 0.0))
     if not any(x.requires_grad for x in stats.values()):
         return
     trained = [name for name in ("logprobs", "entropy") if name in stats]
     g = [trial.draw.normal(head.live.shape, stats["logprobs"].dtype) for _ in trained]
     total = sum((truth[name] * up.double()).sum() for name, up in zip(trained, g, strict=True))
-    head.check(trial, f"{' and '.join(trained)} of {head.hidden.dtype}", [stats[name] for name in trained], g, total, truth)
+    head.check(
+        trial, f"{' and '.join(trained)} of {head.hidden.dtype}", [stats[name] for name in trained], g, total, truth
+    )
 
 
 @case("valid")
@@ -141,7 +171,10 @@ def linear_token_stats(trial):
 
 
 def check_loss(trial, what, head, loss, total, truth, steps=1.0):
-    """A scalar and its gradients. ``steps``: how strongly the loss follows a log-probability, where that is more than its size says."""
+    """A scalar and its gradients.
+
+    ``steps``: how strongly the loss follows a log-probability, where that is more than its size says.
+    """
     unit = eps(head.hidden)
     slack = 256 * unit * (total.size + abs(float(total.value.detach()))) + steps * 4 * float(head.unit().sum()) + 1e-30
     trial.expect(f"loss of {what}", loss, total.value, slack)
@@ -157,11 +190,22 @@ def linear_policy_loss(trial):
     terms = PolicyTerms(draw, batch)
     head = Head(draw, batch)
     old = None if terms.name == "reinforce" and draw.flag(0.5) else terms.old
-    loss, metrics = with_metrics(trial, "linear_policy_loss", *head.arguments(), old, terms.advantages, batch.mask, **terms.options, **head.options)
+    loss, metrics = with_metrics(
+        trial,
+        "linear_policy_loss",
+        *head.arguments(),
+        old,
+        terms.advantages,
+        batch.mask,
+        **terms.options,
+        **head.options,
+    )
     truth, what = head.statistics(), f"{terms.name}, {terms.level}, {terms.weighting.mode}, {head.hidden.dtype}"
     total = terms.truth(batch, truth["logprobs"], truth["entropy"])
     check_loss(trial, what, head, loss, total, truth, 1 + total.size)
-    expect_metrics(trial, what, metrics, head.smooth(terms.metrics(batch, truth["logprobs"], truth["entropy"])), head.slack())
+    expect_metrics(
+        trial, what, metrics, head.smooth(terms.metrics(batch, truth["logprobs"], truth["entropy"])), head.slack()
+    )
 
 
 @case("valid")

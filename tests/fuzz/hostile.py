@@ -1,7 +1,9 @@
 """Hostile calls: an exception that names the function, or the answer that the eager backend gives; never a crash.
 
-What may be raised: TypeError, ValueError, IndexError, RuntimeError, NotImplementedError, with a text that begins with the function's name.
+What may be raised: TypeError, ValueError, IndexError, RuntimeError, NotImplementedError, with a text that begins with
+the function's name.
 """
+
 import inspect
 import threading
 
@@ -14,11 +16,18 @@ from fuzz.hostile_values import HIDDEN, HOSTILE, MASKS, TRAINED, USUAL, good, op
 from fuzz.trial import case
 from rlkernels.backends import OPS as OF_BACKENDS
 
-FUNCTIONS = [name for name in rlkernels.__all__ if inspect.isfunction(getattr(rlkernels, name)) and name not in ("objective", "available_backends")]
-TENSORS = """hidden weight bias logits targets old_logprobs advantages mask ref_logprobs weights cu_seqlens logprobs entropy vocab_mask ref_logits values
-    old_values returns rewards sample_weights chosen_logps rejected_logps ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps
-    ref_logps desirable kl_logps ref_kl_logps chosen rejected margin attention_mask group_ids rollout_ids lengths bootstrap_values x spans chosen_mask
-    rejected_mask""".split()
+FUNCTIONS = [
+    name
+    for name in rlkernels.__all__
+    if inspect.isfunction(getattr(rlkernels, name)) and name not in ("objective", "available_backends")
+]
+TENSORS = """
+    hidden weight bias logits targets old_logprobs advantages mask ref_logprobs weights cu_seqlens logprobs entropy
+    vocab_mask ref_logits values old_values returns rewards sample_weights chosen_logps rejected_logps
+    ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps ref_logps desirable
+    kl_logps ref_kl_logps chosen rejected margin attention_mask group_ids rollout_ids lengths bootstrap_values x
+    spans chosen_mask rejected_mask
+""".split()
 OPS = tuple(f"{op}: " for op in (*OF_BACKENDS, "offsets", "linear_stats"))
 ALLOWED = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)
 LIMIT = 30
@@ -56,7 +65,9 @@ def _made_hostile(draw, x):
 
 
 def trained(draw, given):
-    """Some of the arguments that get gradients, as leaves; with ``inplace_backward`` logits computed from one, or a view of it."""
+    """Some of the arguments that get gradients, as leaves; with ``inplace_backward`` logits computed from one, or a
+    view of it.
+    """
     leaves = {}
     for name in TRAINED & set(given):
         x = given[name]
@@ -70,8 +81,12 @@ def trained(draw, given):
 
 
 def _plain(x):
-    return type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout == torch.strided and x.device.type == "cpu" and \
-        not (x.is_quantized or x.is_nested or x.is_neg() or x.is_conj() or x.is_complex())
+    return (
+        type(x) in (torch.Tensor, torch.nn.Parameter)
+        and x.layout == torch.strided
+        and x.device.type == "cpu"
+        and not (x.is_quantized or x.is_nested or x.is_neg() or x.is_conj() or x.is_complex())
+    )
 
 
 def outcome(function, given, leaves):
@@ -84,16 +99,27 @@ def outcome(function, given, leaves):
     if not summed or not leaves:
         return None, results, [], None
     try:
-        gradients = torch.autograd.grad(summed, list(leaves.values()), [torch.ones_like(x) for x in summed], allow_unused=True)
+        gradients = torch.autograd.grad(
+            summed, list(leaves.values()), [torch.ones_like(x) for x in summed], allow_unused=True
+        )
     except Exception as error:
         return None, results, [], error
-    return None, results, [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves.values(), strict=True)], None
+    return (
+        None,
+        results,
+        [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves.values(), strict=True)],
+        None,
+    )
 
 
 def tensors(x):
     if isinstance(x, torch.Tensor):
         return [x]
-    return [t for part in (x.values() if isinstance(x, dict) else x if isinstance(x, (tuple, list)) else ()) for t in tensors(part)]
+    return [
+        t
+        for part in (x.values() if isinstance(x, dict) else x if isinstance(x, (tuple, list)) else ())
+        for t in tensors(part)
+    ]
 
 
 def hostile_call(trial):
@@ -144,8 +170,13 @@ def compare(trial, got, expected, given, way):
             continue
         # Where a number is infinite in one place, it may be NaN in the other: inf - inf depends on the order.
         a, b = (x.detach().double().nan_to_num(7.5, 7.5, 7.5).clamp(-1e6, 1e6) for x in (a, b))
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=loose, atol=loose * (1 + float(b.abs().max()) if b.numel() else 1)):
-            trial.findings.append(f"differs from eager: {tuple(a.shape)} {a.flatten()[:3].tolist()} for {tuple(b.shape)} {b.flatten()[:3].tolist()} ({way})")
+        if a.shape != b.shape or not torch.allclose(
+            a, b, rtol=loose, atol=loose * (1 + float(b.abs().max()) if b.numel() else 1)
+        ):
+            trial.findings.append(
+                f"differs from eager: {tuple(a.shape)} {a.flatten()[:3].tolist()} for "
+                f"{tuple(b.shape)} {b.flatten()[:3].tolist()} ({way})"
+            )
             return
 
 
@@ -171,13 +202,22 @@ WAYS = {"plain": outcome, "thread": _in_a_thread, "compiled": _compiled}
 
 def _dual_call(trial, given):
     """A tangent arrives in the results, or is refused."""
-    floats = {k: x for k, x in given.items() if isinstance(x, torch.Tensor) and _plain(x) and x.is_floating_point() and k not in (*MASKS, "desirable")}
+    floats = {
+        k: x
+        for k, x in given.items()
+        if isinstance(x, torch.Tensor) and _plain(x) and x.is_floating_point() and k not in (*MASKS, "desirable")
+    }
     names = [k for k, x in floats.items() if x.numel() and not x.requires_grad]
     if not names:
         return
     name = trial.draw.choice(names)
     with forward_ad.dual_level():
-        dual = {**given, name: forward_ad.make_dual(given[name].contiguous(), torch.ones(given[name].shape, dtype=given[name].dtype))}
+        dual = {
+            **given,
+            name: forward_ad.make_dual(
+                given[name].contiguous(), torch.ones(given[name].shape, dtype=given[name].dtype)
+            ),
+        }
         error, results, _, _ = outcome(getattr(rlkernels, trial.name), dual, {})
         if error is not None:
             judge_exception(trial, error, "dual")
@@ -185,13 +225,16 @@ def _dual_call(trial, given):
         if any(forward_ad.unpack_dual(x).tangent is not None for x in results if x.is_floating_point()):
             return
     moved = outcome(getattr(rlkernels, trial.name), {**given, name: given[name] + 0.25}, {})[1]
-    if not all(same_bits(x, forward_ad.unpack_dual(y).primal) for x, y in zip(moved, results, strict=False) if _plain(x)):
+    if not all(
+        same_bits(x, forward_ad.unpack_dual(y).primal) for x, y in zip(moved, results, strict=False) if _plain(x)
+    ):
         trial.findings.append(f"the tangent of {name} is lost (dual)")
 
 
 def _named(name):
     def function(trial):
         hostile_call(trial)
+
     function.__name__ = name
     return function
 

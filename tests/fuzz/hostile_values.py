@@ -1,4 +1,5 @@
 """Good arguments by their names, and what may come in their place."""
+
 import math
 
 import numpy as np
@@ -8,11 +9,37 @@ from torch.testing._internal.two_tensor import TwoTensor
 from fuzz.draws import INF, NAN
 
 B, L, V, H = 4, 5, 7, 4
-PER_TOKEN = {"logprobs", "old_logprobs", "advantages", "ref_logprobs", "weights", "entropy", "values", "old_values", "returns", "rewards", "sample_weights",
-             "x"}
+PER_TOKEN = {
+    "logprobs",
+    "old_logprobs",
+    "advantages",
+    "ref_logprobs",
+    "weights",
+    "entropy",
+    "values",
+    "old_values",
+    "returns",
+    "rewards",
+    "sample_weights",
+    "x",
+}
 MASKS = {"mask", "attention_mask", "chosen_mask", "rejected_mask"}
-TRAINED = {"logits", "hidden", "weight", "bias", "logprobs", "entropy", "values", "chosen_logps", "rejected_logps", "logps", "chosen", "rejected", "margin",
-           "x"}
+TRAINED = {
+    "logits",
+    "hidden",
+    "weight",
+    "bias",
+    "logprobs",
+    "entropy",
+    "values",
+    "chosen_logps",
+    "rejected_logps",
+    "logps",
+    "chosen",
+    "rejected",
+    "margin",
+    "x",
+}
 PER_PAIR = {"chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "pair_weights"}
 
 
@@ -53,13 +80,59 @@ def good(draw, function, name, packed):
     return -draw.uniform((pairs,), 0.1, 3.0, torch.float32)
 
 
-NUMBERS = (0, -1, 1, 1.5, 1e300, 1e-40, NAN, INF, -INF, 2**70, True, None, "x", (), [], object(), np.float32(0.5), np.int64(3), 1j)
+NUMBERS = (
+    0,
+    -1,
+    1,
+    1.5,
+    1e300,
+    1e-40,
+    NAN,
+    INF,
+    -INF,
+    2**70,
+    True,
+    None,
+    "x",
+    (),
+    [],
+    object(),
+    np.float32(0.5),
+    np.int64(3),
+    1j,
+)
 IDS = [torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1]), torch.tensor([0.0, 1, 2, 3])]
-NORMALIZERS = [None, {}, {"horizon": 3}, {"horizon": 0}, {"horizon": -1}, {"horizon": NAN}, {"group_ids": IDS[0]}, {"group_ids": IDS[1]},
-               {"rollout_ids": IDS[2]}, {"num_sequences": torch.tensor(3)}, {"num_sequences": torch.tensor([3])}, {"unknown": 1}, {"dtype": torch.int64},
-               {"cu_seqlens": torch.tensor([0, 20])}, {"batch_num_tokens": "x"}, {"dp_size": INF}, {"scale": -1.0}, []]
+NORMALIZERS = [
+    None,
+    {},
+    {"horizon": 3},
+    {"horizon": 0},
+    {"horizon": -1},
+    {"horizon": NAN},
+    {"group_ids": IDS[0]},
+    {"group_ids": IDS[1]},
+    {"rollout_ids": IDS[2]},
+    {"num_sequences": torch.tensor(3)},
+    {"num_sequences": torch.tensor([3])},
+    {"unknown": 1},
+    {"dtype": torch.int64},
+    {"cu_seqlens": torch.tensor([0, 20])},
+    {"batch_num_tokens": "x"},
+    {"dp_size": INF},
+    {"scale": -1.0},
+    [],
+]
 KINDS_OF_NAMES = {
-    "aggregation": ("token-mean", "seq-mean-token-mean", "token-sum", "fixed-horizon", "prompt-mean", "seq-mean", "group-mean", "mean"),
+    "aggregation": (
+        "token-mean",
+        "seq-mean-token-mean",
+        "token-sum",
+        "fixed-horizon",
+        "prompt-mean",
+        "seq-mean",
+        "group-mean",
+        "mean",
+    ),
     "mode": ("token-mean", "seq-mean", "fixed-horizon", "rollout-mean", "mean"),
     "kl": ("k1", "k2", "k3", "exact", "k4"),
     "objective": ("ppo_clip", "cispo", "sapo", "dual_clip", "reinforce", "k3", "nll", "ppo"),
@@ -70,11 +143,32 @@ KINDS_OF_NAMES = {
     "scale": ("std", "batch-std", "mean", "max"),
     "f_divergence": ("reverse_kl", "js_divergence", "alpha_divergence", "kl"),
     "eps_mode": ("add", "clamp", "max"),
-    "loss_type": ("sigmoid", "ipo", "orpo", "sft", "aot", "exo_pair", "kto", "bco", "apo_zero_unpaired", "kto_paired_batch", "dpo", ("sigmoid", "sft"), ()),
+    "loss_type": (
+        "sigmoid",
+        "ipo",
+        "orpo",
+        "sft",
+        "aot",
+        "exo_pair",
+        "kto",
+        "bco",
+        "apo_zero_unpaired",
+        "kto_paired_batch",
+        "dpo",
+        ("sigmoid", "sft"),
+        (),
+    ),
 }
 """The last of each is no name that anything has."""
 OTHERS = {
-    "outputs": ((), ("entropy",), ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs"), "entropy", ("entropi",), [1]),
+    "outputs": (
+        (),
+        ("entropy",),
+        ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs"),
+        "entropy",
+        ("entropi",),
+        [1],
+    ),
     "normalizers": NORMALIZERS,
     "logits_dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, "float32"),
     "dtype": (torch.float32, torch.float64, torch.int64, 3),
@@ -82,24 +176,79 @@ OTHERS = {
     "dim": (None, 0, -1, 1, 5, "x", (0, 1)),
     "process_group": (None, "x", 3),
     "length": (0, 1, 5, -1, 2.5, "5"),
-    "ignore_index": (-100, 0, 3, 2**31, 2**62, -2**63, 2**63, 1.0, True, "x"),
+    "ignore_index": (-100, 0, 3, 2**31, 2**62, -(2**63), 2**63, 1.0, True, "x"),
     "vocab_start": (None, 0, 3, -1),
     "max_live_tokens": (1, 100, 0, -1, 1.5),
     "chunk_tokens": (1, 3, 0, -1, 1.5, 2**62),
     "logits_budget": (1, 10**6, 0, -1, 1.5),
     "valid_vocab": (1, 5, V, V + 1, 0, -1),
 }
-FLAGS = {"inplace_backward", "return_metrics", "reference_free", "length_normalized", "unbiased", "shift_mean", "shift", "count_empty_rows"}
-USUAL = {"temperature": 0.7, "beta": 0.1, "gamma": 0.9, "lam": 0.9, "eps": 1e-6, "horizon": 3, "ld_alpha": 0.5, "kl": 0.1, "delta": 0.1, "dp_size": 1,
-         "scale": 1.0, "clip_low": 0.2, "clip_high": 0.2, "clip_range": 0.2, "kl_coef": 0.1, "entropy_coef": 0.1, "label_smoothing": 0.1,
-         "num_sequences": 2, "batch_num_tokens": 3}
+FLAGS = {
+    "inplace_backward",
+    "return_metrics",
+    "reference_free",
+    "length_normalized",
+    "unbiased",
+    "shift_mean",
+    "shift",
+    "count_empty_rows",
+}
+USUAL = {
+    "temperature": 0.7,
+    "beta": 0.1,
+    "gamma": 0.9,
+    "lam": 0.9,
+    "eps": 1e-6,
+    "horizon": 3,
+    "ld_alpha": 0.5,
+    "kl": 0.1,
+    "delta": 0.1,
+    "dp_size": 1,
+    "scale": 1.0,
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "clip_range": 0.2,
+    "kl_coef": 0.1,
+    "entropy_coef": 0.1,
+    "label_smoothing": 0.1,
+    "num_sequences": 2,
+    "batch_num_tokens": 3,
+}
 HIDDEN = {
-    "policy_loss": ("clip_low", "clip_high"), "logits_policy_loss": ("clip_low", "clip_high"), "linear_policy_loss": ("clip_low", "clip_high"),
+    "policy_loss": ("clip_low", "clip_high"),
+    "logits_policy_loss": ("clip_low", "clip_high"),
+    "linear_policy_loss": ("clip_low", "clip_high"),
     "aggregate": ("horizon", "num_sequences", "group_ids"),
-    "linear_dpo_loss": ("bias", "temperature", "softcap", "chunk_tokens", "valid_vocab", "max_live_tokens", "logits_dtype", "beta", "loss_type",
-                        "label_smoothing", "pair_weights", "chosen_lengths", "f_divergence", "reference_free"),
-    "linear_unpaired_preference_loss": ("bias", "temperature", "softcap", "chunk_tokens", "max_live_tokens", "beta", "loss_type", "desirable_weight", "kl",
-                                        "kl_logps", "ref_kl_logps", "delta"),
+    "linear_dpo_loss": (
+        "bias",
+        "temperature",
+        "softcap",
+        "chunk_tokens",
+        "valid_vocab",
+        "max_live_tokens",
+        "logits_dtype",
+        "beta",
+        "loss_type",
+        "label_smoothing",
+        "pair_weights",
+        "chosen_lengths",
+        "f_divergence",
+        "reference_free",
+    ),
+    "linear_unpaired_preference_loss": (
+        "bias",
+        "temperature",
+        "softcap",
+        "chunk_tokens",
+        "max_live_tokens",
+        "beta",
+        "loss_type",
+        "desirable_weight",
+        "kl",
+        "kl_logps",
+        "ref_kl_logps",
+        "delta",
+    ),
 }
 """Options behind ``**``, which no signature shows."""
 
@@ -128,8 +277,20 @@ class Odd(torch.Tensor):
     """A subclass that adds nothing."""
 
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.int8, torch.int16, torch.bool,
-          torch.complex64, torch.float8_e4m3fn)
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+)
 SHAPES = {
     "a dimension more": lambda draw, x: x.unsqueeze(draw.randrange(x.dim() + 1)),
     "one less": lambda draw, x: x[..., :-1] if x.dim() else x,
@@ -147,8 +308,12 @@ LAYOUTS = {
     "laid out": lambda draw, x: draw.laid_out(x),
     "one element everywhere": lambda draw, x: x.as_strided(x.shape, [0] * x.dim()) if x.numel() else x,
     "transposed in memory": lambda draw, x: x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() else x,
-    "channels last": lambda draw, x: x.reshape(1, 1, *x.shape).contiguous(memory_format=torch.channels_last)[0, 0] if x.dim() == 2 else x,
-    "negated in passing": lambda draw, x: torch.complex(torch.zeros_like(x), -x).conj().imag if x.dtype in (torch.float32, torch.float64) else x,
+    "channels last": lambda draw, x: (
+        x.reshape(1, 1, *x.shape).contiguous(memory_format=torch.channels_last)[0, 0] if x.dim() == 2 else x
+    ),
+    "negated in passing": lambda draw, x: (
+        torch.complex(torch.zeros_like(x), -x).conj().imag if x.dtype in (torch.float32, torch.float64) else x
+    ),
     "conjugated": lambda draw, x: torch.complex(x, x).conj() if x.dtype in (torch.float32, torch.float64) else x,
     "a parameter": lambda draw, x: torch.nn.Parameter(x) if x.is_floating_point() else x,
     "trained": lambda draw, x: x.clone().requires_grad_() if x.is_floating_point() else x,
@@ -171,9 +336,19 @@ KINDS = {
     "a subclass of no use": lambda draw, x: x.as_subclass(Odd),
 }
 VALUES = {
-    "one odd number": lambda draw, x: _one_element(draw, x, (NAN, INF, -INF, 3e38, -3e38, 1e-45, 0.0)) if x.is_floating_point() else x,
-    "one odd id": lambda draw, x: _one_element(draw, x, (-1, -100, V, 7, 1000, 2**31, 2**62, -2**63, 2**63 - 1)) if x.dtype == torch.int64 else x,
-    "all the same": lambda draw, x: torch.full_like(x, draw.choice((0.0, NAN, INF, -INF, -1.0, math.pi))) if x.is_floating_point() else torch.zeros_like(x),
+    "one odd number": lambda draw, x: (
+        _one_element(draw, x, (NAN, INF, -INF, 3e38, -3e38, 1e-45, 0.0)) if x.is_floating_point() else x
+    ),
+    "one odd id": lambda draw, x: (
+        _one_element(draw, x, (-1, -100, V, 7, 1000, 2**31, 2**62, -(2**63), 2**63 - 1))
+        if x.dtype == torch.int64
+        else x
+    ),
+    "all the same": lambda draw, x: (
+        torch.full_like(x, draw.choice((0.0, NAN, INF, -INF, -1.0, math.pi)))
+        if x.is_floating_point()
+        else torch.zeros_like(x)
+    ),
     "backwards": lambda draw, x: x.flip(0) if x.dim() else x,
 }
 HOSTILE = {**SHAPES, **LAYOUTS, **KINDS, **VALUES}

@@ -1,4 +1,5 @@
 """Options of ``dpo_loss`` and its truth: every type of loss by hand, from the oracles of what it is made of."""
+
 import oracles
 import torch
 from torch import sigmoid
@@ -10,7 +11,9 @@ WITHOUT_REFERENCE = {"sft", "cpo", "cpo_hinge", "cpo_ipo", "simpo", "orpo", "orp
 SCORED = {"sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm"}
 SMOOTHED = {"sigmoid", "exo_pair", "robust", "sigmoid_norm", "aot", "aot_unpaired", "cpo", "simpo"}
 POLICY = {"cpo", "cpo_hinge", "cpo_ipo", "simpo"}
-TYPES = tuple(sorted(SCORED | SMOOTHED | WITHOUT_REFERENCE | {"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"}))
+TYPES = tuple(
+    sorted(SCORED | SMOOTHED | WITHOUT_REFERENCE | {"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"})
+)
 
 
 class PairOptions:
@@ -19,15 +22,27 @@ class PairOptions:
     def __init__(self, draw, pairs, lengths=(1, 9), betas=(0.1, 0.5, 1.0, 2)):
         self.names = tuple(draw.choice(TYPES) for _ in range(draw.choice((1, 1, 1, 2, 3))))
         names = set(self.names)
-        self.coefficients = tuple(draw.choice((1.0, 0.5, -1.0, 0, 2)) for _ in self.names) if draw.flag(0.5) else (1.0,) * len(self.names)
+        self.coefficients = (
+            tuple(draw.choice((1.0, 0.5, -1.0, 0, 2)) for _ in self.names)
+            if draw.flag(0.5)
+            else (1.0,) * len(self.names)
+        )
         self.beta = draw.choice(betas)
-        self.given = {"loss_type": self.names[0] if len(self.names) == 1 and draw.flag(0.5) else self.names, "beta": self.beta}
+        self.given = {
+            "loss_type": self.names[0] if len(self.names) == 1 and draw.flag(0.5) else self.names,
+            "beta": self.beta,
+        }
         if self.coefficients != (1.0,) * len(self.names):
             self.given["loss_weights"] = self.coefficients
-        self.smoothing = self._optional(draw, "label_smoothing", (0.001, 0.1, 0.3), names & SMOOTHED, "exo_pair" in names) or 0.0
+        self.smoothing = (
+            self._optional(draw, "label_smoothing", (0.001, 0.1, 0.3), names & SMOOTHED, "exo_pair" in names) or 0.0
+        )
         divergences = (*DIVERGENCES, *["alpha_divergence"] * 2)
         self.divergence = self._optional(draw, "f_divergence", divergences, names <= SCORED | {"sft"}) or "reverse_kl"
-        self.alpha = self._optional(draw, "alpha", (0.3, 2.0, -1.0), self.divergence == "alpha_divergence", draw.flag(0.6)) or 0.5
+        self.alpha = (
+            self._optional(draw, "alpha", (0.3, 2.0, -1.0), self.divergence == "alpha_divergence", draw.flag(0.6))
+            or 0.5
+        )
         self.averaged = bool(self._optional(draw, "length_normalized", (True,), names & (SCORED | POLICY)))
         self.tau = self._optional(draw, "discopop_tau", (0.1, 1.0), "discopop" in names) or 0.05
         self.a = self._optional(draw, "alphapo_alpha", (0.2, -0.3), names & POLICY) or 0.0
@@ -42,7 +57,12 @@ class PairOptions:
             self.weights = draw.laid_out(torch.where(draw.coins((pairs,), 0.3), 0.0, x).to(x.dtype))
             self.given["pair_weights"] = self.weights
         if lengths is not None:
-            counts = [draw.laid_out(draw.integers(*lengths, (pairs,)).to(draw.choice((torch.int64, torch.int32, torch.float32)))) for _ in range(2)]
+            counts = [
+                draw.laid_out(
+                    draw.integers(*lengths, (pairs,)).to(draw.choice((torch.int64, torch.int32, torch.float32)))
+                )
+                for _ in range(2)
+            ]
             self.given |= {"chosen_lengths": counts[0], "rejected_lengths": counts[1]}
             self.lengths = [x.double() for x in counts]
 
@@ -62,10 +82,16 @@ DIVERGENCES = {
 
 
 def pair_metrics(chosen, rejected, ref_chosen, ref_rejected, o):
-    """Means of the implicit rewards over the pairs with a weight. Without references there are losses that average per token: left out here."""
+    """Means of the implicit rewards over the pairs with a weight.
+
+    Without references there are losses that average per token: left out here.
+    """
     if ref_chosen is None and any(name in ("simpo", "orpo", "orpo_odds_ratio") for name in o.names):
         return {}
-    c, r = (o.beta * (x.detach() - (0.0 if ref is None else ref)) for x, ref in ((chosen, ref_chosen), (rejected, ref_rejected)))
+    c, r = (
+        o.beta * (x.detach() - (0.0 if ref is None else ref))
+        for x, ref in ((chosen, ref_chosen), (rejected, ref_rejected))
+    )
     live = torch.ones(c.shape, dtype=torch.bool) if o.weights is None else o.weights != 0
     means = {"reward_chosen": c, "reward_rejected": r, "reward_margin": c - r}
     if (c - r).abs().min() > 1e-3 if c.numel() else True:  # a tie is for nobody to win

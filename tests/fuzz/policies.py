@@ -1,4 +1,5 @@
 """Policy, value and supervised losses, from log-probabilities and from logits."""
+
 import oracles
 import torch
 
@@ -21,8 +22,13 @@ class LogitsOfABatch(Rows):
         self.temperature, self.t = temperature_in_batch(draw, batch, dtype)
         self.vocab_mask = self._vocab_mask(draw) if draw.flag(0.3) else None
         self.x = leaf(draw.laid_out(draw.with_garbage(x, batch.live[..., None]), keep=True) if draw.flag(0.5) else x)
-        self.wide = torch.where(batch.live[..., None], self.x.detach().double(), 0.0).requires_grad_()  # the truth looks at nothing that is dead
-        self.options = {"temperature": self.temperature, "ignore_index": self.ignore_index, "vocab_mask": self.vocab_mask}
+        # The truth looks at nothing that is dead.
+        self.wide = torch.where(batch.live[..., None], self.x.detach().double(), 0.0).requires_grad_()
+        self.options = {
+            "temperature": self.temperature,
+            "ignore_index": self.ignore_index,
+            "vocab_mask": self.vocab_mask,
+        }
 
     def _vocab_mask(self, draw):
         """With every target in it: the log-probability of another is -inf, and no loss is finite."""
@@ -37,7 +43,12 @@ def upstream(draw, loss):
 
 
 def expect_loss(trial, what, loss, total, unit, factor=64):
-    trial.expect(what, loss, total.value, factor * unit * (total.size + abs(float(total.value.detach().nan_to_num(0.0, 0.0, 0.0)))) + 1e-30)
+    trial.expect(
+        what,
+        loss,
+        total.value,
+        factor * unit * (total.size + abs(float(total.value.detach().nan_to_num(0.0, 0.0, 0.0)))) + 1e-30,
+    )
 
 
 def expect_metrics(trial, what, got, truth, unit):
@@ -58,12 +69,22 @@ def policy_loss(trial):
     draw = trial.draw
     batch = Batch(draw)
     terms = PolicyTerms(draw, batch)
-    x = leaf(draw.with_garbage(draw.laid_out(draw.normal(batch.shape, draw.choice((torch.float32, *draw.floats)), 0.5)), batch.live))
+    x = leaf(
+        draw.with_garbage(
+            draw.laid_out(draw.normal(batch.shape, draw.choice((torch.float32, *draw.floats)), 0.5)), batch.live
+        )
+    )
     entropy = None
     if terms.entropy_coef or draw.flag(0.1):
-        entropy = leaf(draw.with_garbage(draw.uniform(batch.shape, dtype=draw.choice((torch.float32, torch.bfloat16, torch.float64))), batch.live))
+        entropy = leaf(
+            draw.with_garbage(
+                draw.uniform(batch.shape, dtype=draw.choice((torch.float32, torch.bfloat16, torch.float64))), batch.live
+            )
+        )
     old = None if terms.name == "reinforce" and draw.flag(0.5) else terms.old
-    loss, metrics = with_metrics(trial, "policy_loss", x, old, terms.advantages, batch.mask, entropy=entropy, **terms.options)
+    loss, metrics = with_metrics(
+        trial, "policy_loss", x, old, terms.advantages, batch.mask, entropy=entropy, **terms.options
+    )
     logp, h = wide(x), wide(torch.zeros(batch.shape) if entropy is None else entropy)
     total = terms.truth(batch, logp, h)
     what = f"{terms.name}, {terms.level}, {terms.weighting.mode}, {x.dtype}"
@@ -74,8 +95,15 @@ def policy_loss(trial):
     for name, g, w in zip(("logprobs", "entropy"), got, want, strict=False):
         w = torch.zeros(batch.shape, dtype=torch.float64) if w is None else w
         # 2^-52: the truth's own, which has 0 where 1 - sigmoid is less.
-        trial.expect(f"gradient of {name} of {what}", g, w, 64 * eps(x) * (w.abs() + w.abs().max() if w.numel() else w) + 2.0**-52)
-    expect_metrics(trial, what, metrics, terms.metrics(batch, logp, None if entropy is None else h, all_read=True), eps(x))
+        trial.expect(
+            f"gradient of {name} of {what}",
+            g,
+            w,
+            64 * eps(x) * (w.abs() + w.abs().max() if w.numel() else w) + 2.0**-52,
+        )
+    expect_metrics(
+        trial, what, metrics, terms.metrics(batch, logp, None if entropy is None else h, all_read=True), eps(x)
+    )
 
 
 @case("valid")
@@ -86,7 +114,9 @@ def ratio_of_long_sequences(trial):
     old = draw.uniform(shape, -3.0, 0.0, torch.float32)
     x = leaf((old.double() + scale * draw.normal(shape)).float())
     advantages, level = draw.normal((2,), torch.float32), draw.choice(("sequence", "sequence_sum", "sequence_token"))
-    loss = trial.call("policy_loss", x, old, advantages, objective="ppo_clip", ratio_level=level, aggregation="seq-mean")
+    loss = trial.call(
+        "policy_loss", x, old, advantages, objective="ppo_clip", ratio_level=level, aggregation="seq-mean"
+    )
     wide_x = wide(x)
     gap = wide_x - old.double()
     ratio = (gap.sum(-1) if level == "sequence_sum" else gap.mean(-1)).exp()
@@ -106,7 +136,9 @@ def logits_policy_loss(trial):
     given = rows.x * 1.0 if in_place else rows.x
     old = None if terms.name == "reinforce" and draw.flag(0.5) else terms.old
     options = {**terms.options, **rows.options, **({"inplace_backward": True} if in_place else {})}
-    loss, metrics = with_metrics(trial, "logits_policy_loss", given, rows.visible, old, terms.advantages, batch.mask, **options)
+    loss, metrics = with_metrics(
+        trial, "logits_policy_loss", given, rows.visible, old, terms.advantages, batch.mask, **options
+    )
     truth, what = rows.truth(), f"{terms.name}, {terms.level}, {terms.weighting.mode}, {rows.dtype}"
     check_rows_loss(trial, what, rows, loss, terms.truth(batch, truth["logprobs"], truth["entropy"]), truth)
     expect_metrics(trial, what, metrics, terms.metrics(batch, truth["logprobs"], truth["entropy"]), 8 * eps(rows.x))
@@ -119,11 +151,21 @@ def check_rows_loss(trial, what, rows, loss, total, truth):
     up = upstream(trial.draw, loss)
     (got,) = trial.gradients([loss], [rows.x], [up])
     names = ("logprobs", "entropy")
-    (want, *inner) = torch.autograd.grad(total.value, [rows.wide, *(truth[name] for name in names)], up.double(), allow_unused=True)
-    inner = {name: torch.zeros(rows.shape, dtype=torch.float64) if g is None else g for name, g in zip(names, inner, strict=True)}
+    (want, *inner) = torch.autograd.grad(
+        total.value, [rows.wide, *(truth[name] for name in names)], up.double(), allow_unused=True
+    )
+    inner = {
+        name: torch.zeros(rows.shape, dtype=torch.float64) if g is None else g
+        for name, g in zip(names, inner, strict=True)
+    }
     want = torch.zeros_like(rows.wide) if want is None else want
     size = sizes(rows.wide, rows.targets, rows.t, rows.vocab_mask, with_cancelled(inner))
-    trial.expect(f"gradient of logits of {what}", got, want, torch.where(want.abs().sum(-1, keepdim=True) == 0, 0.0, 64 * unit * size))
+    trial.expect(
+        f"gradient of logits of {what}",
+        got,
+        want,
+        torch.where(want.abs().sum(-1, keepdim=True) == 0, 0.0, 64 * unit * size),
+    )
 
 
 @case("valid")
@@ -134,7 +176,9 @@ def sft_loss(trial):
     sft = SupervisedTerms(draw, batch)
     in_place = {"inplace_backward": True} if draw.flag(0.15) else {}
     given = rows.x * 1.0 if in_place else rows.x
-    loss, metrics = with_metrics(trial, "sft_loss", given, rows.visible, batch.mask, **sft.options, **rows.options, **in_place)
+    loss, metrics = with_metrics(
+        trial, "sft_loss", given, rows.visible, batch.mask, **sft.options, **rows.options, **in_place
+    )
     truth, what = rows.truth(), f"{sft.kind}, {sft.weighting.mode}, {rows.dtype}"
     check_rows_loss(trial, what, rows, loss, sft.truth(batch, truth["logprobs"]), truth)
     expect_metrics(trial, what, metrics, sft.metrics(batch, truth["logprobs"], truth["entropy"]), 8 * eps(rows.x))
@@ -149,7 +193,9 @@ class SupervisedTerms:
         if draw.flag(0.4):
             x = draw.column(batch.live)
             whole = draw.flag(0.4) or batch.is_ambiguous()
-            self.options["sample_weights"], self.sample_weight = per_sequence(draw, batch, torch.float32) if whole else (x, x.double())
+            self.options["sample_weights"], self.sample_weight = (
+                per_sequence(draw, batch, torch.float32) if whole else (x, x.double())
+            )
 
     def weights(self, batch):
         weight = self.weighting.truth(batch)
@@ -172,7 +218,11 @@ def logprobs_sft_loss(trial):
     draw = trial.draw
     batch = Batch(draw)
     sft = SupervisedTerms(draw, batch)
-    x = leaf(draw.with_garbage(draw.laid_out(draw.normal(batch.shape, draw.choice((torch.float32, *draw.floats)))), batch.live))
+    x = leaf(
+        draw.with_garbage(
+            draw.laid_out(draw.normal(batch.shape, draw.choice((torch.float32, *draw.floats)))), batch.live
+        )
+    )
     loss, metrics = with_metrics(trial, "logprobs_sft_loss", x, batch.mask, **sft.options)
     logp, what = wide(x), f"{sft.kind}, {sft.weighting.mode}, {x.dtype}"
     check_columns_loss(trial, what, x, loss, sft.truth(batch, logp), logp)
@@ -184,7 +234,9 @@ def check_columns_loss(trial, what, x, loss, total, truth_of_x):
     up = upstream(trial.draw, loss)
     (got,) = trial.gradients([loss], [x], [up])
     (want,) = torch.autograd.grad(total.value, truth_of_x, up.double())
-    trial.expect(f"gradient of {what}", got, want, 64 * eps(x) * (want.abs() + want.abs().max() if want.numel() else want))
+    trial.expect(
+        f"gradient of {what}", got, want, 64 * eps(x) * (want.abs() + want.abs().max() if want.numel() else want)
+    )
 
 
 @case("valid")
@@ -192,10 +244,23 @@ def value_loss(trial):
     draw = trial.draw
     batch = Batch(draw)
     weighting, clip = Weighting(draw, batch), draw.choice((None, 0.2, 1.0))
-    x = leaf(draw.with_garbage(draw.laid_out(draw.normal(batch.shape, draw.choice((torch.float32, *draw.floats)))), batch.live))
+    x = leaf(
+        draw.with_garbage(
+            draw.laid_out(draw.normal(batch.shape, draw.choice((torch.float32, *draw.floats)))), batch.live
+        )
+    )
     old, returns = draw.column(batch.live), draw.column(batch.live)
-    loss, metrics = with_metrics(trial, "value_loss", x, old if clip or draw.flag(0.5) else None, returns, batch.mask, clip_range=clip,
-                                 **weighting.options, **batch.packing())
+    loss, metrics = with_metrics(
+        trial,
+        "value_loss",
+        x,
+        old if clip or draw.flag(0.5) else None,
+        returns,
+        batch.mask,
+        clip_range=clip,
+        **weighting.options,
+        **batch.packing(),
+    )
     leaf64 = wide(x)
     v, o, r = (torch.where(batch.live, part.double(), 0.0) for part in (leaf64, old, returns))
     each = oracles.value_plain(v, r) if clip is None else oracles.value_clip(v, o, r, clip)

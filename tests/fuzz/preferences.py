@@ -1,4 +1,7 @@
-"""Losses of pairs, of answers judged one by one, and of reward models, from log-probabilities and from hidden states."""
+"""Losses of pairs, of answers judged one by one, and of reward models, from log-probabilities and from
+hidden states.
+"""
+
 import torch
 from torch import sigmoid
 from torch.nn.functional import logsigmoid
@@ -17,7 +20,9 @@ LOOSE = 8
 
 def sums_of(draw, shape, low=-6.0):
     """Log-probabilities of whole answers, as leaves."""
-    return leaf(draw.laid_out(draw.uniform(shape, low, -0.05, draw.choice((torch.float32, torch.float32, *draw.floats)))))
+    return leaf(
+        draw.laid_out(draw.uniform(shape, low, -0.05, draw.choice((torch.float32, torch.float32, *draw.floats))))
+    )
 
 
 def check_pairs_loss(trial, what, loss, total, given, truths):
@@ -26,7 +31,11 @@ def check_pairs_loss(trial, what, loss, total, given, truths):
     expect_loss(trial, f"loss of {what}", loss, total, unit, 64 * LOOSE)
     up = upstream(trial.draw, loss)
     got = trial.gradients([loss], given, [up])
-    want = torch.autograd.grad(total.value, truths, up.double(), allow_unused=True) if total.value.requires_grad else [None] * len(truths)
+    want = (
+        torch.autograd.grad(total.value, truths, up.double(), allow_unused=True)
+        if total.value.requires_grad
+        else [None] * len(truths)
+    )
     for x, g, w in zip(given, got, want, strict=True):
         w = torch.zeros(x.shape, dtype=torch.float64) if w is None else w
         largest = w.abs().max() if w.numel() else 0.0
@@ -42,7 +51,12 @@ def dpo_loss(trial):
     options = PairOptions(draw, pairs)
     refs = (None, None)
     if options.needs_reference or draw.flag(0.4):
-        refs = tuple(draw.laid_out(draw.uniform((pairs,), -6.0, 0.0, draw.choice((torch.float32, torch.bfloat16, torch.float64)))) for _ in range(2))
+        refs = tuple(
+            draw.laid_out(
+                draw.uniform((pairs,), -6.0, 0.0, draw.choice((torch.float32, torch.bfloat16, torch.float64)))
+            )
+            for _ in range(2)
+        )
     loss, metrics = with_metrics(trial, "dpo_loss", chosen, rejected, *refs, **options.given)
     c, r = wide(chosen), wide(rejected)
     refs = [None if x is None else x.double() for x in refs]
@@ -54,9 +68,17 @@ class UnpairedOptions:
     """Options of a loss of single answers, and its truth."""
 
     def __init__(self, draw, count):
-        self.name, self.beta = draw.choice(("kto", "apo_zero_unpaired", "bco", "kto_paired_batch")), draw.choice((0.1, 1.0))
+        self.name, self.beta = (
+            draw.choice(("kto", "apo_zero_unpaired", "bco", "kto_paired_batch")),
+            draw.choice((0.1, 1.0)),
+        )
         self.class_weights = draw.choice((1.0, 0.0, 0.7)), draw.choice((1.0, 0, 1.3))
-        self.given = {"loss_type": self.name, "beta": self.beta, "desirable_weight": self.class_weights[0], "undesirable_weight": self.class_weights[1]}
+        self.given = {
+            "loss_type": self.name,
+            "beta": self.beta,
+            "desirable_weight": self.class_weights[0],
+            "undesirable_weight": self.class_weights[1],
+        }
         self.good = draw.coins((count,), draw.choice((0.0, 0.5, 1.0)))
         self.desirable = draw.masked(self.good)
         self.baseline = 0.0
@@ -78,8 +100,10 @@ class UnpairedOptions:
 
     def metrics(self, logps, refs):
         rewards = self.beta * (logps.detach() - refs)
-        found = {f"reward_{name}": torch.where(one, rewards, 0.0).sum() / one.sum().clamp(min=1)
-                 for name, one in (("desirable", self.good), ("undesirable", ~self.good))}
+        found = {
+            f"reward_{name}": torch.where(one, rewards, 0.0).sum() / one.sum().clamp(min=1)
+            for name, one in (("desirable", self.good), ("undesirable", ~self.good))
+        }
         return found | ({"kl": torch.tensor(self.base(), dtype=torch.float64)} if self.name == "kto" else {})
 
     def truth(self, logps, refs):
@@ -100,7 +124,10 @@ class UnpairedOptions:
 def unpaired_preference_loss(trial):
     draw = trial.draw
     count = draw.choice((0, 1, 2, 5, 8))
-    x, refs = sums_of(draw, (count,)), draw.laid_out(draw.uniform((count,), -6.0, 0.0, draw.choice((torch.float32, torch.bfloat16, torch.float64))))
+    x, refs = (
+        sums_of(draw, (count,)),
+        draw.laid_out(draw.uniform((count,), -6.0, 0.0, draw.choice((torch.float32, torch.bfloat16, torch.float64)))),
+    )
     options = UnpairedOptions(draw, count)
     loss, metrics = with_metrics(trial, "unpaired_preference_loss", x, refs, options.desirable, **options.given)
     truth = wide(x)
@@ -112,9 +139,14 @@ def unpaired_preference_loss(trial):
 def pairwise_reward_loss(trial):
     draw = trial.draw
     shape, scale = draw.choice(((), (0,), (1,), (5,), (2, 3))), draw.choice((1, 30, 1000))
-    given = [leaf(draw.laid_out(draw.normal(shape, draw.choice((torch.float32, *draw.floats)), scale))) for _ in range(3 if draw.flag(0.5) else 2)]
+    given = [
+        leaf(draw.laid_out(draw.normal(shape, draw.choice((torch.float32, *draw.floats)), scale)))
+        for _ in range(3 if draw.flag(0.5) else 2)
+    ]
     centre = draw.choice((0.0, 0.1, 1.0))
-    loss = trial.call("pairwise_reward_loss", *given[:2], margin=given[2] if len(given) > 2 else None, center_coef=centre)
+    loss = trial.call(
+        "pairwise_reward_loss", *given[:2], margin=given[2] if len(given) > 2 else None, center_coef=centre
+    )
     truths = [wide(x) for x in given]
     c, r, margin = *truths[:2], truths[2] if len(truths) > 2 else torch.zeros(shape, dtype=torch.float64)
     share = torch.full(shape, 1.0 / max(c.numel(), 1), dtype=torch.float64)
@@ -137,10 +169,15 @@ def reward_scores(trial):
         place = (last,)
     else:
         length = draw.choice((1, 2, 5))
-        hidden, last = leaf(draw.laid_out(draw.normal((count, length, features), dtype))), torch.full((count,), length - 1)
+        hidden, last = (
+            leaf(draw.laid_out(draw.normal((count, length, features), dtype))),
+            torch.full((count,), length - 1),
+        )
         if draw.flag(0.7):
             live = draw.coins((count, length), 0.5)
-            last = torch.tensor([max([t for t in range(length) if row[t]], default=length - 1) for row in live], dtype=torch.int64)
+            last = torch.tensor(
+                [max([t for t in range(length) if row[t]], default=length - 1) for row in live], dtype=torch.int64
+            )
             options["attention_mask"] = draw.masked(live)
         place = (torch.arange(count), last)
     scores = trial.call("reward_scores", hidden, weight, **options)
@@ -186,14 +223,28 @@ def linear_dpo_loss(trial):
         return  # the odds of a certain answer, such as an empty one, are infinite
     refs = (None, None)
     if options.needs_reference:
-        refs = tuple(draw.laid_out((x + draw.normal((pairs,))).float(), keep=True) for x in (sums[:pairs].detach(), sums[pairs:].detach()))
-    loss, metrics = with_metrics(trial, "linear_dpo_loss", *head.arguments(), batch.mask, ref_chosen_logps=refs[0], ref_rejected_logps=refs[1],
-                                 **batch.packing(), **options.given, **head.options)
+        refs = tuple(
+            draw.laid_out((x + draw.normal((pairs,))).float(), keep=True)
+            for x in (sums[:pairs].detach(), sums[pairs:].detach())
+        )
+    loss, metrics = with_metrics(
+        trial,
+        "linear_dpo_loss",
+        *head.arguments(),
+        batch.mask,
+        ref_chosen_logps=refs[0],
+        ref_rejected_logps=refs[1],
+        **batch.packing(),
+        **options.given,
+        **head.options,
+    )
     options.lengths, what = (counts[:pairs], counts[pairs:]), f"{options.names}, {head.hidden.dtype}"
     numbers = sums[:pairs], sums[pairs:], *(None if x is None else x.double() for x in refs)
     total = true_dpo(*numbers, options)
     check_loss(trial, what, head, loss, total, truth, 8 * (1 + total.size))
-    expect_metrics(trial, what, head.smooth(metrics), pair_metrics(*numbers, options), 8 * (1 + batch.live.numel()) * head.slack())
+    expect_metrics(
+        trial, what, head.smooth(metrics), pair_metrics(*numbers, options), 8 * (1 + batch.live.numel()) * head.slack()
+    )
 
 
 @case("valid")
@@ -205,8 +256,19 @@ def linear_unpaired_preference_loss(trial):
     truth = head.statistics()
     sums = batch.sums(truth["logprobs"])
     refs = draw.laid_out((sums.detach() + draw.normal((batch.count,))).float(), keep=True)
-    loss, metrics = with_metrics(trial, "linear_unpaired_preference_loss", *head.arguments(), refs, options.desirable, batch.mask, **batch.packing(),
-                                 **options.given, **head.options)
+    loss, metrics = with_metrics(
+        trial,
+        "linear_unpaired_preference_loss",
+        *head.arguments(),
+        refs,
+        options.desirable,
+        batch.mask,
+        **batch.packing(),
+        **options.given,
+        **head.options,
+    )
     total = options.truth(sums, refs.double())
     check_loss(trial, f"{options.name}, {head.hidden.dtype}", head, loss, total, truth, 1.0)
-    expect_metrics(trial, options.name, metrics, options.metrics(sums, refs.double()), 8 * (1 + batch.live.numel()) * head.slack())
+    expect_metrics(
+        trial, options.name, metrics, options.metrics(sums, refs.double()), 8 * (1 + batch.live.numel()) * head.slack()
+    )

@@ -1,7 +1,9 @@
-"""A thread writes into the ids of a call while the call runs: it raises, or the answer is that of the ids before; it never crashes.
+"""A thread writes into the ids of a call while the call runs: it raises, or the answer is that of the ids before; it
+never crashes.
 
     python tests/fuzz/races.py SECONDS
 """
+
 import sys
 import threading
 import time
@@ -25,25 +27,42 @@ class Calls:
     def __init__(self):
         draw = torch.Generator().manual_seed(0)
         x, h, w = (torch.randn(*shape, generator=draw) for shape in ((ROWS, VOCAB), (ROWS, 16), (VOCAB, 16)))
-        old, advantages, targets = torch.zeros(ROWS), torch.randn(ROWS, generator=draw), torch.randint(VOCAB, (ROWS,), generator=draw)
+        old, advantages, targets = (
+            torch.zeros(ROWS),
+            torch.randn(ROWS, generator=draw),
+            torch.randint(VOCAB, (ROWS,), generator=draw),
+        )
         wrong = torch.full_like(targets, 2**40)
         ends = torch.arange(0, ROWS + 1, 10)
         astray = ends.clone()
         astray[1::2] = 10**12
         self.of_targets = {
             "token_logprobs": lambda ids: self._trained(x, lambda leaf: rlk.token_logprobs(leaf, ids).sum()),
-            "logits_policy_loss": lambda ids: self._trained(x, lambda leaf: rlk.logits_policy_loss(leaf, ids, old, advantages)),
+            "logits_policy_loss": lambda ids: self._trained(
+                x, lambda leaf: rlk.logits_policy_loss(leaf, ids, old, advantages)
+            ),
             "sft_loss": lambda ids: self._trained(x, lambda leaf: rlk.sft_loss(leaf, ids)),
-            "linear_token_logprobs": lambda ids: self._trained(h, lambda leaf: rlk.linear_token_logprobs(leaf, w, ids).sum()),
-            "linear_policy_loss": lambda ids: self._trained(h, lambda leaf: rlk.linear_policy_loss(leaf, w, ids, old, advantages)),
+            "linear_token_logprobs": lambda ids: self._trained(
+                h, lambda leaf: rlk.linear_token_logprobs(leaf, w, ids).sum()
+            ),
+            "linear_policy_loss": lambda ids: self._trained(
+                h, lambda leaf: rlk.linear_policy_loss(leaf, w, ids, old, advantages)
+            ),
         }
         self.of_offsets = {
             "gae": lambda ids: list(rlk.gae(old, advantages, cu_seqlens=ids)),
             "sequence_sums": lambda ids: [rlk.sequence_sums(advantages, cu_seqlens=ids)],
-            "policy_loss": lambda ids: self._trained(old, lambda leaf: rlk.policy_loss(leaf, advantages, advantages, cu_seqlens=ids, ratio_level="sequence")),
-            "linear_dpo_loss": lambda ids: self._trained(h, lambda leaf: rlk.linear_dpo_loss(leaf, w, targets, cu_seqlens=ids, reference_free=True)),
+            "policy_loss": lambda ids: self._trained(
+                old, lambda leaf: rlk.policy_loss(leaf, advantages, advantages, cu_seqlens=ids, ratio_level="sequence")
+            ),
+            "linear_dpo_loss": lambda ids: self._trained(
+                h, lambda leaf: rlk.linear_dpo_loss(leaf, w, targets, cu_seqlens=ids, reference_free=True)
+            ),
         }
-        self.ids = {**dict.fromkeys(self.of_targets, (targets, wrong)), **dict.fromkeys(self.of_offsets, (ends, astray))}
+        self.ids = {
+            **dict.fromkeys(self.of_targets, (targets, wrong)),
+            **dict.fromkeys(self.of_offsets, (ends, astray)),
+        }
 
     @staticmethod
     def _trained(x, loss):
@@ -60,7 +79,8 @@ def main(seconds):
         ids, stop = right.clone(), threading.Event()
         expected, end = function(right), time.monotonic() + seconds / len(functions)
 
-        def write(memory=ids.data, right=right, wrong=wrong, stop=stop):  # .data: behind autograd's back, as a loader's buffer is filled
+        # .data: behind autograd's back, as a loader's buffer is filled.
+        def write(memory=ids.data, right=right, wrong=wrong, stop=stop):
             while not stop.is_set():
                 memory.copy_(wrong)
                 memory.copy_(right)

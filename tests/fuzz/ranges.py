@@ -1,4 +1,5 @@
 """Ranges of seeds in child processes, which may crash: the parent knows where, says so, and goes on behind it."""
+
 import faulthandler
 import functools
 import json
@@ -22,7 +23,9 @@ LIMIT = 60
 
 
 class Work(NamedTuple):
-    """What to run: seeds ``first`` to ``end - 1`` of each of ``cases`` of a kind, on a backend, with results changed for a self-test."""
+    """What to run: seeds ``first`` to ``end - 1`` of each of ``cases`` of a kind, on a backend, with results changed
+    for a self-test.
+    """
 
     kind: str
     first: int
@@ -33,9 +36,21 @@ class Work(NamedTuple):
 
     def options(self):
         """The arguments of the command line that do the same."""
-        named = [part for name in self.cases for part in ("--case", name)] if len(self.cases) < len(CASES[self.kind]) else []
-        return ["--kind", self.kind, "--seeds", str(self.first), str(self.end), *named, *(["--backend", self.backend] if self.backend else []),
-                *(["--change", self.change] if self.change else [])]
+        named = (
+            [part for name in self.cases for part in ("--case", name)]
+            if len(self.cases) < len(CASES[self.kind])
+            else []
+        )
+        return [
+            "--kind",
+            self.kind,
+            "--seeds",
+            str(self.first),
+            str(self.end),
+            *named,
+            *(["--backend", self.backend] if self.backend else []),
+            *(["--change", self.change] if self.change else []),
+        ]
 
 
 class Outcome(NamedTuple):
@@ -58,11 +73,16 @@ class Finding(NamedTuple):
 
     def group(self):
         """Findings of one group say the same but for numbers."""
-        return self.case, re.sub(r"\[[\d, ]*\]", "[#]", re.sub(r"(?<![\w.])[-+]?(\d[\d.e+-]*|inf\b|nan\b)", "#", self.text))[:160]
+        return self.case, re.sub(
+            r"\[[\d, ]*\]", "[#]", re.sub(r"(?<![\w.])[-+]?(\d[\d.e+-]*|inf\b|nan\b)", "#", self.text)
+        )[:160]
 
 
 def child(work, progress, behind=None):
-    """Runs the trials in this process. Before each it writes to the file ``progress`` which one it is; ``behind``: the trial to begin after."""
+    """Runs the trials in this process.
+
+    Before each it writes to the file ``progress`` which one it is; ``behind``: the trial to begin after.
+    """
     users.register()
     where, calls, keywords = os.open(progress, os.O_WRONLY), Counter(), set()
     for seed in range(work.first, work.end):
@@ -96,7 +116,12 @@ def run(work, environment=None, show=lambda finding: None):
         progress.touch()
         while True:
             command = [sys.executable, "-X", "faulthandler", HERE, *work.options(), "--child", progress, *behind]
-            with open(errors, "w") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=folder) as process:
+            with (
+                open(errors, "w") as log,
+                subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=folder
+                ) as process,
+            ):
                 done = False
                 for line in process.stdout:
                     said = json.loads(line)
@@ -111,7 +136,13 @@ def run(work, environment=None, show=lambda finding: None):
             if not reached or reached == list(behind):
                 raise RuntimeError(f"a child process did not start:\n{errors.read_text()[-3000:]}")
             behind = tuple(reached)
-            add(Finding(reached[1], int(reached[0]), f"the process ended with status {process.returncode}: {_reason(errors.read_text())}"))
+            add(
+                Finding(
+                    reached[1],
+                    int(reached[0]),
+                    f"the process ended with status {process.returncode}: {_reason(errors.read_text())}",
+                )
+            )
             if behind == (str(work.end - 1), work.cases[-1]):
                 break
     return Outcome(findings, calls, keywords)
@@ -127,6 +158,10 @@ def run_in_parts(work, jobs, **options):
 
 def _reason(text):
     """The line of a report that says what happened, with the line of ours where a sanitizer names it."""
-    said = re.search(r"(AddressSanitizer: [\w-]+|[^\s/]+:\d+:\d+: runtime error:.*|Timeout|terminate called.*|Fatal Python error.*)", text)
+    said = re.search(
+        r"(AddressSanitizer: [\w-]+|[^\s/]+:\d+:\d+: runtime error:.*|Timeout|terminate called.*|Fatal "
+        r"Python error.*)",
+        text,
+    )
     place = re.search(r"csrc/c\S+:\d+", text)
     return (said[0].strip()[:200] if said else text.strip()[-200:]) + (f" at {place[0]}" if place else "")

@@ -1,4 +1,5 @@
 """Row statistics of logits: every output, its gradient, every argument in every layout, special values."""
+
 import math
 
 import torch
@@ -26,7 +27,9 @@ def leading_shape(draw):
 def specials(draw, x, chance):
     """``x`` with infinities, NaN, denormal and huge numbers in it."""
     tail = torch.finfo(x.dtype).max / 8
-    found = draw.among(x.shape, (-INF, -INF, -INF, INF, NAN, 0.0, -0.0, 1e-40, min(tail, 1e30), -min(tail, 1e30))).to(x.dtype)
+    found = draw.among(x.shape, (-INF, -INF, -INF, INF, NAN, 0.0, -0.0, 1e-40, min(tail, 1e30), -min(tail, 1e30))).to(
+        x.dtype
+    )
     return torch.where(draw.coins(x.shape, chance), found, x)
 
 
@@ -54,7 +57,18 @@ def temperature_of(draw, shape, dtype):
 def targets_of(draw, shape, vocab, ignore_chance=0.3):
     """``(targets, ignore_index)``, in either dtype."""
     dtype = draw.choice((torch.int32, torch.int64))
-    ignore = draw.choice((-100, -100, -1, 0, vocab - 1, vocab, 2**31 - 1, *((10**12, -2**63, 2**63 - 1) if dtype == torch.int64 else ())))
+    ignore = draw.choice(
+        (
+            -100,
+            -100,
+            -1,
+            0,
+            vocab - 1,
+            vocab,
+            2**31 - 1,
+            *((10**12, -(2**63), 2**63 - 1) if dtype == torch.int64 else ()),
+        )
+    )
     y = draw.integers(0, vocab, shape)
     if draw.flag(0.5):
         y = torch.where(draw.coins(shape, ignore_chance), ignore, y)
@@ -73,12 +87,17 @@ def log_softmax(x, temperature, vocab_mask):
 
 
 def with_cancelled(upstream):
-    """The upstream gradients of a loss whose terms may cancel: the least of them has the digits of the others, not its own."""
+    """The upstream gradients of a loss whose terms may cancel: the least of them has the digits of the others, not its
+    own.
+    """
     return {name: g.abs() + 0.1 * g.abs().max() if g.numel() else g for name, g in upstream.items()}
 
 
 def sizes(x, targets, temperature, vocab_mask, upstream, ref_logits=None):
-    """What each element of the gradient is a sum of, without signs: an error is small against these. ``upstream``: name to cotangent."""
+    """What each element of the gradient is a sum of, without signs: an error is small against these.
+
+    ``upstream``: name to cotangent.
+    """
     log_p = log_softmax(x, temperature, vocab_mask).nan_to_num(0.0, 0.0, -800.0)
     p, depth = log_p.exp(), 1 - log_p
     hit = torch.zeros_like(p).scatter(-1, targets.long().clamp(0, p.shape[-1] - 1)[..., None], 1.0)
@@ -104,10 +123,16 @@ class Rows:
         self.t = torch.where(dead, 1.0, self.t)
         self.vocab_mask = vocab_mask_of(draw, self.shape, self.vocab)
         self.wide = self.x.detach().double().contiguous().requires_grad_()
-        self.options = {"temperature": self.temperature, "ignore_index": self.ignore_index, "vocab_mask": self.vocab_mask}
+        self.options = {
+            "temperature": self.temperature,
+            "ignore_index": self.ignore_index,
+            "vocab_mask": self.vocab_mask,
+        }
 
     def outside(self):
-        """Rows whose target is not in the mask: its log-probability is constant, and moves nothing, whatever else the row holds."""
+        """Rows whose target is not in the mask: its log-probability is constant, and moves nothing, whatever else the
+        row holds.
+        """
         if self.vocab_mask is None:
             return torch.zeros(self.shape, dtype=torch.bool)
         hit = torch.where(self.targets == self.ignore_index, 0, self.targets).long()
@@ -115,19 +140,37 @@ class Rows:
 
     def truth(self, ref_logits=None):
         """By textbook formulas; NaN in a broken row, where they would say inf."""
-        found = statistics(self.wide, self.targets, self.t, ignore_index=self.ignore_index, vocab_mask=self.vocab_mask, ref_logits=ref_logits)
+        found = statistics(
+            self.wide,
+            self.targets,
+            self.t,
+            ignore_index=self.ignore_index,
+            vocab_mask=self.vocab_mask,
+            ref_logits=ref_logits,
+        )
         broken = self.broken(self.x)
         ref_broken = broken if ref_logits is None else self.broken(ref_logits)
         where = {"ref_logprobs": ref_broken, "kl": broken | ref_broken, "mean_logits": torch.zeros_like(broken)}
-        return {name: x if x.dtype == torch.bool else torch.where(where.get(name, broken), NAN, x) for name, x in found.items()}
+        return {
+            name: x if x.dtype == torch.bool else torch.where(where.get(name, broken), NAN, x)
+            for name, x in found.items()
+        }
 
     def broken(self, x):
         """Live rows that hold NaN or inf, or no number at all."""
-        seen = x.detach().double() if self.vocab_mask is None else x.detach().double().masked_fill(~self.vocab_mask, -INF)
-        return (seen.isnan().any(-1) | (seen == INF).any(-1) | (seen == -INF).all(-1)) & (self.targets != self.ignore_index)
+        seen = (
+            x.detach().double() if self.vocab_mask is None else x.detach().double().masked_fill(~self.vocab_mask, -INF)
+        )
+        return (seen.isnan().any(-1) | (seen == INF).any(-1) | (seen == -INF).all(-1)) & (
+            self.targets != self.ignore_index
+        )
 
     def allowed(self, truth, ref_logits=None):
-        """Of each statistic. The logarithm of a sum over V is a few units of ``log V`` off, a quotient by the temperature one of its own size."""
+        """Of each statistic.
+
+        The logarithm of a sum over V is a few units of ``log V`` off, a quotient by the temperature one of its own
+        size.
+        """
         unit, base = 16 * eps(self.x), 1 + math.log(self.vocab)
         z = (self.x.detach().double() / self.t[..., None]).nan_to_num(0.0, 0.0, 0.0).abs()
         found = {name: unit * (base + x.detach().double().abs()) for name, x in truth.items()}
@@ -142,17 +185,29 @@ class Rows:
 
     def gradient_of(self, truth, upstream):
         """True gradient, 0 in a row without any upstream gradient whatever it holds, and the error allowed to it."""
-        (want,) = torch.autograd.grad([truth[name] for name in upstream], self.wide, [g.double() for g in upstream.values()], retain_graph=True)
-        support = torch.ones(want.shape, dtype=torch.bool) if self.vocab_mask is None else self.vocab_mask.expand(want.shape)
+        (want,) = torch.autograd.grad(
+            [truth[name] for name in upstream], self.wide, [g.double() for g in upstream.values()], retain_graph=True
+        )
+        support = (
+            torch.ones(want.shape, dtype=torch.bool) if self.vocab_mask is None else self.vocab_mask.expand(want.shape)
+        )
         want = torch.where(self.broken(self.x)[..., None] & support, NAN, want)
-        moved = sum(torch.where(self.outside(), 0.0, g.abs()) if name == "logprobs" else g.abs() for name, g in upstream.items()) != 0
+        moved = (
+            sum(
+                torch.where(self.outside(), 0.0, g.abs()) if name == "logprobs" else g.abs()
+                for name, g in upstream.items()
+            )
+            != 0
+        )
         return torch.where(moved[..., None], want, 0.0)
 
 
 def check_gradient(trial, rows, stats, truth, upstream, ref_logits=None):
     """Of a weighted sum of several outputs."""
     outputs = [stats[name] for name in upstream]
-    (got,) = trial.gradients(outputs, [rows.x], [g.to(x.dtype) for g, x in zip(upstream.values(), outputs, strict=True)])
+    (got,) = trial.gradients(
+        outputs, [rows.x], [g.to(x.dtype) for g, x in zip(upstream.values(), outputs, strict=True)]
+    )
     want = rows.gradient_of(truth, upstream)
     size = sizes(rows.x, rows.targets, rows.t, rows.vocab_mask, upstream, ref_logits)
     trial.expect(f"gradient of {' and '.join(upstream)} for {rows.dtype}", got, want, 16 * eps(rows.x) * (size + 1e-9))
@@ -174,17 +229,29 @@ def token_stats(trial):
     outputs = tuple(name for name in OUTPUTS if draw.flag(0.5))
     ref = logits_like(draw, rows.x.shape, rows.dtype) if draw.flag(0.5) else None
     kl = draw.choice((None, "k1", "k2", "k3", "exact")) if ref is not None else None
-    stats = trial.call("token_stats", rows.x, rows.targets, ref_logits=ref, kl=kl, outputs=outputs, **rows.options)._asdict()
+    stats = trial.call(
+        "token_stats", rows.x, rows.targets, ref_logits=ref, kl=kl, outputs=outputs, **rows.options
+    )._asdict()
     truth = rows.truth(ref)
     allowed = rows.allowed(truth, ref)
-    asked = {"logprobs", "logsumexp", *outputs} | ({"ref_logprobs"} if ref is not None else set()) | ({"kl"} if kl else set())
+    asked = (
+        {"logprobs", "logsumexp", *outputs}
+        | ({"ref_logprobs"} if ref is not None else set())
+        | ({"kl"} if kl else set())
+    )
     if {name for name, x in stats.items() if x is not None} != asked:
-        trial.findings.append(f"token_stats gave {[name for name, x in stats.items() if x is not None]}, asked for {sorted(asked)}")
+        trial.findings.append(
+            f"token_stats gave {[name for name, x in stats.items() if x is not None]}, asked for {sorted(asked)}"
+        )
     if kl not in (None, "exact"):
         estimate(trial, truth, allowed, kl)
     for name in sorted(asked):
         trial.expect(f"{name} for {rows.dtype}", stats[name], truth[name], allowed[name])
-    trained = ["logprobs"] + ["entropy"] * ("entropy" in outputs) + ["kl"] * (kl == "exact" and bool(truth["kl"].isfinite().all()))
+    trained = (
+        ["logprobs"]
+        + ["entropy"] * ("entropy" in outputs)
+        + ["kl"] * (kl == "exact" and bool(truth["kl"].isfinite().all()))
+    )
     some = draw.sample(trained, draw.randint(1, len(trained)))
     check_gradient(trial, rows, stats, truth, {name: cotangent(draw, rows) for name in some}, ref)
 
@@ -206,7 +273,9 @@ def cotangent(draw, rows):
 
 @case("valid")
 def row_alone(trial):
-    """Its bits are those that it has among others, whatever the layout, the number of threads, and whether a gradient is wanted."""
+    """Its bits are those that it has among others, whatever the layout, the number of threads, and whether a gradient
+    is wanted.
+    """
     draw = trial.draw
     rows = Rows(draw)
     count = rows.targets.numel()
@@ -215,19 +284,35 @@ def row_alone(trial):
     i = draw.randrange(count)
 
     def one(x):
-        if not isinstance(x, torch.Tensor) or x is rows.vocab_mask and x.dim() == 1 or x.shape[:len(rows.shape)] != rows.shape:
+        if (
+            not isinstance(x, torch.Tensor)
+            or x is rows.vocab_mask
+            and x.dim() == 1
+            or x.shape[: len(rows.shape)] != rows.shape
+        ):
             return x
-        return x.reshape(count, *x.shape[len(rows.shape):])[i:i + 1].clone()
+        return x.reshape(count, *x.shape[len(rows.shape) :])[i : i + 1].clone()
 
-    if isinstance(rows.temperature, torch.Tensor) and (rows.temperature.dim() == 0 or rows.temperature.shape != rows.shape):
+    if isinstance(rows.temperature, torch.Tensor) and (
+        rows.temperature.dim() == 0 or rows.temperature.shape != rows.shape
+    ):
         # That of a sequence, for each of its rows; one for all is a number.
         rows.options["temperature"] = rows.t.contiguous() if rows.temperature.dim() else float(rows.temperature)
     among = trial.call("token_stats", rows.x, rows.targets, outputs=OUTPUTS, **rows.options)
     with torch.no_grad():
-        alone = trial.call("token_stats", one(rows.x.detach()), one(rows.targets), outputs=OUTPUTS, **{name: one(x) for name, x in rows.options.items()})
+        alone = trial.call(
+            "token_stats",
+            one(rows.x.detach()),
+            one(rows.targets),
+            outputs=OUTPUTS,
+            **{name: one(x) for name, x in rows.options.items()},
+        )
     for name, x in among._asdict().items():
-        if x is not None and not same_bits(x.detach().reshape(-1)[i:i + 1], getattr(alone, name)):
-            trial.findings.append(f"{name} of {rows.dtype} has other bits alone: {x.flatten()[i].item()!r}, {getattr(alone, name).item()!r}")
+        if x is not None and not same_bits(x.detach().reshape(-1)[i : i + 1], getattr(alone, name)):
+            trial.findings.append(
+                f"{name} of {rows.dtype} has other bits alone: {x.flatten()[i].item()!r}, "
+                f"{getattr(alone, name).item()!r}"
+            )
 
 
 @case("valid")

@@ -1,8 +1,9 @@
 """The native module under AddressSanitizer and UndefinedBehaviorSanitizer, built from a copy of the sources.
 
-torch itself is not instrumented, but its memory comes from the C library, whose allocator is the sanitizer's here: what our module reads or writes
-beside a tensor's storage shows. ``--self-check`` plants such a read, and wants it found.
+torch itself is not instrumented, but its memory comes from the C library, whose allocator is the sanitizer's here: what
+our module reads or writes beside a tensor's storage shows. ``--self-check`` plants such a read, and wants it found.
 """
+
 import os
 import shutil
 import subprocess
@@ -26,8 +27,14 @@ def environment(plant=False):
     _build()
     runtime = [_run(_compiler()[0], f"-print-file-name={name}").strip() for name in RUNTIME]
     # A leak check would count every object of the interpreter; a C++ exception is not an error here.
-    return {**os.environ, "PYTHONPATH": str(FOLDER), "LD_PRELOAD": " ".join(runtime), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(FOLDER),
+        "LD_PRELOAD": " ".join(runtime),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:halt_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
 
 
 def _compiler():
@@ -35,7 +42,9 @@ def _compiler():
 
 
 def _copy():
-    """The sources as they are now; files that did not change keep their time, so that only what did is compiled again."""
+    """The sources as they are now; files that did not change keep their time, so that only what did is
+    compiled again.
+    """
     for name in COPIED:
         for source in [ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*"):
             target = FOLDER / source.relative_to(ROOT)
@@ -53,11 +62,27 @@ def _plant(path):
 
 
 def _build():
-    """``setup.py`` puts the words of ``CXX`` before its own flags, and loads what it has built, where no runtime of a sanitizer comes first."""
-    print(f"building the native module under sanitizers in {FOLDER.relative_to(ROOT)}; the first time takes minutes", flush=True)
-    _run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=FOLDER,
-         env={**os.environ, "CXX": " ".join([*_compiler(), FLAGS]), "RLKERNELS_CPU": "1", "RLKERNELS_CUDA": "0",
-              "ASAN_OPTIONS": "verify_asan_link_order=0:detect_leaks=0"})
+    """``setup.py`` puts the words of ``CXX`` before its own flags, and loads what it has built, where no runtime of a
+    sanitizer comes first.
+    """
+    print(
+        f"building the native module under sanitizers in {FOLDER.relative_to(ROOT)}; the first time takes minutes",
+        flush=True,
+    )
+    _run(
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--inplace",
+        cwd=FOLDER,
+        env={
+            **os.environ,
+            "CXX": " ".join([*_compiler(), FLAGS]),
+            "RLKERNELS_CPU": "1",
+            "RLKERNELS_CUDA": "0",
+            "ASAN_OPTIONS": "verify_asan_link_order=0:detect_leaks=0",
+        },
+    )
 
 
 def _run(*command, **options):

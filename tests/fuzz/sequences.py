@@ -1,4 +1,7 @@
-"""Sums and means of sequences, aggregations, advantages of tokens and of groups, whitening, spans: each against a loop."""
+"""Sums and means of sequences, aggregations, advantages of tokens and of groups, whitening, spans: each
+against a loop.
+"""
+
 import math
 
 import torch
@@ -9,18 +12,29 @@ from fuzz.trial import case, eps
 
 
 def check(trial, what, got, truth, size, given, truth_of, steep=0.0):
-    """A result and the gradient of one input; ``size``: of the terms that an element of the result is a sum of, ``steep``: of those of the gradient."""
+    """A result and the gradient of one input; ``size``: of the terms that an element of the result is a sum of,
+    ``steep``: of those of the gradient.
+    """
     unit = 16 * eps(given)
     trial.expect(what, got, truth, unit * size)
     g = trial.draw.normal(truth.shape, got.dtype)
     (found,) = trial.gradients([got], [given], [g])
     (want,) = torch.autograd.grad(truth, truth_of, g.double(), allow_unused=True)
     want = torch.zeros(given.shape, dtype=torch.float64) if want is None else want
-    trial.expect(f"gradient of {what}", found, want, unit * (want.abs() + steep + (1 + want.abs().max() if want.numel() else 0.0)))
+    trial.expect(
+        f"gradient of {what}",
+        found,
+        want,
+        unit * (want.abs() + steep + (1 + want.abs().max() if want.numel() else 0.0)),
+    )
 
 
 def values_of(draw, batch):
-    return leaf(draw.with_garbage(draw.laid_out(draw.normal(batch.shape, draw.choice((torch.float32, *draw.floats)))), batch.live))
+    return leaf(
+        draw.with_garbage(
+            draw.laid_out(draw.normal(batch.shape, draw.choice((torch.float32, *draw.floats)))), batch.live
+        )
+    )
 
 
 def reduced(trial, name, means):
@@ -104,7 +118,9 @@ class Steps:
     def expect(self, trial, names, got, truth, unit):
         length = max(self.batch.shape[-1], 1)
         for name, g, x in zip(names, got, truth, strict=True):
-            trial.expect(f"{name}, masked={self.masked}", g, x, 16 * unit * length * (1 + x.abs().max() if x.numel() else x))
+            trial.expect(
+                f"{name}, masked={self.masked}", g, x, 16 * unit * length * (1 + x.abs().max() if x.numel() else x)
+            )
 
 
 @case("valid")
@@ -113,11 +129,17 @@ def gae(trial):
     steps, lam = Steps(draw), draw.choice((0, 0.5, 0.95, 1.0))
     seen = steps.live  # with masked="none" what a dead position holds counts
     rewards, values = draw.column(seen), draw.column(seen)
-    bootstrap = draw.laid_out(draw.normal((steps.batch.count,), draw.choice((torch.float32, torch.float64)))) if draw.flag(0.4) else None
+    bootstrap = (
+        draw.laid_out(draw.normal((steps.batch.count,), draw.choice((torch.float32, torch.float64))))
+        if draw.flag(0.4)
+        else None
+    )
     got = trial.call("gae", rewards, values, steps.batch.mask, lam=lam, bootstrap_values=bootstrap, **steps.options)
     real = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
     ends = None if bootstrap is None else bootstrap.to(real).tolist()
-    steps.expect(trial, ("advantages", "returns"), got, steps.loop(rewards.double(), values.double(), lam, ends), eps(got[0]))
+    steps.expect(
+        trial, ("advantages", "returns"), got, steps.loop(rewards.double(), values.double(), lam, ends), eps(got[0])
+    )
 
 
 @case("valid")
@@ -171,11 +193,28 @@ def group_advantages(trial):
     rewards = rewards.round() if draw.flag(0.3) else rewards
     rewards = rewards.abs() + 0.1 if scale == "mean" else rewards
     rewards = draw.laid_out(torch.where(draw.coins((count,), 0.1), NAN, rewards).to(rewards.dtype))
-    some = draw.integers(-2**63, 2**63 - 1, (3,)) if draw.flag(0.5) else torch.tensor([0, 1, 7], dtype=draw.choice((torch.int8, torch.uint8, torch.int32)))
+    some = (
+        draw.integers(-(2**63), 2**63 - 1, (3,))
+        if draw.flag(0.5)
+        else torch.tensor([0, 1, 7], dtype=draw.choice((torch.int8, torch.uint8, torch.int32)))
+    )
     ids = some[draw.integers(0, 3, (count,))]
-    baseline, small, unbiased = draw.choice(("mean", "leave-one-out", "length-mean", "batch-mean", None)), draw.choice((1e-6, 0, 0.1)), draw.flag(0.5)
+    baseline, small, unbiased = (
+        draw.choice(("mean", "leave-one-out", "length-mean", "batch-mean", None)),
+        draw.choice((1e-6, 0, 0.1)),
+        draw.flag(0.5),
+    )
     lengths = draw.laid_out(draw.integers(1, 9, (count,))) if baseline == "length-mean" else None
-    got = trial.call("group_advantages", rewards, draw.laid_out(ids, keep=True), baseline=baseline, scale=scale, eps=small, unbiased=unbiased, lengths=lengths)
+    got = trial.call(
+        "group_advantages",
+        rewards,
+        draw.laid_out(ids, keep=True),
+        baseline=baseline,
+        scale=scale,
+        eps=small,
+        unbiased=unbiased,
+        lengths=lengths,
+    )
     values, names = rewards.double().tolist(), ids.tolist()
     scored = [i for i, x in enumerate(values) if not math.isnan(x)]
     truth = torch.zeros(count, dtype=torch.float64)
@@ -197,8 +236,23 @@ def masked_whiten(trial):
     mask = draw.masked(live) if draw.flag(0.8) else None
     live = live if mask is not None else torch.ones(shape, dtype=torch.bool)
     x = leaf(draw.with_garbage(draw.laid_out(draw.normal(shape, draw.dtype(), 2.0)), live))
-    shift, unbiased, small, add, dim = draw.flag(0.5), draw.flag(0.5), draw.choice((1e-8, 1e-5, 0.1)), draw.flag(0.5), draw.choice((None, -1, 0))
-    got = trial.call("masked_whiten", x, mask, shift_mean=shift, unbiased=unbiased, eps=small, eps_mode="add" if add else "clamp", dim=dim)
+    shift, unbiased, small, add, dim = (
+        draw.flag(0.5),
+        draw.flag(0.5),
+        draw.choice((1e-8, 1e-5, 0.1)),
+        draw.flag(0.5),
+        draw.choice((None, -1, 0)),
+    )
+    got = trial.call(
+        "masked_whiten",
+        x,
+        mask,
+        shift_mean=shift,
+        unbiased=unbiased,
+        eps=small,
+        eps_mode="add" if add else "clamp",
+        dim=dim,
+    )
     truth_of, along = wide(x), tuple(range(len(shape))) if dim is None else dim
     count = live.sum(along, keepdim=True)
     mean = torch.where(live, truth_of, 0.0).sum(along, keepdim=True) / count.clamp(min=1)
@@ -208,20 +262,36 @@ def masked_whiten(trial):
         spread = torch.where(variance.detach() < 1e-9, 0.0, 1.0)  # equal elements: 0, without a derivative to speak of
         truth = torch.where(live, gap * spread * (variance + 1.0).rsqrt() * 0.0 + (0.0 if shift else mean), 0.0)
         alone = variance.detach().expand(shape) < 1e-9
-        trial.expect("whitened equal elements", torch.where(alone, got, 0.0), torch.where(alone, truth, 0.0), 1e-6 * (1 + truth.detach().abs()))
+        trial.expect(
+            "whitened equal elements",
+            torch.where(alone, got, 0.0),
+            torch.where(alone, truth, 0.0),
+            1e-6 * (1 + truth.detach().abs()),
+        )
         return
     y = gap * (variance + small if add else variance.clamp(min=small)).rsqrt()
     truth = torch.where(live, y if shift else y + mean, 0.0)
-    steep = 8 * float((variance.detach() + small if add else variance.detach().clamp(min=small)).rsqrt().max()) if variance.numel() else 0.0
+    steep = (
+        8 * float((variance.detach() + small if add else variance.detach().clamp(min=small)).rsqrt().max())
+        if variance.numel()
+        else 0.0
+    )
     check(trial, "masked_whiten", got, truth, 4 + truth.detach().abs(), x, truth_of, steep)
 
 
 @case("valid")
 def spans_to_mask(trial):
     draw = trial.draw
-    shape, count, length, shift = draw.choice(((), (2,), (0,), (2, 3))), draw.choice((0, 1, 3)), draw.choice((1, 2, 5, 8)), draw.flag(0.5)
+    shape, count, length, shift = (
+        draw.choice(((), (2,), (0,), (2, 3))),
+        draw.choice((0, 1, 3)),
+        draw.choice((1, 2, 5, 8)),
+        draw.flag(0.5),
+    )
     spans = draw.integers(0, 9, (*shape, count, 2)).sort(-1).values
     got = trial.call("spans_to_mask", draw.laid_out(spans, keep=True), length, shift=shift)
     places = range(1 if shift else 0, length)
-    rows = [[any(a <= t < b for a, b in row) for t in places] for row in spans.reshape(math.prod(shape), count, 2).tolist()]
+    rows = [
+        [any(a <= t < b for a, b in row) for t in places] for row in spans.reshape(math.prod(shape), count, 2).tolist()
+    ]
     trial.expect("mask of spans", got, torch.tensor(rows, dtype=torch.bool).reshape(*shape, len(places)), 0.0)

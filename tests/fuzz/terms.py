@@ -1,12 +1,26 @@
-"""The parts of a policy loss: drawn arguments, and the true loss of each in float64 from log-probabilities and entropies."""
+"""The parts of a policy loss: drawn arguments, and the true loss of each in float64 from log-probabilities and
+entropies.
+"""
+
 import oracles
 import torch
 
 from fuzz.batches import MODES, draw_normalizers, true_weights
 
-PARAMETERS = {"reinforce": {}, "ppo_clip": {"clip_low": 0.2, "clip_high": 0.2}, "dual_clip": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0},
-              "sapo": {"tau_pos": 1.0, "tau_neg": 1.05}, "cispo": {"clip_low": 1.0, "clip_high": 0.3}}
-CHOICES = {"clip_low": (0.1, 0.3, 0.7), "clip_high": (0.1, 0.3, 0.7), "dual_clip": (1.5, 2, 4.0), "tau_pos": (0.5, 2.0), "tau_neg": (0.5, 2.0)}
+PARAMETERS = {
+    "reinforce": {},
+    "ppo_clip": {"clip_low": 0.2, "clip_high": 0.2},
+    "dual_clip": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0},
+    "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
+    "cispo": {"clip_low": 1.0, "clip_high": 0.3},
+}
+CHOICES = {
+    "clip_low": (0.1, 0.3, 0.7),
+    "clip_high": (0.1, 0.3, 0.7),
+    "dual_clip": (1.5, 2, 4.0),
+    "tau_pos": (0.5, 2.0),
+    "tau_neg": (0.5, 2.0),
+}
 ORACLES = {name: getattr(oracles, name) for name in PARAMETERS}
 WITHOUT_DEFAULTS = ("cispo", "regression")
 LEVELS = ("sequence", "sequence_token", "sequence_sum")
@@ -55,7 +69,9 @@ class Weighting:
 
 
 def per_sequence(draw, batch, dtype):
-    """``(argument, float64 per token)`` of one number per sequence; a shape ``[S, 1]`` says so where a length would not."""
+    """``(argument, float64 per token)`` of one number per sequence; a shape ``[S, 1]`` says so where a length would
+    not.
+    """
     x = draw.laid_out(draw.normal((batch.count,), dtype))
     return (x[:, None] if batch.live.numel() == batch.count or draw.flag(0.5) else x), batch.spread(x.double())
 
@@ -68,7 +84,11 @@ class PolicyTerms:
 
     def __init__(self, draw, batch):
         self.name = draw.choice(tuple(PARAMETERS))
-        given = {name: draw.choice(CHOICES[name]) for name in PARAMETERS[self.name] if self.name in WITHOUT_DEFAULTS or draw.flag(0.5)}
+        given = {
+            name: draw.choice(CHOICES[name])
+            for name in PARAMETERS[self.name]
+            if self.name in WITHOUT_DEFAULTS or draw.flag(0.5)
+        }
         self.parameters = {**PARAMETERS[self.name], **given}
         self.level = "token" if self.name == "reinforce" or draw.flag(0.6) else draw.choice(LEVELS)
         self.weighting = Weighting(draw, batch)
@@ -76,12 +96,22 @@ class PolicyTerms:
             self.weighting.of_sequences()
         self.old = draw.column(batch.live, 0.5)
         self.advantages, self.advantage = self._advantages(draw, batch)
-        self.options = {**given, **self.weighting.options, **batch.packing(), "objective": self.name, "ratio_level": self.level}
+        self.options = {
+            **given,
+            **self.weighting.options,
+            **batch.packing(),
+            "objective": self.name,
+            "ratio_level": self.level,
+        }
         if self.name == "ppo_clip" and draw.flag(0.3):
             del self.options["objective"]
         self.kl, self.kl_coef, self.ref = None, 0.0, None
         if draw.flag(0.4):
-            self.kl, self.kl_coef, self.ref = draw.choice(("k1", "k2", "k3")), draw.choice((0.1, 1.0, -0.5)), draw.column(batch.live, 0.5)
+            self.kl, self.kl_coef, self.ref = (
+                draw.choice(("k1", "k2", "k3")),
+                draw.choice((0.1, 1.0, -0.5)),
+                draw.column(batch.live, 0.5),
+            )
             self.options |= {"kl": self.kl, "kl_coef": self.kl_coef, "ref_logprobs": self.ref}
         self.entropy_coef = draw.choice((0.01, 1.0, -0.3)) if draw.flag(0.4) else 0.0
         if self.entropy_coef:
@@ -109,7 +139,9 @@ class PolicyTerms:
         logp, old, advantage, weight = clean(logp), clean(self.old), clean(self.advantage), self.weighting.truth(batch)
         total = Sum()
         if self.level == "sequence_sum":
-            total = total.plus(batch.sums(weight), self.objective(batch.sums(logp), batch.sums(old), batch.means(advantage)))
+            total = total.plus(
+                batch.sums(weight), self.objective(batch.sums(logp), batch.sums(old), batch.means(advantage))
+            )
         else:
             if self.level == "sequence":
                 logp_, old_ = batch.spread(batch.means(logp)), batch.spread(batch.means(old))
@@ -147,7 +179,12 @@ class PolicyTerms:
         found |= {"ppo_kl": mean(-gap), "approx_kl": mean(gap * gap / 2), "ratio": mean(ratio)}
         if "clip_low" in self.parameters:
             low, high = ratio < 1 - self.parameters["clip_low"], ratio > 1 + self.parameters["clip_high"]
-            if self.name != "cispo":  # a surrogate is clipped on the side where that makes it smaller; CISPO's weight on both
+            # A surrogate is clipped on the side where that makes it smaller; CISPO's weight on both.
+            if self.name != "cispo":
                 low, high = low & (clean(self.advantage) < 0), high & (clean(self.advantage) > 0)
-            found |= {"clip_fraction_low": mean(low), "clip_fraction_high": mean(high), "clip_fraction": mean(low | high)}
+            found |= {
+                "clip_fraction_low": mean(low),
+                "clip_fraction_high": mean(high),
+                "clip_fraction": mean(low | high),
+            }
         return found

@@ -1,7 +1,8 @@
 """Eight threads call every public function at once: each result is, bit by bit, that of the same call alone.
 
-    python tests/fuzz/threads.py SECONDS
+python tests/fuzz/threads.py SECONDS
 """
+
 import random
 import sys
 import threading
@@ -31,7 +32,10 @@ def large(d):
         loss = function(leaf)
         return [loss.detach(), *torch.autograd.grad(loss.sum(), leaf)]
 
-    return [lambda: call(lambda leaf: rlk.token_logprobs(leaf, targets)), lambda: call(lambda leaf: rlk.logits_policy_loss(leaf, targets, old, advantages))]
+    return [
+        lambda: call(lambda leaf: rlk.token_logprobs(leaf, targets)),
+        lambda: call(lambda leaf: rlk.logits_policy_loss(leaf, targets, old, advantages)),
+    ]
 
 
 def main(seconds):

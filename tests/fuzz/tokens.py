@@ -1,4 +1,5 @@
 """Targets and temperatures of the tokens of a batch; at dead tokens they are anything at all."""
+
 import torch
 
 from fuzz.draws import INF, NAN
@@ -12,7 +13,7 @@ def targets_in_batch(draw, batch, vocab):
         y = torch.where(draw.coins(batch.shape, 0.2), ignore, y)
     batch.live = batch.live & (y != ignore)
     known = torch.where(batch.live, y, ignore)
-    garbage = draw.choice((vocab, vocab + 100, -7, -2**31, 2**31 - 1))
+    garbage = draw.choice((vocab, vocab + 100, -7, -(2**31), 2**31 - 1))
     given = torch.where(dead & draw.coins(batch.shape, 0.5), garbage, y)
     return draw.laid_out(given.to(draw.choice((torch.int32, torch.int64))), keep=True), known, ignore
 

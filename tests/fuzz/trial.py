@@ -1,4 +1,5 @@
 """One random call: the functions under test, what surrounds the call, and the comparison with the truth."""
+
 import contextlib
 import math
 from collections import Counter
@@ -11,7 +12,8 @@ from fuzz.draws import Draw
 
 CASES = {}
 """Kind of calls -> name of the case -> the function that makes one of them."""
-EPS32, EPS64 = 2.0**-23, 2.0**-49  # the truth itself is rounded: a unit of float64 is no bound for what is held against it
+# The truth itself is rounded: a unit of float64 is no bound for what is held against it.
+EPS32, EPS64 = 2.0**-23, 2.0**-49
 
 
 SMALLEST = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24, torch.float64: 1e-300}
@@ -19,9 +21,11 @@ SMALLEST = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 
 
 def case(kind):
     """Registers a case: a function of a trial."""
+
     def register(function):
         CASES.setdefault(kind, {})[function.__name__] = function
         return function
+
     return register
 
 
@@ -32,6 +36,7 @@ def eps(x):
 
 def _setting(get, set_, value):
     """A context in which a setting of torch is another one."""
+
     @contextlib.contextmanager
     def context():
         before = get()
@@ -40,6 +45,7 @@ def _setting(get, set_, value):
             yield
         finally:
             set_(before)
+
     return context
 
 
@@ -52,14 +58,19 @@ SURROUNDINGS = {
 
 
 class Trial:
-    """One case with one seed. ``change``: what a self-test does to each result; ``limits``: those of ``Draw``; ``plain``: in no odd surroundings."""
+    """One case with one seed.
+
+    ``change``: what a self-test does to each result; ``limits``: those of ``Draw``; ``plain``: in no odd surroundings.
+    """
 
     def __init__(self, name, seed, backend=None, change=None, plain=False, **limits):
         self.name, self.seed, self.backend, self.change = name, seed, backend, change
         self.draw = Draw(f"{name} {seed}", **limits)
         self.findings, self.calls, self.keywords = [], Counter(), set()
         odd, self._compiled = self.draw.flag(0.1), self.draw.flag(0.004) and not plain
-        self._settings = SURROUNDINGS[self.draw.choice(tuple(SURROUNDINGS))] if odd and not plain else contextlib.nullcontext
+        self._settings = (
+            SURROUNDINGS[self.draw.choice(tuple(SURROUNDINGS))] if odd and not plain else contextlib.nullcontext
+        )
 
     def run(self, function):
         """The findings of one trial of ``function``."""
@@ -72,7 +83,10 @@ class Trial:
     @contextlib.contextmanager
     def surroundings(self):
         """Settings of the process that must change nothing, and the chosen backend."""
-        with self._settings(), contextlib.nullcontext() if self.backend is None else rlkernels.use_backend(self.backend):
+        with (
+            self._settings(),
+            contextlib.nullcontext() if self.backend is None else rlkernels.use_backend(self.backend),
+        ):
             yield
 
     def call(self, name, *arguments, **options):
@@ -96,16 +110,26 @@ class Trial:
         """Of each input, zeros where nothing came; the backward runs in the same surroundings as the call."""
         with self.surroundings():
             found = torch.autograd.grad(outputs, inputs, upstream, allow_unused=True)
-        return [torch.zeros(x.shape, dtype=x.dtype, device="cpu") if g is None else g for g, x in zip(found, inputs, strict=True)]
+        return [
+            torch.zeros(x.shape, dtype=x.dtype, device="cpu") if g is None else g
+            for g, x in zip(found, inputs, strict=True)
+        ]
 
     def expect(self, what, got, truth, allowed):
-        """``got`` is the rounding, to its dtype, of some number within ``allowed`` of the truth; infinite and NaN where the truth is."""
+        """``got`` is the rounding, to its dtype, of some number within ``allowed`` of the truth; infinite and NaN where
+        the truth is.
+        """
         if not isinstance(got, torch.Tensor) or got.shape != truth.shape:
-            self.findings.append(f"{what}: {tuple(got.shape) if isinstance(got, torch.Tensor) else got!r}, expected shape {tuple(truth.shape)}")
+            self.findings.append(
+                f"{what}: {tuple(got.shape) if isinstance(got, torch.Tensor) else got!r}, expected "
+                f"shape {tuple(truth.shape)}"
+            )
             return
         got, truth = got.detach(), truth.detach().double()
         # Below its normal numbers a dtype has no digits to promise.
-        allowed = torch.as_tensor(allowed, dtype=torch.float64).nan_to_num(0.0, math.inf).expand(truth.shape) + SMALLEST.get(got.dtype, 0.0)
+        allowed = torch.as_tensor(allowed, dtype=torch.float64).nan_to_num(0.0, math.inf).expand(
+            truth.shape
+        ) + SMALLEST.get(got.dtype, 0.0)
         low, high = truth - allowed, truth + allowed
         if got.dtype.is_floating_point:
             low, high = low.to(got.dtype), high.to(got.dtype)
@@ -113,8 +137,11 @@ class Trial:
         if not good.all():
             at = (~good).nonzero()[0].tolist()
             here = tuple(at)
-            self.findings.append(f"{what}: got {got[here].item():.9g}, truth {truth[here].item():.9g}, allowed {allowed[here].item():.2g}, at {at}; "
-                                 f"{int((~good).sum())} of {good.numel()} are off")
+            self.findings.append(
+                f"{what}: got {got[here].item():.9g}, truth {truth[here].item():.9g}, allowed "
+                f"{allowed[here].item():.2g}, at {at}; "
+                f"{int((~good).sum())} of {good.numel()} are off"
+            )
 
 
 def _place(error):
@@ -125,5 +152,3 @@ def _place(error):
         found = f" (at {'/'.join(path.rsplit('/', 2)[1:])}:{trace.tb_lineno})"
         trace = trace.tb_next
     return found
-
-

@@ -1,4 +1,8 @@
-"""An objective of a user's own: it goes through the same losses as the shipped ones. Registered in the child processes alone."""
+"""An objective of a user's own: it goes through the same losses as the shipped ones.
+
+Registered in the child processes alone.
+"""
+
 from fuzz import terms
 from rlkernels.objectives import objective
 
@@ -12,4 +16,6 @@ def regression(logp, old_logp, advantage, beta):
 def register():
     objective(regression)
     terms.PARAMETERS["regression"], terms.CHOICES["beta"] = {"beta": 0.5}, (0.1, 2.0)
-    terms.ORACLES["regression"] = lambda logp, old, advantage, beta: -(advantage * logp - beta / 2 * (logp - old).square())
+    terms.ORACLES["regression"] = lambda logp, old, advantage, beta: (
+        -(advantage * logp - beta / 2 * (logp - old).square())
+    )

@@ -1,7 +1,10 @@
-"""Every term is additive: the losses of micro-batches and ranks, made with the normalisers of the whole batch, add up to the loss of the batch.
+"""Every term is additive: the losses of micro-batches and ranks, made with the normalisers of the whole batch, add up
+to the loss of the batch.
 
-A batch is cut between its sequences in any way, in any order, padded or packed; a part may be empty, and its padding is its own.
+A batch is cut between its sequences in any way, in any order, padded or packed; a part may be empty, and its padding is
+its own.
 """
+
 from typing import NamedTuple
 
 import pytest
@@ -15,7 +18,11 @@ from rlkernels.aggregation import AGGREGATIONS
 from rlkernels.objectives import OBJECTIVES
 
 V, H = 7, 5
-POLICIES = [name for name, entry in OBJECTIVES.items() if "advantage" in entry.columns and entry.function.__module__.startswith("rlkernels.")]
+POLICIES = [
+    name
+    for name, entry in OBJECTIVES.items()
+    if "advantage" in entry.columns and entry.function.__module__.startswith("rlkernels.")
+]
 WITH_WEIGHTS = (*AGGREGATIONS, "weights")
 # Half a minute on one core in all; what is wrong in a mode is wrong in every cut of it.
 quick = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -42,8 +49,16 @@ def batches(draw):
     places = [draw(st.integers(0, ranks * micro - 1)) for _ in range(count)]
     order = draw(st.permutations(range(count)))
     parts = [(p // micro, [s for s in order if places[s] == p]) for p in range(ranks * micro)]
-    return Batch([draw(st.integers(1, 6)) for _ in range(count)], [draw(st.integers(0, 2)) for _ in range(count)], parts, ranks,
-                 draw(st.sampled_from([1.0, 0.25])), draw(st.booleans()), draw(st.booleans()), draw(st.integers(0, 99)))
+    return Batch(
+        [draw(st.integers(1, 6)) for _ in range(count)],
+        [draw(st.integers(0, 2)) for _ in range(count)],
+        parts,
+        ranks,
+        draw(st.sampled_from([1.0, 0.25])),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.integers(0, 99)),
+    )
 
 
 def data(batch, dtype):
@@ -51,7 +66,11 @@ def data(batch, dtype):
     g = torch.Generator().manual_seed(batch.seed)
     shape = len(batch.lengths), max(batch.lengths)
     inside = torch.arange(shape[1]) < torch.tensor(batch.lengths)[:, None]
-    d = {"mask": inside & (torch.rand(shape, generator=g) < 0.8), "inside": inside, "targets": torch.randint(0, V, shape, generator=g)}
+    d = {
+        "mask": inside & (torch.rand(shape, generator=g) < 0.8),
+        "inside": inside,
+        "targets": torch.randint(0, V, shape, generator=g),
+    }
     d["logp"] = (-3 * torch.rand(shape, generator=g)).to(dtype)
     for name in ("old", "ref"):
         d[name] = d["logp"] + 0.3 * torch.randn(shape, generator=g).to(dtype)
@@ -74,8 +93,11 @@ def normalizers(mode, batch, mask):
     rows, kinds = int(counted.sum()), len({g for g, c in zip(batch.groups, counted.tolist(), strict=True) if c})
     of_group = same.long() @ tokens
     found = {
-        "token-mean": {"batch_num_tokens": int(tokens.sum())}, "global-token-mean": {"batch_num_tokens": float(tokens.sum())}, "token-sum": {},
-        "seq-mean-token-sum-norm": {"num_sequences": rows, "horizon": 9}, "fixed-horizon": {"num_sequences": len(tokens), "horizon": 9},
+        "token-mean": {"batch_num_tokens": int(tokens.sum())},
+        "global-token-mean": {"batch_num_tokens": float(tokens.sum())},
+        "token-sum": {},
+        "seq-mean-token-sum-norm": {"num_sequences": rows, "horizon": 9},
+        "fixed-horizon": {"num_sequences": len(tokens), "horizon": 9},
         "prompt-mean": {"num_sequences": kinds, "group_ids": groups, "group_tokens": of_group},
         "rollout-mean": {"num_sequences": len(tokens), "rollout_ids": groups, "group_tokens": of_group},
         "group-mean": {"num_sequences": kinds, "group_ids": groups, "group_rows": same.long() @ counted},
@@ -83,7 +105,11 @@ def normalizers(mode, batch, mask):
     return {**found, "count_empty_rows": batch.empty_rows}
 
 
-WHOLE = {"seq-mean-token-sum-norm": ("horizon",), "fixed-horizon": ("horizon",), "global-token-mean": ("batch_num_tokens",)}
+WHOLE = {
+    "seq-mean-token-sum-norm": ("horizon",),
+    "fixed-horizon": ("horizon",),
+    "global-token-mean": ("batch_num_tokens",),
+}
 
 
 def whole(mode, options):
@@ -103,7 +129,9 @@ def cut(x, d, sequences, packed):
 
 
 def check(call, leaves, mode, batch, d, level="token"):
-    """``call(column, more)``: the loss of what ``column`` gives by name; ``more``: aggregation, normalisers and offsets."""
+    """``call(column, more)``: the loss of what ``column`` gives by name; ``more``: aggregation, normalisers and
+    offsets.
+    """
     mode = "seq-mean" if level == "sequence_sum" and mode == "token-mean" else mode
 
     def loss(sequences, packed, given):
@@ -114,7 +142,9 @@ def check(call, leaves, mode, batch, d, level="token"):
             return d[name] if d[name].dim() == 2 and name == "matrix" else cut(d[name], d, sequences, packed)
 
         if mode == "weights":
-            return call(column, {"weights": column("weights") * given.get("scale", 1.0) * given.get("dp_size", 1), **offsets})
+            return call(
+                column, {"weights": column("weights") * given.get("scale", 1.0) * given.get("dp_size", 1), **offsets}
+            )
         given = {name: x[sequences] if isinstance(x, torch.Tensor) else x for name, x in given.items()}
         return call(column, {"aggregation": mode, "normalizers": given, **offsets})
 
@@ -122,10 +152,14 @@ def check(call, leaves, mode, batch, d, level="token"):
     every = list(range(len(batch.lengths)))
     want = loss(every, False, whole(mode, options))
     share = {**options, "dp_size": batch.ranks, "scale": batch.scale}
-    parts = [loss(sequences, batch.packed, share) / (batch.ranks * batch.scale) for _, sequences in batch.parts if sequences]
+    parts = [
+        loss(sequences, batch.packed, share) / (batch.ranks * batch.scale) for _, sequences in batch.parts if sequences
+    ]
     where = f"{mode}, {level}"
     unit = 2e-6 if want.dtype == torch.float32 else 1e-12
-    assert abs(sum(parts) - want) <= unit * (sum(abs(p) for p in parts) + abs(want)), f"{where}: the parts are {parts}, the whole is {want}"
+    assert abs(sum(parts) - want) <= unit * (sum(abs(p) for p in parts) + abs(want)), (
+        f"{where}: the parts are {parts}, the whole is {want}"
+    )
     expected = torch.autograd.grad(want, inputs, allow_unused=True)
     found = [torch.autograd.grad(p, inputs, allow_unused=True) for p in parts]
     for name, truth, *gradients in zip(leaves, expected, *found, strict=True):
@@ -135,8 +169,13 @@ def check(call, leaves, mode, batch, d, level="token"):
             continue
         size = sum(g.abs() for g in gradients) + truth.abs()
         # An element of a product is a sum whose terms cancel: it has the digits of the largest element beside it.
-        error, allowed = (sum(gradients) - truth).abs(), unit * (size if truth.dim() == 2 and name != "matrix" else size.max())
-        assert (error <= allowed).all(), f"{where}: the gradients of {name} in parts are {error.max():.3g} away from the whole's"
+        error, allowed = (
+            (sum(gradients) - truth).abs(),
+            unit * (size if truth.dim() == 2 and name != "matrix" else size.max()),
+        )
+        assert (error <= allowed).all(), (
+            f"{where}: the gradients of {name} in parts are {error.max():.3g} away from the whole's"
+        )
 
 
 def terms(draw):
@@ -153,10 +192,23 @@ def policy(function, column, kl, entropy, **options):
         return rlk.policy_loss(column("logp"), *state, **reference, **given, **options)
     if function == "logits_policy_loss":
         return rlk.logits_policy_loss(column("logits"), column("targets"), *state, **reference, **entropy, **options)
-    return rlk.linear_policy_loss(column("hidden"), column("matrix"), column("targets"), *state, chunk_tokens=16, **reference, **entropy, **options)
+    return rlk.linear_policy_loss(
+        column("hidden"),
+        column("matrix"),
+        column("targets"),
+        *state,
+        chunk_tokens=16,
+        **reference,
+        **entropy,
+        **options,
+    )
 
 
-LEAVES = {"policy_loss": ["logp", "entropy"], "logits_policy_loss": ["logits"], "linear_policy_loss": ["hidden", "matrix"]}
+LEAVES = {
+    "policy_loss": ["logp", "entropy"],
+    "logits_policy_loss": ["logits"],
+    "linear_policy_loss": ["hidden", "matrix"],
+}
 
 
 @pytest.mark.parametrize("mode", WITH_WEIGHTS)
@@ -168,22 +220,40 @@ def test_F125_every_term_of_a_policy_loss_is_additive_over_any_split(function, m
     @(settled if linear else quick)
     @given(batches(), st.data())
     def run(batch, drawn):
-        # fp64 where a part's products round otherwise than the whole's: the 2e-6 are for what is left out or counted twice.
+        # fp64 where a part's products round otherwise than the whole's: the 2e-6 are for what is left out or counted
+        # twice.
         d = data(batch, torch.float32 if function == "policy_loss" and drawn.draw(st.booleans()) else torch.float64)
         kl, entropy = terms(drawn.draw)
         for name in POLICIES:
             for level in LEVELS if name != "reinforce" else ("token",):
-                check(lambda column, more, name=name, level=level: policy(function, column, kl, entropy, objective=name, ratio_level=level, **PARAMS[name],
-                                                                          **more), LEAVES[function], mode, batch, d, level)
+                check(
+                    lambda column, more, name=name, level=level: policy(
+                        function, column, kl, entropy, objective=name, ratio_level=level, **PARAMS[name], **more
+                    ),
+                    LEAVES[function],
+                    mode,
+                    batch,
+                    d,
+                    level,
+                )
 
     run()
 
 
 OTHERS = {
-    "value_loss": (["values"], lambda c, more: rlk.value_loss(c("values"), c("old_values"), c("returns"), c("mask"), clip_range=0.2, **more)),
-    "logprobs_sft_loss": (["logp"], lambda c, more: rlk.logprobs_sft_loss(c("logp"), c("mask"), sample_weights=c("weights"), **more)),
+    "value_loss": (
+        ["values"],
+        lambda c, more: rlk.value_loss(c("values"), c("old_values"), c("returns"), c("mask"), clip_range=0.2, **more),
+    ),
+    "logprobs_sft_loss": (
+        ["logp"],
+        lambda c, more: rlk.logprobs_sft_loss(c("logp"), c("mask"), sample_weights=c("weights"), **more),
+    ),
     "sft_loss": (["logits"], lambda c, more: rlk.sft_loss(c("logits"), c("targets"), c("mask"), kind="dft", **more)),
-    "linear_sft_loss": (["hidden", "matrix"], lambda c, more: rlk.linear_sft_loss(c("hidden"), c("matrix"), c("targets"), c("mask"), **more)),
+    "linear_sft_loss": (
+        ["hidden", "matrix"],
+        lambda c, more: rlk.linear_sft_loss(c("hidden"), c("matrix"), c("targets"), c("mask"), **more),
+    ),
 }
 
 
@@ -205,12 +275,17 @@ def test_F125_the_bonus_of_three_micro_batches_is_that_of_the_batch(backend):
     z, ones, mask = torch.zeros(1, 4), torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool)
     for mode, bonus in (("token-mean", -1.0), ("seq-mean-token-mean", -1.0), ("seq-mean-token-sum", -4.0)):
         totals = {"batch_num_tokens": 12} if mode == "token-mean" else {"num_sequences": 3}
-        found = [rlk.policy_loss(z, z, z, mask, aggregation=mode, normalizers=totals, entropy=ones, entropy_coef=1.0) for _ in range(3)]
+        found = [
+            rlk.policy_loss(z, z, z, mask, aggregation=mode, normalizers=totals, entropy=ones, entropy_coef=1.0)
+            for _ in range(3)
+        ]
         assert sum(found).item() == pytest.approx(bonus, rel=2e-6)
 
 
 def test_F125_the_bonus_follows_scale_and_ranks(backend):
     z, ones = torch.zeros(2, 3), torch.ones(2, 3)
     for mode in ("token-mean", "seq-mean-token-mean", "seq-mean"):
-        loss = rlk.policy_loss(z, z, z, aggregation=mode, normalizers={"dp_size": 4, "scale": 0.5}, entropy=ones, entropy_coef=1.0)
+        loss = rlk.policy_loss(
+            z, z, z, aggregation=mode, normalizers={"dp_size": 4, "scale": 0.5}, entropy=ones, entropy_coef=1.0
+        )
         assert loss.item() == pytest.approx(-2.0, rel=2e-6)

@@ -1,4 +1,5 @@
 """Bad inputs, B01 to B58: each raises the type and names the argument, what came and what is expected."""
+
 import re
 
 import pytest
@@ -17,7 +18,9 @@ def test_bad_input_is_named(case):
         function()
     assert type(caught.value) is error
     if case[:3] not in NOT_OF_A_FUNCTION:
-        assert re.match(r"[a-z_]+: ", str(caught.value)), f"the message does not start with the function's name: {caught.value}"
+        assert re.match(r"[a-z_]+: ", str(caught.value)), (
+            f"the message does not start with the function's name: {caught.value}"
+        )
 
 
 def test_each_row_of_the_table_is_tested_or_excused():
@@ -62,8 +65,16 @@ def test_F73_shapes_that_would_broadcast_are_refused_with_both_shapes():
 
 
 def test_F28_an_option_of_another_function_is_refused_not_ignored():
-    for function in (lambda **o: logps(**o), lambda **o: stats(**o), lambda **o: linear(**o), lambda **o: policy(**o), lambda **o: logits_policy(**o),
-                     lambda **o: rlk.value_loss(A, A, A, **o), lambda **o: dpo(**o), lambda **o: rlk.gae(A, A, **o)):
+    for function in (
+        lambda **o: logps(**o),
+        lambda **o: stats(**o),
+        lambda **o: linear(**o),
+        lambda **o: policy(**o),
+        lambda **o: logits_policy(**o),
+        lambda **o: rlk.value_loss(A, A, A, **o),
+        lambda **o: dpo(**o),
+        lambda **o: rlk.gae(A, A, **o),
+    ):
         for option in ("label_smoothing_factor", "z_loss", "epsilon"):
             with pytest.raises(TypeError, match=option):
                 function(**{option: 0.1})

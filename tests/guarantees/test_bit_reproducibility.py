@@ -1,4 +1,5 @@
 """Law 3 of the library: equal in every bit, whatever the rows around, the threads, the run, the mode."""
+
 import pytest
 import torch
 from present_backends import native
@@ -23,16 +24,25 @@ def test_law_3_F53_a_row_does_not_depend_on_the_rows_around_it(vocab, dtype):
     def compute(pick, x=x):
         options = {"temperature": t[pick], "vocab_mask": mask[pick]}
         _, gradient = policy(x[pick], targets[pick], [c[pick] for c in columns], **options)
-        return [*rows_of(x[pick], targets[pick], tuple(v[pick] for v in g), ref_logits=reference[pick], **options), gradient]
+        return [
+            *rows_of(x[pick], targets[pick], tuple(v[pick] for v in g), ref_logits=reference[pick], **options),
+            gradient,
+        ]
 
     with use_backend("cpu"):
         whole = compute(torch.arange(rows))
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(8))
         wide = torch.full((rows, 3 * vocab + 1), float("nan"), dtype=dtype)
-        wide[:, 5:5 + vocab] = x
-        variants = {"again": compute(torch.arange(rows)), "half of them": compute(torch.arange(5, rows)), "permuted": compute(order),
-                    "alone": [torch.cat(parts) for parts in zip(*(compute(torch.tensor([r])) for r in range(rows)), strict=True)],
-                    "rows apart": compute(slice(None), wide[:, 5:5 + vocab])}
+        wide[:, 5 : 5 + vocab] = x
+        variants = {
+            "again": compute(torch.arange(rows)),
+            "half of them": compute(torch.arange(5, rows)),
+            "permuted": compute(order),
+            "alone": [
+                torch.cat(parts) for parts in zip(*(compute(torch.tensor([r])) for r in range(rows)), strict=True)
+            ],
+            "rows apart": compute(slice(None), wide[:, 5 : 5 + vocab]),
+        }
         picked = {"half of them": torch.arange(5, rows), "permuted": order}
     for variant, results in variants.items():
         for k, (got, expected) in enumerate(zip(results, whole, strict=True)):
@@ -51,8 +61,14 @@ def test_law_3_results_do_not_depend_on_the_number_of_threads(dtype):
         with use_backend("cpu"):
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                found.append([*rows_of(x, targets, g, ref_logits=x.flip(0)), *policy(x, targets, columns, vocab_mask=mask), *rlk.gae(rewards, values),
-                              rlk.policy_loss(values, rewards, values + rewards)])
+                found.append(
+                    [
+                        *rows_of(x, targets, g, ref_logits=x.flip(0)),
+                        *policy(x, targets, columns, vocab_mask=mask),
+                        *rlk.gae(rewards, values),
+                        rlk.policy_loss(values, rewards, values + rewards),
+                    ]
+                )
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -69,7 +85,13 @@ def test_law_3_two_runs_are_equal_in_every_bit(name, backend):
 @native
 def test_law_3_the_forward_is_the_same_with_and_without_gradients():
     d = data()
-    for name in ("token_logprobs", "token_stats", "logits_policy_loss", "policy_loss", *(name for name in CALLS if name.startswith("linear_"))):
+    for name in (
+        "token_logprobs",
+        "token_stats",
+        "logits_policy_loss",
+        "policy_loss",
+        *(name for name in CALLS if name.startswith("linear_")),
+    ):
         trained = tensors(CALLS[name]({k: v.clone().requires_grad_() if k in TRAINED else v for k, v in d.items()}))
         with torch.no_grad():
             plain = tensors(CALLS[name](d))

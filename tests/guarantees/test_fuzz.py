@@ -1,4 +1,7 @@
-"""A quick range of the fuzzers: random valid calls against float64 torch, hostile ones against a crash, threads and races. The long one: ``make fuzz``."""
+"""A quick range of the fuzzers: random valid calls against float64 torch, hostile ones against a crash, threads and
+races. The long one: ``make fuzz``.
+"""
+
 import inspect
 from pathlib import Path
 
@@ -14,7 +17,14 @@ import rlkernels
 FUZZ = Path(ranges.HERE)
 VALID, HOSTILE = 12, 25
 """Seeds of each kind: seconds here, minutes under ``make fuzz``."""
-WITHOUT_GRADIENT = {"discounted_returns", "gae", "group_advantages", "length_desensitized_weights", "spans_to_mask", "token_weights"}
+WITHOUT_GRADIENT = {
+    "discounted_returns",
+    "gae",
+    "group_advantages",
+    "length_desensitized_weights",
+    "spans_to_mask",
+    "token_weights",
+}
 ONE_AGAINST_ANOTHER = {"row_alone"}
 """Compares two of our own results, so a change of both is not seen."""
 ELSEWHERE = {"process_group", "vocab_start"}  # several processes: test_vocab_parallel
@@ -26,7 +36,10 @@ def run(kind, end, *cases, change=None):
 
 
 def told(findings):
-    return "\n".join(f"{f.case} {f.seed}: {f.text}" for f in findings[:20]) + f"\n{len(findings)} findings; python tests/fuzz repeats them"
+    return (
+        "\n".join((f"{f.case} {f.seed}: {f.text}") for f in findings[:20])
+        + f"\n{len(findings)} findings; python tests/fuzz repeats them"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +52,10 @@ def test_random_valid_calls_give_the_true_values_and_gradients(valid):
 
 
 def test_every_public_function_is_called_with_every_argument_that_it_has(valid):
-    functions = {name for name in rlkernels.__all__ if inspect.isfunction(getattr(rlkernels, name))} - {"objective", "available_backends"}
+    functions = {name for name in rlkernels.__all__ if inspect.isfunction(getattr(rlkernels, name))} - {
+        "objective",
+        "available_backends",
+    }
     assert functions == set(FUNCTIONS) == set(CASES["hostile"])
     assert functions <= set(valid.calls)
     rare = never_given(functions, valid.keywords)  # further seeds give these
@@ -52,7 +68,9 @@ def never_given(functions, pairs):
     """Function to those of its keywords that no call was given."""
     found = {}
     for name in functions:
-        keywords = {p.name for p in inspect.signature(getattr(rlkernels, name)).parameters.values() if p.kind == p.KEYWORD_ONLY} - ELSEWHERE
+        keywords = {
+            p.name for p in inspect.signature(getattr(rlkernels, name)).parameters.values() if p.kind == p.KEYWORD_ONLY
+        } - ELSEWHERE
         found[name] = keywords - {pair.split()[1] for pair in pairs if pair.split()[0] == name}
     return {name: keywords for name, keywords in found.items() if keywords}
 
@@ -63,8 +81,14 @@ def test_hostile_calls_raise_what_names_the_function_or_give_the_answer_of_eager
     assert not hostile.findings, told(hostile.findings)
 
 
-@pytest.mark.parametrize("change, cases", (("values", set(CASES["valid"]) - ONE_AGAINST_ANOTHER), ("company", ONE_AGAINST_ANOTHER),
-                                           ("gradients", set(CASES["valid"]) - WITHOUT_GRADIENT - ONE_AGAINST_ANOTHER)))
+@pytest.mark.parametrize(
+    "change, cases",
+    (
+        ("values", set(CASES["valid"]) - ONE_AGAINST_ANOTHER),
+        ("company", ONE_AGAINST_ANOTHER),
+        ("gradients", set(CASES["valid"]) - WITHOUT_GRADIENT - ONE_AGAINST_ANOTHER),
+    ),
+)
 def test_an_error_of_one_percent_is_found_by_every_case(change, cases):
     assert cases <= {finding.case for finding in run("valid", 8, *sorted(cases), change=change).findings}
 

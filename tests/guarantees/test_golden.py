@@ -1,4 +1,7 @@
-"""Every golden case, through public functions, on every backend: values, metrics and gradients of other systems' code."""
+"""Every golden case, through public functions, on every backend: values, metrics and gradients of other
+systems' code.
+"""
+
 import golden_adapter
 import golden_ops
 import pytest

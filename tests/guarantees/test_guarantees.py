@@ -1,4 +1,5 @@
 """The laws of the library, each with the tests that hold it, named after it. Law 3 is in test_laws_bits."""
+
 import inspect
 
 import pytest
@@ -31,11 +32,22 @@ def test_law_1_inputs_are_never_changed(name, backend):
 
 def loss_in_place(function, x, d, inplace):
     if function == "logits_policy_loss":
-        return 0.7 * rlk.logits_policy_loss(x, d["targets"], d["old"], d["advantages"], d["mask"], entropy_coef=0.1, inplace_backward=inplace)
+        return 0.7 * rlk.logits_policy_loss(
+            x, d["targets"], d["old"], d["advantages"], d["mask"], entropy_coef=0.1, inplace_backward=inplace
+        )
     if function == "token_stats":
-        stats = rlk.token_stats(x, d["targets"], vocab_mask=d["vocab_mask"], ref_logits=d["ref_logits"].to(x.dtype), kl="exact", inplace_backward=inplace)
+        stats = rlk.token_stats(
+            x,
+            d["targets"],
+            vocab_mask=d["vocab_mask"],
+            ref_logits=d["ref_logits"].to(x.dtype),
+            kl="exact",
+            inplace_backward=inplace,
+        )
         return ((stats.logprobs + stats.kl) * d["ref"] + stats.entropy * d["old"]).sum()
-    return (rlk.token_logprobs(x, d["targets"], temperature=d["temperature"], inplace_backward=inplace) * d["ref"]).sum()
+    return (
+        rlk.token_logprobs(x, d["targets"], temperature=d["temperature"], inplace_backward=inplace) * d["ref"]
+    ).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,11 +111,14 @@ def test_law_2_masked_columns_and_rows_are_left_out_by_where(poison, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_the_divergence_of_a_row_from_itself_is_exactly_zero_wherever_its_maximum_lies(dtype, backend):
-    x = torch.randn(4, 5000, generator=torch.Generator().manual_seed(1)).mul(3).sort(-1)[0].to(dtype)  # each block's maximum is larger than the last
+    # Each block's maximum is larger than the last.
+    x = torch.randn(4, 5000, generator=torch.Generator().manual_seed(1)).mul(3).sort(-1)[0].to(dtype)
     x[1] = x[1].flip(-1)
     columns = torch.arange(5000) % 3 > 0
     for mask in (None, columns):
-        assert not rlk.token_stats(x, torch.full((4,), 4999), ref_logits=x.clone(), kl="exact", vocab_mask=mask).kl.any()
+        assert not rlk.token_stats(
+            x, torch.full((4,), 4999), ref_logits=x.clone(), kl="exact", vocab_mask=mask
+        ).kl.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -141,6 +156,7 @@ def test_law_2_nan_poisons_its_row_and_no_other(poison, dtype, backend):
         stats = rlk.token_stats(x, targets, ref_logits=reference, kl="exact", outputs=ALL)
         (gradient,) = torch.autograd.grad((stats.logprobs, stats.entropy, stats.kl), x, g)
         return {**stats._asdict(), "gradient": gradient}
+
     clean = results(x)
     x[1, 0, 130] = poison
     got = results(x)
@@ -170,7 +186,10 @@ def test_law_4_a_forced_backend_never_hands_over_to_another(monkeypatch):
         assert rlk.ops.calls() - before == {("token_stats", name): 1}
     monkeypatch.setitem(backends.DEVICES, "cpu", ("eager",))  # as if the native backend did not serve this device
     monkeypatch.setattr(backends, "absent", lambda name: None)
-    with use_backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu' does not serve device cpu .*token_stats.*; move the tensors"):
+    with (
+        use_backend("cpu"),
+        pytest.raises(RuntimeError, match="backend 'cpu' does not serve device cpu .*token_stats.*; move the tensors"),
+    ):
         rlk.token_logprobs(x, targets)
 
 
@@ -192,8 +211,11 @@ def test_law_5_a_new_beta_temperature_or_length_compiles_nothing(backend):
     @torch.compile(backend=counter, fullgraph=True, dynamic=True)
     def loss(x, targets, beta):
         logp = rlk.token_logprobs(x, targets, temperature=beta)
-        return rlk.dpo_loss(logp[0], logp[1], reference_free=True, beta=beta, label_smoothing=beta / 4) + rlk.value_loss(
-            logp, logp.detach(), logp.detach(), clip_range=beta) + rlk.policy_loss(logp, logp.detach(), logp.detach(), clip_low=beta / 2, clip_high=beta)
+        return (
+            rlk.dpo_loss(logp[0], logp[1], reference_free=True, beta=beta, label_smoothing=beta / 4)
+            + rlk.value_loss(logp, logp.detach(), logp.detach(), clip_range=beta)
+            + rlk.policy_loss(logp, logp.detach(), logp.detach(), clip_low=beta / 2, clip_high=beta)
+        )
 
     for length, beta in ((3, 0.5), (8, 0.6), (11, 0.7), (17, 1.3)):
         loss(torch.randn(2, length, V), torch.zeros(2, length, dtype=torch.int64), beta)
@@ -209,7 +231,9 @@ def test_law_6_offsets_are_64_bit(dtype, backend):
     sparse.copy_(small)
     columns = cotangents((3,), 3)
     g = cotangents((3,), 3, seed=2)
-    for got, expected in zip(rows_of(sparse, targets, g, ref_logits=sparse), rows_of(small, targets, g, ref_logits=small), strict=True):
+    for got, expected in zip(
+        rows_of(sparse, targets, g, ref_logits=sparse), rows_of(small, targets, g, ref_logits=small), strict=True
+    ):
         assert same_bits(got, expected)
     for got, expected in zip(policy(sparse, targets, columns), policy(small, targets, columns), strict=True):
         assert same_bits(got, expected)

@@ -1,4 +1,7 @@
-"""The page of guarantees and the suite stay in step: each test that the page names exists, and each fault of ours has a row and a test."""
+"""The page of guarantees and the suite stay in step: each test that the page names exists, and each fault of ours has a
+row and a test.
+"""
+
 import ast
 import re
 
@@ -7,13 +10,20 @@ from paths import ROOT, TESTS
 
 PAGE = ROOT / "docs/guarantees.md"
 
-pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the docs are not here: the tests run on an installed package")
+pytestmark = pytest.mark.skipif(
+    not PAGE.exists(), reason="the docs are not here: the tests run on an installed package"
+)
 
 
 def names_of_tests():
     """The name of every test function below ``tests``."""
     trees = (ast.parse(path.read_text()) for path in sorted(TESTS.rglob("test_*.py")))
-    return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+    return {
+        node.name
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
 
 
 def test_every_test_that_the_page_names_exists():

@@ -1,4 +1,7 @@
-"""F07, F120: every tensor argument of every public function, in every layout that torch has, gives the bits of its contiguous copy."""
+"""F07, F120: every tensor argument of every public function, in every layout that torch has, gives the bits of its
+contiguous copy.
+"""
+
 import inspect
 
 import pytest
@@ -13,21 +16,31 @@ from rlkernels.linear import head
 from rlkernels.losses import preference, unpaired_preference
 
 # What a public parameter takes. A new one has to be entered here: a tensor has to occur in CALLS.
-TENSORS = set("""
-    logits targets vocab_mask ref_logits hidden weight bias old_logprobs advantages mask weights ref_logprobs cu_seqlens logprobs entropy values old_values
-    returns rewards bootstrap_values chosen_logps rejected_logps ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps
-    ref_logps desirable kl_logps ref_kl_logps chosen_mask rejected_mask sample_weights chosen rejected margin attention_mask x group_ids lengths
-    rollout_ids group_tokens group_rows spans temperature
-""".split())
+TENSORS = set(
+    """
+    logits targets vocab_mask ref_logits hidden weight bias old_logprobs advantages mask weights ref_logprobs
+    cu_seqlens logprobs entropy values old_values returns rewards bootstrap_values chosen_logps rejected_logps
+    ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps ref_logps desirable
+    kl_logps ref_kl_logps chosen_mask rejected_mask sample_weights chosen rejected margin attention_mask x group_ids
+    lengths rollout_ids group_tokens group_rows spans temperature
+""".split()
+)
 NUMBERS_OR_TENSORS = set("kl delta batch_num_tokens num_sequences horizon".split())
-OTHERS = set("""
-    ignore_index inplace_backward outputs softcap logit_scale logits_dtype chunk_tokens logits_budget max_live_tokens valid_vocab process_group vocab_start
-    objective aggregation kl_coef entropy_coef ratio_level normalizers return_metrics params clip_range kind gamma lam masked baseline scale eps unbiased
-    shift_mean eps_mode dim beta loss_type loss_weights label_smoothing reference_free f_divergence alpha length_normalized simpo_gamma alphapo_alpha
-    discopop_tau cpo_alpha desirable_weight undesirable_weight ld_alpha center_coef options count_empty_rows dp_size dtype mode length shift
-""".split())
-FURTHER = {"linear_dpo_loss": (head.head, preference.preference_options), "linear_unpaired_preference_loss": (head.head, unpaired_preference.unpaired_options),
-           "aggregate": (rlk.token_weights,)}
+OTHERS = set(
+    """
+    ignore_index inplace_backward outputs softcap logit_scale logits_dtype chunk_tokens logits_budget max_live_tokens
+    valid_vocab process_group vocab_start objective aggregation kl_coef entropy_coef ratio_level normalizers
+    return_metrics params clip_range kind gamma lam masked baseline scale eps unbiased shift_mean eps_mode dim beta
+    loss_type loss_weights label_smoothing reference_free f_divergence alpha length_normalized simpo_gamma
+    alphapo_alpha discopop_tau cpo_alpha desirable_weight undesirable_weight ld_alpha center_coef options
+    count_empty_rows dp_size dtype mode length shift
+""".split()
+)
+FURTHER = {
+    "linear_dpo_loss": (head.head, preference.preference_options),
+    "linear_unpaired_preference_loss": (head.head, unpaired_preference.unpaired_options),
+    "aggregate": (rlk.token_weights,),
+}
 """Functions whose keywords are those of others."""
 KL_IS_A_NAME = {"token_stats", "policy_loss", "logits_policy_loss", "linear_policy_loss"}
 
@@ -46,7 +59,9 @@ PLACES = [(name, argument) for name in CALLS for argument, _ in tensor_arguments
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_tensor_argument_of_a_public_function_occurs_in_a_call(function):
     found = parameters(function)
-    assert found <= TENSORS | NUMBERS_OR_TENSORS | OTHERS, "say in this file what the new argument is, and call it with one where it is a tensor"
+    assert found <= TENSORS | NUMBERS_OR_TENSORS | OTHERS, (
+        "say in this file what the new argument is, and call it with one where it is a tensor"
+    )
     passed = {argument for name, argument in PLACES if name.split(" ")[0] == function}
     assert found & (TENSORS | NUMBERS_OR_TENSORS) <= passed
 
@@ -55,7 +70,9 @@ def assert_same(got, expected, backend, what):
     assert len(got) == len(expected), what
     for k, (a, b) in enumerate(zip(got, expected, strict=True)):
         if backend == "eager" and a.is_floating_point():  # torch's own reductions follow strides
-            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5, equal_nan=True, msg=lambda m, k=k: f"{what}: result {k}: {m}")
+            torch.testing.assert_close(
+                a, b, rtol=2e-5, atol=2e-5, equal_nan=True, msg=lambda m, k=k: f"{what}: result {k}: {m}"
+            )
         else:
             assert same_bits(a, b), f"{what}: result {k}: {a} against {b}"
 
@@ -76,12 +93,17 @@ def test_F07_F120_every_layout_of_every_argument_gives_the_bits_of_its_contiguou
 ONE = {"one sequence": (1, 5), "one token": (3, 1), "one token of one sequence": (1, 1)}
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if " " not in name or name.endswith(("of sequences", "of weights", "of sums"))])
+@pytest.mark.parametrize(
+    "name", [name for name in CALLS if " " not in name or name.endswith(("of sequences", "of weights", "of sums"))]
+)
 @pytest.mark.parametrize("shape", ONE)
 @pytest.mark.parametrize("backend", PRESENT)
 def test_F120_a_dimension_of_one_element_may_have_any_stride(name, shape, backend):
     rows, length = ONE[shape]
-    d = {k: x[:rows, :length] if x.dim() > 1 and x.shape[:2] == (3, 5) else x[:rows] if k in ("per_row", "rows") else x for k, x in data().items()}
+    d = {
+        k: x[:rows, :length] if x.dim() > 1 and x.shape[:2] == (3, 5) else x[:rows] if k in ("per_row", "rows") else x
+        for k, x in data().items()
+    }
     d = {k: x.contiguous() for k, x in d.items()}
     d["cu"], d["answers"] = torch.tensor([0, rows * length]), torch.tensor([0, 0, 0, 0, rows * length])
     with rlk.use_backend(backend):

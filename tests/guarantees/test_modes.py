@@ -1,4 +1,5 @@
 """F131 and its kind: what torch is set to around a call changes no bit of its results and gradients."""
+
 import threading
 from contextlib import contextmanager
 
@@ -93,11 +94,13 @@ def test_without_gradients_and_in_inference_mode_the_results_are_those_of_traini
 def test_training_on_what_was_made_in_inference_mode_is_right_or_torchs_own_error(name, backend):
     expected = call_with(name, data(), lambda argument, x: x)
     for argument, _ in tensor_arguments(name):
+
         def change(key, x, argument=argument):
             if key != argument:
                 return x
             with torch.inference_mode():
                 return x.clone()
+
         try:
             got = call_with(name, data(), change)
         except RuntimeError as error:
@@ -109,7 +112,9 @@ def test_training_on_what_was_made_in_inference_mode_is_right_or_torchs_own_erro
 @pytest.mark.parametrize("name", CALLS)
 def test_autocast_rounds_the_operands_of_a_head_and_nothing_else(name, backend):
     d = data()
-    rounded = {k: v.bfloat16() if k in ("hidden", "weight", "bias") and name.startswith("linear") else v for k, v in d.items()}
+    rounded = {
+        k: v.bfloat16() if k in ("hidden", "weight", "bias") and name.startswith("linear") else v for k, v in d.items()
+    }
     expected = call(name, rounded)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         forward_alone = call(name, d, through=lambda f, d: f(d))
@@ -124,7 +129,7 @@ def test_four_threads_at_once_get_what_one_alone_gets(backend):
         try:
             with rlk.use_backend(backend):  # of this thread alone
                 names = list(CALLS)
-                for name in names[k * 7:] + names[:k * 7]:
+                for name in names[k * 7 :] + names[: k * 7]:
                     found[k][name] = call(name, data())
         except Exception as error:
             errors.append(error)

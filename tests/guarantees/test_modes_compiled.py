@@ -1,11 +1,15 @@
-"""Under torch.compile, in one graph, a call has the results and gradients of the plain one; a bad input has its exception."""
+"""Under torch.compile, in one graph, a call has the results and gradients of the plain one; a bad input has its
+exception.
+"""
+
 import pytest
 import torch
 from bad_inputs import CASES, NOT_OF_A_FUNCTION
 from public_calls import CALLS, call, data
 from reference import same_bits
 
-# Compiled, a loss of a head is made of log-probabilities: four products instead of three, and the sums in another order.
+# Compiled, a loss of a head is made of log-probabilities: four products instead of three, and the sums in another
+# order.
 OTHER_PRODUCTS = [name for name in CALLS if name.startswith("linear_") and "_loss" in name]
 
 
@@ -17,19 +21,28 @@ def nothing_compiled_before():
 
 
 # Every call through AOTAutograd; Dynamo alone, whose part that contains, for one call of each function.
-@pytest.mark.parametrize("name,compiler", [(name, "aot_eager") for name in CALLS] + [(name, "eager") for name in CALLS if " " not in name])
+@pytest.mark.parametrize(
+    "name,compiler", [(name, "aot_eager") for name in CALLS] + [(name, "eager") for name in CALLS if " " not in name]
+)
 def test_compiled_results_and_gradients_are_the_plain_ones(name, compiler):
     expected = call(name, data())
     got = call(name, data(), through=lambda f, d: torch.compile(f, backend=compiler, fullgraph=True)(d))
     assert len(got) == len(expected)
     for k, (a, b) in enumerate(zip(got, expected, strict=True)):
         if name in OTHER_PRODUCTS:
-            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6 * max(1e-3, b.abs().max().item()), msg=lambda m, k=k: f"result {k} of {name}: {m}")
+            torch.testing.assert_close(
+                a,
+                b,
+                rtol=2e-6,
+                atol=2e-6 * max(1e-3, b.abs().max().item()),
+                msg=lambda m, k=k: f"result {k} of {name}: {m}",
+            )
         else:
             assert same_bits(a, b), f"result {k} of {name}: {a} against {b}"
 
 
-# Dynamo shows a quantised tensor as one of floats; shards are counted by a collective, for which a graph that is traced does not wait.
+# Dynamo shows a quantised tensor as one of floats; shards are counted by a collective, for which a graph that is traced
+# does not wait.
 OF_THE_COMPILER = ("B04 quantised", "B52", "B52 first column")
 # Dynamo of torch 2.8 fails on a DeviceMesh itself.
 OF_THE_COMPILER += ("B23",) if torch.__version__.startswith("2.8.") else ()

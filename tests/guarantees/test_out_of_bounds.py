@@ -1,4 +1,5 @@
 """Nothing outside a tensor is read or written: guard pages behind it, and canaries around it."""
+
 import os
 import sys
 import textwrap
@@ -51,14 +52,16 @@ GUARD_PAGES = textwrap.dedent("""
             a = [torch.randn(n) for _ in range(3)]
             b = [guarded(v) for v in a]
             assert same_bits(rlk.policy_loss(*a), rlk.policy_loss(*b))
-            assert all(same_bits(p, q) for p, q in zip(rlk.gae(a[0][None], a[1][None]), rlk.gae(b[0][None], b[1][None])))
+            found, expected = rlk.gae(a[0][None], a[1][None]), rlk.gae(b[0][None], b[1][None])
+            assert all(same_bits(p, q) for p, q in zip(found, expected))
         # A row that is ignored or weighs nothing lies on an unreadable page itself: it is not read.
         columns = 4 * mmap.PAGESIZE  # a row of fp32 fills whole pages, of 4 or of 64 KiB
         safe = torch.randn(3, columns)
         whole = guarded(safe, unreadable=columns * 4)
         y = torch.tensor([3, 5, -100])
         g = [torch.tensor([0.3, -1.0, 2.0])] * 3
-        pairs = [(rows_of(whole, y, g, ref_logits=whole), rows_of(safe, y, g, ref_logits=safe)), (policy(whole, y, g), policy(safe, y, g))]
+        pairs = [(rows_of(whole, y, g, ref_logits=whole), rows_of(safe, y, g, ref_logits=safe)),
+                 (policy(whole, y, g), policy(safe, y, g))]
         live = torch.tensor([1, 1, 0])
         pairs.append((policy(whole, y.clamp(min=0), g, mask=live), policy(safe, y.clamp(min=0), g, mask=live)))
         assert all(same_bits(p, q) for a, b in pairs for p, q in zip(a, b))
@@ -66,7 +69,9 @@ GUARD_PAGES = textwrap.dedent("""
 """)
 
 
-@pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="mprotect of an anonymous mapping is used as on Linux")
+@pytest.mark.skipif(
+    os.name != "posix" or sys.platform == "darwin", reason="mprotect of an anonymous mapping is used as on Linux"
+)
 @native
 def test_F02_F93_no_byte_outside_a_tensor_and_no_dead_row_is_read():
     done = subprocesses.code(GUARD_PAGES)
@@ -76,15 +81,15 @@ def test_F02_F93_no_byte_outside_a_tensor_and_no_dead_row_is_read():
 def test_canary_parents_stay_as_they_are_and_are_not_read(backend):
     source, targets, mask = draw_rows((2, 3), V)
     parent = torch.full((4, 5, V + 6), float("nan"))
-    parent[1:3, 1:4, 2:2 + V] = source
+    parent[1:3, 1:4, 2 : 2 + V] = source
     before = parent.clone()
     columns = [torch.full((4, 5), float("nan")) for _ in range(3)]
     for k, column in enumerate(columns):
         column[1:3, 1:4] = 0.1 * k - 0.3
-    stats = rlk.token_stats(parent[1:3, 1:4, 2:2 + V], targets, outputs=ALL)
+    stats = rlk.token_stats(parent[1:3, 1:4, 2 : 2 + V], targets, outputs=ALL)
     truth, base = statistics(source, targets), statistics(source, targets, dtype=torch.float32)
     for name in ("logprobs", "entropy", "mean_logits"):
         assert_within_policy(getattr(stats, name), truth[name], base[name], name)
-    loss, gradient = policy(parent[1:3, 1:4, 2:2 + V], targets, [c[1:3, 1:4] for c in columns])
+    loss, gradient = policy(parent[1:3, 1:4, 2 : 2 + V], targets, [c[1:3, 1:4] for c in columns])
     assert loss.isfinite() and gradient.isfinite().all()
     assert same_bits(parent, before)

@@ -1,4 +1,5 @@
 """Faults of memory: what is saved for the backward, and the most that is held at once."""
+
 import pytest
 import torch
 from peak_memory import peak_bytes
@@ -32,9 +33,11 @@ def test_F94_only_what_the_backward_needs_is_saved(backend):
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
             rlk.token_stats(d["x"].clone().requires_grad_(), d["targets"], **options)
         return sum(x.numel() * x.element_size() for x in kept)
+
     row = T * 4
     assert saved_bytes(outputs=("entropy",)) - saved_bytes(outputs=()) == row
-    assert saved_bytes(outputs=(), ref_logits=d["ref"], kl="k3") < d["x"].numel() * 4 * 2  # the reference's logits are not kept for an estimator
+    # The reference's logits are not kept for an estimator.
+    assert saved_bytes(outputs=(), ref_logits=d["ref"], kl="k3") < d["x"].numel() * 4 * 2
 
 
 @pytest.mark.skipif(absent("cpu") is not None, reason=f"the native CPU backend is absent: {absent('cpu')}")
@@ -50,7 +53,11 @@ def test_F92_no_second_tensor_of_the_logits_size_exists(dtype):
         return torch.autograd.grad((s.logprobs, s.entropy), leaf, (old + 0.3, old - 1))
 
     def policy(g=1.0, **options):
-        return torch.autograd.grad(rlk.logits_policy_loss(leaf, targets, old, old, temperature=t, entropy_coef=0.1, **options), leaf, torch.tensor(g))
+        return torch.autograd.grad(
+            rlk.logits_policy_loss(leaf, targets, old, old, temperature=t, entropy_coef=0.1, **options),
+            leaf,
+            torch.tensor(g),
+        )
 
     with use_backend("cpu"):
         with torch.no_grad():
@@ -58,7 +65,12 @@ def test_F92_no_second_tensor_of_the_logits_size_exists(dtype):
         assert size <= peak_bytes(stats) < 1.05 * size
         assert size <= peak_bytes(policy) < 1.05 * size
         made = leaf * 1
-        assert peak_bytes(lambda: torch.autograd.grad(rlk.token_logprobs(made, targets, inplace_backward=True).sum(), made)) < 0.05 * size
+        assert (
+            peak_bytes(
+                lambda: torch.autograd.grad(rlk.token_logprobs(made, targets, inplace_backward=True).sum(), made)
+            )
+            < 0.05 * size
+        )
         made = leaf * 1
         loss = rlk.logits_policy_loss(made, targets, old, old, entropy_coef=0.1, inplace_backward=True)
         assert peak_bytes(lambda: torch.autograd.grad(loss, made)) < 0.05 * size
@@ -71,6 +83,7 @@ def test_F92_F95_the_fused_head_holds_one_chunk_of_logits():
 
     def run(chunk):
         return torch.autograd.grad(rlk.linear_token_logprobs(*leaves, targets, chunk_tokens=chunk), leaves, g)
+
     dense, weight = 256 * 4096 * 4, w.numel() * 4
     with use_backend("cpu"):
         peaks = {chunk: peak_bytes(lambda chunk=chunk: run(chunk)) for chunk in (8, 64, 256)}

@@ -1,4 +1,7 @@
-"""Properties that hold for every input, over drawn shapes, dtypes, layouts, masks, temperatures; each also held to the error policy in float64."""
+"""Properties that hold for every input, over drawn shapes, dtypes, layouts, masks, temperatures; each also held to the
+error policy in float64.
+"""
+
 import math
 
 import pytest
@@ -13,7 +16,9 @@ from rlkernels.backends import DEVICES, absent, use_backend
 
 PRESENT = [name for name in DEVICES["cpu"] if absent(name) is None]
 # Derandomised: the same examples in every run, so that a failure is found by the change that causes it.
-quick = settings(derandomize=True, max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+quick = settings(
+    derandomize=True, max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 VOCABULARIES = st.one_of(st.integers(1, 70), st.sampled_from([127, 1024, 1025, 4097]))
@@ -24,11 +29,15 @@ BACKEND = st.sampled_from(PRESENT)
 
 @st.composite
 def rows(draw, dtype=None, lay_out=True, min_rows=0):
-    """Logits of any temperament and layout, int32 or int64 targets with some ignored, a mask, a temperature, a reference model."""
+    """Logits of any temperament and layout, int32 or int64 targets with some ignored, a mask, a temperature, a
+    reference model.
+    """
     dtype = dtype or draw(DTYPES)
     batch, length = (draw(st.integers(min_rows, 3)), draw(st.integers(max(min_rows, 1), 4)))
     vocab, generator = draw(VOCABULARIES), torch.Generator().manual_seed(draw(SEEDS))
-    x = torch.randn(batch, length, vocab, generator=generator, dtype=torch.float64) * draw(st.sampled_from([0.01, 1.0, 5.0, 20.0]))
+    x = torch.randn(batch, length, vocab, generator=generator, dtype=torch.float64) * draw(
+        st.sampled_from([0.01, 1.0, 5.0, 20.0])
+    )
     x = (x + draw(st.sampled_from([0.0, -1e4, 1e4, 30.0]))).clamp(-3e4, 3e4).to(dtype)
     anchor = draw(st.integers(0, vocab - 1))  # no row is empty
     if draw(st.booleans()):
@@ -51,8 +60,13 @@ def rows(draw, dtype=None, lay_out=True, min_rows=0):
     reference = None
     if draw(st.booleans()):
         reference = (x.flip(-1) if draw(st.booleans()) else torch.randn(x.shape, generator=generator)).to(dtype)
-        reference = torch.where(reference.isfinite(), reference, 0.0)  # finite wherever the policy is: the divergence is finite
-    return x, targets, {"temperature": temperature, "ignore_index": ignore_index, "vocab_mask": vocab_mask, "ref_logits": reference}
+        # Finite wherever the policy is: the divergence is finite.
+        reference = torch.where(reference.isfinite(), reference, 0.0)
+    return (
+        x,
+        targets,
+        {"temperature": temperature, "ignore_index": ignore_index, "vocab_mask": vocab_mask, "ref_logits": reference},
+    )
 
 
 @quick
@@ -69,8 +83,16 @@ def test_statistics_and_gradients_obey_the_error_policy(case, backend, seed):
 def test_logprobs_are_not_positive_and_entropies_lie_between_zero_and_the_log_of_the_support(case, backend):
     x, targets, options = case
     with use_backend(backend):
-        stats = rlk.token_stats(x, targets, **options, kl=None if options["ref_logits"] is None else "exact", outputs=("entropy", "log_sum_sq_probs"))
-    support = torch.ones_like(x, dtype=torch.bool) if options["vocab_mask"] is None else options["vocab_mask"].expand(x.shape)
+        stats = rlk.token_stats(
+            x,
+            targets,
+            **options,
+            kl=None if options["ref_logits"] is None else "exact",
+            outputs=("entropy", "log_sum_sq_probs"),
+        )
+    support = (
+        torch.ones_like(x, dtype=torch.bool) if options["vocab_mask"] is None else options["vocab_mask"].expand(x.shape)
+    )
     size = support.sum(-1)
     slack = 8 * EPS32 * (1 + size.float().log())
     assert (stats.logprobs <= 0).all()
@@ -79,7 +101,9 @@ def test_logprobs_are_not_positive_and_entropies_lie_between_zero_and_the_log_of
     assert (stats.log_sum_sq_probs <= slack).all() and (-stats.log_sum_sq_probs <= stats.entropy + slack).all()
     if options["ref_logits"] is not None:
         t = options["temperature"]
-        widest = torch.where(support & x.isfinite(), options["ref_logits"].float().abs() + x.float().abs(), 0.0).amax(-1) / t
+        widest = (
+            torch.where(support & x.isfinite(), options["ref_logits"].float().abs() + x.float().abs(), 0.0).amax(-1) / t
+        )
         assert (stats.kl >= -8 * EPS32 * (1 + widest)).all()
 
 
@@ -92,7 +116,12 @@ def test_the_probabilities_of_all_words_sum_to_one(case, backend):
     mask = options["vocab_mask"]
     mask = mask if mask is None or mask.dim() == 1 else mask[0, 0]
     with use_backend(backend):
-        logp = rlk.token_logprobs(row.expand(vocab, vocab), torch.arange(vocab), vocab_mask=mask, temperature=t if isinstance(t, float) else t[0, 0].item())
+        logp = rlk.token_logprobs(
+            row.expand(vocab, vocab),
+            torch.arange(vocab),
+            vocab_mask=mask,
+            temperature=t if isinstance(t, float) else t[0, 0].item(),
+        )
     assert logp.double().exp().sum().item() == pytest.approx(1.0, abs=3e-6)
 
 
@@ -103,19 +132,41 @@ def test_rows_and_columns_may_come_in_any_order(case, backend, seed):
     generator = torch.Generator().manual_seed(seed)
     vocab, mask, t, ref = x.shape[-1], options["vocab_mask"], options["temperature"], options["ref_logits"]
     columns = torch.randperm(vocab, generator=generator)
-    moved = torch.where(targets == options["ignore_index"], targets, columns.argsort()[targets.clamp(0, vocab - 1).long()].to(targets.dtype))
+    moved = torch.where(
+        targets == options["ignore_index"],
+        targets,
+        columns.argsort()[targets.clamp(0, vocab - 1).long()].to(targets.dtype),
+    )
     if options["ignore_index"] >= 0:  # a word may not move onto the ignored number
         moved, columns = targets, torch.arange(vocab)
     with use_backend(backend):
         plain = rlk.token_stats(x, targets, **options)
-        shuffled = rlk.token_stats(x[..., columns], moved, **options | {"vocab_mask": None if mask is None else mask[..., columns],
-                                                                         "ref_logits": None if ref is None else ref[..., columns]})
-        for a, b in ((plain.logprobs, shuffled.logprobs), (plain.entropy, shuffled.entropy), (plain.logsumexp, shuffled.logsumexp)):
+        shuffled = rlk.token_stats(
+            x[..., columns],
+            moved,
+            **options
+            | {
+                "vocab_mask": None if mask is None else mask[..., columns],
+                "ref_logits": None if ref is None else ref[..., columns],
+            },
+        )
+        for a, b in (
+            (plain.logprobs, shuffled.logprobs),
+            (plain.entropy, shuffled.entropy),
+            (plain.logsumexp, shuffled.logsumexp),
+        ):
             torch.testing.assert_close(a, b, rtol=4e-6, atol=1e-5)
         order = torch.randperm(len(x), generator=generator)
-        again = rlk.token_stats(x[order], targets[order], **options | {
-            "vocab_mask": mask if mask is None or mask.dim() == 1 else mask[order], "temperature": t if isinstance(t, float) else t[order],
-            "ref_logits": None if ref is None else ref[order]})
+        again = rlk.token_stats(
+            x[order],
+            targets[order],
+            **options
+            | {
+                "vocab_mask": mask if mask is None or mask.dim() == 1 else mask[order],
+                "temperature": t if isinstance(t, float) else t[order],
+                "ref_logits": None if ref is None else ref[order],
+            },
+        )
     for a, b in ((plain.logprobs, again.logprobs), (plain.entropy, again.entropy)):
         if backend == "eager":
             torch.testing.assert_close(a[order], b, rtol=4e-6, atol=1e-5)
@@ -152,6 +203,7 @@ def test_gradients_are_linear_and_those_of_a_logprob_sum_to_zero(case, backend, 
 
         def gradient(a, b):
             return torch.autograd.grad((stats.logprobs, stats.entropy), x, (a, b), retain_graph=True)[0]
+
         base = gradient(g, h)
         torch.testing.assert_close(gradient(scale * g, scale * h), scale * base, rtol=1e-6, atol=1e-30)
         alone = gradient(g, torch.zeros_like(h))
@@ -175,8 +227,14 @@ def test_the_ratio_is_exactly_one_at_the_first_step_and_the_loss_is_minus_the_me
     with use_backend(backend):
         old = rlk.token_logprobs(x, targets, **options)
         live = old.isfinite() & (targets != options["ignore_index"])
-        loss, metrics = rlk.logits_policy_loss(x, targets, torch.where(live, old, 0.0), advantages, live, return_metrics=True, **options)
-    assert metrics["ratio"].item() == (1.0 if live.any() else 0.0) and metrics["ppo_kl"].item() == 0.0 and metrics["clip_fraction"].item() == 0.0
+        loss, metrics = rlk.logits_policy_loss(
+            x, targets, torch.where(live, old, 0.0), advantages, live, return_metrics=True, **options
+        )
+    assert (
+        metrics["ratio"].item() == (1.0 if live.any() else 0.0)
+        and metrics["ppo_kl"].item() == 0.0
+        and metrics["clip_fraction"].item() == 0.0
+    )
     expected = -advantages[live].double().mean().item() if live.any() else 0.0
     assert loss.item() == pytest.approx(expected, rel=2e-6, abs=2e-7)
 
@@ -192,7 +250,10 @@ def test_estimators_of_the_divergence_of_a_model_from_itself_are_zero_and_k3_is_
             finite = same.logprobs.isfinite()
             assert not same.kl[finite].any(), kl
         if reference is not None:
-            finite = rlk.token_logprobs(x, targets, **options).isfinite() & rlk.token_logprobs(reference, targets, **options).isfinite()
+            finite = (
+                rlk.token_logprobs(x, targets, **options).isfinite()
+                & rlk.token_logprobs(reference, targets, **options).isfinite()
+            )
             assert (rlk.token_stats(x, targets, ref_logits=reference, kl="k3", **options).kl[finite] >= 0).all()
 
 
@@ -206,8 +267,12 @@ def test_k3_and_entropy_agree_with_enumeration(case, backend):
     mask = mask if mask is None or mask.dim() == 1 else mask.reshape(-1, x.shape[-1])[0]
     vocab = len(row)
     with use_backend(backend):
-        logp = rlk.token_logprobs(row.expand(vocab, vocab), torch.arange(vocab), vocab_mask=mask, temperature=options["temperature"]).double()
-        entropy = rlk.token_stats(row[None], torch.tensor([0]), vocab_mask=mask, temperature=options["temperature"], ignore_index=-5).entropy
+        logp = rlk.token_logprobs(
+            row.expand(vocab, vocab), torch.arange(vocab), vocab_mask=mask, temperature=options["temperature"]
+        ).double()
+        entropy = rlk.token_stats(
+            row[None], torch.tensor([0]), vocab_mask=mask, temperature=options["temperature"], ignore_index=-5
+        ).entropy
     expected = -(logp.exp() * torch.where(logp == -math.inf, 0.0, logp)).sum()
     assert entropy.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
 
@@ -221,7 +286,9 @@ def test_gae_is_its_recurrence_and_with_unit_decay_returns_minus_values(batch, l
         advantages, returns = rlk.gae(rewards, values, gamma=gamma, lam=lam)
         whole, _ = rlk.gae(rewards, values, gamma=1.0, lam=1.0)
     by_hand = [gae_by_hand(r, v, gamma, lam) for r, v in zip(rewards.tolist(), values.tolist(), strict=True)]
-    torch.testing.assert_close(advantages, torch.tensor(by_hand, dtype=torch.float64).reshape(batch, length), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        advantages, torch.tensor(by_hand, dtype=torch.float64).reshape(batch, length), rtol=1e-12, atol=1e-12
+    )
     torch.testing.assert_close(returns, advantages + values, rtol=1e-12, atol=1e-12)
     totals = rewards.flip(1).cumsum(1).flip(1)
     torch.testing.assert_close(whole, totals - values, rtol=1e-12, atol=1e-12)
@@ -238,14 +305,27 @@ def test_the_fused_loss_is_the_loss_of_its_two_passes(case, backend, seed, inpla
     noise, advantages, weights = (torch.randn(targets.shape, generator=generator) for _ in range(3))
     with use_backend(backend):
         old = rlk.token_logprobs(x, targets, **options)
-        live = old.isfinite() & (torch.rand(targets.shape, generator=generator) < 0.8) & (targets != options["ignore_index"])
+        live = (
+            old.isfinite()
+            & (torch.rand(targets.shape, generator=generator) < 0.8)
+            & (targets != options["ignore_index"])
+        )
         old = torch.where(live, old, 0.0) + 0.3 * noise
         given_weights = {"weights": weights} if x.dim() != 2 or seed % 2 else {}
         leaf = x.detach().requires_grad_()
         non_overlapping = x.is_contiguous()
         source = leaf * 1 if inplace and non_overlapping else leaf
-        loss = rlk.logits_policy_loss(source, targets, old, advantages, live, entropy_coef=0.1, inplace_backward=inplace and non_overlapping, **given_weights,
-                                      **options)
+        loss = rlk.logits_policy_loss(
+            source,
+            targets,
+            old,
+            advantages,
+            live,
+            entropy_coef=0.1,
+            inplace_backward=inplace and non_overlapping,
+            **given_weights,
+            **options,
+        )
         (fused,) = torch.autograd.grad(loss, leaf, torch.tensor(0.7))
         stats = rlk.token_stats(leaf, targets, **options)
         logp, entropy = stats.logprobs.detach().requires_grad_(), stats.entropy.detach().requires_grad_()

@@ -1,4 +1,5 @@
 """Nothing is left unwritten: every result is the same where empty memory is NaN."""
+
 from contextlib import contextmanager
 
 import pytest
@@ -41,4 +42,5 @@ def test_F12_every_row_is_written_also_where_all_are_dead(backend):
             assert not result.any()
         alive = torch.zeros(4, dtype=torch.int64)
         zero = torch.zeros(4)
-        assert not rows_of(x, alive, (zero, zero, zero), ref_logits=x)[-1].any()  # no upstream gradient: row not read, but written
+        # No upstream gradient: row not read, but written.
+        assert not rows_of(x, alive, (zero, zero, zero), ref_logits=x)[-1].any()

@@ -1,4 +1,5 @@
 """The objects that stand in TRL's seams, called with TRL's own conventions, against float64 formulas."""
+
 import pytest
 import torch
 
@@ -41,7 +42,9 @@ def reference(hidden, weight, bias, targets, temperature, softcap, scale):
 
 # Plain; a cold temperature; Gemma's cap, Cohere's scale and GPT-J's bias together.
 @pytest.mark.parametrize(
-    ("temperature", "softcap", "scale", "biased"), [(1.0, None, 1.0, False), (0.6, None, 1.0, True), (1.3, 5.0, 0.25, True)])
+    ("temperature", "softcap", "scale", "biased"),
+    [(1.0, None, 1.0, False), (0.6, None, 1.0, True), (1.3, 5.0, 0.25, True)],
+)
 def test_the_head_returns_all_five_outputs_and_three_gradients(head, temperature, softcap, scale, biased):
     (hidden, weight, bias), targets = inputs()
     bias = bias if biased else None
@@ -107,7 +110,11 @@ def test_outside_the_domain_strict_raises_and_loose_delegates_bit_for_bit_and_co
     theirs = original.apply(hidden, weight, None, targets, 1.0, 32768)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     status = integration.status()
-    assert status.calls == {} and list(status.delegations.values()) == [1] and next(iter(status.delegations))[0] == "fused_head"
+    assert (
+        status.calls == {}
+        and list(status.delegations.values()) == [1]
+        and next(iter(status.delegations))[0] == "fused_head"
+    )
 
 
 def test_unknown_outputs_are_outside_the_domain(head):
@@ -117,7 +124,9 @@ def test_unknown_outputs_are_outside_the_domain(head):
 
 
 # float64 and fp16, margins where exp overflows, and no pair at all.
-@pytest.mark.parametrize(("dtype", "shape"), [(torch.float32, (7,)), (torch.float64, (2, 3)), (torch.float16, (5,)), (torch.float32, (0,))])
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [(torch.float32, (7,)), (torch.float64, (2, 3)), (torch.float16, (5,)), (torch.float32, (0,))]
+)
 def test_logsigmoid_of_the_reward_trainer_is_elementwise_and_differentiable(dtype, shape):
     from trl.trainer import reward_trainer
 
@@ -148,13 +157,17 @@ def test_at_level_logits_the_public_functions_reach_our_kernel(monkeypatch):
     # TRL takes this road on a GPU with Triton only; its own checks are opened here so that a CPU takes it too.
     monkeypatch.setattr(utils, "is_triton_available", lambda: True)
     monkeypatch.setattr(utils, "_supports_trl_loss_kernel", lambda *args: True)
-    assert integration.patch(level="logits").replaced == ("trl.trainer.utils._fused_logprob_entropy -> rlkernels (logits)",)
+    assert integration.patch(level="logits").replaced == (
+        "trl.trainer.utils._fused_logprob_entropy -> rlkernels (logits)",
+    )
     torch.manual_seed(1)
     logits, index = torch.randn(2, 5, 33, requires_grad=True), torch.randint(0, 33, (2, 5))
     mask = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]])
     logprobs, entropy = utils.selective_log_softmax_and_entropy(logits, index, temperature=0.7, row_mask=mask)
     log_p = (logits.detach().double() / 0.7).log_softmax(-1)
-    torch.testing.assert_close(logprobs.double(), log_p.gather(-1, index[..., None])[..., 0] * mask, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        logprobs.double(), log_p.gather(-1, index[..., None])[..., 0] * mask, rtol=1e-5, atol=1e-6
+    )
     torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(-1) * mask, rtol=1e-5, atol=1e-6)
     logprobs.sum().backward()
     assert not logits.grad[mask == 0].any() and logits.grad[mask == 1].any(-1).all()

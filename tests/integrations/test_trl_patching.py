@@ -1,4 +1,5 @@
 """What ``patch`` accepts and refuses, that it is all or nothing, and that ``unpatch`` leaves no trace."""
+
 import importlib
 import sys
 import types
@@ -12,7 +13,11 @@ from trl.trainer import reward_trainer, utils  # noqa: E402
 
 from rlkernels.integrations import trl as integration  # noqa: E402
 
-SEAMS = [(utils, "_ChunkedLogProbFunction"), (importlib.import_module("trl.kernels"), "ChunkedLogProbFunction"), (reward_trainer, "nn")]
+SEAMS = [
+    (utils, "_ChunkedLogProbFunction"),
+    (importlib.import_module("trl.kernels"), "ChunkedLogProbFunction"),
+    (reward_trainer, "nn"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +55,11 @@ def test_F108_patching_over_another_library_raises_and_replaces_nothing(monkeypa
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Foreign)
     with pytest.raises(RuntimeError, match="another library has patched it"):
         integration.patch()
-    assert utils._ChunkedLogProbFunction is Foreign and reward_trainer.nn is torch.nn and integration.status().replaced == ()
+    assert (
+        utils._ChunkedLogProbFunction is Foreign
+        and reward_trainer.nn is torch.nn
+        and integration.status().replaced == ()
+    )
     monkeypatch.undo()
     monkeypatch.setattr(reward_trainer, "nn", types.SimpleNamespace(functional=torch.nn.functional))
     with pytest.raises(RuntimeError, match=r"reward_trainer\.nn is .* not torch\.nn"):
@@ -63,7 +72,9 @@ def test_F108_a_foreign_patch_over_ours_is_reported_and_left_alone(monkeypatch):
     ours, foreign = utils._ChunkedLogProbFunction, object()
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", foreign)
     for action in (integration.patch, integration.unpatch):
-        with pytest.raises(RuntimeError, match="was replaced by .* after our patch; undo that one first, nothing was changed"):
+        with pytest.raises(
+            RuntimeError, match="was replaced by .* after our patch; undo that one first, nothing was changed"
+        ):
             action()
         assert utils._ChunkedLogProbFunction is foreign and reward_trainer.nn is not torch.nn
     assert "trl.trainer.utils._ChunkedLogProbFunction" not in integration.status().replaced
@@ -97,7 +108,18 @@ def fake_trl(monkeypatch, version, parameters):
     return fake
 
 
-KNOWN = ("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs")
+KNOWN = (
+    "ctx",
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
 
 
 # A renamed parameter, one argument fewer (TRL 1.12), and one more at the end: each has happened between two releases.
@@ -109,8 +131,15 @@ def test_F110_an_unknown_signature_is_refused_and_nothing_is_replaced(monkeypatc
         with pytest.raises(RuntimeError) as error:
             integration.patch(strict=strict)
         message = str(error.value)
-        assert "TRL 1.16.9" in message and str(parameters) in message and str(KNOWN) in message and "nothing was patched" in message
-    assert fake._ChunkedLogProbFunction is before and integration.status().replaced == () and reward_trainer.nn is torch.nn
+        assert (
+            "TRL 1.16.9" in message
+            and str(parameters) in message
+            and str(KNOWN) in message
+            and "nothing was patched" in message
+        )
+    assert (
+        fake._ChunkedLogProbFunction is before and integration.status().replaced == () and reward_trainer.nn is torch.nn
+    )
 
 
 def test_F110_a_reward_loss_without_logsigmoid_is_refused_and_the_head_stays(monkeypatch):

@@ -1,4 +1,5 @@
 """The drop-in under TRL's own trainers: same losses and gradient norms as stock, whatever subclass or moment."""
+
 import importlib
 import os
 import random
@@ -33,7 +34,11 @@ from rlkernels.integrations import trl as integration  # noqa: E402
 # Correct runs differ by up to 2e-6, runs whose log-probabilities are 1 % wrong by 1e-3 and more.
 TOLERANCE = 1e-4
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames arguments that TRL still passes
-SEAMS = [(utils, "_ChunkedLogProbFunction"), (importlib.import_module("trl.kernels"), "ChunkedLogProbFunction"), (reward_trainer, "nn")]
+SEAMS = [
+    (utils, "_ChunkedLogProbFunction"),
+    (importlib.import_module("trl.kernels"), "ChunkedLogProbFunction"),
+    (reward_trainer, "nn"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -46,22 +51,45 @@ def unpatched():
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """A policy and a reward model of 97 words, saved and used by path: TRL opens ``_name_or_path`` again for an implicit reference."""
+    """A policy and a reward model of 97 words, saved and used by path: TRL opens ``_name_or_path`` again for an
+    implicit reference.
+    """
     directory = tmp_path_factory.mktemp("tiny")
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(93))]
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", padding_side="left")
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     config = dict(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
-    for name, model, extra in (("policy", LlamaForCausalLM, {}), ("reward", LlamaForSequenceClassification, {"num_labels": 1})):
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    for name, model, extra in (
+        ("policy", LlamaForCausalLM, {}),
+        ("reward", LlamaForSequenceClassification, {"num_labels": 1}),
+    ):
         torch.manual_seed(7)
         model(LlamaConfig(**config, **extra)).save_pretrained(directory / name)
         tokenizer.save_pretrained(directory / name)
-    return types.SimpleNamespace(policy=str(directory / "policy"), reward=str(directory / "reward"), out=str(directory / "out"))
+    return types.SimpleNamespace(
+        policy=str(directory / "policy"), reward=str(directory / "reward"), out=str(directory / "out")
+    )
 
 
 def words(n):
@@ -78,8 +106,19 @@ def build(name, paths, cls=None):
     random.seed(0)
     kind, variant = name.split("/")
     common = dict(
-        output_dir=paths.out, max_steps=3, report_to="none", use_cpu=True, bf16=False, save_strategy="no", logging_steps=1,
-        gradient_checkpointing=False, learning_rate=1e-3, seed=1, disable_tqdm=True, per_device_train_batch_size=4 if kind == "grpo" else 2)
+        output_dir=paths.out,
+        max_steps=3,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        logging_steps=1,
+        gradient_checkpointing=False,
+        learning_rate=1e-3,
+        seed=1,
+        disable_tqdm=True,
+        per_device_train_batch_size=4 if kind == "grpo" else 2,
+    )
     tokenizer = AutoTokenizer.from_pretrained(paths.policy)
     keywords = {"processing_class": tokenizer}
     if kind == "reward":
@@ -97,7 +136,14 @@ def build(name, paths, cls=None):
     elif kind == "grpo":
         rows = [dict(prompt=words(5)) for _ in range(8)]
         args = trl.GRPOConfig(
-            loss_type=variant, num_generations=4, max_completion_length=8, beta=0.04, num_iterations=2, temperature=0.7, **common)
+            loss_type=variant,
+            num_generations=4,
+            max_completion_length=8,
+            beta=0.04,
+            num_iterations=2,
+            temperature=0.7,
+            **common,
+        )
         trainer, keywords["reward_funcs"] = trl.GRPOTrainer, distinct
     elif kind == "kto":
         rows = [dict(prompt=words(5), completion=" " + words(6), label=bool(i % 2)) for i in range(8)]
@@ -108,7 +154,17 @@ def build(name, paths, cls=None):
     return (cls or trainer)(model, args=args, train_dataset=Dataset.from_list(rows), **keywords)
 
 
-TRAINERS = ("dpo/sigmoid", "dpo/ipo", "grpo/dapo", "grpo/cispo", "kto/kto", "sft/nll", "sft/dft", "reward/margin", "reward/centred")
+TRAINERS = (
+    "dpo/sigmoid",
+    "dpo/ipo",
+    "grpo/dapo",
+    "grpo/cispo",
+    "kto/kto",
+    "sft/nll",
+    "sft/dft",
+    "reward/margin",
+    "reward/centred",
+)
 
 
 def train(trainer):
@@ -116,7 +172,9 @@ def train(trainer):
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return torch.tensor([[entry["loss"] for entry in logs], [entry["grad_norm"] for entry in logs]], dtype=torch.float64)
+    return torch.tensor(
+        [[entry["loss"] for entry in logs], [entry["grad_norm"] for entry in logs]], dtype=torch.float64
+    )
 
 
 _stock = {}
@@ -170,13 +228,19 @@ def test_patching_after_construction_reaches_the_trainer(paths):
 def test_patching_before_trl_is_imported_reaches_the_trainers():
     code = (
         "import sys\nfrom rlkernels.integrations import trl as integration\nassert 'trl' not in sys.modules\n"
-        "print(integration.patch())\nimport trl, trl.trainer.utils as utils\nfrom trl import DPOTrainer, RewardTrainer\n"
+        "print(integration.patch())\nimport trl, trl.trainer.utils as utils\nfrom trl import DPOTrainer, "
+        "RewardTrainer\n"
         "assert 'rlkernels' in repr(utils._ChunkedLogProbFunction)\n"
-        "assert 'rlkernels' in repr(RewardTrainer.compute_loss.__globals__['nn'].functional.logsigmoid)\nintegration.unpatch()\n"
-        "assert utils._ChunkedLogProbFunction.__module__ == 'trl.kernels.chunked_logprob'\n")
+        "assert 'rlkernels' in "
+        "repr(RewardTrainer.compute_loss.__globals__['nn'].functional.logsigmoid)\nintegration.unpatch()\n"
+        "assert utils._ChunkedLogProbFunction.__module__ == 'trl.kernels.chunked_logprob'\n"
+    )
     done = subprocesses.child("-W", "ignore", "-c", code)
     assert done.returncode == 0, done.stderr
-    assert f"trl.trainer.utils._ChunkedLogProbFunction -> rlkernels (fused) (TRL {trl.__version__})" in done.stdout.splitlines()
+    assert (
+        f"trl.trainer.utils._ChunkedLogProbFunction -> rlkernels (fused) (TRL {trl.__version__})"
+        in done.stdout.splitlines()
+    )
 
 
 def test_F106_a_subclass_with_its_own_reward_loss_keeps_it(paths):

@@ -1,4 +1,7 @@
-"""What the bits of a row depend on here: ``python linear_bits.py`` prints, per dtype of head and logits, whether the product is ours and what moved them."""
+"""What the bits of a row depend on here: ``python linear_bits.py`` prints, per dtype of head and logits, whether the
+product is ours and what moved them.
+"""
+
 import json
 
 import torch
@@ -7,25 +10,43 @@ import rlkernels as rlk
 from rlkernels.backends import cpu_matmul
 
 SIZES = (64, 257, 100), (40, 96, 3001), (23, 1024, 1500)
-"""Tokens, features, columns. With the first two of these MKL adds in another order on four threads; with the last in another chunk."""
-DTYPES = (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32"), ("float16", "float16"),
-          ("float64", "float64"))
+"""Tokens, features, columns.
+
+With the first two of these MKL adds in another order on four threads; with the last in another chunk.
+"""
+DTYPES = (
+    ("float32", "float32"),
+    ("float32", "bfloat16"),
+    ("bfloat16", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float32"),
+    ("float16", "float16"),
+    ("float64", "float64"),
+)
 
 
 def results(hidden, weight, bias, targets, **options):
-    """Of each row: log-probability, entropy, and the gradients of its hidden states through the statistics and through a loss."""
+    """Of each row: log-probability, entropy, and the gradients of its hidden states through the statistics and through
+    a loss.
+    """
     leaf = hidden.clone().requires_grad_()
     stats = rlk.linear_token_stats(leaf, weight, targets, bias=bias, softcap=30.0, **options)
     (one,) = torch.autograd.grad(stats.logprobs.sum() + stats.entropy.sum(), leaf)
-    (two,) = torch.autograd.grad(rlk.linear_sft_loss(leaf, weight, targets, aggregation="token-sum", bias=bias, **options), leaf)
+    (two,) = torch.autograd.grad(
+        rlk.linear_sft_loss(leaf, weight, targets, aggregation="token-sum", bias=bias, **options), leaf
+    )
     return stats.logprobs.detach(), stats.entropy.detach(), one, two
 
 
 def moved(ours, dtype, logits_dtype, tokens, features, columns):
-    """What changes a bit: time; and where the product is ours, which nothing should: the threads, the chunk, or the rows that come along."""
+    """What changes a bit: time; and where the product is ours, which nothing should: the threads, the chunk, or the
+    rows that come along.
+    """
     draw = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
-                            for shape in ((tokens, features), (columns, features), (columns,)))
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
+        for shape in ((tokens, features), (columns, features), (columns,))
+    )
     targets, found = torch.randint(columns, (tokens,), generator=draw), set()
 
     def run(threads, rows=slice(None), **options):
@@ -48,8 +69,15 @@ def moved(ours, dtype, logits_dtype, tokens, features, columns):
 def main():
     wide, found = cpu_matmul.fp32_preferred(), {}
     for head, logits in DTYPES:
-        ours = {("bfloat16", "float32"): wide or cpu_matmul.available(), ("bfloat16", "bfloat16"): False}.get((head, logits), wide and head != "float64")
-        found[f"{head} {logits}"] = ours, sorted({what for size in SIZES for what in moved(ours, getattr(torch, head), getattr(torch, logits), *size)})
+        ours = {("bfloat16", "float32"): wide or cpu_matmul.available(), ("bfloat16", "bfloat16"): False}.get(
+            (head, logits), wide and head != "float64"
+        )
+        found[f"{head} {logits}"] = (
+            ours,
+            sorted(
+                {what for size in SIZES for what in moved(ours, getattr(torch, head), getattr(torch, logits), *size)}
+            ),
+        )
     print(json.dumps(found))
 
 

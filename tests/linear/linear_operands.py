@@ -1,4 +1,7 @@
-"""Hidden states, weight and bias of a head in every layout, on this process's instruction set, against float64: ``python linear_operands.py``."""
+"""Hidden states, weight and bias of a head in every layout, on this process's instruction set, against float64:
+``python linear_operands.py``.
+"""
+
 import torch
 from argument_layouts import LAYOUTS
 from linear_problems import problem, rows
@@ -25,10 +28,14 @@ def laid_out(layout, x):
 
 
 def near(got, truth, other, tolerance, what):
-    """In the Frobenius norm, in units of the truth or (where its terms cancel: all columns alike) of the ``other`` operand's rows that it is summed from."""
+    """In the Frobenius norm, in units of the truth or (where its terms cancel: all columns alike) of the ``other``
+    operand's rows that it is summed from.
+    """
     once = (truth.to(got.dtype).double() - truth).norm()
     error, size = (got.double() - truth).norm(), max(truth.norm(), other)
-    assert got.shape == truth.shape and error <= tolerance * size + 1.05 * once, f"{what}: error {error:.3g}, truth {truth.norm():.3g}, size {size:.3g}"
+    assert got.shape == truth.shape and error <= tolerance * size + 1.05 * once, (
+        f"{what}: error {error:.3g}, truth {truth.norm():.3g}, size {size:.3g}"
+    )
 
 
 def calls(d):
@@ -36,7 +43,12 @@ def calls(d):
         found = rlk.linear_token_stats(h, w, d["targets"], bias=b, **options)
         return (found.logprobs * d["advantages"] + found.entropy).sum()
 
-    return {"stats": stats, "loss": lambda h, w, b, **options: rlk.linear_sft_loss(h, w, d["targets"], bias=b, aggregation="token-sum", **options)}
+    return {
+        "stats": stats,
+        "loss": lambda h, w, b, **options: rlk.linear_sft_loss(
+            h, w, d["targets"], bias=b, aggregation="token-sum", **options
+        ),
+    }
 
 
 def truth_of(name, d, operands):
@@ -56,15 +68,28 @@ def check(dtype, layout, which):
         for options in ({}, {"chunk_tokens": 5}):
             what = f"{name} of {dtype}, {'/'.join(which)} {layout}, {options}"
             loss = call(*operands, **options)
-            assert (loss.double() - truth).abs() <= 10 * TOLERANCE[dtype] * max(1.0, truth.abs()), f"{what}: {loss} against {truth}"
+            assert (loss.double() - truth).abs() <= 10 * TOLERANCE[dtype] * max(1.0, truth.abs()), (
+                f"{what}: {loss} against {truth}"
+            )
             for part, got, true in zip(OPERANDS, torch.autograd.grad(loss, operands), expected, strict=True):
                 other = {"hidden": wide[1].norm() / 10, "weight": wide[0].norm() / 10, "bias": 1.0}[part]
-                near(got, true, other, 10 * TOLERANCE[dtype] if dtype.itemsize > 2 else 1e-2, f"{what}: gradient of {part}")
+                near(
+                    got,
+                    true,
+                    other,
+                    10 * TOLERANCE[dtype] if dtype.itemsize > 2 else 1e-2,
+                    f"{what}: gradient of {part}",
+                )
     return 1
 
 
 def main():
-    tried = sum(check(dtype, layout, which) for dtype in TOLERANCE for layout in (*LAYOUTS, *FURTHER) for which in (*((name,) for name in OPERANDS), OPERANDS))
+    tried = sum(
+        check(dtype, layout, which)
+        for dtype in TOLERANCE
+        for layout in (*LAYOUTS, *FURTHER)
+        for which in (*((name,) for name in OPERANDS), OPERANDS)
+    )
     assert tried >= 100, tried
     print(tried)
 

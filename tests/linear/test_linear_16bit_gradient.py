@@ -1,4 +1,7 @@
-"""The products of an accelerator, on the host: the gradient of fp32 logits is written in the 16 bits that they take, and in no other case."""
+"""The products of an accelerator, on the host: the gradient of fp32 logits is written in the 16 bits that they take,
+and in no other case.
+"""
+
 import linear_problems as problems
 import pytest
 import torch
@@ -40,7 +43,9 @@ def losses(d, h, w, b, **options):
     stats = rlk.linear_token_stats(h, w, y, bias=b, **options)
     yield (stats.logprobs * d["advantages"] + stats.entropy * d["token_weights"]).sum()
     for level in ("token", "sequence"):
-        yield rlk.linear_policy_loss(h, w, y, d["old"], d["advantages"], mask, bias=b, ratio_level=level, entropy_coef=0.1, **options)
+        yield rlk.linear_policy_loss(
+            h, w, y, d["old"], d["advantages"], mask, bias=b, ratio_level=level, entropy_coef=0.1, **options
+        )
     yield rlk.linear_dpo_loss(h, w, y, mask, bias=b, reference_free=True, **options)
     yield rlk.linear_sft_loss(h, w, y, mask, bias=b, **options)
 
@@ -58,11 +63,14 @@ def test_rounding_at_once_changes_no_bit_and_spares_a_pass(chunk, on_host, monke
         assert set(OnHost.seen) == {seen}
         OnHost.seen.clear()
         results.append(found)
-        monkeypatch.setattr(head.Chunk, "gradient_of", lambda self, x: x)  # written in fp32, over the logits, and rounded by the product
+        # Written in fp32, over the logits, and rounded by the product.
+        monkeypatch.setattr(head.Chunk, "gradient_of", lambda self, x: x)
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("options", [{"softcap": 5.0}, {"logit_scale": 0.7}, {"bias": True}, {"logits_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"softcap": 5.0}, {"logit_scale": 0.7}, {"bias": True}, {"logits_dtype": torch.bfloat16}], ids=str
+)
 def test_what_needs_the_gradient_unrounded_gets_it(options, on_host):
     d, options = problem(torch.bfloat16, (4, 7)), dict(options)
     own_bias = options.pop("bias", False)
@@ -85,10 +93,13 @@ def test_a_frozen_bias_keeps_nothing_unrounded(dtype, on_host):
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_sum"])
 @pytest.mark.parametrize("tokens", [None, 2.0**20, 2.0**-9])
 def test_F44_gradients_made_before_the_loss_scale_are_those_of_float64(tokens, level, dtype, on_host):
-    """Over a million tokens in all: without a scale of its own the gradient of a logit would be 0 in fp16; with weights of 512, infinite."""
+    """Over a million tokens in all: without a scale of its own the gradient of a logit would be 0 in fp16; with weights
+    of 512, infinite.
+    """
     d = problem(dtype, (4, 48), hidden=64, vocab=515)
     normal = {} if level == "sequence_sum" or tokens is None else {"normalizers": {"batch_num_tokens": tokens}}
-    upstream = 1.0 if tokens is None else tokens / 2.0**8  # a gradient scaler's, by a power of 2, so that the result is in reach of fp16
+    # A gradient scaler's, by a power of 2, so that the result is in reach of fp16.
+    upstream = 1.0 if tokens is None else tokens / 2.0**8
     upstream = upstream if level != "sequence_sum" else 2.0**-6  # whose gradient is in the ten thousands
     wide = problems.leaves(d, bias=False)
     mode = "seq-mean" if level == "sequence_sum" else "token-mean"
@@ -96,10 +107,21 @@ def test_F44_gradients_made_before_the_loss_scale_are_those_of_float64(tokens, l
     want = gradients(truth, wide, upstream)
     for chunk in ({}, {"chunk_tokens": 64}, {"chunk_tokens": 16}):
         operands = own(d, bias=False)
-        loss = rlk.linear_policy_loss(*operands[:2], d["targets"], d["old"], d["advantages"], d["mask"], clip_low=0.2, clip_high=0.28, ratio_level=level,
-                                      **normal, **chunk)
+        loss = rlk.linear_policy_loss(
+            *operands[:2],
+            d["targets"],
+            d["old"],
+            d["advantages"],
+            d["mask"],
+            clip_low=0.2,
+            clip_high=0.28,
+            ratio_level=level,
+            **normal,
+            **chunk,
+        )
         torch.testing.assert_close(loss.double(), truth, rtol=1e-4, atol=0)
-        for x, t in zip(gradients(loss, operands, upstream), want, strict=True):  # one rounding of the operand, one of the result
+        # One rounding of the operand, one of the result.
+        for x, t in zip(gradients(loss, operands, upstream), want, strict=True):
             assert t.to(dtype).isfinite().all() and x.any()
             assert problems.frobenius(x, t) <= 2.0 * problems.frobenius(t.to(dtype), t), chunk
 
@@ -110,7 +132,11 @@ def test_F44_gradients_of_pairs_are_those_of_float64(dtype, on_host):
     wide = problems.leaves(d, bias=False)
     sums, n = problems.answers(d, wide)
     nothing = torch.zeros(8, dtype=torch.float64)
-    want = gradients(problems.pairs("sigmoid", sums[:8], sums[8:], nothing, nothing, n[:8], n[8:], beta=0.01, smoothing=0.0).mean(), wide, 2.0**8)
+    want = gradients(
+        problems.pairs("sigmoid", sums[:8], sums[8:], nothing, nothing, n[:8], n[8:], beta=0.01, smoothing=0.0).mean(),
+        wide,
+        2.0**8,
+    )
     operands = own(d, bias=False)
     loss = rlk.linear_dpo_loss(*operands[:2], d["targets"], d["mask"], reference_free=True, beta=0.01)
     for x, t in zip(gradients(loss, operands, 2.0**8), want, strict=True):

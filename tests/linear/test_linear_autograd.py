@@ -1,4 +1,7 @@
-"""The autograd contract of the losses of the head: upstream gradients, retained graphs, checkpoints, autocast, compilation."""
+"""The autograd contract of the losses of the head: upstream gradients, retained graphs, checkpoints, autocast,
+compilation.
+"""
+
 import linear_problems as problems
 import pytest
 import torch
@@ -15,30 +18,54 @@ GOOD = torch.tensor([True, False, True, True])
 
 def state(dtype=torch.float32, shape=(4, L), seed=0):
     d = problem(dtype, shape, seed=seed)
-    d["refs"], d["pair_weights"] = (torch.tensor(x, dtype=d["old"].dtype) for x in ([-20.0, -31.0, -17.0, -25.0], [0.5, 2.0]))
+    d["refs"], d["pair_weights"] = (
+        torch.tensor(x, dtype=d["old"].dtype) for x in ([-20.0, -31.0, -17.0, -25.0], [0.5, 2.0])
+    )
     d["kl"], d["lengths"] = torch.tensor(0.2), torch.tensor([3.0, 6.0])
     return d
 
 
 def policy(d, h, w, b, **options):
-    return rlk.linear_policy_loss(h, w, d["targets"], d["old"], d["advantages"], d["mask"], bias=b, **{"chunk_tokens": 5, **options})
+    return rlk.linear_policy_loss(
+        h, w, d["targets"], d["old"], d["advantages"], d["mask"], bias=b, **{"chunk_tokens": 5, **options}
+    )
 
 
 def dpo(d, h, w, b, **options):
-    return rlk.linear_dpo_loss(h, w, d["targets"], d["mask"], bias=b, ref_chosen_logps=d["refs"][:2], ref_rejected_logps=d["refs"][2:], beta=0.05,
-                               **{"chunk_tokens": 5, **options})
+    return rlk.linear_dpo_loss(
+        h,
+        w,
+        d["targets"],
+        d["mask"],
+        bias=b,
+        ref_chosen_logps=d["refs"][:2],
+        ref_rejected_logps=d["refs"][2:],
+        beta=0.05,
+        **{"chunk_tokens": 5, **options},
+    )
 
 
 LOSSES = {
-    "policy": lambda d, *o: policy(d, *o, temperature=d["temperature"], kl_coef=0.1, ref_logprobs=d["ref"], entropy_coef=0.1),
+    "policy": lambda d, *o: policy(
+        d, *o, temperature=d["temperature"], kl_coef=0.1, ref_logprobs=d["ref"], entropy_coef=0.1
+    ),
     "policy with weights": lambda d, *o: policy(d, *o, weights=d["token_weights"]),
     "policy of sequences": lambda d, *o: policy(d, *o, ratio_level="sequence", softcap=5.0),
     "policy of sums": lambda d, *o: policy(d, *o, ratio_level="sequence_sum", clip_high=3.0),
-    "sft": lambda d, h, w, b: rlk.linear_sft_loss(h, w, d["targets"], d["mask"], bias=b, sample_weights=d["advantages"], kind="dft",
-                                                  temperature=d["temperature"]),
-    "dpo": lambda d, *o: dpo(d, *o, pair_weights=d["pair_weights"], chosen_lengths=d["lengths"], rejected_lengths=d["lengths"],
-                             length_normalized=True),
-    "kto": lambda d, h, w, b: rlk.linear_unpaired_preference_loss(h, w, d["targets"], d["refs"], GOOD, d["mask"], bias=b, kl=d["kl"], beta=0.05),
+    "sft": lambda d, h, w, b: rlk.linear_sft_loss(
+        h, w, d["targets"], d["mask"], bias=b, sample_weights=d["advantages"], kind="dft", temperature=d["temperature"]
+    ),
+    "dpo": lambda d, *o: dpo(
+        d,
+        *o,
+        pair_weights=d["pair_weights"],
+        chosen_lengths=d["lengths"],
+        rejected_lengths=d["lengths"],
+        length_normalized=True,
+    ),
+    "kto": lambda d, h, w, b: rlk.linear_unpaired_preference_loss(
+        h, w, d["targets"], d["refs"], GOOD, d["mask"], bias=b, kl=d["kl"], beta=0.05
+    ),
 }
 UPSTREAM = (1.0, -0.5, 0.0, 2.0**16, float("nan"))
 
@@ -101,9 +128,13 @@ def test_F36_F37_second_derivatives_and_forward_mode_are_refused(name, backend):
     with pytest.raises(RuntimeError, match="double backward is not supported by rlkernels"):
         torch.autograd.grad(LOSSES[name](d, *operands), operands, create_graph=True)
     with pytest.raises(RuntimeError, match="forward-mode AD is not supported"):
-        torch.func.jvp(lambda w: LOSSES[name](d, d["hidden"], w, d["bias"]), (d["weight"],), (torch.ones_like(d["weight"]),))
+        torch.func.jvp(
+            lambda w: LOSSES[name](d, d["hidden"], w, d["bias"]), (d["weight"],), (torch.ones_like(d["weight"]),)
+        )
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode AD is not supported"):
-        LOSSES[name](d, torch.autograd.forward_ad.make_dual(d["hidden"], torch.ones_like(d["hidden"])), d["weight"], d["bias"])
+        LOSSES[name](
+            d, torch.autograd.forward_ad.make_dual(d["hidden"], torch.ones_like(d["hidden"])), d["weight"], d["bias"]
+        )
 
 
 CHECKED = {name: LOSSES[name] for name in ("policy", "policy of sequences", "policy of sums", "sft", "dpo", "kto")}
@@ -114,11 +145,19 @@ def test_gradcheck_in_float64(name, backend):
     d = state(torch.float64, (4, 3))
     d["hidden"], d["weight"] = d["hidden"][..., :3].contiguous(), d["weight"][:11, :3].contiguous()
     d["bias"], d["targets"] = d["bias"][:11].contiguous(), d["targets"].clamp(max=10)
-    d["old"], d["refs"], d["kl"] = problems.rows(d, problems.leaves(d))[0].detach() + 0.3 * d["old"].sin(), d["refs"] / 5, d["kl"].double()
+    d["old"], d["refs"], d["kl"] = (
+        problems.rows(d, problems.leaves(d))[0].detach() + 0.3 * d["old"].sin(),
+        d["refs"] / 5,
+        d["kl"].double(),
+    )
     function = CHECKED[name]
     if name == "sft":  # the derivative of dft is not that of its value
+
         def function(d, h, w, b):
-            return rlk.linear_sft_loss(h, w, d["targets"], d["mask"], bias=b, sample_weights=d["advantages"], temperature=d["temperature"])
+            return rlk.linear_sft_loss(
+                h, w, d["targets"], d["mask"], bias=b, sample_weights=d["advantages"], temperature=d["temperature"]
+            )
+
     operands = own(d)
     assert torch.autograd.gradcheck(lambda *o: 1.7 * function(d, *o), operands, eps=1e-6, atol=1e-7, rtol=1e-6)
 
@@ -127,7 +166,10 @@ def test_gradcheck_in_float64(name, backend):
 @pytest.mark.parametrize("name", LOSSES)
 def test_F42_checkpointing_recomputes_the_same_bits(name, reentrant, backend):
     d, results = state(torch.bfloat16), []
-    for run in (lambda *o: LOSSES[name](d, *o), lambda *o: checkpoint(lambda *o: LOSSES[name](d, *o), *o, use_reentrant=reentrant)):
+    for run in (
+        lambda *o: LOSSES[name](d, *o),
+        lambda *o: checkpoint(lambda *o: LOSSES[name](d, *o), *o, use_reentrant=reentrant),
+    ):
         operands = own(d)
         loss = run(*operands)
         (loss * 0.7).backward()
@@ -141,7 +183,11 @@ def test_F42_checkpointing_recomputes_the_same_bits(name, reentrant, backend):
 @pytest.mark.parametrize("name", LOSSES)
 def test_F43_autocast_casts_what_it_is_given_and_nothing_inside(name, hidden, weight, autocast, backend):
     d = state()
-    mixed = [d["hidden"].to(hidden).requires_grad_(), d["weight"].to(weight).requires_grad_(), d["bias"].clone().requires_grad_()]
+    mixed = [
+        d["hidden"].to(hidden).requires_grad_(),
+        d["weight"].to(weight).requires_grad_(),
+        d["bias"].clone().requires_grad_(),
+    ]
     with torch.autocast("cpu", dtype=autocast):
         loss = LOSSES[name](d, *mixed)
     assert loss.dtype == torch.float32
@@ -184,10 +230,12 @@ def test_F105_an_adapter_on_the_head_moves_the_loss_and_gets_gradients(backend):
 
 
 LAYOUTS = {
-    "weight [H, V] transposed": lambda h, w: (h, w.t().contiguous().t()), "weight inside a larger one": lambda h, w: (h, torch.cat([w, w])[:len(w)]),
+    "weight [H, V] transposed": lambda h, w: (h, w.t().contiguous().t()),
+    "weight inside a larger one": lambda h, w: (h, torch.cat([w, w])[: len(w)]),
     "weight of every other row": lambda h, w: (h, w.repeat_interleave(2, 0)[::2]),
     "hidden without its last token": lambda h, w: (torch.cat([h, h[:, :1]], 1)[:, :-1], w),
-    "hidden, tokens first": lambda h, w: (h.transpose(0, 1).contiguous().transpose(0, 1), w), "hidden expanded": lambda h, w: (h[:1].expand_as(h), w),
+    "hidden, tokens first": lambda h, w: (h.transpose(0, 1).contiguous().transpose(0, 1), w),
+    "hidden expanded": lambda h, w: (h[:1].expand_as(h), w),
     "hidden of every other feature": lambda h, w: (h.repeat_interleave(2, -1)[..., ::2], w),
 }
 
@@ -204,23 +252,57 @@ def test_F07_any_layout_is_that_of_a_copy(layout, dtype, backend):
             loss = LOSSES[name](d, h.contiguous() if dense else h, w.contiguous() if dense else w, leaves[2])
             results.append([loss.detach(), *gradients(loss, leaves)])
         for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6 if dtype == torch.float32 else 1e-3)
+            torch.testing.assert_close(
+                a, b, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6 if dtype == torch.float32 else 1e-3
+            )
 
 
 COMPILED = {
-    "policy": lambda d, h, w, t: rlk.linear_policy_loss(h, w, d["targets"], d["old"], d["advantages"], d["mask"], temperature=t, clip_high=t, kl_coef=t,
-                                                        ref_logprobs=d["ref"], entropy_coef=t),
-    "sequences": lambda d, h, w, t: rlk.linear_policy_loss(h, w, d["targets"], d["old"], d["advantages"], d["mask"], temperature=t, ratio_level="sequence",
-                                                           aggregation="seq-mean-token-mean"),
+    "policy": lambda d, h, w, t: rlk.linear_policy_loss(
+        h,
+        w,
+        d["targets"],
+        d["old"],
+        d["advantages"],
+        d["mask"],
+        temperature=t,
+        clip_high=t,
+        kl_coef=t,
+        ref_logprobs=d["ref"],
+        entropy_coef=t,
+    ),
+    "sequences": lambda d, h, w, t: rlk.linear_policy_loss(
+        h,
+        w,
+        d["targets"],
+        d["old"],
+        d["advantages"],
+        d["mask"],
+        temperature=t,
+        ratio_level="sequence",
+        aggregation="seq-mean-token-mean",
+    ),
     "sft": lambda d, h, w, t: rlk.linear_sft_loss(h, w, d["targets"], d["mask"], temperature=t, kind="dft"),
-    "dpo": lambda d, h, w, t: rlk.linear_dpo_loss(h, w, d["targets"], d["mask"], ref_chosen_logps=d["refs"][:2], ref_rejected_logps=d["refs"][2:],
-                                                  temperature=t, beta=t),
-    "kto": lambda d, h, w, t: rlk.linear_unpaired_preference_loss(h, w, d["targets"], d["refs"], GOOD, d["mask"], temperature=t, beta=t, kl=t),
+    "dpo": lambda d, h, w, t: rlk.linear_dpo_loss(
+        h,
+        w,
+        d["targets"],
+        d["mask"],
+        ref_chosen_logps=d["refs"][:2],
+        ref_rejected_logps=d["refs"][2:],
+        temperature=t,
+        beta=t,
+    ),
+    "kto": lambda d, h, w, t: rlk.linear_unpaired_preference_loss(
+        h, w, d["targets"], d["refs"], GOOD, d["mask"], temperature=t, beta=t, kl=t
+    ),
 }
 
 
 # A graph holds ops, whatever backend they name: test_ops compiles them on each.
-@pytest.mark.parametrize("name,dtype", [*((name, torch.float32) for name in COMPILED), ("policy", torch.bfloat16), ("kto", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "name,dtype", [*((name, torch.float32) for name in COMPILED), ("policy", torch.bfloat16), ("kto", torch.bfloat16)]
+)
 def test_F47_F49_one_graph_for_every_length_and_number(name, dtype):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -247,6 +329,7 @@ def test_F62_threads_share_no_buffer(backend):
             operands = own(one)
             loss = policy(one, *operands)
             return [loss.detach(), *gradients(loss, operands)]
+
     expected = [run(seed) for seed in range(4)] * 4
     with ThreadPoolExecutor(8) as pool:
         for got, want in zip(pool.map(run, [0, 1, 2, 3] * 4), expected, strict=True):

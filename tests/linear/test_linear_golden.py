@@ -1,4 +1,7 @@
-"""Golden cases of other systems through the head: two columns give each token the log-probability that the file says, an identity the logits."""
+"""Golden cases of other systems through the head: two columns give each token the log-probability that the file says,
+an identity the logits.
+"""
+
 import types
 
 import golden_ops
@@ -12,7 +15,9 @@ import rlkernels as rlk
 
 
 def head_of(logp, live):
-    """Hidden states, weight and targets under which a token's log-probability is ``logp``: logits ``log p`` and ``log (1 - p)``, of sum 1."""
+    """Hidden states, weight and targets under which a token's log-probability is ``logp``: logits ``log p`` and ``log
+    (1 - p)``, of sum 1.
+    """
     logp = torch.where(live, logp, -1.0)
     other = torch.where(logp > -0.69, (-logp.expm1()).log(), (-logp.exp()).log1p())
     return torch.stack([logp, other], -1), torch.eye(2, dtype=logp.dtype), torch.zeros(logp.shape, dtype=torch.int64)
@@ -28,7 +33,9 @@ def logprobs_sft_loss(logp, mask=None, **options):
 
 
 def sft_loss(logits, targets, **options):
-    return rlk.linear_sft_loss(logits, torch.eye(logits.shape[-1], dtype=logits.dtype), targets, chunk_tokens=3, **options)
+    return rlk.linear_sft_loss(
+        logits, torch.eye(logits.shape[-1], dtype=logits.dtype), targets, chunk_tokens=3, **options
+    )
 
 
 def token_stats(logits, targets, *, vocab_mask=None, **options):
@@ -43,31 +50,62 @@ def answers(sums):
 
 def dpo_loss(chosen, rejected, ref_chosen=None, ref_rejected=None, **options):
     both = answers(torch.cat([chosen, rejected]))
-    return rlk.linear_dpo_loss(*both, ref_chosen_logps=ref_chosen, ref_rejected_logps=ref_rejected, chunk_tokens=5, **options)
+    return rlk.linear_dpo_loss(
+        *both, ref_chosen_logps=ref_chosen, ref_rejected_logps=ref_rejected, chunk_tokens=5, **options
+    )
 
 
 def unpaired_preference_loss(logps, refs, desirable, **options):
     return rlk.linear_unpaired_preference_loss(*answers(logps), refs, desirable, chunk_tokens=3, **options)
 
 
-THROUGH = types.SimpleNamespace(**{**vars(rlk), **{f.__name__: f for f in (policy_loss, logprobs_sft_loss, sft_loss, token_stats, dpo_loss,
-                                                                          unpaired_preference_loss)}})
-OPS = ("policy_loss", "nll_from_logp", "weighted_nll", "sft_loss", "token_logprob", "preference_loss", "preference_loss_from_tokens",
-       "unpaired_preference_loss")
+THROUGH = types.SimpleNamespace(
+    **{
+        **vars(rlk),
+        **{
+            f.__name__: f
+            for f in (policy_loss, logprobs_sft_loss, sft_loss, token_stats, dpo_loss, unpaired_preference_loss)
+        },
+    }
+)
+OPS = (
+    "policy_loss",
+    "nll_from_logp",
+    "weighted_nll",
+    "sft_loss",
+    "token_logprob",
+    "preference_loss",
+    "preference_loss_from_tokens",
+    "unpaired_preference_loss",
+)
 
 
 def expressible(case):
-    """Tell whether a head can stand for what the file gives: log-probabilities below 0, no entropy beside them, no columns taken out of the logits."""
+    """Tell whether a head can stand for what the file gives: log-probabilities below 0, no entropy beside them, no
+    columns taken out of the logits.
+    """
     x = case.tensors(torch.float64)
-    if case.op not in OPS or "entropy" in x or "vocab_mask" in x or "logits" in x and x["logits"].dim() < 2 or case.expected.get("raises_or_nan"):
+    if (
+        case.op not in OPS
+        or "entropy" in x
+        or "vocab_mask" in x
+        or "logits" in x
+        and x["logits"].dim() < 2
+        or case.expected.get("raises_or_nan")
+    ):
         return False
     if "logits" in x:
         return bool(x["logits"].isfinite().all())
     given = [x[name] for name in ("policy_chosen", "policy_rejected") if name in x]
-    for name, mask in (("logp", x.get("mask")), ("per_token_logp", x["completion_mask"][:, 1:] if "completion_mask" in x else None)):
+    for name, mask in (
+        ("logp", x.get("mask")),
+        ("per_token_logp", x["completion_mask"][:, 1:] if "completion_mask" in x else None),
+    ):
         if name in x:
             given += [x[name] if mask is None else torch.where(mask != 0, x[name], -1.0)]
-    return bool(given) and all(bool((t < 0).all() and t.isfinite().all()) for t in given) and case.dtype != torch.bfloat16
+    return (
+        bool(given) and all(bool((t < 0).all() and t.isfinite().all()) for t in given) and case.dtype != torch.bfloat16
+    )
 
 
 CASES = [case for case in COVERED if expressible(case)]

@@ -1,4 +1,5 @@
 """``linear_policy_loss``: value and gradients of every objective and option against all logits in float64."""
+
 import linear_problems as problems
 import pytest
 import torch
@@ -35,8 +36,19 @@ def loss_of(d, operands, *, objective="ppo_clip", aggregation_="token-mean", adv
     if kl_coef:
         options |= {"kl_coef": kl_coef, "ref_logprobs": d["ref"]}
     A = d["advantages"] if advantages is None else advantages
-    return rlk.linear_policy_loss(operands[0], operands[1], d["targets"], d["old"], A, d["mask"], bias=operands[2], objective=objective,
-                                  aggregation=aggregation_, **PARAMS[objective], **options)
+    return rlk.linear_policy_loss(
+        operands[0],
+        operands[1],
+        d["targets"],
+        d["old"],
+        A,
+        d["mask"],
+        bias=operands[2],
+        objective=objective,
+        aggregation=aggregation_,
+        **PARAMS[objective],
+        **options,
+    )
 
 
 def judge(d, bias=True, upstream=(-0.37,), execution=None, size=1.0, **options):
@@ -61,11 +73,14 @@ def state_options(d, name):
     return OPTIONS[name](d) if callable(OPTIONS[name]) else OPTIONS[name]
 
 
-BLANK = {"temperature": 1.0, "token_weights": 0.0, "advantages": torch.zeros(1, 1)}  # a problem, for the names of its options alone
+# A problem, for the names of its options alone.
+BLANK = {"temperature": 1.0, "token_weights": 0.0, "advantages": torch.zeros(1, 1)}
 
 
 def test_every_objective_of_a_policy_is_tested():
-    assert set(PARAMS) == {name for name, entry in OBJECTIVES.items() if entry.columns[0] == "logp" and "ref_logp" not in entry.columns} - {"nll", "dft"}
+    assert set(PARAMS) == {
+        name for name, entry in OBJECTIVES.items() if entry.columns[0] == "logp" and "ref_logp" not in entry.columns
+    } - {"nll", "dft"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,24 +89,47 @@ def test_every_objective_of_a_policy_is_tested():
 def test_every_objective_at_every_level_is_that_of_all_logits(name, level, dtype, backend):
     if level != "token" and name == "reinforce":
         return  # no ratio; that this raises is a row of the bad inputs
-    # The log-probability of a whole sequence is about -50: CISPO multiplies by it what the rounded logits move the ratio by, and the signs cancel.
+    # The log-probability of a whole sequence is about -50: CISPO multiplies by it what the rounded logits move the
+    # ratio by, and the signs cancel.
     size = 10.0 if (name, level) == ("cispo", "sequence_sum") else 1.0
     for seed in range(2):
-        judge(problem(dtype, seed=seed), upstream=UPSTREAM if seed == 0 else (0.7,), size=size, objective=name, ratio_level=level,
-              execution={"chunk_tokens": 5})
+        judge(
+            problem(dtype, seed=seed),
+            upstream=UPSTREAM if seed == 0 else (0.7,),
+            size=size,
+            objective=name,
+            ratio_level=level,
+            execution={"chunk_tokens": 5},
+        )
 
 
 OPTIONS = {
-    "k1": {"kl": "k1", "kl_coef": 0.3}, "k2": {"kl": "k2", "kl_coef": 0.3}, "k3": {"kl": "k3", "kl_coef": -0.3},
-    "an entropy bonus": {"entropy_coef": 0.2}, "an entropy bonus and a KL": {"entropy_coef": -0.1, "kl": "k2", "kl_coef": 0.3},
-    "a temperature": {"temperature": 0.6}, "a softcap": {"softcap": 4.0}, "a scale": {"logit_scale": 0.7},
+    "k1": {"kl": "k1", "kl_coef": 0.3},
+    "k2": {"kl": "k2", "kl_coef": 0.3},
+    "k3": {"kl": "k3", "kl_coef": -0.3},
+    "an entropy bonus": {"entropy_coef": 0.2},
+    "an entropy bonus and a KL": {"entropy_coef": -0.1, "kl": "k2", "kl_coef": 0.3},
+    "a temperature": {"temperature": 0.6},
+    "a softcap": {"softcap": 4.0},
+    "a scale": {"logit_scale": 0.7},
     "a softcap, a scale and a temperature": {"softcap": 4.0, "logit_scale": 1.7, "temperature": 1.4},
-    "padding behind the vocabulary": {"valid_vocab": 121}, "another ignored index": {"ignore_index": 7},
-    "weights": lambda d: {"weights": d["token_weights"] - 0.3}, "weights with an entropy bonus": lambda d: {"weights": d["token_weights"], "entropy_coef": 0.1},
+    "padding behind the vocabulary": {"valid_vocab": 121},
+    "another ignored index": {"ignore_index": 7},
+    "weights": lambda d: {"weights": d["token_weights"] - 0.3},
+    "weights with an entropy bonus": lambda d: {"weights": d["token_weights"], "entropy_coef": 0.1},
     "a temperature per token": lambda d: {"temperature": d["temperature"]},
-    "an advantage per sequence": lambda d: {"advantages": d["advantages"][:, 0]}, "a column of advantages": lambda d: {"advantages": d["advantages"][:, :1]},
-    "everything at once": lambda d: {"temperature": d["temperature"], "softcap": 5.0, "logit_scale": 1.3, "valid_vocab": 121, "kl": "k3", "kl_coef": 0.2,
-                                     "entropy_coef": 0.1, "aggregation_": "seq-mean-token-mean"},
+    "an advantage per sequence": lambda d: {"advantages": d["advantages"][:, 0]},
+    "a column of advantages": lambda d: {"advantages": d["advantages"][:, :1]},
+    "everything at once": lambda d: {
+        "temperature": d["temperature"],
+        "softcap": 5.0,
+        "logit_scale": 1.3,
+        "valid_vocab": 121,
+        "kl": "k3",
+        "kl_coef": 0.2,
+        "entropy_coef": 0.1,
+        "aggregation_": "seq-mean-token-mean",
+    },
 }
 
 
@@ -104,15 +142,29 @@ def test_every_option_is_that_of_all_logits(name, bias, dtype, backend):
     options = state_options(d, name)
     for level in ("token", "sequence"):
         judge(d, bias, ratio_level=level, execution={"chunk_tokens": 8}, **options)
-        for chunk in ({}, {"chunk_tokens": 16}):  # a sequence's ratio takes three products where the bound fits, else four
+        # A sequence's ratio takes three products where the bound fits, else four.
+        for chunk in ({}, {"chunk_tokens": 16}):
             judge(d, bias, ratio_level=level, execution={"max_live_tokens": 20, **chunk}, **options)
 
 
 IDS = torch.tensor([4, 1, 4])
-MODES = [("token-mean", {}), ("token-mean", {"batch_num_tokens": 31}), ("token-sum", {}), ("global-token-mean", {"batch_num_tokens": 40.0}),
-         ("seq-mean-token-mean", {}), ("seq-mean-token-mean", {"num_sequences": 8}), ("seq-mean-token-sum", {}), ("seq-mean-token-sum", {"num_sequences": 5}),
-         ("seq-mean-token-sum-norm", {}), ("seq-mean-token-sum-norm", {"horizon": 9}), ("fixed-horizon", {"horizon": 12}),
-         ("prompt-mean", {"group_ids": IDS}), ("rollout-mean", {"rollout_ids": IDS}), ("seq-mean", {}), ("group-mean", {"group_ids": IDS})]
+MODES = [
+    ("token-mean", {}),
+    ("token-mean", {"batch_num_tokens": 31}),
+    ("token-sum", {}),
+    ("global-token-mean", {"batch_num_tokens": 40.0}),
+    ("seq-mean-token-mean", {}),
+    ("seq-mean-token-mean", {"num_sequences": 8}),
+    ("seq-mean-token-sum", {}),
+    ("seq-mean-token-sum", {"num_sequences": 5}),
+    ("seq-mean-token-sum-norm", {}),
+    ("seq-mean-token-sum-norm", {"horizon": 9}),
+    ("fixed-horizon", {"horizon": 12}),
+    ("prompt-mean", {"group_ids": IDS}),
+    ("rollout-mean", {"rollout_ids": IDS}),
+    ("seq-mean", {}),
+    ("group-mean", {"group_ids": IDS}),
+]
 
 
 @pytest.mark.parametrize("mode,normalizers", MODES, ids=[f"{mode} {' '.join(n)}".strip() for mode, n in MODES])
@@ -124,8 +176,24 @@ def test_every_aggregation_weighs_all_terms(mode, normalizers, backend):
         for level in ("token", "sequence_token", "sequence_sum"):
             if level == "sequence_sum" and (mode, "batch_num_tokens" in normalizers) == ("token-mean", True):
                 continue  # the mean is one over sequences there: refused
-            judge(d, ratio_level=level, aggregation_=mode, normalizers=normalizers, kl_coef=0.2, entropy_coef=0.1, execution={"chunk_tokens": 6})
-            judge(d, ratio_level=level, aggregation_=mode, normalizers=normalizers, kl_coef=0.2, entropy_coef=0.1, execution={"max_live_tokens": 20})
+            judge(
+                d,
+                ratio_level=level,
+                aggregation_=mode,
+                normalizers=normalizers,
+                kl_coef=0.2,
+                entropy_coef=0.1,
+                execution={"chunk_tokens": 6},
+            )
+            judge(
+                d,
+                ratio_level=level,
+                aggregation_=mode,
+                normalizers=normalizers,
+                kl_coef=0.2,
+                entropy_coef=0.1,
+                execution={"max_live_tokens": 20},
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -134,9 +202,22 @@ def test_a_packed_batch_with_an_empty_sequence_and_one_of_one_token(level, dtype
     d = problem(dtype, shape=(21,), seed=3)
     d["mask"][:6] = True
     for mode in ("token-mean", "seq-mean-token-mean"):
-        for execution in ({"chunk_tokens": 3}, {"chunk_tokens": 9}, {}, {"max_live_tokens": 30}, {"max_live_tokens": 20, "chunk_tokens": 7}):
+        for execution in (
+            {"chunk_tokens": 3},
+            {"chunk_tokens": 9},
+            {},
+            {"max_live_tokens": 30},
+            {"max_live_tokens": 20, "chunk_tokens": 7},
+        ):
             judge(d, ratio_level=level, aggregation_=mode, cu_seqlens=CU, kl_coef=0.1, execution=execution)
-            judge(d, ratio_level=level, aggregation_=mode, cu_seqlens=CU, advantages=d["advantages"][:5].clone(), execution=execution)
+            judge(
+                d,
+                ratio_level=level,
+                aggregation_=mode,
+                cu_seqlens=CU,
+                advantages=d["advantages"][:5].clone(),
+                execution=execution,
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -163,16 +244,36 @@ def test_metrics_are_those_of_all_logits(level, dtype, backend):
     live, (logp, entropy) = problems.live_of(d), problems.rows(d, problems.leaves(d), temperature=0.7)
     old, A, n = d["old"].double(), d["advantages"], live.sum()
     gap = torch.where(live, logp.detach() - old, 0.0)
-    spread = {"token": gap, "sequence_sum": gap.sum(-1, keepdim=True).expand(B, L)}.get(level, (gap.sum(-1) / live.sum(-1))[:, None].expand(B, L))
+    spread = {"token": gap, "sequence_sum": gap.sum(-1, keepdim=True).expand(B, L)}.get(
+        level, (gap.sum(-1) / live.sum(-1))[:, None].expand(B, L)
+    )
     ratio, k = spread.exp(), d["ref"].double() - logp.detach()
     low, high = (ratio < 0.8) & (A < 0) & live, (ratio > 1.28) & (A > 0) & live
-    want = {"ppo_kl": -gap.sum() / n, "approx_kl": (gap**2).sum() / 2 / n, "ratio": ratio[live].mean(), "clip_fraction_low": low.sum() / n,
-            "clip_fraction_high": high.sum() / n, "clip_fraction": (low | high).sum() / n, "kl": (k.expm1() - k)[live].mean(),
-            "entropy": entropy[live].mean().detach()}
+    want = {
+        "ppo_kl": -gap.sum() / n,
+        "approx_kl": (gap**2).sum() / 2 / n,
+        "ratio": ratio[live].mean(),
+        "clip_fraction_low": low.sum() / n,
+        "clip_fraction_high": high.sum() / n,
+        "clip_fraction": (low | high).sum() / n,
+        "kl": (k.expm1() - k)[live].mean(),
+        "entropy": entropy[live].mean().detach(),
+    }
     assert z.shape[-1] == V and live.sum() < B * L
     for coefficient in (0.0, 0.1):  # the entropy is a metric with and without a bonus
-        loss, metrics = loss_of(d, own(d), ratio_level=level, temperature=0.7, kl_coef=0.1, entropy_coef=coefficient, chunk_tokens=8, return_metrics=True)
-        assert metrics.keys() == want.keys() and loss.requires_grad and not any(x.requires_grad for x in metrics.values())
+        loss, metrics = loss_of(
+            d,
+            own(d),
+            ratio_level=level,
+            temperature=0.7,
+            kl_coef=0.1,
+            entropy_coef=coefficient,
+            chunk_tokens=8,
+            return_metrics=True,
+        )
+        assert (
+            metrics.keys() == want.keys() and loss.requires_grad and not any(x.requires_grad for x in metrics.values())
+        )
         for name, value in want.items():
             assert metrics[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-5), (name, coefficient)
 

@@ -1,4 +1,5 @@
 """Faults of the fused head: its precision, its dtypes, what is frozen, what is empty."""
+
 import pytest
 import torch
 from reference import assert_within_policy, statistics
@@ -9,10 +10,14 @@ import rlkernels as rlk
 
 def test_F67_the_fused_head_keeps_the_accumulator_of_its_logits(backend):
     h, w, targets, _ = head_problem(3, 1024, 32_000, torch.bfloat16)
-    kept, rounded = (rlk.linear_token_logprobs(h, w, targets, logits_dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    kept, rounded = (
+        rlk.linear_token_logprobs(h, w, targets, logits_dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
     logits = h.double() @ w.double().t()
     truth = statistics(logits, targets)["logprobs"]
-    assert_within_policy(kept, truth, statistics(h.float() @ w.float().t(), targets, dtype=torch.float32)["logprobs"], "logprobs")
+    assert_within_policy(
+        kept, truth, statistics(h.float() @ w.float().t(), targets, dtype=torch.float32)["logprobs"], "logprobs"
+    )
     assert (kept - truth).abs().max() <= 4e-6
     assert (rounded - truth).abs().max() > 1e-3  # rounding, where it is asked for, is that of the logits
     assert (rounded - statistics(logits.bfloat16(), targets)["logprobs"]).abs().max() < 2e-2
@@ -39,14 +44,18 @@ def test_F21_F76_gradients_of_the_head_do_not_depend_on_the_number_of_chunks(dty
 @pytest.mark.parametrize("trained", [(h, w, b) for h in (0, 1) for w in (0, 1) for b in (0, 1)])
 def test_F39_what_is_frozen_gets_no_gradient_and_no_buffer(trained, backend):
     d = problem()
-    operands = [d[k].clone().requires_grad_(bool(on)) for k, on in zip(("hidden", "weight", "bias"), trained, strict=True)]
+    operands = [
+        d[k].clone().requires_grad_(bool(on)) for k, on in zip(("hidden", "weight", "bias"), trained, strict=True)
+    ]
     logp = rlk.linear_token_logprobs(operands[0], operands[1], d["targets"], bias=operands[2], chunk_tokens=4)
     assert logp.requires_grad == any(trained)
     if not any(trained):
         return
     logp.backward(d["a"])
     wide = [x.detach().double().requires_grad_() for x in operands]
-    truth = torch.autograd.grad(statistics(wide[0] @ wide[1].t() + wide[2], d["targets"])["logprobs"], wide, d["a"].double())
+    truth = torch.autograd.grad(
+        statistics(wide[0] @ wide[1].t() + wide[2], d["targets"])["logprobs"], wide, d["a"].double()
+    )
     for x, expected, on in zip(operands, truth, trained, strict=True):
         assert (x.grad is not None) == bool(on)
         if on:
@@ -58,13 +67,19 @@ def test_F39_what_is_frozen_gets_no_gradient_and_no_buffer(trained, backend):
 @pytest.mark.parametrize("bias", [None, torch.float32])
 def test_F43_autocast_takes_any_mix_of_dtypes_and_gradients_come_in_the_parameters_dtype(hidden, weight, bias, backend):
     d = problem()
-    operands = [d["hidden"].to(hidden).requires_grad_(), d["weight"].to(weight).requires_grad_(), None if bias is None else d["bias"].to(bias).requires_grad_()]
+    operands = [
+        d["hidden"].to(hidden).requires_grad_(),
+        d["weight"].to(weight).requires_grad_(),
+        None if bias is None else d["bias"].to(bias).requires_grad_(),
+    ]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logp = rlk.linear_token_logprobs(operands[0], operands[1], d["targets"], bias=operands[2])
     assert logp.dtype == torch.float32
     rounded = [None if x is None else x.detach().bfloat16().double() for x in operands]
     logits = rounded[0] @ rounded[1].t() + (0 if bias is None else rounded[2])
-    torch.testing.assert_close(logp.detach().double(), statistics(logits, d["targets"])["logprobs"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logp.detach().double(), statistics(logits, d["targets"])["logprobs"], atol=1e-5, rtol=1e-5
+    )
     logp.backward(d["a"])
     for x in operands:
         assert x is None or x.grad.dtype == x.dtype and x.grad.isfinite().all() and x.grad.any()

@@ -1,4 +1,5 @@
 """Preference losses of the head, paired and unpaired: every type against its formula over all logits in float64."""
+
 import linear_problems as problems
 import preference_oracles as oracle
 import pytest
@@ -16,8 +17,15 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 P, BETA, SMOOTHING = 4, 0.4, 0.1
 HEAD = {"temperature": 0.8, "softcap": 6.0, "logit_scale": 1.2}
 CU = torch.tensor([0, 6, 9, 10, 14, 20, 25, 27, 33])  # eight answers, one of a single token
-# All pairs at once; one or two; every pair outgrows its chunk; a bound (at most 48 are live) that fits in a chunk, and one that does not.
-CHUNKS = ({}, {"chunk_tokens": 12}, {"chunk_tokens": 3}, {"max_live_tokens": 48}, {"max_live_tokens": 48, "chunk_tokens": 20})
+# All pairs at once; one or two; every pair outgrows its chunk; a bound (at most 48 are live) that fits in a chunk, and
+# one that does not.
+CHUNKS = (
+    {},
+    {"chunk_tokens": 12},
+    {"chunk_tokens": 3},
+    {"max_live_tokens": 48},
+    {"max_live_tokens": 48, "chunk_tokens": 20},
+)
 
 
 def batch(dtype=torch.float32, packed=False, seed=0, count=2 * P):
@@ -42,12 +50,19 @@ def options_for(names, **more):
 
 def truth_of(d, operands, names, coefficients=None, pair_weights=None, divergence="reverse_kl", averaged=False):
     sums, n = problems.answers(d, operands, d["cu_seqlens"], **HEAD)
-    count, chosen_tokens, n, reference = len(sums) // 2, n[:len(sums) // 2].sum(), n.clamp(min=1), d["reference"].double()
+    count, chosen_tokens, n, reference = (
+        len(sums) // 2,
+        n[: len(sums) // 2].sum(),
+        n.clamp(min=1),
+        d["reference"].double(),
+    )
     halves = [x[half] for half in (slice(None, count), slice(count, None)) for x in (sums, reference, n)]
     C, f, n, R, g, m = halves
     names, total = (names,) if isinstance(names, str) else names, torch.zeros(count, dtype=torch.float64)
     for name, coefficient in zip(names, coefficients or (1.0,) * len(names), strict=True):
-        losses = problems.pairs(name, C, R, f, g, n, m, beta=BETA, smoothing=SMOOTHING, divergence=divergence, averaged=averaged)
+        losses = problems.pairs(
+            name, C, R, f, g, n, m, beta=BETA, smoothing=SMOOTHING, divergence=divergence, averaged=averaged
+        )
         total = total + coefficient * (losses - problems.likelihood(name) * C * count / chosen_tokens)
     return total if pair_weights is None else pair_weights.double() * total
 
@@ -56,16 +71,32 @@ def loss_of(d, operands, names, references=True, **options):
     count = len(d["reference"]) // 2
     if references:
         options |= {"ref_chosen_logps": d["reference"][:count], "ref_rejected_logps": d["reference"][count:]}
-    return rlk.linear_dpo_loss(operands[0], operands[1], d["targets"], d["mask"], bias=operands[2], cu_seqlens=d["cu_seqlens"],
-                               **HEAD, **options_for(names, **options))
+    return rlk.linear_dpo_loss(
+        operands[0],
+        operands[1],
+        d["targets"],
+        d["mask"],
+        bias=operands[2],
+        cu_seqlens=d["cu_seqlens"],
+        **HEAD,
+        **options_for(names, **options),
+    )
 
 
-def judge(d, names, chunks=CHUNKS, coefficients=None, pair_weights=None, divergence="reverse_kl", averaged=False, **options):
+def judge(
+    d, names, chunks=CHUNKS, coefficients=None, pair_weights=None, divergence="reverse_kl", averaged=False, **options
+):
     wide, operands = problems.leaves(d), own(d)
     losses = truth_of(d, wide, names, coefficients, pair_weights, divergence, averaged)
     truth, size = losses.mean(), losses.abs().mean().item()
     want = gradients(truth, wide, -2.3)
-    given = {"loss_weights": coefficients, "pair_weights": pair_weights, "f_divergence": divergence, "length_normalized": averaged, **options}
+    given = {
+        "loss_weights": coefficients,
+        "pair_weights": pair_weights,
+        "f_divergence": divergence,
+        "length_normalized": averaged,
+        **options,
+    }
     for chunk in chunks:
         loss = loss_of(d, operands, names, **chunk, **given)
         assert loss.dtype == d["old"].dtype
@@ -115,7 +146,9 @@ def test_metrics_are_those_of_the_true_sums(names, packed, backend):
     _, want = rlk.dpo_loss(*halves, chosen_lengths=n[:P], rejected_lengths=n[P:], return_metrics=True, **given)
     for chunk in CHUNKS:
         loss, metrics = loss_of(d, own(d), names, **chunk, return_metrics=True, pair_weights=given["pair_weights"])
-        assert metrics.keys() == want.keys() and loss.requires_grad and not any(x.requires_grad for x in metrics.values())
+        assert (
+            metrics.keys() == want.keys() and loss.requires_grad and not any(x.requires_grad for x in metrics.values())
+        )
         for name, value in want.items():
             assert metrics[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-5), name
 
@@ -133,8 +166,13 @@ def test_law_2_a_pair_of_weight_0_is_left_out_whatever_it_holds_and_enters_no_pr
     clean = {k: v if v is None else v.clone() for k, v in d.items()}
     d["hidden"][1], d["hidden"][P + 1], d["reference"][1] = poison, poison, poison
     logits = chunked_loss._Sweep.logits
-    monkeypatch.setattr(chunked_loss._Sweep, "logits", lambda self, rows: entered.append(rows.index if rows.dead is None else rows.index[~rows.dead])
-                        or logits(self, rows))
+    monkeypatch.setattr(
+        chunked_loss._Sweep,
+        "logits",
+        lambda self, rows: (
+            entered.append(rows.index if rows.dead is None else rows.index[~rows.dead]) or logits(self, rows)
+        ),
+    )
     for name in ("sigmoid", "ipo", "orpo", "sft"):
         for chunk in CHUNKS:
             results = []
@@ -144,13 +182,20 @@ def test_law_2_a_pair_of_weight_0_is_left_out_whatever_it_holds_and_enters_no_pr
                 results.append([loss.detach(), *gradients(loss, operands), *metrics.values()])
             assert all(same_bits(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True)), name
     rows = set(torch.cat(entered).tolist())
-    assert rows == set(((problems.live_of(d) & (torch.arange(2 * P) % P != 1)[:, None]).view(-1).nonzero()[:, 0]).tolist())
+    assert rows == set(
+        ((problems.live_of(d) & (torch.arange(2 * P) % P != 1)[:, None]).view(-1).nonzero()[:, 0]).tolist()
+    )
 
 
 GOOD = torch.tensor([True, False, True, True, False, True, False, False])
-UNPAIRED = [("kto", {"kl": 0.3}), ("kto", {"kl": torch.tensor(0.2)}),
-            ("kto", {"kl_logps": torch.tensor([-3.0, -4.0]), "ref_kl_logps": torch.tensor([-3.5, -4.1])}),
-            ("apo_zero_unpaired", {}), ("bco", {"delta": 0.1}), ("kto_paired_batch", {})]
+UNPAIRED = [
+    ("kto", {"kl": 0.3}),
+    ("kto", {"kl": torch.tensor(0.2)}),
+    ("kto", {"kl_logps": torch.tensor([-3.0, -4.0]), "ref_kl_logps": torch.tensor([-3.5, -4.1])}),
+    ("apo_zero_unpaired", {}),
+    ("bco", {"delta": 0.1}),
+    ("kto_paired_batch", {}),
+]
 
 
 def unpaired_truth(d, operands, name, up=1.0, down=1.0, kl=0.0, delta=0.0, kl_logps=None, ref_kl_logps=None):
@@ -160,12 +205,26 @@ def unpaired_truth(d, operands, name, up=1.0, down=1.0, kl=0.0, delta=0.0, kl_lo
         kl = (kl_logps - ref_kl_logps).double().mean().clamp(min=0)
     if name == "kto_paired_batch":
         name, kl = "kto", torch.where(GOOD, rho[~GOOD].mean().clamp(min=0), rho[GOOD].mean().clamp(min=0))
-    return torch.where(GOOD, torch.tensor(up, dtype=torch.float64), down) * oracle.OF_ONE[name](rho, GOOD, BETA, kl, delta)
+    return torch.where(GOOD, torch.tensor(up, dtype=torch.float64), down) * oracle.OF_ONE[name](
+        rho, GOOD, BETA, kl, delta
+    )
 
 
 def unpaired(d, operands, name, **options):
-    return rlk.linear_unpaired_preference_loss(operands[0], operands[1], d["targets"], d["reference"], GOOD, d["mask"], bias=operands[2],
-                                               cu_seqlens=d["cu_seqlens"], loss_type=name, beta=BETA, **HEAD, **options)
+    return rlk.linear_unpaired_preference_loss(
+        operands[0],
+        operands[1],
+        d["targets"],
+        d["reference"],
+        GOOD,
+        d["mask"],
+        bias=operands[2],
+        cu_seqlens=d["cu_seqlens"],
+        loss_type=name,
+        beta=BETA,
+        **HEAD,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -189,8 +248,16 @@ def test_metrics_of_unpaired_answers_are_those_of_the_true_sums(backend):
     sums, _ = problems.answers(d, problems.leaves(d), **HEAD)
     for name, options in UNPAIRED:
         for weights in ({}, {"undesirable_weight": 0.0}):
-            _, want = rlk.unpaired_preference_loss(sums.detach(), d["reference"].double(), GOOD, loss_type=name, beta=BETA, return_metrics=True, **weights,
-                                                   **{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()})
+            _, want = rlk.unpaired_preference_loss(
+                sums.detach(),
+                d["reference"].double(),
+                GOOD,
+                loss_type=name,
+                beta=BETA,
+                return_metrics=True,
+                **weights,
+                **{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()},
+            )
             for chunk in ({"chunk_tokens": 5}, *CHUNKS[3:]):
                 loss, metrics = unpaired(d, own(d), name, return_metrics=True, **chunk, **weights, **options)
                 assert metrics.keys() == want.keys() and loss.requires_grad
@@ -211,7 +278,9 @@ def test_law_2_a_class_of_weight_0_is_left_out_whatever_it_holds(of, poison, bac
             results = []
             for inputs in (d, clean):
                 operands = own(inputs)
-                loss = unpaired(inputs, operands, name, undesirable_weight=0.0, return_metrics=metrics, **chunk, **options)
+                loss = unpaired(
+                    inputs, operands, name, undesirable_weight=0.0, return_metrics=metrics, **chunk, **options
+                )
                 loss = loss[0] if metrics else loss
                 results.append([loss.detach(), *gradients(loss, operands)])
             assert all(same_bits(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True)), name

@@ -1,4 +1,5 @@
 """Which rows enter the products of a loss of the head, and that the others may hold anything."""
+
 import linear_problems as problems
 import pytest
 import torch
@@ -27,7 +28,9 @@ def numbered(dtype=torch.float32, **shape):
 
 @pytest.fixture
 def entered(monkeypatch):
-    """Rows that entered ``hidden weight^T``, and those that entered the products of the gradient with what was wanted of it."""
+    """Rows that entered ``hidden weight^T``, and those that entered the products of the gradient with what was wanted
+    of it.
+    """
     seen = {"logits": [], "gradients": [], "wanted": set()}
 
     def note(kind, hidden):
@@ -57,7 +60,9 @@ def rows_where(condition):
 
 def policy(d, operands, level="token", **options):
     h, w, b = operands
-    return rlk.linear_policy_loss(h, w, d["targets"], d["old"], d["advantages"], d["mask"], bias=b, ratio_level=level, **options)
+    return rlk.linear_policy_loss(
+        h, w, d["targets"], d["old"], d["advantages"], d["mask"], bias=b, ratio_level=level, **options
+    )
 
 
 def cleared(seen):
@@ -73,9 +78,16 @@ def test_F93_a_row_without_a_weight_never_enters_a_product(dtype, entered, backe
     weights = d["token_weights"].masked_fill(torch.arange(L) % 3 == 1, 0.0)
     live = problems.live_of(d)
     assert 0 < live.sum() < B * L
-    for options, enter in (({}, live), ({"weights": weights}, live & (weights != 0)), ({"chunk_tokens": 4}, live),
-                           ({"weights": weights, "entropy_coef": 0.1, "kl_coef": 0.1, "ref_logprobs": d["ref"], "chunk_tokens": 3}, live & (weights != 0)),
-                           ({"max_live_tokens": 19}, live)):
+    for options, enter in (
+        ({}, live),
+        ({"weights": weights}, live & (weights != 0)),
+        ({"chunk_tokens": 4}, live),
+        (
+            {"weights": weights, "entropy_coef": 0.1, "kl_coef": 0.1, "ref_logprobs": d["ref"], "chunk_tokens": 3},
+            live & (weights != 0),
+        ),
+        ({"max_live_tokens": 19}, live),
+    ):
         operands = own(d)
         policy(d, operands, **options).backward()
         assert cleared(entered)["logits"] == rows_where(enter)  # each of them once
@@ -115,7 +127,9 @@ def test_a_row_whose_gradient_is_0_skips_the_products_of_the_gradient(dtype, ent
 
 
 @pytest.mark.parametrize("level", LEVELS[1:])
-def test_the_sequences_that_cannot_move_have_chunks_of_their_own_without_a_gradient(level, entered, monkeypatch, backend):
+def test_the_sequences_that_cannot_move_have_chunks_of_their_own_without_a_gradient(
+    level, entered, monkeypatch, backend
+):
     d, made = numbered(shape=(8, 7)), []
     back = head.Chunk.dlogits
     monkeypatch.setattr(head.Chunk, "dlogits", lambda self, *a: made.append(len(a[-2][0])) or back(self, *a))
@@ -126,7 +140,9 @@ def test_the_sequences_that_cannot_move_have_chunks_of_their_own_without_a_gradi
     for options in ({}, {"chunk_tokens": 16}, {"chunk_tokens": 4}):
         policy(d, own(d), level, **options).backward()
         found = cleared(entered)
-        assert set(found["logits"]) == set(rows_where(live)) and set(found["gradients"]) <= set(rows_where(moves)), options
+        assert set(found["logits"]) == set(rows_where(live)) and set(found["gradients"]) <= set(rows_where(moves)), (
+            options
+        )
         assert sum(made) == moves.sum(), options  # known before the logits are: an accelerator skips them too
         made.clear()
     policy(d, own(d), level, kl_coef=0.1, ref_logprobs=d["ref"]).backward()
@@ -139,19 +155,31 @@ def test_a_pair_beyond_the_hinge_skips_the_products_of_the_gradient(entered, bac
     gap = (sums[:2] - sums[2:]).detach().float()
     reference = gap - torch.tensor([20.0, 0.0])  # the first pair's margin is 20, the second one's 0
     operands = own(d)
-    rlk.linear_dpo_loss(*operands[:2], d["targets"], d["mask"], bias=operands[2], loss_type="hinge", beta=0.1,
-                        ref_chosen_logps=reference, ref_rejected_logps=torch.zeros(2)).backward()
+    rlk.linear_dpo_loss(
+        *operands[:2],
+        d["targets"],
+        d["mask"],
+        bias=operands[2],
+        loss_type="hinge",
+        beta=0.1,
+        ref_chosen_logps=reference,
+        ref_rejected_logps=torch.zeros(2),
+    ).backward()
     found, live = cleared(entered), problems.live_of(d)
     assert found["logits"] == rows_where(live)
     assert found["gradients"] == rows_where(live & torch.tensor([False, True, False, True])[:, None])
 
 
-@pytest.mark.parametrize("trained", [(h, w, b) for h in (0, 1) for w in (0, 1) for b in (0, 1)], ids=lambda t: "".join(map(str, t)))
+@pytest.mark.parametrize(
+    "trained", [(h, w, b) for h in (0, 1) for w in (0, 1) for b in (0, 1)], ids=lambda t: "".join(map(str, t))
+)
 def test_F39_what_is_frozen_gets_no_gradient_and_no_buffer(trained, entered, monkeypatch, backend):
     d, made = numbered(), []
     for module in ("rlkernels.linear.token_stats", "rlkernels.linear.chunked_loss"):
         gradient_sums = __import__(module, fromlist=["Gradients"]).Gradients
-        monkeypatch.setattr(f"{module}.Gradients", lambda *a, to=gradient_sums, **k: made.append(to(*a, **k)) or made[-1])
+        monkeypatch.setattr(
+            f"{module}.Gradients", lambda *a, to=gradient_sums, **k: made.append(to(*a, **k)) or made[-1]
+        )
     for level in LEVELS:
         operands = [x.requires_grad_(bool(on)) for x, on in zip(own(d), trained, strict=True)]
         loss = policy(d, operands, level, chunk_tokens=4)
@@ -201,12 +229,23 @@ def test_law_2_what_stands_in_dead_rows_changes_no_bit(level, poison, dtype, bac
     for options, kept in runs:
         results = []
         for filling in (0.25, poison):
-            inputs = {k: v.masked_fill(~kept, filling) if k in ("old", "ref", "advantages") else v for k, v in d.items()}
+            inputs = {
+                k: v.masked_fill(~kept, filling) if k in ("old", "ref", "advantages") else v for k, v in d.items()
+            }
             inputs["hidden"] = d["hidden"].masked_fill(~kept[..., None], filling)
             more = {k: v.masked_fill(~live, filling) if k == "weights" else v for k, v in options.items()}
             operands = own(inputs)
-            loss, metrics = policy(inputs, operands, level, entropy_coef=0.1, kl_coef=0.1, ref_logprobs=inputs["ref"], return_metrics=True,
-                                   temperature=torch.where(kept, d["temperature"], 1.0), **{"chunk_tokens": 8, **more})
+            loss, metrics = policy(
+                inputs,
+                operands,
+                level,
+                entropy_coef=0.1,
+                kl_coef=0.1,
+                ref_logprobs=inputs["ref"],
+                return_metrics=True,
+                temperature=torch.where(kept, d["temperature"], 1.0),
+                **{"chunk_tokens": 8, **more},
+            )
             results.append([loss.detach(), *gradients(loss, operands), *metrics.values()])
         assert all(same_bits(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True)), options
 
@@ -216,13 +255,16 @@ def test_law_2_what_stands_in_dead_rows_changes_no_bit(level, poison, dtype, bac
 def test_law_2_what_stands_at_ignored_targets_changes_no_bit_of_statistics(poison, dtype, backend):
     d = problem(dtype)
     dead, g = ~problems.live_of(d), d["advantages"]
-    for options in ({}, {"max_live_tokens": B * L}, {"max_live_tokens": B * L, "chunk_tokens": 4}):  # a bound takes dead rows along
+    # A bound takes dead rows along.
+    for options in ({}, {"max_live_tokens": B * L}, {"max_live_tokens": B * L, "chunk_tokens": 4}):
         results = []
         for filling in (0.25, poison):
             inputs = {**d, "hidden": d["hidden"].masked_fill(dead[..., None], filling)}
             h, w, b = operands = own(inputs)
             stats = rlk.linear_token_stats(h, w, d["targets"].masked_fill(dead, -100), bias=b, **options)
-            found = torch.autograd.grad((stats.logprobs, stats.entropy), operands, (g.masked_fill(dead, filling), g.flip(0)))
+            found = torch.autograd.grad(
+                (stats.logprobs, stats.entropy), operands, (g.masked_fill(dead, filling), g.flip(0))
+            )
             results.append([stats.logprobs.detach(), stats.entropy.detach(), *found])
         assert all(same_bits(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True)), options
 
@@ -253,9 +295,14 @@ def test_F23_nothing_alive_costs_nothing_and_stays_differentiable(level, dtype, 
     changes += [{"hidden": d["hidden"].masked_fill(torch.tensor(True), float("nan")), **changes[0]}]
     for change in changes:
         operands = own({**d, **change})
-        loss, metrics = policy({**d, **change}, operands, level, entropy_coef=0.1, kl_coef=0.1, ref_logprobs=d["ref"], return_metrics=True)
+        loss, metrics = policy(
+            {**d, **change}, operands, level, entropy_coef=0.1, kl_coef=0.1, ref_logprobs=d["ref"], return_metrics=True
+        )
         assert loss.item() == 0.0 and all(m.item() == 0.0 for m in metrics.values())
-        assert all(g.shape == x.shape and g.dtype == dtype and not g.any() for g, x in zip(gradients(loss, operands), operands, strict=True))
+        assert all(
+            g.shape == x.shape and g.dtype == dtype and not g.any()
+            for g, x in zip(gradients(loss, operands), operands, strict=True)
+        )
 
 
 @pytest.mark.parametrize("level", LEVELS)

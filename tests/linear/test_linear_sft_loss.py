@@ -1,4 +1,5 @@
 """``linear_sft_loss``: likelihoods of given tokens from the head, weighted, against all logits in float64."""
+
 import linear_problems as problems
 import pytest
 import torch
@@ -11,7 +12,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CU = torch.tensor([0, 5, 5, 6, 14, 21])
 
 
-def weights_of(d, *, aggregation="token-mean", normalizers=None, weights=None, sample_weights=None, cu_seqlens=None, **head):
+def weights_of(
+    d, *, aggregation="token-mean", normalizers=None, weights=None, sample_weights=None, cu_seqlens=None, **head
+):
     live, (ids, count) = problems.live_of(d, **head).reshape(-1), problems.sequences(d["targets"].shape, cu_seqlens)
     if weights is None:
         w = problems.aggregation(aggregation, live, ids, count, d["targets"].shape[-1], **(normalizers or {}))
@@ -47,10 +50,13 @@ def judge(d, bias=True, execution=({"chunk_tokens": 5}, {"max_live_tokens": 21})
 
 
 OPTIONS = {
-    "nothing": lambda d: {}, "a temperature per token": lambda d: {"temperature": d["temperature"]},
+    "nothing": lambda d: {},
+    "a temperature per token": lambda d: {"temperature": d["temperature"]},
     "a softcap, a scale and a temperature": lambda d: {"softcap": 4.0, "logit_scale": 1.7, "temperature": 1.4},
-    "padding behind the vocabulary": lambda d: {"valid_vocab": 121}, "another ignored index": lambda d: {"ignore_index": 7},
-    "weights": lambda d: {"weights": d["token_weights"] - 0.2}, "rewards per token": lambda d: {"sample_weights": d["advantages"]},
+    "padding behind the vocabulary": lambda d: {"valid_vocab": 121},
+    "another ignored index": lambda d: {"ignore_index": 7},
+    "weights": lambda d: {"weights": d["token_weights"] - 0.2},
+    "rewards per token": lambda d: {"sample_weights": d["advantages"]},
     "rewards per sequence": lambda d: {"sample_weights": d["advantages"][:, 0], "aggregation": "seq-mean-token-mean"},
     "a column of rewards": lambda d: {"sample_weights": d["advantages"][:, :1], "weights": d["token_weights"]},
     "accepted samples alone": lambda d: {"sample_weights": torch.tensor([1.0, 0.0, 1.0])},
@@ -68,7 +74,10 @@ def test_every_option_is_that_of_all_logits(name, kind, dtype, backend):
         judge(d, bias, kind=kind, **OPTIONS[name](d))
 
 
-@pytest.mark.parametrize("mode,normalizers", [("token-sum", {}), ("seq-mean-token-sum", {}), ("fixed-horizon", {"horizon": 12}), ("seq-mean-token-mean", {})])
+@pytest.mark.parametrize(
+    "mode,normalizers",
+    [("token-sum", {}), ("seq-mean-token-sum", {}), ("fixed-horizon", {"horizon": 12}), ("seq-mean-token-mean", {})],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_sequences_with_rewards_each(mode, normalizers, dtype, backend):
     d = problem(dtype, shape=(21,), seed=3)
@@ -90,7 +99,9 @@ def test_metrics_are_means_over_the_tokens_with_a_weight(backend):
     d = problem()
     logp, _ = problems.rows(d, problems.leaves(d))
     read = problems.live_of(d) & (torch.arange(L) % 3 != 1)
-    loss, metrics = loss_of(d, own(d), sample_weights=(torch.arange(L) % 3 != 1).float().expand(B, L), chunk_tokens=4, return_metrics=True)
+    loss, metrics = loss_of(
+        d, own(d), sample_weights=(torch.arange(L) % 3 != 1).float().expand(B, L), chunk_tokens=4, return_metrics=True
+    )
     assert loss.requires_grad and metrics.keys() == {"nll", "probability"} and not metrics["nll"].requires_grad
     assert metrics["nll"].item() == pytest.approx(-logp[read].mean().item(), rel=1e-5)
     assert metrics["probability"].item() == pytest.approx(logp[read].exp().mean().item(), rel=1e-5)

@@ -1,10 +1,22 @@
 """What a head over a process group promises, one function per promise, run by every rank of 2 and of 4 processes."""
+
 import itertools
 
 import torch
 import torch.distributed as dist
 from reference import same_bits
-from vocab_parallel_worker import OUTPUTS, WIDTH, L, Me, Problem, assert_gradients, assert_near, assert_statistics, counted, true_policy_loss
+from vocab_parallel_worker import (
+    OUTPUTS,
+    WIDTH,
+    L,
+    Me,
+    Problem,
+    assert_gradients,
+    assert_near,
+    assert_statistics,
+    counted,
+    true_policy_loss,
+)
 
 import rlkernels as rlk
 
@@ -15,11 +27,13 @@ CASES = {}
 
 def case(sentence, **grid):
     """Registers a function under a sentence, once per point of the grid."""
+
     def add(function):
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values, strict=True))
             CASES[sentence.format(**chosen)] = lambda me, chosen=chosen: function(me, **chosen)
         return function
+
     return add
 
 
@@ -30,8 +44,17 @@ def stats_of(problem, shard, hidden=None, **more):
 
 def policy_of(problem, shard, level="token", hidden=None, **more):
     leaf, options = problem.arguments(shard, hidden)
-    options = {**options, "ref_logprobs": problem.ref, "kl_coef": 0.1, "entropy_coef": 0.02, "ratio_level": level, **more}
-    return rlk.linear_policy_loss(leaf, shard.weight, problem.targets, problem.old, problem.advantages, problem.mask, **options), leaf
+    options = {
+        **options,
+        "ref_logprobs": problem.ref,
+        "kl_coef": 0.1,
+        "entropy_coef": 0.02,
+        "ratio_level": level,
+        **more,
+    }
+    return rlk.linear_policy_loss(
+        leaf, shard.weight, problem.targets, problem.old, problem.advantages, problem.mask, **options
+    ), leaf
 
 
 def check_statistics(me, p, layout, **more):
@@ -48,10 +71,18 @@ def check_statistics(me, p, layout, **more):
     assert same_bits(logp, stats.logprobs)
     alone = torch.autograd.grad(logp, (leaf, shard.weight, shard.bias), g)
     assert_gradients(alone, torch.autograd.grad(truth["logprobs"], wide, g.double()), shard, "logprobs")
-    return {**{name: x for name, x in stats._asdict().items() if x is not None}, "hidden": got[0], "hidden of logprobs": alone[0]}
+    return {
+        **{name: x for name, x in stats._asdict().items() if x is not None},
+        "hidden": got[0],
+        "hidden of logprobs": alone[0],
+    }
 
 
-@case("F55 statistics and gradients in {dtype} over {layout} shards are those of the dense head", dtype=DTYPES, layout=("padded", "uneven"))
+@case(
+    "F55 statistics and gradients in {dtype} over {layout} shards are those of the dense head",
+    dtype=DTYPES,
+    layout=("padded", "uneven"),
+)
 def statistics_are_dense(me, dtype, layout):
     return check_statistics(me, Problem(DTYPES[dtype]), layout, chunk_tokens=5)
 
@@ -61,7 +92,10 @@ def even(me):
     return check_statistics(me, Problem(vocab=132), 132 // me.ranks)
 
 
-@case("a head without bias, softcap, scale and temperature is the dense one on the {backend} backend", backend=("eager", "automatic"))
+@case(
+    "a head without bias, softcap, scale and temperature is the dense one on the {backend} backend",
+    backend=("eager", "automatic"),
+)
 def plain(me, backend):
     p = Problem(seed=3)
     p.settings, p.bias = {}, torch.zeros_like(p.bias)
@@ -71,12 +105,17 @@ def plain(me, backend):
         return check_statistics(me, p, "padded")
 
 
-@case("F55 a policy loss in {dtype} with ratios per {level} is the dense one, {chunk} rows at a time", dtype=DTYPES,
-      level=("token", "sequence", "sequence_token"), chunk=(4, 16))
+@case(
+    "F55 a policy loss in {dtype} with ratios per {level} is the dense one, {chunk} rows at a time",
+    dtype=DTYPES,
+    level=("token", "sequence", "sequence_token"),
+    chunk=(4, 16),
+)
 def policy_is_dense(me, dtype, level, chunk):
     p = Problem(DTYPES[dtype], seed=1)
     shard, wide = p.shard(me, "padded" if chunk == 4 else "uneven"), p.leaves()
-    loss, leaf = policy_of(p, shard, level, chunk_tokens=chunk)  # a sequence has 7 tokens: of 4 rows it needs two chunks
+    # A sequence has 7 tokens: of 4 rows it needs two chunks.
+    loss, leaf = policy_of(p, shard, level, chunk_tokens=chunk)
     truth, size = true_policy_loss(p, p.truth(wide), level)
     assert (loss.double() - truth).abs() <= (1e-12 if p.real == torch.float64 else 2e-6) * size
     operands = leaf, shard.weight, shard.bias
@@ -95,17 +134,28 @@ def packed(me):
     hidden, options = p.arguments(shard)
     flat = {name: x.reshape(-1) for name, x in {"ref_logprobs": p.ref, "temperature": p.temperature}.items()}
     rows = [x.reshape(-1) for x in (p.targets, p.old, p.advantages, p.mask)]
-    again = rlk.linear_policy_loss(hidden.reshape(-1, WIDTH), shard.weight, *rows, cu_seqlens=torch.arange(0, 22, L), kl_coef=0.1, entropy_coef=0.02,
-                                   ratio_level="sequence", **{**options, **flat})
+    again = rlk.linear_policy_loss(
+        hidden.reshape(-1, WIDTH),
+        shard.weight,
+        *rows,
+        cu_seqlens=torch.arange(0, 22, L),
+        kl_coef=0.1,
+        entropy_coef=0.02,
+        ratio_level="sequence",
+        **{**options, **flat},
+    )
     torch.testing.assert_close(again, loss, rtol=1e-13, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(again, hidden), torch.autograd.grad(loss, leaf), rtol=1e-11, atol=1e-15)
+    torch.testing.assert_close(
+        torch.autograd.grad(again, hidden), torch.autograd.grad(loss, leaf), rtol=1e-11, atol=1e-15
+    )
 
 
 @case("F05 a shard without a column of the vocabulary takes no part")
 def no_column(me):
     p = Problem(vocab=5)
     p.targets[0, :5] = torch.arange(5)
-    return check_statistics(me, p, 8)  # rank 0 has all five columns and three rows of padding, the others have padding alone
+    # Rank 0 has all five columns and three rows of padding, the others have padding alone.
+    return check_statistics(me, p, 8)
 
 
 @case("F05 targets on the first and last column of every shard find them, {layout}", layout=("padded", "uneven"))
@@ -132,7 +182,13 @@ def dead_shard(me, dead):
     finite = torch.where(truth["logprobs"].isfinite(), g, 0.0)
     for upstream in (g, finite):
         got = torch.autograd.grad(stats.logprobs, (leaf, shard.weight), upstream, retain_graph=True)
-        assert_gradients((*got, None), torch.autograd.grad(truth["logprobs"], wide, upstream, retain_graph=True), shard, "logprobs", factor=10)
+        assert_gradients(
+            (*got, None),
+            torch.autograd.grad(truth["logprobs"], wide, upstream, retain_graph=True),
+            shard,
+            "logprobs",
+            factor=10,
+        )
     return {"logprobs": stats.logprobs, "entropy": stats.entropy, "hidden": got[0]}
 
 
@@ -142,7 +198,10 @@ def dead_row(me):
     p.settings, p.bias = {}, torch.full_like(p.bias, -torch.inf)
     stats, leaf = stats_of(p, p.shard(me, "padded"))
     live = p.targets != -100
-    assert all(x[live].isnan().all() for x in (stats.logprobs, stats.logsumexp, stats.entropy, stats.log_sum_sq_probs)) and not stats.is_top1.any()
+    assert (
+        all(x[live].isnan().all() for x in (stats.logprobs, stats.logsumexp, stats.entropy, stats.log_sum_sq_probs))
+        and not stats.is_top1.any()
+    )
     (got,) = torch.autograd.grad(stats.logprobs.sum(), leaf)
     assert got[live].isnan().all() and (got[~live] == 0).all()
     assert (stats.logprobs[~live] == 0).all() and (stats.entropy[~live] == 0).all()
@@ -169,7 +228,9 @@ def poison(me, what, where):
         got = getattr(stats, name)
         assert got[row].isnan() or (name, what) == ("logsumexp", "inf"), f"{name}: {got[row]}"
         assert same_bits(got[others], getattr(expected, name)[others]), name
-    (got,), (kept,) = (torch.autograd.grad(s.logprobs, x, p.cotangents[0]) for s, x in ((stats, leaf), (expected, clean_leaf)))
+    (got,), (kept,) = (
+        torch.autograd.grad(s.logprobs, x, p.cotangents[0]) for s, x in ((stats, leaf), (expected, clean_leaf))
+    )
     assert got[row].isnan().all() and torch.equal(got[others][:, 2:], kept[others][:, 2:])
     loss, leaf = policy_of(p, shard)
     (got,) = torch.autograd.grad(loss, leaf)
@@ -182,7 +243,8 @@ def ties(me):
     p = Problem(vocab=4 * me.ranks, shape=(1, 4 * me.ranks))
     p.settings, p.bias, p.hidden = {}, torch.zeros_like(p.bias), torch.ones_like(p.hidden)
     p.weight = torch.zeros_like(p.weight)
-    p.weight[[3, 5, 4 * me.ranks - 1], 0] = 2.0  # the last column of the first shard, one of the second, the last of all
+    # The last column of the first shard, one of the second, the last of all.
+    p.weight[[3, 5, 4 * me.ranks - 1], 0] = 2.0
     p.targets = torch.arange(4 * me.ranks)[None]
     stats, _ = stats_of(p, p.shard(me, 4))
     assert stats.is_top1[0].nonzero().flatten().tolist() == [3]
@@ -200,13 +262,20 @@ def bits(me, dtype):
             assert x is None or same_bits(x, getattr(whole, name)), (name, chunk)
     for row in ((0, 0), (1, 4), (2, 6)):
         options = {**p.settings, "temperature": p.temperature[row][None], "bias": shard.bias, **shard.options}
-        stats = rlk.linear_token_stats(p.hidden[row][None], shard.weight, p.targets[row][None], outputs=OUTPUTS, **options)
+        stats = rlk.linear_token_stats(
+            p.hidden[row][None], shard.weight, p.targets[row][None], outputs=OUTPUTS, **options
+        )
         for name, x in stats._asdict().items():
             assert x is None or same_bits(x, getattr(whole, name)[row][None]), (name, row)
     return {"logprobs": whole.logprobs}
 
 
-@case("what is frozen gets no gradient: hidden {hidden}, weight {weight}, bias {bias}", hidden=(0, 1), weight=(0, 1), bias=(0, 1))
+@case(
+    "what is frozen gets no gradient: hidden {hidden}, weight {weight}, bias {bias}",
+    hidden=(0, 1),
+    weight=(0, 1),
+    bias=(0, 1),
+)
 def frozen(me, hidden, weight, bias):
     p = Problem()
     shard, wide = p.shard(me, "padded"), p.leaves()
@@ -231,8 +300,11 @@ def frozen(me, hidden, weight, bias):
             assert_near(x.grad[:end], expected[shard.mine], "shard", size=expected.norm())
 
 
-@case("F55 a forward sends at most {numbers} numbers per token and rank in one collective per chunk, a backward the hidden gradient alone",
-      numbers=(4, 8))
+@case(
+    "F55 a forward sends at most {numbers} numbers per token and rank in one collective per chunk, a backward the "
+    "hidden gradient alone",
+    numbers=(4, 8),
+)
 def traffic(me, numbers):
     p = Problem()
     shard = p.shard(me, "padded")
@@ -245,12 +317,17 @@ def traffic(me, numbers):
         calls.clear()
         stats.logprobs.sum().backward()
     assert cover[1:] == AGREEMENT  # what the ranks must have in common: read on the host, and on the CPU alone
-    assert [size for _, size, _ in chunks] == [numbers * rows for rows in (8, 8, live - 16)] and {dtype for *_, dtype in chunks} == {torch.float32}
+    assert [size for _, size, _ in chunks] == [numbers * rows for rows in (8, 8, live - 16)] and {
+        dtype for *_, dtype in chunks
+    } == {torch.float32}
     assert calls.pop(0)[1:] == AGREEMENT
     assert calls == [("all_reduce", p.hidden.numel(), torch.float32)]
 
 
-@case("F55 a policy loss sends {numbers} numbers per live token and the hidden gradient, and nothing in its backward", numbers=(4, 5))
+@case(
+    "F55 a policy loss sends {numbers} numbers per live token and the hidden gradient, and nothing in its backward",
+    numbers=(4, 5),
+)
 def traffic_of_a_loss(me, numbers):
     p = Problem()
     live = int((p.mask & (p.targets != -100)).sum())
@@ -267,7 +344,10 @@ def traffic_of_a_loss(me, numbers):
         assert [size for _, size, _ in calls] == [AGREEMENT[0], p.hidden.numel()]  # no token lives
 
 
-@case("groups inside the world: the vocabulary over {inside} ranks, tokens over the others, one global number of tokens", inside=(1, 2))
+@case(
+    "groups inside the world: the vocabulary over {inside} ranks, tokens over the others, one global number of tokens",
+    inside=(1, 2),
+)
 def mesh(me, inside):
     groups = [dist.new_group(list(range(start, start + inside))) for start in range(0, me.ranks, inside)]
     number, parts = me.rank // inside, me.ranks // inside
@@ -285,7 +365,8 @@ def mesh(me, inside):
     loss.backward()
     assert_near(leaf.grad, expected[0][rows], "hidden")
     total = loss.detach().clone()
-    peers = [dist.new_group(list(range(column, me.ranks, inside))) for column in range(inside)]  # who hold the same columns
+    # Who hold the same columns.
+    peers = [dist.new_group(list(range(column, me.ranks, inside))) for column in range(inside)]
     for x in (total, shard.weight.grad, shard.bias.grad):
         dist.all_reduce(x, group=peers[me.rank % inside])
     torch.testing.assert_close(total, truth.detach(), rtol=1e-12, atol=0)

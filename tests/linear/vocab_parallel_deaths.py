@@ -1,4 +1,8 @@
-"""One process of two, of which the second dies: ``python vocab_parallel_deaths.py RANK RENDEZVOUS WHEN``. The first one prints what it hears, and when."""
+"""One process of two, of which the second dies: ``python vocab_parallel_deaths.py RANK RENDEZVOUS WHEN``.
+
+The first one prints what it hears, and when.
+"""
+
 import datetime
 import os
 import sys
@@ -11,8 +15,14 @@ import rlkernels as rlk
 
 
 def main(rank, rendezvous, when):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=10))
-    hidden, weight, targets = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_(), torch.ones(5, 4), torch.arange(6)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=10)
+    )
+    hidden, weight, targets = (
+        torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_(),
+        torch.ones(5, 4),
+        torch.arange(6),
+    )
 
     def score():
         return rlk.linear_token_logprobs(hidden, weight, targets, process_group=dist.group.WORLD).sum()

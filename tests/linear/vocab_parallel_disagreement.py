@@ -1,4 +1,5 @@
 """Ranks that come with unlike arguments: all of them get the same error within seconds, and the group stays usable."""
+
 import re
 import time
 
@@ -71,10 +72,16 @@ def other_rows(p, _):
 
 
 PROBLEMS = {
-    "tokens": (cut, 2, "tokens 21.*tokens 14"), "tokens, none of them": (cut, 0, "tokens 21.*tokens 0"), "features": (narrow, 16, "features 32.*features 16"),
-    "a target": (target, None, "digest of live targets"), "the order of targets": (swapped, None, "digest of live targets"),
-    "a live token": (masked, None, "live tokens 20.*live tokens 19"), "temperatures": (warm, 1.1, "temperature"), "no temperature": (warm, None, "temperature"),
-    "hidden states": (shifted, 1.0, "sum of hidden states"), "the order of hidden states": (other_rows, None, "sum of hidden states"),
+    "tokens": (cut, 2, "tokens 21.*tokens 14"),
+    "tokens, none of them": (cut, 0, "tokens 21.*tokens 0"),
+    "features": (narrow, 16, "features 32.*features 16"),
+    "a target": (target, None, "digest of live targets"),
+    "the order of targets": (swapped, None, "digest of live targets"),
+    "a live token": (masked, None, "live tokens 20.*live tokens 19"),
+    "temperatures": (warm, 1.1, "temperature"),
+    "no temperature": (warm, None, "temperature"),
+    "hidden states": (shifted, 1.0, "sum of hidden states"),
+    "the order of hidden states": (other_rows, None, "sum of hidden states"),
 }
 """What differs on the last rank: how to make it so, and what the error says."""
 
@@ -87,24 +94,37 @@ def unlike_tensors(me, what):
         change(p, value)
     with counted() as calls:
         message = error_of(stats_of, p, p.shard(me, "padded"))
-    assert re.search(f"^linear_token_stats: the ranks of process_group differ. .*{said}.*Pass the same on every rank", message), message
+    assert re.search(
+        f"^linear_token_stats: the ranks of process_group differ. .*{said}.*Pass the same on every rank", message
+    ), message
     assert len(calls) == 2  # one to compare, and one to say what differs
     found = alike(message)
     q = Problem()
     if me.rank == me.ranks - 1:
         change(q, value)
     message = error_of(policy_of, q, q.shard(me, "padded"))
-    assert re.search(f"^linear_policy_loss: the ranks of process_group differ. .*{re.split('[ ,0-9]*[0-9]', said)[0]}", message), message
+    assert re.search(
+        f"^linear_policy_loss: the ranks of process_group differ. .*{re.split('[ ,0-9]*[0-9]', said)[0]}", message
+    ), message
     served(me)
     return found
 
 
 OPTIONS = {
-    "chunk_tokens": (4, 8, "rows per chunk 4.*rows per chunk 8"), "logits_budget": (16384, 65536, "rows per chunk"),
+    "chunk_tokens": (4, 8, "rows per chunk 4.*rows per chunk 8"),
+    "logits_budget": (16384, 65536, "rows per chunk"),
     "logits_dtype": (torch.float32, torch.bfloat16, "logits_dtype torch.float32.*logits_dtype torch.bfloat16"),
-    "outputs": (OUTPUTS, (), r"outputs \[entropy, .*outputs \[\]"), "temperature": (1.0, 2.0, "temperature 1.0.*temperature 2.0"),
-    "softcap": (5.0, 6.0, "softcap 5.0.*softcap 6.0"), "logit_scale": (1.0, 1.5, "logit_scale 1.0.*logit_scale 1.5"),
-    "max_live_tokens": (21, 30, "max_live_tokens 21.*max_live_tokens 30"), "bias": (True, None, "with a bias True.*with a bias False"),
+    "outputs": (
+        OUTPUTS,
+        (),
+        r"outputs \[entropy, .*outputs "
+        r"\[\]",
+    ),
+    "temperature": (1.0, 2.0, "temperature 1.0.*temperature 2.0"),
+    "softcap": (5.0, 6.0, "softcap 5.0.*softcap 6.0"),
+    "logit_scale": (1.0, 1.5, "logit_scale 1.0.*logit_scale 1.5"),
+    "max_live_tokens": (21, 30, "max_live_tokens 21.*max_live_tokens 30"),
+    "bias": (True, None, "with a bias True.*with a bias False"),
 }
 
 
@@ -124,10 +144,13 @@ def unlike_options(me, name):
 
 
 LOSSES = {
-    "objective": ("ppo_clip", "reinforce", "objective ppo_clip.*objective reinforce"), "clip_low": (0.2, 0.1, "clip_low 0.2.*clip_low 0.1"),
+    "objective": ("ppo_clip", "reinforce", "objective ppo_clip.*objective reinforce"),
+    "clip_low": (0.2, 0.1, "clip_low 0.2.*clip_low 0.1"),
     "kl_coef": (0.1, 0.2, "kl_coef"),
-    "ratio_level": ("token", "sequence", "ratio_level token.*ratio_level sequence"), "entropy_coef": (0.0, 0.1, "entropy"),
-    "return_metrics": (False, True, "entropy False.*entropy True"), "aggregation": ("token-mean", "token-sum", "aggregation"),
+    "ratio_level": ("token", "sequence", "ratio_level token.*ratio_level sequence"),
+    "entropy_coef": (0.0, 0.1, "entropy"),
+    "return_metrics": (False, True, "entropy False.*entropy True"),
+    "aggregation": ("token-mean", "token-sum", "aggregation"),
 }
 
 
@@ -135,7 +158,9 @@ LOSSES = {
 def unlike_losses(me, name):
     *values, said = LOSSES[name]
     p = Problem()
-    message = error_of(policy_of, p, p.shard(me, "padded"), **{"entropy_coef": 0.0, name: values[me.rank == me.ranks - 1]})
+    message = error_of(
+        policy_of, p, p.shard(me, "padded"), **{"entropy_coef": 0.0, name: values[me.rank == me.ranks - 1]}
+    )
     assert re.search(f"^linear_policy_loss: the ranks of process_group differ. .*{said}", message), message
     served(me)
     return alike(message)
@@ -151,13 +176,26 @@ def unlike_masks(me):
     shard = p.shard(me, "padded")
     ends = torch.tensor([0, 7, 14 + last, 21])
     rows = [x.reshape(-1) for x in (p.targets, p.old, p.advantages, p.mask)]
-    found += [error_of(rlk.linear_policy_loss, p.hidden.reshape(21, -1), shard.weight, *rows, cu_seqlens=ends, ratio_level="sequence", chunk_tokens=8,
-                       **shard.options)]
+    found += [
+        error_of(
+            rlk.linear_policy_loss,
+            p.hidden.reshape(21, -1),
+            shard.weight,
+            *rows,
+            cu_seqlens=ends,
+            ratio_level="sequence",
+            chunk_tokens=8,
+            **shard.options,
+        )
+    ]
     assert "digest of sequences" in found[-1]
     return alike("".join(found))
 
 
-@case("F134 a gradient of {what} that is wanted on some ranks alone is refused on every rank", what=("hidden", "weight", "bias", "nothing"))
+@case(
+    "F134 a gradient of {what} that is wanted on some ranks alone is refused on every rank",
+    what=("hidden", "weight", "bias", "nothing"),
+)
 def unlike_needs(me, what):
     p, first = Problem(), me.rank == 0
     shard = p.shard(me, "padded")
@@ -182,7 +220,10 @@ def unlike_functions(me):
     served(me)
 
 
-@case("F134 upstream gradients that are {what} on one rank are refused in the backward of every rank", what=("zero", "smaller", "absent"))
+@case(
+    "F134 upstream gradients that are {what} on one rank are refused in the backward of every rank",
+    what=("zero", "smaller", "absent"),
+)
 def unlike_upstream(me, what):
     p, last = Problem(), me.rank == me.ranks - 1
     shard = p.shard(me, "padded")
@@ -208,7 +249,11 @@ def compiled_unlike(me):
     if me.rank == me.ranks - 1:
         cut(p, 2)
     shard = p.shard(me, "padded")
-    call = torch.compile(lambda hidden: rlk.linear_token_logprobs(hidden, shard.weight, p.targets, **shard.options), fullgraph=True, backend="aot_eager")
+    call = torch.compile(
+        lambda hidden: rlk.linear_token_logprobs(hidden, shard.weight, p.targets, **shard.options),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     message = error_of(call, p.hidden)
     assert "tokens 21" in message and "tokens 14" in message, message
     served(me)

@@ -1,4 +1,5 @@
 """Ranks that raise or stay away: the others hear of it, and the group stays usable."""
+
 import datetime
 import re
 
@@ -27,24 +28,66 @@ def wrong(p, shard, name):
     return {
         "dtype of targets": (TypeError, lambda: rlk.linear_token_logprobs(*rows[:2], p.targets.float(), **options)),
         "target": (IndexError, lambda: rlk.linear_token_logprobs(*rows[:2], bad(p.targets, 1, 3), **options)),
-        "temperature of a row": (ValueError, lambda: rlk.linear_token_stats(*rows, **{**options, "temperature": bad(p.temperature, 0, 1)})),
+        "temperature of a row": (
+            ValueError,
+            lambda: rlk.linear_token_stats(*rows, **{**options, "temperature": bad(p.temperature, 0, 1)}),
+        ),
         "option": (TypeError, lambda: rlk.linear_token_logprobs(*rows, **options, colour="red")),
         "chunk_tokens": (ValueError, lambda: rlk.linear_sft_loss(*rows, **options, chunk_tokens=0)),
         "target of a loss": (IndexError, lambda: rlk.linear_sft_loss(*rows[:2], bad(p.targets, 1, 3), **options)),
-        "objective": (ValueError, lambda: rlk.linear_policy_loss(*rows, p.old, p.advantages, **options, objective="none")),
-        "shape of advantages": (ValueError, lambda: rlk.linear_policy_loss(*rows, p.old, p.advantages[:, :2], **options)),
-        "ratio of packed rows": (ValueError, lambda: rlk.linear_policy_loss(p.hidden[0], shard.weight, p.targets[0], p.old[0], p.advantages[0], **{
-            **options, "temperature": 1.0}, ratio_level="sequence")),
+        "objective": (
+            ValueError,
+            lambda: rlk.linear_policy_loss(*rows, p.old, p.advantages, **options, objective="none"),
+        ),
+        "shape of advantages": (
+            ValueError,
+            lambda: rlk.linear_policy_loss(*rows, p.old, p.advantages[:, :2], **options),
+        ),
+        "ratio of packed rows": (
+            ValueError,
+            lambda: rlk.linear_policy_loss(
+                p.hidden[0],
+                shard.weight,
+                p.targets[0],
+                p.old[0],
+                p.advantages[0],
+                **{**options, "temperature": 1.0},
+                ratio_level="sequence",
+            ),
+        ),
         "weight": (TypeError, lambda: rlk.linear_token_logprobs(p.hidden, None, p.targets, **options)),
         "hidden": (TypeError, lambda: rlk.linear_token_logprobs([1.0], shard.weight, p.targets, **options)),
-        "odd answers": (ValueError, lambda: rlk.linear_dpo_loss(*rows, ref_chosen_logps=sequences[0], ref_rejected_logps=sequences[1], **options)),
-        "desirable": (ValueError, lambda: rlk.linear_unpaired_preference_loss(*rows, torch.zeros(3), torch.ones(2), **options)),
+        "odd answers": (
+            ValueError,
+            lambda: rlk.linear_dpo_loss(
+                *rows, ref_chosen_logps=sequences[0], ref_rejected_logps=sequences[1], **options
+            ),
+        ),
+        "desirable": (
+            ValueError,
+            lambda: rlk.linear_unpaired_preference_loss(*rows, torch.zeros(3), torch.ones(2), **options),
+        ),
     }[name]
 
 
-@case("F134 a wrong {name} on one rank raises there, and on the others an error that says so",
-      name=("dtype of targets", "target", "temperature of a row", "option", "chunk_tokens", "target of a loss", "objective", "shape of advantages",
-            "ratio of packed rows", "weight", "hidden", "odd answers", "desirable"))
+@case(
+    "F134 a wrong {name} on one rank raises there, and on the others an error that says so",
+    name=(
+        "dtype of targets",
+        "target",
+        "temperature of a row",
+        "option",
+        "chunk_tokens",
+        "target of a loss",
+        "objective",
+        "shape of advantages",
+        "ratio of packed rows",
+        "weight",
+        "hidden",
+        "odd answers",
+        "desirable",
+    ),
+)
 def one_raises(me, name):
     p = Problem()
     shard = p.shard(me, "padded")
@@ -53,7 +96,9 @@ def one_raises(me, name):
         message = error_of(call, kind=kind)
     else:
         message = error_of(policy_of, p, shard)  # whatever the others do: they hear of it in their own call
-        assert re.search(f"^linear_policy_loss: rank {me.ranks - 1} of process_group raised {kind.__name__}: ", message), message
+        assert re.search(
+            f"^linear_policy_loss: rank {me.ranks - 1} of process_group raised {kind.__name__}: ", message
+        ), message
         message = message.partition(f"{kind.__name__}: ")[2]
     served(me)
     return alike(message[:400])

@@ -1,4 +1,7 @@
-"""More cases of a head over a process group: what it refuses, how it composes with other machinery, and tokens spread over processes."""
+"""More cases of a head over a process group: what it refuses, how it composes with other machinery, and tokens spread
+over processes.
+"""
+
 import re
 
 import oracles
@@ -33,13 +36,22 @@ def bad_cover(me):
     cases = {
         "a vocabulary shard starts at .*expected .*pass vocab_start": head(10 + me.rank),
         "a vocabulary shard starts at 11, expected 10": head(10, vocab_start=11 * me.rank, valid_vocab=100),  # a gap
-        "a vocabulary shard starts at 9, expected 10": head(10, vocab_start=9 * me.rank, valid_vocab=10 * me.ranks),  # an overlap
+        "a vocabulary shard starts at 9, expected 10": head(
+            10, vocab_start=9 * me.rank, valid_vocab=10 * me.ranks
+        ),  # an overlap
         "the vocabulary shards hold .* of 1000 columns": head(10, valid_vocab=1000),
-        "the vocabulary shards are of vocabularies of different sizes.* pass the same valid_vocab": head(10, valid_vocab=10 * me.ranks - last),
+        "the vocabulary shards are of vocabularies of different sizes.* pass the same valid_vocab": head(
+            10, valid_vocab=10 * me.ranks - last
+        ),
     }
     for message, (*arguments, options) in cases.items():
         refused(message, *arguments, **options)
-    refused("with vocab_start the shards may differ in size; pass the whole vocabulary as valid_vocab", *head(10)[:3], process_group=group, vocab_start=0)
+    refused(
+        "with vocab_start the shards may differ in size; pass the whole vocabulary as valid_vocab",
+        *head(10)[:3],
+        process_group=group,
+        vocab_start=0,
+    )
     *arguments, options = head(10)
     rlk.linear_token_logprobs(*arguments, **options)
 
@@ -57,10 +69,20 @@ def outside(me):
 @case("F54 B22 a shard with zero elements is refused on every rank, and names how to gather it")
 def empty_shard(me):
     for empty in (torch.empty(0), torch.empty(0, WIDTH)):
-        refused(r"weight has 0 elements; gather it first \(ZeRO-3", torch.zeros(4, WIDTH), empty, torch.zeros(4, dtype=torch.long), process_group=me.group)
+        refused(
+            r"weight has 0 elements; gather it first "
+            r"\(ZeRO-3",
+            torch.zeros(4, WIDTH),
+            empty,
+            torch.zeros(4, dtype=torch.long),
+            process_group=me.group,
+        )
 
 
-@case("F54 B23 a DTensor weight is refused on every rank, and names how to gather it; gathered, it gets its gradient as a DTensor")
+@case(
+    "F54 B23 a DTensor weight is refused on every rank, and names how to gather it; gathered, it gets its gradient "
+    "as a DTensor"
+)
 def dtensor(me):
     p = Problem(torch.float64, seed=8)
     mesh = init_device_mesh("cpu", (me.ranks,))
@@ -69,7 +91,9 @@ def dtensor(me):
     try:
         rlk.linear_token_logprobs(leaf, weight, p.targets, bias=bias)
     except TypeError as error:
-        assert "weight is a DTensor; pass weight.full_tensor(), or its local rows with process_group" in str(error), str(error)
+        assert "weight is a DTensor; pass weight.full_tensor(), or its local rows with process_group" in str(error), (
+            str(error)
+        )
     else:
         raise AssertionError("a DTensor went through")
     rlk.linear_token_logprobs(leaf, weight.full_tensor(), p.targets, bias=bias, **p.settings).backward(p.cotangents[0])
@@ -80,8 +104,16 @@ def dtensor(me):
     assert_near(leaf.grad, expected[0], "hidden")
     rows = weight.to_local()  # uneven where the ranks do not divide the vocabulary
     start = me.rank * -(-p.vocab // me.ranks)
-    again = rlk.linear_token_logprobs(leaf, rows, p.targets, bias=bias[start:start + len(rows)], **p.settings, process_group=me.group, vocab_start=start,
-                                      valid_vocab=p.vocab)
+    again = rlk.linear_token_logprobs(
+        leaf,
+        rows,
+        p.targets,
+        bias=bias[start : start + len(rows)],
+        **p.settings,
+        process_group=me.group,
+        vocab_start=start,
+        valid_vocab=p.vocab,
+    )
     torch.testing.assert_close(again, p.truth()["logprobs"], rtol=1e-12, atol=1e-12)
 
 
@@ -134,7 +166,9 @@ def bound(me):
     weighted = int((p.mask & (p.targets != -100)).sum())
     (free, leaf), (bounded, other) = policy_of(p, shard), policy_of(p, shard, max_live_tokens=weighted + 3)
     torch.testing.assert_close(free, bounded, rtol=1e-6, atol=0)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss, x in ((free, leaf), (bounded, other))), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, x)[0] for loss, x in ((free, leaf), (bounded, other))), rtol=1e-5, atol=1e-7
+    )
     for function, count in ((stats_of, live), (policy_of, weighted)):
         try:
             function(p, shard, max_live_tokens=count - 1)
@@ -144,7 +178,10 @@ def bound(me):
             raise AssertionError("a bound too small went through")
 
 
-@case("activation checkpointing recomputes the same bits, collectives included, reentrant {reentrant}", reentrant=(False, True))
+@case(
+    "activation checkpointing recomputes the same bits, collectives included, reentrant {reentrant}",
+    reentrant=(False, True),
+)
 def checkpointed(me, reentrant):
     p = Problem()
     shard = p.shard(me, "padded")
@@ -172,7 +209,9 @@ def compiled(me, what):
     def function(hidden):
         if what == "policy loss":
             return policy_of(p, shard, hidden=hidden)[0]
-        return rlk.linear_token_logprobs(hidden, shard.weight, p.targets, bias=shard.bias, **p.settings, **shard.options)
+        return rlk.linear_token_logprobs(
+            hidden, shard.weight, p.targets, bias=shard.bias, **p.settings, **shard.options
+        )
 
     leaf = p.hidden.clone().requires_grad_()
     found, plain = torch.compile(function, fullgraph=True, backend="aot_eager")(leaf), function(leaf)
@@ -187,16 +226,23 @@ def scored(me):
     p = Problem()
     shard, truth = p.shard(me, "uneven"), p.truth()
     with torch.no_grad():
-        logp = rlk.linear_token_logprobs(p.hidden, shard.weight, p.targets, bias=shard.bias, **p.settings, **shard.options)
+        logp = rlk.linear_token_logprobs(
+            p.hidden, shard.weight, p.targets, bias=shard.bias, **p.settings, **shard.options
+        )
     assert not logp.requires_grad
     torch.testing.assert_close(logp.double(), truth["logprobs"], rtol=1e-5, atol=2e-6)
     return {"logp": logp}
 
 
-@case("F88 tokens over processes: shifted before the cut, one global number of tokens, the sum over ranks is the whole ({dtype})",
-      dtype=(torch.float32, torch.float64))
+@case(
+    "F88 tokens over processes: shifted before the cut, one global number of tokens, the sum over ranks is the whole "
+    "({dtype})",
+    dtype=(torch.float32, torch.float64),
+)
 def context_parallel(me, dtype):
-    """No process_group: every rank has the whole head and its part of every sequence. 12 tokens, the labels of a part cross its end."""
+    """No process_group: every rank has the whole head and its part of every sequence. 12 tokens, the labels of a part
+    cross its end.
+    """
     p = Problem(dtype, seed=5, shape=(2, 12))
     ids = torch.cat([torch.zeros(2, 1, dtype=torch.long), p.targets.clamp(min=0)], 1)
     p.targets = ids[:, 1:]  # shifted once, before anything is cut
@@ -209,9 +255,22 @@ def context_parallel(me, dtype):
     local = hidden.detach()[:, mine].requires_grad_()
 
     def loss_of(targets):
-        return rlk.linear_policy_loss(local, weight, targets, p.old[:, mine], p.advantages[:, mine], p.mask[:, mine], bias=bias, softcap=5.0, logit_scale=1.5,
-                                      temperature=p.temperature[:, mine], ref_logprobs=p.ref[:, mine], kl_coef=0.1, entropy_coef=0.02,
-                                      normalizers={"batch_num_tokens": count})
+        return rlk.linear_policy_loss(
+            local,
+            weight,
+            targets,
+            p.old[:, mine],
+            p.advantages[:, mine],
+            p.mask[:, mine],
+            bias=bias,
+            softcap=5.0,
+            logit_scale=1.5,
+            temperature=p.temperature[:, mine],
+            ref_logprobs=p.ref[:, mine],
+            kl_coef=0.1,
+            entropy_coef=0.02,
+            normalizers={"batch_num_tokens": count},
+        )
 
     def total_of(loss):
         total = loss.detach().clone()
@@ -222,28 +281,50 @@ def context_parallel(me, dtype):
     loss.backward()
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     assert (total_of(loss) - truth).abs() <= tolerance * size
-    inside = ids[:, mine.start:mine.stop + 1][:, 1:] if me.rank == me.ranks - 1 else torch.cat([ids[:, mine][:, 1:], torch.full((2, 1), -100)], 1)
-    assert (total_of(loss_of(inside)) - truth).abs() > 100 * tolerance * size  # shifted inside the part: a label is lost at every cut
+    inside = (
+        ids[:, mine.start : mine.stop + 1][:, 1:]
+        if me.rank == me.ranks - 1
+        else torch.cat([ids[:, mine][:, 1:], torch.full((2, 1), -100)], 1)
+    )
+    # Shifted inside the part: a label is lost at every cut.
+    assert (total_of(loss_of(inside)) - truth).abs() > 100 * tolerance * size
     assert_near(local.grad, expected[0][:, mine], "hidden", factor=2)
     for name, x, t in (("weight", weight, expected[1]), ("bias", bias, expected[2])):
         dist.all_reduce(x.grad)
         assert_near(x.grad, t, name, factor=2)
 
 
-@case("sequences over processes: ratios of whole sequences need whole sequences on a rank, their mean over all ranks one global number")
+@case(
+    "sequences over processes: ratios of whole sequences need whole sequences on a rank, their mean over all ranks "
+    "one global number"
+)
 def sequence_parallel(me):
     p = Problem(torch.float64, seed=6, shape=(4, L))
     wide = p.leaves()
     truth, _ = true_policy_loss(p, p.truth(wide), "sequence", kl_coef=0.0, entropy_coef=0.0)
     mine = slice(me.rank * 4 // me.ranks, (me.rank + 1) * 4 // me.ranks)
-    loss = rlk.linear_policy_loss(p.hidden[mine], p.weight, p.targets[mine], p.old[mine], p.advantages[mine], p.mask[mine], bias=p.bias, softcap=5.0,
-                                  logit_scale=1.5, temperature=p.temperature[mine], ratio_level="sequence",
-                                  normalizers={"batch_num_tokens": (p.mask & (p.targets != -100)).sum()})
+    loss = rlk.linear_policy_loss(
+        p.hidden[mine],
+        p.weight,
+        p.targets[mine],
+        p.old[mine],
+        p.advantages[mine],
+        p.mask[mine],
+        bias=p.bias,
+        softcap=5.0,
+        logit_scale=1.5,
+        temperature=p.temperature[mine],
+        ratio_level="sequence",
+        normalizers={"batch_num_tokens": (p.mask & (p.targets != -100)).sum()},
+    )
     dist.all_reduce(loss)
     torch.testing.assert_close(loss, truth.detach(), rtol=1e-12, atol=0)
 
 
-@case("F55 supervised and preference losses of a sharded head in {dtype} are the dense ones", dtype=(torch.float32, torch.float64, torch.bfloat16))
+@case(
+    "F55 supervised and preference losses of a sharded head in {dtype} are the dense ones",
+    dtype=(torch.float32, torch.float64, torch.bfloat16),
+)
 def other_losses(me, dtype):
     p = Problem(dtype, seed=7, shape=(4, L))
     live = p.mask & (p.targets != -100)
@@ -256,9 +337,19 @@ def other_losses(me, dtype):
 
     found = {}
     for name, call, true in (
-            ("sft", lambda h, w, **o: rlk.linear_sft_loss(h, w, p.targets, p.mask, **o), lambda logp: -torch.where(live, logp, 0.0).sum() / live.sum()),
-            ("dpo", lambda h, w, **o: rlk.linear_dpo_loss(h, w, p.targets, p.mask, ref_chosen_logps=references[0], ref_rejected_logps=references[1],
-                                                          beta=0.3, **o), margin_loss)):
+        (
+            "sft",
+            lambda h, w, **o: rlk.linear_sft_loss(h, w, p.targets, p.mask, **o),
+            lambda logp: -torch.where(live, logp, 0.0).sum() / live.sum(),
+        ),
+        (
+            "dpo",
+            lambda h, w, **o: rlk.linear_dpo_loss(
+                h, w, p.targets, p.mask, ref_chosen_logps=references[0], ref_rejected_logps=references[1], beta=0.3, **o
+            ),
+            margin_loss,
+        ),
+    ):
         for chunk in (4, 64):  # an answer has up to 7 live tokens
             shard, wide = p.shard(me, "padded" if chunk == 4 else "uneven"), p.leaves()
             leaf, options = p.arguments(shard)

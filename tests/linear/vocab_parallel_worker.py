@@ -1,8 +1,11 @@
-"""One process of a group: problems, their shards, the dense truth in float64, and what the cases of ``parallel_cases`` are judged by.
+"""One process of a group: problems, their shards, the dense truth in float64, and what the cases of ``parallel_cases``
+are judged by.
 
-``python vocab_parallel_worker.py RANK RANKS RENDEZVOUS REPORT`` runs every case and writes ``{case: [complaint, {name: digest}]}`` as JSON: what a
-case returns must have the same bits on all ranks, and the test that reads the reports compares the digests.
+``python vocab_parallel_worker.py RANK RANKS RENDEZVOUS REPORT`` runs every case and writes ``{case: [complaint, {name:
+digest}]}`` as JSON: what a case returns must have the same bits on all ranks, and the test that reads the reports
+compares the digests.
 """
+
 import contextlib
 import datetime
 import hashlib
@@ -29,7 +32,10 @@ class Me(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """``weight``, ``bias``: leaves with the rows ``mine`` of the dense head and perhaps padding behind. ``options``: what the call is told."""
+    """``weight``, ``bias``: leaves with the rows ``mine`` of the dense head and perhaps padding behind.
+
+    ``options``: what the call is told.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -55,7 +61,9 @@ class Problem:
         self.targets[1:2, 2] = -100
         self.temperature = (0.6 + torch.rand(shape, generator=draw, dtype=torch.float64)).to(self.real)
         self.settings = {"softcap": 5.0, "logit_scale": 1.5, "temperature": self.temperature}
-        self.advantages, noise, far, *self.cotangents = (torch.randn(shape, generator=draw, dtype=torch.float64).to(self.real) for _ in range(5))
+        self.advantages, noise, far, *self.cotangents = (
+            torch.randn(shape, generator=draw, dtype=torch.float64).to(self.real) for _ in range(5)
+        )
         self.cotangents[0].view(-1)[1] = 0.0
         logp = self.truth()["logprobs"].detach()
         self.old, self.ref = (logp + 0.3 * noise).to(self.real), (logp + 0.3 * far).to(self.real)
@@ -73,43 +81,66 @@ class Problem:
         return statistics(self.logits(*leaves), self.targets, self.settings.get("temperature", 1.0), dtype=dtype)
 
     def shard(self, me, layout):
-        """``padded``: equal sizes, NaN behind the vocabulary. ``uneven``: every size is another, five rows of padding behind the last."""
+        """``padded``: equal sizes, NaN behind the vocabulary.
+
+        ``uneven``: every size is another, five rows of padding behind the last.
+        """
         if layout == "uneven":
             ends = {1: [0, self.vocab], 2: [0, 40, self.vocab], 4: [0, 40, 41, 100, self.vocab]}[me.ranks]
-            start, end, rows = ends[me.rank], ends[me.rank + 1], ends[me.rank + 1] - ends[me.rank] + 5 * (me.rank == me.ranks - 1)
+            start, end, rows = (
+                ends[me.rank],
+                ends[me.rank + 1],
+                ends[me.rank + 1] - ends[me.rank] + 5 * (me.rank == me.ranks - 1),
+            )
             options = {"vocab_start": start, "valid_vocab": self.vocab}
         else:
             rows = -(-self.vocab // me.ranks) if layout == "padded" else layout
             start, end = min(self.vocab, me.rank * rows), min(self.vocab, (me.rank + 1) * rows)
             options = {} if rows * me.ranks == self.vocab else {"valid_vocab": self.vocab}
         weight, bias = (torch.full((rows, *x.shape[1:]), torch.nan, dtype=self.dtype) for x in (self.weight, self.bias))
-        weight[:end - start], bias[:end - start] = self.weight[start:end], self.bias[start:end]
-        return Shard(weight.requires_grad_(), bias.requires_grad_(), slice(start, end), {"process_group": me.group, **options})
+        weight[: end - start], bias[: end - start] = self.weight[start:end], self.bias[start:end]
+        return Shard(
+            weight.requires_grad_(), bias.requires_grad_(), slice(start, end), {"process_group": me.group, **options}
+        )
 
     def arguments(self, shard, hidden=None):
         """Hidden states, a leaf where none are given; and the keyword arguments of a ``linear_*`` function."""
-        return self.hidden.clone().requires_grad_() if hidden is None else hidden, {"bias": shard.bias, **self.settings, **shard.options}
+        return self.hidden.clone().requires_grad_() if hidden is None else hidden, {
+            "bias": shard.bias,
+            **self.settings,
+            **shard.options,
+        }
 
 
 def true_policy_loss(problem, stats, level="token", kl_coef=0.1, entropy_coef=0.02, count=None):
-    """Token mean of ppo_clip, k3 and entropy bonus by the oracles, and that of the sizes. ``count``: what the sums are divided by."""
+    """Token mean of ppo_clip, k3 and entropy bonus by the oracles, and that of the sizes.
+
+    ``count``: what the sums are divided by.
+    """
     live = problem.mask & (problem.targets != -100)
     count = live.sum() if count is None else count
     logp, old, ref, advantages = (x.double() for x in (stats["logprobs"], problem.old, problem.ref, problem.advantages))
     inside, before = logp, old
     if level != "token":
+
         def mean(x):
             return (torch.where(live, x, 0.0).sum(-1) / live.sum(-1))[:, None].expand(x.shape)
 
         inside, before = mean(logp), mean(old)
         if level == "sequence_token":
             inside, before = logp, (logp - mean(logp - old)).detach()
-    loss = oracles.ppo_clip(inside, before, advantages, 0.2, 0.2) + kl_coef * oracles.k3(logp, ref) - entropy_coef * stats["entropy"]
+    loss = (
+        oracles.ppo_clip(inside, before, advantages, 0.2, 0.2)
+        + kl_coef * oracles.k3(logp, ref)
+        - entropy_coef * stats["entropy"]
+    )
     return torch.where(live, loss, 0.0).sum() / count, torch.where(live, loss.detach(), 0.0).abs().sum() / count
 
 
 def assert_near(got, truth, what, factor=1.0, size=None):
-    """Frobenius error: of fp32 and fp64 a few units of ``size``, of 16 bits 1.05 times that of one cast of the truth beside it."""
+    """Frobenius error: of fp32 and fp64 a few units of ``size``, of 16 bits 1.05 times that of one cast of the truth
+    beside it.
+    """
     assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
     size = truth.norm() if size is None else size
     error = (got.double() - truth).norm()
@@ -126,7 +157,8 @@ def assert_gradients(got, truth, shard, what, factor=1.0):
         if g is not None:
             assert (g[count:] == 0).all(), f"{what}: {name} has a gradient in rows of padding"
             if count:
-                assert_near(g[:count], t[shard.mine], f"{what}: {name}", factor, t.norm())  # of the whole: a shard may have none
+                # Of the whole: a shard may have none.
+                assert_near(g[:count], t[shard.mine], f"{what}: {name}", factor, t.norm())
 
 
 def assert_statistics(stats, problem, truth):
@@ -142,13 +174,21 @@ def assert_statistics(stats, problem, truth):
             assert_within_policy(got, expected, base[name], name)
 
 
-COLLECTIVES = [name for name in dist.distributed_c10d.__all__ if re.match(
-    "(all_gather|all_reduce|all_to_all|barrier|broadcast|gather|reduce|scatter|send|recv|isend|irecv|batch_isend)", name)]
+COLLECTIVES = [
+    name
+    for name in dist.distributed_c10d.__all__
+    if re.match(
+        "(all_gather|all_reduce|all_to_all|barrier|broadcast|gather|reduce|scatter|send|recv|isend|irecv|batch_isend)",
+        name,
+    )
+]
 
 
 @contextlib.contextmanager
 def counted():
-    """A list of ``(collective, numbers that this rank contributes, their dtype)``; every public collective of torch is looked at."""
+    """A list of ``(collective, numbers that this rank contributes, their dtype)``; every public collective of torch is
+    looked at.
+    """
     calls, originals = [], {name: getattr(dist, name) for name in COLLECTIVES}
 
     def wrap(name, original):
@@ -161,6 +201,7 @@ def counted():
                 return original(*arguments, **options)
             finally:
                 inside.pop()
+
         return call
 
     inside = []
@@ -174,7 +215,9 @@ def counted():
 
 
 def digest(x):
-    return hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode() + x.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(
+        f"{x.dtype} {tuple(x.shape)}".encode() + x.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
 
 
 def main(rank, ranks, rendezvous, report):
@@ -185,10 +228,13 @@ def main(rank, ranks, rendezvous, report):
 
     torch.set_num_threads(1)
     results = dict.fromkeys(CASES, ("not run: an earlier case ended the process", {}))
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=30)
+    )
     for name, case in CASES.items():
         results[name] = "this case ended the process: ranks out of step in a collective?", {}
-        Path(report).write_text(json.dumps(results))  # gloo ends a process whose collectives do not fit those of the others
+        # Gloo ends a process whose collectives do not fit those of the others.
+        Path(report).write_text(json.dumps(results))
         try:
             results[name] = None, {key: digest(x) for key, x in (case(Me(rank, ranks, dist.group.WORLD)) or {}).items()}
         except Exception:

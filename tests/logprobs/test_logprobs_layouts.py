@@ -1,4 +1,7 @@
-"""Faults of FAULTS.md 1 and 4 that concern where rows of logits lie: addresses, layouts, strides, blocks, no rows and many."""
+"""Faults of FAULTS.md 1 and 4 that concern where rows of logits lie: addresses, layouts, strides, blocks, no rows and
+many.
+"""
+
 import math
 
 import pytest
@@ -33,8 +36,11 @@ def test_F01_offsets_beyond_32_bits_reach_the_right_row(backend):
 def test_F02_a_label_outside_the_vocabulary_is_an_index_error_that_names_row_and_range(bad, dtype, backend):
     x, targets, _ = draw_rows((2, 4), 37)
     targets.view(-1)[5] = bad
-    for function in (rlk.token_logprobs, lambda x, y: rlk.token_logprobs(x.mT.contiguous().mT, y),
-                     lambda x, y: rlk.logits_policy_loss(x, y, torch.zeros(2, 4), torch.ones(2, 4))):
+    for function in (
+        rlk.token_logprobs,
+        lambda x, y: rlk.token_logprobs(x.mT.contiguous().mT, y),
+        lambda x, y: rlk.logits_policy_loss(x, y, torch.zeros(2, 4), torch.ones(2, 4)),
+    ):
         with pytest.raises(IndexError, match=rf"target {bad} at row 5 is outside \[0, 37\)"):
             function(x, targets.to(dtype))
 
@@ -53,9 +59,13 @@ def test_F03_the_ignore_index_is_no_address_and_its_row_is_zero(ignore_index, ba
     assert_same_bits({k: v[others] for k, v in got.items()}, {k: v[others] for k, v in expected.items()})
 
 
-# Around every width in use: 8 and 16 lanes, 32 and 64 columns per chunk, blocks of 4096 columns; 1, 2 and primes beside them.
-@pytest.mark.parametrize("vocab,dtype", [(v, torch.float32) for v in (1, 2, 7, 15, 16, 17, 63, 64, 65, 1023, 1025, 2053, 4095, 4096, 4097, 8197)]
-                         + [(v, dtype) for v in (1, 17, 65, 1025, 4097) for dtype in SIXTEEN])
+# Around every width in use: 8 and 16 lanes, 32 and 64 columns per chunk, blocks of 4096 columns; 1, 2 and primes beside
+# them.
+@pytest.mark.parametrize(
+    "vocab,dtype",
+    [(v, torch.float32) for v in (1, 2, 7, 15, 16, 17, 63, 64, 65, 1023, 1025, 2053, 4095, 4096, 4097, 8197)]
+    + [(v, dtype) for v in (1, 17, 65, 1025, 4097) for dtype in SIXTEEN],
+)
 def test_F04_no_vocabulary_size_adds_phantom_columns(vocab, dtype, backend):
     x, targets, mask = draw_rows((6,), vocab, dtype, seed=vocab)
     other = draw_rows((6,), vocab, dtype, seed=vocab + 1)[0]
@@ -76,7 +86,12 @@ def test_F06_vocab_mask_takes_padded_columns_out_and_without_it_they_count(backe
         for name in ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logits"):
             assert_within_policy(getattr(got, name), truth[name], base[name], name)
     counted = rlk.token_logprobs(wide, targets)
-    assert_within_policy(counted, statistics(wide, targets)["logprobs"], statistics(wide, targets, dtype=torch.float32)["logprobs"], "padding counted")
+    assert_within_policy(
+        counted,
+        statistics(wide, targets)["logprobs"],
+        statistics(wide, targets, dtype=torch.float32)["logprobs"],
+        "padding counted",
+    )
     assert (counted < truth["logprobs"] - 0.1).all()
 
 
@@ -101,7 +116,9 @@ VOCAB_MASKS = {
     "every other element": lambda m: strided(m),
     "vocabulary first": lambda m: m.permute(2, 0, 1).contiguous().permute(1, 2, 0),
     "rows apart": lambda m: torch.nn.functional.pad(m, (1, 2))[..., 1:-2],
-    "transposed leading dimensions": lambda m: m.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1),
+    "transposed leading dimensions": lambda m: (
+        m.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+    ),
     "one row for all": lambda m: m[:1, :1].expand(m.shape),
     "all columns alike": lambda m: m.any(-1, keepdim=True).expand(m.shape),
 }
@@ -114,7 +131,7 @@ def test_F07_strides_of_the_vocab_mask_are_followed(layout, backend):
     assert_same(run(x, targets, vocab_mask=mask), run(x, targets, vocab_mask=mask.contiguous()), backend)
     one, flat = mask[0, 1], mask.reshape(-1, 37) if mask.stride(-1) == 1 else mask[0]
     assert_same(run(x, targets, vocab_mask=one), run(x, targets, vocab_mask=one.contiguous()), backend)
-    x, targets = x.view(-1, 37)[:len(flat)], targets.view(-1)[:len(flat)]
+    x, targets = x.view(-1, 37)[: len(flat)], targets.view(-1)[: len(flat)]
     assert_same(run(x, targets, vocab_mask=flat), run(x, targets, vocab_mask=flat.contiguous()), backend)
 
 
@@ -145,7 +162,10 @@ def test_F08_a_gradient_of_stride_zero_is_read_as_it_is_meant(backend):
     assert torch.tensor(0.3).expand(3, 4).stride() == (0, 0)
     for one in (torch.tensor(0.3), torch.tensor([[0.3], [-1.0], [0.0]]), torch.tensor([0.3, -1.0, 0.0, 2.0])):
         expanded = one.expand(3, 4)
-        assert same_bits(gradient_with((expanded, expanded), x, targets), gradient_with((expanded.contiguous(), expanded.contiguous()), x, targets))
+        assert same_bits(
+            gradient_with((expanded, expanded), x, targets),
+            gradient_with((expanded.contiguous(), expanded.contiguous()), x, targets),
+        )
     x.requires_grad_()
     (got,) = torch.autograd.grad(rlk.token_logprobs(x, targets).sum(), x)
     (expected,) = torch.autograd.grad(rlk.token_logprobs(x, targets), x, torch.ones(3, 4))
@@ -163,7 +183,10 @@ def test_F09_a_gradient_with_the_strides_of_a_larger_tensor_is_read_as_it_is_mea
         (expected,) = torch.autograd.grad(rlk.token_logprobs(x, targets), x, part.contiguous())
         assert same_bits(got, expected)
     steps = torch.randn(3, 8, generator=torch.Generator().manual_seed(6))[:, ::2]
-    assert same_bits(gradient_with((steps, steps.flip(0)), x, targets), gradient_with((steps.contiguous(), steps.flip(0).contiguous()), x, targets))
+    assert same_bits(
+        gradient_with((steps, steps.flip(0)), x, targets),
+        gradient_with((steps.contiguous(), steps.flip(0).contiguous()), x, targets),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -174,8 +197,15 @@ def test_F11_no_rows_give_empty_results_and_gradients(shape, dtype, backend):
     for name, value in got.items():
         assert value.shape == (x.shape if name == "gradient" else shape), name
     x.requires_grad_()
-    loss = rlk.logits_policy_loss(x, torch.empty(shape, dtype=torch.int64), torch.empty(shape), torch.empty(shape), kl_coef=0.1,
-                                  ref_logprobs=torch.empty(shape), entropy_coef=0.1)
+    loss = rlk.logits_policy_loss(
+        x,
+        torch.empty(shape, dtype=torch.int64),
+        torch.empty(shape),
+        torch.empty(shape),
+        kl_coef=0.1,
+        ref_logprobs=torch.empty(shape),
+        entropy_coef=0.1,
+    )
     (gradient,) = torch.autograd.grad(loss, x)
     assert loss.item() == 0.0 and gradient.shape == x.shape
 
@@ -183,7 +213,11 @@ def test_F11_no_rows_give_empty_results_and_gradients(shape, dtype, backend):
 def test_F11_one_column_has_logprob_and_entropy_zero(backend):
     got = run(torch.tensor([[3.0], [-1e30], [7.0]]), torch.tensor([0, 0, -100]))
     assert not got["logprobs"].any() and not got["entropy"].any() and not got["gradient"].any()
-    assert got["logsumexp"].tolist() == [3.0, pytest.approx(-1e30, rel=1e-6), 0.0] and got["is_top1"].tolist() == [True, True, False]
+    assert got["logsumexp"].tolist() == [3.0, pytest.approx(-1e30, rel=1e-6), 0.0] and got["is_top1"].tolist() == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_F11_no_columns_are_refused(backend):
@@ -194,8 +228,16 @@ def test_F11_no_columns_are_refused(backend):
 def test_F11_a_single_row_may_come_without_a_row_dimension(backend):
     x, _, mask = draw_rows((1,), 37)
     mask = mask[0].index_fill(0, torch.tensor(5), True)
-    got = run(x[0], torch.tensor(5), vocab_mask=mask, temperature=torch.tensor(0.7), g=(torch.tensor(0.4), torch.tensor(-0.2)))
-    expected = run(x, torch.tensor([5]), vocab_mask=mask, temperature=torch.tensor([0.7]), g=(torch.tensor([0.4]), torch.tensor([-0.2])))
+    got = run(
+        x[0], torch.tensor(5), vocab_mask=mask, temperature=torch.tensor(0.7), g=(torch.tensor(0.4), torch.tensor(-0.2))
+    )
+    expected = run(
+        x,
+        torch.tensor([5]),
+        vocab_mask=mask,
+        temperature=torch.tensor([0.7]),
+        g=(torch.tensor([0.4]), torch.tensor([-0.2])),
+    )
     assert_same_bits(got, {k: v[0] for k, v in expected.items()})
 
 

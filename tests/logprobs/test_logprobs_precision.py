@@ -1,4 +1,5 @@
 """Faults of FAULTS.md 1 and 4 that concern what is computed of a row of logits: its precision and its meaning."""
+
 import math
 
 import pytest
@@ -70,9 +71,16 @@ def test_F27_a_temperature_per_row_is_a_loop_over_temperatures(dtype, backend):
     g = cotangents((8,), 2)
     got = run(x, targets, temperature=t, vocab_mask=mask, g=g, ref_logits=reference, kl="exact")
     for r in range(8):
-        one = run(x[r:r + 1], targets[r:r + 1], temperature=t[r].item(), vocab_mask=mask[r:r + 1], g=tuple(v[r:r + 1] for v in g),
-                  ref_logits=reference[r:r + 1], kl="exact")
-        assert_same({k: v[r:r + 1] for k, v in got.items()}, one, backend)
+        one = run(
+            x[r : r + 1],
+            targets[r : r + 1],
+            temperature=t[r].item(),
+            vocab_mask=mask[r : r + 1],
+            g=tuple(v[r : r + 1] for v in g),
+            ref_logits=reference[r : r + 1],
+            kl="exact",
+        )
+        assert_same({k: v[r : r + 1] for k, v in got.items()}, one, backend)
     judge(rlk.token_stats, x, targets, t, vocab_mask=mask)
 
 
@@ -109,7 +117,12 @@ def test_F75_large_vocabularies_stay_within_the_bounds(vocab, backend):
 @pytest.mark.parametrize("shape", ["rising", "falling", "peak in the last block", "equal"])
 def test_F76_rescaling_between_blocks_does_not_drift(shape, backend):
     x = torch.linspace(-30, 30, 20_000)
-    x = {"rising": x, "falling": x.flip(0), "peak in the last block": torch.cat([x[:-1] / 30, x[-1:] * 2]), "equal": torch.zeros_like(x)}[shape]
+    x = {
+        "rising": x,
+        "falling": x.flip(0),
+        "peak in the last block": torch.cat([x[:-1] / 30, x[-1:] * 2]),
+        "equal": torch.zeros_like(x),
+    }[shape]
     x = torch.stack([x, x + 100, x * 0.1])
     judge(rlk.token_stats, x, torch.tensor([0, 19_999, 7_000]), ref_logits=x.flip(-1).contiguous())
 
@@ -117,14 +130,14 @@ def test_F76_rescaling_between_blocks_does_not_drift(shape, backend):
 def test_F77_a_replayed_top_p_support_has_ratio_one_and_the_whole_vocabulary_has_the_kept_mass(backend):
     x, _, _ = draw_rows((1,), 50)
     p, order = x[0].double().softmax(0).sort(descending=True)
-    kept = order[:int((p.cumsum(0) < 0.8).sum()) + 1]
+    kept = order[: int((p.cumsum(0) < 0.8).sum()) + 1]
     support = torch.zeros(50, dtype=torch.bool).index_fill(0, kept, True)
     sampled = x[0].double().index_fill(0, (~support).nonzero()[:, 0], -INF).log_softmax(0)
     rows = x.expand(len(kept), 50)
     ratio = (rlk.token_logprobs(rows, kept, vocab_mask=support).double() - sampled[kept]).exp()
     assert (ratio - 1).abs().max() <= 16 * EPS32
     whole = (rlk.token_logprobs(rows, kept).double() - sampled[kept]).exp()
-    mass = p[:len(kept)].sum()
+    mass = p[: len(kept)].sum()
     assert mass < 0.999 and whole.mean().item() == pytest.approx(mass.item(), rel=1e-5)
 
 
@@ -141,12 +154,17 @@ def test_F84_old_and_new_logprobs_from_any_of_our_functions_have_ratio_exactly_o
     x, targets, mask = draw_rows((2, 6), 1037, dtype)
     options = {"temperature": 0.7, "vocab_mask": mask}
     old = rlk.token_logprobs(x, targets, **options)
-    for new in (rlk.token_stats(x, targets, outputs=(), **options).logprobs, rlk.token_stats(x, targets, outputs=ALL, **options).logprobs,
-                rlk.token_stats(x, targets, ref_logits=x, kl="exact", **options).logprobs,
-                rlk.token_stats(x, targets, ref_logits=x, kl="exact", **options).ref_logprobs,
-                rlk.token_logprobs(x.clone().requires_grad_(), targets, **options)):
+    for new in (
+        rlk.token_stats(x, targets, outputs=(), **options).logprobs,
+        rlk.token_stats(x, targets, outputs=ALL, **options).logprobs,
+        rlk.token_stats(x, targets, ref_logits=x, kl="exact", **options).logprobs,
+        rlk.token_stats(x, targets, ref_logits=x, kl="exact", **options).ref_logprobs,
+        rlk.token_logprobs(x.clone().requires_grad_(), targets, **options),
+    ):
         assert same_bits(new.detach(), old)
-    _, metrics = rlk.logits_policy_loss(x.requires_grad_(), targets, old, torch.ones(2, 6), return_metrics=True, **options)
+    _, metrics = rlk.logits_policy_loss(
+        x.requires_grad_(), targets, old, torch.ones(2, 6), return_metrics=True, **options
+    )
     assert metrics["ratio"].item() == 1.0 and metrics["ppo_kl"].item() == 0.0 and metrics["approx_kl"].item() == 0.0
 
 
@@ -155,7 +173,8 @@ def test_F65_logits_at_t_score_the_target_at_t(backend):
     logits = torch.tensor([1.0, 2.0, 3.0]).log().expand(3, 3)
     got = rlk.token_logprobs(logits, torch.tensor([2, 0, 1]))
     assert got.tolist() == pytest.approx([math.log(1 / 2), math.log(1 / 6), math.log(1 / 3)], rel=1e-6)
-    shifted = rlk.token_logprobs(logits[:-1], torch.tensor([2, 0, 1])[1:])  # the caller's shift for next-token prediction
+    # The caller's shift for next-token prediction.
+    shifted = rlk.token_logprobs(logits[:-1], torch.tensor([2, 0, 1])[1:])
     assert shifted.tolist() == pytest.approx([math.log(1 / 6), math.log(1 / 3)], rel=1e-6)
 
 
@@ -169,7 +188,10 @@ def test_F87_F88_shards_and_packed_samples_of_shifted_labels_equal_the_whole(bac
 
 def test_F94_what_is_not_asked_for_is_not_computed(backend):
     x, targets, _ = draw_rows((4,), 37)
-    assert [k for k, v in rlk.token_stats(x, targets, outputs=())._asdict().items() if v is not None] == ["logprobs", "logsumexp"]
+    assert [k for k, v in rlk.token_stats(x, targets, outputs=())._asdict().items() if v is not None] == [
+        "logprobs",
+        "logsumexp",
+    ]
     for name in ALL:
         found = rlk.token_stats(x, targets, outputs=(name,))._asdict()
         assert {k for k, v in found.items() if v is not None} == {"logprobs", "logsumexp", name}
@@ -188,6 +210,9 @@ def test_F74_sampled_estimators_of_two_models_equal_their_formula_and_get_its_gr
     expected = {"k1": -gap, "k2": gap**2 / 2, "k3": gap.exp() - 1 - gap}[kl]
     torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=4e-6)
     (g,) = cotangents((6,), 1)
-    (gradient,), (expected_gradient,) = torch.autograd.grad(got, leaf, g), torch.autograd.grad(expected, wide, g.double())
+    (gradient,), (expected_gradient,) = (
+        torch.autograd.grad(got, leaf, g),
+        torch.autograd.grad(expected, wide, g.double()),
+    )
     allowed = gradient_allowance({"logprobs": 3 * g}, x, targets, 0.7) + 1.5e-5 * (g.abs() / 0.7)[:, None]
     assert ((gradient - expected_gradient).abs() <= allowed).all() and expected_gradient.abs().max() > 1e-3

@@ -1,4 +1,7 @@
-"""Faults of FAULTS.md 4 that concern special values in rows of logits: infinities, NaN, and columns that a model excludes."""
+"""Faults of FAULTS.md 4 that concern special values in rows of logits: infinities, NaN, and columns that a model
+excludes.
+"""
+
 import math
 
 import pytest
@@ -15,7 +18,12 @@ SPECIAL = {
     "some -inf": (lambda x: x.index_fill(0, torch.tensor([0, 5, 36]), -INF), "finite"),
     "-inf at the target": (lambda x: x.index_fill(0, torch.tensor([7]), -INF), "-inf"),
     "only the target finite": (lambda x: torch.full_like(x, -INF).index_fill(0, torch.tensor([7]), 2.0), "certain"),
-    "top-3 replay": (lambda x: torch.full_like(x, -INF).index_copy(0, torch.tensor([7, 20, 30]), torch.tensor([0.5, 1.5, -1.0], dtype=x.dtype)), "finite"),
+    "top-3 replay": (
+        lambda x: torch.full_like(x, -INF).index_copy(
+            0, torch.tensor([7, 20, 30]), torch.tensor([0.5, 1.5, -1.0], dtype=x.dtype)
+        ),
+        "finite",
+    ),
     "all -inf": (lambda x: torch.full_like(x, -INF), "nan"),
     "a NaN": (lambda x: x.index_fill(0, torch.tensor([3]), NAN), "nan"),
     "NaN at the target": (lambda x: x.index_fill(0, torch.tensor([7]), NAN), "nan"),
@@ -59,10 +67,21 @@ def test_F16_a_target_outside_the_support_has_logprob_minus_infinity_and_moves_n
     x, targets, _ = draw_rows((3,), 37)
     targets[:] = 7
     got = run(x, targets, vocab_mask=torch.arange(37) != 7, g=(torch.tensor([1.3, 0.0, -0.2]), torch.zeros(3)))
-    assert (got["logprobs"] == -INF).all() and got["entropy"].isfinite().all() and not got["gradient"].any() and not got["is_top1"].any()
-    entropy_alone = run(x, targets, vocab_mask=torch.arange(37) != 7, g=(torch.zeros(3), torch.tensor([1.3, 0.4, -0.2])))["gradient"]
+    assert (
+        (got["logprobs"] == -INF).all()
+        and got["entropy"].isfinite().all()
+        and not got["gradient"].any()
+        and not got["is_top1"].any()
+    )
+    entropy_alone = run(
+        x, targets, vocab_mask=torch.arange(37) != 7, g=(torch.zeros(3), torch.tensor([1.3, 0.4, -0.2]))
+    )["gradient"]
     wide = x.double().requires_grad_()
-    (truth,) = torch.autograd.grad(statistics(wide, targets, vocab_mask=torch.arange(37) != 7)["entropy"], wide, torch.tensor([1.3, 0.4, -0.2]).double())
+    (truth,) = torch.autograd.grad(
+        statistics(wide, targets, vocab_mask=torch.arange(37) != 7)["entropy"],
+        wide,
+        torch.tensor([1.3, 0.4, -0.2]).double(),
+    )
     torch.testing.assert_close(entropy_alone.double(), truth, atol=5e-7, rtol=4e-6)
 
 
@@ -80,7 +99,10 @@ def test_F16_kl_where_one_model_excludes_a_column(backend):
     judge(rlk.token_stats, x[finite], targets[finite], ref_logits=reference[finite])
 
 
-@pytest.mark.parametrize("leading,dtype", [(n, torch.float32) for n in (1, 64, 4096, 5000, 8192, 9000)] + [(4096, dtype) for dtype in SIXTEEN])
+@pytest.mark.parametrize(
+    "leading,dtype",
+    [(n, torch.float32) for n in (1, 64, 4096, 5000, 8192, 9000)] + [(4096, dtype) for dtype in SIXTEEN],
+)
 def test_F17_leading_blocks_of_minus_infinity_change_nothing(leading, dtype, backend):
     x, targets, _ = draw_rows((4,), 9001, dtype)
     targets[:] = torch.tensor([9000, 9000, -100, 9000])

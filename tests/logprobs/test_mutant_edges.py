@@ -1,4 +1,7 @@
-"""Cases that nothing but a planted mistake asked for (``python tests/repository/mutation``): each names what it would let through."""
+"""Cases that nothing but a planted mistake asked for (``python tests/repository/mutation``): each names what it would
+let through.
+"""
+
 import pytest
 import torch
 from reference import draw_rows
@@ -22,7 +25,9 @@ def test_F16_a_row_without_a_finite_logit_has_no_logsumexp(masked, dtype, backen
 
 @pytest.mark.parametrize("dtype, digits", [(torch.bfloat16, 8), (torch.float16, 11)])
 def test_F20_a_gradient_halfway_between_two_numbers_is_rounded_to_the_even_one(dtype, digits, backend):
-    """p = 1/256 exactly, and an upstream gradient with one bit more than the dtype holds: half up would be one ulp off."""
+    """p = 1/256 exactly, and an upstream gradient with one bit more than the dtype holds: half up would
+    be one ulp off.
+    """
     x = torch.zeros(2, 256, dtype=dtype, requires_grad=True)
     below, above = 1 + 2.0**-digits, 1 + 3 * 2.0**-digits  # the even neighbours are 1, below, and 1 + 4 units, above
     logp = rlk.token_logprobs(x, torch.tensor([3, 3]))
@@ -32,7 +37,9 @@ def test_F20_a_gradient_halfway_between_two_numbers_is_rounded_to_the_even_one(d
 
 
 @pytest.mark.parametrize("total", [0, 0.0, torch.tensor(0), torch.tensor(0.0)], ids=repr)
-@pytest.mark.parametrize("mode, name", [("global-token-mean", "batch_num_tokens"), ("seq-mean-token-sum", "num_sequences")])
+@pytest.mark.parametrize(
+    "mode, name", [("global-token-mean", "batch_num_tokens"), ("seq-mean-token-sum", "num_sequences")]
+)
 def test_a_global_count_of_zero_gives_live_tokens_the_weight_zero(mode, name, total):
     """On a rank whose own tokens live although the total that it was told is 0: 1 / 0 would be inf."""
     assert not rlk.token_weights(torch.ones(2, 3), mode, **{name: total}).any()

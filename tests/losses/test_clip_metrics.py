@@ -1,4 +1,5 @@
 """What the metrics count as clipped is what the loss clips."""
+
 import pytest
 import torch
 from loss_batches import batch
@@ -15,7 +16,9 @@ def test_F150_a_value_inside_the_clip_is_not_counted(backend):
 
 
 def test_F150_the_fraction_of_clipped_values_is_that_of_the_truth(backend):
-    """100000 tokens, of which some hundred round away: counted in float64 and from the gradient, which is 0 at a clipped token alone."""
+    """100000 tokens, of which some hundred round away: counted in float64 and from the gradient, which is 0 at a
+    clipped token alone.
+    """
     draw = torch.Generator().manual_seed(0)
     value, old, returns = (torch.randn(4, 25000, generator=draw) for _ in range(3))
     mask = torch.rand(4, 25000, generator=draw) < 0.5
@@ -32,12 +35,16 @@ def test_F150_the_fraction_of_clipped_values_is_that_of_the_truth(backend):
 
 @pytest.mark.parametrize("function", ["policy_loss", "logits_policy_loss"])
 def test_F150_cispo_counts_by_the_ratio_alone(function, backend):
-    """Ratios 2, 2, 0.5, 0.5, 1 and bounds of 0.2: four of five weights are clipped, whatever the sign of the advantage."""
+    """Ratios 2, 2, 0.5, 0.5, 1 and bounds of 0.2: four of five weights are clipped, whatever the sign
+    of the advantage.
+    """
     ratio, A = torch.tensor([[2.0, 2.0, 0.5, 0.5, 1.0]]), torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0]])
     x, y = torch.zeros(1, 5, 2), torch.zeros(1, 5, dtype=torch.long)
     logp = rlk.token_logprobs(x, y)
     first = (logp,) if function == "policy_loss" else (x, y)
-    _, metrics = getattr(rlk, function)(*first, logp - ratio.log(), A, objective="cispo", clip_low=0.2, clip_high=0.2, return_metrics=True)
+    _, metrics = getattr(rlk, function)(
+        *first, logp - ratio.log(), A, objective="cispo", clip_low=0.2, clip_high=0.2, return_metrics=True
+    )
     found = [metrics[f"clip_fraction{kind}"].item() for kind in ("", "_low", "_high")]
     assert found == pytest.approx([0.8, 0.4, 0.4])
 
@@ -49,10 +56,14 @@ def test_F150_clip_fractions_are_those_of_the_definition(name, level, backend):
     bounds = {"clip_low": 0.2, "clip_high": 0.3} if name != "sapo" else {}
     more = {"dual_clip": 1.05} if name == "dual_clip" else {}
     A = d["advantages"][:, :1].expand(5, 9)
-    _, metrics = rlk.policy_loss(d["logp"], d["old"], A, d["mask"], objective=name, ratio_level=level, return_metrics=True, **bounds, **more)
+    _, metrics = rlk.policy_loss(
+        d["logp"], d["old"], A, d["mask"], objective=name, ratio_level=level, return_metrics=True, **bounds, **more
+    )
     gap = torch.where(d["mask"], (d["logp"] - d["old"]).double(), 0.0)
     if level != "token":
-        gap = (gap.sum(-1, keepdim=True) / (1 if level == "sequence_sum" else d["mask"].sum(-1, keepdim=True))).expand(5, 9)
+        gap = (gap.sum(-1, keepdim=True) / (1 if level == "sequence_sum" else d["mask"].sum(-1, keepdim=True))).expand(
+            5, 9
+        )
     ratio, m = gap.exp(), d["mask"]
     if name == "sapo":
         assert not any(key.startswith("clip") for key in metrics)

@@ -1,4 +1,5 @@
 """A token without a mask: its target and its temperature are never looked at, in any loss, whatever they hold."""
+
 import pytest
 import torch
 from dead_tokens import IDS, LOSSES, check, problem, run
@@ -12,7 +13,9 @@ def test_F128_a_dead_token_s_target_and_temperature_change_nothing(name, backend
     check(name)
 
 
-@pytest.mark.parametrize("name", ["sft_loss", "linear_sft_loss", "logits_policy_loss token", "linear_policy_loss token"])
+@pytest.mark.parametrize(
+    "name", ["sft_loss", "linear_sft_loss", "logits_policy_loss token", "linear_policy_loss token"]
+)
 def test_F128_nor_do_those_of_a_token_of_weight_zero(name, backend):
     check(name, weights=True)
 
@@ -38,13 +41,26 @@ def test_F128_ignore_index_beyond_int32_beside_int32_targets(backend):
     assert same_bits(rlk.linear_sft_loss(d["hidden"], d["head"], targets, d["mask"], ignore_index=2**40), want)
 
 
-@pytest.mark.parametrize("name", ["sft_loss", "logits_policy_loss token", "logits_policy_loss sequence", "linear_sft_loss", "linear_policy_loss sequence",
-                                  "linear_dpo_loss"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sft_loss",
+        "logits_policy_loss token",
+        "logits_policy_loss sequence",
+        "linear_sft_loss",
+        "linear_policy_loss sequence",
+        "linear_dpo_loss",
+    ],
+)
 def test_F128_under_compile_too(name):
     d = problem()
     dead = ~d["mask"]
     _, loss = LOSSES[name]
     compiled = torch.compile(lambda d: loss(d, {"mask": d["mask"]}), backend="eager")
     clean = compiled(d)
-    hostile = {**d, "targets": d["targets"].masked_fill(dead, IDS["beyond int32"]), "temperature": d["temperature"].masked_fill(dead, 0.0)}
+    hostile = {
+        **d,
+        "targets": d["targets"].masked_fill(dead, IDS["beyond int32"]),
+        "temperature": d["temperature"].masked_fill(dead, 0.0),
+    }
     assert same_bits(compiled(hostile), clean)

@@ -1,4 +1,7 @@
-"""Faults of losses: nothing from masked places, no normaliser that drifts, whatever the padding, packing and micro-batches."""
+"""Faults of losses: nothing from masked places, no normaliser that drifts, whatever the padding, packing and
+micro-batches.
+"""
+
 import math
 
 import pytest
@@ -17,12 +20,28 @@ def test_F23_no_live_token_gives_loss_zero_with_zero_gradients(level, aggregatio
     x, targets, _ = draw_rows((B, L), 37)
     nothing = torch.zeros(B, L)
     poisoned = [torch.full((B, L), NAN)] * 2
-    logp, entropy, leaf, value = (y.requires_grad_() for y in (torch.full((B, L), NAN), torch.full((B, L), NAN), torch.full_like(x, NAN), poisoned[0].clone()))
-    options = {"ref_logprobs": poisoned[0], "kl_coef": 0.1, "entropy_coef": 0.1, "aggregation": aggregation, "ratio_level": level}
-    losses = [(rlk.policy_loss(logp, *poisoned, nothing, entropy=entropy, **options), logp),
-              (rlk.logits_policy_loss(leaf, targets, *poisoned, nothing, **options), leaf),
-              (rlk.logits_policy_loss(leaf, torch.full_like(targets, -100), d["old"], d["advantages"], **options | {"ref_logprobs": d["ref"]}), leaf),
-              (rlk.value_loss(value, *poisoned, nothing, clip_range=0.2, aggregation=aggregation), value)]
+    logp, entropy, leaf, value = (
+        y.requires_grad_()
+        for y in (torch.full((B, L), NAN), torch.full((B, L), NAN), torch.full_like(x, NAN), poisoned[0].clone())
+    )
+    options = {
+        "ref_logprobs": poisoned[0],
+        "kl_coef": 0.1,
+        "entropy_coef": 0.1,
+        "aggregation": aggregation,
+        "ratio_level": level,
+    }
+    losses = [
+        (rlk.policy_loss(logp, *poisoned, nothing, entropy=entropy, **options), logp),
+        (rlk.logits_policy_loss(leaf, targets, *poisoned, nothing, **options), leaf),
+        (
+            rlk.logits_policy_loss(
+                leaf, torch.full_like(targets, -100), d["old"], d["advantages"], **options | {"ref_logprobs": d["ref"]}
+            ),
+            leaf,
+        ),
+        (rlk.value_loss(value, *poisoned, nothing, clip_range=0.2, aggregation=aggregation), value),
+    ]
     for loss, source in losses:
         assert loss.item() == 0.0
         (gradient,) = torch.autograd.grad(loss, source)
@@ -44,14 +63,27 @@ def test_F26_F81_garbage_at_masked_tokens_changes_neither_loss_nor_gradient_nor_
 
     def run(d, weights):
         logp, entropy = (d[k].clone().requires_grad_() for k in ("logp", "entropy"))
-        loss, metrics = rlk.policy_loss(logp, d["old"], d["advantages"], mask, ref_logprobs=d["ref"], kl_coef=0.1, entropy=entropy, entropy_coef=0.1,
-                                        weights=weights, ratio_level=level, return_metrics=True)
+        loss, metrics = rlk.policy_loss(
+            logp,
+            d["old"],
+            d["advantages"],
+            mask,
+            ref_logprobs=d["ref"],
+            kl_coef=0.1,
+            entropy=entropy,
+            entropy_coef=0.1,
+            weights=weights,
+            ratio_level=level,
+            return_metrics=True,
+        )
         return [loss, *torch.autograd.grad(loss, (logp, entropy)), *metrics.values()]
 
     for weights in (None, torch.rand(B, L)):
         clean = run(d, weights)
-        dirty = run({k: v if k == "mask" else v.masked_fill(~mask, garbage) for k, v in d.items()},
-                    None if weights is None else weights.masked_fill(~mask, garbage))
+        dirty = run(
+            {k: v if k == "mask" else v.masked_fill(~mask, garbage) for k, v in d.items()},
+            None if weights is None else weights.masked_fill(~mask, garbage),
+        )
         for got, expected in zip(dirty, clean, strict=True):
             assert same_bits(got.detach(), expected.detach()) and got.isfinite().all()
 
@@ -65,6 +97,7 @@ def test_F26_garbage_under_the_mask_of_the_value_loss_changes_nothing(clip_range
         values = values.clone().requires_grad_()
         loss, metrics = rlk.value_loss(values, old, returns, d["mask"], clip_range=clip_range, return_metrics=True)
         return [loss, *torch.autograd.grad(loss, values), *metrics.values()]
+
     columns = [d[k] for k in ("logp", "old", "ref")]
     clean, dirty = run(*columns), run(*(c.masked_fill(~d["mask"], garbage) for c in columns))
     for got, expected in zip(dirty, clean, strict=True):
@@ -77,7 +110,9 @@ def test_F26_a_dead_row_may_hold_a_nan_advantage(backend):
     advantages = torch.tensor([1.0, NAN, -0.5])
     for level in LEVELS:
         loss = rlk.policy_loss(d["logp"], d["old"], advantages, d["mask"], ratio_level=level)
-        assert same_bits(loss, rlk.policy_loss(d["logp"], d["old"], advantages.nan_to_num(), d["mask"], ratio_level=level)), level
+        assert same_bits(
+            loss, rlk.policy_loss(d["logp"], d["old"], advantages.nan_to_num(), d["mask"], ratio_level=level)
+        ), level
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -87,8 +122,18 @@ def test_F86_more_padding_changes_no_bit(level, backend):
     def run(d):
         logp = d["logp"].clone().requires_grad_()
         aggregation = "seq-mean-token-mean" if level == "sequence" else "token-mean"
-        loss = rlk.policy_loss(logp, d["old"], d["advantages"], d["mask"], ratio_level=level, aggregation=aggregation, ref_logprobs=d["ref"], kl_coef=0.1)
+        loss = rlk.policy_loss(
+            logp,
+            d["old"],
+            d["advantages"],
+            d["mask"],
+            ratio_level=level,
+            aggregation=aggregation,
+            ref_logprobs=d["ref"],
+            kl_coef=0.1,
+        )
         return loss, torch.autograd.grad(loss, logp)[0]
+
     loss, gradient = run(d)
     wide_loss, wide_gradient = run({k: torch.nn.functional.pad(v, (0, 77), value=0) for k, v in d.items()})
     assert wide_loss.item() == pytest.approx(loss.item(), rel=1e-7)
@@ -106,9 +151,21 @@ def test_F87_a_packed_batch_has_the_loss_of_the_padded_one(level, aggregation, b
 
     def run(pick, advantages, **options):
         logp = pick(d["logp"]).clone().requires_grad_()
-        loss = rlk.policy_loss(logp, pick(d["old"]), advantages, pick(d["mask"]), ratio_level=level, aggregation=aggregation, ref_logprobs=pick(d["ref"]),
-                               kl_coef=0.1, entropy=pick(d["entropy"]), entropy_coef=0.1, **options)
+        loss = rlk.policy_loss(
+            logp,
+            pick(d["old"]),
+            advantages,
+            pick(d["mask"]),
+            ratio_level=level,
+            aggregation=aggregation,
+            ref_logprobs=pick(d["ref"]),
+            kl_coef=0.1,
+            entropy=pick(d["entropy"]),
+            entropy_coef=0.1,
+            **options,
+        )
         return loss, torch.autograd.grad(loss, logp)[0]
+
     padded_loss, padded = run(lambda x: x, per_sequence)
     for dtype in (torch.int32, torch.int64):
         packed_loss, packed = run(lambda x: x[inside], per_sequence, cu_seqlens=cu.to(dtype))
@@ -120,14 +177,25 @@ def test_F30_micro_batches_add_up_to_the_batch(backend):
     d = batch(shape=(4, 6))
     x, targets, _ = draw_rows((4, 6), 37)
     targets = targets.clamp(min=0)
-    for aggregation, normalizers in (("token-mean", {"batch_num_tokens": int(d["mask"].sum())}), ("seq-mean-token-mean", {"num_sequences": 4})):
+    for aggregation, normalizers in (
+        ("token-mean", {"batch_num_tokens": int(d["mask"].sum())}),
+        ("seq-mean-token-mean", {"num_sequences": 4}),
+    ):
         options = {"aggregation": aggregation, "ref_logprobs": d["ref"], "kl_coef": 0.1}
         whole = x.clone().requires_grad_()
         loss = rlk.logits_policy_loss(whole, targets, d["old"], d["advantages"], d["mask"], **options)
         parts, leaf = 0.0, x.clone().requires_grad_()
         for rows in (slice(0, 1), slice(1, 4)):
             options["ref_logprobs"] = d["ref"][rows]
-            part = rlk.logits_policy_loss(leaf[rows], targets[rows], d["old"][rows], d["advantages"][rows], d["mask"][rows], normalizers=normalizers, **options)
+            part = rlk.logits_policy_loss(
+                leaf[rows],
+                targets[rows],
+                d["old"][rows],
+                d["advantages"][rows],
+                d["mask"][rows],
+                normalizers=normalizers,
+                **options,
+            )
             part.backward()
             parts += part.item()
         assert parts == pytest.approx(loss.item(), rel=2e-6)
@@ -144,8 +212,15 @@ def test_a_token_of_weight_zero_is_not_evaluated(backend):
     results = []
     for poison in (0.5, NAN):
         leaf = x.masked_fill(dead[..., None], poison).requires_grad_()
-        loss = rlk.logits_policy_loss(leaf, targets, *(d[k].masked_fill(dead, poison) for k in ("old", "advantages")), weights=weights, entropy_coef=0.1,
-                                      ref_logprobs=d["ref"].masked_fill(dead, poison), kl_coef=0.1)
+        loss = rlk.logits_policy_loss(
+            leaf,
+            targets,
+            *(d[k].masked_fill(dead, poison) for k in ("old", "advantages")),
+            weights=weights,
+            entropy_coef=0.1,
+            ref_logprobs=d["ref"].masked_fill(dead, poison),
+            kl_coef=0.1,
+        )
         results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
     assert results[1][0].isfinite() and not results[1][1][dead].any()
@@ -158,7 +233,15 @@ def test_metrics_leave_out_tokens_that_were_not_read_because_they_weigh_nothing(
     old = rlk.token_logprobs(x, targets).detach()
     weights = torch.rand(B, L) + 0.1
     weights[:, ::2] = 0.0
-    _, metrics = rlk.logits_policy_loss(x, targets, old, d["advantages"].nan_to_num(0.0), weights=weights, entropy_coef=entropy_coef, return_metrics=True)
+    _, metrics = rlk.logits_policy_loss(
+        x,
+        targets,
+        old,
+        d["advantages"].nan_to_num(0.0),
+        weights=weights,
+        entropy_coef=entropy_coef,
+        return_metrics=True,
+    )
     assert metrics["ratio"] == 1.0 and metrics["approx_kl"] == 0.0
     entropy = statistics(x, targets)["entropy"][(weights != 0) & (targets != -100)].mean()
     assert metrics["entropy"].item() == pytest.approx(entropy.item(), rel=2e-6)

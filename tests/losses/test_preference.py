@@ -1,4 +1,7 @@
-"""Paired preference losses: every type against its formula in float64, extremes, parts of a batch, weights, mixtures, metrics, refusals."""
+"""Paired preference losses: every type against its formula in float64, extremes, parts of a batch, weights, mixtures,
+metrics, refusals.
+"""
+
 import math
 
 import preference_oracles as oracle
@@ -62,7 +65,12 @@ def with_gradients(function, C, R, cotangent):
 
 
 VARIANTS = [(name, "reverse_kl", False) for name in KINDS]
-VARIANTS += [(name, divergence, averaged) for name in oracle.OF_MARGIN for divergence in oracle.SCORES for averaged in (False, True)]
+VARIANTS += [
+    (name, divergence, averaged)
+    for name in oracle.OF_MARGIN
+    for divergence in oracle.SCORES
+    for averaged in (False, True)
+]
 
 
 @pytest.mark.parametrize("backend", PRESENT)
@@ -73,23 +81,37 @@ def test_loss_of_each_pair_and_its_gradient_are_those_of_the_formula(name, diver
     given = options_for(name, n, m, f_divergence=divergence, length_normalized=averaged)
     cotangent = torch.linspace(-1, 2, len(C), dtype=torch.float64)
     wide = [x.double() for x in (f, g, n, m)]
-    want, slopes = with_gradients(lambda c, r: expected(name, c, r, *wide, divergence, averaged), C.double(), R.double(), cotangent)
+    want, slopes = with_gradients(
+        lambda c, r: expected(name, c, r, *wide, divergence, averaged), C.double(), R.double(), cotangent
+    )
     references = (f, g) if KINDS[name].reference else (None, None)
     with use_backend(backend):
         options = preference_options("test", C, **given)
-        losses, gradients = with_gradients(lambda c, r: pair_losses("test", c, r, *references, options), C, R, cotangent)
+        losses, gradients = with_gradients(
+            lambda c, r: pair_losses("test", c, r, *references, options), C, R, cotangent
+        )
         mean, shares = with_gradients(lambda c, r: rlk.dpo_loss(c, r, *references, **given), C, R, torch.tensor(3.0))
     check(losses, want, dtype, "losses")
     check(mean, want.mean(), dtype, "mean")
-    _, averages = with_gradients(lambda c, r: expected(name, c, r, *wide, divergence, averaged).mean(), C.double(), R.double(), torch.tensor(3.0))
+    _, averages = with_gradients(
+        lambda c, r: expected(name, c, r, *wide, divergence, averaged).mean(), C.double(), R.double(), torch.tensor(3.0)
+    )
     for got, slope, share, average in zip(gradients, slopes, shares, averages, strict=True):
         check(got, slope, dtype, "gradient of the losses")
         check(share, average, dtype, "gradient of the mean")
         assert got.dtype == dtype
 
 
-@pytest.mark.parametrize("name,divergence", [(name, divergence) for name, kind in KINDS.items() if kind.reference for divergence in oracle.SCORES
-                                             if divergence == "reverse_kl" or "f_divergence" in kind.takes])
+@pytest.mark.parametrize(
+    "name,divergence",
+    [
+        (name, divergence)
+        for name, kind in KINDS.items()
+        if kind.reference
+        for divergence in oracle.SCORES
+        if divergence == "reverse_kl" or "f_divergence" in kind.takes
+    ],
+)
 def test_F24_F25_extreme_margins_give_finite_losses_and_no_nan_gradient(name, divergence):
     places = torch.tensor([20.0, 88.0, 200.0, 1e4])
     gaps = torch.cat([places, -places])
@@ -97,15 +119,20 @@ def test_F24_F25_extreme_margins_give_finite_losses_and_no_nan_gradient(name, di
     zero, n = torch.zeros_like(C), torch.ones_like(C)
     given = options_for(name, n, n, f_divergence=divergence, beta=0.1)
     options = preference_options("test", C, **given)
-    losses, gradients = with_gradients(lambda c, r: pair_losses("test", c, r, zero, zero, options), C, R, torch.ones(len(C)))
+    losses, gradients = with_gradients(
+        lambda c, r: pair_losses("test", c, r, zero, zero, options), C, R, torch.ones(len(C))
+    )
     # e^80, where a divergence is capped, is below the largest float32; its square, which IPO takes, is not.
     squared = divergence in ("forward_kl", "alpha_divergence") and name == "ipo"
     assert squared or losses.isfinite().all()
     assert not losses.isnan().any() and not any(d.isnan().any() for d in gradients)
     if divergence == "reverse_kl":
         wide = [x.double() for x in (zero, zero, n, n)]
-        want, slopes = with_gradients(lambda c, r: expected(name, c, r, *wide, beta=0.1), C.double(), R.double(), torch.ones(len(C)))
-        sound = want.isfinite() & torch.stack(slopes).isfinite().all(0)  # DiscoPOP's formula is inf * 0 in float64 as well
+        want, slopes = with_gradients(
+            lambda c, r: expected(name, c, r, *wide, beta=0.1), C.double(), R.double(), torch.ones(len(C))
+        )
+        # DiscoPOP's formula is inf * 0 in float64 as well.
+        sound = want.isfinite() & torch.stack(slopes).isfinite().all(0)
         assert sound.sum() >= len(C) // 4
         check(losses[sound], want[sound], torch.float32, "losses")
         for got, slope in zip(gradients, slopes, strict=True):
@@ -118,7 +145,9 @@ def test_F79_orpo_keeps_its_digits_up_to_a_certain_answer(dtype, backend):
     means = torch.tensor([-1e-8, -1e-4, -0.69, -0.7, -5.0, -50.0], dtype=dtype)
     C, R = (x.reshape(-1).clone() for x in torch.meshgrid(means, means, indexing="ij"))
     one = torch.ones_like(C)
-    want, slopes = with_gradients(lambda c, r: oracle.OF_POLICY["orpo"](c, r, one.double(), one.double(), 0.1, 0.0), C.double(), R.double(), one)
+    want, slopes = with_gradients(
+        lambda c, r: oracle.OF_POLICY["orpo"](c, r, one.double(), one.double(), 0.1, 0.0), C.double(), R.double(), one
+    )
     with use_backend(backend):
         options = preference_options("test", C, loss_type="orpo", chosen_lengths=one, rejected_lengths=one)
         losses, gradients = with_gradients(lambda c, r: pair_losses("test", c, r, None, None, options), C, R, one)
@@ -129,8 +158,12 @@ def test_F79_orpo_keeps_its_digits_up_to_a_certain_answer(dtype, backend):
 
 def test_F79_at_probability_one_the_odds_are_infinite_and_give_no_gradient():
     C, R = torch.tensor([0.0, -1.0]), torch.tensor([-1.0, 0.0])
-    options = preference_options("test", C, loss_type="orpo_odds_ratio", chosen_lengths=torch.ones(2), rejected_lengths=torch.ones(2))
-    losses, (dchosen, drejected) = with_gradients(lambda c, r: pair_losses("test", c, r, None, None, options), C, R, torch.ones(2))
+    options = preference_options(
+        "test", C, loss_type="orpo_odds_ratio", chosen_lengths=torch.ones(2), rejected_lengths=torch.ones(2)
+    )
+    losses, (dchosen, drejected) = with_gradients(
+        lambda c, r: pair_losses("test", c, r, None, None, options), C, R, torch.ones(2)
+    )
     assert losses.tolist() == [0.0, math.inf]
     assert dchosen[0] == 0 and drejected[1] == 0 and dchosen.isfinite().all() and drejected.isfinite().all()
 
@@ -148,7 +181,9 @@ def test_alphapo_transforms_the_log_probabilities(name, alpha):
 
     options = preference_options("test", C, **given)
     want, slopes = with_gradients(formula, C, R, torch.ones(len(C)))
-    losses, gradients = with_gradients(lambda c, r: pair_losses("test", c, r, None, None, options), C, R, torch.ones(len(C)))
+    losses, gradients = with_gradients(
+        lambda c, r: pair_losses("test", c, r, None, None, options), C, R, torch.ones(len(C))
+    )
     check(losses, want, torch.float64, "losses")
     for got, slope in zip(gradients, slopes, strict=True):
         check(got, slope, torch.float64, "gradient")
@@ -176,8 +211,12 @@ def test_parts_of_a_batch_give_the_bits_of_the_whole_batch(name):
     for start, end in ((0, 2), (2, 3), (3, 9)):
         cut = [None if x is None else x[start:end] for x in references]
         part = options.part(start, end)
-        losses, slope = with_gradients(lambda c, r, cut=cut, part=part: pair_losses("test", c, r, *cut, part), C[start:end], R[start:end],
-                                       torch.ones(end - start))
+        losses, slope = with_gradients(
+            lambda c, r, cut=cut, part=part: pair_losses("test", c, r, *cut, part),
+            C[start:end],
+            R[start:end],
+            torch.ones(end - start),
+        )
         parts.append(losses)
         gradients.append(torch.stack(slope))
     assert torch.equal(torch.cat(parts), whole) and torch.equal(torch.cat(gradients, 1), torch.stack(slopes))
@@ -200,7 +239,9 @@ def test_a_pair_of_weight_0_is_left_out_whatever_it_holds(name):
     given = {**options_for(name, n, m), "pair_weights": weights}
     loss, slopes = with_gradients(lambda c, r: rlk.dpo_loss(c, r, *references, **given), C, R, torch.tensor(1.0))
     wide = [x.double() for x in (f, g, n, m)]
-    want, truth = with_gradients(lambda c, r: (weights.double() * expected(name, c, r, *wide)).mean(), C.double(), R.double(), torch.tensor(1.0))
+    want, truth = with_gradients(
+        lambda c, r: (weights.double() * expected(name, c, r, *wide)).mean(), C.double(), R.double(), torch.tensor(1.0)
+    )
     check(loss, want, torch.float32, "loss")
     C[1], R[4] = math.nan, math.inf
     dirty, gradients = with_gradients(lambda c, r: rlk.dpo_loss(c, r, *references, **given), C, R, torch.tensor(1.0))
@@ -224,7 +265,9 @@ def test_a_mixture_is_the_weighted_sum_of_its_losses():
 def test_no_pair_gives_0_that_is_attached_to_the_graph(name):
     none = torch.zeros(0, requires_grad=True)
     given = options_for(name, none.detach(), none.detach())
-    loss, metrics = rlk.dpo_loss(none, none * 1.0, *(() if not KINDS[name].reference else (none.detach(),) * 2), **given, return_metrics=True)
+    loss, metrics = rlk.dpo_loss(
+        none, none * 1.0, *(() if not KINDS[name].reference else (none.detach(),) * 2), **given, return_metrics=True
+    )
     assert loss.item() == 0 and loss.requires_grad
     (gradient,) = torch.autograd.grad(loss, none)
     assert gradient.shape == (0,) and all(value == 0 for value in metrics.values())

@@ -1,4 +1,5 @@
 """Log-ratios of whole sequences are small differences of large sums: they keep their digits, whatever the length."""
+
 import pytest
 import torch
 from linear_problems import PARAMS, gradients, objective_of
@@ -45,8 +46,16 @@ def test_F126_a_ratio_of_a_long_sequence_keeps_its_digits(name, level, backend):
     for packed in (False, True):
         leaf, wide = logp.clone().requires_grad_(), logp.double().requires_grad_()
         shape, more = ((-1,), {"cu_seqlens": torch.tensor([0, LONG, 2 * LONG])}) if packed else (logp.shape, {})
-        loss = rlk.policy_loss(leaf.view(shape), old.view(shape), A, ratio_level=level, objective=name, aggregation="seq-mean", **more,
-                               **PARAMS[name])
+        loss = rlk.policy_loss(
+            leaf.view(shape),
+            old.view(shape),
+            A,
+            ratio_level=level,
+            objective=name,
+            aggregation="seq-mean",
+            **more,
+            **PARAMS[name],
+        )
         want = truth(name, level, wide, old, A)
         assert loss.dtype == torch.float32
         near(loss.detach(), want.detach(), f"loss of {name}")
@@ -65,21 +74,36 @@ def test_F126_ratios_keep_their_digits_where_log_probabilities_are_far_below_zer
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_F126_ratios_from_logits_and_from_a_head_keep_their_digits(level, backend):
-    """The log-probabilities are fp32 numbers there: the truth takes those that the library returns for the same rows."""
+    """The log-probabilities are fp32 numbers there: the truth takes those that the library returns for
+    the same rows.
+    """
     draw = torch.Generator().manual_seed(1)
     L, V, H = 4096, 5, 4
-    hidden, head, targets = torch.randn(2, L, H, generator=draw), torch.randn(V, H, generator=draw), torch.randint(0, V, (2, L), generator=draw)
+    hidden, head, targets = (
+        torch.randn(2, L, H, generator=draw),
+        torch.randn(V, H, generator=draw),
+        torch.randint(0, V, (2, L), generator=draw),
+    )
     A, noise = torch.tensor([0.7, -1.3]), 2e-4 * (2 * torch.rand(2, L, generator=draw) - 0.8)
     options = {"ratio_level": level, "objective": "ppo_clip", "aggregation": "seq-mean", **PARAMS["ppo_clip"]}
-    for seen, loss in ((rlk.token_logprobs(hidden @ head.T, targets), lambda old: rlk.logits_policy_loss(hidden @ head.T, targets, old, A, **options)),
-                       (rlk.linear_token_logprobs(hidden, head, targets),
-                        lambda old: rlk.linear_policy_loss(hidden, head, targets, old, A, chunk_tokens=2 * L, **options))):
+    for seen, loss in (
+        (
+            rlk.token_logprobs(hidden @ head.T, targets),
+            lambda old: rlk.logits_policy_loss(hidden @ head.T, targets, old, A, **options),
+        ),
+        (
+            rlk.linear_token_logprobs(hidden, head, targets),
+            lambda old: rlk.linear_policy_loss(hidden, head, targets, old, A, chunk_tokens=2 * L, **options),
+        ),
+    ):
         old = seen + noise
         near(loss(old), truth("ppo_clip", level, seen.double(), old, A), level)
 
 
 def preference_problem(length=4096):
-    """One pair whose answers have log-probabilities of about -7000, 0.02 away from the reference's, which is known in float64."""
+    """One pair whose answers have log-probabilities of about -7000, 0.02 away from the reference's, which is known in
+    float64.
+    """
     draw = torch.Generator().manual_seed(2)
     hidden, head = torch.randn(2, length, 4, generator=draw), torch.randn(5, 4, generator=draw)
     targets = torch.randint(0, 5, (2, length), generator=draw)
@@ -91,14 +115,26 @@ def test_F126_sums_of_answers_stay_wide_beside_a_wide_reference(backend):
     hidden, head, targets, sums, refs = preference_problem()
     want = -torch.nn.functional.logsigmoid(5.0 * ((sums[0] - refs[0]) - (sums[1] - refs[1])))
     for chunk in (16, 4 * 4096):
-        loss, metrics = rlk.linear_dpo_loss(hidden, head, targets, ref_chosen_logps=refs[:1], ref_rejected_logps=refs[1:], beta=5.0, chunk_tokens=chunk,
-                                            return_metrics=True)
+        loss, metrics = rlk.linear_dpo_loss(
+            hidden,
+            head,
+            targets,
+            ref_chosen_logps=refs[:1],
+            ref_rejected_logps=refs[1:],
+            beta=5.0,
+            chunk_tokens=chunk,
+            return_metrics=True,
+        )
         assert loss.dtype == torch.float32 and all(x.dtype == torch.float32 for x in metrics.values())
         near(loss, want, "pair")
         near(metrics["reward_margin"], 5.0 * ((sums[0] - refs[0]) - (sums[1] - refs[1])), "margin")
     good = torch.tensor([True, False])
     want = torch.stack([torch.sigmoid(-5.0 * (sums[0] - refs[0])), torch.sigmoid(5.0 * (sums[1] - refs[1]))]).mean()
-    near(rlk.linear_unpaired_preference_loss(hidden, head, targets, refs, good, loss_type="apo_zero_unpaired", beta=5.0), want, "answers")
+    near(
+        rlk.linear_unpaired_preference_loss(hidden, head, targets, refs, good, loss_type="apo_zero_unpaired", beta=5.0),
+        want,
+        "answers",
+    )
 
 
 def test_F126_a_float64_reference_is_not_rounded_beside_float32_log_probabilities(backend):
@@ -110,15 +146,21 @@ def test_F126_a_float64_reference_is_not_rounded_beside_float32_log_probabilitie
     assert loss.dtype == torch.float64
     near(loss.detach(), -torch.nn.functional.logsigmoid(m).mean(), "pairs")
     near(torch.autograd.grad(loss, c)[0], -10.0 * torch.sigmoid(-m) / 2, "gradient")
-    near(rlk.unpaired_preference_loss(C, f, torch.tensor([1, 0]), loss_type="bco", delta=0.0, beta=1e3),
-         -torch.nn.functional.logsigmoid(1e3 * torch.stack([C[0] - f[0], f[1] - C[1]])).mean(), "answers")
+    near(
+        rlk.unpaired_preference_loss(C, f, torch.tensor([1, 0]), loss_type="bco", delta=0.0, beta=1e3),
+        -torch.nn.functional.logsigmoid(1e3 * torch.stack([C[0] - f[0], f[1] - C[1]])).mean(),
+        "answers",
+    )
 
 
 def test_F126_the_head_s_gradient_of_a_long_sequence_keeps_its_digits(backend):
     """float64 hidden states: the way through the sums is the one that float32 takes."""
     draw = torch.Generator().manual_seed(3)
     hidden = torch.randn(2, 64, 4, generator=draw, dtype=torch.float64, requires_grad=True)
-    head, targets = torch.randn(5, 4, generator=draw, dtype=torch.float64, requires_grad=True), torch.randint(0, 5, (2, 64), generator=draw)
+    head, targets = (
+        torch.randn(5, 4, generator=draw, dtype=torch.float64, requires_grad=True),
+        torch.randint(0, 5, (2, 64), generator=draw),
+    )
     logp = (hidden @ head.T).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     old, A = (logp + 1e-3 * torch.randn(2, 64, generator=draw)).detach(), torch.tensor([0.7, -1.3], dtype=torch.float64)
     want = gradients(truth("ppo_clip", "sequence_sum", logp, old, A), (hidden, head))
@@ -130,7 +172,9 @@ def test_F126_the_head_s_gradient_of_a_long_sequence_keeps_its_digits(backend):
 def test_a_factor_that_is_a_float32_tensor_does_not_round_the_weights(monkeypatch):
     monkeypatch.setattr(checks, "host_reads", lambda x: False)  # as on a device
     for name in ("dp_size", "scale"):
-        got = rlk.token_weights(torch.ones(1, 3), "token-mean", batch_num_tokens=3, dtype=torch.float64, **{name: torch.tensor(2.0)})
+        got = rlk.token_weights(
+            torch.ones(1, 3), "token-mean", batch_num_tokens=3, dtype=torch.float64, **{name: torch.tensor(2.0)}
+        )
         assert (got - 2 / 3).abs().max() < 1e-15
 
 

@@ -1,4 +1,7 @@
-"""Supervised losses from logits and from log-probabilities against plain torch in float64: values, gradients, masks, weights, refusals."""
+"""Supervised losses from logits and from log-probabilities against plain torch in float64: values, gradients, masks,
+weights, refusals.
+"""
+
 import math
 
 import pytest
@@ -59,7 +62,9 @@ def test_log_probabilities_give_the_loss_of_the_logits(kind, backend):
     want, slope = truth(logits, targets, mask, kind)
     logits.requires_grad_()
     with use_backend(backend):
-        loss, metrics = rlk.logprobs_sft_loss(rlk.token_logprobs(logits, targets), mask & (targets != -100), kind=kind, return_metrics=True)
+        loss, metrics = rlk.logprobs_sft_loss(
+            rlk.token_logprobs(logits, targets), mask & (targets != -100), kind=kind, return_metrics=True
+        )
         loss.backward()
         _, from_logits = rlk.sft_loss(logits, targets, mask, kind=kind, return_metrics=True)
     close(loss.detach(), want, torch.float64)
@@ -76,7 +81,9 @@ def test_log_probabilities_give_the_loss_of_the_logits(kind, backend):
 def test_nll_is_cross_entropy():
     logits, targets, _ = problem()
     loss = rlk.sft_loss(logits, targets)
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.view(-1, V), targets.view(-1)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        loss, torch.nn.functional.cross_entropy(logits.view(-1, V), targets.view(-1)), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("aggregation", ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"))
@@ -116,7 +123,9 @@ def test_a_sample_weight_of_0_gives_exactly_no_gradient_and_weights_of_1_change_
     loss = rlk.sft_loss(x, targets, mask, sample_weights=factors)
     loss.backward()
     assert loss.isfinite() and (x.grad[1] == 0).all() and (x.grad[2] != 0).any()
-    assert torch.equal(rlk.sft_loss(logits, targets, mask, sample_weights=torch.ones(B)), rlk.sft_loss(logits, targets, mask))
+    assert torch.equal(
+        rlk.sft_loss(logits, targets, mask, sample_weights=torch.ones(B)), rlk.sft_loss(logits, targets, mask)
+    )
 
 
 def test_advantages_as_sample_weights_are_reinforce():
@@ -124,7 +133,9 @@ def test_advantages_as_sample_weights_are_reinforce():
     advantages = torch.randn(B, L, generator=torch.Generator().manual_seed(2))
     live = mask & (targets != -100)
     reinforce = rlk.logits_policy_loss(logits, targets, None, advantages, live, objective="reinforce")
-    torch.testing.assert_close(rlk.sft_loss(logits, targets, mask, sample_weights=advantages), reinforce, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        rlk.sft_loss(logits, targets, mask, sample_weights=advantages), reinforce, rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("backend", PRESENT)
@@ -134,9 +145,15 @@ def test_nothing_alive_gives_0_with_a_gradient_of_0(dead, backend):
     logits = torch.full((rows, 5), math.nan, requires_grad=True)
     targets = torch.full((rows,), -100 if dead == "ignored" else 1)
     with use_backend(backend):
-        loss, metrics = rlk.sft_loss(logits, targets, torch.zeros(rows) if dead == "masked" else None, return_metrics=True)
+        loss, metrics = rlk.sft_loss(
+            logits, targets, torch.zeros(rows) if dead == "masked" else None, return_metrics=True
+        )
         loss.backward()
-    assert loss == 0 and torch.equal(logits.grad, torch.zeros_like(logits)) and all(value == 0 for value in metrics.values())
+    assert (
+        loss == 0
+        and torch.equal(logits.grad, torch.zeros_like(logits))
+        and all(value == 0 for value in metrics.values())
+    )
     logp = torch.full((rows,), math.nan, requires_grad=True)
     loss = rlk.logprobs_sft_loss(logp, torch.zeros(rows))
     loss.backward()
@@ -164,13 +181,26 @@ def test_the_gradient_may_take_the_place_of_the_logits():
     assert torch.equal(x.detach(), leaf.grad)
 
 
-@pytest.mark.parametrize("call,message", [
-    (lambda x, y, m: rlk.sft_loss(x, y, m, sample_weights=torch.ones(5)), r"sample_weights has shape \(5,\), expected \(3, 6\)"),
-    (lambda x, y, m: rlk.sft_loss(x, y, m, sample_weights=torch.ones(3, requires_grad=True)), "sample_weights gets no gradient; detach it"),
-    (lambda x, y, m: rlk.sft_loss(x, y, m, weights=torch.ones(B, L), aggregation="token-sum"), "both decide the weights"),
-    (lambda x, y, m: rlk.sft_loss(x, y, m[0]), r"mask has shape \(6,\), expected \(3, 6\)"),
-    (lambda x, y, m: rlk.sft_loss(x[0, 0], y[0, 0]), r"logits has shape \(41,\), expected \[T, V\] or \[B, L, V\]"),
-])
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (
+            lambda x, y, m: rlk.sft_loss(x, y, m, sample_weights=torch.ones(5)),
+            r"sample_weights has shape \(5,\), expected "
+            r"\(3, 6\)",
+        ),
+        (
+            lambda x, y, m: rlk.sft_loss(x, y, m, sample_weights=torch.ones(3, requires_grad=True)),
+            "sample_weights gets no gradient; detach it",
+        ),
+        (
+            lambda x, y, m: rlk.sft_loss(x, y, m, weights=torch.ones(B, L), aggregation="token-sum"),
+            "both decide the weights",
+        ),
+        (lambda x, y, m: rlk.sft_loss(x, y, m[0]), r"mask has shape \(6,\), expected \(3, 6\)"),
+        (lambda x, y, m: rlk.sft_loss(x[0, 0], y[0, 0]), r"logits has shape \(41,\), expected \[T, V\] or \[B, L, V\]"),
+    ],
+)
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=f"^sft_loss: .*{message}"):
         call(*problem())

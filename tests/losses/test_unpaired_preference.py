@@ -1,4 +1,5 @@
 """Losses of answers judged one by one, against their formulas in float64; and the token weights of LD-DPO."""
+
 import math
 
 import preference_oracles as oracle
@@ -17,13 +18,19 @@ NEEDS = {"kto": {"kl": KL}, "bco": {"delta": DELTA}}
 def batch(n=9, dtype=torch.float64, seed=0):
     draw = torch.Generator().manual_seed(seed)
     logps = -5 * torch.rand(n, generator=draw, dtype=torch.float64)
-    return logps.to(dtype), (logps + torch.randn(n, generator=draw, dtype=torch.float64)).to(dtype), torch.rand(n, generator=draw) < 0.4
+    return (
+        logps.to(dtype),
+        (logps + torch.randn(n, generator=draw, dtype=torch.float64)).to(dtype),
+        torch.rand(n, generator=draw) < 0.4,
+    )
 
 
 def formula(name, logps, ref, good):
     rho = logps - ref
     if name == "kto_paired_batch":
-        up, down = (rho[one].mean().clamp(min=0) if one.any() else torch.tensor(0.0, dtype=rho.dtype) for one in (good, ~good))
+        up, down = (
+            rho[one].mean().clamp(min=0) if one.any() else torch.tensor(0.0, dtype=rho.dtype) for one in (good, ~good)
+        )
         return torch.where(good, 1 - torch.sigmoid(BETA * (rho - down)), 1 - torch.sigmoid(BETA * (up - rho)))
     return oracle.OF_ONE[name](rho, good, BETA, KL, DELTA)
 
@@ -60,7 +67,9 @@ def test_a_batch_is_separable_but_for_the_baselines_of_the_other_class():
     for name in LOSS_TYPES:
         options = unpaired_options("test", logps, loss_type=name, **NEEDS.get(name, {}))
         whole = sequence_losses("test", logps, ref, good, options)
-        parts = torch.cat([sequence_losses("test", logps[s], ref[s], good[s], options) for s in (slice(0, 4), slice(4, 9))])
+        parts = torch.cat(
+            [sequence_losses("test", logps[s], ref[s], good[s], options) for s in (slice(0, 4), slice(4, 9))]
+        )
         assert torch.equal(whole, parts) == options.separable() == (name != "kto_paired_batch")
 
 
@@ -68,13 +77,20 @@ def test_kl_is_the_mean_drift_of_other_answers_and_never_negative():
     logps, ref, good = batch()
     drift = torch.tensor([-3.0, -1.0, -2.0], dtype=torch.float64)
     for offset, kl in ((0.4, 0.4), (-0.4, 0.0)):
-        loss, metrics = rlk.unpaired_preference_loss(logps, ref, good, kl_logps=drift + offset, ref_kl_logps=drift, return_metrics=True)
-        assert metrics["kl"].item() == pytest.approx(kl) and loss.item() == rlk.unpaired_preference_loss(logps, ref, good, kl=metrics["kl"]).item()
+        loss, metrics = rlk.unpaired_preference_loss(
+            logps, ref, good, kl_logps=drift + offset, ref_kl_logps=drift, return_metrics=True
+        )
+        assert (
+            metrics["kl"].item() == pytest.approx(kl)
+            and loss.item() == rlk.unpaired_preference_loss(logps, ref, good, kl=metrics["kl"]).item()
+        )
     trained = (drift + 0.4).requires_grad_()
     x = logps.clone().requires_grad_()
     rlk.unpaired_preference_loss(x, ref, good, kl_logps=trained, ref_kl_logps=drift).backward()
     assert trained.grad is None and x.grad.abs().sum() > 0
-    _, metrics = rlk.unpaired_preference_loss(logps, ref, good, kl_logps=drift[:0], ref_kl_logps=drift[:0], return_metrics=True)
+    _, metrics = rlk.unpaired_preference_loss(
+        logps, ref, good, kl_logps=drift[:0], ref_kl_logps=drift[:0], return_metrics=True
+    )
     assert metrics["kl"] == 0
 
 
@@ -82,7 +98,11 @@ def test_kl_is_the_mean_drift_of_other_answers_and_never_negative():
 def test_F25_extreme_log_ratios_are_finite_with_a_finite_gradient(name):
     rho = torch.tensor([20.0, 88.0, 200.0, 1e4, -20.0, -88.0, -200.0, -1e4]).repeat(2)
     good = torch.arange(16) < 8
-    given = {"loss_type": name, "beta": 1.0, **({"kl": 0.0} if name == "kto" else {"delta": 0.0} if name == "bco" else {})}
+    given = {
+        "loss_type": name,
+        "beta": 1.0,
+        **({"kl": 0.0} if name == "kto" else {"delta": 0.0} if name == "bco" else {}),
+    }
     loss, slope = gradient(lambda x: rlk.unpaired_preference_loss(x, torch.zeros(16), good, **given), rho)
     assert loss.isfinite() and slope.isfinite().all()
     if name == "bco":
@@ -92,8 +112,14 @@ def test_F25_extreme_log_ratios_are_finite_with_a_finite_gradient(name):
 @pytest.mark.parametrize("name", LOSS_TYPES)
 def test_no_answer_gives_0_that_is_attached_to_the_graph(name):
     none = torch.zeros(0, requires_grad=True)
-    loss, metrics = rlk.unpaired_preference_loss(none, torch.zeros(0), torch.zeros(0, dtype=torch.bool), loss_type=name, **NEEDS.get(name, {}),
-                                                 return_metrics=True)
+    loss, metrics = rlk.unpaired_preference_loss(
+        none,
+        torch.zeros(0),
+        torch.zeros(0, dtype=torch.bool),
+        loss_type=name,
+        **NEEDS.get(name, {}),
+        return_metrics=True,
+    )
     assert loss == 0 and torch.autograd.grad(loss, none)[0].shape == (0,)
     assert metrics["reward_desirable"] == 0 and metrics["reward_undesirable"] == 0
 
@@ -106,19 +132,28 @@ def test_rewards_are_means_of_each_class():
     torch.testing.assert_close(metrics["reward_undesirable"], rewards[~good].mean())
 
 
-@pytest.mark.parametrize("given,message", [
-    ({}, "kl is missing; pass kl, or kl_logps and ref_kl_logps"),
-    ({"loss_type": "bco"}, "delta is missing; pass delta"),
-    ({"loss_type": "bco", "delta": 0.0, "kl": 0.0}, "loss_type 'bco' takes no kl; leave it out"),
-    ({"loss_type": "apo_zero_unpaired", "kl": 0.0}, "loss_type 'apo_zero_unpaired' takes no kl"),
-    ({"kl": 0.0, "delta": 0.0}, "loss_type 'kto' takes no delta"),
-    ({"kl": 0.0, "kl_logps": torch.zeros(2), "ref_kl_logps": torch.zeros(2)}, "kl_logps and ref_kl_logps go together, instead of kl"),
-    ({"kl_logps": torch.zeros(2)}, "kl_logps and ref_kl_logps go together"),
-    ({"kl_logps": torch.zeros(2), "ref_kl_logps": torch.zeros(3)}, r"ref_kl_logps has shape \(3,\), expected \(2,\)"),
-    ({"kl": math.nan}, "kl must be finite, got nan"),
-    ({"kl": torch.zeros(2)}, r"kl has shape \(2,\), expected \(\)"),
-    ({"kl": torch.zeros((), requires_grad=True)}, "kl gets no gradient; detach it"),
-])
+@pytest.mark.parametrize(
+    "given,message",
+    [
+        ({}, "kl is missing; pass kl, or kl_logps and ref_kl_logps"),
+        ({"loss_type": "bco"}, "delta is missing; pass delta"),
+        ({"loss_type": "bco", "delta": 0.0, "kl": 0.0}, "loss_type 'bco' takes no kl; leave it out"),
+        ({"loss_type": "apo_zero_unpaired", "kl": 0.0}, "loss_type 'apo_zero_unpaired' takes no kl"),
+        ({"kl": 0.0, "delta": 0.0}, "loss_type 'kto' takes no delta"),
+        (
+            {"kl": 0.0, "kl_logps": torch.zeros(2), "ref_kl_logps": torch.zeros(2)},
+            "kl_logps and ref_kl_logps go together, instead of kl",
+        ),
+        ({"kl_logps": torch.zeros(2)}, "kl_logps and ref_kl_logps go together"),
+        (
+            {"kl_logps": torch.zeros(2), "ref_kl_logps": torch.zeros(3)},
+            r"ref_kl_logps has shape \(3,\), expected \(2,\)",
+        ),
+        ({"kl": math.nan}, "kl must be finite, got nan"),
+        ({"kl": torch.zeros(2)}, r"kl has shape \(2,\), expected \(\)"),
+        ({"kl": torch.zeros((), requires_grad=True)}, "kl gets no gradient; detach it"),
+    ],
+)
 def test_bad_options_are_named(given, message):
     x = torch.zeros(3)
     with pytest.raises(ValueError, match=f"^unpaired_preference_loss: {message}"):

@@ -1,4 +1,5 @@
 """What the language refuses, and that the refusal says what to write."""
+
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from rlkernels.objectives import OBJECTIVES, clip, codegen, exp, functions, obje
 
 def power(logp, advantage):
     """d"""
-    return logp ** 2.0, 2.0 * logp
+    return logp**2.0, 2.0 * logp
 
 
 def branch(logp, advantage):
@@ -81,9 +82,19 @@ def cxx_keyword(logp, advantage):
 
 
 REFUSED = {
-    power: "x \\* x", branch: "where\\(", integer: "2.0", foreign_call: "exp/1", free_name: "arguments, earlier locals",
-    bare_comparison: "first argument of where", reassigned: "a new name", one_output: "return value, derivative", no_docstring: "docstring",
-    default: "without defaults", parameter_first: "columns .* first", keyword: "positional", cxx_keyword: "another name",
+    power: "x \\* x",
+    branch: "where\\(",
+    integer: "2.0",
+    foreign_call: "exp/1",
+    free_name: "arguments, earlier locals",
+    bare_comparison: "first argument of where",
+    reassigned: "a new name",
+    one_output: "return value, derivative",
+    no_docstring: "docstring",
+    default: "without defaults",
+    parameter_first: "columns .* first",
+    keyword: "positional",
+    cxx_keyword: "another name",
 }
 
 
@@ -119,5 +130,9 @@ def test_every_math_name_has_a_cxx_twin():
 
 
 def test_message_names_line_and_construct():
-    with pytest.raises(TypeError, match=r"objective 'power', line 3: 'logp \*\* 2.0' is not in the language; write multiply: x \* x"):
+    with pytest.raises(
+        TypeError,
+        match=r"objective 'power', line 3: 'logp \*\* 2.0' is not in the language; write "
+        r"multiply: x \* x",
+    ):
         objective(power)

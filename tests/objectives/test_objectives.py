@@ -1,4 +1,5 @@
 """Every registered objective on every backend against its oracle: value, derivative, NaN, tails, ties."""
+
 import oracles
 import pytest
 import torch
@@ -11,8 +12,18 @@ from rlkernels.objectives import codegen
 OBJECTIVES = objectives.OBJECTIVES
 BUILTIN = codegen.builtin()
 PRESENT = [name for name in DEVICES["cpu"] if absent(name) is None]
-PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "clip_range": 0.2, "beta": 0.5, "label_smoothing": 0.1,
-          "tau": 0.05, "alpha": 0.5}
+PARAMS = {
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "dual_clip": 3.0,
+    "tau_pos": 1.0,
+    "tau_neg": 1.05,
+    "clip_range": 0.2,
+    "beta": 0.5,
+    "label_smoothing": 0.1,
+    "tau": 0.05,
+    "alpha": 0.5,
+}
 
 
 def case(name, n=1000, dtype=torch.float32, seed=0):
@@ -42,6 +53,7 @@ def test_every_objective_has_an_oracle():
 def test_native_backend_is_among_those_tested():
     # Without a compiler the suite still runs; with one, a build that went missing must not pass unnoticed.
     import shutil
+
     assert "cpu" in PRESENT or shutil.which("c++") is None, available_backends()
 
 
@@ -118,7 +130,8 @@ def test_F24_F25_both_tails_are_finite_and_those_of_the_oracle_where_it_is(name,
     value, derivative = run(backend, name, [column], params)
     assert value.isfinite().all() and derivative.isfinite().all()
     want_value, want_derivative = expected(name, [column.double()], params)
-    sound = want_value.isfinite() & want_derivative.isfinite()  # ratios of 1e4 overflow float64, and DiscoPOP's formula is inf * 0 then
+    # Ratios of 1e4 overflow float64, and DiscoPOP's formula is inf * 0 then.
+    sound = want_value.isfinite() & want_derivative.isfinite()
     if name == "alpha_divergence":
         sound &= 0.5 * column.abs() < 80  # capped beyond
         assert (derivative[-0.5 * column > 80] == 0).all()
@@ -147,7 +160,9 @@ def test_F29_at_an_exact_tie_the_derivative_is_the_unclipped_one(name, backend):
     _, derivative = run(backend, name, columns, [0.25, 0.25, 3.0][: len(OBJECTIVES[name].params)])
     torch.testing.assert_close(derivative[exact], (-ratio * columns[2])[exact])
     # A = 0: value and derivative are 0 on both sides of the clip.
-    value, derivative = run(backend, name, [columns[0] * 3, columns[1], torch.zeros(4)], [0.25, 0.25, 3.0][: len(OBJECTIVES[name].params)])
+    value, derivative = run(
+        backend, name, [columns[0] * 3, columns[1], torch.zeros(4)], [0.25, 0.25, 3.0][: len(OBJECTIVES[name].params)]
+    )
     assert (value == 0).all() and (derivative == 0).all()
 
 

@@ -1,4 +1,5 @@
 """Where an objective cannot move for want of an advantage: what is shown from its source, held against its numbers."""
+
 import pytest
 import torch
 from test_objectives import PARAMS
@@ -30,7 +31,10 @@ def divides_by_the_advantage(logp, advantage):
 
 
 # Only this file's tests see them: others walk through all that is registered.
-THEIRS = {name: OBJECTIVES.pop(name) for name in ("drifts_without_advantage", "moves_below_a_bound", "divides_by_the_advantage")}
+THEIRS = {
+    name: OBJECTIVES.pop(name)
+    for name in ("drifts_without_advantage", "moves_below_a_bound", "divides_by_the_advantage")
+}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +43,11 @@ def their_objectives(monkeypatch):
         monkeypatch.setitem(OBJECTIVES, name, entry)
 
 
-OURS = [name for name, entry in OBJECTIVES.items() if "advantage" in entry.columns and entry.function.__module__.startswith("rlkernels.")]
+OURS = [
+    name
+    for name, entry in OBJECTIVES.items()
+    if "advantage" in entry.columns and entry.function.__module__.startswith("rlkernels.")
+]
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -1,4 +1,7 @@
-"""Plain calls skip torch's dispatcher and give what the registered op gives; whatever lives in the dispatcher still meets the registered op."""
+"""Plain calls skip torch's dispatcher and give what the registered op gives; whatever lives in the dispatcher still
+meets the registered op.
+"""
+
 import gc
 import sys
 import weakref
@@ -25,13 +28,58 @@ def calls(backend, dtype=torch.float32):
     column, other, weight = torch.linspace(-1, 1, 5), torch.linspace(2, -2, 5), torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4])
     grid = torch.linspace(-1, 1, 15).view(3, 5)
     return {
-        "token_stats": (ops.token_stats, (x.requires_grad_(), targets, 0.7, -100, mask, x.detach().flip(-1), ops.ENTROPY | ops.KL, False, backend)),
-        "token_stats per row": (ops.token_stats, (x, targets, weight + 0.5, -100, None, None, ops.ENTROPY, False, backend)),
-        "fused_policy": (ops.fused_policy, ("ppo_clip", x, targets, 0.7, -100, None, [column - 3, other], (0.2, 0.28), weight, weight, "k3", column - 3, weight,
-                                            False, False, backend)),
-        "elementwise": (ops.elementwise, ("ppo_clip", column.clone().requires_grad_(), [column - 0.1, other], (0.2, 0.28), weight, backend)),
-        "elementwise unweighted": (ops.elementwise, ("k2", column.clone().requires_grad_(), [other], (), None, backend)),
-        "weighted_loss": (ops.weighted_loss, ("pairwise", column.clone().requires_grad_(), other, column, [], (), weight > 0, torch.tensor(4), 0.3, backend)),
+        "token_stats": (
+            ops.token_stats,
+            (x.requires_grad_(), targets, 0.7, -100, mask, x.detach().flip(-1), ops.ENTROPY | ops.KL, False, backend),
+        ),
+        "token_stats per row": (
+            ops.token_stats,
+            (x, targets, weight + 0.5, -100, None, None, ops.ENTROPY, False, backend),
+        ),
+        "fused_policy": (
+            ops.fused_policy,
+            (
+                "ppo_clip",
+                x,
+                targets,
+                0.7,
+                -100,
+                None,
+                [column - 3, other],
+                (0.2, 0.28),
+                weight,
+                weight,
+                "k3",
+                column - 3,
+                weight,
+                False,
+                False,
+                backend,
+            ),
+        ),
+        "elementwise": (
+            ops.elementwise,
+            ("ppo_clip", column.clone().requires_grad_(), [column - 0.1, other], (0.2, 0.28), weight, backend),
+        ),
+        "elementwise unweighted": (
+            ops.elementwise,
+            ("k2", column.clone().requires_grad_(), [other], (), None, backend),
+        ),
+        "weighted_loss": (
+            ops.weighted_loss,
+            (
+                "pairwise",
+                column.clone().requires_grad_(),
+                other,
+                column,
+                [],
+                (),
+                weight > 0,
+                torch.tensor(4),
+                0.3,
+                backend,
+            ),
+        ),
         "gae": (ops.gae, (grid, grid.flip(0).contiguous(), grid > -0.5, None, 0.9, 0.95, "skip", backend)),
     }
 
@@ -45,7 +93,7 @@ def as_registered(arguments):
 
 def gradients(outputs, leaf):
     trained = [x for x in outputs if x.requires_grad]
-    upstream = [torch.linspace(-1, 2, max(x.numel(), 1))[:x.numel()].view(x.shape) for x in trained]
+    upstream = [torch.linspace(-1, 2, max(x.numel(), 1))[: x.numel()].view(x.shape) for x in trained]
     return torch.autograd.grad(trained, leaf, upstream) if trained else ()
 
 
@@ -131,8 +179,12 @@ def test_a_pending_negation_is_carried_out(backend):
         got = rlk.policy_loss(negated, torch.zeros(5), torch.ones(5))
         assert same_bits(got, rlk.policy_loss(negated.clone().resolve_neg(), torch.zeros(5), torch.ones(5)))
         columns = [torch.zeros(5), negated]
-        assert same_bits(ops.elementwise("ppo_clip", torch.zeros(5), columns, (0.2, 0.2), None, backend)[0],
-                         ops.elementwise("ppo_clip", torch.zeros(5), [torch.zeros(5), negated.resolve_neg()], (0.2, 0.2), None, backend)[0])
+        assert same_bits(
+            ops.elementwise("ppo_clip", torch.zeros(5), columns, (0.2, 0.2), None, backend)[0],
+            ops.elementwise(
+                "ppo_clip", torch.zeros(5), [torch.zeros(5), negated.resolve_neg()], (0.2, 0.2), None, backend
+            )[0],
+        )
 
 
 def test_parameters_and_inference_mode_are_plain(backend):
@@ -172,7 +224,10 @@ def test_a_context_keeps_nothing_alive_once_the_loss_is_gone(backend):
         with rlk.use_backend(backend):
             logits = leaf * 1
             gone = weakref.ref(logits)
-            for loss in (rlk.logits_policy_loss(logits, targets, torch.zeros(5), torch.ones(5)), rlk.token_stats(logits, targets).entropy.sum()):
+            for loss in (
+                rlk.logits_policy_loss(logits, targets, torch.zeros(5), torch.ones(5)),
+                rlk.token_stats(logits, targets).entropy.sum(),
+            ):
                 del loss
             del logits
         assert gone() is None
@@ -187,6 +242,7 @@ def python_calls(function):
     def count(frame, event, argument):
         nonlocal entered
         entered += event == "call"
+
     before = sys.getprofile()
     sys.setprofile(count)
     try:
@@ -202,7 +258,9 @@ BUDGETS = {
     "value_loss": (lambda a, b, m: rlk.value_loss(a, b, b, m, clip_range=0.2), 105),
     "gae": (lambda a, b, m: rlk.gae(a.detach(), b, m), 60),
 }
-"""Python functions entered by a forward and a backward, torch's own 15 among them; through the registered op a loss of pairs enters 250."""
+"""Python functions entered by a forward and a backward, torch's own 15 among them; through the registered op a loss of
+pairs enters 250.
+"""
 
 
 @pytest.mark.parametrize("name", BUDGETS)
@@ -214,6 +272,7 @@ def test_a_small_loss_enters_few_python_functions(name):
         out = function(a, b, mask)
         if isinstance(out, torch.Tensor):
             out.backward()
+
     step()
     found = python_calls(step)
     assert 5 < found <= most, found

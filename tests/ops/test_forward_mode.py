@@ -1,4 +1,8 @@
-"""F37, F145: a tangent that an argument carries arrives in the results, or there is an error that says so. So it is with what torch.func does."""
+"""F37, F145: a tangent that an argument carries arrives in the results, or there is an error that says so.
+
+So it is with what torch.func does.
+"""
+
 import pytest
 import torch
 from public_calls import CALLS, TRAINED, arguments, data, tensor_arguments, tensors
@@ -30,18 +34,26 @@ def test_F145_every_argument_with_a_tangent_moves_the_results_as_it_should_or_is
 
         with forward_ad.dual_level():
             try:
-                found = [forward_ad.unpack_dual(x).tangent for x in results(
-                    name, d, lambda key, z, a=argument, v=direction: forward_ad.make_dual(z, v) if key == a else z)]
+                found = [
+                    forward_ad.unpack_dual(x).tangent
+                    for x in results(
+                        name, d, lambda key, z, a=argument, v=direction: forward_ad.make_dual(z, v) if key == a else z
+                    )
+                ]
             except NotImplementedError as error:  # torch's own
                 assert "forward AD" in str(error), (argument, error)
                 continue
             except RuntimeError as error:
-                assert str(error).startswith(f"{name.split(' ')[0]}: forward-mode AD is not supported by rlkernels; use reverse mode"), (argument, error)
+                assert str(error).startswith(
+                    f"{name.split(' ')[0]}: forward-mode AD is not supported by rlkernels; use reverse mode"
+                ), (argument, error)
                 continue
         for k, (tangent, ahead, behind) in enumerate(zip(found, moved(STEP), moved(-STEP), strict=True)):
             slope = (ahead.double() - behind.double()) / (2 * STEP)
             tangent = torch.zeros_like(slope) if tangent is None else tangent.double()
-            torch.testing.assert_close(tangent, slope, rtol=1e-5, atol=1e-7, msg=lambda m, a=argument, k=k: f"{a} of {name}, result {k}: {m}")
+            torch.testing.assert_close(
+                tangent, slope, rtol=1e-5, atol=1e-7, msg=lambda m, a=argument, k=k: f"{a} of {name}, result {k}: {m}"
+            )
 
 
 @pytest.mark.parametrize("name", ["policy_loss of weights", "gae", "dpo_loss", "sft_loss"])
@@ -54,13 +66,24 @@ def test_F145_an_argument_without_a_tangent_is_welcome_inside_of_a_level(name, b
 
 def test_F145_jvp_of_a_secondary_argument_is_refused():
     z = torch.zeros(2, 3)
-    for function in (lambda x: rlk.policy_loss(z, x, z), lambda x: rlk.policy_loss(z, z, x), lambda x: rlk.value_loss(z, None, x),
-                     lambda x: rlk.token_logprobs(torch.zeros(2, 3, 5), z.long(), temperature=x + 1), lambda x: rlk.gae(x, z)[0]):
+    for function in (
+        lambda x: rlk.policy_loss(z, x, z),
+        lambda x: rlk.policy_loss(z, z, x),
+        lambda x: rlk.value_loss(z, None, x),
+        lambda x: rlk.token_logprobs(torch.zeros(2, 3, 5), z.long(), temperature=x + 1),
+        lambda x: rlk.gae(x, z)[0],
+    ):
         with pytest.raises(RuntimeError, match="forward-mode AD is not supported"):
             torch.func.jvp(function, (z,), (z + 1,))
 
 
-TORCHS_OWN = ("vmap", "Batching rule not implemented", "doesn't have storage", "function being transformed", "broadcast shape")
+TORCHS_OWN = (
+    "vmap",
+    "Batching rule not implemented",
+    "doesn't have storage",
+    "function being transformed",
+    "broadcast shape",
+)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -69,6 +92,7 @@ def test_F148_torch_func_grad_is_right_or_refused_by_the_functions_name(name, ba
     leaves = {k: v.clone().requires_grad_() if k in TRAINED else v for k, v in d.items()}
     trained = [argument for argument, x in tensor_arguments(name, leaves) if x.is_floating_point()]
     for argument in trained:
+
         def total(x, argument=argument):
             return sum(y.sum() for y in results(name, d, lambda key, z: x if key == argument else z))
 
@@ -88,6 +112,7 @@ def test_F148_torch_func_grad_is_right_or_refused_by_the_functions_name(name, ba
 def test_vmap_is_right_or_torchs_own_error(name, backend):
     d = data()
     for argument, x in tensor_arguments(name, d):
+
         def one(x, argument=argument):
             with arguments(lambda _, key, z: x if key == argument else z):
                 return tuple(tensors(CALLS[name](d)))

@@ -1,7 +1,10 @@
-"""The gradient that ``logits_policy_loss`` makes in its forward: given away once, as it is only for an upstream gradient of exactly 1.
+"""The gradient that ``logits_policy_loss`` makes in its forward: given away once, as it is only for an upstream
+gradient of exactly 1.
 
-On the CPU the host reads the upstream gradient; elsewhere the kernel does, so that nothing waits. ``way`` takes that second way here too.
+On the CPU the host reads the upstream gradient; elsewhere the kernel does, so that nothing waits. ``way`` takes that
+second way here too.
 """
+
 import pytest
 import torch
 from reference import draw_rows, same_bits, statistics
@@ -29,12 +32,24 @@ def problem(dtype, rows=5, entropy_coef=0.1, **options):
 
     def loss(inplace=False):
         logits = leaf * 1 if inplace else leaf
-        return rlk.logits_policy_loss(logits, targets, old, advantage, entropy_coef=entropy_coef, temperature=0.7, inplace_backward=inplace, **options)
+        return rlk.logits_policy_loss(
+            logits,
+            targets,
+            old,
+            advantage,
+            entropy_coef=entropy_coef,
+            temperature=0.7,
+            inplace_backward=inplace,
+            **options,
+        )
+
     return leaf, targets, loss
 
 
 def two_passes(leaf, loss, g):
-    """The gradient with the upstream gradient inside of the one rounding: in place, where none is made in the forward; of a copy."""
+    """The gradient with the upstream gradient inside of the one rounding: in place, where none is made in the forward;
+    of a copy.
+    """
     return torch.autograd.grad(loss(inplace=True), leaf, g)[0]
 
 
@@ -62,7 +77,9 @@ def test_F33_F34_a_gradient_is_given_away_once_and_the_next_is_another_tensor(wa
 
 
 def test_F84_a_loss_scale_reaches_fp16_before_the_rounding(way, backend):
-    leaf, targets, loss = problem(torch.float16, entropy_coef=0.0, objective="reinforce", weights=torch.full((5,), 1e-7))
+    leaf, targets, loss = problem(
+        torch.float16, entropy_coef=0.0, objective="reinforce", weights=torch.full((5,), 1e-7)
+    )
     (got,) = torch.autograd.grad(loss(), leaf, torch.tensor(2.0**16))
     wide = leaf.detach().double().requires_grad_()
     logp = statistics(wide, targets, 0.7)["logprobs"]

@@ -1,4 +1,7 @@
-"""Where the host reads a device, without a device: tensors on ``meta`` take the ways of an accelerator, and have nothing that could be read."""
+"""Where the host reads a device, without a device: tensors on ``meta`` take the ways of an accelerator, and have
+nothing that could be read.
+"""
+
 import pytest
 import torch
 
@@ -19,32 +22,41 @@ LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 
 def _made_there(function):
     """Of numbers on the host: the copy would wait for the device."""
+
     def call(data, *arguments, device=None, **options):
         assert isinstance(data, torch.Tensor) or str(device) != "meta", f"{data!r} is copied to the device"
         return function(data, *arguments, device=device, **options)
+
     return call
 
 
 def _widened(function):
     """A product with ``out_dtype``, by shape alone: torch 2.8 to 2.11 know it on devices and not on "meta"."""
+
     def call(*tensors, out_dtype=None, out=None, **options):
         if out_dtype is None or not tensors[0].is_meta:
             return function(*tensors, **options) if out is None else function(*tensors, out=out, **options)
         found = made(tensors[-2].shape[0], tensors[-1].shape[1], dtype=out_dtype)
         assert out is None or (out.shape, out.dtype) == (found.shape, found.dtype)
         return found if out is None else out
+
     return call
 
 
 @pytest.fixture(autouse=True, scope="module")
 def dynamo_has_seen_torch():
-    """It lists torch's functions when it first compiles; with the patched ones in the list it could not trace the others later."""
+    """It lists torch's functions when it first compiles; with the patched ones in the list it could not trace the
+    others later.
+    """
     torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
 
 
 @pytest.fixture(autouse=True)
 def on_an_accelerator(monkeypatch):
-    """Kernels are those of plain torch; what calls them is ours. The heads' own ops are opened: their fakes would hide the loop over chunks."""
+    """Kernels are those of plain torch; what calls them is ours.
+
+    The heads' own ops are opened: their fakes would hide the loop over chunks.
+    """
     monkeypatch.setattr(ops, "serving", lambda *a: "triton")
     monkeypatch.setattr(ops, "run", lambda op, backend, *a: getattr(eager, op)(*a))
     for name in ("tensor", "as_tensor"):
@@ -55,7 +67,9 @@ def on_an_accelerator(monkeypatch):
         except TypeError:
             monkeypatch.setattr(torch, name, _widened(getattr(torch, name)))
     monkeypatch.setattr(token_stats, "linear_stats_backward", token_stats._linear_backward)
-    recorded = register._recorded("linear_stats", token_stats._linear_stats, token_stats._linear_grad, token_stats._linear_setup)
+    recorded = register._recorded(
+        "linear_stats", token_stats._linear_stats, token_stats._linear_grad, token_stats._linear_setup
+    )
     monkeypatch.setattr(token_stats, "linear_stats", recorded)
 
 
@@ -68,7 +82,8 @@ def asked(monkeypatch):
         if not x.is_meta:
             return tolist(x)
         asked.append("tolist")
-        return [N * L] * 2 if len(x) == 2 else [i * N * L // (len(x) - 1) for i in range(len(x))]  # two counts, or the ends of the sequences
+        # Two counts, or the ends of the sequences.
+        return [N * L] * 2 if len(x) == 2 else [i * N * L // (len(x) - 1) for i in range(len(x))]
 
     def places(x):
         if not x.is_meta:
@@ -96,29 +111,44 @@ CU, GOOD = whole(N + 1), made(N, dtype=torch.bool)
 def heads(dtype, packed=False):
     """``{name: call}``: every loss of a head; the call takes its options and gives a scalar."""
     rows = (N * L,) if packed else (N, L)
-    h, w, b = made(*rows, H, dtype=dtype, grad=True), made(V, H, dtype=dtype, grad=True), made(V, dtype=dtype, grad=True)
+    h, w, b = (
+        made(*rows, H, dtype=dtype, grad=True),
+        made(V, H, dtype=dtype, grad=True),
+        made(V, dtype=dtype, grad=True),
+    )
     y, mask, a, cu = whole(*rows), MASK.view(rows), A.view(rows), {"cu_seqlens": CU} if packed else {}
     references = {"ref_chosen_logps": made(N // 2), "ref_rejected_logps": made(N // 2)}
 
     def policy(level, **more):
-        return lambda **o: rlk.linear_policy_loss(h, w, y, a, a, mask, bias=b, ratio_level=level, kl_coef=0.1, ref_logprobs=a, **cu, **more, **o)
+        return lambda **o: rlk.linear_policy_loss(
+            h, w, y, a, a, mask, bias=b, ratio_level=level, kl_coef=0.1, ref_logprobs=a, **cu, **more, **o
+        )
 
     def pairs(name):
         given = {"label_smoothing": 0.1} if name == "exo_pair" else {}
-        return lambda **o: rlk.linear_dpo_loss(h, w, y, mask, bias=b, loss_type=name, **given, **cu, **(references if KINDS[name].reference else {}), **o)
+        return lambda **o: rlk.linear_dpo_loss(
+            h, w, y, mask, bias=b, loss_type=name, **given, **cu, **(references if KINDS[name].reference else {}), **o
+        )
 
     def answers(name):
         given = {"kto": {"kl": 0.1}, "bco": {"delta": 0.1}}.get(name, {})
-        return lambda **o: rlk.linear_unpaired_preference_loss(h, w, y, made(N), GOOD, mask, bias=b, loss_type=name, **given, **cu, **o)
+        return lambda **o: rlk.linear_unpaired_preference_loss(
+            h, w, y, made(N), GOOD, mask, bias=b, loss_type=name, **given, **cu, **o
+        )
 
     def stats(**o):
         found = rlk.linear_token_stats(h, w, y, bias=b, temperature=a, **o)
         return (found.logprobs + found.entropy).sum()
 
-    return {"stats": stats, "sft": lambda **o: rlk.linear_sft_loss(h, w, y, mask, bias=b, **o),
-            **{f"policy {level}": policy(level) for level in LEVELS}, "policy with entropy": policy("token", entropy_coef=0.1),
-            "policy of sequences with entropy": policy("sequence", entropy_coef=0.1),
-            **{f"pairs {name}": pairs(name) for name in KINDS}, **{f"answers {name}": answers(name) for name in LOSS_TYPES}}
+    return {
+        "stats": stats,
+        "sft": lambda **o: rlk.linear_sft_loss(h, w, y, mask, bias=b, **o),
+        **{f"policy {level}": policy(level) for level in LEVELS},
+        "policy with entropy": policy("token", entropy_coef=0.1),
+        "policy of sequences with entropy": policy("sequence", entropy_coef=0.1),
+        **{f"pairs {name}": pairs(name) for name in KINDS},
+        **{f"answers {name}": answers(name) for name in LOSS_TYPES},
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,22 +176,46 @@ def leaf(*shape):
 
 
 LOGITS, TARGETS, ONE, TWO = leaf(N, L, V), whole(N, L), leaf(N, L), leaf(N)
-IDS = {"prompt-mean": {"group_ids": whole(N)}, "rollout-mean": {"rollout_ids": whole(N)}, "group-mean": {"group_ids": whole(N)},
-       "fixed-horizon": {"horizon": 9}, "global-token-mean": {"batch_num_tokens": made()}}
+IDS = {
+    "prompt-mean": {"group_ids": whole(N)},
+    "rollout-mean": {"rollout_ids": whole(N)},
+    "group-mean": {"group_ids": whole(N)},
+    "fixed-horizon": {"horizon": 9},
+    "global-token-mean": {"batch_num_tokens": made()},
+}
 CALLS = {
     "token_stats": lambda: rlk.token_stats(LOGITS, TARGETS, temperature=A).logprobs.sum(),
     "token_stats, one temperature": lambda: rlk.token_stats(LOGITS, TARGETS, temperature=made()).logprobs.sum(),
-    "token_stats, a temperature per sequence": lambda: rlk.token_stats(LOGITS, TARGETS, temperature=made(N)).logprobs.sum(),
-    "linear_sft_loss, one temperature": lambda: rlk.linear_sft_loss(leaf(N, L, H), leaf(V, H), TARGETS, temperature=made(), max_live_tokens=N * L),
-    "linear_token_logprobs, a temperature per sequence": lambda: rlk.linear_token_logprobs(leaf(N, L, H), leaf(V, H), TARGETS, temperature=made(N, 1),
-                                                                                           max_live_tokens=N * L).sum(),
+    "token_stats, a temperature per sequence": lambda: rlk.token_stats(
+        LOGITS, TARGETS, temperature=made(N)
+    ).logprobs.sum(),
+    "linear_sft_loss, one temperature": lambda: rlk.linear_sft_loss(
+        leaf(N, L, H), leaf(V, H), TARGETS, temperature=made(), max_live_tokens=N * L
+    ),
+    "linear_token_logprobs, a temperature per sequence": lambda: rlk.linear_token_logprobs(
+        leaf(N, L, H), leaf(V, H), TARGETS, temperature=made(N, 1), max_live_tokens=N * L
+    ).sum(),
     "sft_loss": lambda: rlk.sft_loss(LOGITS, TARGETS, MASK),
     "logprobs_sft_loss": lambda: rlk.logprobs_sft_loss(ONE, MASK),
-    **{f"logits_policy_loss {level}": lambda level=level: rlk.logits_policy_loss(LOGITS, TARGETS, A, A, MASK, ratio_level=level, entropy_coef=0.1)
-       for level in LEVELS},
-    **{f"policy_loss {mode}": lambda mode=mode: rlk.policy_loss(ONE, A, A, MASK, aggregation=mode, normalizers=IDS.get(mode)) for mode in AGGREGATIONS},
-    **{f"aggregate {mode}": lambda mode=mode: rlk.aggregate(ONE, MASK, mode, **IDS.get(mode, {})) for mode in AGGREGATIONS},
-    "policy_loss packed": lambda: rlk.policy_loss(ONE.view(-1), A.view(-1), A.view(-1), MASK.view(-1), cu_seqlens=CU, ratio_level="sequence"),
+    **{
+        f"logits_policy_loss {level}": lambda level=level: rlk.logits_policy_loss(
+            LOGITS, TARGETS, A, A, MASK, ratio_level=level, entropy_coef=0.1
+        )
+        for level in LEVELS
+    },
+    **{
+        f"policy_loss {mode}": lambda mode=mode: rlk.policy_loss(
+            ONE, A, A, MASK, aggregation=mode, normalizers=IDS.get(mode)
+        )
+        for mode in AGGREGATIONS
+    },
+    **{
+        f"aggregate {mode}": lambda mode=mode: rlk.aggregate(ONE, MASK, mode, **IDS.get(mode, {}))
+        for mode in AGGREGATIONS
+    },
+    "policy_loss packed": lambda: rlk.policy_loss(
+        ONE.view(-1), A.view(-1), A.view(-1), MASK.view(-1), cu_seqlens=CU, ratio_level="sequence"
+    ),
     "value_loss": lambda: rlk.value_loss(ONE, A, A, MASK, clip_range=0.2),
     "pairwise_reward_loss": lambda: rlk.pairwise_reward_loss(TWO, made(N)),
     "dpo_loss": lambda: rlk.dpo_loss(TWO, TWO * 2, made(N), made(N), pair_weights=made(N)),
@@ -170,52 +224,122 @@ CALLS = {
     "broadcast_to_tokens": lambda: rlk.broadcast_to_tokens(TWO, MASK).sum(),
     "reward_scores": lambda: rlk.reward_scores(leaf(N, L, H), leaf(1, H), attention_mask=MASK).sum(),
 }
+
+
 def number():
     """A coefficient that the device alone knows."""
     return made()
 
 
 SCHEDULED = {
-    **{f"policy_loss {name}": lambda name=name, given=given: rlk.policy_loss(ONE, A, A, MASK, objective=name, **{k: number() for k in given})
-       for name, given in {"ppo_clip": ("clip_low", "clip_high"), "dual_clip": ("dual_clip",), "cispo": ("clip_low", "clip_high"),
-                           "sapo": ("tau_pos", "tau_neg")}.items()},
-    "policy_loss terms": lambda: rlk.policy_loss(ONE, A, A, MASK, kl_coef=number(), ref_logprobs=A, entropy=ONE, entropy_coef=number(), return_metrics=True)[0],
-    **{f"logits_policy_loss {level}": lambda level=level: rlk.logits_policy_loss(
-        LOGITS, TARGETS, A, A, MASK, ratio_level=level, kl_coef=number(), ref_logprobs=A, entropy_coef=number(), clip_low=number()) for level in LEVELS},
-    **{f"linear_policy_loss {level}": lambda level=level: heads(torch.bfloat16)[f"policy {level}"](
-        max_live_tokens=N * L, entropy_coef=number(), clip_low=number(), clip_high=0.3) for level in LEVELS},
+    **{
+        f"policy_loss {name}": lambda name=name, given=given: rlk.policy_loss(
+            ONE, A, A, MASK, objective=name, **{k: number() for k in given}
+        )
+        for name, given in {
+            "ppo_clip": ("clip_low", "clip_high"),
+            "dual_clip": ("dual_clip",),
+            "cispo": ("clip_low", "clip_high"),
+            "sapo": ("tau_pos", "tau_neg"),
+        }.items()
+    },
+    "policy_loss terms": lambda: rlk.policy_loss(
+        ONE, A, A, MASK, kl_coef=number(), ref_logprobs=A, entropy=ONE, entropy_coef=number(), return_metrics=True
+    )[0],
+    **{
+        f"logits_policy_loss {level}": lambda level=level: rlk.logits_policy_loss(
+            LOGITS,
+            TARGETS,
+            A,
+            A,
+            MASK,
+            ratio_level=level,
+            kl_coef=number(),
+            ref_logprobs=A,
+            entropy_coef=number(),
+            clip_low=number(),
+        )
+        for level in LEVELS
+    },
+    **{
+        f"linear_policy_loss {level}": lambda level=level: heads(torch.bfloat16)[f"policy {level}"](
+            max_live_tokens=N * L, entropy_coef=number(), clip_low=number(), clip_high=0.3
+        )
+        for level in LEVELS
+    },
     "value_loss": lambda: rlk.value_loss(ONE, A, A, MASK, clip_range=number(), return_metrics=True)[0],
     "pairwise_reward_loss": lambda: rlk.pairwise_reward_loss(TWO, made(N), center_coef=number()),
-    **{f"dpo_loss {name}": lambda name=name: rlk.dpo_loss(
-        TWO, TWO * 2, made(N), made(N), loss_type=(name,), beta=number(), loss_weights=(number(),), chosen_lengths=whole(N), rejected_lengths=whole(N),
-        **{k: number() for k in ("label_smoothing", "simpo_gamma", "alphapo_alpha", "discopop_tau", "cpo_alpha") if k in KINDS[name].takes})
-       for name in KINDS},
-    "dpo_loss alpha": lambda: rlk.dpo_loss(TWO, TWO * 2, made(N), made(N), f_divergence="alpha_divergence", alpha=number()),
-    "linear_dpo_loss": lambda: heads(torch.bfloat16)["pairs sigmoid"](max_live_tokens=N * L, beta=number(), label_smoothing=number()),
-    **{f"unpaired_preference_loss {name}": lambda name=name: rlk.unpaired_preference_loss(
-        TWO, made(N), GOOD, loss_type=name, beta=number(), desirable_weight=number(), undesirable_weight=number(),
-        **{"kto": {"kl": number()}, "bco": {"delta": number()}}.get(name, {})) for name in LOSS_TYPES},
-    "linear_unpaired_preference_loss": lambda: heads(torch.bfloat16)["answers kto"](max_live_tokens=N * L, beta=number(), desirable_weight=number()),
-    "normalisers": lambda: rlk.policy_loss(ONE, A, A, MASK, normalizers={"batch_num_tokens": whole(), "scale": number(), "dp_size": whole()}),
+    **{
+        f"dpo_loss {name}": lambda name=name: rlk.dpo_loss(
+            TWO,
+            TWO * 2,
+            made(N),
+            made(N),
+            loss_type=(name,),
+            beta=number(),
+            loss_weights=(number(),),
+            chosen_lengths=whole(N),
+            rejected_lengths=whole(N),
+            **{
+                k: number()
+                for k in ("label_smoothing", "simpo_gamma", "alphapo_alpha", "discopop_tau", "cpo_alpha")
+                if k in KINDS[name].takes
+            },
+        )
+        for name in KINDS
+    },
+    "dpo_loss alpha": lambda: rlk.dpo_loss(
+        TWO, TWO * 2, made(N), made(N), f_divergence="alpha_divergence", alpha=number()
+    ),
+    "linear_dpo_loss": lambda: heads(torch.bfloat16)["pairs sigmoid"](
+        max_live_tokens=N * L, beta=number(), label_smoothing=number()
+    ),
+    **{
+        f"unpaired_preference_loss {name}": lambda name=name: rlk.unpaired_preference_loss(
+            TWO,
+            made(N),
+            GOOD,
+            loss_type=name,
+            beta=number(),
+            desirable_weight=number(),
+            undesirable_weight=number(),
+            **{"kto": {"kl": number()}, "bco": {"delta": number()}}.get(name, {}),
+        )
+        for name in LOSS_TYPES
+    },
+    "linear_unpaired_preference_loss": lambda: heads(torch.bfloat16)["answers kto"](
+        max_live_tokens=N * L, beta=number(), desirable_weight=number()
+    ),
+    "normalisers": lambda: rlk.policy_loss(
+        ONE, A, A, MASK, normalizers={"batch_num_tokens": whole(), "scale": number(), "dp_size": whole()}
+    ),
 }
 PLAIN = {
-    "gae": lambda: rlk.gae(A, A, MASK), "gae packed": lambda: rlk.gae(A.view(-1), A.view(-1), MASK.view(-1), cu_seqlens=CU),
-    "discounted_returns": lambda: (rlk.discounted_returns(A, MASK),), "masked_whiten": lambda: (rlk.masked_whiten(A, MASK),),
+    "gae": lambda: rlk.gae(A, A, MASK),
+    "gae packed": lambda: rlk.gae(A.view(-1), A.view(-1), MASK.view(-1), cu_seqlens=CU),
+    "discounted_returns": lambda: (rlk.discounted_returns(A, MASK),),
+    "masked_whiten": lambda: (rlk.masked_whiten(A, MASK),),
     "group_advantages": lambda: (rlk.group_advantages(made(N), whole(N)),),
     "token_weights": lambda: (rlk.token_weights(MASK, "seq-mean-token-mean"),),
 }
 
 
 METRICS = {
-    **{f"policy_loss {level}": lambda level=level: rlk.policy_loss(ONE, A, A, MASK, ratio_level=level, kl_coef=0.1, ref_logprobs=A, return_metrics=True)
-       for level in LEVELS},
+    **{
+        f"policy_loss {level}": lambda level=level: rlk.policy_loss(
+            ONE, A, A, MASK, ratio_level=level, kl_coef=0.1, ref_logprobs=A, return_metrics=True
+        )
+        for level in LEVELS
+    },
     "logits_policy_loss": lambda: rlk.logits_policy_loss(LOGITS, TARGETS, A, A, MASK, return_metrics=True),
     "value_loss": lambda: rlk.value_loss(ONE, A, A, MASK, clip_range=0.2, return_metrics=True),
     "sft_loss": lambda: rlk.sft_loss(LOGITS, TARGETS, MASK, return_metrics=True),
     "dpo_loss": lambda: rlk.dpo_loss(TWO, TWO * 2, made(N), made(N), return_metrics=True),
     "unpaired_preference_loss": lambda: rlk.unpaired_preference_loss(TWO, made(N), GOOD, kl=0.1, return_metrics=True),
-    **{f"head: {name}": lambda name=name: heads(torch.bfloat16)[name](max_live_tokens=N * L, return_metrics=True)
-       for name in ("sft", "policy token", "policy sequence", "pairs sigmoid", "answers kto")},
+    **{
+        f"head: {name}": lambda name=name: heads(torch.bfloat16)[name](max_live_tokens=N * L, return_metrics=True)
+        for name in ("sft", "policy token", "policy sequence", "pairs sigmoid", "answers kto")
+    },
 }
 
 
@@ -252,12 +376,22 @@ def test_F48_no_objective_in_plain_torch_reads_the_device(name):
     for numbers in (params, [number() for _ in params]):
         for weight in (None, A):
             assert all(x.is_meta for x in eager.elementwise(name, columns, numbers, weight))
-        assert all(x.is_meta for x in eager.weighted_loss(name, columns[0], [], columns[1:], numbers, MASK, made(), 1.0))
+        assert all(
+            x.is_meta for x in eager.weighted_loss(name, columns[0], [], columns[1:], numbers, MASK, made(), 1.0)
+        )
 
 
 def test_a_read_would_be_seen():
-    for read in (lambda: bool(MASK.any()), lambda: A.tolist(), lambda: A.nonzero(), lambda: A.cpu(), lambda: torch.bincount(TARGETS.view(-1)),
-                 lambda: torch.tensor(1.0, device="meta"), lambda: MASK[MASK], lambda: torch.repeat_interleave(A[0], TARGETS[0]),
-                 lambda: torch.unique(TARGETS)):
+    for read in (
+        lambda: bool(MASK.any()),
+        lambda: A.tolist(),
+        lambda: A.nonzero(),
+        lambda: A.cpu(),
+        lambda: torch.bincount(TARGETS.view(-1)),
+        lambda: torch.tensor(1.0, device="meta"),
+        lambda: MASK[MASK],
+        lambda: torch.repeat_interleave(A[0], TARGETS[0]),
+        lambda: torch.unique(TARGETS),
+    ):
         with pytest.raises(Exception):  # noqa: B017  (each has its own)
             read()

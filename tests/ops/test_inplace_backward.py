@@ -1,4 +1,5 @@
 """F124: with ``inplace_backward`` the gradient takes the memory of the logits, and that must be nobody's parameter."""
+
 import pytest
 import torch
 from reference import same_bits
@@ -49,15 +50,26 @@ VIEWS = {
     "its data": lambda p: p.data.requires_grad_().view(2, 3, V),
     "a checkpointed view": lambda p: checkpoint(lambda q: q.view(2, 3, V), p, use_reentrant=True),
     "an autograd function": HandsOut.apply,
-    "an autograd function of two": lambda p: HandsOutOneOfTwo.apply(torch.zeros(1, requires_grad=True) * 1, p.view(6, V)),
+    "an autograd function of two": lambda p: HandsOutOneOfTwo.apply(
+        torch.zeros(1, requires_grad=True) * 1, p.view(6, V)
+    ),
 }
 FUNCTIONS = {
     "token_logprobs": lambda x, y, **o: rlk.token_logprobs(x, y, **o).sum(),
     "token_stats": lambda x, y, **o: rlk.token_stats(x, y, **o).entropy.sum(),
-    "logits_policy_loss": lambda x, y, **o: rlk.logits_policy_loss(x, y, torch.zeros(y.shape), torch.ones(y.shape), **o),
+    "logits_policy_loss": lambda x, y, **o: rlk.logits_policy_loss(
+        x, y, torch.zeros(y.shape), torch.ones(y.shape), **o
+    ),
     "logits_policy_loss of sequences": lambda x, y, **o: rlk.logits_policy_loss(
-        x, y, torch.zeros(y.shape), torch.ones(y.shape), weights=torch.ones(y.shape), ratio_level="sequence",
-        cu_seqlens=None if y.dim() == 2 else torch.tensor([0, len(y)]), **o),
+        x,
+        y,
+        torch.zeros(y.shape),
+        torch.ones(y.shape),
+        weights=torch.ones(y.shape),
+        ratio_level="sequence",
+        cu_seqlens=None if y.dim() == 2 else torch.tensor([0, len(y)]),
+        **o,
+    ),
     "sft_loss": lambda x, y, **o: rlk.sft_loss(x, y, **o),
 }
 
@@ -69,7 +81,11 @@ def test_F124_no_view_of_a_parameter_is_overwritten_by_its_gradient(function, vi
     before = parameter.detach().clone()
     logits = VIEWS[view](parameter)
     targets = torch.zeros(logits.shape[:-1], dtype=torch.int64)
-    with pytest.raises(RuntimeError, match=rf"^{function.split()[0]}: inplace_backward needs non-leaf memory, got a view of a leaf"):
+    with pytest.raises(
+        RuntimeError,
+        match=rf"^{function.split()[0]}: inplace_backward needs non-leaf memory, got a "
+        r"view of a leaf",
+    ):
         FUNCTIONS[function](logits, targets, inplace_backward=True)
     FUNCTIONS[function](logits, targets).backward()  # without it the same logits are welcome
     assert same_bits(parameter.detach(), before)
@@ -85,6 +101,7 @@ def test_F124_what_has_no_base_is_not_overwritten_in_a_compiled_program(function
     def step(p):
         logits = VIEWS[view](p)
         return FUNCTIONS[function](logits, torch.zeros(logits.shape[:-1], dtype=torch.int64), inplace_backward=True)
+
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match="inplace_backward needs non-leaf memory"):
         torch.compile(step, backend="eager")(parameter).backward()
@@ -100,6 +117,7 @@ def test_F124_a_view_of_a_parameter_is_refused_when_compiled_too(view, compiler)
     def step(p):
         logits = VIEWS[view](p)
         return rlk.token_logprobs(logits, torch.zeros(logits.shape[:-1], dtype=torch.int64), inplace_backward=True)
+
     with pytest.raises(RuntimeError, match="inplace_backward needs non-leaf memory"):
         torch.compile(step, backend=compiler)(parameter)
     assert same_bits(parameter.detach(), before)
@@ -127,7 +145,9 @@ def test_F124_a_later_backward_through_an_alias_that_autograd_knows_raises(backe
     for alias in (made[:2], made.detach().requires_grad_()):
         targets = torch.zeros(len(alias), dtype=torch.int64)
         later = rlk.token_logprobs(alias, targets).sum()
-        rlk.token_logprobs(made, torch.zeros(4, dtype=torch.int64), inplace_backward=True).sum().backward(retain_graph=True)
+        rlk.token_logprobs(made, torch.zeros(4, dtype=torch.int64), inplace_backward=True).sum().backward(
+            retain_graph=True
+        )
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             later.backward()
 

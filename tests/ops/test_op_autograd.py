@@ -1,4 +1,5 @@
 """Faults of FAULTS.md 2: gradients and their owners."""
+
 import pytest
 import torch
 from reference import draw_rows, same_bits, statistics
@@ -13,6 +14,7 @@ def test_F31_the_gradient_is_linear_in_what_comes_from_above(name, backend):
 
     def gradient(g):
         return torch.autograd.grad(output, leaf, g, retain_graph=True)[0]
+
     g, h = (torch.randn(output.shape, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
     gg, hh = gradient(g), gradient(h)
     scale = max(gg.abs().max().item(), hh.abs().max().item())
@@ -21,7 +23,7 @@ def test_F31_the_gradient_is_linear_in_what_comes_from_above(name, backend):
     torch.testing.assert_close(gradient(-2 * g), -2 * gg, rtol=0, atol=1e-37)  # a power of two; a subnormal may round
     assert not gradient(torch.zeros_like(g)).any()
     if output.dim():  # one element at a time adds up
-        parts = sum(gradient(torch.zeros_like(g).index_copy(0, torch.tensor([t]), g[t:t + 1])) for t in range(len(g)))
+        parts = sum(gradient(torch.zeros_like(g).index_copy(0, torch.tensor([t]), g[t : t + 1])) for t in range(len(g)))
         torch.testing.assert_close(parts, gg, rtol=1e-5, atol=3e-6 * scale)
 
 
@@ -94,8 +96,19 @@ def test_F70_every_parameter_of_a_small_model_gets_a_finite_gradient(backend):
     body, head = torch.nn.Linear(H, H), torch.nn.Linear(H, V)
     parameters = [*body.parameters(), *head.parameters()]
     stats = rlk.linear_token_stats(body(d["hidden"]), head.weight, d["targets"], bias=head.bias)
-    losses = [rlk.policy_loss(stats.logprobs, stats.logprobs.detach(), d["c"], d["targets"] != -100, entropy=stats.entropy, entropy_coef=0.1),
-              rlk.logits_policy_loss(head(body(d["hidden"])), d["targets"], stats.logprobs.detach(), d["c"], entropy_coef=0.1)]
+    losses = [
+        rlk.policy_loss(
+            stats.logprobs,
+            stats.logprobs.detach(),
+            d["c"],
+            d["targets"] != -100,
+            entropy=stats.entropy,
+            entropy_coef=0.1,
+        ),
+        rlk.logits_policy_loss(
+            head(body(d["hidden"])), d["targets"], stats.logprobs.detach(), d["c"], entropy_coef=0.1
+        ),
+    ]
     gradients = []
     for loss in losses:
         assert loss.grad_fn is not None

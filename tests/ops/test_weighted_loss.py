@@ -1,4 +1,5 @@
 """The op behind losses of columns: values, gradients, and how many launches a loss is made of."""
+
 import pytest
 import torch
 from reference import same_bits
@@ -10,8 +11,17 @@ import rlkernels as rlk
 from rlkernels import ops
 from rlkernels.backends import BACKENDS
 
-LAUNCHES_NOTHING = {"aten.detach", "aten.select", "aten.view", "aten.reshape", "aten.alias", "aten.empty_like", "aten.empty", "aten.new_empty",
-                    "aten.ones_like"}  # ones_like: the gradient that backward() starts from
+LAUNCHES_NOTHING = {
+    "aten.detach",
+    "aten.select",
+    "aten.view",
+    "aten.reshape",
+    "aten.alias",
+    "aten.empty_like",
+    "aten.empty",
+    "aten.new_empty",
+    "aten.ones_like",
+}  # ones_like: the gradient that backward() starts from
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -47,7 +57,9 @@ def test_opcheck(weight, backend):
 
 
 class Launches(TorchDispatchMode):
-    """What passes the dispatcher and works on an accelerator; an op of ours, and torch's product in its backward, is one launch of a kernel."""
+    """What passes the dispatcher and works on an accelerator; an op of ours, and torch's product in its backward, is
+    one launch of a kernel.
+    """
 
     def __enter__(self):
         self.names = []
@@ -55,7 +67,8 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, out = ".".join(str(function).split(".")[:2]), function(*args, **(kwargs or {}))
-        of_the_host = name in ("aten.full", "aten.stack") and out.dtype == torch.float64  # run-time numbers, as a registered op takes them
+        # Run-time numbers, as a registered op takes them.
+        of_the_host = name in ("aten.full", "aten.stack") and out.dtype == torch.float64
         if name not in LAUNCHES_NOTHING and not of_the_host:
             self.names.append(name)
         return out
@@ -76,7 +89,10 @@ OURS, BACK = "rlkernels.weighted_loss", "rlkernels.weighted_loss_backward"
 def test_a_pair_loss_is_one_launch_each_way(backend):
     chosen, rejected, margin = (x.requires_grad_() for x in columns(32, 3, torch.float32))
     assert launches(rlk.pairwise_reward_loss, chosen, rejected) == ([OURS], [BACK])
-    assert launches(lambda *x: rlk.pairwise_reward_loss(*x[:2], margin=x[2]), chosen, rejected, margin) == ([OURS], [BACK])
+    assert launches(lambda *x: rlk.pairwise_reward_loss(*x[:2], margin=x[2]), chosen, rejected, margin) == (
+        [OURS],
+        [BACK],
+    )
 
 
 def test_a_policy_loss_counts_its_tokens_and_is_one_launch_each_way(backend):
@@ -86,7 +102,10 @@ def test_a_policy_loss_counts_its_tokens_and_is_one_launch_each_way(backend):
     logp.requires_grad_()
     assert launches(lambda x: rlk.policy_loss(x, old, advantages, mask), logp) == (["aten.sum", OURS], [BACK])
     assert launches(lambda x: rlk.policy_loss(x, old, advantages), logp) == ([OURS], [BACK])
-    assert launches(lambda x: rlk.value_loss(x, old, advantages, mask, clip_range=0.2), logp) == (["aten.sum", OURS], [BACK])
+    assert launches(lambda x: rlk.value_loss(x, old, advantages, mask, clip_range=0.2), logp) == (
+        ["aten.sum", OURS],
+        [BACK],
+    )
 
 
 def test_the_counted_mean_has_the_bits_of_its_weights(backend):
@@ -94,7 +113,9 @@ def test_the_counted_mean_has_the_bits_of_its_weights(backend):
     mask = torch.arange(50) % 3 != 0
     with rlk.use_backend(backend):
         counted = rlk.policy_loss(logp.requires_grad_(), old, advantages, mask, ref_logprobs=old, kl_coef=0.125)
-        weighed = rlk.policy_loss(logp, old, advantages, mask, weights=rlk.token_weights(mask), ref_logprobs=old, kl_coef=0.125)
+        weighed = rlk.policy_loss(
+            logp, old, advantages, mask, weights=rlk.token_weights(mask), ref_logprobs=old, kl_coef=0.125
+        )
     assert same_bits(counted.detach(), weighed.detach())
     assert same_bits(*(torch.autograd.grad(loss, logp)[0] for loss in (counted, weighed)))
 

@@ -1,12 +1,16 @@
-"""The core of the suite under other versions of Python, torch and Triton: one environment per row, made, used and deleted.
+"""The core of the suite under other versions of Python, torch and Triton: one environment per row, made, used and
+deleted.
 
-    python tests/repository/matrix.py                               # all rows, one after another: hours, and gigabytes of accelerator libraries per row
+    python tests/repository/matrix.py                               # all rows, one after another: hours, and gigabytes
+    of accelerator libraries per row
     python tests/repository/matrix.py --python 3.10 --torch 2.8.0   # this row alone
     python tests/repository/matrix.py --table                       # runs nothing: prints the table of what has run
 
-Interpreters are looked for on PATH (``python3.10``), or given as paths. pip reads its settings (index, proxy, ``PIP_*``) from the environment; a constraint
-there that holds torch back must be lifted. The newest torch that the index has is meant by ``--torch newest``. Results are kept as JSON in ``--folder``.
+Interpreters are looked for on PATH (``python3.10``), or given as paths. pip reads its settings (index, proxy,
+``PIP_*``) from the environment; a constraint there that holds torch back must be lifted. The newest torch that the
+index has is meant by ``--torch newest``. Results are kept as JSON in ``--folder``.
 """
+
 import argparse
 import json
 import os
@@ -24,9 +28,15 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_CORE = (
     "tests/backends/gpu",  # needs a GPU
     "tests/backends/triton_backend",  # a process of its own per Triton
-    "tests/cli/test_demo.py", "tests/integrations", "tests/losses/test_preference_matches_trl.py",  # need TRL, which has requirements of its own
-    "tests/repository/test_build*.py", "tests/backends/cuda_backend", "tests/repository/test_mutants.py",  # about compilers and sources, not about torch
-    "tests/benchmarks", "tests/cli/test_cli.py", "tests/repository/test_matrix.py",  # the tools beside the library
+    "tests/cli/test_demo.py",
+    "tests/integrations",
+    "tests/losses/test_preference_matches_trl.py",  # need TRL, which has requirements of its own
+    "tests/repository/test_build*.py",
+    "tests/backends/cuda_backend",
+    "tests/repository/test_mutants.py",  # about compilers and sources, not about torch
+    "tests/benchmarks",
+    "tests/cli/test_cli.py",
+    "tests/repository/test_matrix.py",  # the tools beside the library
 )
 """What is left out of the core, and why. The rest of ``tests`` is the core, whatever is added to it."""
 
@@ -35,7 +45,9 @@ TOOLS = ("numpy", "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "p
 
 
 class Row(NamedTuple):
-    """An environment: ``triton`` are versions whose proofs run beside it, each from a folder of its own; torch may bring another one."""
+    """An environment: ``triton`` are versions whose proofs run beside it, each from a folder of its own; torch may
+    bring another one.
+    """
 
     python: str
     torch: str
@@ -46,16 +58,27 @@ class Row(NamedTuple):
         return f"python-{Path(self.python).name.removeprefix('python')}-torch-{self.torch}"
 
 
-ROWS = (Row("3.10", "2.8.0"), Row("3.11", "2.13.0", ("3.5.1", "3.6.0", "3.9.0")), Row("3.12", "2.11.0"), Row("3.13", "newest"))
-"""Every version of Python and Triton that is promised, the oldest torch, the one of constraints.txt, one between, and the newest."""
+ROWS = (
+    Row("3.10", "2.8.0"),
+    Row("3.11", "2.13.0", ("3.5.1", "3.6.0", "3.9.0")),
+    Row("3.12", "2.11.0"),
+    Row("3.13", "newest"),
+)
+"""Every version of Python and Triton that is promised, the oldest torch, the one of constraints.txt, one between, and
+the newest.
+"""
 
 
 def run(words, log, **options):
-    """Runs a command whose words go to the end of ``log``, as does what it prints; returns its exit status and that output."""
+    """Runs a command whose words go to the end of ``log``, as does what it prints; returns its exit status and that
+    output.
+    """
     with open(log, "a", encoding="utf-8") as file:
         print("$", *words, file=file, flush=True)
         start = file.tell()
-        status = subprocess.run([str(w) for w in words], stdout=file, stderr=subprocess.STDOUT, check=False, **options).returncode
+        status = subprocess.run(
+            [str(w) for w in words], stdout=file, stderr=subprocess.STDOUT, check=False, **options
+        ).returncode
     with open(log, encoding="utf-8", errors="replace") as file:
         file.seek(start)
         return status, file.read()
@@ -69,7 +92,9 @@ def interpreter(python):
 
 
 def commit():
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or "no repository"
 
 
@@ -91,7 +116,11 @@ class Environment:
         self.row, self.jobs, self.place, self.log = row, jobs, folder / row.name, folder / f"{row.name}.log"
         self.python, self.tree = self.place / "environment/bin/python", self.place / "source"
         self.variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")} | {
-            "OMP_NUM_THREADS": "1", "MAX_JOBS": str(jobs), "RLKERNELS_CPU": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+            "OMP_NUM_THREADS": "1",
+            "MAX_JOBS": str(jobs),
+            "RLKERNELS_CPU": "1",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        }
 
     def must(self, *words, **options):
         status, output = run(words, self.log, **options)
@@ -99,29 +128,71 @@ class Environment:
             raise RuntimeError(f"{' '.join(map(str, words[:6]))} ... failed; log: {self.log}\n{output[-2000:]}")
 
     def pip(self, *words):
-        self.must(self.python, "-m", "pip", "install", "-q", "--no-cache-dir", "--progress-bar", "off", *words, env=self.variables)
+        self.must(
+            self.python,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-cache-dir",
+            "--progress-bar",
+            "off",
+            *words,
+            env=self.variables,
+        )
 
     def make(self):
-        """Installs torch, the tools of constraints.txt and the package, from a copy of the sources that later edits do not reach."""
+        """Installs torch, the tools of constraints.txt and the package, from a copy of the sources that later edits do
+        not reach.
+        """
         # Nothing that was built here: bytecode, modules and kept examples are those of another version.
-        shutil.copytree(ROOT, self.tree, ignore=shutil.ignore_patterns(".git", ".venv", ".triton", ".*_cache", ".hypothesis", ".benchmarks", "*.so",
-                                                                       "*.build.log", "build", "dist", "*.egg-info", "__pycache__"))
+        shutil.copytree(
+            ROOT,
+            self.tree,
+            ignore=shutil.ignore_patterns(
+                ".git",
+                ".venv",
+                ".triton",
+                ".*_cache",
+                ".hypothesis",
+                ".benchmarks",
+                "*.so",
+                "*.build.log",
+                "build",
+                "dist",
+                "*.egg-info",
+                "__pycache__",
+            ),
+        )
         self.must(interpreter(self.row.python), "-m", "venv", self.place / "environment", env=self.variables)
         pins = self.place / "constraints.txt"
         # Without torch, whose version is the point, and without setuptools, which torch itself bounds.
-        pins.write_text("".join(line for line in (ROOT / "constraints.txt").read_text().splitlines(True) if not re.match("torch|setuptools", line)))
+        pins.write_text(
+            "".join(
+                line
+                for line in (ROOT / "constraints.txt").read_text().splitlines(True)
+                if not re.match("torch|setuptools", line)
+            )
+        )
         self.pip("torch" if self.row.torch == "newest" else f"torch=={self.row.torch}")
         self.pip("-c", pins, *TOOLS)
         self.pip(self.tree)
 
     def asks(self, code):
-        return subprocess.run([str(self.python), "-c", code], capture_output=True, text=True, check=True, cwd=self.place).stdout.strip()
+        return subprocess.run(
+            [str(self.python), "-c", code], capture_output=True, text=True, check=True, cwd=self.place
+        ).stdout.strip()
 
     def pytest(self, *words, **variables):
-        # The program, not the module: that one would import the package from the sources here, and not what was installed.
+        # The program, not the module: that one would import the package from the sources here, and not what was
+        # installed.
         command = [self.python.with_name("pytest"), "-q", "-n", self.jobs, "--dist", "worksteal", *words]
         status, output = run(command, self.log, cwd=self.tree, env=self.variables | variables)
-        failures = [line.removeprefix("FAILED ").removeprefix("ERROR ") for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+        failures = [
+            line.removeprefix("FAILED ").removeprefix("ERROR ")
+            for line in output.splitlines()
+            if line.startswith(("FAILED ", "ERROR "))
+        ]
         found = counts(output)
         found["failed"] = max(found["failed"], int(status != 0))
         return found, failures
@@ -136,9 +207,14 @@ class Environment:
         self.pip("--no-deps", "--target", beside, f"triton=={version}", *(["numpy<2.4"] if old else []))
         variables = {"PYTHONPATH": str(beside), "TRITON_CACHE_DIR": str(self.place / f"cache-{version}")}
         proofs = "tests/backends/triton_backend"
-        halves = [self.pytest(f"{proofs}/interpreted", TRITON_INTERPRET="1", **variables), self.pytest(f"{proofs}/compiled", **variables)]
+        halves = [
+            self.pytest(f"{proofs}/interpreted", TRITON_INTERPRET="1", **variables),
+            self.pytest(f"{proofs}/compiled", **variables),
+        ]
         shutil.rmtree(beside)
-        return {kind: sum(found[kind] for found, _ in halves) for kind in halves[0][0]}, [f for _, failures in halves for f in failures]
+        return {kind: sum(found[kind] for found, _ in halves) for kind in halves[0][0]}, [
+            f for _, failures in halves for f in failures
+        ]
 
 
 def one(row, folder, jobs, keep):
@@ -149,10 +225,15 @@ def one(row, folder, jobs, keep):
     result = {"row": row.name, "commit": commit(), "date": date.today().isoformat(), "parts": [], "failures": []}
     try:
         environment.make()
-        installed = "import importlib.metadata as m\ntry: print(m.version({!r}))\nexcept m.PackageNotFoundError: print('none')"
+        installed = (
+            "import importlib.metadata as m\ntry: print(m.version({!r}))\nexcept m.PackageNotFoundError: print('none')"
+        )
         result["python"] = environment.asks("import platform; print(platform.python_version())")
         result |= {name: environment.asks(installed.format(name)) for name in ("torch", "triton", "numpy")}
-        for title, part in [("core", environment.core), *((f"Triton {v}", lambda v=v: environment.triton(v)) for v in row.triton)]:
+        for title, part in [
+            ("core", environment.core),
+            *((f"Triton {v}", lambda v=v: environment.triton(v)) for v in row.triton),
+        ]:
             found, failures = part()
             result["parts"].append({"title": title, **found})
             result["failures"] += [f"{title}: {failure}" for failure in failures]
@@ -167,11 +248,17 @@ def one(row, folder, jobs, keep):
 
 def table(results):
     """Markdown: a line per part of a row."""
-    lines = ["| Python | torch | Triton of the environment | numpy | tests | passed | failed | skipped | commit, date |", "|" + "---|" * 9]
+    lines = [
+        "| Python | torch | Triton of the environment | numpy | tests | passed | failed | skipped | commit, date |",
+        "|" + "---|" * 9,
+    ]
     for r in sorted(results, key=lambda r: [int(n) for n in re.findall(r"\d+", r.get("python", "0"))]):
         for part in r["parts"] or [{"title": "not installed", "passed": 0, "failed": 1, "skipped": 0}]:
-            lines.append(f"| {r.get('python', r['row'])} | {r.get('torch', '-')} | {r.get('triton', '-')} | {r.get('numpy', '-')} | {part['title']} | "
-                         f"{part['passed']:,} | {part['failed']} | {part['skipped']} | {r['commit']}, {r['date']} |")
+            lines.append(
+                f"| {r.get('python', r['row'])} | {r.get('torch', '-')} | {r.get('triton', '-')} | "
+                f"{r.get('numpy', '-')} | {part['title']} | "
+                f"{part['passed']:,} | {part['failed']} | {part['skipped']} | {r['commit']}, {r['date']} |"
+            )
     return "\n".join(lines)
 
 

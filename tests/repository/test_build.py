@@ -1,4 +1,7 @@
-"""The build: what the compiled module links to, an install without a compiler, a broken one, and the C++ sources under sanitizers."""
+"""The build: what the compiled module links to, an install without a compiler, a broken one, and the C++ sources under
+sanitizers.
+"""
+
 import os
 import sys
 import zipfile
@@ -10,8 +13,11 @@ from source_trees import CXX, ROOT, copy, environment, needs_compiler, needs_sou
 
 from rlkernels.backends import cpu, cpu_matmul
 
-ISA_FLAGS = {"baseline": [], "avx2": ["-mavx2", "-mfma", "-mf16c"],
-             "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]}
+ISA_FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+}
 
 
 @pytest.fixture
@@ -32,14 +38,29 @@ def test_the_headers_compile_without_a_warning(tmp_path):
     for header in ("objectives.h", "dispatch.h", "scalar.h", "columns.h", "cpu/batch.h", "cpu/gemm.h"):
         unit = tmp_path / "unit.cpp"
         unit.write_text(f'#include "{header}"\nint main() {{}}\n')
-        run([CXX, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", unit])
+        run(
+            [
+                CXX,
+                "-std=c++17",
+                "-fsyntax-only",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                "-Wno-unknown-pragmas",
+                f"-I{ROOT / 'csrc'}",
+                unit,
+            ]
+        )
 
 
 @needs_sources
 @needs_compiler
 def test_every_functor_is_instantiated_without_a_warning(tmp_path):
     unit = tmp_path / "unit.cpp"
-    unit.write_text('#include "dispatch.h"\nint main() {\n  return rlk::find_objective<float>("k1") && rlk::find_objective<double>("k1") ? 0 : 1;\n}\n')
+    unit.write_text(
+        '#include "dispatch.h"\nint main() {\n  return rlk::find_objective<float>("k1") && '
+        'rlk::find_objective<double>("k1") ? 0 : 1;\n}\n'
+    )
     run([CXX, "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", unit, "-o", tmp_path / "unit"])
     run([tmp_path / "unit"])
 
@@ -48,8 +69,23 @@ def test_every_functor_is_instantiated_without_a_warning(tmp_path):
 def test_without_a_compiler_the_install_succeeds_and_says_what_is_absent(source, tmp_path):
     empty = tmp_path / "no programs here"
     empty.mkdir()
-    run([sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-w", tmp_path, source],
-        env=environment(PATH=str(empty)))
+    run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "wheel",
+            "-q",
+            "--no-build-isolation",
+            "--no-deps",
+            "--no-index",
+            "-w",
+            tmp_path,
+            source,
+        ],
+        env=environment(PATH=str(empty)),
+    )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -57,12 +93,18 @@ def test_without_a_compiler_the_install_succeeds_and_says_what_is_absent(source,
     assert "rlkernels/py.typed" in names and "rlkernels/backends/cpu.py" in names
     assert not [name for name in names if name.endswith(".so")]
     # An editable install of this tree would lend its own _cpu to the one under test.
-    code = ("import sys; sys.meta_path = [f for f in sys.meta_path if not getattr(f, '__module__', '').startswith('__editable__')];"
-            "import torch, rlkernels; from rlkernels.backends import cpu; assert cpu._cpu is None; print(cpu.available()[1]);"
-            "print(float(rlkernels.token_logprobs(torch.zeros(1, 4), torch.tensor([1]))[0].exp()))")
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if not getattr(f, '__module__', "
+        "'').startswith('__editable__')];"
+        "import torch, rlkernels; from rlkernels.backends import cpu; assert cpu._cpu is None; "
+        "print(cpu.available()[1]);"
+        "print(float(rlkernels.token_logprobs(torch.zeros(1, 4), torch.tensor([1]))[0].exp()))"
+    )
     done = run([sys.executable, "-c", code], env=environment(PYTHONPATH=str(tmp_path / "installed")), cwd=tmp_path)
     reason, probability = done.stdout.splitlines()
-    assert reason.startswith("rlkernels._cpu was not built: no C++ compiler (c++, g++, clang++) was found at install time; install g++")
+    assert reason.startswith(
+        "rlkernels._cpu was not built: no C++ compiler (c++, g++, clang++) was found at install time; install g++"
+    )
     assert abs(float(probability) - 0.25) < 1e-6
 
 
@@ -72,16 +114,27 @@ def test_a_broken_compiler_fails_loudly_with_its_own_message(source, tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'cc1plus: no space left on device' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    done = run([sys.executable, "setup.py", "build_ext", "--inplace"], check=False, cwd=source, env=environment(CXX=str(compiler)))
+    done = run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        check=False,
+        cwd=source,
+        env=environment(CXX=str(compiler)),
+    )
     assert done.returncode != 0 and "cc1plus: no space left on device" in done.stdout + done.stderr
 
 
 @needs_sources
-@pytest.mark.parametrize(("variables", "message"), [
-    ({"RLKERNELS_CUDA": "1", "PATH": "", "CUDA_HOME": "nowhere"}, "RLKERNELS_CUDA=1, but nvcc was found neither on PATH nor under CUDA_HOME"),
-    ({"RLKERNELS_CUDA": "yes"}, "RLKERNELS_CUDA must be 0, 1 or auto, got 'yes'"),
-    ({"CXX": "no-such-compiler -O2"}, "CXX=no-such-compiler -O2 was not found on PATH"),
-])
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"RLKERNELS_CUDA": "1", "PATH": "", "CUDA_HOME": "nowhere"},
+            "RLKERNELS_CUDA=1, but nvcc was found neither on PATH nor under CUDA_HOME",
+        ),
+        ({"RLKERNELS_CUDA": "yes"}, "RLKERNELS_CUDA must be 0, 1 or auto, got 'yes'"),
+        ({"CXX": "no-such-compiler -O2"}, "CXX=no-such-compiler -O2 was not found on PATH"),
+    ],
+)
 def test_a_wish_that_cannot_be_met_is_refused(variables, message):
     done = run([sys.executable, "setup.py", "--version"], check=False, cwd=ROOT, env=environment(**variables))
     assert done.returncode != 0 and message in done.stderr
@@ -93,8 +146,18 @@ def test_a_wish_that_cannot_be_met_is_refused(variables, message):
 @pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' runtime is only sure to be there on Linux")
 def test_the_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path):
     isa = cpu.isa()
-    flags = ["-std=c++17", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off", "-Wno-psabi", "-fopenmp",
-             f"-I{ROOT / 'csrc'}", f"-DRLK_ISA={isa}", *ISA_FLAGS[isa]]
+    flags = [
+        "-std=c++17",
+        "-O0",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-ffp-contract=off",
+        "-Wno-psabi",
+        "-fopenmp",
+        f"-I{ROOT / 'csrc'}",
+        f"-DRLK_ISA={isa}",
+        *ISA_FLAGS[isa],
+    ]
     names = ["rows", "rows_f64", "token_stats", "backward", "fused_policy", "elementwise", "scan", "gemm"]
     if cpu_matmul.fp32_available():
         names += ["gemm_f32"]
@@ -105,9 +168,13 @@ def test_the_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
     probe.write_text("int main() {}\n")
     if run([CXX, *flags, probe, "-o", tmp_path / "probe"], check=False).returncode != 0:
         pytest.skip("this compiler has no sanitizers")
-    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in names] + [ROOT / "tests/backends/cpu_backend/sanitized.cpp"]
+    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in names] + [
+        ROOT / "tests/backends/cpu_backend/sanitized.cpp"
+    ]
     objects = [tmp_path / f"{path.stem}.o" for path in sources]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda pair: run([CXX, *flags, "-c", pair[0], "-o", pair[1]]), zip(sources, objects, strict=True)))
+        list(
+            pool.map(lambda pair: run([CXX, *flags, "-c", pair[0], "-o", pair[1]]), zip(sources, objects, strict=True))
+        )
     run([CXX, *flags, *objects, "-o", tmp_path / "sanitized"])
     assert run([tmp_path / "sanitized"]).stdout.strip() == "clean"

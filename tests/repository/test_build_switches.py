@@ -1,8 +1,9 @@
 """What an install does where native code cannot be built, is not wanted, or lies under an awkward path (F142).
 
-Everything runs the real ``setup.py`` on a copy of the sources. Compilers are shell scripts: one that fails, one that writes empty files, and one that is the
-real one without optimisation, for the one whole build here.
+Everything runs the real ``setup.py`` on a copy of the sources. Compilers are shell scripts: one that fails, one that
+writes empty files, and one that is the real one without optimisation, for the one whole build here.
 """
+
 import ast
 import os
 import re
@@ -39,7 +40,9 @@ def script(path, text):
 
 
 def wheel(source, check=True, **variables):
-    """The files of the wheel that ``setup.py`` makes, unpacked beside the sources, its name, and all that was printed."""
+    """The files of the wheel that ``setup.py`` makes, unpacked beside the sources, its name, and all
+    that was printed.
+    """
     made = source.parent / "wheels"
     shutil.rmtree(made, ignore_errors=True)
     done = run([sys.executable, "setup.py", "bdist_wheel", "-d", made], check, cwd=source, env=environment(**variables))
@@ -53,8 +56,11 @@ def wheel(source, check=True, **variables):
 
 def python(installed, code, **variables):
     # An editable install of this tree would lend its own _cpu to the one under test.
-    code = ("import sys; sys.meta_path = [f for f in sys.meta_path if not getattr(f, '__module__', '').startswith('__editable__')]\n"
-            f"import torch, rlkernels\nfrom rlkernels.backends import cpu\n{code}")
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if not getattr(f, '__module__', "
+        "'').startswith('__editable__')]\n"
+        f"import torch, rlkernels\nfrom rlkernels.backends import cpu\n{code}"
+    )
     return run([sys.executable, "-c", code], cwd=installed, env=environment(PYTHONPATH=str(installed), **variables))
 
 
@@ -75,7 +81,10 @@ def source(tmp_path):
 def without_native(tmp_path_factory):
     """``{how it came about: (package, name of the wheel, what the build said)}``, of builds without native code."""
     found = {}
-    for how, variables in (("failed", {"CXX": str(script(tmp_path_factory.mktemp("broken") / "c++", FAILS))}), ("switched off", {"RLKERNELS_CPU": "0"})):
+    for how, variables in (
+        ("failed", {"CXX": str(script(tmp_path_factory.mktemp("broken") / "c++", FAILS))}),
+        ("switched off", {"RLKERNELS_CPU": "0"}),
+    ):
         found[how] = wheel(copy(tmp_path_factory.mktemp("tree") / "source"), **variables)
     return found
 
@@ -83,11 +92,16 @@ def without_native(tmp_path_factory):
 def test_F142_a_compiler_that_fails_costs_the_native_code_and_one_line_says_so(without_native):
     package, _, said = without_native["failed"]
     (line,) = [line for line in said.splitlines() if line.startswith("rlkernels:")]
-    assert re.search(r"rlkernels._cpu was not built, and the package goes without it: \S+/c\+\+ failed: cc1plus: fatal error: no space left on device; log: "
-                     r".+_cpu\.build\.log; RLKERNELS_CPU=1 makes this an error", line)
+    assert re.search(
+        r"rlkernels._cpu was not built, and the package goes without it: \S+/c\+\+ failed: cc1plus: fatal "
+        r"error: no space left on device; log: "
+        r".+_cpu\.build\.log; RLKERNELS_CPU=1 makes this an error",
+        line,
+    )
     assert "Traceback" not in said and not list(package.rglob("*.so"))
     log = (package / "rlkernels/_cpu.build.log").read_text()
-    assert log.splitlines()[0].endswith("no space left on device") and "FAILED:" in log  # the sentence, then all that the compiler said
+    # The sentence, then all that the compiler said.
+    assert log.splitlines()[0].endswith("no space left on device") and "FAILED:" in log
     done = python(package, "print(rlkernels.available_backends()['absent']['cpu'])")
     assert done.stdout.strip() == log.splitlines()[0] and "no space left on device" in done.stdout
 
@@ -100,20 +114,26 @@ def test_F142_the_first_native_less_call_of_a_process_warns_and_no_other(without
     assert len(warnings) == 1 and "rlkernels._cpu was not built" in warnings[0] and "RLKERNELS_CPU=0" in warnings[0]
 
 
-@pytest.mark.parametrize(("how", "first", "variables"), [
-    ("switched off", "assert 'RLKERNELS_CPU=0 was set at install time' in cpu.available()[1]", {}),
-    ("failed", "", {"RLKERNELS_CPU": "0"}),
-    ("failed", "held = rlkernels.use_backend('eager'); held.__enter__()", {}),
-])
+@pytest.mark.parametrize(
+    ("how", "first", "variables"),
+    [
+        ("switched off", "assert 'RLKERNELS_CPU=0 was set at install time' in cpu.available()[1]", {}),
+        ("failed", "", {"RLKERNELS_CPU": "0"}),
+        ("failed", "held = rlkernels.use_backend('eager'); held.__enter__()", {}),
+    ],
+)
 def test_F142_nothing_warns_where_native_code_is_not_wanted(without_native, how, first, variables):
     done = python(without_native[how][0], CALLS.format(first=first), **variables)
     assert done.stdout.split() == ["0.25", "0.25"] and "RuntimeWarning" not in done.stderr
 
 
 def test_F142_a_compiled_first_call_is_one_graph_without_native_code(without_native):
-    done = python(without_native["failed"][0], """
+    done = python(
+        without_native["failed"][0],
+        """
         call = torch.compile(lambda x: rlkernels.token_logprobs(x, torch.tensor([1])), fullgraph=True, backend="eager")
-        print(float(call(torch.zeros(1, 4))[0].exp()))""".replace("\n        ", "\n"))
+        print(float(call(torch.zeros(1, 4))[0].exp()))""".replace("\n        ", "\n"),
+    )
     assert done.stdout.strip() == "0.25"
 
 
@@ -130,18 +150,28 @@ def test_F142_the_switch_works_at_run_time_too():
 
 def test_F142_asked_for_by_1_a_failure_is_an_error_with_the_words_of_the_compiler(source, tmp_path):
     _, _, said = wheel(source, False, RLKERNELS_CPU="1", CXX=str(script(tmp_path / "c++", FAILS)))
-    assert "cc1plus: fatal error: no space left on device\n" in said and "RLKERNELS_CPU=auto goes without it" in said and "Traceback" not in said
+    assert (
+        "cc1plus: fatal error: no space left on device\n" in said
+        and "RLKERNELS_CPU=auto goes without it" in said
+        and "Traceback" not in said
+    )
 
 
 def test_F142_an_old_module_does_not_survive_a_build_that_failed(source, tmp_path):
     old = source / "rlkernels" / f"_cpu{SUFFIX}"
     old.write_bytes(b"from other sources")
-    run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=source, env=environment(RLKERNELS_CPU="auto", CXX=str(script(tmp_path / "c++", FAILS))))
+    run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=source,
+        env=environment(RLKERNELS_CPU="auto", CXX=str(script(tmp_path / "c++", FAILS))),
+    )
     assert not old.exists() and "no space left" in (source / "rlkernels/_cpu.build.log").read_text()
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_F142_as_many_compilers_run_as_MAX_JOBS_says_and_a_module_that_does_not_load_is_left_out(source, tmp_path, jobs):
+def test_F142_as_many_compilers_run_as_MAX_JOBS_says_and_a_module_that_does_not_load_is_left_out(
+    source, tmp_path, jobs
+):
     record = tmp_path / "record"
     package, _, said = wheel(source, CXX=str(script(tmp_path / "c++", EMPTY)), RECORD=str(record), MAX_JOBS=str(jobs))
     events = [1 if line == "start" else -1 for line in record.read_text().split()]
@@ -150,14 +180,26 @@ def test_F142_as_many_compilers_run_as_MAX_JOBS_says_and_a_module_that_does_not_
     assert "the module was built and does not load: ImportError" in said and not list(package.rglob("*.so"))
 
 
-@pytest.mark.parametrize(("variables", "message"), [
-    ({"RLKERNELS_CPU": "yes"}, "RLKERNELS_CPU must be 0, 1 or auto, got 'yes'"),
-    ({"RLKERNELS_CPU": "1", "PATH": ""}, "RLKERNELS_CPU=1, but no C++ compiler (c++, g++, clang++) was found at install time"),
-    ({"RLKERNELS_CUDA": "auto", "RLKERNELS_CUDA_ARCHS": "sm_90"}, "RLKERNELS_CUDA_ARCHS must be architectures such as '90a 120', got 'sm_90'"),
-    ({"RLKERNELS_CUDA": "auto", "RLKERNELS_CUDA_ARCHS": " "}, "RLKERNELS_CUDA_ARCHS must be architectures such as '90a 120', got ''"),
-    ({"MAX_JOBS": "0"}, "MAX_JOBS must be a whole number of at least 1, got '0'"),
-    ({"MAX_JOBS": "many"}, "MAX_JOBS must be a whole number of at least 1, got 'many'"),
-])
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RLKERNELS_CPU": "yes"}, "RLKERNELS_CPU must be 0, 1 or auto, got 'yes'"),
+        (
+            {"RLKERNELS_CPU": "1", "PATH": ""},
+            "RLKERNELS_CPU=1, but no C++ compiler (c++, g++, clang++) was found at install time",
+        ),
+        (
+            {"RLKERNELS_CUDA": "auto", "RLKERNELS_CUDA_ARCHS": "sm_90"},
+            "RLKERNELS_CUDA_ARCHS must be architectures such as '90a 120', got 'sm_90'",
+        ),
+        (
+            {"RLKERNELS_CUDA": "auto", "RLKERNELS_CUDA_ARCHS": " "},
+            "RLKERNELS_CUDA_ARCHS must be architectures such as '90a 120', got ''",
+        ),
+        ({"MAX_JOBS": "0"}, "MAX_JOBS must be a whole number of at least 1, got '0'"),
+        ({"MAX_JOBS": "many"}, "MAX_JOBS must be a whole number of at least 1, got 'many'"),
+    ],
+)
 def test_F142_a_switch_that_cannot_be_followed_is_refused(variables, message):
     done = run([sys.executable, "setup.py", "--version"], check=False, cwd=ROOT, env=environment(**variables))
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
@@ -165,38 +207,64 @@ def test_F142_a_switch_that_cannot_be_followed_is_refused(variables, message):
 
 def test_F142_cuda_that_is_asked_for_needs_the_compiler_of_its_bindings(tmp_path):
     nvcc = script(tmp_path / "bin/nvcc", FAILS)
-    done = run([sys.executable, "setup.py", "--version"], check=False, cwd=ROOT, env=environment(RLKERNELS_CUDA="1", PATH=str(nvcc.parent)))
+    done = run(
+        [sys.executable, "setup.py", "--version"],
+        check=False,
+        cwd=ROOT,
+        env=environment(RLKERNELS_CUDA="1", PATH=str(nvcc.parent)),
+    )
     assert done.returncode != 0 and "RLKERNELS_CUDA=1, but no C++ compiler" in done.stderr
 
 
 @needs_compiler
 def test_F142_an_nvcc_that_fails_costs_the_cuda_module_alone_or_is_an_error_where_it_is_asked_for(source, tmp_path):
-    folder = script(tmp_path / "it's $HOME/nvcc", "echo 'nvcc fatal : Unsupported gpu architecture compute_120' >&2\nexit 1\n").parent
+    folder = script(
+        tmp_path / "it's $HOME/nvcc", "echo 'nvcc fatal : Unsupported gpu architecture compute_120' >&2\nexit 1\n"
+    ).parent
     asked = {"RLKERNELS_CPU": "0", "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     package, _, said = wheel(source, RLKERNELS_CUDA="auto", **asked)
     (line,) = [line for line in said.splitlines() if line.startswith("rlkernels: rlkernels._cuda")]
-    assert "was not built" in line and "Unsupported gpu architecture" in (package / "rlkernels/_cuda.build.log").read_text()
+    assert (
+        "was not built" in line
+        and "Unsupported gpu architecture" in (package / "rlkernels/_cuda.build.log").read_text()
+    )
     done = python(package, "print(rlkernels.available_backends()['absent']['cuda'])")
-    assert done.stdout.startswith("rlkernels._cuda was not built: ") and "Unsupported gpu architecture compute_120" in done.stdout
+    assert (
+        done.stdout.startswith("rlkernels._cuda was not built: ")
+        and "Unsupported gpu architecture compute_120" in done.stdout
+    )
     _, _, said = wheel(source, False, RLKERNELS_CUDA="1", **asked)
-    assert "nvcc fatal : Unsupported gpu architecture compute_120\n" in said and "RLKERNELS_CUDA=auto goes without it" in said and "Traceback" not in said
+    assert (
+        "nvcc fatal : Unsupported gpu architecture compute_120\n" in said
+        and "RLKERNELS_CUDA=auto goes without it" in said
+        and "Traceback" not in said
+    )
 
 
 def test_F142_without_the_tools_of_the_build_the_package_goes_without_native_code(source):
-    code = "import runpy, sys; sys.modules['pybind11'] = None; sys.argv = ['setup.py', 'bdist_wheel']; runpy.run_path('setup.py', run_name='__main__')"
+    code = (
+        "import runpy, sys; sys.modules['pybind11'] = None; sys.argv = ['setup.py', 'bdist_wheel']; "
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
     done = run([sys.executable, "-c", code], cwd=source, env=environment())
-    assert "goes without it: pybind11 is not installed; build with isolation, or pip install pybind11 ninja" in done.stderr
+    assert (
+        "goes without it: pybind11 is not installed; build with isolation, or pip install pybind11 ninja" in done.stderr
+    )
 
 
 def test_F142_without_headers_of_python_the_reason_names_them(tmp_path, monkeypatch):
     build = runpy.run_path(str(ROOT / "setup_build.py"))
     monkeypatch.setitem(build["missing"].__globals__, "HEADERS", tmp_path)
-    assert build["missing"](["c++"]).startswith(f"no Python headers were found at install time (no Python.h in {tmp_path}); install python3-dev")
+    assert build["missing"](["c++"]).startswith(
+        f"no Python headers were found at install time (no Python.h in {tmp_path}); install python3-dev"
+    )
 
 
 @needs_compiler
 def test_F142_the_module_is_built_whatever_the_paths_are(tmp_path):
-    """Sources, temporary files, headers and the compiler below a name with a blank, quotes, a dollar, a colon and letters that are not ASCII."""
+    """Sources, temporary files, headers and the compiler below a name with a blank, quotes, a dollar, a colon and
+    letters that are not ASCII.
+    """
     import pybind11
 
     odd = tmp_path / """a b 'c' "d" $HOME $x: é#%&"""
@@ -205,12 +273,21 @@ def test_F142_the_module_is_built_whatever_the_paths_are(tmp_path):
     shutil.copytree(Path(pybind11.__file__).parent, odd / "site/pybind11")
     # Without optimisation: 20 s instead of a minute on one core, and the paths are the same.
     compiler = script(odd / "bin/c++", f'exec {CXX} "$@" -O0\n')
-    package, _, said = wheel(odd / "source", RLKERNELS_CPU="1", TMPDIR=str(odd / "temporary"), PYTHONPATH=str(odd / "site"), CXX=str(compiler))
-    done = python(package, """print(cpu._cpu.__file__ if cpu._cpu else cpu.ABSENT)
+    package, _, said = wheel(
+        odd / "source",
+        RLKERNELS_CPU="1",
+        TMPDIR=str(odd / "temporary"),
+        PYTHONPATH=str(odd / "site"),
+        CXX=str(compiler),
+    )
+    done = python(
+        package,
+        """print(cpu._cpu.__file__ if cpu._cpu else cpu.ABSENT)
 print(rlkernels.available_backends()["serves"]["cpu"]["token_stats"])
 x = torch.arange(12.0).reshape(2, 6).requires_grad_()
 rlkernels.token_logprobs(x, torch.tensor([1, 5])).sum().backward()
-print(x.grad.tolist())""")
+print(x.grad.tolist())""",
+    )
     file, backend, gradient = done.stdout.splitlines()
     assert Path(file).is_relative_to(odd) and backend == "cpu"
     x = torch.arange(12.0).reshape(2, 6)

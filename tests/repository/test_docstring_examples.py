@@ -1,4 +1,5 @@
 """Every example in a docstring runs and prints what it says."""
+
 import doctest
 import importlib
 import inspect
@@ -10,7 +11,10 @@ import torch
 import rlkernels
 
 OUTSIDE = ("_cpu", "_cuda", "cli", "integrations", "backends.triton")  # compiled, or their imports need extras
-MODULES = [name.removeprefix("rlkernels.") for _, name, _ in pkgutil.walk_packages(rlkernels.__path__, "rlkernels.", onerror=lambda name: None)]
+MODULES = [
+    name.removeprefix("rlkernels.")
+    for _, name, _ in pkgutil.walk_packages(rlkernels.__path__, "rlkernels.", onerror=lambda name: None)
+]
 MODULES = [name for name in MODULES if not f"{name}.".startswith(tuple(f"{outside}." for outside in OUTSIDE))]
 PER_TOKEN = ("aggregation", "sequences", "advantages.gae", "advantages.group")
 

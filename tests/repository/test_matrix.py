@@ -1,4 +1,7 @@
-"""The matrix of versions: its rows are what is promised, its page holds a clean run of each, and its reader of pytest's words can be trusted."""
+"""The matrix of versions: its rows are what is promised, its page holds a clean run of each, and its reader of pytest's
+words can be trusted.
+"""
+
 import re
 
 import matrix
@@ -6,7 +9,9 @@ import pytest
 
 ROOT = matrix.ROOT
 PYPROJECT, PAGE = ((ROOT / name).read_text() for name in ("pyproject.toml", "docs/versions.md"))
-LINES = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if re.match(r"\| 3\.", line)]
+LINES = [
+    [cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if re.match(r"\| 3\.", line)
+]
 
 
 def test_the_rows_hold_the_oldest_versions_that_are_promised_and_the_ones_that_the_suite_runs_with():
@@ -17,12 +22,18 @@ def test_the_rows_hold_the_oldest_versions_that_are_promised_and_the_ones_that_t
     assert matrix.ROWS[0][:2] == (python, f"{oldest['torch']}.0")
     assert {pinned, "newest"} < {row.torch for row in matrix.ROWS}
     versions = [version for row in matrix.ROWS for version in row.triton]
-    assert set(tested) < set(versions) and min(versions, key=lambda v: [*map(int, v.split("."))]).startswith(oldest["triton"])
+    assert set(tested) < set(versions) and min(versions, key=lambda v: [*map(int, v.split("."))]).startswith(
+        oldest["triton"]
+    )
 
 
 @pytest.mark.parametrize("row", matrix.ROWS, ids=lambda row: row.name)
 def test_the_page_shows_a_clean_run_of_every_row_or_says_that_there_was_none(row):
-    mine = [line for line in LINES if line[0].startswith(f"{row.python}.") and (row.torch == "newest" or line[1].startswith(row.torch))]
+    mine = [
+        line
+        for line in LINES
+        if line[0].startswith(f"{row.python}.") and (row.torch == "newest" or line[1].startswith(row.torch))
+    ]
     if re.search(rf"^\* {re.escape(row.name)}: not (run|clean)\b", PAGE, re.MULTILINE):
         assert not mine, "the page shows a run and says that there was none"
         return
@@ -37,13 +48,16 @@ def test_what_is_left_out_is_there():
         assert list(ROOT.glob(name)), f"{name} names nothing"
 
 
-@pytest.mark.parametrize(("said", "passed", "failed", "skipped"), [
-    ("....\n5 passed in 0.30s\n", 5, 0, 0),
-    ("F\nFAILED tests/x.py::y\n1 failed, 7776 passed, 3 skipped, 58 warnings in 1106.16s (0:18:26)\n", 7776, 1, 3),
-    ("E\n2 passed, 1 error in 1.00s", 2, 1, 0),
-    ("2 errors in 1.00s", 0, 2, 0),
-    ("no tests ran in 0.01s", 0, 1, 0),  # a run without a test proves nothing
-    ("ImportError: no module named pytest", 0, 1, 0),
-])
+@pytest.mark.parametrize(
+    ("said", "passed", "failed", "skipped"),
+    [
+        ("....\n5 passed in 0.30s\n", 5, 0, 0),
+        ("F\nFAILED tests/x.py::y\n1 failed, 7776 passed, 3 skipped, 58 warnings in 1106.16s (0:18:26)\n", 7776, 1, 3),
+        ("E\n2 passed, 1 error in 1.00s", 2, 1, 0),
+        ("2 errors in 1.00s", 0, 2, 0),
+        ("no tests ran in 0.01s", 0, 1, 0),  # a run without a test proves nothing
+        ("ImportError: no module named pytest", 0, 1, 0),
+    ],
+)
 def test_the_closing_line_of_pytest_is_read(said, passed, failed, skipped):
     assert matrix.counts(said) == {"passed": passed, "failed": failed, "skipped": skipped}

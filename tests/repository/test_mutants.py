@@ -1,4 +1,7 @@
-"""The list of deliberate mistakes is up to date, and the script that plants them tells what is noticed from what is not."""
+"""The list of deliberate mistakes is up to date, and the script that plants them tells what is noticed from what is
+not.
+"""
+
 import runpy
 import shutil
 import sys
@@ -11,7 +14,9 @@ SCRIPT = runpy.run_path(str(MUTATION / "__main__.py"), run_name="mutation")
 LISTS, run = SCRIPT["LISTS"], SCRIPT["run"]
 from mutant import FAULTS, Mutant, problems  # noqa: E402  (the script has put its folder on the path)
 
-pytestmark = pytest.mark.skipif(not (ROOT / "rlkernels").is_dir(), reason="the sources are not here: the tests run on an installed package")
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "rlkernels").is_dir(), reason="the sources are not here: the tests run on an installed package"
+)
 
 
 def named(backend, *names):
@@ -27,16 +32,25 @@ def test_every_mutant_still_applies_and_its_tests_are_there(backend):
 def test_every_backend_has_its_share_of_mutants_under_names_of_their_own(backend, least):
     names = [m.name for m in LISTS[backend]]
     assert len(set(names)) == len(names) >= least
-    assert sum(bool(m.equivalent) for m in LISTS[backend]) <= 0.05 * len(names), "a mutant that nothing can notice proves nothing"
+    assert sum(bool(m.equivalent) for m in LISTS[backend]) <= 0.05 * len(names), (
+        "a mutant that nothing can notice proves nothing"
+    )
 
 
 def test_every_kind_of_fault_is_planted_somewhere():
-    assert {fault for mutants in LISTS.values() for m in mutants for fault in m.faults if not m.equivalent} == set(FAULTS)
+    assert {fault for mutants in LISTS.values() for m in mutants for fault in m.faults if not m.equivalent} == set(
+        FAULTS
+    )
 
 
 def test_a_text_that_is_gone_or_ambiguous_and_a_test_that_is_gone_are_named():
     ours = LISTS["python"][0]
-    wrong = [ours._replace(old="no such text"), ours._replace(old="return"), ours._replace(new=ours.old), ours._replace(tests=("test_nowhere.py",))]
+    wrong = [
+        ours._replace(old="no such text"),
+        ours._replace(old="return"),
+        ours._replace(new=ours.old),
+        ours._replace(tests=("test_nowhere.py",)),
+    ]
     found = "\n".join(problems(ROOT, wrong))
     for text in ("occurs 0 times", "expected once", "changes nothing", "asks test_nowhere.py, which is not there"):
         assert text in found
@@ -67,7 +81,9 @@ def project(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "pyproject.toml").write_text("")
     (tmp_path / "rlkernels/__init__.py").write_text("def half(x):\n    return x / 2\n")
-    (tmp_path / "tests/test_half.py").write_text("from rlkernels import half\n\n\ndef test_half():\n    assert half(4) == 2\n")
+    (tmp_path / "tests/test_half.py").write_text(
+        "from rlkernels import half\n\n\ndef test_half():\n    assert half(4) == 2\n"
+    )
     shutil.copy(MUTATION / "warm.py", tmp_path / "tests/repository/mutation")
     return tmp_path
 
@@ -75,8 +91,13 @@ def project(tmp_path):
 def test_what_survives_and_what_is_broken_is_told_from_what_is_noticed(project):
     def change(name, new):
         return "python", Mutant(name, "rlkernels/__init__.py", "x / 2", new, ("test_half.py",))
+
     lines = []
-    found = run(project, [change("noticed", "x / 3"), change("missed", "x // 2"), change("broken", "x / 2)")], show=lambda line, **_: lines.append(line))
+    found = run(
+        project,
+        [change("noticed", "x / 3"), change("missed", "x // 2"), change("broken", "x / 2)")],
+        show=lambda line, **_: lines.append(line),
+    )
     assert found == {"python: noticed": True, "python: missed": False, "python: broken": None}
     assert [line.split()[0] for line in lines] == ["python:", "killed", "SURVIVED", "BROKEN"]
     assert "test_half.py::test_half" in lines[1]

@@ -1,17 +1,23 @@
-"""Every aggregation is a weight vector: the trainers' formulas written out, padded against packed, and what must not matter."""
+"""Every aggregation is a weight vector: the trainers' formulas written out, padded against packed, and what must not
+matter.
+"""
+
 import pytest
 import torch
 
 from rlkernels.aggregation import AGGREGATIONS, aggregate, token_weights
 
 # Holes at the start, in the middle and at the end of a row; one row without a live token; lengths 0 to L.
-MASK = torch.tensor([
-    [1, 1, 1, 1, 1, 0, 0, 0],
-    [0, 0, 1, 1, 0, 0, 1, 1],
-    [1, 1, 1, 1, 1, 1, 1, 1],
-    [0, 0, 0, 0, 0, 0, 0, 0],
-    [0, 1, 0, 0, 0, 0, 0, 0],
-], dtype=torch.bool)
+MASK = torch.tensor(
+    [
+        [1, 1, 1, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 1, 1],
+        [1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0, 0, 0],
+    ],
+    dtype=torch.bool,
+)
 B, L = MASK.shape
 GROUPS = torch.tensor([7, -3, 7, 7, -3])  # unsorted, ragged, negative
 ROLLOUTS = torch.tensor([2, 9, 2, 4, 9])
@@ -75,10 +81,18 @@ def mean_of_group_means(loss, mask, groups):
 TOTAL, TOKENS = float((LOSS * MASK).sum()), float(MASK.sum())
 FORMULAS = {
     "TRL bnpo, verl and OpenRLHF token mean": (TOTAL / TOKENS, "token-mean", {}),
-    "token mean of a rank, of 100 tokens on 4 ranks": (TOTAL / 100 * 4, "token-mean", {"batch_num_tokens": 100, "dp_size": 4}),
+    "token mean of a rank, of 100 tokens on 4 ranks": (
+        TOTAL / 100 * 4,
+        "token-mean",
+        {"batch_num_tokens": 100, "dp_size": 4},
+    ),
     "verl seq-mean-token-mean": (verl_seq_mean_token_mean(LOSS, MASK), "seq-mean-token-mean", {}),
     "TRL grpo": (trl_grpo(LOSS, MASK), "seq-mean-token-mean", {"count_empty_rows": True}),
-    "TRL grpo, 4 accumulation steps": (trl_grpo(LOSS, MASK) / 4, "seq-mean-token-mean", {"count_empty_rows": True, "scale": 1 / 4}),
+    "TRL grpo, 4 accumulation steps": (
+        trl_grpo(LOSS, MASK) / 4,
+        "seq-mean-token-mean",
+        {"count_empty_rows": True, "scale": 1 / 4},
+    ),
     "verl seq-mean-token-sum": (verl_seq_mean_token_sum(LOSS, MASK), "seq-mean-token-sum", {}),
     "a sum over a global batch of 64 rows": (TOTAL / 64 * 2, "seq-mean-token-sum", {"num_sequences": 64, "dp_size": 2}),
     "verl seq-mean-token-sum-norm": (verl_seq_mean_token_sum(LOSS, MASK) / L, "seq-mean-token-sum-norm", {}),
@@ -86,7 +100,11 @@ FORMULAS = {
     "token sum": (TOTAL, "token-sum", {}),
     "TRL dr_grpo": (TOTAL / (B * 32), "fixed-horizon", {"horizon": 32}),
     "TRL dapo, 2 processes": (TOTAL / (1234.0 / 2), "global-token-mean", {"batch_num_tokens": 1234.0, "dp_size": 2}),
-    "TRL dapo, 4 steps per generation, 2 accumulated": (TOTAL / 50 * 4 / 2, "global-token-mean", {"batch_num_tokens": 50, "scale": 4 / 2}),
+    "TRL dapo, 4 steps per generation, 2 accumulated": (
+        TOTAL / 50 * 4 / 2,
+        "global-token-mean",
+        {"batch_num_tokens": 50, "scale": 4 / 2},
+    ),
     "SkyRL prompt mean": (skyrl_prompt_mean(LOSS, MASK, GROUPS, False), "prompt-mean", {"group_ids": GROUPS}),
     "agent-lightning": (agent_lightning_rollout_mean(LOSS, MASK, ROLLOUTS), "rollout-mean", {"rollout_ids": ROLLOUTS}),
     "row mean": (verl_seq_mean_token_mean(LOSS, MASK), "seq-mean", {}),
@@ -102,7 +120,9 @@ def test_F30_aggregation_equals_the_trainers_formula(case):
     in_float32 = token_weights(MASK, mode, **options)
     assert in_float32.dtype == torch.float32
     # One rounding per weight: the terms may cancel, so the error is measured against their absolute sum.
-    assert float((in_float32.double() * LOSS).sum()) == pytest.approx(want, abs=6e-8 * float((in_float32 * LOSS.abs()).sum()))
+    assert float((in_float32.double() * LOSS).sum()) == pytest.approx(
+        want, abs=6e-8 * float((in_float32 * LOSS.abs()).sum())
+    )
 
 
 def test_every_aggregation_has_a_formula():
@@ -119,8 +139,14 @@ def test_an_empty_prompt_counts_when_asked_to():
 def options_of(mode, rows=B):
     """Arguments that let ``mode`` run on a batch of ``rows`` rows."""
     groups, rollouts = {"group_ids": GROUPS[:rows]}, {"rollout_ids": ROLLOUTS[:rows]}
-    needs = {"fixed-horizon": {"horizon": 16}, "seq-mean-token-sum-norm": {"horizon": 16}, "global-token-mean": {"batch_num_tokens": 40},
-             "prompt-mean": groups, "group-mean": groups, "rollout-mean": rollouts}
+    needs = {
+        "fixed-horizon": {"horizon": 16},
+        "seq-mean-token-sum-norm": {"horizon": 16},
+        "global-token-mean": {"batch_num_tokens": 40},
+        "prompt-mean": groups,
+        "group-mean": groups,
+        "rollout-mean": rollouts,
+    }
     return needs.get(mode, {})
 
 
@@ -137,13 +163,19 @@ def test_packed_weights_equal_padded_weights(mode, index_dtype):
     inside, cu_seqlens = packed(MASK)
     options = options_of(mode)
     padded = token_weights(MASK, mode, **options)
-    assert torch.equal(token_weights(MASK[inside], mode, cu_seqlens=cu_seqlens.to(index_dtype), **options), padded[inside])
+    assert torch.equal(
+        token_weights(MASK[inside], mode, cu_seqlens=cu_seqlens.to(index_dtype), **options), padded[inside]
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
 @pytest.mark.parametrize("mode", AGGREGATIONS)
 def test_a_mask_of_any_dtype_gives_the_same_weights(mode, dtype):
-    assert torch.equal(token_weights(MASK.to(dtype), mode, **options_of(mode)), token_weights(MASK, mode, **options_of(mode)))
+    assert torch.equal(
+        token_weights(MASK.to(dtype), mode, **options_of(mode)), token_weights(MASK, mode, **options_of(mode))
+    )
 
 
 def test_a_token_lives_where_its_mask_is_not_zero():
@@ -154,7 +186,9 @@ def test_a_token_lives_where_its_mask_is_not_zero():
 @pytest.mark.parametrize("mode", AGGREGATIONS)
 def test_F86_more_padding_changes_no_weight(mode):
     padded = torch.nn.functional.pad(MASK, (3, 50))
-    assert torch.equal(token_weights(padded, mode, **options_of(mode))[:, 3:-50], token_weights(MASK, mode, **options_of(mode)))
+    assert torch.equal(
+        token_weights(padded, mode, **options_of(mode))[:, 3:-50], token_weights(MASK, mode, **options_of(mode))
+    )
 
 
 @pytest.mark.parametrize("mode", AGGREGATIONS)
@@ -209,18 +243,25 @@ def test_a_global_count_of_zero_gives_zero_weights():
         assert torch.equal(token_weights(nothing, "global-token-mean", batch_num_tokens=total), nothing)
 
 
-@pytest.mark.parametrize("mode,total,normalizers", [
-    ("token-mean", "batch_num_tokens", {}),
-    ("seq-mean-token-mean", "num_sequences", {}),
-    ("seq-mean-token-sum", "num_sequences", {}),
-    ("fixed-horizon", "num_sequences", {"horizon": 32}),
-])
+@pytest.mark.parametrize(
+    "mode,total,normalizers",
+    [
+        ("token-mean", "batch_num_tokens", {}),
+        ("seq-mean-token-mean", "num_sequences", {}),
+        ("seq-mean-token-sum", "num_sequences", {}),
+        ("fixed-horizon", "num_sequences", {"horizon": 32}),
+    ],
+)
 def test_F30_micro_batches_on_two_ranks_add_up_to_the_whole_batch(mode, total, normalizers):
-    counted = {"batch_num_tokens": int(MASK.sum()), "num_sequences": B if mode == "fixed-horizon" else int(MASK.any(-1).sum())}[total]
+    counted = {
+        "batch_num_tokens": int(MASK.sum()),
+        "num_sequences": B if mode == "fixed-horizon" else int(MASK.any(-1).sum()),
+    }[total]
     whole = aggregate(LOSS, MASK, mode, **normalizers)
     options = {total: torch.tensor(counted), "dp_size": 2, **normalizers}
     ranks = []
-    for rank in ((slice(0, 2), slice(2, 3)), (slice(3, 4), slice(4, 5))):  # two micro-batches each: unequal, one without a live token
+    # Two micro-batches each: unequal, one without a live token.
+    for rank in ((slice(0, 2), slice(2, 3)), (slice(3, 4), slice(4, 5))):
         ranks.append(sum(aggregate(LOSS[part], MASK[part], mode, **options) for part in rank))
     assert float(sum(ranks) / 2) == pytest.approx(float(whole), rel=1e-12)  # data parallelism averages
 
@@ -256,10 +297,14 @@ def test_weights_compile_into_one_graph_whatever_the_length(mode):
 
     torch._dynamo.reset()
     options = options_of(mode, 3)
-    compute = torch.compile(lambda mask, cu: token_weights(mask, mode, cu_seqlens=cu, **options), backend=backend, fullgraph=True)
+    compute = torch.compile(
+        lambda mask, cu: token_weights(mask, mode, cu_seqlens=cu, **options), backend=backend, fullgraph=True
+    )
     for length in (5, 9, 14, 23, 40):
         padded = torch.rand(3, length) < 0.7
         assert torch.equal(compute(padded, None), token_weights(padded, mode, **options))
         cu_seqlens = torch.tensor([0, 2, 2, length])
-        assert torch.equal(compute(padded[0], cu_seqlens), token_weights(padded[0], mode, cu_seqlens=cu_seqlens, **options))
+        assert torch.equal(
+            compute(padded[0], cu_seqlens), token_weights(padded[0], mode, cu_seqlens=cu_seqlens, **options)
+        )
     assert len(compiled) <= 4  # each layout once as it comes and once for every length

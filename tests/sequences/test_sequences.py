@@ -1,16 +1,27 @@
 """Sums and means of sequences, their broadcast back, masks from spans: padded and packed, against float64 loops."""
+
 import pytest
 import torch
 
-from rlkernels.sequences import broadcast_to_tokens, groups_of, last_live_index, sequence_means, sequence_sums, spans_to_mask
+from rlkernels.sequences import (
+    broadcast_to_tokens,
+    groups_of,
+    last_live_index,
+    sequence_means,
+    sequence_sums,
+    spans_to_mask,
+)
 
-MASK = torch.tensor([
-    [1, 1, 1, 1, 1, 0, 0, 0],
-    [0, 0, 1, 1, 0, 0, 1, 1],
-    [1, 1, 1, 1, 1, 1, 1, 1],
-    [0, 0, 0, 0, 0, 0, 0, 0],
-    [0, 1, 0, 0, 0, 0, 0, 0],
-], dtype=torch.bool)
+MASK = torch.tensor(
+    [
+        [1, 1, 1, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 1, 1],
+        [1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0, 0, 0],
+    ],
+    dtype=torch.bool,
+)
 # The packed twin: row 3 has length 0; dead tokens that lie before a row's last live one stay in.
 ENDS = [0, 5, 13, 21, 21, 23]
 INSIDE = torch.arange(8)[None] < torch.tensor(ENDS).diff()[:, None]
@@ -56,7 +67,9 @@ def test_a_token_lives_where_its_mask_is_not_zero():
 
 def test_sequences_may_have_any_leading_shape():
     x = values()
-    assert torch.equal(sequence_means(x[:4].reshape(2, 2, 8), MASK[:4].reshape(2, 2, 8)), sequence_means(x[:4], MASK[:4]).reshape(2, 2))
+    assert torch.equal(
+        sequence_means(x[:4].reshape(2, 2, 8), MASK[:4].reshape(2, 2, 8)), sequence_means(x[:4], MASK[:4]).reshape(2, 2)
+    )
     assert sequence_sums(x[0], MASK[0]).shape == ()
 
 
@@ -73,7 +86,7 @@ def test_F86_a_row_has_the_same_bits_with_more_padding_and_other_neighbours(func
     # 1000 rows and 4000 columns: past every vector width and grain size at which a reduction changes its order.
     x = torch.randn(4, 37, generator=torch.Generator().manual_seed(3)) * 100
     live = torch.rand(4, 37, generator=torch.Generator().manual_seed(4)) < 0.8
-    alone = torch.stack([function(x[i:i + 1], live[i:i + 1])[0] for i in range(4)])
+    alone = torch.stack([function(x[i : i + 1], live[i : i + 1])[0] for i in range(4)])
     wide = torch.nn.functional.pad(x, (0, 4000), value=float("nan")), torch.nn.functional.pad(live, (0, 4000))
     assert torch.equal(function(*wide), alone)
     assert torch.equal(function(x.repeat(250, 1), live.repeat(250, 1)), alone.repeat(250))
@@ -158,7 +171,9 @@ def test_segment_functions_compile_into_one_graph_whatever_the_length(function):
     compute = torch.compile(function, backend=backend, fullgraph=True)
     for length in (5, 9, 14, 23, 40):
         mask, cu = torch.rand(3, length) < 0.7, torch.tensor([0, 2, 2, length])
-        x, flat = (torch.randn(3),) * 2 if function is broadcast_to_tokens else (torch.randn(3, length), torch.randn(length))
+        x, flat = (
+            (torch.randn(3),) * 2 if function is broadcast_to_tokens else (torch.randn(3, length), torch.randn(length))
+        )
         assert torch.equal(compute(x, mask), function(x, mask))
         assert torch.equal(compute(flat, mask[0], cu), function(flat, mask[0], cu))
     assert len(compiled) <= 4  # each layout once as it comes and once for every length
@@ -193,21 +208,56 @@ def test_spans_become_a_mask_over_the_scored_positions():
 
 
 BAD = {
-    "not a tensor": (TypeError, "^sequence_sums: values must be a torch.Tensor, got list", lambda: sequence_sums([1.0])),
+    "not a tensor": (
+        TypeError,
+        "^sequence_sums: values must be a torch.Tensor, got list",
+        lambda: sequence_sums([1.0]),
+    ),
     "integers": (TypeError, "^sequence_sums: values has dtype torch.int64", lambda: sequence_sums(MASK.long())),
     "a scalar": (ValueError, r"values has shape \(\), expected \[..., L\]", lambda: sequence_sums(torch.tensor(1.0))),
-    "B15": (ValueError, r"^sequence_means: mask has shape \(5,\), expected \(5, 8\)", lambda: sequence_means(values(), MASK[:, 0])),
-    "B16": (TypeError, "mask must be bool, integer or floating", lambda: sequence_means(values(), MASK.to(torch.complex64))),
-    "B40 end": (ValueError, "cu_seqlens ends at 9, expected the number of tokens, 8",
-                lambda: sequence_sums(values()[0], None, torch.tensor([0, 9]))),
-    "B40 rows": (ValueError, r"values has shape \(5, 8\), expected \[N\]", lambda: sequence_sums(values(), None, torch.tensor([0, 8]))),
-    "B40 dtype": (TypeError, "^broadcast_to_tokens: cu_seqlens must be an int32 or int64 tensor",
-                  lambda: broadcast_to_tokens(torch.ones(1), MASK[0], torch.tensor([0.0, 8.0]))),
-    "F73": (ValueError, r"^broadcast_to_tokens: values has shape \(5, 1\), expected \(5,\)",
-            lambda: broadcast_to_tokens(torch.ones(5, 1), MASK)),
-    "one per token": (ValueError, r"values has shape \(8,\), expected \(1,\)",
-                      lambda: broadcast_to_tokens(torch.ones(8), MASK[0], torch.tensor([0, 8]))),
-    "spans": (ValueError, r"^spans_to_mask: spans has shape \(1, 3\), expected \[..., K, 2\]", lambda: spans_to_mask([[1, 2, 3]], 5)),
+    "B15": (
+        ValueError,
+        r"^sequence_means: mask has shape \(5,\), expected \(5, "
+        r"8\)",
+        lambda: sequence_means(values(), MASK[:, 0]),
+    ),
+    "B16": (
+        TypeError,
+        "mask must be bool, integer or floating",
+        lambda: sequence_means(values(), MASK.to(torch.complex64)),
+    ),
+    "B40 end": (
+        ValueError,
+        "cu_seqlens ends at 9, expected the number of tokens, 8",
+        lambda: sequence_sums(values()[0], None, torch.tensor([0, 9])),
+    ),
+    "B40 rows": (
+        ValueError,
+        r"values has shape \(5, 8\), expected "
+        r"\[N\]",
+        lambda: sequence_sums(values(), None, torch.tensor([0, 8])),
+    ),
+    "B40 dtype": (
+        TypeError,
+        "^broadcast_to_tokens: cu_seqlens must be an int32 or int64 tensor",
+        lambda: broadcast_to_tokens(torch.ones(1), MASK[0], torch.tensor([0.0, 8.0])),
+    ),
+    "F73": (
+        ValueError,
+        r"^broadcast_to_tokens: values has shape \(5, 1\), expected \(5,\)",
+        lambda: broadcast_to_tokens(torch.ones(5, 1), MASK),
+    ),
+    "one per token": (
+        ValueError,
+        r"values has shape \(8,\), expected \(1,\)",
+        lambda: broadcast_to_tokens(torch.ones(8), MASK[0], torch.tensor([0, 8])),
+    ),
+    "spans": (
+        ValueError,
+        r"^spans_to_mask: spans has shape \(1, 3\), expected \[..., K, "
+        r"2\]",
+        lambda: spans_to_mask([[1, 2, 3]], 5),
+    ),
 }
 
 

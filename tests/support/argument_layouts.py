@@ -1,4 +1,8 @@
-"""Layouts that torch has for a tensor of any shape, each beside numbers that show where they are read. Those of logits are in ``reference``."""
+"""Layouts that torch has for a tensor of any shape, each beside numbers that show where they are read.
+
+Those of logits are in ``reference``.
+"""
+
 import torch
 
 
@@ -30,7 +34,7 @@ def offset(x):
 def overlapping(x):
     """Rows that begin one element after each other."""
     sizes = [max(n, 1) for n in x.shape]
-    return x.reshape(-1)[:1 + sum(n - 1 for n in sizes)].clone().as_strided(x.shape, (1,) * x.dim())
+    return x.reshape(-1)[: 1 + sum(n - 1 for n in sizes)].clone().as_strided(x.shape, (1,) * x.dim())
 
 
 def long_strides_of_single_elements(x):
@@ -42,12 +46,16 @@ LAYOUTS = {
     "every element apart": apart,
     "column of a table": every_other,
     "storage offset": offset,
-    "dimensions reversed in memory": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))) if x.dim() > 1 else None,
+    "dimensions reversed in memory": lambda x: (
+        x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))) if x.dim() > 1 else None
+    ),
     "negative bit": lambda x: torch._neg_view(-x) if x.dtype != torch.bool else None,
     "strides of single elements": lambda x: long_strides_of_single_elements(x) if 1 in x.shape else None,
     # Those that change the numbers.
     "expanded from one row": lambda x: x[:1].clone().expand(x.shape) if x.dim() else None,
-    "expanded from one element": lambda x: x.reshape(-1)[:1].clone().view((1,) * x.dim()).expand(x.shape) if x.dim() else None,
+    "expanded from one element": lambda x: (
+        x.reshape(-1)[:1].clone().view((1,) * x.dim()).expand(x.shape) if x.dim() else None
+    ),
     "overlapping": lambda x: overlapping(x) if x.dim() > 1 else None,
 }
 ORDERED = {"cu_seqlens", "spans"}  # no offsets are alike
@@ -61,7 +69,9 @@ def laid_out(layout, argument, x):
 
 
 def compared(call_with, name, d, layout, only=None):
-    """Results and gradients of a call of ``public_calls`` with one argument (or all) in a layout, and with contiguous copies; how often it was laid out."""
+    """Results and gradients of a call of ``public_calls`` with one argument (or all) in a layout, and with contiguous
+    copies; how often it was laid out.
+    """
     tried = 0
 
     def change(argument, x, dense):

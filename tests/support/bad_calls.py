@@ -1,4 +1,5 @@
 """Good arguments of the public functions, to be called with one of them made bad, and objectives that are refused."""
+
 import torch
 from torch import distributed
 
@@ -74,7 +75,7 @@ def pow_objective():
     @objective
     def mine(logp, advantage):
         """Squares."""
-        return -advantage * logp ** 2.0, -2.0 * advantage * logp
+        return -advantage * logp**2.0, -2.0 * advantage * logp
 
 
 def loop_objective():

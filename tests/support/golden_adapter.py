@@ -1,4 +1,7 @@
-"""Golden cases: loading (special floats, generated inputs), and the comparison of outputs and gradients under the case's tolerance."""
+"""Golden cases: loading (special floats, generated inputs), and the comparison of outputs and gradients under the
+case's tolerance.
+"""
+
 import json
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -8,13 +11,30 @@ from paths import TESTS
 
 FOLDER = TESTS / "guarantees/golden"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-INTEGERS = {"labels", "group_id", "rollout_id", "trajectory_id", "cu_seqlens", "seq_lens", "input_ids", "attention_mask", "is_last_step",
-            "mask"}
-NORMALIZERS = {"horizon": "horizon", "batch_num_tokens": "batch_num_tokens", "dp_size": "dp_size", "num_items": "batch_num_tokens",
-               "num_processes": "dp_size", "num_rows": "num_sequences"}
+INTEGERS = {
+    "labels",
+    "group_id",
+    "rollout_id",
+    "trajectory_id",
+    "cu_seqlens",
+    "seq_lens",
+    "input_ids",
+    "attention_mask",
+    "is_last_step",
+    "mask",
+}
+NORMALIZERS = {
+    "horizon": "horizon",
+    "batch_num_tokens": "batch_num_tokens",
+    "dp_size": "dp_size",
+    "num_items": "batch_num_tokens",
+    "num_processes": "dp_size",
+    "num_rows": "num_sequences",
+}
 # Keys of ``expected`` that are no outputs.
 INFORMATION = {"grads", "metrics", "source_value", "equals_compact", "raises_or_nan", "raises"}
-# What a float32 kernel owes to the number of another system: relative, values and gradients (a gradient sums many rounded terms).
+# What a float32 kernel owes to the number of another system: relative, values and gradients (a gradient sums many
+# rounded terms).
 FLOAT32_RTOL, FLOAT32_GRAD_RTOL, FLOAT32_ATOL = 1e-5, 1e-4, 2e-6
 
 
@@ -104,8 +124,19 @@ def load():
     for path in sorted(FOLDER.glob("*.json")):
         content = json.loads(path.read_text())
         assert content["format"] == "rlkernels-golden-1" and content["count"] == len(content["cases"]), path
-        cases += [Case(path.name, case["id"], case["op"], DTYPES[case["dtype"]], case["inputs"], case["parameters"], case["expected"],
-                       case["tolerance"]) for case in content["cases"]]
+        cases += [
+            Case(
+                path.name,
+                case["id"],
+                case["op"],
+                DTYPES[case["dtype"]],
+                case["inputs"],
+                case["parameters"],
+                case["expected"],
+                case["tolerance"],
+            )
+            for case in content["cases"]
+        ]
     return cases
 
 

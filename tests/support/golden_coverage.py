@@ -1,4 +1,5 @@
 """Which golden cases the library can express, and why the others are not covered."""
+
 import golden_adapter
 
 CASES = golden_adapter.load()
@@ -62,7 +63,8 @@ OUTPUTS_NOT_OFFERED = {
     ("pairwise_reward_loss", "accuracy"): "one comparison of two inputs",
     ("policy_loss", "metrics.clip_fraction_lower"): "how often the dual clip bites",
     ("policy.verl.sapo", "metrics.clip_fraction"): "a constant 0: nothing is clipped",
-    ("policy.verl.reinforce.is_weight", "metrics.mean_old_minus_new"): "logged beside an objective without old log-probabilities",
+    ("policy.verl.reinforce.is_weight", "metrics.mean_old_minus_new"): "logged beside an objective without old "
+    "log-probabilities",
     ("policy.trl.gspo", "metrics.clip_fraction_low"): "a share of sequences, ours is one of tokens",
     ("policy.trl.gspo", "metrics.clip_fraction_high"): "a share of sequences, ours is one of tokens",
     ("policy.trl.gspo", "metrics.clip_fraction_region"): "a share of sequences, ours is one of tokens",

@@ -1,7 +1,11 @@
-"""From the operations of the golden files to the public functions. Names, defaults and layouts are translated; arithmetic is ours alone.
+"""From the operations of the golden files to the public functions.
 
-An adapter takes the input tensors and the parameters and pops each parameter that it honours: what is left over is not offered.
+Names, defaults and layouts are translated; arithmetic is ours alone.
+
+An adapter takes the input tensors and the parameters and pops each parameter that it honours: what is left over is not
+offered.
 """
+
 import golden_preferences
 import golden_tokens
 import torch
@@ -16,21 +20,39 @@ def token_logprob(x, p):
         labels = torch.where(x["row_mask"] != 0, labels, -100)
     if labels.dim() == logits.dim():  # K labels for each row: stride 0, no copy
         logits = logits.unsqueeze(-2).expand(*labels.shape, logits.shape[-1])
-    stats = rlk.token_stats(logits, labels, temperature=p.pop("temperature"), vocab_mask=x.get("vocab_mask"),
-                            outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+    stats = rlk.token_stats(
+        logits,
+        labels,
+        temperature=p.pop("temperature"),
+        vocab_mask=x.get("vocab_mask"),
+        outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    )
     return _stats(stats)
 
 
 def linear_token_logprob(x, p):
-    stats = rlk.linear_token_stats(x["hidden"], x["weight"], x["labels"], bias=x.get("bias"), temperature=p.pop("temperature"),
-                                   softcap=p.pop("softcap"), logit_scale=p.pop("logit_scale"),
-                                   outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+    stats = rlk.linear_token_stats(
+        x["hidden"],
+        x["weight"],
+        x["labels"],
+        bias=x.get("bias"),
+        temperature=p.pop("temperature"),
+        softcap=p.pop("softcap"),
+        logit_scale=p.pop("logit_scale"),
+        outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    )
     return _stats(stats)
 
 
 def _stats(stats):
-    return {"logp": stats.logprobs, "entropy": stats.entropy, "logsumexp": stats.logsumexp, "log_sum_sq_probs": stats.log_sum_sq_probs,
-            "mean_logits": stats.mean_logits, "is_top1": stats.is_top1}
+    return {
+        "logp": stats.logprobs,
+        "entropy": stats.entropy,
+        "logsumexp": stats.logsumexp,
+        "log_sum_sq_probs": stats.log_sum_sq_probs,
+        "mean_logits": stats.mean_logits,
+        "is_top1": stats.is_top1,
+    }
 
 
 def sequence_logprob(x, p):
@@ -50,8 +72,19 @@ def kl_estimate(x, p):
     for k in range(gap.numel()):  # one token at a time: the loss is a sum, the file lists the terms
         weights = torch.zeros_like(gap)
         weights.view(-1)[k] = 1.0
-        values.append(rlk.policy_loss(x["logp"], None, torch.zeros_like(gap), mask, objective="reinforce", weights=weights,
-                                      ref_logprobs=x["ref_logp"], kl=estimator, kl_coef=1.0))
+        values.append(
+            rlk.policy_loss(
+                x["logp"],
+                None,
+                torch.zeros_like(gap),
+                mask,
+                objective="reinforce",
+                weights=weights,
+                ref_logprobs=x["ref_logp"],
+                kl=estimator,
+                kl_coef=1.0,
+            )
+        )
     value = torch.stack(values).view(gap.shape)
     _inactive(value.detach(), bound)
     return {"value": value}
@@ -67,7 +100,11 @@ def _inactive(x, bounds):
 def vocab_divergence(x, p):
     expect(p.pop("kind") == "reverse_kl", "only KL(pi || ref)")
     targets = torch.zeros(x["logits"].shape[:-1], dtype=torch.int64)
-    return {"value": rlk.token_stats(x["logits"], targets, ref_logits=x["ref_logits"], kl="exact", temperature=p.pop("temperature")).kl}
+    return {
+        "value": rlk.token_stats(
+            x["logits"], targets, ref_logits=x["ref_logits"], kl="exact", temperature=p.pop("temperature")
+        ).kl
+    }
 
 
 def policy_loss(x, p):
@@ -97,10 +134,18 @@ def policy_loss(x, p):
     else:
         options |= {"aggregation": mode, "normalizers": normalizers}
     expect(not p, f"parameters {sorted(p)}")
-    loss, metrics = rlk.policy_loss(x["logp"], old, x["advantages"], mask, objective=objective, return_metrics=True, **options)
-    names = {"clip_fraction": "clip_fraction", "clip_fraction_surrogate": "clip_fraction", "clip_fraction_region": "clip_fraction",
-             "clip_fraction_low": "clip_fraction_low", "clip_fraction_high": "clip_fraction_high", "mean_old_minus_new": "ppo_kl",
-             "kl_mean": "kl"}
+    loss, metrics = rlk.policy_loss(
+        x["logp"], old, x["advantages"], mask, objective=objective, return_metrics=True, **options
+    )
+    names = {
+        "clip_fraction": "clip_fraction",
+        "clip_fraction_surrogate": "clip_fraction",
+        "clip_fraction_region": "clip_fraction",
+        "clip_fraction_low": "clip_fraction_low",
+        "clip_fraction_high": "clip_fraction_high",
+        "mean_old_minus_new": "ppo_kl",
+        "kl_mean": "kl",
+    }
     if options["ratio_level"] != "token":  # TRL counts sequences there; we count tokens, by the ratio of their sequence
         for name in ("clip_fraction_low", "clip_fraction_high", "clip_fraction_region"):
             del names[name]
@@ -125,40 +170,64 @@ def _objective(p):
 
 def ppo_step_per_sample(x, p):
     start = x["query_len"] - 1
-    logp = rlk.token_logprobs(x["logits"][:, start:-1], x["input_ids"][:, start + 1:])
+    logp = rlk.token_logprobs(x["logits"][:, start:-1], x["input_ids"][:, start + 1 :])
     advantages, returns = rlk.gae(x["rewards"], x["old_values"], gamma=p.pop("gamma"), lam=p.pop("lam"), masked="none")
     whitened, clip = rlk.masked_whiten(advantages), p.pop("cliprange")
     loss, metrics = rlk.policy_loss(logp, x["old_logp"], whitened, clip_low=clip, clip_high=clip, return_metrics=True)
-    value = rlk.value_loss(x["value_predictions"][:, start:-1], x["old_values"], returns, clip_range=p.pop("cliprange_value"))
+    value = rlk.value_loss(
+        x["value_predictions"][:, start:-1], x["old_values"], returns, clip_range=p.pop("cliprange_value")
+    )
     value = p.pop("vf_coef") * value
-    return {"policy_loss": loss, "value_loss_times_coef": value, "value_loss": value, "whitened_advantages": whitened,
-            "approx_kl_half_sq": metrics["approx_kl"]}
+    return {
+        "policy_loss": loss,
+        "value_loss_times_coef": value,
+        "value_loss": value,
+        "whitened_advantages": whitened,
+        "approx_kl_half_sq": metrics["approx_kl"],
+    }
 
 
 def ppo_step_masked(x, p):
     mode, normalizers = aggregation(p)
     clip, options = p.pop("clip"), {"aggregation": mode, "normalizers": normalizers}
-    policy = rlk.policy_loss(x["logp"], x["old_logp"], x["advantages"], x["mask"], clip_low=clip, clip_high=clip, **options)
-    value = rlk.value_loss(x["values"], x["old_values"], x["returns"], x["mask"], clip_range=p.pop("value_clip"), **options)
+    policy = rlk.policy_loss(
+        x["logp"], x["old_logp"], x["advantages"], x["mask"], clip_low=clip, clip_high=clip, **options
+    )
+    value = rlk.value_loss(
+        x["values"], x["old_values"], x["returns"], x["mask"], clip_range=p.pop("value_clip"), **options
+    )
     return {"policy_loss": policy, "value_loss": value, "loss": policy + p.pop("vf_coef") * value}
 
 
 def value_loss(x, p):
     mode, normalizers = aggregation(p)
-    loss, metrics = rlk.value_loss(x["values"], x["old_values"], x["returns"], x["mask"], clip_range=p.pop("clip"), aggregation=mode,
-                                   normalizers=normalizers, return_metrics=True)
+    loss, metrics = rlk.value_loss(
+        x["values"],
+        x["old_values"],
+        x["returns"],
+        x["mask"],
+        clip_range=p.pop("clip"),
+        aggregation=mode,
+        normalizers=normalizers,
+        return_metrics=True,
+    )
     return {"loss": loss if p.pop("half") else 2.0 * loss, **metrics}
 
 
 def pairwise_reward_loss(x, p):
     expect(p.pop("aggregation") == "mean", "other reductions")
     margin = x.get("margin") if p.pop("kind") == "logsigmoid" else None  # "logexp" is the same loss without a margin
-    return {"loss": rlk.pairwise_reward_loss(x["chosen"], x["rejected"], margin=margin, center_coef=p.pop("center_coef"))}
+    return {
+        "loss": rlk.pairwise_reward_loss(x["chosen"], x["rejected"], margin=margin, center_coef=p.pop("center_coef"))
+    }
 
 
 def value_head_pairwise(x, p):
     expect(p.pop("layout") == "padded", "layout")
-    scores, pairs = rlk.reward_scores(x["hidden"], x["weight"], attention_mask=x["attention_mask"], bias=x.get("bias")), p.pop("num_pairs")
+    scores, pairs = (
+        rlk.reward_scores(x["hidden"], x["weight"], attention_mask=x["attention_mask"], bias=x.get("bias")),
+        p.pop("num_pairs"),
+    )
     return {"scores": scores, "loss": rlk.pairwise_reward_loss(scores[:pairs], scores[pairs:])}
 
 
@@ -168,19 +237,45 @@ def end_token_index(x, p):
     if "seq_lens" in x:
         ends = x["seq_lens"].cumsum(0)
         position = torch.arange(float(ends[-1]))[:, None]
-        return {"index": rlk.reward_scores(position, head, cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]))}
+        return {
+            "index": rlk.reward_scores(position, head, cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]))
+        }
     mask = x["attention_mask"]
     position = torch.arange(float(mask.shape[1])).expand(mask.shape)[..., None]
     return {"index": rlk.reward_scores(position, head, attention_mask=mask)}
 
 
-LOSSES = (token_logprob, linear_token_logprob, sequence_logprob, kl_estimate, vocab_divergence, policy_loss, ppo_step_per_sample,
-          ppo_step_masked, value_loss, pairwise_reward_loss, value_head_pairwise, end_token_index, golden_preferences.preference_loss,
-          golden_preferences.preference_loss_from_tokens, golden_preferences.unpaired_preference_loss, golden_preferences.sft_loss)
-TOKENS = (golden_tokens.aggregate, golden_tokens.gae, golden_tokens.discounted_returns, golden_tokens.group_advantage,
-          golden_tokens.token_advantage, golden_tokens.whiten, golden_tokens.broadcast_advantage, golden_tokens.spans_to_mask)
+LOSSES = (
+    token_logprob,
+    linear_token_logprob,
+    sequence_logprob,
+    kl_estimate,
+    vocab_divergence,
+    policy_loss,
+    ppo_step_per_sample,
+    ppo_step_masked,
+    value_loss,
+    pairwise_reward_loss,
+    value_head_pairwise,
+    end_token_index,
+    golden_preferences.preference_loss,
+    golden_preferences.preference_loss_from_tokens,
+    golden_preferences.unpaired_preference_loss,
+    golden_preferences.sft_loss,
+)
+TOKENS = (
+    golden_tokens.aggregate,
+    golden_tokens.gae,
+    golden_tokens.discounted_returns,
+    golden_tokens.group_advantage,
+    golden_tokens.token_advantage,
+    golden_tokens.whiten,
+    golden_tokens.broadcast_advantage,
+    golden_tokens.spans_to_mask,
+)
 ADAPTERS = {function.__name__: function for function in LOSSES + TOKENS} | dict.fromkeys(
-    ("nll_from_logp", "weighted_nll"), golden_preferences.nll)
+    ("nll_from_logp", "weighted_nll"), golden_preferences.nll
+)
 
 
 def run(case, inputs):

@@ -1,11 +1,22 @@
 """Adapters of the golden operations over preferences and likelihoods; see ``golden_ops``."""
+
 import torch
 from golden_adapter import aggregation, expect
 
 import rlkernels as rlk
 
-OPTIONS = ("beta", "label_smoothing", "reference_free", "f_divergence", "alpha", "length_normalized", "simpo_gamma", "alphapo_alpha",
-           "discopop_tau", "loss_weights")
+OPTIONS = (
+    "beta",
+    "label_smoothing",
+    "reference_free",
+    "f_divergence",
+    "alpha",
+    "length_normalized",
+    "simpo_gamma",
+    "alphapo_alpha",
+    "discopop_tau",
+    "loss_weights",
+)
 AVERAGES = ("simpo", "orpo", "orpo_odds_ratio")
 
 
@@ -18,24 +29,28 @@ def _options(p):
 def preference_loss(x, p):
     options = _options(p)
     if options["loss_type"] in AVERAGES:  # the inputs are averages already
-        options["chosen_lengths"] = options["rejected_lengths"] = torch.ones_like(x["policy_chosen"], requires_grad=False)
+        options["chosen_lengths"] = options["rejected_lengths"] = torch.ones_like(
+            x["policy_chosen"], requires_grad=False
+        )
     elif options["loss_type"].startswith("cpo"):
         options["cpo_alpha"] = 0.0  # the trainer adds the likelihood, outside of the function that was run
     arguments = [x.get(name) for name in ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")]
     loss, metrics = rlk.dpo_loss(*arguments, **options, return_metrics=True)
 
     def single(i):
-        one = {name: value[i:i + 1] if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-        return rlk.dpo_loss(*(None if a is None else a[i:i + 1] for a in arguments), **one, return_metrics=True)
+        one = {name: value[i : i + 1] if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+        return rlk.dpo_loss(*(None if a is None else a[i : i + 1] for a in arguments), **one, return_metrics=True)
 
     outputs = {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["reward_margin"]}
     if "log_odds_ratio" in metrics:
         outputs["log_odds"] = metrics["log_odds_ratio"]
     singles = [single(i) for i in range(len(arguments[0]))]
     if singles:
-        outputs |= {"per_pair": torch.stack([one for one, _ in singles]),
-                    "chosen_rewards": torch.stack([one["reward_chosen"] for _, one in singles]),
-                    "rejected_rewards": torch.stack([one["reward_rejected"] for _, one in singles])}
+        outputs |= {
+            "per_pair": torch.stack([one for one, _ in singles]),
+            "chosen_rewards": torch.stack([one["reward_chosen"] for _, one in singles]),
+            "rejected_rewards": torch.stack([one["reward_rejected"] for _, one in singles]),
+        }
     return outputs
 
 
@@ -48,40 +63,77 @@ def preference_loss_from_tokens(x, p):
     weights = torch.ones_like(logp, requires_grad=False)
     if "ld_alpha" in p:
         weights = torch.cat(rlk.length_desensitized_weights(live[:pairs], live[pairs:], p.pop("ld_alpha")))
-    policy, reference, lengths = (rlk.sequence_sums(v, live) for v in (weights * logp, weights * ref, torch.ones_like(ref)))
-    loss, metrics = rlk.dpo_loss(policy[:pairs], policy[pairs:], reference[:pairs], reference[pairs:], **options, return_metrics=True,
-                                 chosen_lengths=lengths[:pairs], rejected_lengths=lengths[pairs:])
-    return {"loss": loss, "reward_chosen": metrics["reward_chosen"], "reward_rejected": metrics["reward_rejected"],
-            "reward_margins": metrics["reward_margin"], "reward_accuracies": metrics["accuracy"]}
+    policy, reference, lengths = (
+        rlk.sequence_sums(v, live) for v in (weights * logp, weights * ref, torch.ones_like(ref))
+    )
+    loss, metrics = rlk.dpo_loss(
+        policy[:pairs],
+        policy[pairs:],
+        reference[:pairs],
+        reference[pairs:],
+        **options,
+        return_metrics=True,
+        chosen_lengths=lengths[:pairs],
+        rejected_lengths=lengths[pairs:],
+    )
+    return {
+        "loss": loss,
+        "reward_chosen": metrics["reward_chosen"],
+        "reward_rejected": metrics["reward_rejected"],
+        "reward_margins": metrics["reward_margin"],
+        "reward_accuracies": metrics["accuracy"],
+    }
 
 
 def unpaired_preference_loss(x, p):
     if "per_token_logp" in x:
-        logps, refs = (rlk.sequence_sums(x[name], x["completion_mask"][:, 1:]) for name in ("per_token_logp", "ref_per_token_logp"))
+        logps, refs = (
+            rlk.sequence_sums(x[name], x["completion_mask"][:, 1:]) for name in ("per_token_logp", "ref_per_token_logp")
+        )
         desirable = x["desirable"]
     else:
         logps, refs = (torch.cat([x[f"{name}_chosen"], x[f"{name}_rejected"]]) for name in ("policy", "ref"))
         desirable = torch.arange(len(logps)) < len(x["policy_chosen"])
-    options = {name: p.pop(name) for name in ("loss_type", "beta", "desirable_weight", "undesirable_weight", "delta") if name in p}
+    options = {
+        name: p.pop(name)
+        for name in ("loss_type", "beta", "desirable_weight", "undesirable_weight", "delta")
+        if name in p
+    }
     if "kl_logp" in x:
         options |= {"kl_logps": x["kl_logp"], "ref_kl_logps": x["ref_kl_logp"]}
     loss, metrics = rlk.unpaired_preference_loss(logps, refs, desirable, **options, return_metrics=True)
     outputs = {"loss": loss, **metrics}
     if options["loss_type"] == "bco":
-        outputs["per_row"] = torch.stack([rlk.unpaired_preference_loss(logps[i:i + 1], refs[i:i + 1], desirable[i:i + 1], **options)
-                                          for i in range(len(logps))])
+        outputs["per_row"] = torch.stack(
+            [
+                rlk.unpaired_preference_loss(logps[i : i + 1], refs[i : i + 1], desirable[i : i + 1], **options)
+                for i in range(len(logps))
+            ]
+        )
     return outputs
 
 
 def nll(x, p):
     mode, normalizers = aggregation(p)
     expect(not p.pop("normalize_by_weight", False), "weights in the denominator")
-    return {"loss": rlk.logprobs_sft_loss(x["logp"], x["mask"], sample_weights=x.get("weight"), aggregation=mode, normalizers=normalizers)}
+    return {
+        "loss": rlk.logprobs_sft_loss(
+            x["logp"], x["mask"], sample_weights=x.get("weight"), aggregation=mode, normalizers=normalizers
+        )
+    }
 
 
 def sft_loss(x, p):
     kind = p.pop("kind")
     expect(kind in ("nll", "dft") and p.pop("shift"), f"kind {kind}")
     mode, normalizers = aggregation(p)
-    return {"loss": rlk.sft_loss(x["logits"][:, :-1], x["labels"][:, 1:], kind=kind, ignore_index=p.pop("ignore_index"), aggregation=mode,
-                                 normalizers=normalizers)}
+    return {
+        "loss": rlk.sft_loss(
+            x["logits"][:, :-1],
+            x["labels"][:, 1:],
+            kind=kind,
+            ignore_index=p.pop("ignore_index"),
+            aggregation=mode,
+            normalizers=normalizers,
+        )
+    }

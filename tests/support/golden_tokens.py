@@ -1,4 +1,5 @@
 """Adapters of the golden operations over weights, segments and advantages; see ``golden_ops``."""
+
 import torch
 from golden_adapter import Live, aggregation, expect
 
@@ -13,8 +14,10 @@ def aggregate(x, p):
     for theirs, ours in (("group_id", "group_ids"), ("rollout_id", "rollout_ids"), ("cu_seqlens", "cu_seqlens")):
         if theirs in x:
             normalizers[ours] = x[theirs]
-    return {"value": rlk.aggregate(x["per_token"], x["mask"], mode, **normalizers),
-            "weights": rlk.token_weights(x["mask"], mode, dtype=x["per_token"].dtype, **normalizers)}
+    return {
+        "value": rlk.aggregate(x["per_token"], x["mask"], mode, **normalizers),
+        "weights": rlk.token_weights(x["mask"], mode, dtype=x["per_token"].dtype, **normalizers),
+    }
 
 
 def gae(x, p):
@@ -24,8 +27,15 @@ def gae(x, p):
     if convention == "bi_level":
         advantages, returns = _turns_then_tokens(rewards, values, gamma, lam, p.pop("turn_gamma"), p.pop("turn_ends"))
     else:
-        advantages, returns = rlk.gae(rewards[:, start:], values[:, start:], mask, gamma=gamma, lam=lam, masked=CONVENTIONS[convention],
-                                      bootstrap_values=x.get("bootstrap_value"))
+        advantages, returns = rlk.gae(
+            rewards[:, start:],
+            values[:, start:],
+            mask,
+            gamma=gamma,
+            lam=lam,
+            masked=CONVENTIONS[convention],
+            bootstrap_values=x.get("bootstrap_value"),
+        )
     return {"advantages": advantages, "returns": returns, "whitened_advantages": rlk.masked_whiten(advantages, mask)}
 
 
@@ -45,7 +55,12 @@ def discounted_returns(x, p):
     return {"returns": returns, "whitened_advantages": rlk.masked_whiten(returns, x["mask"])}
 
 
-ESTIMATORS = {"rloo": ("leave-one-out", None), "opo": ("length-mean", None), "batch_mean": ("batch-mean", None), "maxrl": ("mean", "mean")}
+ESTIMATORS = {
+    "rloo": ("leave-one-out", None),
+    "opo": ("length-mean", None),
+    "batch_mean": ("batch-mean", None),
+    "maxrl": ("mean", "mean"),
+}
 
 
 def group_advantage(x, p):
@@ -62,7 +77,10 @@ def token_advantage(x, p):
     expect(estimator in ("reinforce_pp_baseline", "remax", "gdpo"), f"estimator {estimator}")
     if estimator == "remax":
         returns = rlk.discounted_returns(x["token_rewards"], mask)
-        return {"returns": Live(returns, mask), "advantages": Live(returns - rlk.broadcast_to_tokens(x["baseline"], mask), mask)}
+        return {
+            "returns": Live(returns, mask),
+            "advantages": Live(returns - rlk.broadcast_to_tokens(x["baseline"], mask), mask),
+        }
     if estimator == "gdpo":
         expect(p.pop("final") == "masked_whiten", "final normalisation")
         weights, eps = p.pop("weights"), p.pop("eps")

@@ -1,13 +1,22 @@
-"""Problems of a head, and every loss over it in float64: all logits at once, by plain torch and autograd. Imports torch and the oracles alone."""
+"""Problems of a head, and every loss over it in float64: all logits at once, by plain torch and autograd.
+
+Imports torch and the oracles alone.
+"""
+
 import oracles
 import preference_oracles
 import torch
 
 B, L, H, V = 3, 7, 32, 133  # no size divides a block, a vector or a chunk
 HEAD = ("temperature", "softcap", "logit_scale", "valid_vocab", "ignore_index")
-PARAMS = {"ppo_clip": {"clip_low": 0.2, "clip_high": 0.28}, "dual_clip": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.5},
-          "cispo": {"clip_low": 1.0, "clip_high": 0.5}, "sapo": {"tau_pos": 1.0, "tau_neg": 1.05}, "reinforce": {},
-          "linear_squared": {"pull": 0.7}}
+PARAMS = {
+    "ppo_clip": {"clip_low": 0.2, "clip_high": 0.28},
+    "dual_clip": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.5},
+    "cispo": {"clip_low": 1.0, "clip_high": 0.5},
+    "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
+    "reinforce": {},
+    "linear_squared": {"pull": 0.7},
+}
 OF_RATIOS = ("ppo_clip", "dual_clip", "cispo", "sapo")
 
 
@@ -17,14 +26,21 @@ def linear_squared(logp, old_logp, advantage, pull):
 
 
 def problem(dtype=torch.float32, shape=(B, L), hidden=H, vocab=V, seed=0, **head):
-    """Tokens of every kind. ``old`` and ``ref`` lie near the log-probabilities under the options ``head``: both sides of every clip are met."""
+    """Tokens of every kind.
+
+    ``old`` and ``ref`` lie near the log-probabilities under the options ``head``: both sides of every clip are met.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*sizes):
         return torch.randn(*sizes, generator=draw, dtype=torch.float64)
 
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    d = {"hidden": normal(*shape, hidden).to(dtype), "weight": (3.0 / hidden**0.5 * normal(vocab, hidden)).to(dtype), "bias": normal(vocab).to(dtype)}
+    d = {
+        "hidden": normal(*shape, hidden).to(dtype),
+        "weight": (3.0 / hidden**0.5 * normal(vocab, hidden)).to(dtype),
+        "bias": normal(vocab).to(dtype),
+    }
     d["targets"] = torch.randint(head.get("valid_vocab", vocab), shape, generator=draw)
     d["mask"] = torch.rand(shape, generator=draw) < 0.7
     if d["mask"].numel():
@@ -71,7 +87,19 @@ def sequences(shape, cu_seqlens=None):
     return torch.arange(len(lengths)).repeat_interleave(lengths), len(lengths)
 
 
-def aggregation(mode, live, ids, count, length, *, batch_num_tokens=None, num_sequences=None, horizon=None, group_ids=None, rollout_ids=None):
+def aggregation(
+    mode,
+    live,
+    ids,
+    count,
+    length,
+    *,
+    batch_num_tokens=None,
+    num_sequences=None,
+    horizon=None,
+    group_ids=None,
+    rollout_ids=None,
+):
     """The weights of an aggregation by hand, flat."""
     tokens = torch.bincount(ids[live], minlength=count).double()
     n, used = tokens[ids].clamp(min=1), (tokens > 0).sum().double()
@@ -84,11 +112,17 @@ def aggregation(mode, live, ids, count, length, *, batch_num_tokens=None, num_se
     if mode in ("prompt-mean", "group-mean"):
         mine, groups = same(group_ids), len(set(group_ids[tokens > 0].tolist()))
     weight = {
-        "token-mean": lambda: 1 / (tokens.sum() if batch_num_tokens is None else batch_num_tokens), "token-sum": lambda: 1.0,
-        "global-token-mean": lambda: 1 / batch_num_tokens, "seq-mean-token-mean": lambda: 1 / (filled * n), "seq-mean": lambda: 1 / (filled * n),
-        "seq-mean-token-sum": lambda: 1 / filled, "seq-mean-token-sum-norm": lambda: 1 / (filled * horizon),
-        "fixed-horizon": lambda: 1 / (rows_ * horizon), "rollout-mean": lambda: 1 / (rows_ * (same(rollout_ids) @ tokens)),
-        "prompt-mean": lambda: 1 / (groups * (mine @ tokens)), "group-mean": lambda: 1 / (groups * n * (mine @ (tokens > 0).double())),
+        "token-mean": lambda: 1 / (tokens.sum() if batch_num_tokens is None else batch_num_tokens),
+        "token-sum": lambda: 1.0,
+        "global-token-mean": lambda: 1 / batch_num_tokens,
+        "seq-mean-token-mean": lambda: 1 / (filled * n),
+        "seq-mean": lambda: 1 / (filled * n),
+        "seq-mean-token-sum": lambda: 1 / filled,
+        "seq-mean-token-sum-norm": lambda: 1 / (filled * horizon),
+        "fixed-horizon": lambda: 1 / (rows_ * horizon),
+        "rollout-mean": lambda: 1 / (rows_ * (same(rollout_ids) @ tokens)),
+        "prompt-mean": lambda: 1 / (groups * (mine @ tokens)),
+        "group-mean": lambda: 1 / (groups * n * (mine @ (tokens > 0).double())),
     }[mode]()
     return torch.where(live, torch.as_tensor(weight, dtype=torch.float64), 0.0)
 
@@ -100,8 +134,22 @@ def objective_of(name, logp, old, advantages):
     return function(logp, old, advantages, **PARAMS[name])
 
 
-def policy(d, operands, *, objective="ppo_clip", ratio_level="token", aggregation_="token-mean", normalizers=None, weights=None, kl="k3", kl_coef=0.0,
-           entropy_coef=0.0, cu_seqlens=None, advantages=None, **head):
+def policy(
+    d,
+    operands,
+    *,
+    objective="ppo_clip",
+    ratio_level="token",
+    aggregation_="token-mean",
+    normalizers=None,
+    weights=None,
+    kl="k3",
+    kl_coef=0.0,
+    entropy_coef=0.0,
+    cu_seqlens=None,
+    advantages=None,
+    **head,
+):
     """The policy loss; ``advantages``: shaped like the targets, or per sequence."""
     logp, entropy = (x.reshape(-1) for x in rows(d, operands, **head))
     live, (ids, count) = live_of(d, **head).reshape(-1), sequences(d["targets"].shape, cu_seqlens)
@@ -117,7 +165,11 @@ def policy(d, operands, *, objective="ppo_clip", ratio_level="token", aggregatio
     inside = [live & (ids == i) for i in range(count)]
     total = logp.new_zeros(())
     if ratio_level == "sequence_sum":
-        losses = [w[s].sum() * objective_of(objective, logp[s].sum()[None], old[s].sum()[None], A[s].mean()[None])[0] for s in inside if s.any()]
+        losses = [
+            w[s].sum() * objective_of(objective, logp[s].sum()[None], old[s].sum()[None], A[s].mean()[None])[0]
+            for s in inside
+            if s.any()
+        ]
         total = torch.stack(losses).sum() if losses else total
     else:
         x, y = logp, old
@@ -172,7 +224,8 @@ def frobenius(got, truth):
 
 
 def assert_gradients(got, truth, bonus=False, slope=1.0):
-    """The policy of errors: fp64 and fp32 by their digits, 16 bits by one cast of the truth (half as much again with an entropy bonus).
+    """The policy of errors: fp64 and fp32 by their digits, 16 bits by one cast of the truth (half as much again with an
+    entropy bonus).
 
     ``slope``: by how much the loss's derivative magnifies the rounding of what it is taken at.
     """
@@ -183,10 +236,14 @@ def assert_gradients(got, truth, bonus=False, slope=1.0):
         else:
             allowed = (1.5 if bonus else 1.05) * frobenius(t.to(x.dtype), t)
         error = frobenius(x, t)
-        assert error <= allowed or t.norm() == 0 and not x.any(), f"gradient of {name} in {x.dtype}: error {error:.3g}, allowed {allowed:.3g}"
+        assert error <= allowed or t.norm() == 0 and not x.any(), (
+            f"gradient of {name} in {x.dtype}: error {error:.3g}, allowed {allowed:.3g}"
+        )
 
 
 def assert_loss(got, truth, size=1.0):
     """``size``: of the terms that the loss is a sum of."""
     allowed = (1e-13 if got.dtype == torch.float64 else 4e-6) * max(size, abs(truth.item()))
-    assert abs(got.item() - truth.item()) <= allowed, f"loss {got.item():.9g}, truth {truth.item():.9g}, allowed {allowed:.3g}"
+    assert abs(got.item() - truth.item()) <= allowed, (
+        f"loss {got.item():.9g}, truth {truth.item():.9g}, allowed {allowed:.3g}"
+    )

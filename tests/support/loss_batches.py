@@ -1,11 +1,19 @@
 """Batches of tokens for the losses, every objective with its parameters, and the true losses from the oracles."""
+
 import oracles
 import torch
 
-PARAMS = {"ppo_clip": {"clip_low": 0.2, "clip_high": 0.28}, "dual_clip": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 2.0},
-          "cispo": {"clip_low": 1.0, "clip_high": 0.5}, "sapo": {"tau_pos": 1.0, "tau_neg": 1.05}, "reinforce": {}}
+PARAMS = {
+    "ppo_clip": {"clip_low": 0.2, "clip_high": 0.28},
+    "dual_clip": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 2.0},
+    "cispo": {"clip_low": 1.0, "clip_high": 0.5},
+    "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
+    "reinforce": {},
+}
 LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
-AGGREGATED = [(level, a) for level in LEVELS for a in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum")]
+AGGREGATED = [
+    (level, a) for level in LEVELS for a in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum")
+]
 B, L = 3, 6
 
 
@@ -16,18 +24,26 @@ def objective_columns(n, dtype, draw):
         columns[other] = columns["logp"] + 0.5 * torch.randn(n, generator=draw, dtype=dtype)
     for other in ("advantage", "value", "returns", "margin", "log_ratio"):
         columns[other] = torch.randn(n, generator=draw, dtype=dtype)
-    columns["mean_logp"] = columns["logp"] - 0.01  # away from 0, where the log-odds of the oracle itself lose their digits
+    # Away from 0, where the log-odds of the oracle itself lose their digits.
+    columns["mean_logp"] = columns["logp"] - 0.01
     columns["old_value"] = columns["value"] + 0.5 * torch.randn(n, generator=draw, dtype=dtype)
     return columns
 
 
 def batch(seed=0, shape=(B, L)):
-    """Log-probabilities as float32, a mask with holes; ratios from 0.3 to 3, so that every branch of every clip is taken."""
+    """Log-probabilities as float32, a mask with holes; ratios from 0.3 to 3, so that every branch of every clip is
+    taken.
+    """
     draw = torch.Generator().manual_seed(seed)
     logp = -3 * torch.rand(shape, generator=draw) - 0.1
-    d = {"logp": logp, "old": logp + 0.5 * torch.randn(shape, generator=draw), "ref": logp + 0.5 * torch.randn(shape, generator=draw),
-         "advantages": torch.randn(shape, generator=draw), "entropy": 2 * torch.rand(shape, generator=draw),
-         "mask": torch.rand(shape, generator=draw) < 0.7}
+    d = {
+        "logp": logp,
+        "old": logp + 0.5 * torch.randn(shape, generator=draw),
+        "ref": logp + 0.5 * torch.randn(shape, generator=draw),
+        "advantages": torch.randn(shape, generator=draw),
+        "entropy": 2 * torch.rand(shape, generator=draw),
+        "mask": torch.rand(shape, generator=draw) < 0.7,
+    }
     d["mask"][..., 1] = True
     return d
 

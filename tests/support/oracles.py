@@ -1,4 +1,8 @@
-"""Every objective again, in autograd, by hand from the paper. Imports torch alone: an oracle that shares code proves nothing."""
+"""Every objective again, in autograd, by hand from the paper.
+
+Imports torch alone: an oracle that shares code proves nothing.
+"""
+
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -80,7 +84,8 @@ def kto(margin, beta):
 
 def discopop(margin, beta, tau):
     x, share = beta * margin, torch.sigmoid(beta * margin / tau)
-    return -logsigmoid(x) * (1 - share) + (logsigmoid(x / tau) - x).exp()  # exp(-x) share, where exp(-x) alone would be inf
+    # exp(-x) share, where exp(-x) alone would be inf.
+    return -logsigmoid(x) * (1 - share) + (logsigmoid(x / tau) - x).exp()
 
 
 def alpha_divergence(log_ratio, alpha):

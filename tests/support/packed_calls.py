@@ -1,4 +1,7 @@
-"""One call of every public function that takes ``cu_seqlens``, on eight packed tokens: the offsets come last, everything else is fixed."""
+"""One call of every public function that takes ``cu_seqlens``, on eight packed tokens: the offsets come last,
+everything else is fixed.
+"""
+
 import torch
 
 import rlkernels as rlk
@@ -18,7 +21,9 @@ def _ones(cu, *shape):
 
 CALLS = {
     "gae": lambda cu: torch.stack(rlk.gae(REWARDS, VALUES, cu_seqlens=cu)),
-    "gae with bootstrap values": lambda cu: torch.stack(rlk.gae(REWARDS, VALUES, cu_seqlens=cu, bootstrap_values=_ones(cu))),
+    "gae with bootstrap values": lambda cu: torch.stack(
+        rlk.gae(REWARDS, VALUES, cu_seqlens=cu, bootstrap_values=_ones(cu))
+    ),
     "discounted_returns": lambda cu: rlk.discounted_returns(REWARDS, gamma=0.9, cu_seqlens=cu),
     "sequence_sums": lambda cu: rlk.sequence_sums(Z, cu_seqlens=cu),
     "sequence_means": lambda cu: rlk.sequence_means(Z, EVERY, cu),
@@ -28,28 +33,45 @@ CALLS = {
     "aggregate": lambda cu: rlk.aggregate(Z, None, "seq-mean-token-sum", cu_seqlens=cu),
     "policy_loss": lambda cu: rlk.policy_loss(Z, OLD, VALUES, cu_seqlens=cu),
     "policy_loss with weights": lambda cu: rlk.policy_loss(Z, OLD, VALUES, weights=EVERY, cu_seqlens=cu),
-    "policy_loss, an advantage per sequence": lambda cu: rlk.policy_loss(Z, OLD, _ones(cu, 1), weights=EVERY, cu_seqlens=cu),
+    "policy_loss, an advantage per sequence": lambda cu: rlk.policy_loss(
+        Z, OLD, _ones(cu, 1), weights=EVERY, cu_seqlens=cu
+    ),
     "policy_loss of sequences": lambda cu: rlk.policy_loss(Z, OLD, VALUES, cu_seqlens=cu, ratio_level="sequence"),
-    "policy_loss of sequences with weights": lambda cu: rlk.policy_loss(Z, OLD, VALUES, weights=EVERY, cu_seqlens=cu, ratio_level="sequence_token"),
+    "policy_loss of sequences with weights": lambda cu: rlk.policy_loss(
+        Z, OLD, VALUES, weights=EVERY, cu_seqlens=cu, ratio_level="sequence_token"
+    ),
     "policy_loss of sums": lambda cu: rlk.policy_loss(Z, OLD, VALUES, cu_seqlens=cu, ratio_level="sequence_sum"),
     "logits_policy_loss": lambda cu: rlk.logits_policy_loss(LOGITS, TARGETS, OLD, VALUES, cu_seqlens=cu),
-    "logits_policy_loss with weights": lambda cu: rlk.logits_policy_loss(LOGITS, TARGETS, OLD, VALUES, weights=EVERY, cu_seqlens=cu),
-    "logits_policy_loss of sequences": lambda cu: rlk.logits_policy_loss(LOGITS, TARGETS, OLD, VALUES, cu_seqlens=cu, ratio_level="sequence"),
+    "logits_policy_loss with weights": lambda cu: rlk.logits_policy_loss(
+        LOGITS, TARGETS, OLD, VALUES, weights=EVERY, cu_seqlens=cu
+    ),
+    "logits_policy_loss of sequences": lambda cu: rlk.logits_policy_loss(
+        LOGITS, TARGETS, OLD, VALUES, cu_seqlens=cu, ratio_level="sequence"
+    ),
     "linear_policy_loss": lambda cu: rlk.linear_policy_loss(HIDDEN, WEIGHT, TARGETS, OLD, VALUES, cu_seqlens=cu),
-    "linear_policy_loss with weights": lambda cu: rlk.linear_policy_loss(HIDDEN, WEIGHT, TARGETS, OLD, VALUES, weights=EVERY, cu_seqlens=cu),
-    "linear_policy_loss of sequences": lambda cu: rlk.linear_policy_loss(HIDDEN, WEIGHT, TARGETS, OLD, VALUES, weights=EVERY, cu_seqlens=cu,
-                                                                         ratio_level="sequence"),
+    "linear_policy_loss with weights": lambda cu: rlk.linear_policy_loss(
+        HIDDEN, WEIGHT, TARGETS, OLD, VALUES, weights=EVERY, cu_seqlens=cu
+    ),
+    "linear_policy_loss of sequences": lambda cu: rlk.linear_policy_loss(
+        HIDDEN, WEIGHT, TARGETS, OLD, VALUES, weights=EVERY, cu_seqlens=cu, ratio_level="sequence"
+    ),
     "value_loss": lambda cu: rlk.value_loss(Z, OLD, VALUES, cu_seqlens=cu),
     "value_loss with weights": lambda cu: rlk.value_loss(Z, OLD, VALUES, clip_range=0.2, weights=EVERY, cu_seqlens=cu),
     "sft_loss": lambda cu: rlk.sft_loss(LOGITS, TARGETS, cu_seqlens=cu),
     "sft_loss with weights": lambda cu: rlk.sft_loss(LOGITS, TARGETS, weights=EVERY, cu_seqlens=cu),
-    "sft_loss, a weight per sequence": lambda cu: rlk.sft_loss(LOGITS, TARGETS, weights=EVERY, sample_weights=_ones(cu, 1), cu_seqlens=cu),
+    "sft_loss, a weight per sequence": lambda cu: rlk.sft_loss(
+        LOGITS, TARGETS, weights=EVERY, sample_weights=_ones(cu, 1), cu_seqlens=cu
+    ),
     "logprobs_sft_loss": lambda cu: rlk.logprobs_sft_loss(Z, cu_seqlens=cu),
     "logprobs_sft_loss with weights": lambda cu: rlk.logprobs_sft_loss(Z, weights=EVERY, cu_seqlens=cu),
     "linear_sft_loss": lambda cu: rlk.linear_sft_loss(HIDDEN, WEIGHT, TARGETS, cu_seqlens=cu),
-    "linear_sft_loss with weights": lambda cu: rlk.linear_sft_loss(HIDDEN, WEIGHT, TARGETS, weights=EVERY, cu_seqlens=cu),
+    "linear_sft_loss with weights": lambda cu: rlk.linear_sft_loss(
+        HIDDEN, WEIGHT, TARGETS, weights=EVERY, cu_seqlens=cu
+    ),
     "linear_dpo_loss": lambda cu: rlk.linear_dpo_loss(HIDDEN, WEIGHT, TARGETS, reference_free=True, cu_seqlens=cu),
-    "linear_unpaired_preference_loss": lambda cu: rlk.linear_unpaired_preference_loss(HIDDEN, WEIGHT, TARGETS, _ones(cu), _ones(cu), kl=0.0, cu_seqlens=cu),
+    "linear_unpaired_preference_loss": lambda cu: rlk.linear_unpaired_preference_loss(
+        HIDDEN, WEIGHT, TARGETS, _ones(cu), _ones(cu), kl=0.0, cu_seqlens=cu
+    ),
     "reward_scores": lambda cu: rlk.reward_scores(HIDDEN, WEIGHT[:1], cu_seqlens=cu),
 }
 BAD = {

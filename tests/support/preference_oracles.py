@@ -1,7 +1,9 @@
 """Every paired loss again, by hand from its formula in autograd; imports torch alone. Arguments are sums, ``[B]``.
 
-``c, r`` are the log-ratios of the chosen and the rejected answer, ``C, R`` their log-probabilities, ``b`` is beta, ``e`` the smoothing.
+``c, r`` are the log-ratios of the chosen and the rejected answer, ``C, R`` their log-probabilities, ``b`` is beta,
+``e`` the smoothing.
 """
+
 import torch
 from torch import sigmoid
 from torch.nn.functional import logsigmoid as ls
@@ -20,8 +22,10 @@ OF_MARGIN = {
     "sigmoid": lambda D, b, e: smoothed(b * D, e),
     "hinge": lambda D, b, e: torch.relu(1 - b * D),
     "ipo": lambda D, b, e: (D - 1 / (2 * b)) ** 2,
-    "exo_pair": lambda D, b, e: (sigmoid(b * D) * (ls(b * D) - torch.tensor(1 - e, dtype=D.dtype).log())
-                                 + sigmoid(-b * D) * (ls(-b * D) - torch.tensor(e, dtype=D.dtype).log())),
+    "exo_pair": lambda D, b, e: (
+        sigmoid(b * D) * (ls(b * D) - torch.tensor(1 - e, dtype=D.dtype).log())
+        + sigmoid(-b * D) * (ls(-b * D) - torch.tensor(e, dtype=D.dtype).log())
+    ),
     "robust": lambda D, b, e: (-(1 - e) * ls(b * D) + e * ls(-b * D)) / (1 - 2 * e),
     "discopop": lambda D, b, e: discopop(b * D),
 }

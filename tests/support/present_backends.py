@@ -1,4 +1,5 @@
 """The backends that this machine has; the fixture ``backend`` of ``conftest.py`` runs a test on each."""
+
 import pytest
 
 from rlkernels.backends import DEVICES, absent

@@ -1,4 +1,5 @@
 """Rows of logits run once for every statistic and a gradient, and two such runs compared."""
+
 import torch
 from reference import cotangents, same_bits
 
@@ -24,9 +25,13 @@ def assert_same_bits(got, expected):
 
 
 def assert_same(got, expected, backend):
-    """Equal in every bit on the native backend; torch's own reductions follow strides, so eager is equal within rounding."""
+    """Equal in every bit on the native backend; torch's own reductions follow strides, so eager is equal within
+    rounding.
+    """
     if backend != "eager":
         return assert_same_bits(got, expected)
     for name, x in expected.items():
         tolerance = 1e-5 if x.dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(got[name], x, atol=tolerance * 0.1, rtol=tolerance, equal_nan=True, msg=f"{name}: {got[name]} against {x}")
+        torch.testing.assert_close(
+            got[name], x, atol=tolerance * 0.1, rtol=tolerance, equal_nan=True, msg=f"{name}: {got[name]} against {x}"
+        )

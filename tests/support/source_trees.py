@@ -1,4 +1,5 @@
 """Copies of what a source distribution holds, and commands run on them."""
+
 import os
 import shutil
 import subprocess
@@ -7,7 +8,17 @@ import pytest
 from paths import ROOT
 
 CXX = shutil.which("c++") or shutil.which("g++")
-DISTRIBUTED = ("setup.py", "setup_build.py", "setup_cuda.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "rlkernels")
+DISTRIBUTED = (
+    "setup.py",
+    "setup_build.py",
+    "setup_cuda.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "csrc",
+    "rlkernels",
+)
 
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the sources are not beside the tests")
 needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
@@ -21,7 +32,11 @@ def run(command, check=True, **options):
 
 def environment(**changes):
     """This environment without what would choose for the build, then ``changes``."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "MAX_JOBS", "PYTHONPATH", "RLKERNELS_CPU", "RLKERNELS_CUDA", "RLKERNELS_CUDA_ARCHS")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("CXX", "MAX_JOBS", "PYTHONPATH", "RLKERNELS_CPU", "RLKERNELS_CUDA", "RLKERNELS_CUDA_ARCHS")
+    }
     return {**kept, **changes}
 
 

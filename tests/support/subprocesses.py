@@ -1,4 +1,7 @@
-"""Child interpreters that see the package under test: where it is installed that one, not the sources in the working folder."""
+"""Child interpreters that see the package under test: where it is installed that one, not the sources in the working
+folder.
+"""
+
 import os
 import subprocess
 import sys
@@ -19,8 +22,14 @@ def environment(without=(), **variables):
 
 def child(*arguments, timeout=300, without=(), **variables):
     """``python ARGUMENTS`` in a folder that holds no source of ours; ``variables`` are added to its environment."""
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=os.sep,
-                          env=environment(without, **variables))
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=os.sep,
+        env=environment(without, **variables),
+    )
 
 
 def code(text, *arguments, **options):

@@ -1,4 +1,5 @@
 """What every backend's ``weighted_loss`` is held against: its definition in float64, through autograd."""
+
 import itertools
 
 import oracles
@@ -7,11 +8,18 @@ import torch
 PARAMS = {"ppo_clip": [0.2, 0.28], "pairwise": [], "k2": []}
 OTHERS = {"ppo_clip": 2, "pairwise": 0, "k2": 1}
 KINDS = ("every element", "mask", "counted mask", "weights", "counted weights")
-CASES = [*itertools.product(("ppo_clip",), (0,), KINDS), *itertools.product(("pairwise",), (1, 2), KINDS), ("k2", 1, "counted mask")]
+CASES = [
+    *itertools.product(("ppo_clip",), (0,), KINDS),
+    *itertools.product(("pairwise",), (1, 2), KINDS),
+    ("k2", 1, "counted mask"),
+]
 
 
 def columns(n, count, dtype, seed=0):
-    return [x.clone() for x in torch.randn(count, n, generator=torch.Generator().manual_seed(seed + n), dtype=torch.float64).to(dtype)]
+    return [
+        x.clone()
+        for x in torch.randn(count, n, generator=torch.Generator().manual_seed(seed + n), dtype=torch.float64).to(dtype)
+    ]
 
 
 def weighing(kind, n, dtype):
@@ -19,7 +27,9 @@ def weighing(kind, n, dtype):
     weight = columns(n, 1, dtype, seed=9)[0]
     weight[::3] = 0.0
     live = weight != 0
-    return {"every element": None, "mask": live, "counted mask": live}.get(kind, weight), live.sum() if "counted" in kind else None
+    return {"every element": None, "mask": live, "counted mask": live}.get(
+        kind, weight
+    ), live.sum() if "counted" in kind else None
 
 
 def definition(objective, first, minus, others, weight, total, share):

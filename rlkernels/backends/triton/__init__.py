@@ -1,4 +1,8 @@
-"""Triton backend: launchers, and the rebinding that turns an objective into a device function. Imported only where it serves."""
+"""Triton backend: launchers, and the rebinding that turns an objective into a device function.
+
+Imported only where it serves.
+"""
+
 import ctypes
 import functools
 import types
@@ -38,7 +42,9 @@ def device_function(function):
 
 @functools.cache
 def warp_width(device):
-    """Threads of a warp: 64 on AMD's data-centre chips, where 32 warps would be more threads than a program may have."""
+    """Threads of a warp: 64 on AMD's data-centre chips, where 32 warps would be more threads than a
+    program may have.
+    """
     return 32 if device.type == "cpu" else triton.runtime.driver.active.get_current_target().warp_size
 
 
@@ -66,34 +72,52 @@ class _Launch:
     """Arguments of every kernel over rows: addresses and strides of logits, targets, temperature and mask."""
 
     def __init__(self, op, logits, targets, temperature, ignore_index, vocab_mask, ref_logits=None):
-        logits, targets, temperature, vocab_mask, self.ref = gate.rows(op, logits, targets, temperature, vocab_mask, ref_logits, real_dtype(logits.dtype))
+        logits, targets, temperature, vocab_mask, self.ref = gate.rows(
+            op, logits, targets, temperature, vocab_mask, ref_logits, real_dtype(logits.dtype)
+        )
         if ref_logits is not None and ref_logits.dtype != logits.dtype:
             raise TypeError(f"{op}: ref_logits has dtype {ref_logits.dtype}, logits {logits.dtype}; cast one of them")
         self.op, self.logits, self.shape = op, logits, (targets.shape[0], logits.shape[-1])
         check_rows(targets, logits.shape[-1], ignore_index, temperature)
         self.tokens, self.vocab, self.real = targets.shape[0], logits.shape[-1], real_dtype(logits.dtype)
         if self.real == torch.float64 and not isinstance(temperature, torch.Tensor):
-            temperature = logits.new_full((self.tokens,), temperature, dtype=torch.float64)  # a kernel's number argument is fp32
+            # A kernel's number argument is fp32.
+            temperature = logits.new_full((self.tokens,), temperature, dtype=torch.float64)
         per_row = isinstance(temperature, torch.Tensor)
         self.level = max(logits.shape[1], 1) if logits.dim() == 3 else 1
         self.labels = (targets, targets.stride(0), ignore_index)
         mask_stride = 0 if vocab_mask is None or vocab_mask.dim() == 1 else vocab_mask.stride(0)
         keep = targets if vocab_mask is None else vocab_mask.view(torch.int8)
-        self.softmax = (1.0 if per_row else inverse(temperature), temperature if per_row else targets, keep, mask_stride, self.vocab)
+        self.softmax = (
+            1.0 if per_row else inverse(temperature),
+            temperature if per_row else targets,
+            keep,
+            mask_stride,
+            self.vocab,
+        )
         self.config = launch_configs.row_config(op, logits.element_size(), self.vocab, vocab_mask is not None)
-        self.flags = {"PER_ROW": per_row, "MASKED": vocab_mask is not None, "REAL": REAL[self.real], "LANES": self.config.lanes,
-                      **options(logits.device, self.config.threads)}
+        self.flags = {
+            "PER_ROW": per_row,
+            "MASKED": vocab_mask is not None,
+            "REAL": REAL[self.real],
+            "LANES": self.config.lanes,
+            **options(logits.device, self.config.threads),
+        }
 
     def per_row(self, names, tensors):
         return gate.per_row(self.op, names, tensors, self.real, self.tokens, self.logits.device)
 
     def gradient(self, out, dtypes):
-        """The place of the gradient of the logits: ``out``, unless there is none or its layout is not one that kernels write."""
+        """The place of the gradient of the logits: ``out``, unless there is none or its layout is not one that kernels
+        write.
+        """
         found = None if out is None else gate.writable(self.op, out, dtypes, self.shape, self.logits.device)
         return self.logits.new_empty(self.shape, dtype=None if out is None else out.dtype) if found is None else found
 
     def places(self, *tensors):
-        """``(outer, inner)`` of each tensor's rows and their common unit: row r is at ``(r // level) outer + (r % level) inner``, level 1 for [T, V]."""
+        """``(outer, inner)`` of each tensor's rows and their common unit: row r is at ``(r // level) outer + (r %
+        level) inner``, level 1 for [T, V].
+        """
         pairs = []
         for x in tensors:
             flat = x.dim() == 2  # a fresh gradient is [T, V] where the logits are [B, L, V]
@@ -107,24 +131,85 @@ def _per_row(tokens, like, real):
 
 
 def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logits, wanted):
-    at = _Launch("token_stats" if ref_logits is None else "token_stats_ref", logits, targets, temperature, ignore_index, vocab_mask, ref_logits)
+    at = _Launch(
+        "token_stats" if ref_logits is None else "token_stats_ref",
+        logits,
+        targets,
+        temperature,
+        ignore_index,
+        vocab_mask,
+        ref_logits,
+    )
     logits, has_ref = at.logits, ref_logits is not None
     ref = at.ref if has_ref else logits
-    present = (True, True, True, wanted & ENTROPY, wanted & LOG_SUM_SQ, wanted & MEAN_LOGITS, wanted & IS_TOP1, has_ref, has_ref, has_ref, wanted & KL)
-    outputs = [_per_row(at.tokens if p else 0, logits, torch.bool if k == 6 else at.real) for k, p in enumerate(present)]
+    present = (
+        True,
+        True,
+        True,
+        wanted & ENTROPY,
+        wanted & LOG_SUM_SQ,
+        wanted & MEAN_LOGITS,
+        wanted & IS_TOP1,
+        has_ref,
+        has_ref,
+        has_ref,
+        wanted & KL,
+    )
+    outputs = [
+        _per_row(at.tokens if p else 0, logits, torch.bool if k == 6 else at.real) for k, p in enumerate(present)
+    ]
     if at.tokens:
         (place, ref_place), align = at.places(logits, ref)
         with device_of(logits):
             row_kernels.token_stats[(at.tokens,)](
-                logits, *place, at.level, ref, *ref_place, *at.labels, *at.softmax, *(x.view(torch.int8) if k == 6 else x for k, x in enumerate(outputs)),
-                WANTED=wanted, REF=has_ref, ALIGN=align, AHEAD=at.config.ahead, **at.flags)
+                logits,
+                *place,
+                at.level,
+                ref,
+                *ref_place,
+                *at.labels,
+                *at.softmax,
+                *(x.view(torch.int8) if k == 6 else x for k, x in enumerate(outputs)),
+                WANTED=wanted,
+                REF=has_ref,
+                ALIGN=align,
+                AHEAD=at.config.ahead,
+                **at.flags,
+            )
     return tuple(outputs)
 
 
-def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ignore_index, vocab_mask, ref_logits, shift, sum_exp, entropy,
-                         ref_shift, ref_sum_exp, kl, out, unless=None):
-    at = _Launch("token_stats_backward" if dkl is None else "token_stats_backward_ref", logits, targets, temperature, ignore_index, vocab_mask, ref_logits)
-    given = gate.of_backward(at.op, dlogp, dentropy, dkl, ref_logits, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl)
+def token_stats_backward(
+    dlogp,
+    dentropy,
+    dkl,
+    logits,
+    targets,
+    temperature,
+    ignore_index,
+    vocab_mask,
+    ref_logits,
+    shift,
+    sum_exp,
+    entropy,
+    ref_shift,
+    ref_sum_exp,
+    kl,
+    out,
+    unless=None,
+):
+    at = _Launch(
+        "token_stats_backward" if dkl is None else "token_stats_backward_ref",
+        logits,
+        targets,
+        temperature,
+        ignore_index,
+        vocab_mask,
+        ref_logits,
+    )
+    given = gate.of_backward(
+        at.op, dlogp, dentropy, dkl, ref_logits, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl
+    )
     dlogp, dentropy, dkl, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl = at.per_row(gate.BACKWARD, given)
     logits, gradient = at.logits, at.gradient(out, GRADIENTS.get(logits.dtype, (logits.dtype,)))
     unless = None if unless is None else gate.taken(at.op, "unless", unless, at.real, (), logits.device)
@@ -139,31 +224,100 @@ def token_stats_backward(dlogp, dentropy, dkl, logits, targets, temperature, ign
         some = [shift if x is None else x for x in (dlogp, dentropy, dkl, entropy, ref_shift, ref_sum_exp, kl)]
         with device_of(logits):
             row_kernels.token_stats_backward[(at.tokens, triton.cdiv(tiles, slice_tiles))](
-                *some[:3], logits, *place, at.level, ref, *ref_place, *at.labels, *at.softmax, shift, sum_exp, *some[3:], gradient, *out_place, slice_tiles,
-                shift if unless is None else unless, int(unless is not None),  # not a compile-time flag: no second variant of the kernel
-                LOGP_TERM=dlogp is not None, ENTROPY_TERM=dentropy is not None, KL_TERM=dkl is not None, ALIGN=align, OUT_ALIGN=out_align,
-                **at.flags)
+                *some[:3],
+                logits,
+                *place,
+                at.level,
+                ref,
+                *ref_place,
+                *at.labels,
+                *at.softmax,
+                shift,
+                sum_exp,
+                *some[3:],
+                gradient,
+                *out_place,
+                slice_tiles,
+                shift if unless is None else unless,
+                int(unless is not None),  # not a compile-time flag: no second variant of the kernel
+                LOGP_TERM=dlogp is not None,
+                ENTROPY_TERM=dentropy is not None,
+                KL_TERM=dkl is not None,
+                ALIGN=align,
+                OUT_ALIGN=out_align,
+                **at.flags,
+            )
     return gate.stored(gradient, out)
 
 
-def fused_policy(objective, logits, targets, temperature, ignore_index, vocab_mask, columns, params, weight, entropy_weight, kl, ref_logp,
-                 kl_weight, with_grad, out):
+def fused_policy(
+    objective,
+    logits,
+    targets,
+    temperature,
+    ignore_index,
+    vocab_mask,
+    columns,
+    params,
+    weight,
+    entropy_weight,
+    kl,
+    ref_logp,
+    kl_weight,
+    with_grad,
+    out,
+):
     at = _Launch("fused_policy", logits, targets, temperature, ignore_index, vocab_mask)
     loss, logp, shift, total, entropy, dlogp = (_per_row(at.tokens, logits, at.real) for _ in range(6))
     weight, entropy_weight, ref_logp, kl_weight, *columns = at.per_row(
-        gate.POLICY, gate.of_policy(at.op, columns, weight, entropy_weight, kl, ref_logp, kl_weight))
-    logits, gradient = at.logits, at.gradient(out, GRADIENTS.get(logits.dtype, (logits.dtype,))) if with_grad else logits.new_empty((0, 0))
+        gate.POLICY, gate.of_policy(at.op, columns, weight, entropy_weight, kl, ref_logp, kl_weight)
+    )
+    logits, gradient = (
+        at.logits,
+        at.gradient(out, GRADIENTS.get(logits.dtype, (logits.dtype,))) if with_grad else logits.new_empty((0, 0)),
+    )
     if at.tokens:
         (place,), align = at.places(logits)
         (out_place,), out_align = at.places(gradient if with_grad else logits)
         with device_of(logits):
             row_kernels.fused_policy[(at.tokens,)](
-                device_function(OBJECTIVES[objective].function), device_function(OBJECTIVES[kl or "k1"].function), logits, *place, at.level, *at.labels,
-                *at.softmax, tuple(columns), *_numbers(params, at.real), weight, *(weight if x is None else x for x in (entropy_weight, ref_logp, kl_weight)),
-                loss, logp, shift, total, entropy, dlogp, gradient if with_grad else logits, *out_place, WITH_GRAD=with_grad,
-                ENTROPY_TERM=entropy_weight is not None, KL_TERM=kl is not None, ALIGN=align, OUT_ALIGN=out_align,
-                AHEAD=at.config.ahead if align >= PER.value else 1, **at.flags)  # narrow loads are many without looking ahead
-    return loss.sum(dtype=torch.float64).to(at.real), gate.stored(gradient, out if with_grad else None), logp, shift, total, entropy, dlogp
+                device_function(OBJECTIVES[objective].function),
+                device_function(OBJECTIVES[kl or "k1"].function),
+                logits,
+                *place,
+                at.level,
+                *at.labels,
+                *at.softmax,
+                tuple(columns),
+                *_numbers(params, at.real),
+                weight,
+                *(weight if x is None else x for x in (entropy_weight, ref_logp, kl_weight)),
+                loss,
+                logp,
+                shift,
+                total,
+                entropy,
+                dlogp,
+                gradient if with_grad else logits,
+                *out_place,
+                WITH_GRAD=with_grad,
+                ENTROPY_TERM=entropy_weight is not None,
+                KL_TERM=kl is not None,
+                ALIGN=align,
+                OUT_ALIGN=out_align,
+                # Narrow loads are many without looking ahead.
+                AHEAD=at.config.ahead if align >= PER.value else 1,
+                **at.flags,
+            )
+    return (
+        loss.sum(dtype=torch.float64).to(at.real),
+        gate.stored(gradient, out if with_grad else None),
+        logp,
+        shift,
+        total,
+        entropy,
+        dlogp,
+    )
 
 
 def _numbers(params, real):
@@ -178,31 +332,66 @@ def elementwise(objective, columns, params, weight):
     weight, *columns = gate.weighted_columns("elementwise", weight, columns)
     first = columns[0]
     value, derivative = torch.empty_like(first), torch.empty_like(first)
-    loss = _summed(blocks.elementwise, first, lambda partial: (
-        device_function(OBJECTIVES[objective].function), tuple(columns), *_numbers(params, first.dtype), first if weight is None else weight,
-        value, derivative, partial, first.numel()), WEIGHTED=weight is not None)
+    loss = _summed(
+        blocks.elementwise,
+        first,
+        lambda partial: (
+            device_function(OBJECTIVES[objective].function),
+            tuple(columns),
+            *_numbers(params, first.dtype),
+            first if weight is None else weight,
+            value,
+            derivative,
+            partial,
+            first.numel(),
+        ),
+        WEIGHTED=weight is not None,
+    )
     return loss, value, derivative
 
 
 def weighted_loss(objective, first, minus, others, params, weight, total, share):
     first, *rest = gate.columns("weighted_loss", first, [*minus, *others])
-    minus, others = rest[:len(minus)], rest[len(minus):]
+    minus, others = rest[: len(minus)], rest[len(minus) :]
     weight, total = gate.weights("weighted_loss", weight, total, first)
-    slopes, masked = first.new_empty((2 if minus else 1, *first.shape)), weight is not None and weight.dtype == torch.bool
+    slopes, masked = (
+        first.new_empty((2 if minus else 1, *first.shape)),
+        weight is not None and weight.dtype == torch.bool,
+    )
     weights = first if weight is None else weight.view(torch.int8) if masked else weight
-    loss = _summed(blocks.weighted_loss, first, lambda partial: (
-        device_function(OBJECTIVES[objective].function), first, tuple(minus), tuple(others), *_numbers(params, first.dtype), weights,
-        first if total is None else total, *_numbers([share], first.dtype), slopes[0], slopes[-1], partial, first.numel()),
-        WEIGHTED=weight is not None, MASKED=masked, COUNTED=total is not None)
+    loss = _summed(
+        blocks.weighted_loss,
+        first,
+        lambda partial: (
+            device_function(OBJECTIVES[objective].function),
+            first,
+            tuple(minus),
+            tuple(others),
+            *_numbers(params, first.dtype),
+            weights,
+            first if total is None else total,
+            *_numbers([share], first.dtype),
+            slopes[0],
+            slopes[-1],
+            partial,
+            first.numel(),
+        ),
+        WEIGHTED=weight is not None,
+        MASKED=masked,
+        COUNTED=total is not None,
+    )
     return loss, slopes
 
 
 def _summed(kernel, first, arguments, **flags):
-    """Launches a kernel over columns like ``first``, and a second one where it leaves more than one partial; the sum."""
+    """Launches a kernel over columns like ``first``, and a second one where it leaves several partial sums; returns the
+    sum.
+    """
     n = first.numel()
     count = triton.cdiv(n, launch_configs.BLOCK)
     loss = first.new_empty(()) if n else first.new_zeros(())
-    partial = loss if count == 1 else first.new_empty(count, dtype=torch.float64)  # one block: its partial, rounded once, is the loss
+    # One block: its partial, rounded once, is the loss.
+    partial = loss if count == 1 else first.new_empty(count, dtype=torch.float64)
     if n:
         launch = {"BLOCK": launch_configs.BLOCK, **options(first.device, launch_configs.THREADS)}
         with device_of(first):
@@ -222,7 +411,19 @@ def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
     if sequences and rewards.numel():
         with device_of(rewards):
             gae_kernel.gae[(sequences,)](
-                rewards, values, mask.view(torch.int8) if use_mask else rewards, rewards if cu_seqlens is None else cu_seqlens, length,
-                *split(gamma), *split(gamma * lam), advantages, returns, PACKED=cu_seqlens is not None, MASKED=use_mask, SKIP=masked == "skip",
-                BLOCK=launch_configs.SCAN, **options(rewards.device, launch_configs.THREADS))
+                rewards,
+                values,
+                mask.view(torch.int8) if use_mask else rewards,
+                rewards if cu_seqlens is None else cu_seqlens,
+                length,
+                *split(gamma),
+                *split(gamma * lam),
+                advantages,
+                returns,
+                PACKED=cu_seqlens is not None,
+                MASKED=use_mask,
+                SKIP=masked == "skip",
+                BLOCK=launch_configs.SCAN,
+                **options(rewards.device, launch_configs.THREADS),
+            )
     return advantages, returns

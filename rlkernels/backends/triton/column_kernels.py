@@ -1,4 +1,7 @@
-"""Kernels over ``[N]``: an objective's value and derivative with partial sums per block, and their fixed-order total."""
+"""Kernels over ``[N]``: an objective's value and derivative with partial sums per block, and their
+fixed-order total.
+"""
+
 import triton
 import triton.language as tl
 
@@ -6,9 +9,22 @@ from rlkernels.backends.triton.row_kernels import numbers
 
 
 @triton.jit(do_not_specialize=["n"])
-def elementwise(OBJECTIVE: tl.constexpr, columns, parameters, parameters_low, weight_ptr, value_ptr, derivative_ptr, partial_ptr, n, WEIGHTED: tl.constexpr,
-                BLOCK: tl.constexpr):
-    """Value and derivative of an objective, and one partial of the weighted sum per block; a row of weight 0 is not evaluated."""
+def elementwise(
+    OBJECTIVE: tl.constexpr,
+    columns,
+    parameters,
+    parameters_low,
+    weight_ptr,
+    value_ptr,
+    derivative_ptr,
+    partial_ptr,
+    n,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Value and derivative of an objective, and one partial of the weighted sum per block; a row of weight 0 is not
+    evaluated.
+    """
     block = tl.program_id(0).to(tl.int64)
     i = block * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
@@ -31,11 +47,31 @@ def elementwise(OBJECTIVE: tl.constexpr, columns, parameters, parameters_low, we
 
 
 @triton.jit(do_not_specialize=["n"])
-def weighted_loss(OBJECTIVE: tl.constexpr, first_ptr, minus, others, parameters, parameters_low, weight_ptr, total_ptr, shares, shares_low, slope_ptr,
-                  opposite_ptr, partial_ptr, n, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
-    """The slope of a weighted sum, its negative for what is taken from the first column, and one partial of the sum per block.
+def weighted_loss(
+    OBJECTIVE: tl.constexpr,
+    first_ptr,
+    minus,
+    others,
+    parameters,
+    parameters_low,
+    weight_ptr,
+    total_ptr,
+    shares,
+    shares_low,
+    slope_ptr,
+    opposite_ptr,
+    partial_ptr,
+    n,
+    WEIGHTED: tl.constexpr,
+    MASKED: tl.constexpr,
+    COUNTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The slope of a weighted sum, its negative for what is taken from the first column, and one partial of the sum per
+    block.
 
-    A weight is 0 or 1 where ``MASKED``; all are multiplied by the one of ``shares`` and, where ``COUNTED``, divided by what ``total_ptr`` holds.
+    A weight is 0 or 1 where ``MASKED``; all are multiplied by the one of ``shares`` and, where ``COUNTED``, divided by
+    what ``total_ptr`` holds.
     """
     block = tl.program_id(0).to(tl.int64)
     i = block * BLOCK + tl.arange(0, BLOCK)

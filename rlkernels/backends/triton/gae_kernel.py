@@ -1,10 +1,12 @@
 """Generalised advantage estimation as one reverse scan per sequence, any length, masks and packed batches included.
 
-Walked from the end, a live token takes the trace ``A`` to ``r_t - V_t + gamma V_next + gamma lam A``; a dead one leaves it alone ("skip"). Both
-are maps ``A' = q A + s``, and maps compose: an associative scan inside a block, and a carry from block to block. ``V_next`` is the value of the
-token behind, or, where dead tokens are skipped, of the live one behind: a scan of selections. The composition order is fixed, so the bits
-depend on nothing but the sequence. Traces are fp64: with ``gamma = lam = 1`` an fp32 trace over 8192 tokens has lost three digits.
+Walked from the end, a live token takes the trace ``A`` to ``r_t - V_t + gamma V_next + gamma lam A``; a dead one leaves
+it alone ("skip"). Both are maps ``A' = q A + s``, and maps compose: an associative scan inside a block, and a carry
+from block to block. ``V_next`` is the value of the token behind, or, where dead tokens are skipped, of the live one
+behind: a scan of selections. The composition order is fixed, so the bits depend on nothing but the sequence. Traces are
+fp64: with ``gamma = lam = 1`` an fp32 trace over 8192 tokens has lost three digits.
 """
+
 import triton
 import triton.language as tl
 
@@ -22,9 +24,27 @@ def _then(q_a, s_a, q_b, s_b):
 
 
 @triton.jit(do_not_specialize=["length"])
-def gae(rewards_ptr, values_ptr, mask_ptr, ends_ptr, length, gamma, gamma_low, decay, decay_low, advantages_ptr, returns_ptr, PACKED: tl.constexpr,
-        MASKED: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr):
-    """One sequence per program. ``decay = gamma lam``; ``SKIP``: a dead token is passed over, else it is a step with reward and value 0."""
+def gae(
+    rewards_ptr,
+    values_ptr,
+    mask_ptr,
+    ends_ptr,
+    length,
+    gamma,
+    gamma_low,
+    decay,
+    decay_low,
+    advantages_ptr,
+    returns_ptr,
+    PACKED: tl.constexpr,
+    MASKED: tl.constexpr,
+    SKIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One sequence per program.
+
+    ``decay = gamma lam``; ``SKIP``: a dead token is passed over, else it is a step with reward and value 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     if PACKED:
         first = tl.load(ends_ptr + row)

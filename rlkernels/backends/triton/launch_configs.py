@@ -1,15 +1,19 @@
 """The division of a row: a table by operation, dtype and vocabulary, not an autotuner.
 
-An autotuner runs a kernel several times, which corrupts one that writes in place, and may pick other bits on another day.
-``override`` replaces entries for experiments. Not measured on hardware yet. Chosen for 16 bytes per thread and load, for several loads in
-flight, and for no spills on any target that ``tests/backends/triton_backend/compiled`` compiles for.
+An autotuner runs a kernel several times, which corrupts one that writes in place, and may pick other bits on another
+day. ``override`` replaces entries for experiments. Not measured on hardware yet. Chosen for 16 bytes per thread and
+load, for several loads in flight, and for no spills on any target that ``tests/backends/triton_backend/compiled``
+compiles for.
 """
+
 from contextlib import contextmanager
 from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    """One program: lanes that a row is divided into (they decide the bits of its sums), threads, and tiles loaded before the first is used."""
+    """One program: lanes that a row is divided into (they decide the bits of its sums), threads, and tiles loaded
+    before the first is used.
+    """
 
     lanes: int
     threads: int
@@ -18,15 +22,19 @@ class Config(NamedTuple):
 
 SMALL, MIDDLE, LARGE = 1024, 32768, 1 << 31
 STATISTICS = ((SMALL, Config(128, 128)), (LARGE, Config(512, 256)))
-TWO_MODELS = ((SMALL, Config(128, 128)), (LARGE, Config(512, 512)))  # half of the columns per thread: twice as much is kept of each
-# The second sweep finds in the level-2 cache what the rows in flight have left there: many threads and tiles per row, few rows. A loop over rows
-# inside the program would fix their number, but cost registers (35 became 99, with spills on gfx942).
+# Half of the columns per thread: twice as much is kept of each.
+TWO_MODELS = ((SMALL, Config(128, 128)), (LARGE, Config(512, 512)))
+# The second sweep finds in the level-2 cache what the rows in flight have left there: many threads and tiles per row,
+# few rows. A loop over rows inside the program would fix their number, but cost registers (35 became 99, with spills on
+# gfx942).
 ONE_PASS = ((SMALL, Config(128, 128)), (MIDDLE, Config(512, 512, 2)), (LARGE, Config(512, 512, 4)))
-ONE_PASS_WIDE = ((SMALL, Config(128, 128)), (LARGE, Config(512, 512)))  # fp32: two tiles ahead spill on sm_90 with Triton 3.6
+# Fp32: two tiles ahead spill on sm_90 with Triton 3.6.
+ONE_PASS_WIDE = ((SMALL, Config(128, 128)), (LARGE, Config(512, 512)))
 DOUBLE = ((LARGE, Config(128, 128)),)
 TABLE = {
-    # (op, bytes per logit): ((largest vocabulary, config), ...). Lanes are the same for every op that sums and for 2 and 4 bytes: a log-probability
-    # has the same bits from all of them, and bf16 logits give the bits of the same values in fp32.
+    # (op, bytes per logit): ((largest vocabulary, config), ...). Lanes are the same for every op that sums and for 2
+    # and 4 bytes: a log-probability has the same bits from all of them, and bf16 logits give the bits of the same
+    # values in fp32.
     ("token_stats", 2): STATISTICS,
     ("token_stats", 4): STATISTICS,
     ("token_stats", 8): DOUBLE,
@@ -45,7 +53,8 @@ TABLE = {
 }
 """``_ref``: with reference logits."""
 MASKED = {
-    # With a mask of columns more is kept per column: these entries of TABLE would spill on sm_120 or gfx942 (four tiles ahead; all outputs at once).
+    # With a mask of columns more is kept per column: these entries of TABLE would spill on sm_120 or gfx942 (four tiles
+    # ahead; all outputs at once).
     ("token_stats_ref", 2): ((SMALL, Config(128, 128)), (LARGE, Config(512, 1024))),
     ("fused_policy", 2): ((SMALL, Config(128, 128)), (LARGE, Config(512, 512, 2))),
 }

@@ -1,4 +1,5 @@
 """Triton twins of ``rlkernels.objectives.functions``: same names, same meaning, NaN kept."""
+
 import triton
 import triton.language as tl
 
@@ -10,7 +11,8 @@ def exp(x):
 
 @triton.jit
 def expm1(x):
-    # Kahan: the rounding error of u = exp(x) cancels between u - 1 and log(u). exp(x) - 1 alone has no correct digit at x = 1e-8.
+    # Kahan: the rounding error of u = exp(x) cancels between u - 1 and log(u). exp(x) - 1 alone has no correct digit at
+    # x = 1e-8.
     u = tl.exp(x)
     near = (u - 1.0) * (x / tl.log(u))  # in this order: (u - 1) x is inf from x = 84 on
     return tl.where(u == 1.0, x, tl.where(u - 1.0 == -1.0, -1.0, tl.where(u == float("inf"), u, near)))

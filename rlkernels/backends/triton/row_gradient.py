@@ -1,4 +1,5 @@
 """Device functions that write one row's gradient, from its logits and saved statistics."""
+
 import triton
 import triton.language as tl
 
@@ -6,12 +7,35 @@ from rlkernels.backends.triton.row_statistics import FAR, LN2, LOG2E, PER, colum
 
 
 @triton.jit
-def row_gradient(row, ref, out, target, start, stop, mask, inv_temperature, shift, total, entropy, dlogp, dentropy, dkl, ref_shift,
-                 ref_log_total, kl, MASKED: tl.constexpr, ENTROPY_TERM: tl.constexpr, KL_TERM: tl.constexpr, LANES: tl.constexpr):
-    """``dlogits`` of columns ``[start, stop)``: ``dlogp (1[v=y] - p) - dentropy p (log p + H) + dkl p (log p - log q - KL)``, over T.
+def row_gradient(
+    row,
+    ref,
+    out,
+    target,
+    start,
+    stop,
+    mask,
+    inv_temperature,
+    shift,
+    total,
+    entropy,
+    dlogp,
+    dentropy,
+    dkl,
+    ref_shift,
+    ref_log_total,
+    kl,
+    MASKED: tl.constexpr,
+    ENTROPY_TERM: tl.constexpr,
+    KL_TERM: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """``dlogits`` of columns ``[start, stop)``: ``dlogp (1[v=y] - p) - dentropy p (log p + H) + dkl p (log p - log q -
+    KL)``, over T.
 
-    Away from the target this is ``-e (flat + slope z)`` with ``e = exp2(z) = p total``; the target's element is written last, by itself.
-    Walked backwards: in the one-pass kernel the last tiles are the ones that the first sweep left in the cache.
+    Away from the target this is ``-e (flat + slope z)`` with ``e = exp2(z) = p total``; the target's element is written
+    last, by itself. Walked backwards: in the one-pass kernel the last tiles are the ones that the first sweep left in
+    the cache.
     """
     scale = inv_temperature * LOG2E
     log_total = tl.log(total)
@@ -24,8 +48,28 @@ def row_gradient(row, ref, out, target, start, stop, mask, inv_temperature, shif
     pull = dkl * share
     level = ref_log_total - log_total - kl
     own = (target >= start) & (target < stop)
-    at_target = _at_target(row, ref, target, start, stop, mask, inv_temperature, shift, total, log_total, entropy, dlogp, dentropy, dkl, ref_shift,
-                           ref_log_total, kl, MASKED, ENTROPY_TERM, KL_TERM)
+    at_target = _at_target(
+        row,
+        ref,
+        target,
+        start,
+        stop,
+        mask,
+        inv_temperature,
+        shift,
+        total,
+        log_total,
+        entropy,
+        dlogp,
+        dentropy,
+        dkl,
+        ref_shift,
+        ref_log_total,
+        kl,
+        MASKED,
+        ENTROPY_TERM,
+        KL_TERM,
+    )
     tl.debug_barrier()  # in place, every thread has read the target's logit before one overwrites it
     BLOCK: tl.constexpr = LANES * PER
     blocks = tl.cdiv(stop - start, BLOCK)
@@ -33,16 +77,74 @@ def row_gradient(row, ref, out, target, start, stop, mask, inv_temperature, shif
         at = start + (blocks - 1 - k) * BLOCK
         v = columns(at, LANES)
         if at + BLOCK <= stop:
-            _store(row, ref, out, v, stop, mask, scale, inv_temperature, shift, flat, slope, pull, level, ref_shift, False, MASKED, ENTROPY_TERM, KL_TERM)
+            _store(
+                row,
+                ref,
+                out,
+                v,
+                stop,
+                mask,
+                scale,
+                inv_temperature,
+                shift,
+                flat,
+                slope,
+                pull,
+                level,
+                ref_shift,
+                False,
+                MASKED,
+                ENTROPY_TERM,
+                KL_TERM,
+            )
         else:
-            _store(row, ref, out, v, stop, mask, scale, inv_temperature, shift, flat, slope, pull, level, ref_shift, True, MASKED, ENTROPY_TERM, KL_TERM)
+            _store(
+                row,
+                ref,
+                out,
+                v,
+                stop,
+                mask,
+                scale,
+                inv_temperature,
+                shift,
+                flat,
+                slope,
+                pull,
+                level,
+                ref_shift,
+                True,
+                MASKED,
+                ENTROPY_TERM,
+                KL_TERM,
+            )
     tl.debug_barrier()  # two threads write the target's element: the right value comes last
     tl.store(out + target, at_target.to(out.dtype.element_ty), own)
 
 
 @triton.jit
-def _at_target(row, ref, target, start, stop, mask, inv_temperature, shift, total, log_total, entropy, dlogp, dentropy, dkl, ref_shift,
-               ref_log_total, kl, MASKED: tl.constexpr, ENTROPY_TERM: tl.constexpr, KL_TERM: tl.constexpr):
+def _at_target(
+    row,
+    ref,
+    target,
+    start,
+    stop,
+    mask,
+    inv_temperature,
+    shift,
+    total,
+    log_total,
+    entropy,
+    dlogp,
+    dentropy,
+    dkl,
+    ref_shift,
+    ref_log_total,
+    kl,
+    MASKED: tl.constexpr,
+    ENTROPY_TERM: tl.constexpr,
+    KL_TERM: tl.constexpr,
+):
     # fp32 until the one rounding of the store: p rounded to bf16 first is 100 % off in the true class at p = 0.9995.
     centred = (target_logit(row, target, start, stop, mask, MASKED) - shift) * inv_temperature
     p = tl.exp2(centred * LOG2E) / total
@@ -57,8 +159,26 @@ def _at_target(row, ref, target, start, stop, mask, inv_temperature, shift, tota
 
 
 @triton.jit
-def _store(row, ref, out, v, stop, mask, scale, inv_temperature, shift, flat, slope, pull, level, ref_shift, TAIL: tl.constexpr, MASKED: tl.constexpr,
-           ENTROPY_TERM: tl.constexpr, KL_TERM: tl.constexpr):
+def _store(
+    row,
+    ref,
+    out,
+    v,
+    stop,
+    mask,
+    scale,
+    inv_temperature,
+    shift,
+    flat,
+    slope,
+    pull,
+    level,
+    ref_shift,
+    TAIL: tl.constexpr,
+    MASKED: tl.constexpr,
+    ENTROPY_TERM: tl.constexpr,
+    KL_TERM: tl.constexpr,
+):
     keep = kept_columns(mask, v, stop, TAIL, MASKED)
     z = (read(row, v, stop, keep, TAIL, MASKED, "evict_first") - shift) * scale
     e = tl.exp2(z)

@@ -1,17 +1,41 @@
-"""The kernels over rows: one program per row (statistics, one-pass policy loss), or per row and slice of columns (gradient).
+"""The kernels over rows: one program per row (statistics, one-pass policy loss), or per row and slice of columns
+(gradient).
 
-They take an objective as a function and know no reinforcement learning. Rows sit on grid axis 0 (axis 1 ends at 65535); nothing but lanes,
-flags and the objective is a compile-time constant. No atomics: results do not depend on the order of programs.
+They take an objective as a function and know no reinforcement learning. Rows sit on grid axis 0 (axis 1 ends at 65535);
+nothing but lanes, flags and the objective is a compile-time constant. No atomics: results do not depend on the order of
+programs.
 """
+
 import triton
 import triton.language as tl
 
 from rlkernels.backends.triton.row_gradient import row_gradient, row_zero
-from rlkernels.backends.triton.row_statistics import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS, PER, place, row_stats, target_logit
+from rlkernels.backends.triton.row_statistics import (
+    ENTROPY,
+    IS_TOP1,
+    KL,
+    LOG_SUM_SQ,
+    MEAN_LOGITS,
+    PER,
+    place,
+    row_stats,
+    target_logit,
+)
 
-UNSPECIALISED = ["outer", "inner", "ref_outer", "ref_inner", "out_outer", "out_inner", "level", "mask_stride", "target_stride", "ignore_index"]
-# Strides of rows come in units of ALIGN elements, the largest of 16, 8, 4, 2, 1 that all of them allow: it decides how wide loads can be. A vocabulary
-# and a layout fix it, whatever the lengths.
+UNSPECIALISED = [
+    "outer",
+    "inner",
+    "ref_outer",
+    "ref_inner",
+    "out_outer",
+    "out_inner",
+    "level",
+    "mask_stride",
+    "target_stride",
+    "ignore_index",
+]
+# Strides of rows come in units of ALIGN elements, the largest of 16, 8, 4, 2, 1 that all of them allow: it decides how
+# wide loads can be. A vocabulary and a layout fix it, whatever the lengths.
 
 
 @triton.jit
@@ -23,15 +47,48 @@ def _inverse_temperature(temperature, temperature_ptr, token, PER_ROW: tl.conste
         if row_temperature.dtype == tl.float64:
             inverse = one / row_temperature
         else:
-            inverse = tl.div_rn(one, row_temperature)  # rounded as on the host: a tensor of temperatures has the bits of the numbers
+            # Rounded as on the host: a tensor of temperatures has the bits of the numbers.
+            inverse = tl.div_rn(one, row_temperature)
     return inverse
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
-def token_stats(logits_ptr, outer: tl.int64, inner: tl.int64, level, ref_ptr, ref_outer: tl.int64, ref_inner: tl.int64, targets_ptr, target_stride,
-                ignore_index, temperature, temperature_ptr, mask_ptr, mask_stride, vocab, logp_ptr, shift_ptr, total_ptr, entropy_ptr, squares_ptr,
-                mean_ptr, top1_ptr, ref_logp_ptr, ref_shift_ptr, ref_total_ptr, kl_ptr, WANTED: tl.constexpr, PER_ROW: tl.constexpr,
-                MASKED: tl.constexpr, REF: tl.constexpr, REAL: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr, AHEAD: tl.constexpr):
+def token_stats(
+    logits_ptr,
+    outer: tl.int64,
+    inner: tl.int64,
+    level,
+    ref_ptr,
+    ref_outer: tl.int64,
+    ref_inner: tl.int64,
+    targets_ptr,
+    target_stride,
+    ignore_index,
+    temperature,
+    temperature_ptr,
+    mask_ptr,
+    mask_stride,
+    vocab,
+    logp_ptr,
+    shift_ptr,
+    total_ptr,
+    entropy_ptr,
+    squares_ptr,
+    mean_ptr,
+    top1_ptr,
+    ref_logp_ptr,
+    ref_shift_ptr,
+    ref_total_ptr,
+    kl_ptr,
+    WANTED: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    MASKED: tl.constexpr,
+    REF: tl.constexpr,
+    REAL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LANES: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
     """One row's statistics in one read (two with a reference). A dead row is not read; its outputs are 0."""
     token = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + token * target_stride).to(tl.int64)
@@ -61,7 +118,8 @@ def token_stats(logits_ptr, outer: tl.int64, inner: tl.int64, level, ref_ptr, re
         mask = mask_ptr + token * mask_stride
         inv = _inverse_temperature(temperature, temperature_ptr, token, PER_ROW)
         shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross = row_stats(
-            row, ref, vocab, mask, inv, WANTED, MASKED, REF, REAL, LANES, AHEAD, "evict_first")
+            row, ref, vocab, mask, inv, WANTED, MASKED, REF, REAL, LANES, AHEAD, "evict_first"
+        )
         log_total = tl.log(total)
         x = target_logit(row, target, 0, vocab, mask, MASKED)
         outside = (target < 0) | (target >= vocab)  # met on an accelerator only: NaN there, no address formed from it
@@ -79,7 +137,10 @@ def token_stats(logits_ptr, outer: tl.int64, inner: tl.int64, level, ref_ptr, re
             tl.store(top1_ptr + token, ((first == target) & (total == total)).to(tl.int8))
         if REF:
             ref_log_total = tl.log(ref_total)
-            tl.store(ref_logp_ptr + token, (target_logit(ref, target, 0, vocab, mask, MASKED) - ref_shift) * inv - ref_log_total)
+            tl.store(
+                ref_logp_ptr + token,
+                (target_logit(ref, target, 0, vocab, mask, MASKED) - ref_shift) * inv - ref_log_total,
+            )
             tl.store(ref_shift_ptr + token, tl.where(outside, nan, ref_shift))
             tl.store(ref_total_ptr + token, tl.where(outside, nan, ref_total))
             if KL & WANTED:
@@ -87,12 +148,50 @@ def token_stats(logits_ptr, outer: tl.int64, inner: tl.int64, level, ref_ptr, re
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED + ["slice_tiles", "unless_ptr", "guarded"])
-def token_stats_backward(dlogp_ptr, dentropy_ptr, dkl_ptr, logits_ptr, outer: tl.int64, inner: tl.int64, level, ref_ptr, ref_outer: tl.int64,
-                         ref_inner: tl.int64, targets_ptr, target_stride, ignore_index, temperature, temperature_ptr, mask_ptr, mask_stride, vocab,
-                         shift_ptr, total_ptr, entropy_ptr, ref_shift_ptr, ref_total_ptr, kl_ptr, out_ptr, out_outer: tl.int64, out_inner: tl.int64,
-                         slice_tiles, unless_ptr, guarded, LOGP_TERM: tl.constexpr, ENTROPY_TERM: tl.constexpr, KL_TERM: tl.constexpr, PER_ROW: tl.constexpr,
-                         MASKED: tl.constexpr, REAL: tl.constexpr, ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr, LANES: tl.constexpr):
-    """One slice of one row's gradient: one read and one write, in place where ``out`` is ``logits``; nothing where ``unless`` is exactly 1."""
+def token_stats_backward(
+    dlogp_ptr,
+    dentropy_ptr,
+    dkl_ptr,
+    logits_ptr,
+    outer: tl.int64,
+    inner: tl.int64,
+    level,
+    ref_ptr,
+    ref_outer: tl.int64,
+    ref_inner: tl.int64,
+    targets_ptr,
+    target_stride,
+    ignore_index,
+    temperature,
+    temperature_ptr,
+    mask_ptr,
+    mask_stride,
+    vocab,
+    shift_ptr,
+    total_ptr,
+    entropy_ptr,
+    ref_shift_ptr,
+    ref_total_ptr,
+    kl_ptr,
+    out_ptr,
+    out_outer: tl.int64,
+    out_inner: tl.int64,
+    slice_tiles,
+    unless_ptr,
+    guarded,
+    LOGP_TERM: tl.constexpr,
+    ENTROPY_TERM: tl.constexpr,
+    KL_TERM: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    MASKED: tl.constexpr,
+    REAL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """One slice of one row's gradient: one read and one write, in place where ``out`` is ``logits``; nothing where
+    ``unless`` is exactly 1.
+    """
     if tl.load(unless_ptr, guarded != 0, other=0.0) == 1.0:
         return
     token = tl.program_id(0).to(tl.int64)
@@ -131,18 +230,77 @@ def token_stats_backward(dlogp_ptr, dentropy_ptr, dkl_ptr, logits_ptr, outer: tl
             ref_shift = tl.load(ref_shift_ptr + token)
             ref_log_total = tl.log(tl.load(ref_total_ptr + token))
             kl = tl.load(kl_ptr + token)
-        row_gradient(row, ref, out, target, start, stop, mask, inv, tl.load(shift_ptr + token), tl.load(total_ptr + token), entropy, dlogp, dentropy,
-                     dkl, ref_shift, ref_log_total, kl, MASKED, ENTROPY_TERM, KL_TERM, LANES)
+        row_gradient(
+            row,
+            ref,
+            out,
+            target,
+            start,
+            stop,
+            mask,
+            inv,
+            tl.load(shift_ptr + token),
+            tl.load(total_ptr + token),
+            entropy,
+            dlogp,
+            dentropy,
+            dkl,
+            ref_shift,
+            ref_log_total,
+            kl,
+            MASKED,
+            ENTROPY_TERM,
+            KL_TERM,
+            LANES,
+        )
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
-def fused_policy(OBJECTIVE: tl.constexpr, KL_OBJECTIVE: tl.constexpr, logits_ptr, outer: tl.int64, inner: tl.int64, level, targets_ptr, target_stride,
-                 ignore_index, temperature, temperature_ptr, mask_ptr, mask_stride, vocab, columns, parameters, parameters_low, weight_ptr,
-                 entropy_weight_ptr, ref_logp_ptr, kl_weight_ptr, loss_ptr, logp_ptr, shift_ptr, total_ptr, entropy_ptr, dlogp_ptr, out_ptr,
-                 out_outer: tl.int64, out_inner: tl.int64, WITH_GRAD: tl.constexpr, ENTROPY_TERM: tl.constexpr, KL_TERM: tl.constexpr,
-                 PER_ROW: tl.constexpr, MASKED: tl.constexpr, REAL: tl.constexpr, ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,
-                 LANES: tl.constexpr, AHEAD: tl.constexpr):
-    """One row: statistics, objective and gradient in one launch; the second sweep walks back over what the first left in the cache."""
+def fused_policy(
+    OBJECTIVE: tl.constexpr,
+    KL_OBJECTIVE: tl.constexpr,
+    logits_ptr,
+    outer: tl.int64,
+    inner: tl.int64,
+    level,
+    targets_ptr,
+    target_stride,
+    ignore_index,
+    temperature,
+    temperature_ptr,
+    mask_ptr,
+    mask_stride,
+    vocab,
+    columns,
+    parameters,
+    parameters_low,
+    weight_ptr,
+    entropy_weight_ptr,
+    ref_logp_ptr,
+    kl_weight_ptr,
+    loss_ptr,
+    logp_ptr,
+    shift_ptr,
+    total_ptr,
+    entropy_ptr,
+    dlogp_ptr,
+    out_ptr,
+    out_outer: tl.int64,
+    out_inner: tl.int64,
+    WITH_GRAD: tl.constexpr,
+    ENTROPY_TERM: tl.constexpr,
+    KL_TERM: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    MASKED: tl.constexpr,
+    REAL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
+    LANES: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """One row: statistics, objective and gradient in one launch; the second sweep walks back over what the first left
+    in the cache.
+    """
     token = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + token * target_stride).to(tl.int64)
     out = place(out_ptr, token, out_outer, out_inner, level, OUT_ALIGN)
@@ -168,7 +326,9 @@ def fused_policy(OBJECTIVE: tl.constexpr, KL_OBJECTIVE: tl.constexpr, logits_ptr
         inv = _inverse_temperature(temperature, temperature_ptr, token, PER_ROW)
         # Read before the sweeps: in place, the second one overwrites it.
         x = target_logit(row, target, 0, vocab, mask, MASKED)
-        shift, total, moment, _, _, _, _, _, _, _ = row_stats(row, row, vocab, mask, inv, ENTROPY, MASKED, False, REAL, LANES, AHEAD, "evict_last")
+        shift, total, moment, _, _, _, _, _, _, _ = row_stats(
+            row, row, vocab, mask, inv, ENTROPY, MASKED, False, REAL, LANES, AHEAD, "evict_last"
+        )
         total = tl.where((target < 0) | (target >= vocab), float("nan"), total)
         log_total = tl.log(total)
         logp = (x - shift) * inv - log_total
@@ -205,15 +365,37 @@ def fused_policy(OBJECTIVE: tl.constexpr, KL_OBJECTIVE: tl.constexpr, logits_ptr
                 row_zero(out, 0, vocab, LANES)
             else:
                 zero = tl.zeros((), REAL)
-                row_gradient(row, row, out, target, 0, vocab, mask, inv, shift, total, entropy, push, -entropy_weight, zero, zero, zero, zero, MASKED,
-                             ENTROPY_TERM, False, LANES)
+                row_gradient(
+                    row,
+                    row,
+                    out,
+                    target,
+                    0,
+                    vocab,
+                    mask,
+                    inv,
+                    shift,
+                    total,
+                    entropy,
+                    push,
+                    -entropy_weight,
+                    zero,
+                    zero,
+                    zero,
+                    zero,
+                    MASKED,
+                    ENTROPY_TERM,
+                    False,
+                    LANES,
+                )
 
 
 @triton.jit
 def numbers(high, low):
     """Run-time numbers. A kernel's number argument is fp32: an fp64 kernel gets each as a sum of two.
 
-    Kernels call them ``parameters``: Triton's launcher has a variable ``params`` of its own, which an argument of that name would collide with.
+    Kernels call them ``parameters``: Triton's launcher has a variable ``params`` of its own, which an argument of that
+    name would collide with.
     """
     found = high
     if len(low) > 0:

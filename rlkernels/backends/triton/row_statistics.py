@@ -1,10 +1,12 @@
 """Device functions over one row of logits: its statistics in one read, its gradient in one read and one write.
 
-A row is walked in tiles of ``LANES`` x 8 columns, full ones without a mask, then one masked tail: a mask inside the loop turns 128-bit loads
-into 16-bit ones. Each lane keeps its own running maximum and sums; a lane's columns sit in one thread, so the loop has no barrier. Lanes
-meet once, at the end. All sums follow trees of pairs: the bits of a row depend on ``LANES`` alone, not on warps or on the layout that the
-compiler gives a dtype. Exponentials are powers of two, ``exp(x / T) = exp2(x scale)``: one multiplication per column less.
+A row is walked in tiles of ``LANES`` x 8 columns, full ones without a mask, then one masked tail: a mask inside the
+loop turns 128-bit loads into 16-bit ones. Each lane keeps its own running maximum and sums; a lane's columns sit in one
+thread, so the loop has no barrier. Lanes meet once, at the end. All sums follow trees of pairs: the bits of a row
+depend on ``LANES`` alone, not on warps or on the layout that the compiler gives a dtype. Exponentials are powers of
+two, ``exp(x / T) = exp2(x scale)``: one multiplication per column less.
 """
+
 import triton
 import triton.language as tl
 
@@ -21,7 +23,10 @@ FAR = tl.constexpr(-2000.0)  # exp2 is 0 from here on, in fp64 too; stands in fo
 
 @triton.jit
 def place(base, row, outer, inner, level, ALIGN: tl.constexpr):
-    """Address of a row of ``[B, level, V]``: 64-bit, since T V passes 2^31 at 14k tokens of a 152k vocabulary. Strides in units of ``ALIGN``."""
+    """Address of a row of ``[B, level, V]``: 64-bit, since T V passes 2^31 at 14k tokens of a 152k vocabulary.
+
+    Strides in units of ``ALIGN``.
+    """
     return base + (row // level) * outer * ALIGN + (row % level) * inner * ALIGN
 
 
@@ -67,7 +72,9 @@ def read(row, v, vocab, keep, TAIL: tl.constexpr, MASKED: tl.constexpr, EVICT: t
 
 @triton.jit
 def lane_sum(x):
-    """Sum of each lane's 8 columns by a tree of neighbours: fp32 tiles hold a lane in two threads, bf16 tiles in one."""
+    """Sum of each lane's 8 columns by a tree of neighbours: fp32 tiles hold a lane in two threads, bf16
+    tiles in one.
+    """
     x = tl.sum(tl.reshape(x, (x.shape[0], 4, 2)), 2)
     x = tl.sum(tl.reshape(x, (x.shape[0], 2, 2)), 2)
     return tl.sum(x, 1)
@@ -84,21 +91,45 @@ def sum_lanes(x):
 
 @triton.jit
 def _moved(old, new, scale):
-    """``(old - new) / T`` in powers of two, not below ``FAR``, and the factor of sums that were measured from ``old``."""
+    """``(old - new) / T`` in powers of two, not below ``FAR``, and the factor of sums that are measured from
+    ``old``.
+    """
     gap = (old - new) * scale
     return tl.maximum(gap, FAR), tl.exp2(gap)
 
 
 @triton.jit
 def _rescale_kl(cross, total, gap, ref_gap, decay):
-    # A cross term of inf (the reference excludes a column that the policy has) must not meet a decay of 0, nor a gap of inf a total of 0. The
-    # reference's gap is not held at ``FAR``: where the policy stayed, all of it counts (at T = 0.01 a KL was 41 % too small).
+    # A cross term of inf (the reference excludes a column that the policy has) must not meet a decay of 0, nor a gap of
+    # inf a total of 0. The reference's gap is not held at ``FAR``: where the policy stayed, all of it counts (at T =
+    # 0.01 a KL was 41 % too
+    # small).
     return tl.where((decay == 0.0) | (total == 0.0), 0.0, decay * (cross + (gap - ref_gap) * total))
 
 
 @triton.jit
-def _add(x, r, v, keep, vocab, scale, shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross, TAIL: tl.constexpr,
-         WANTED: tl.constexpr, MASKED: tl.constexpr, REF: tl.constexpr):
+def _add(
+    x,
+    r,
+    v,
+    keep,
+    vocab,
+    scale,
+    shift,
+    total,
+    moment,
+    squares,
+    plain,
+    kept,
+    first,
+    ref_shift,
+    ref_total,
+    cross,
+    TAIL: tl.constexpr,
+    WANTED: tl.constexpr,
+    MASKED: tl.constexpr,
+    REF: tl.constexpr,
+):
     """One tile joins the lanes' sums."""
     top = tl.max(x, 1)
     if IS_TOP1 & WANTED:
@@ -116,7 +147,9 @@ def _add(x, r, v, keep, vocab, scale, shift, total, moment, squares, plain, kept
         ref_total = ref_decay * ref_total + lane_sum(tl.exp2(ref_centred))
         ref_shift = ref_new
         if KL & WANTED:
-            cross = _rescale_kl(cross, total, gap, ref_gap, decay) + lane_sum(tl.where(e == 0.0, 0.0, e * (centred - ref_centred)))
+            cross = _rescale_kl(cross, total, gap, ref_gap, decay) + lane_sum(
+                tl.where(e == 0.0, 0.0, e * (centred - ref_centred))
+            )
     if ENTROPY & WANTED:
         moment = decay * (moment + gap * total) + lane_sum(e * tl.maximum(centred, FAR))
     if LOG_SUM_SQ & WANTED:
@@ -133,13 +166,26 @@ def _add(x, r, v, keep, vocab, scale, shift, total, moment, squares, plain, kept
 
 
 @triton.jit
-def row_stats(row, ref, vocab, mask, inv_temperature, WANTED: tl.constexpr, MASKED: tl.constexpr, REF: tl.constexpr, REAL: tl.constexpr,
-              LANES: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr):
+def row_stats(
+    row,
+    ref,
+    vocab,
+    mask,
+    inv_temperature,
+    WANTED: tl.constexpr,
+    MASKED: tl.constexpr,
+    REF: tl.constexpr,
+    REAL: tl.constexpr,
+    LANES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EVICT: tl.constexpr,
+):
     """Sums of one row: ``(shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross)``.
 
-    ``total = sum e``, ``e = exp((x - shift) / T)``; ``moment = sum e (x - shift) / T``; ``squares = sum e^2``; ``plain`` sums x over the support,
-    ``kept`` counts it; ``first`` is the first column that holds the maximum; ``cross`` sums e times the difference of the two centred logits.
-    ``AHEAD`` tiles are loaded before the first is used.
+    ``total = sum e``, ``e = exp((x - shift) / T)``; ``moment = sum e (x - shift) / T``; ``squares = sum e^2``;
+    ``plain`` sums x over the support, ``kept`` counts it; ``first`` is the first column that holds the maximum;
+    ``cross`` sums e times the difference of the two centred logits. ``AHEAD`` tiles are loaded before the first is
+    used.
     """
     scale = inv_temperature * LOG2E
     # The lowest finite number, not -inf: no difference is then -inf - -inf, and a row of it alone is still a row.
@@ -172,7 +218,27 @@ def row_stats(row, ref, vocab, mask, inv_temperature, WANTED: tl.constexpr, MASK
         for k in tl.static_range(AHEAD):
             v, keep, x, r = tiles[k]
             shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross = _add(
-                x, r, v, keep, vocab, scale, shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross, False, WANTED, MASKED, REF)
+                x,
+                r,
+                v,
+                keep,
+                vocab,
+                scale,
+                shift,
+                total,
+                moment,
+                squares,
+                plain,
+                kept,
+                first,
+                ref_shift,
+                ref_total,
+                cross,
+                False,
+                WANTED,
+                MASKED,
+                REF,
+            )
     if AHEAD > 1:
         for start in range(group, whole, BLOCK):
             v = columns(start, LANES)
@@ -182,7 +248,27 @@ def row_stats(row, ref, vocab, mask, inv_temperature, WANTED: tl.constexpr, MASK
             if REF:
                 r = read(ref, v, vocab, keep, False, MASKED, EVICT)
             shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross = _add(
-                x, r, v, keep, vocab, scale, shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross, False, WANTED, MASKED, REF)
+                x,
+                r,
+                v,
+                keep,
+                vocab,
+                scale,
+                shift,
+                total,
+                moment,
+                squares,
+                plain,
+                kept,
+                first,
+                ref_shift,
+                ref_total,
+                cross,
+                False,
+                WANTED,
+                MASKED,
+                REF,
+            )
     if whole < vocab:
         v = columns(whole, LANES)
         keep = kept_columns(mask, v, vocab, True, MASKED)
@@ -191,13 +277,64 @@ def row_stats(row, ref, vocab, mask, inv_temperature, WANTED: tl.constexpr, MASK
         if REF:
             r = read(ref, v, vocab, keep, True, MASKED, EVICT)
         shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross = _add(
-            x, r, v, keep, vocab, scale, shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross, True, WANTED, MASKED, REF)
-    return _meet(vocab, scale, shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross, WANTED, MASKED, REF)
+            x,
+            r,
+            v,
+            keep,
+            vocab,
+            scale,
+            shift,
+            total,
+            moment,
+            squares,
+            plain,
+            kept,
+            first,
+            ref_shift,
+            ref_total,
+            cross,
+            True,
+            WANTED,
+            MASKED,
+            REF,
+        )
+    return _meet(
+        vocab,
+        scale,
+        shift,
+        total,
+        moment,
+        squares,
+        plain,
+        kept,
+        first,
+        ref_shift,
+        ref_total,
+        cross,
+        WANTED,
+        MASKED,
+        REF,
+    )
 
 
 @triton.jit
-def _meet(vocab, scale, shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross, WANTED: tl.constexpr, MASKED: tl.constexpr,
-          REF: tl.constexpr):
+def _meet(
+    vocab,
+    scale,
+    shift,
+    total,
+    moment,
+    squares,
+    plain,
+    kept,
+    first,
+    ref_shift,
+    ref_total,
+    cross,
+    WANTED: tl.constexpr,
+    MASKED: tl.constexpr,
+    REF: tl.constexpr,
+):
     """The lanes' sums become the row's."""
     top = tl.max(shift, 0)
     gap, decay = _moved(shift, top, scale)
@@ -228,7 +365,18 @@ def _meet(vocab, scale, shift, total, moment, squares, plain, kept, first, ref_s
         first = tl.where(shift == top, first, vocab)
     row_total = sum_lanes(decay * total)
     row_total = tl.where(row_total == 0.0, float("nan"), row_total)  # no finite logit: NaN, as eager
-    return top, row_total, row_moment, row_squares, row_plain, row_kept, tl.min(first, 0), ref_top, row_ref_total, row_cross
+    return (
+        top,
+        row_total,
+        row_moment,
+        row_squares,
+        row_plain,
+        row_kept,
+        tl.min(first, 0),
+        ref_top,
+        row_ref_total,
+        row_cross,
+    )
 
 
 @triton.jit

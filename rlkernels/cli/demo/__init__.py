@@ -1,4 +1,6 @@
-"""``rlkernels demo``: three real TRL trainers on real text, each twice, stock and with our kernels; fails unless both runs agree."""
+"""``rlkernels demo``: three real TRL trainers on real text, each twice, stock and with our kernels; fails unless both
+runs agree.
+"""
 
 import argparse
 import importlib.util
@@ -11,24 +13,60 @@ from pathlib import Path
 NEEDED = ("tokenizers", "transformers", "datasets", "accelerate", "trl", "rich", "matplotlib")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABLED": "true"}
 QUIET = {
-    "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "TRL_EXPERIMENTAL_SILENCE": "1", "KINETO_LOG_LEVEL": "99"}
-ONE_GPU = {"CUDA_VISIBLE_DEVICES": "0"}  # on several, transformers would wrap the model in DataParallel, which TRL refuses
-FULL = {"docstrings": None, "vocabulary": 16384, "hidden": 128, "layers": 2, "held_out": 256, "reward": 50, "dpo": 30, "grpo": 36}
-SMALL = {"docstrings": 1500, "vocabulary": 2048, "hidden": 64, "layers": 2, "held_out": 32, "reward": 4, "dpo": 4, "grpo": 4}
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "KINETO_LOG_LEVEL": "99",
+}
+# On several, transformers would wrap the model in DataParallel, which TRL refuses.
+ONE_GPU = {"CUDA_VISIBLE_DEVICES": "0"}
+FULL = {
+    "docstrings": None,
+    "vocabulary": 16384,
+    "hidden": 128,
+    "layers": 2,
+    "held_out": 256,
+    "reward": 50,
+    "dpo": 30,
+    "grpo": 36,
+}
+SMALL = {
+    "docstrings": 1500,
+    "vocabulary": 2048,
+    "hidden": 64,
+    "layers": 2,
+    "held_out": 32,
+    "reward": 4,
+    "dpo": 4,
+    "grpo": 4,
+}
 TRAINERS = ("reward", "dpo", "grpo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("rlkernels-demo"), help="folder for demo.png and demo.json (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("rlkernels-demo"),
+        help="folder for demo.png and demo.json (default: %(default)s)",
+    )
     steps = ", ".join(f"{FULL[name]} {name}" for name in TRAINERS)
     parser.add_argument("--steps", type=_positive, help=f"steps of each trainer (default: {steps})")
-    parser.add_argument("--quick", action="store_true", help="a small model and a few steps each: shows that it runs, learns nothing")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the text, the weights and the runs (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU where there is one")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small model and a few steps each: shows that it runs, learns nothing"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the text, the weights and the runs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU where there is one"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0; 1 where stock and patched disagree or no kernel of ours was called; 2 where the demo cannot run here; 130 on Ctrl-C."""
+    """Returns 0; 1 where stock and patched disagree or no kernel of ours was called; 2 where the demo cannot run here;
+    130 on Ctrl-C.
+    """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return _refuse(f'rlkernels demo needs {", ".join(missing)}; pip install "rlkernels[demo]"')
@@ -71,9 +109,17 @@ def _demo(args) -> int:
         facts = report.facts(device, len(texts), len(lines), len(tokenizer), parameters, size)
         report.announce(console, facts, patch)
         setting = demo_trainers.Setting(
-            policy=policy, reward=reward, trained={name: f"{directory}/trained-{name}" for name in TRAINERS}, out=f"{directory}/out",
-            pairs=pairs[: -size["held_out"]], held_out=pairs[-size["held_out"] :], steps={name: size[name] for name in TRAINERS},
-            device=device, seed=args.seed, small=args.quick)
+            policy=policy,
+            reward=reward,
+            trained={name: f"{directory}/trained-{name}" for name in TRAINERS},
+            out=f"{directory}/out",
+            pairs=pairs[: -size["held_out"]],
+            held_out=pairs[-size["held_out"] :],
+            steps={name: size[name] for name in TRAINERS},
+            device=device,
+            seed=args.seed,
+            small=args.quick,
+        )
         with report.bars(console) as bars:
             runs = {name: _pair(bars, demo_trainers, name, setting) for name in TRAINERS}
     results = report.compare(runs)

@@ -1,4 +1,6 @@
-"""Real text that every machine has: the documentation strings of Python's standard library, read from source and never imported."""
+"""Real text that every machine has: the documentation strings of Python's standard library, read from source and never
+imported.
+"""
 
 import ast
 import random
@@ -7,7 +9,17 @@ import sysconfig
 from pathlib import Path
 
 # Tests, and applications that happen to live in the library: their strings are fixtures more than documentation.
-SKIPPED = {"test", "tests", "idle_test", "idlelib", "turtledemo", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "turtledemo",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 PROMPT_WORDS = 6
 WORDS = range(16, 41)
 
@@ -26,12 +38,18 @@ def docstrings(root: Path | None = None, limit: int | None = None) -> list[str]:
                 tree = ast.parse(path.read_bytes())
             except (SyntaxError, ValueError):
                 continue  # templates and deliberately broken files are part of some distributions
-            nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef))
+            nodes = (
+                n
+                for n in ast.walk(tree)
+                if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            )
             found += [text for text in map(ast.get_docstring, nodes) if text]
             if limit is not None and len(found) >= limit:
                 return found[:limit]
     if not found:
-        raise FileNotFoundError(f"no Python source with docstrings under {root}; the demo reads the standard library's own files")
+        raise FileNotFoundError(
+            f"no Python source with docstrings under {root}; the demo reads the standard library's own files"
+        )
     return found
 
 
@@ -65,7 +83,9 @@ def corrupt(words: list[str], vocabulary: list[str], rng: random.Random) -> list
 
 
 def preference_pairs(lines: list[str], seed: int) -> list[dict[str, str]]:
-    """One pair per passage, shuffled: its first words as prompt, the rest as ``chosen``, the rest corrupted as ``rejected``."""
+    """One pair per passage, shuffled: its first words as prompt, the rest as ``chosen``, the rest corrupted as
+    ``rejected``.
+    """
     rng = random.Random(seed)
     vocabulary = sorted({word for line in lines for word in line.split()})
     pairs = []

@@ -1,11 +1,12 @@
 """Time and memory of a seam, measured by the same instrument around TRL's function and around ours.
 
-Time: a clock around the call gives the forward. For the backward the clock starts when autograd is about to enter the node that made the
-log-probabilities and stops when the gradient of the seam's first input has been formed; a GPU is synchronised at each of these four points.
+Time: a clock around the call gives the forward. For the backward the clock starts when autograd is about to enter the
+node that made the log-probabilities and stops when the gradient of the seam's first input has been formed; a GPU is
+synchronised at each of these four points.
 
-The largest call of the run is repeated after training, forward and backward, on tensors of the same shapes. Speed-up: TRL's function and
-ours take turns, so that whatever else the machine does meets both. Peak extra memory: the most that torch's allocator held above the level
-at entry, gradients included; on a CPU the events come from torch.profiler.
+The largest call of the run is repeated after training, forward and backward, on tensors of the same shapes. Speed-up:
+TRL's function and ours take turns, so that whatever else the machine does meets both. Peak extra memory: the most that
+torch's allocator held above the level at entry, gradients included; on a CPU the events come from torch.profiler.
 """
 
 import json
@@ -21,7 +22,9 @@ from rlkernels.integrations._patching import Namespace
 
 
 class Stopwatch:
-    """Stands around ``function``, passes every call through and sums the seconds of its forwards and backwards, lap by lap."""
+    """Stands around ``function``, passes every call through and sums the seconds of its forwards and backwards, lap by
+    lap.
+    """
 
     def __init__(self, function):
         self.function, self.seconds, self.laps, self.largest = function, 0.0, [], None
@@ -103,9 +106,11 @@ def _again(watch: Stopwatch):
 
 
 def in_turns(watches: list[Stopwatch], rounds: int = 7) -> list[float]:
-    """Seconds of the largest call of each stopwatch, forward and backward, the functions taking turns; the best of ``rounds``.
+    """Seconds of the largest call of each stopwatch, forward and backward, the functions taking turns; the best of
+    ``rounds``.
 
-    The best and not the median: one other process on two cores delays a thread at every barrier, and only the best is free of it.
+    The best and not the median: one other process on two cores delays a thread at every barrier, and only the best is
+    free of it.
     """
     repeats = [_again(watch) for watch in watches]
     seconds = [[] for _ in watches]
@@ -119,7 +124,9 @@ def in_turns(watches: list[Stopwatch], rounds: int = 7) -> list[float]:
 
 
 def peak_extra_bytes(watch: Stopwatch) -> int:
-    """The most that one call and its backward hold above the level at entry, for the shapes of the largest call that ``watch`` saw."""
+    """The most that one call and its backward hold above the level at entry, for the shapes of the largest call that
+    ``watch`` saw.
+    """
     once, device = _again(watch)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -128,7 +135,10 @@ def peak_extra_bytes(watch: Stopwatch) -> int:
         once()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - level
-    with cpu.torchs_memory(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with (
+        cpu.torchs_memory(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         once()
     with tempfile.TemporaryDirectory() as directory:
         trace = Path(directory) / "trace.json"

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
 
 from rlkernels import ops
 from rlkernels.cli.demo import meter
@@ -38,7 +45,9 @@ class Setting:
 
 @dataclass
 class Run:
-    """One training run: per-step curves, the seconds of each step that were spent in the seam, the kernels that served it."""
+    """One training run: per-step curves, the seconds of each step that were spent in the seam, the kernels that served
+    it.
+    """
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -71,38 +80,82 @@ def make(name: str, setting: Setting) -> Any:
     """The trainer, built from the saved models under the seed: two calls build the same trainer."""
     set_seed(setting.seed)
     common = {
-        "output_dir": f"{setting.out}/{name}", "max_steps": setting.steps[name], "report_to": "none", "use_cpu": setting.device == "cpu",
-        "bf16": False, "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False, "seed": setting.seed,
-        "disable_tqdm": True, "lr_scheduler_type": "constant",
-        # With the default of 1e-8, an element whose gradient cancels to rounding noise moves a full step in a direction that is noise.
-        "adam_epsilon": 1e-6}
+        "output_dir": f"{setting.out}/{name}",
+        "max_steps": setting.steps[name],
+        "report_to": "none",
+        "use_cpu": setting.device == "cpu",
+        "bf16": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+        "seed": setting.seed,
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+        # With the default of 1e-8, an element whose gradient cancels to rounding noise moves a full step in a direction
+        # that is noise.
+        "adam_epsilon": 1e-6,
+    }
     tokenizer = AutoTokenizer.from_pretrained(setting.policy)
     if name == "reward":
-        texts = [{"chosen": p["prompt"] + p["chosen"], "rejected": p["prompt"] + p["rejected"]} for p in setting.pairs + setting.held_out]
+        texts = [
+            {"chosen": p["prompt"] + p["chosen"], "rejected": p["prompt"] + p["rejected"]}
+            for p in setting.pairs + setting.held_out
+        ]
         count = len(setting.pairs)
         return trl.RewardTrainer(
-            AutoModelForSequenceClassification.from_pretrained(setting.reward, num_labels=1), processing_class=tokenizer,
-            train_dataset=Dataset.from_list(texts[:count]), eval_dataset=Dataset.from_list(texts[count:]),
+            AutoModelForSequenceClassification.from_pretrained(setting.reward, num_labels=1),
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(texts[:count]),
+            eval_dataset=Dataset.from_list(texts[count:]),
             args=trl.RewardConfig(
-                per_device_train_batch_size=4 if setting.small else 32, per_device_eval_batch_size=32, max_length=128, learning_rate=5e-4,
-                center_rewards_coefficient=0.01, **common))
+                per_device_train_batch_size=4 if setting.small else 32,
+                per_device_eval_batch_size=32,
+                max_length=128,
+                learning_rate=5e-4,
+                center_rewards_coefficient=0.01,
+                **common,
+            ),
+        )
     model = AutoModelForCausalLM.from_pretrained(setting.policy if name == "dpo" else setting.trained["dpo"])
     if name == "dpo":
         return trl.DPOTrainer(
-            model, ref_model=AutoModelForCausalLM.from_pretrained(setting.policy), processing_class=tokenizer,
+            model,
+            ref_model=AutoModelForCausalLM.from_pretrained(setting.policy),
+            processing_class=tokenizer,
             train_dataset=Dataset.from_list(setting.pairs),
-            args=trl.DPOConfig(per_device_train_batch_size=2 if setting.small else 6, max_length=128, learning_rate=1e-3, beta=0.1,
-                loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], **common))
+            args=trl.DPOConfig(
+                per_device_train_batch_size=2 if setting.small else 6,
+                max_length=128,
+                learning_rate=1e-3,
+                beta=0.1,
+                loss_type=["sigmoid", "sft"],
+                loss_weights=[1.0, 1.0],
+                **common,
+            ),
+        )
     prompts = Dataset.from_list([{"prompt": p["prompt"]} for p in setting.pairs])
     return trl.GRPOTrainer(
-        model, reward_funcs=setting.trained["reward"], train_dataset=prompts, processing_class=tokenizer,
+        model,
+        reward_funcs=setting.trained["reward"],
+        train_dataset=prompts,
+        processing_class=tokenizer,
         args=trl.GRPOConfig(
-            per_device_train_batch_size=4 if setting.small else 16, num_generations=4, max_completion_length=8 if setting.small else 24,
-            num_iterations=2, beta=0.04, learning_rate=1e-3, **common))
+            per_device_train_batch_size=4 if setting.small else 16,
+            num_generations=4,
+            max_completion_length=8 if setting.small else 24,
+            num_iterations=2,
+            beta=0.04,
+            learning_rate=1e-3,
+            **common,
+        ),
+    )
 
 
 def train(name: str, setting: Setting, patched: bool, advance) -> tuple[Run, meter.Stopwatch]:
-    """Trains once under a stopwatch. ``patched`` puts our kernels in for the duration; ``advance`` is called after every step."""
+    """Trains once under a stopwatch.
+
+    ``patched`` puts our kernels in for the duration; ``advance`` is called after every step.
+    """
     run, before = Run(), ops.calls()
     if patched:
         integration.patch()
@@ -127,7 +180,9 @@ def train(name: str, setting: Setting, patched: bool, advance) -> tuple[Run, met
 
 
 def repeat_alone(runs: list[Run], watches: list[meter.Stopwatch]) -> None:
-    """Repeats the largest call of each run, without the trainer around it, for the speed-up and the peak extra memory."""
+    """Repeats the largest call of each run, without the trainer around it, for the speed-up and the
+    peak extra memory.
+    """
     for run, watch, seconds in zip(runs, watches, meter.in_turns(watches), strict=True):
         run.largest_call_seconds, run.peak_bytes = seconds, meter.peak_extra_bytes(watch)
 

@@ -1,4 +1,7 @@
-"""The rest of the native CPU backend's protocol: the fused pass, elementwise objectives, the scan, and the memory of large gradients."""
+"""The rest of the native CPU backend's protocol: the fused pass, elementwise objectives, the scan, and the memory of
+large gradients.
+"""
+
 import os
 import time
 
@@ -6,7 +9,16 @@ import oracles
 import pytest
 import subprocesses
 import torch
-from reference import EPS32, assert_gradient, assert_within_policy, cotangents, draw_rows, gradient_allowance, same_bits, statistics
+from reference import (
+    EPS32,
+    assert_gradient,
+    assert_within_policy,
+    cotangents,
+    draw_rows,
+    gradient_allowance,
+    same_bits,
+    statistics,
+)
 
 from rlkernels.backends import cpu, eager
 from rlkernels.backends.eager import ENTROPY
@@ -15,8 +27,18 @@ from rlkernels.objectives import OBJECTIVES, objective
 pytestmark = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
 
 NAN = float("nan")
-PARAMS = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "clip_range": 0.2, "beta": 0.1, "label_smoothing": 0.1,
-          "alpha": 0.5, "tau": 0.05}
+PARAMS = {
+    "clip_low": 0.2,
+    "clip_high": 0.3,
+    "dual_clip": 3.0,
+    "tau_pos": 1.0,
+    "tau_neg": 1.05,
+    "clip_range": 0.2,
+    "beta": 0.1,
+    "label_smoothing": 0.1,
+    "alpha": 0.5,
+    "tau": 0.05,
+}
 COMPILED = sorted(cpu._cpu.OBJECTIVES) if cpu.available()[0] else []
 OF_LOGP = [name for name in COMPILED if OBJECTIVES[name].columns[0] == "logp"]
 
@@ -32,7 +54,9 @@ def columns(name, n, dtype=torch.float32, seed=0):
 
 
 def test_every_objective_of_the_library_is_compiled_in():
-    shipped = {name for name, entry in OBJECTIVES.items() if entry.function.__module__.startswith("rlkernels.objectives.")}
+    shipped = {
+        name for name, entry in OBJECTIVES.items() if entry.function.__module__.startswith("rlkernels.objectives.")
+    }
     assert set(COMPILED) == shipped
     assert all(cpu._cpu.OBJECTIVES[n] == (len(OBJECTIVES[n].columns), len(OBJECTIVES[n].params)) for n in COMPILED)
 
@@ -49,10 +73,15 @@ def test_elementwise_is_the_oracle_and_its_derivative(name, dtype):
         truth = getattr(oracles, name)(first, *(c.double() for c in state[1:]), *params(name))
         (slope,) = torch.autograd.grad(truth.sum(), first) if n else (first,)
         live, tolerance = weight != 0, 1e-11 if dtype == torch.float64 else 4e-6
-        torch.testing.assert_close(value.double(), torch.where(live, truth.detach(), 0.0), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            value.double(), torch.where(live, truth.detach(), 0.0), rtol=tolerance, atol=tolerance
+        )
         torch.testing.assert_close(derivative.double(), torch.where(live, slope, 0.0), rtol=tolerance, atol=tolerance)
         expected = (weight.double() * truth.detach()).sum()
-        assert loss.dtype == dtype and abs(loss.double() - expected) <= tolerance * (weight.double() * truth.detach()).abs().sum()
+        assert (
+            loss.dtype == dtype
+            and abs(loss.double() - expected) <= tolerance * (weight.double() * truth.detach()).abs().sum()
+        )
 
 
 def test_elementwise_sums_in_one_order_and_skips_weight_zero():
@@ -70,8 +99,25 @@ def test_elementwise_sums_in_one_order_and_skips_weight_zero():
     assert results[0][0].isfinite() and results[0][1][7] == 0 and results[0][2][7] == 0
 
 
-def fused(name, x, y, state, weight, *, temperature=1.0, mask=None, entropy=None, kl=None, ref=None, kl_weight=None, grad=True, out=None):
-    return cpu.fused_policy(name, x, y, temperature, -100, mask, state, params(name), weight, entropy, kl, ref, kl_weight, grad, out)
+def fused(
+    name,
+    x,
+    y,
+    state,
+    weight,
+    *,
+    temperature=1.0,
+    mask=None,
+    entropy=None,
+    kl=None,
+    ref=None,
+    kl_weight=None,
+    grad=True,
+    out=None,
+):
+    return cpu.fused_policy(
+        name, x, y, temperature, -100, mask, state, params(name), weight, entropy, kl, ref, kl_weight, grad, out
+    )
 
 
 @pytest.mark.parametrize("name", OF_LOGP)
@@ -84,7 +130,10 @@ def test_the_fused_pass_is_float64_autograd(name, dtype):
     wide = x.double().requires_grad_()
     truth = statistics(wide, y, 0.9, vocab_mask=mask)
     near = (truth["logprobs"].detach() + 0.3 * torch.randn(rows, generator=generator, dtype=torch.float64)).to(real)
-    others = [near if c in ("old_logp", "ref_logp") else torch.randn(rows, generator=generator).to(real) for c in OBJECTIVES[name].columns[1:]]
+    others = [
+        near if c in ("old_logp", "ref_logp") else torch.randn(rows, generator=generator).to(real)
+        for c in OBJECTIVES[name].columns[1:]
+    ]
     weight, entropy, kl_weight = (torch.rand(rows, generator=generator).to(real) for _ in range(3))
     weight[3], entropy[4], kl_weight[5] = 0, 0, 0
     for dead in (weight, entropy, kl_weight):
@@ -93,11 +142,16 @@ def test_the_fused_pass_is_float64_autograd(name, dtype):
     loss, gradient, logp, _, _, h, dlogp = fused(name, x, y, others, weight, **options)
     live = (y != -100) & (torch.arange(rows) != 8)
     values = getattr(oracles, name)(truth["logprobs"], *(c.double() for c in others), *params(name))
-    total = weight.double() * values - entropy.double() * truth["entropy"] + kl_weight.double() * oracles.k3(truth["logprobs"], near.double())
+    total = (
+        weight.double() * values
+        - entropy.double() * truth["entropy"]
+        + kl_weight.double() * oracles.k3(truth["logprobs"], near.double())
+    )
     expected = torch.where(live, total, 0.0).sum()
     precision = 1e-6 if dtype == torch.float64 else 1.0
     assert abs(loss.double() - expected.detach()) <= 4e-6 * precision * total.detach()[live].abs().sum()
-    # In two steps: dlogp, which carries the rounding of logp (the error of a ratio is relative, that of a gap is absolute), and the row from it.
+    # In two steps: dlogp, which carries the rounding of logp (the error of a ratio is relative, that of a gap is
+    # absolute), and the row from it.
     (slope,) = torch.autograd.grad(expected, truth["logprobs"], retain_graph=True)
     of_logp = 1e-6 * (1 + truth["logprobs"].detach().abs()) * (weight.double() * 8 + kl_weight.double() * 8)
     assert (((dlogp.double() - slope)[live]).abs() <= precision * (of_logp + 4e-6 * slope.abs())[live]).all()
@@ -120,13 +174,32 @@ def test_the_fused_pass_has_the_bits_of_two_passes(dtype):
         s = cpu.token_stats(x, targets, temperature, -100, support, None, ENTROPY)
         assert all(same_bits(a, b) for a, b in zip((logp, shift, sum_exp, h), s, strict=False))
         dentropy = -extra["entropy"] if "entropy" in extra else None
-        two = cpu.token_stats_backward(dlogp, dentropy, None, x, targets, temperature, -100, support, None, shift, sum_exp, h, None, None, None, None)
+        two = cpu.token_stats_backward(
+            dlogp,
+            dentropy,
+            None,
+            x,
+            targets,
+            temperature,
+            -100,
+            support,
+            None,
+            shift,
+            sum_exp,
+            h,
+            None,
+            None,
+            None,
+            None,
+        )
         assert same_bits(gradient, two)
         place = x.clone()
         again = fused("ppo_clip", place, y, [old, advantage], weight, out=place, **extra)
         assert same_bits(place, gradient) and same_bits(again[0], loss)
         alone = fused("ppo_clip", x, y, [old, advantage], weight, grad=False, **extra)
-        assert alone[1].shape == (0, 0) and all(same_bits(a, b) for a, b in zip(alone[2:], (logp, shift, sum_exp, h, dlogp), strict=True))
+        assert alone[1].shape == (0, 0) and all(
+            same_bits(a, b) for a, b in zip(alone[2:], (logp, shift, sum_exp, h, dlogp), strict=True)
+        )
 
 
 def test_a_term_of_weight_zero_is_left_out_of_the_fused_pass():
@@ -134,13 +207,16 @@ def test_a_term_of_weight_zero_is_left_out_of_the_fused_pass():
     y[:] = 5
     old, advantage = torch.full((4,), NAN), torch.ones(4)
     weight, entropy = torch.zeros(4), torch.full((4,), 0.5)
-    loss, gradient, *_ = fused("ppo_clip", x, y, [old, advantage], weight, entropy=entropy, kl="k3", ref=old, kl_weight=torch.zeros(4))
+    loss, gradient, *_ = fused(
+        "ppo_clip", x, y, [old, advantage], weight, entropy=entropy, kl="k3", ref=old, kl_weight=torch.zeros(4)
+    )
     truth = statistics(x.double(), y)["entropy"]
     assert_within_policy(loss, -(0.5 * truth).sum(), -(0.5 * truth).sum().float(), "loss") and gradient.isfinite().all()
 
 
 def test_a_user_objective_runs_through_the_native_passes():
     if "test_cpu_squared" not in OBJECTIVES:
+
         @objective
         def test_cpu_squared(logp, target):
             r"""Half the squared distance of ``logp`` from a number."""
@@ -149,7 +225,9 @@ def test_a_user_objective_runs_through_the_native_passes():
 
     x, y, _ = draw_rows((5,), 700)
     goal, weight = torch.randn(5), torch.ones(5)
-    loss, gradient, logp, *_ = cpu.fused_policy("test_cpu_squared", x, y, 1.0, -100, None, [goal], [], weight, None, None, None, None, True, None)
+    loss, gradient, logp, *_ = cpu.fused_policy(
+        "test_cpu_squared", x, y, 1.0, -100, None, [goal], [], weight, None, None, None, None, True, None
+    )
     wide = x.double().requires_grad_()
     truth = (0.5 * (statistics(wide, y)["logprobs"] - goal.double()).square())[y != -100].sum()
     (slope,) = torch.autograd.grad(truth, wide)
@@ -187,7 +265,12 @@ def test_gae_is_a_python_loop_padded_and_packed(masked, dtype):
     packed = cpu.gae(rewards.view(-1), values.view(-1), mask.view(-1), cu, 0.97, 0.9, masked)
     for k, (a, b) in enumerate(zip(padded, packed, strict=True)):
         truth = torch.tensor([e[k] for e in expected], dtype=torch.float64)
-        torch.testing.assert_close(a.double(), truth, rtol=1e-13 if dtype == torch.float64 else EPS32, atol=1e-13 if dtype == torch.float64 else 1e-7)
+        torch.testing.assert_close(
+            a.double(),
+            truth,
+            rtol=1e-13 if dtype == torch.float64 else EPS32,
+            atol=1e-13 if dtype == torch.float64 else 1e-7,
+        )
         assert same_bits(a.view(-1), b) and (masked == "none" or (a[~mask] == 0).all())
 
 
@@ -217,7 +300,9 @@ def test_bad_values_are_named():
             cpu.token_stats(x, torch.zeros(7, dtype=torch.long), temperature, -100, None, None, 0)
     with pytest.raises(NotImplementedError, match="logits of dtype torch.int64 are not supported by backend 'cpu'"):
         cpu.token_stats(x.long(), y, 1.0, -100, None, None, 0)
-    with pytest.raises(NotImplementedError, match="ref_logits of dtype torch.bfloat16 beside logits of dtype torch.float32"):
+    with pytest.raises(
+        NotImplementedError, match="ref_logits of dtype torch.bfloat16 beside logits of dtype torch.float32"
+    ):
         cpu.token_stats(x, y, 1.0, -100, None, x.bfloat16(), 0)
     with pytest.raises(NotImplementedError, match="columns of dtype torch.bfloat16 are not supported by backend 'cpu'"):
         cpu.elementwise("k1", [x[0].bfloat16()] * 2, [], None)
@@ -272,5 +357,8 @@ def test_eager_and_native_agree_where_a_target_is_outside_the_support():
     assert (s[0] == -float("inf")).all() and s[3].isfinite().all()
     alone = cpu.token_stats_backward(dlogp, None, None, x, y, 1.0, -100, mask, None, *s[1:4], None, None, None, None)
     assert (alone == 0).all()
-    both = [b.token_stats_backward(dlogp, dentropy, None, x, y, 1.0, -100, mask, None, *s[1:4], None, None, None, None) for b in (cpu, eager)]
+    both = [
+        b.token_stats_backward(dlogp, dentropy, None, x, y, 1.0, -100, mask, None, *s[1:4], None, None, None, None)
+        for b in (cpu, eager)
+    ]
     torch.testing.assert_close(*both, rtol=1e-5, atol=1e-7)

@@ -1,4 +1,7 @@
-"""The matrix products of the CPU backend in bf16 and in fp32, judged against float64, and its bits against itself in other batches, layouts and threads."""
+"""The matrix products of the CPU backend in bf16 and in fp32, judged against float64, and its bits against itself in
+other batches, layouts and threads.
+"""
+
 import os
 import sys
 
@@ -11,12 +14,16 @@ from rlkernels.backends import cpu, cpu_matmul
 
 native = pytest.mark.skipif(not cpu_matmul.available(), reason="this machine or this build has no AVX512_BF16")
 native_fp32 = pytest.mark.skipif(not cpu_matmul.fp32_available(), reason="this machine or this build has no AVX-512")
-both_dtypes = pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=native), pytest.param(torch.float32, marks=native_fp32)],
-                                      ids=["bf16", "fp32"])
+both_dtypes = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.bfloat16, marks=native), pytest.param(torch.float32, marks=native_fp32)],
+    ids=["bf16", "fp32"],
+)
 built = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
 
 NAN, INF = float("nan"), float("inf")
-# One; around the pair, the lanes of a vector, two vectors, the tile of 48 columns and a run of 128; more rows than 8, more depth than a slice.
+# One; around the pair, the lanes of a vector, two vectors, the tile of 48 columns and a run of 128; more rows than 8,
+# more depth than a slice.
 SIZES = (1, 2, 3, 15, 16, 17, 33, 64, 65, 100, 511)
 LAYOUTS = ("rows", "columns", "every other", "offset and padded")
 
@@ -44,22 +51,37 @@ def product(a, b):
 
 
 def assert_close(got, a, b, start=0.0):
-    """Against float64 on operands of b's dtype: a chain of 128 sums, then one per run, each off by half a unit of the magnitudes' sum."""
+    """Against float64 on operands of b's dtype: a chain of 128 sums, then one per run, each off by half a unit of the
+    magnitudes' sum.
+    """
     a, b = a.to(b.dtype).double(), b.double()
-    error, bound = (got.double() - (a @ b + start)).abs(), (132 + a.shape[1] / 128) * 2.0**-24 * (a.abs() @ b.abs() + abs(start))
-    assert (error <= bound).all(), f"{tuple(a.shape)} by {tuple(b.shape)}: off by {error.max():.2e}, allowed there {bound.flatten()[error.argmax()]:.2e}"
+    error, bound = (
+        (got.double() - (a @ b + start)).abs(),
+        (132 + a.shape[1] / 128) * 2.0**-24 * (a.abs() @ b.abs() + abs(start)),
+    )
+    assert (error <= bound).all(), (
+        f"{tuple(a.shape)} by {tuple(b.shape)}: off by {error.max():.2e}, allowed there "
+        f"{bound.flatten()[error.argmax()]:.2e}"
+    )
 
 
-@pytest.mark.parametrize(("of_a", "of_b"), [
-    pytest.param(torch.bfloat16, torch.bfloat16, marks=native), pytest.param(torch.float32, torch.bfloat16, marks=native),
-    pytest.param(torch.float32, torch.float32, marks=native_fp32)], ids=["bf16", "fp32 by bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("of_a", "of_b"),
+    [
+        pytest.param(torch.bfloat16, torch.bfloat16, marks=native),
+        pytest.param(torch.float32, torch.bfloat16, marks=native),
+        pytest.param(torch.float32, torch.float32, marks=native_fp32),
+    ],
+    ids=["bf16", "fp32 by bf16", "fp32"],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_size_and_layout_agrees_with_float64(layout, of_a, of_b):
     for i, k in enumerate(SIZES):
         for j, m in enumerate(SIZES):
             n = SIZES[(3 * i + 5 * j) % len(SIZES)]
             a, b = laid(normal(m, k, seed=i).to(of_a), layout), normal(k, n, seed=j).to(of_b)
-            parent = torch.full((m, n + 5), NAN)  # the gap between rows is not touched, and without accumulate nothing of out is read
+            # The gap between rows is not touched, and without accumulate nothing of out is read.
+            parent = torch.full((m, n + 5), NAN)
             out = cpu_matmul.mm(a, laid(b, LAYOUTS[(i + j) % 4]), parent[:, :n])
             assert_close(out, a, b)
             assert out.data_ptr() == parent.data_ptr() and parent[:, n:].isnan().all()
@@ -75,7 +97,9 @@ def test_logits_are_as_exact_as_a_product_in_fp32(width, dtype):
     truth = hidden.double() @ weight.double().t()
     error = (product(hidden, weight.t()).double() - truth).pow(2).mean().sqrt()
     fp32 = ((hidden.float() @ weight.float().t()).double() - truth).pow(2).mean().sqrt()
-    assert 9 < truth.std() < 11 and error <= 2e-6 and error <= 1.5 * fp32, f"rms {error:.2e}, of torch in fp32 {fp32:.2e}"
+    assert 9 < truth.std() < 11 and error <= 2e-6 and error <= 1.5 * fp32, (
+        f"rms {error:.2e}, of torch in fp32 {fp32:.2e}"
+    )
 
 
 @both_dtypes
@@ -102,7 +126,8 @@ def test_the_bits_of_a_row_depend_on_nothing_beside_it(dtype):
 
 @both_dtypes
 def test_a_streamed_product_has_the_bits_of_a_small_one(dtype):
-    a, b = normal(130, 65).to(dtype), normal(65, 33000, seed=1).to(dtype)  # over 16 MiB is stored around the cache where rows are aligned
+    # Over 16 MiB is stored around the cache where rows are aligned.
+    a, b = normal(130, 65).to(dtype), normal(65, 33000, seed=1).to(dtype)
     for n in (32768, 32777):
         large = product(a, b[:, :n])
         assert same_bits(large[[3, 129]], product(a[[3, 129]], b[:, :n])), n
@@ -144,9 +169,14 @@ def test_nan_and_infinity_reach_their_row_or_column_and_no_other(dtype):
 @native
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_fp32_operand_is_rounded_to_nearest_even(layout):
-    patterns = [s << 31 | high << 16 | low for s in (0, 1) for high in (0x0080, 0x3F80, 0x3F81, 0x3FFF, 0x4000, 0x7F7E, 0x7F7F, 0x7F80, 0x0000)
-                for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]
-    patterns += [0x7FFFFFFF, 0x7F800001, 0x007F8000, 0x007F7FFF, 0x007FFFFF]  # NaNs; subnormals that become 2^-126 and one that does not
+    patterns = [
+        s << 31 | high << 16 | low
+        for s in (0, 1)
+        for high in (0x0080, 0x3F80, 0x3F81, 0x3FFF, 0x4000, 0x7F7E, 0x7F7F, 0x7F80, 0x0000)
+        for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)
+    ]
+    # NaNs; subnormals that become 2^-126 and one that does not.
+    patterns += [0x7FFFFFFF, 0x7F800001, 0x007F8000, 0x007F7FFF, 0x007FFFFF]
     x = torch.tensor([p - (1 << 32) if p >> 31 else p for p in patterns], dtype=torch.int32).view(torch.float32)
     expected = x.bfloat16().float()
     expected[expected.abs() < 2.0**-126] = 0.0  # the product counts subnormals as zero
@@ -177,7 +207,9 @@ GUARDED = """
 
     def by_rows(x): return guarded(x)
     def by_columns(x): return guarded(x.t().contiguous()).t()
-    def strided(x): return guarded(x.repeat_interleave(2, 1).flatten()[: 2 * x.numel() - 1]).as_strided(x.shape, (2 * x.shape[1], 2))
+    def strided(x):
+        apart = guarded(x.repeat_interleave(2, 1).flatten()[: 2 * x.numel() - 1])
+        return apart.as_strided(x.shape, (2 * x.shape[1], 2))
 
     for m, n, k in ((1, 1, 1), (3, 47, 31), (9, 50, 33), (17, 16, 2), (65, 97, 515), (520, 64, 70)):
         for of_a, of_b in DTYPES:
@@ -193,7 +225,9 @@ GUARDED = """
 
 
 @native_fp32
-@pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="mprotect of an anonymous mapping is used as on Linux")
+@pytest.mark.skipif(
+    os.name != "posix" or sys.platform == "darwin", reason="mprotect of an anonymous mapping is used as on Linux"
+)
 def test_F02_no_byte_behind_an_operand_or_the_result_is_touched():
     done = subprocesses.code(GUARDED)
     assert done.stdout.strip() == "no byte beyond", done.stderr
@@ -201,7 +235,8 @@ def test_F02_no_byte_behind_an_operand_or_the_result_is_touched():
 
 @built
 def test_a_lower_instruction_set_has_no_product_and_says_so():
-    done = subprocesses.code("""
+    done = subprocesses.code(
+        """
         import torch
         from rlkernels.backends import cpu_matmul
         print(cpu_matmul.available(), cpu_matmul.fp32_available(), cpu_matmul.fp32_preferred())
@@ -210,10 +245,16 @@ def test_a_lower_instruction_set_has_no_product_and_says_so():
                 cpu_matmul.mm(torch.ones(1, 1), torch.ones(1, 1, dtype=dtype), torch.ones(1, 1))
             except RuntimeError as error:
                 print(error)
-    """, RLKERNELS_CPU_ISA="baseline")
+    """,
+        RLKERNELS_CPU_ISA="baseline",
+    )
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
-    assert said[0] == "False False False" and said[1].startswith("mm: AVX512_BF16 is absent here") and said[2].startswith("mm: AVX-512 is absent here")
+    assert (
+        said[0] == "False False False"
+        and said[1].startswith("mm: AVX512_BF16 is absent here")
+        and said[2].startswith("mm: AVX-512 is absent here")
+    )
 
 
 @native
@@ -228,8 +269,18 @@ def test_what_does_not_fit_is_refused_by_name():
         ((a[:, :3], b, out), ValueError, r"got \(3, 3\), \(4, 5\) and \(3, 5\)"),
         ((a, b, out[:2]), ValueError, r"got \(3, 4\), \(4, 5\) and \(2, 5\)"),
         ((a[0], b, out), ValueError, r"got \(4,\), \(4, 5\) and \(3, 5\)"),
-        ((a, b, torch.zeros(5, 3).t()), ValueError, r"out must have its columns side by side and its rows apart, got shape \(3, 5\) with strides \(1, 3\)"),
-        ((a, b, torch.zeros(1, 5).expand(3, 5)), ValueError, r"its rows apart, got shape \(3, 5\) with strides \(0, 1\)"),
+        (
+            (a, b, torch.zeros(5, 3).t()),
+            ValueError,
+            r"out must have its columns side by side and its rows apart, got "
+            r"shape \(3, 5\) with strides \(1, 3\)",
+        ),
+        (
+            (a, b, torch.zeros(1, 5).expand(3, 5)),
+            ValueError,
+            r"its rows apart, got shape \(3, 5\) with strides \(0, "
+            r"1\)",
+        ),
     ]:
         with pytest.raises(error, match=message):
             cpu_matmul.mm(*bad)

@@ -1,4 +1,5 @@
 """What rounding the gradient of the logits to bf16 took from its largest elements is given back."""
+
 import sys
 
 import pytest
@@ -11,7 +12,9 @@ pytestmark = pytest.mark.skipif(not cpu_matmul.available(), reason="no AVX512_BF
 
 
 def rows(count, vocab, kind, seed=0):
-    """Gradients of log-probabilities, ``g (onehot - p)``: spread, with one strong rival of the target, or peaked on five tokens."""
+    """Gradients of log-probabilities, ``g (onehot - p)``: spread, with one strong rival of the target, or peaked on
+    five tokens.
+    """
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randn(count, vocab, generator=draw, dtype=torch.float64) * 2
     y = torch.randint(vocab, (count,), generator=draw)
@@ -40,11 +43,18 @@ def test_with_the_repair_the_gradients_err_by_a_third_of_one_rounding_at_most(ki
     weight, hidden = operands(40, 3001, 48)
     truth = d.double() @ weight.double(), d.double().t() @ hidden.double()
     once = [((t.bfloat16().double() - t).norm() / t.norm()).item() for t in truth]
-    errors = {repair: [((g.double() - t).norm() / t.norm()).item() for g, t in zip(gradients(d, weight, hidden, repair), truth, strict=True)]
-              for repair in (False, True)}
+    errors = {
+        repair: [
+            ((g.double() - t).norm() / t.norm()).item()
+            for g, t in zip(gradients(d, weight, hidden, repair), truth, strict=True)
+        ]
+        for repair in (False, True)
+    }
     # 1.05 roundings in all leave sqrt(1.05^2 - 1) = 0.32 of one for this.
     assert all(e <= 0.32 * o for e, o in zip(errors[True], once, strict=True)), (errors, once)
-    assert all(e >= 0.6 * o for e, o in zip(errors[False], once, strict=True)), "the repair was not needed, so this test shows nothing"
+    assert all(e >= 0.6 * o for e, o in zip(errors[False], once, strict=True)), (
+        "the repair was not needed, so this test shows nothing"
+    )
 
 
 def test_it_adds_exactly_what_rounding_took_from_the_largest_elements():
@@ -151,9 +161,16 @@ def test_new_memory_takes_its_room_from_what_is_kept():
 @pytest.mark.skipif(not cpu.available()[0], reason="the native backend is absent")
 def test_a_measurement_of_memory_can_have_large_tensors_come_from_torch():
     cpu.release_memory()
-    with cpu.torchs_memory(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with (
+        cpu.torchs_memory(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         x = cpu.fresh((34 << 18,), torch.float32)
-    seen = sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]" and event.nbytes() > 0)
+    seen = sum(
+        event.nbytes()
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.nbytes() > 0
+    )
     assert seen >= 34 << 20
     del x
     assert cpu.kept_bytes() == 0, "it was not one of ours"

@@ -3,7 +3,15 @@
 import pytest
 import subprocesses
 import torch
-from reference import assert_gradient, assert_within_policy, cotangents, draw_rows, gradient_allowance, same_bits, statistics
+from reference import (
+    assert_gradient,
+    assert_within_policy,
+    cotangents,
+    draw_rows,
+    gradient_allowance,
+    same_bits,
+    statistics,
+)
 
 from rlkernels.backends import cpu
 from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS
@@ -12,19 +20,40 @@ pytestmark = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("logp", "shift", "sum_exp", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "ref_logp", "ref_shift", "ref_sum_exp", "kl")
+NAMES = (
+    "logp",
+    "shift",
+    "sum_exp",
+    "entropy",
+    "log_sum_sq_probs",
+    "mean_logits",
+    "is_top1",
+    "ref_logp",
+    "ref_shift",
+    "ref_sum_exp",
+    "kl",
+)
 ALL = ENTROPY | LOG_SUM_SQ | MEAN_LOGITS | IS_TOP1
-# One column; a pair; less than a vector; around the block's fractions and no multiple of anything; a whole vocabulary of 2^k and of Llama 3.
+# One column; a pair; less than a vector; around the block's fractions and no multiple of anything; a whole vocabulary
+# of 2^k and of Llama 3.
 SIZES = (1, 2, 7, 1023, 1024, 1025, 2053, 4096, 4097, 32000, 128256)
 
 
 def stats(x, y, temperature=1.0, mask=None, ref=None, wanted=ALL):
-    return dict(zip(NAMES, cpu.token_stats(x, y, temperature, -100, mask, ref, wanted | (KL if ref is not None else 0)), strict=True))
+    return dict(
+        zip(
+            NAMES,
+            cpu.token_stats(x, y, temperature, -100, mask, ref, wanted | (KL if ref is not None else 0)),
+            strict=True,
+        )
+    )
 
 
 def backward(x, y, s, dlogp=None, dentropy=None, dkl=None, temperature=1.0, mask=None, ref=None, out=None):
     of_ref = (s["ref_shift"], s["ref_sum_exp"], s["kl"]) if ref is not None else (None,) * 3
-    return cpu.token_stats_backward(dlogp, dentropy, dkl, x, y, temperature, -100, mask, ref, s["shift"], s["sum_exp"], s["entropy"], *of_ref, out)
+    return cpu.token_stats_backward(
+        dlogp, dentropy, dkl, x, y, temperature, -100, mask, ref, s["shift"], s["sum_exp"], s["entropy"], *of_ref, out
+    )
 
 
 def everything(x, y, **options):
@@ -46,8 +75,12 @@ def test_statistics_and_gradients_keep_the_error_policy(vocab, dtype):
     cases = {"plain": {}, "temperature per token": {"temperature": torch.tensor([0.7, 1.0, 3.0, 0.3, 1.7])}}
     if vocab < 5000:
         ref = draw_rows((5,), vocab, dtype, seed=vocab + 1)[0]
-        cases |= {"mask": {"mask": mask, "temperature": 0.7}, "one mask": {"mask": mask[0].clone().index_fill(0, y.clamp(min=0), True)},
-                  "reference": {"ref": ref}, "reference and mask": {"ref": ref, "mask": mask, "temperature": 1.3}}
+        cases |= {
+            "mask": {"mask": mask, "temperature": 0.7},
+            "one mask": {"mask": mask[0].clone().index_fill(0, y.clamp(min=0), True)},
+            "reference": {"ref": ref},
+            "reference and mask": {"ref": ref, "mask": mask, "temperature": 1.3},
+        }
     for case, options in cases.items():
         judge(case, x, y, **options)
 
@@ -55,10 +88,17 @@ def test_statistics_and_gradients_keep_the_error_policy(vocab, dtype):
 def judge(case, x, y, temperature=1.0, mask=None, ref=None):
     s = stats(x, y, temperature, mask, ref)
     wide = x.double().requires_grad_()
-    names = {"logprobs": "logp", "entropy": "entropy", "log_sum_sq_probs": "log_sum_sq_probs", "mean_logits": "mean_logits"}
+    names = {
+        "logprobs": "logp",
+        "entropy": "entropy",
+        "log_sum_sq_probs": "log_sum_sq_probs",
+        "mean_logits": "mean_logits",
+    }
     names |= {} if ref is None else {"ref_logprobs": "ref_logp", "kl": "kl"}
     truth = statistics(wide, y, temperature, vocab_mask=mask, ref_logits=ref)
-    base = statistics(x.float(), y, temperature, vocab_mask=mask, ref_logits=None if ref is None else ref.float(), dtype=torch.float32)
+    base = statistics(
+        x.float(), y, temperature, vocab_mask=mask, ref_logits=None if ref is None else ref.float(), dtype=torch.float32
+    )
     for theirs, ours in names.items():
         assert_within_policy(s[ours], truth[theirs], base[theirs], f"{case}, {ours}")
     assert torch.equal(s["is_top1"], truth["is_top1"])
@@ -69,7 +109,12 @@ def judge(case, x, y, temperature=1.0, mask=None, ref=None):
         upstream = [None] * 3
         upstream[k] = g
         got = backward(x, y, s, *upstream, temperature, mask, ref)
-        assert_gradient(got, expected, gradient_allowance({name: g}, x, y, temperature, vocab_mask=mask, ref_logits=ref), f"{case}, gradient of {name}")
+        assert_gradient(
+            got,
+            expected,
+            gradient_allowance({name: g}, x, y, temperature, vocab_mask=mask, ref_logits=ref),
+            f"{case}, gradient of {name}",
+        )
 
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
@@ -78,14 +123,23 @@ def test_each_lower_instruction_set_keeps_the_error_policy(isa):
     if order.index(isa) >= order.index(cpu.isa()):
         pytest.skip(f"this machine's best is {cpu.isa()}")
     chosen = "error_policy and (1- or 7- or 1025- or 4097-) or 16_bits or streamed or block_of"
-    done = subprocesses.child("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__, "-k", chosen, RLKERNELS_CPU_ISA=isa)
+    done = subprocesses.child(
+        "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__, "-k", chosen, RLKERNELS_CPU_ISA=isa
+    )
     assert done.returncode == 0, done.stdout
-    assert subprocesses.code("from rlkernels.backends import cpu; print(cpu.isa())", RLKERNELS_CPU_ISA=isa).stdout.strip() == isa
+    assert (
+        subprocesses.code("from rlkernels.backends import cpu; print(cpu.isa())", RLKERNELS_CPU_ISA=isa).stdout.strip()
+        == isa
+    )
 
 
 def test_an_instruction_set_that_is_not_there_is_refused():
     done = subprocesses.code("from rlkernels.backends import cpu", RLKERNELS_CPU_ISA="avx1024")
-    assert done.returncode != 0 and "RLKERNELS_CPU_ISA must be avx512, avx2 or baseline" in done.stderr and "got 'avx1024'" in done.stderr
+    assert (
+        done.returncode != 0
+        and "RLKERNELS_CPU_ISA must be avx512, avx2 or baseline" in done.stderr
+        and "got 'avx1024'" in done.stderr
+    )
 
 
 def test_float64_is_computed_in_float64():
@@ -110,9 +164,13 @@ def test_16_bits_give_the_bits_of_the_same_values_in_float32(vocab, dtype):
     ref = draw_rows((7,), vocab, dtype, seed=5)[0]
     for options in ({}, {"mask": mask}, {"temperature": 0.3}):
         narrow, wide = stats(x, y, **options), stats(x.float(), y, **options)
-        assert_same({k: v.nan_to_num(12345.0) for k, v in narrow.items()}, {k: v.nan_to_num(12345.0) for k, v in wide.items()})
+        assert_same(
+            {k: v.nan_to_num(12345.0) for k, v in narrow.items()}, {k: v.nan_to_num(12345.0) for k, v in wide.items()}
+        )
     narrow, wide = stats(x, y, ref=ref), stats(x.float(), y, ref=ref.float())
-    assert_same({k: v.nan_to_num(12345.0) for k, v in narrow.items()}, {k: v.nan_to_num(12345.0) for k, v in wide.items()})
+    assert_same(
+        {k: v.nan_to_num(12345.0) for k, v in narrow.items()}, {k: v.nan_to_num(12345.0) for k, v in wide.items()}
+    )
 
 
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64))
@@ -150,7 +208,14 @@ def test_in_place_gives_the_bits_of_out_of_place():
             for options in ({}, {"mask": mask}, {"ref": ref}):
                 expected, place = everything(x, y, **options)["gradient"], x.clone()
                 s = stats(place, y, **options)
-                got = backward(place, y, s, *cotangents(y.shape, 3 if "ref" in options else 2, dtype=s["logp"].dtype), **options, out=place)
+                got = backward(
+                    place,
+                    y,
+                    s,
+                    *cotangents(y.shape, 3 if "ref" in options else 2, dtype=s["logp"].dtype),
+                    **options,
+                    out=place,
+                )
                 assert got is place and same_bits(place, expected), (dtype, vocab, tuple(options))
 
 
@@ -191,7 +256,10 @@ def test_what_a_dead_row_holds_reaches_nothing(dtype):
     x[4] = NAN
     dirty = everything(x, y)
     assert_same(dirty, clean)
-    assert all(v[4].abs().sum() == 0 for k, v in dirty.items() if v.numel() and v.dtype != torch.bool) and not dirty["is_top1"][4]
+    assert (
+        all(v[4].abs().sum() == 0 for k, v in dirty.items() if v.numel() and v.dtype != torch.bool)
+        and not dirty["is_top1"][4]
+    )
     zero = torch.zeros(9, dtype=real)
     x[5] = NAN  # live, but no gradient arrives: not read, and written as zeros
     assert (backward(x, y, stats(x, y), zero, zero) == 0).all()
@@ -217,7 +285,9 @@ GUARDED = """
             g, out = guarded(torch.ones(2, dtype=real)), guarded(torch.zeros(2, vocab, dtype=dtype))
             for m, r in ((None, None), (mask, None), (None, ref)):
                 s = cpu.token_stats(x, y, g, -100, m, r, 15 if r is None else 31)
-                cpu.token_stats_backward(g, g, None if r is None else g, x, y, g, -100, m, r, *s[1:4], *(s[8:11] if r is not None else [None] * 3), out)
+                of_reference = s[8:11] if r is not None else [None] * 3
+                dkl = None if r is None else g
+                cpu.token_stats_backward(g, g, dkl, x, y, g, -100, m, r, *s[1:4], *of_reference, out)
             cpu.fused_policy("ppo_clip", x, y, g, -100, mask, [g, g], [0.2, 0.2], g, g, "k3", g, g, True, out)
     for n in (1, 5, 4097):
         a, b = guarded(torch.randn(n)), guarded(torch.ones(n, dtype=torch.bool))

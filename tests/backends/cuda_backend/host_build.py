@@ -1,8 +1,9 @@
 """The CUDA sources, unchanged, built for the CPU as a Python module: what the tests run where there is no GPU.
 
-``tools/cuda_host.h`` stands in for CUDA's headers: one fiber per thread, clusters and shared memory included. Kernels, launchers and bindings
-are the shipped ones.
+``tools/cuda_host.h`` stands in for CUDA's headers: one fiber per thread, clusters and shared memory included. Kernels,
+launchers and bindings are the shipped ones.
 """
+
 import ctypes
 import importlib.util
 import os
@@ -23,35 +24,57 @@ spec = importlib.util.spec_from_file_location("setup_cuda", ROOT / "setup_cuda.p
 setup_cuda = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(setup_cuda)
 
-# As the CPU kernels: no contraction. The vector loads view 16-bit elements as 128-bit words, which C++ knows as aliasing and CUDA does not.
-FLAGS = ("-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -Wall -Wextra -Wno-unknown-pragmas -Wno-maybe-uninitialized "
-         "-Wno-psabi")
-KINDS = {"plain": "-O1", "tls": "-O1 -DCUDA_HOST_TLS_SHARED", "asan": "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
-         "tsan": "-O1 -g1 -fsanitize=thread"}
+# As the CPU kernels: no contraction. The vector loads view 16-bit elements as 128-bit words, which C++ knows as
+# aliasing and CUDA does not.
+FLAGS = (
+    "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -Wall -Wextra "
+    "-Wno-unknown-pragmas -Wno-maybe-uninitialized "
+    "-Wno-psabi"
+)
+KINDS = {
+    "plain": "-O1",
+    "tls": "-O1 -DCUDA_HOST_TLS_SHARED",
+    "asan": "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    "tsan": "-O1 -g1 -fsanitize=thread",
+}
 
 
 def objects(kind):
     """``(name, flags, source)`` of every object of the module; none of our arithmetic is in the bindings."""
-    return ((name, f"{FLAGS} {KINDS[kind]} {definitions} -x c++", ROOT / source) for name, source, definitions in setup_cuda.kernels())
+    return (
+        (name, f"{FLAGS} {KINDS[kind]} {definitions} -x c++", ROOT / source)
+        for name, source, definitions in setup_cuda.kernels()
+    )
 
 
 def build(folder, kind="plain"):
     """Path of the module of that kind, built under ``folder`` unless it is already there."""
     bindings = f"{FLAGS} -O1 -I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
-    every = [*objects(kind), ("bindings", bindings, CUDA / "bindings.cpp"), ("order", f"{FLAGS} {KINDS[kind]}", HERE / "host_order.cpp")]
-    return object_files.build(Path(folder) / kind, CXX, f"-shared {KINDS[kind]}", every, [HERE / "tools"], ".so", also=pybind11.__version__)
+    every = [
+        *objects(kind),
+        ("bindings", bindings, CUDA / "bindings.cpp"),
+        ("order", f"{FLAGS} {KINDS[kind]}", HERE / "host_order.cpp"),
+    ]
+    return object_files.build(
+        Path(folder) / kind, CXX, f"-shared {KINDS[kind]}", every, [HERE / "tools"], ".so", also=pybind11.__version__
+    )
 
 
 def program(folder, kind, cuda=CUDA):
     """Path of ``cluster_kernels.cpp`` with the kernels that it runs, from the sources in ``cuda``."""
     flags = f"{FLAGS} {KINDS[kind]}"
-    every = [("fused_policy_f32", f"{flags} -DRLK_DTYPE=f32 -DRLK_OUT=f32 -x c++", cuda / "fused_policy.cu"),
-             *((name, f"{flags} -x c++", cuda / f"{name}.cu") for name in setup_cuda.ALONE), ("cluster_kernels", flags, HERE / "cluster_kernels.cpp")]
+    every = [
+        ("fused_policy_f32", f"{flags} -DRLK_DTYPE=f32 -DRLK_OUT=f32 -x c++", cuda / "fused_policy.cu"),
+        *((name, f"{flags} -x c++", cuda / f"{name}.cu") for name in setup_cuda.ALONE),
+        ("cluster_kernels", flags, HERE / "cluster_kernels.cpp"),
+    ]
     return object_files.build(Path(folder) / kind, CXX, KINDS[kind], every, [HERE / "tools", cuda])
 
 
 def load(path):
-    """The module at ``path``; ``set_order`` chooses in which order its threads run: forward, reverse or random:<seed>."""
+    """The module at ``path``; ``set_order`` chooses in which order its threads run: forward, reverse or
+    random:<seed>.
+    """
     spec = importlib.util.spec_from_file_location("_cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,7 +1,9 @@
 """Object files named by the hash of all that went into them, so that a build compiles only what no earlier one has.
 
-The mutation run plants one mistake in one header at a time: what does not include it is not compiled again, and neither is what it restores.
+The mutation run plants one mistake in one header at a time: what does not include it is not compiled again, and neither
+is what it restores.
 """
+
 import fcntl
 import hashlib
 import os
@@ -14,7 +16,9 @@ QUOTED = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 
 
 def parts(source, folders):
-    """``{path: text}`` of a source and of every file that it includes by a quoted name, found beside the includer or in ``folders``."""
+    """``{path: text}`` of a source and of every file that it includes by a quoted name, found beside the includer or in
+    ``folders``.
+    """
     found, waiting = {}, [Path(source).resolve()]
     while waiting:
         file = waiting.pop()
@@ -37,9 +41,11 @@ def compiler_version(cxx):
 
 
 def build(folder, cxx, link, objects, folders, suffix="", also=""):
-    """Compiles and links ``objects``, ``(name, flags, source)`` each, under ``folder``; returns the path of ``<digest><suffix>``.
+    """Compiles and links ``objects``, ``(name, flags, source)`` each, under ``folder``; returns the path of
+    ``<digest><suffix>``.
 
-    ``folders`` are searched for includes. ``also`` goes into the names: the version of a library whose headers are not ours.
+    ``folders`` are searched for includes. ``also`` goes into the names: the version of a library whose headers are not
+    ours.
 
     Raises:
         RuntimeError: the compiler refused; its output is in the message.
@@ -63,7 +69,12 @@ def build(folder, cxx, link, objects, folders, suffix="", also=""):
             plan = Writer(file)
             # Written under another name first: what an interrupted compiler leaves must not pass for an object.
             plan.rule("compile", f"{cxx} $flags {include} -c $in -o $out.part && mv $out.part $out")
-            plan.rule("link", f"{cxx} {link} @$out.rsp -o $out.part && mv $out.part $out", rspfile="$out.rsp", rspfile_content="$in_newline")
+            plan.rule(
+                "link",
+                f"{cxx} {link} @$out.rsp -o $out.part && mv $out.part $out",
+                rspfile="$out.rsp",
+                rspfile_content="$in_newline",
+            )
             for path, (flags, source) in edges.items():
                 if not path.exists():
                     plan.build(str(path), "compile", str(source), variables={"flags": flags})

@@ -1,15 +1,20 @@
 """What ptxas reports of every kernel. As a program: prints the table that ``registers.json`` holds.
 
-    python tests/backends/cuda_backend/ptxas.py rlkernels/_cuda.ptxas.txt > tests/backends/cuda_backend/registers.json
+python tests/backends/cuda_backend/ptxas.py rlkernels/_cuda.ptxas.txt > tests/backends/cuda_backend/registers.json
 """
+
 import json
 import re
 import subprocess
 import sys
 from typing import NamedTuple
 
-ENTRY = re.compile(r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-                   r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers", re.DOTALL)
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
 
 
 class Usage(NamedTuple):
@@ -35,12 +40,17 @@ def short(mangled):
 
 def parse(report):
     """``{(kernel, arch): Usage}``."""
-    return {(short(m["name"]), m["arch"]): Usage(int(m["registers"]), int(m["stack"]), int(m["stores"]) + int(m["loads"])) for m in ENTRY.finditer(report)}
+    return {
+        (short(m["name"]), m["arch"]): Usage(int(m["registers"]), int(m["stack"]), int(m["stores"]) + int(m["loads"]))
+        for m in ENTRY.finditer(report)
+    }
 
 
 def release(nvcc):
     """Such as ``13.0``: another release allocates other registers."""
-    return re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout)[1]
+    return re.search(
+        r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    )[1]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,20 @@
 """Calls of the backend as the row tests make them, and what they compare."""
+
 import reference
 
-NAMES = ("logprobs", "shift", "sum_exp", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "ref_logprobs", "ref_shift", "ref_sum_exp", "kl")
+NAMES = (
+    "logprobs",
+    "shift",
+    "sum_exp",
+    "entropy",
+    "log_sum_sq_probs",
+    "mean_logits",
+    "is_top1",
+    "ref_logprobs",
+    "ref_shift",
+    "ref_sum_exp",
+    "kl",
+)
 
 
 def run(backend, x, targets, *, temperature=1.0, mask=None, ref=None, wanted=31, ignore_index=-100):
@@ -10,7 +23,9 @@ def run(backend, x, targets, *, temperature=1.0, mask=None, ref=None, wanted=31,
 
 def gradient(backend, upstream, x, targets, stats, *, temperature=1.0, mask=None, ref=None, out=None):
     _, shift, sum_exp, entropy, _, _, _, _, ref_shift, ref_sum, kl = stats
-    return backend.token_stats_backward(*upstream, x, targets, temperature, -100, mask, ref, shift, sum_exp, entropy, ref_shift, ref_sum, kl, out)
+    return backend.token_stats_backward(
+        *upstream, x, targets, temperature, -100, mask, ref, shift, sum_exp, entropy, ref_shift, ref_sum, kl, out
+    )
 
 
 def same(first, second):

@@ -1,4 +1,7 @@
-"""F07, F120, F131: the layouts of every public function's arguments, and what torch makes by default, over the CPU build of the CUDA sources."""
+"""F07, F120, F131: the layouts of every public function's arguments, and what torch makes by default, over the CPU
+build of the CUDA sources.
+"""
+
 import pytest
 import torch
 from argument_layouts import compared

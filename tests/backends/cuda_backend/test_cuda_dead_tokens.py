@@ -1,4 +1,5 @@
 """What a dead token holds, through the public losses, on the CUDA sources built for the host."""
+
 import pytest
 from dead_tokens import LOSSES, check
 

@@ -1,4 +1,5 @@
 """Rows with infinities, NaN, masks and bad labels on the CUDA backend, run on the CPU."""
+
 import math
 
 import pytest
@@ -30,8 +31,13 @@ def test_F16_F17_F18_F66_rows_with_minus_infinity_and_offsets_match_float64(publ
     x, targets = hostile_rows(vocab)
     ref = torch.randn(x.shape, generator=torch.Generator().manual_seed(15))
     ref[1, : vocab - 5] = -math.inf
-    stats = public.token_stats(x, targets, ref_logits=ref, kl="exact", outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
-    truth, base = statistics(x.double(), targets, ref_logits=ref.double()), statistics(x, targets, ref_logits=ref, dtype=torch.float32)
+    stats = public.token_stats(
+        x, targets, ref_logits=ref, kl="exact", outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    )
+    truth, base = (
+        statistics(x.double(), targets, ref_logits=ref.double()),
+        statistics(x, targets, ref_logits=ref, dtype=torch.float32),
+    )
     for name, expected in truth.items():
         if name == "is_top1":
             assert torch.equal(stats.is_top1, expected)

@@ -1,4 +1,5 @@
 """The CUDA backend as a module: what it refuses, how it fails without a compiler or a driver, and where it launches."""
+
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -18,8 +19,12 @@ def stats(x=X, ref=None):
 
 CALLS = {
     "token_stats": stats,
-    "token_stats_backward": lambda: cuda.token_stats_backward(ROW, None, None, X, Y, 1.0, -100, None, None, ROW, ROW, ROW, None, None, None, None),
-    "fused_policy": lambda: cuda.fused_policy("reinforce", X, Y, 1.0, -100, None, [ROW], [], ROW, None, None, None, None, True, None),
+    "token_stats_backward": lambda: cuda.token_stats_backward(
+        ROW, None, None, X, Y, 1.0, -100, None, None, ROW, ROW, ROW, None, None, None, None
+    ),
+    "fused_policy": lambda: cuda.fused_policy(
+        "reinforce", X, Y, 1.0, -100, None, [ROW], [], ROW, None, None, None, None, True, None
+    ),
     "elementwise": lambda: cuda.elementwise("reinforce", [ROW, ROW], [], None),
     "gae": lambda: cuda.gae(X, X, None, None, 0.9, 0.9, "none"),
 }
@@ -41,12 +46,21 @@ def test_where_torch_sees_no_device_the_backend_says_so(monkeypatch):
     assert cuda.available() == (True, "")
 
 
-@pytest.mark.parametrize("call, message", (
-    (lambda: stats(X.double()), "logits of dtype torch.float64 are not supported by backend 'cuda'"),
-    (lambda: stats(X, X.bfloat16()), "ref_logits of dtype torch.bfloat16 beside logits of dtype torch.float32"),
-    (lambda: cuda.elementwise("reinforce", [X[0].half()] * 2, [], None), "columns of dtype torch.float16 are not supported by backend 'cuda'"),
-    (lambda: cuda.gae(X.half(), X.half(), None, None, 0.9, 0.9, "none"), "rewards of dtype torch.float16 are not supported by backend 'cuda'"),
-))
+@pytest.mark.parametrize(
+    "call, message",
+    (
+        (lambda: stats(X.double()), "logits of dtype torch.float64 are not supported by backend 'cuda'"),
+        (lambda: stats(X, X.bfloat16()), "ref_logits of dtype torch.bfloat16 beside logits of dtype torch.float32"),
+        (
+            lambda: cuda.elementwise("reinforce", [X[0].half()] * 2, [], None),
+            "columns of dtype torch.float16 are not supported by backend 'cuda'",
+        ),
+        (
+            lambda: cuda.gae(X.half(), X.half(), None, None, 0.9, 0.9, "none"),
+            "rewards of dtype torch.float16 are not supported by backend 'cuda'",
+        ),
+    ),
+)
 def test_F28_a_dtype_without_a_kernel_is_refused(backend, call, message):
     with pytest.raises(NotImplementedError, match=message):
         call()
@@ -63,11 +77,17 @@ def test_F45_a_launch_names_the_device_and_the_stream_of_its_tensors(monkeypatch
 def test_the_compiled_objectives_are_those_of_the_header(host_module):
     from rlkernels.objectives import OBJECTIVES
 
-    expected = {name: (len(o.columns), len(o.params)) for name, o in OBJECTIVES.items() if o.function.__module__.startswith("rlkernels.")}
+    expected = {
+        name: (len(o.columns), len(o.params))
+        for name, o in OBJECTIVES.items()
+        if o.function.__module__.startswith("rlkernels.")
+    }
     assert host_module[0].OBJECTIVES == expected
 
 
-needs_module = pytest.mark.skipif(cuda._cuda is None, reason="rlkernels._cuda was not built here (no nvcc, or RLKERNELS_CUDA=0)")
+needs_module = pytest.mark.skipif(
+    cuda._cuda is None, reason="rlkernels._cuda was not built here (no nvcc, or RLKERNELS_CUDA=0)"
+)
 
 
 @needs_module
@@ -82,7 +102,9 @@ def test_F58_without_a_driver_the_module_loads_and_the_error_names_the_kernel(mo
 @needs_module
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
 def test_F60_no_symbol_of_torch_or_of_a_shared_cuda_runtime_is_needed():
-    wanted = subprocess.run(["nm", "-D", "--undefined-only", cuda._cuda.__file__], capture_output=True, text=True, check=True).stdout
+    wanted = subprocess.run(
+        ["nm", "-D", "--undefined-only", cuda._cuda.__file__], capture_output=True, text=True, check=True
+    ).stdout
     assert "PyObject" in wanted
     assert not [s for s in wanted.split() if s.startswith("cuda") or "c10" in s or "torch" in s]
 

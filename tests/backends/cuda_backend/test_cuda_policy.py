@@ -1,4 +1,7 @@
-"""The one-launch policy loss on the CUDA backend, run on the CPU: against float64, against the two separate passes, for every team of blocks."""
+"""The one-launch policy loss on the CUDA backend, run on the CPU: against float64, against the two separate passes, for
+every team of blocks.
+"""
+
 import math
 
 import oracles
@@ -10,8 +13,18 @@ from row_calls import same
 from rlkernels.objectives import OBJECTIVES, objective
 
 TEAMS = (-1, 1, 2, 4, 8)  # two sweeps over device memory; a row in the shared memory of so many blocks
-PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "beta": 0.3, "label_smoothing": 0.1, "clip_range": 0.2,
-          "tau": 0.05, "alpha": 0.5}
+PARAMS = {
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "dual_clip": 3.0,
+    "tau_pos": 1.0,
+    "tau_neg": 1.05,
+    "beta": 0.3,
+    "label_smoothing": 0.1,
+    "clip_range": 0.2,
+    "tau": 0.05,
+    "alpha": 0.5,
+}
 NATIVE = [name for name, o in OBJECTIVES.items() if o.function.__module__.startswith("rlkernels.")]
 
 
@@ -22,7 +35,13 @@ def problem(vocab, dtype, *, rows=5, seed=0, masked=False):
     mask = mask if masked else None
     logp = statistics(x.double(), targets, 0.8, vocab_mask=mask)["logprobs"].float()
     near = [logp + 0.4 * torch.randn(rows, generator=generator) for _ in range(2)]
-    columns = {"old_logp": near[0], "ref_logp": near[1], "advantage": torch.randn(rows, generator=generator), "returns": near[1], "old_value": near[0]}
+    columns = {
+        "old_logp": near[0],
+        "ref_logp": near[1],
+        "advantage": torch.randn(rows, generator=generator),
+        "returns": near[1],
+        "old_value": near[0],
+    }
     weight, entropy_weight, kl_weight = torch.rand(3, rows, generator=generator)
     for w in (weight, entropy_weight, kl_weight):
         w[-1] = 0.0
@@ -33,12 +52,28 @@ def call(backend, name, case, *, kl="k3", with_grad=True, out=None, temperature=
     x, targets, mask, columns, weight, entropy_weight, kl_weight = case
     o = OBJECTIVES[name]
     return backend.fused_policy(
-        name, x, targets, temperature, -100, mask, [columns[c] for c in o.columns[1:]], [PARAMS[p] for p in o.params], weight, entropy_weight, kl,
-        columns["ref_logp"] if kl else None, kl_weight if kl else None, with_grad, out)
+        name,
+        x,
+        targets,
+        temperature,
+        -100,
+        mask,
+        [columns[c] for c in o.columns[1:]],
+        [PARAMS[p] for p in o.params],
+        weight,
+        entropy_weight,
+        kl,
+        columns["ref_logp"] if kl else None,
+        kl_weight if kl else None,
+        with_grad,
+        out,
+    )
 
 
 def truth(name, case, kl="k3", temperature=0.8):
-    """``(loss, dlogits, upstream gradients of logp and entropy)`` in float64 autograd, from the formulas of the papers."""
+    """``(loss, dlogits, upstream gradients of logp and entropy)`` in float64 autograd, from the
+    formulas of the papers.
+    """
     x, targets, mask, columns, weight, entropy_weight, kl_weight = case
     leaf = x.double().requires_grad_()
     found = statistics(leaf, targets, temperature, vocab_mask=mask)
@@ -54,7 +89,8 @@ def truth(name, case, kl="k3", temperature=0.8):
     return loss.detach(), torch.autograd.grad(loss, leaf)[0], {"logprobs": dlogp, "entropy": entropy_weight}
 
 
-@pytest.mark.parametrize("name", [name for name in NATIVE if OBJECTIVES[name].columns[0] == "logp"])  # the row kernels compile no others in
+# The row kernels compile no others in.
+@pytest.mark.parametrize("name", [name for name in NATIVE if OBJECTIVES[name].columns[0] == "logp"])
 def test_every_objective_matches_float64(backend, name):
     case = problem(1031, torch.float32, seed=len(name))
     loss, expected, upstream = truth(name, case)
@@ -88,7 +124,12 @@ def test_every_team_of_blocks_gives_the_bits_of_the_two_separate_passes(backend,
         host_module[0].choose(team)
         loss, dx, logp, shift, sum_exp, entropy, dlogp = got = call(backend, "ppo_clip", case)
         assert same((logp, shift, sum_exp, entropy), stats[:4]), team
-        assert same_bits(dx, backend.token_stats_backward(dlogp, -entropy_weight, None, x, live, 0.8, -100, mask, None, *stats[1:4], None, None, None, None))
+        assert same_bits(
+            dx,
+            backend.token_stats_backward(
+                dlogp, -entropy_weight, None, x, live, 0.8, -100, mask, None, *stats[1:4], None, None, None, None
+            ),
+        )
         first = first or got
         assert same(got, first), team
 
@@ -114,13 +155,39 @@ def test_a_gradient_rounded_as_it_is_stored_has_the_bits_of_one_rounded_afterwar
 
 def test_what_no_kernel_rounds_is_refused(backend):
     x, targets, _, _, weight, *_ = case = problem(13, torch.bfloat16)
-    with pytest.raises(TypeError, match="the gradient goes to a Tensor of shape .* and dtype torch.float32 on cpu, expected .* torch.bfloat16 on cpu"):
+    with pytest.raises(
+        TypeError,
+        match="the gradient goes to a Tensor of shape .* and dtype torch.float32 on cpu, "
+        "expected .* torch.bfloat16 on cpu",
+    ):
         call(backend, "ppo_clip", case, out=torch.empty(5, 13))
     x = x.float()
-    _, shift, total, entropy, *_, ref_shift, ref_total, kl = backend.token_stats(x, targets, 0.8, -100, None, x.flip(0), 31)
-    with pytest.raises(ValueError, match="token_stats_backward<float32 to bfloat16>: the gradient of a KL to other logits has the dtype of the logits"):
-        backend.token_stats_backward(weight, None, weight, x, targets, 0.8, -100, None, x.flip(0), shift, total, entropy, ref_shift, ref_total, kl,
-                                     torch.empty(5, 13, dtype=torch.bfloat16))
+    _, shift, total, entropy, *_, ref_shift, ref_total, kl = backend.token_stats(
+        x, targets, 0.8, -100, None, x.flip(0), 31
+    )
+    with pytest.raises(
+        ValueError,
+        match="token_stats_backward<float32 to bfloat16>: the gradient of a KL to other "
+        "logits has the dtype of the logits",
+    ):
+        backend.token_stats_backward(
+            weight,
+            None,
+            weight,
+            x,
+            targets,
+            0.8,
+            -100,
+            None,
+            x.flip(0),
+            shift,
+            total,
+            entropy,
+            ref_shift,
+            ref_total,
+            kl,
+            torch.empty(5, 13, dtype=torch.bfloat16),
+        )
 
 
 def test_F15_F53_no_alignment_and_no_company_changes_a_bit(backend, host_module):
@@ -134,7 +201,11 @@ def test_F15_F53_no_alignment_and_no_company_changes_a_bit(backend, host_module)
         for r in range(4):
             x, targets, _, columns, *weights = case
             one = slice(r, r + 1)
-            alone = call(backend, "cispo", (x[one], targets[one], None, {k: v[one] for k, v in columns.items()}, *(w[one] for w in weights)))
+            alone = call(
+                backend,
+                "cispo",
+                (x[one], targets[one], None, {k: v[one] for k, v in columns.items()}, *(w[one] for w in weights)),
+            )
             assert same(alone[1:], [t[r : r + 1] for t in together[1:]])
 
 
@@ -178,7 +249,9 @@ def test_a_row_lives_by_any_of_its_terms(backend, dead):
     loss, expected, upstream = truth("ppo_clip", case)
     got = call(backend, "ppo_clip", case)
     assert abs(float(got[0]) - float(loss)) <= 1e-5 * max(1.0, abs(float(loss))) and got[1][0].any()
-    assert_gradient(got[1], expected, gradient_allowance(upstream, case[0], case[1], 0.8) + 8e-6 * expected.abs(), "dlogits")
+    assert_gradient(
+        got[1], expected, gradient_allowance(upstream, case[0], case[1], 0.8) + 8e-6 * expected.abs(), "dlogits"
+    )
 
 
 def test_F84_the_ratio_to_log_probabilities_of_the_other_kernel_is_exactly_one(backend, host_module):
@@ -187,7 +260,9 @@ def test_F84_the_ratio_to_log_probabilities_of_the_other_kernel_is_exactly_one(b
     old = backend.token_stats(x, targets, 1.0, -100, None, None, 0)[0]
     for team in TEAMS:
         host_module[0].choose(team)
-        got = backend.fused_policy("k2", x, targets, 1.0, -100, None, [old], [], torch.ones(4), None, None, None, None, True, None)
+        got = backend.fused_policy(
+            "k2", x, targets, 1.0, -100, None, [old], [], torch.ones(4), None, None, None, None, True, None
+        )
         assert float(got[0]) == 0.0 and (got[1] == 0).all() and (got[6] == 0).all()
 
 
@@ -220,7 +295,9 @@ def test_a_target_outside_the_mask_gets_no_gradient_of_the_objective(backend):
     case = problem(300, torch.float32, rows=4, seed=11, masked=True)
     x, targets, mask, _, weight, _, _ = case
     targets[1], mask[1, 5] = 5, False
-    got = backend.fused_policy("reinforce", x, targets, 0.8, -100, mask, [torch.ones(4)], [], weight, None, None, None, None, True, None)
+    got = backend.fused_policy(
+        "reinforce", x, targets, 0.8, -100, mask, [torch.ones(4)], [], weight, None, None, None, None, True, None
+    )
     assert (got[1][1] == 0).all() and (got[1][0] != 0).any()
 
 
@@ -231,7 +308,25 @@ def test_many_rows_are_summed_in_their_order_whichever_block_comes_last(backend,
     losses = []
     for order in ("forward", "reverse", "random:1"):
         host_module[1](order)
-        losses.append(backend.fused_policy("reinforce", x, targets, 1.0, -100, None, [torch.ones(140)], [], weight, None, None, None, None, True, None)[0])
+        losses.append(
+            backend.fused_policy(
+                "reinforce",
+                x,
+                targets,
+                1.0,
+                -100,
+                None,
+                [torch.ones(140)],
+                [],
+                weight,
+                None,
+                None,
+                None,
+                None,
+                True,
+                None,
+            )[0]
+        )
     assert same_bits(losses[0], losses[1]) and same_bits(losses[0], losses[2])
     expected = -(weight.double() * statistics(x.double(), targets)["logprobs"]).sum()
     assert abs(float(losses[0]) - float(expected)) <= 2e-6 * abs(float(expected))
@@ -246,8 +341,40 @@ def test_a_users_objective_runs_through_the_two_native_passes(backend):
     try:
         case = problem(1031, torch.float32, seed=13)
         x, targets, _, columns, weight, *_ = case
-        got = backend.fused_policy("steep_for_cuda", x, targets, 0.8, -100, None, [columns["advantage"]], [2.0], weight, None, None, None, None, True, None)
-        twice = backend.fused_policy("reinforce", x, targets, 0.8, -100, None, [2 * columns["advantage"]], [], weight, None, None, None, None, True, None)
+        got = backend.fused_policy(
+            "steep_for_cuda",
+            x,
+            targets,
+            0.8,
+            -100,
+            None,
+            [columns["advantage"]],
+            [2.0],
+            weight,
+            None,
+            None,
+            None,
+            None,
+            True,
+            None,
+        )
+        twice = backend.fused_policy(
+            "reinforce",
+            x,
+            targets,
+            0.8,
+            -100,
+            None,
+            [2 * columns["advantage"]],
+            [],
+            weight,
+            None,
+            None,
+            None,
+            None,
+            True,
+            None,
+        )
         assert same(got[1:], twice[1:])
     finally:
         del OBJECTIVES["steep_for_cuda"]
@@ -259,7 +386,10 @@ def test_F31_F84_the_gradient_of_the_forward_meets_any_upstream_gradient_without
     leaf = x.requires_grad_()
 
     def loss(logits, inplace):
-        return public.logits_policy_loss(logits, targets, columns["old_logp"], columns["advantage"], entropy_coef=0.1, inplace_backward=inplace)
+        return public.logits_policy_loss(
+            logits, targets, columns["old_logp"], columns["advantage"], entropy_coef=0.1, inplace_backward=inplace
+        )
+
     for g in (1.0, 2.0**16, -0.5, 0.0):
         g, copy = torch.tensor(g), (leaf.detach() * 1).requires_grad_()
         (expected,) = torch.autograd.grad(loss(copy * 1, True), copy, g)
@@ -272,5 +402,7 @@ def test_F31_F84_the_gradient_of_the_forward_meets_any_upstream_gradient_without
 
 def test_F11_no_rows_give_a_loss_of_zero(backend):
     none, targets = torch.empty(0), torch.empty(0, dtype=torch.long)
-    got = backend.fused_policy("reinforce", torch.empty(0, 37), targets, 1.0, -100, None, [none], [], none, None, None, None, None, True, None)
+    got = backend.fused_policy(
+        "reinforce", torch.empty(0, 37), targets, 1.0, -100, None, [none], [], none, None, None, None, None, True, None
+    )
     assert float(got[0]) == 0.0 and got[1].shape == (0, 37)

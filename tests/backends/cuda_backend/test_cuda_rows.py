@@ -1,15 +1,28 @@
-"""Row statistics and their gradient on the CUDA backend, run on the CPU: against float64, and bit by bit between layouts."""
+"""Row statistics and their gradient on the CUDA backend, run on the CPU: against float64, and bit by bit between
+layouts.
+"""
+
 import math
 
 import pytest
 import torch
-from reference import EPS32, LAYOUTS, assert_gradient, cotangents, draw_rows, gradient_allowance, judge, same_bits, statistics
+from reference import (
+    EPS32,
+    LAYOUTS,
+    assert_gradient,
+    cotangents,
+    draw_rows,
+    gradient_allowance,
+    judge,
+    same_bits,
+    statistics,
+)
 from row_calls import NAMES, gradient, run, same
 
 ENTROPY, LOG_SUM_SQ, MEAN_LOGITS, IS_TOP1, KL = 1, 2, 4, 8, 16
 
-# 1, 2, 7: less than one group of eight columns. 1023 to 1025: a group short, whole, and one over. 8191, 8200: one step of all lanes and a
-# bit more. 20001: three steps, odd, so that every other row is unaligned.
+# 1, 2, 7: less than one group of eight columns. 1023 to 1025: a group short, whole, and one over. 8191, 8200: one step
+# of all lanes and a bit more. 20001: three steps, odd, so that every other row is unaligned.
 VOCABULARIES = (1, 2, 7, 1023, 1024, 1025, 2053, 8191, 8200)
 
 
@@ -55,7 +68,9 @@ def test_every_choice_of_outputs_gives_the_bits_of_all_of_them(backend, dtype, w
     ref = draw_rows((3,), 9001, dtype, seed=7)[0] if with_ref else None
     everything = run(backend, x, targets, ref=ref)
     for wanted in (0, ENTROPY, LOG_SUM_SQ, MEAN_LOGITS | IS_TOP1, ENTROPY | KL):
-        for name, some, all_of_them in zip(NAMES, run(backend, x, targets, ref=ref, wanted=wanted), everything, strict=True):
+        for name, some, all_of_them in zip(
+            NAMES, run(backend, x, targets, ref=ref, wanted=wanted), everything, strict=True
+        ):
             if some.numel():
                 assert same_bits(some, all_of_them), f"{name} with wanted={wanted}"
 
@@ -66,7 +81,9 @@ def test_F19_bf16_and_fp16_give_the_bits_of_the_same_values_in_fp32(backend):
         assert same(run(backend, x, targets, ref=x.flip(-1)), run(backend, x.float(), targets, ref=x.float().flip(-1)))
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("stride 2 in the row", "vocabulary first")])
+@pytest.mark.parametrize(
+    "layout", [name for name in LAYOUTS if name not in ("stride 2 in the row", "vocabulary first")]
+)
 def test_F07_F15_every_layout_gives_the_bits_of_contiguous_rows(backend, layout):
     x, _, _ = draw_rows((3, 4), 1030, torch.bfloat16, seed=9)
     laid = LAYOUTS[layout](x)
@@ -77,7 +94,9 @@ def test_F07_F15_every_layout_gives_the_bits_of_contiguous_rows(backend, layout)
     stats = run(backend, flat, targets)
     assert same(stats, run(backend, plain, targets))
     g = cotangents(targets.shape, 2)
-    assert same_bits(gradient(backend, (*g, None), flat, targets, stats), gradient(backend, (*g, None), plain, targets, stats))
+    assert same_bits(
+        gradient(backend, (*g, None), flat, targets, stats), gradient(backend, (*g, None), plain, targets, stats)
+    )
 
 
 def test_F15_no_storage_offset_changes_a_bit(backend, dtype):
@@ -93,7 +112,8 @@ def test_F15_no_storage_offset_changes_a_bit(backend, dtype):
 
 def test_F03_a_row_that_begins_behind_2_to_the_31_elements_has_its_bits(backend):
     x, targets, _ = draw_rows((3,), 1030, torch.bfloat16, seed=14)
-    far = torch.empty(2**31 + 2048, dtype=torch.bfloat16).as_strided((3, 1030), (2**30, 1))  # 4 GB, of which three pages become resident
+    # 4 GB, of which three pages become resident.
+    far = torch.empty(2**31 + 2048, dtype=torch.bfloat16).as_strided((3, 1030), (2**30, 1))
     far.copy_(x)
     stats, g = run(backend, x, targets), (*cotangents(targets.shape, 2), None)
     assert same(run(backend, far, targets), stats)
@@ -143,7 +163,9 @@ def test_each_upstream_gradient_alone_and_together_matches_float64(backend, dtyp
     truth = statistics(leaf, targets, temperature, **options)
     upstream = {("logprobs", "entropy", "kl")[k]: g[k] for k in terms}
     (expected,) = torch.autograd.grad(sum((truth[name] * c.double()).sum() for name, c in upstream.items()), leaf)
-    assert_gradient(got, expected, gradient_allowance(upstream, x, targets, temperature, vocab_mask=mask, ref_logits=ref), "dlogits")
+    assert_gradient(
+        got, expected, gradient_allowance(upstream, x, targets, temperature, vocab_mask=mask, ref_logits=ref), "dlogits"
+    )
 
 
 @pytest.mark.parametrize("probability", (0.9, 0.99, 0.999, 0.9999))
@@ -195,7 +217,10 @@ def test_F11_no_rows_give_empty_outputs_and_launch_nothing(backend):
     empty = torch.empty(0, 37)
     stats = run(backend, empty, torch.empty(0, dtype=torch.long))
     assert stats[0].shape == (0,) and stats[6].dtype == torch.bool
-    assert gradient(backend, (torch.empty(0), None, None), empty, torch.empty(0, dtype=torch.long), stats).shape == (0, 37)
+    assert gradient(backend, (torch.empty(0), None, None), empty, torch.empty(0, dtype=torch.long), stats).shape == (
+        0,
+        37,
+    )
 
 
 def test_F01_rows_two_to_the_thirty_elements_apart_are_found(backend):

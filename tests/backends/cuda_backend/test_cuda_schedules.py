@@ -1,4 +1,7 @@
-"""The CUDA kernels under other thread orders and under sanitizers: missing barriers, races that change bits, reads outside of a tensor."""
+"""The CUDA kernels under other thread orders and under sanitizers: missing barriers, races that change bits, reads
+outside of a tensor.
+"""
+
 import os
 import subprocess
 import sys
@@ -27,13 +30,31 @@ def test_F52_the_order_of_blocks_and_threads_changes_no_bit(backend, host_module
 
 
 def test_no_kernel_reads_or_writes_outside_its_tensors_and_shared_memory(pytestconfig, forward):
-    """AddressSanitizer and UBSan: bounds, alignment of vector accesses, signed overflow. The bits are those of the plain build."""
-    runtime = [subprocess.run([host_build.CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-               for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")]
+    """AddressSanitizer and UBSan: bounds, alignment of vector accesses, signed overflow.
+
+    The bits are those of the plain build.
+    """
+    runtime = [
+        subprocess.run(
+            [host_build.CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")
+    ]
     if not all(Path(path).is_absolute() for path in runtime):
         pytest.skip("the C++ compiler has no sanitizer runtime")
     module = host_build.build(pytestconfig.cache.mkdir("cuda_host"), "asan")
-    environment = {**os.environ, "LD_PRELOAD": " ".join(runtime), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, one_of_each.__file__, module, "random:2"], env=environment, capture_output=True, text=True, timeout=300)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(runtime),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, one_of_each.__file__, module, "random:2"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert {name: value for value, name in (line.split(" ", 1) for line in done.stdout.splitlines())} == forward

@@ -1,4 +1,5 @@
 """Objectives over columns and the advantage scan on the CUDA backend, run on the CPU."""
+
 import math
 
 import pytest
@@ -11,13 +12,25 @@ from weighted_losses import CASES, check, check_without_a_live_element
 from rlkernels.backends import eager
 from rlkernels.objectives import OBJECTIVES
 
-PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "beta": 0.3, "label_smoothing": 0.1, "clip_range": 0.2,
-          "tau": 0.05, "alpha": 0.5}
+PARAMS = {
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "dual_clip": 3.0,
+    "tau_pos": 1.0,
+    "tau_neg": 1.05,
+    "beta": 0.3,
+    "label_smoothing": 0.1,
+    "clip_range": 0.2,
+    "tau": 0.05,
+    "alpha": 0.5,
+}
 NATIVE = [name for name, o in OBJECTIVES.items() if o.function.__module__.startswith("rlkernels.")]
 
 
 def grid(name):
-    """Every combination of the values where formulas break: zeros of both signs, ties, overflow of exp, infinities, NaN."""
+    """Every combination of the values where formulas break: zeros of both signs, ties, overflow of exp, infinities,
+    NaN.
+    """
     values = torch.tensor([0.0, -0.0, 0.2, -0.25, 1.5, 88.0, -88.0, 1e4, -1e4, math.inf, -math.inf, math.nan])
     columns = torch.cartesian_prod(*[values] * len(OBJECTIVES[name].columns))
     columns = columns[:, None] if columns.dim() == 1 else columns
@@ -35,14 +48,18 @@ def test_every_functor_gives_the_value_and_derivative_of_its_python_source(backe
 
 @pytest.mark.parametrize("name", ("ppo_clip", "dpo_sigmoid", "value_clip"))
 def test_float64_columns_stay_float64(backend, name):
-    columns = [c.double() for c in torch.randn(len(OBJECTIVES[name].columns), 1500, generator=torch.Generator().manual_seed(1))]
+    columns = [
+        c.double() for c in torch.randn(len(OBJECTIVES[name].columns), 1500, generator=torch.Generator().manual_seed(1))
+    ]
     params = [PARAMS[p] for p in OBJECTIVES[name].params]
-    for got, expected in zip(backend.elementwise(name, columns, params, None), eager.elementwise(name, columns, params, None), strict=True):
+    for got, expected in zip(
+        backend.elementwise(name, columns, params, None), eager.elementwise(name, columns, params, None), strict=True
+    ):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-# 1024 elements make a block: one short, one block, one over; 70 000: 69 blocks. 300 000: more blocks than threads that add their parts.
-# 1 100 000: more parts than those threads load at once.
+# 1024 elements make a block: one short, one block, one over; 70 000: 69 blocks. 300 000: more blocks than threads that
+# add their parts. 1 100 000: more parts than those threads load at once.
 @pytest.mark.parametrize("n", (1, 31, 1023, 1024, 1025, 70_000, 300_000, 1_100_000))
 def test_the_weighted_sum_is_exact_to_the_last_rounding(backend, n):
     generator = torch.Generator().manual_seed(n)
@@ -113,7 +130,9 @@ def by_hand(rewards, values, live, gamma, lam, masked):
         clean = [[x if alive else 0.0 for x, alive in zip(column, live, strict=True)] for column in (r, v)]
         found = {i: a for i, a in enumerate(gae_by_hand(*clean, gamma, lam)) if live[i]}
     advantages = torch.tensor([found.get(i, 0.0) for i in range(len(r))], dtype=torch.float64)
-    return advantages, torch.tensor([found[i] + v[i] if i in found else 0.0 for i in range(len(r))], dtype=torch.float64)
+    return advantages, torch.tensor(
+        [found[i] + v[i] if i in found else 0.0 for i in range(len(r))], dtype=torch.float64
+    )
 
 
 def draw(shape, seed=0, dtype=torch.float32):
@@ -122,7 +141,8 @@ def draw(shape, seed=0, dtype=torch.float32):
     return rewards, values, torch.rand(shape, generator=generator) < 0.6
 
 
-# 8 tokens per thread, 256 threads, 2048 tokens per chunk: inside a thread, one warp, a chunk short, whole, one over, several chunks.
+# 8 tokens per thread, 256 threads, 2048 tokens per chunk: inside a thread, one warp, a chunk short, whole, one over,
+# several chunks.
 @pytest.mark.parametrize("length", (1, 7, 8, 9, 256, 257, 2047, 2048, 2049, 6000))
 @pytest.mark.parametrize("masked", ("skip", "zero", "none"))
 def test_F85_the_scan_is_the_loop_for_every_mask_and_length(backend, length, masked):
@@ -131,7 +151,9 @@ def test_F85_the_scan_is_the_loop_for_every_mask_and_length(backend, length, mas
     advantages, returns = backend.gae(rewards, values, mask, None, 0.99, 0.95, masked)
     for row in range(2):
         live = [True] * length if masked == "none" else mask[row].tolist()
-        for got, expected in zip((advantages[row], returns[row]), by_hand(rewards[row], values[row], live, 0.99, 0.95, masked), strict=True):
+        for got, expected in zip(
+            (advantages[row], returns[row]), by_hand(rewards[row], values[row], live, 0.99, 0.95, masked), strict=True
+        ):
             torch.testing.assert_close(got.double(), expected, rtol=2e-7, atol=2e-7)
 
 
@@ -161,7 +183,15 @@ def test_F87_packed_sequences_have_the_bits_of_sequences_apart(backend, masked):
     packed = backend.gae(rewards, values, mask, bounds, 0.99, 0.95, masked)
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         if end > begin:
-            apart = backend.gae(rewards[None, begin:end].contiguous(), values[None, begin:end].contiguous(), mask[None, begin:end], None, 0.99, 0.95, masked)
+            apart = backend.gae(
+                rewards[None, begin:end].contiguous(),
+                values[None, begin:end].contiguous(),
+                mask[None, begin:end],
+                None,
+                0.99,
+                0.95,
+                masked,
+            )
             assert same([x[begin:end] for x in packed], [x[0] for x in apart])
 
 

@@ -1,7 +1,9 @@
-"""The kernels whose threads talk to one another, in four builds and three thread orders: one answer, no race, nothing uninitialised read.
+"""The kernels whose threads talk to one another, in four builds and three thread orders: one answer, no race, nothing
+uninitialised read.
 
 As a program: ThreadSanitizer cannot be loaded into a Python that is already running.
 """
+
 import os
 import shutil
 import subprocess
@@ -11,7 +13,9 @@ import pytest
 
 BUILDS, ORDERS = ("plain", "tls", "asan", "tsan"), ("forward", "reverse", "random:1")
 SANITIZER = {"asan": "-fsanitize=address,undefined", "tsan": "-fsanitize=thread"}
-pytestmark = pytest.mark.skipif(host_build.CXX is None, reason="no C++ compiler: the CUDA sources cannot be run on the CPU")
+pytestmark = pytest.mark.skipif(
+    host_build.CXX is None, reason="no C++ compiler: the CUDA sources cannot be run on the CPU"
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,12 @@ def expected(folder):
 
 
 def run(program, order):
-    environment = {**os.environ, "CUDA_HOST_ORDER": order, "ASAN_OPTIONS": "detect_stack_use_after_return=0", "TSAN_OPTIONS": "exitcode=66:halt_on_error=1"}
+    environment = {
+        **os.environ,
+        "CUDA_HOST_ORDER": order,
+        "ASAN_OPTIONS": "detect_stack_use_after_return=0",
+        "TSAN_OPTIONS": "exitcode=66:halt_on_error=1",
+    }
     return subprocess.run([program], env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -56,7 +65,9 @@ def test_every_team_of_blocks_gives_one_answer(expected):
         assert len({line.split()[0] for line in expected.splitlines() if line.endswith(f"fused_policy {shape}")}) == 1
 
 
-@pytest.mark.parametrize("file, barrier", [("row.cuh", "    sync();\n    Sums all"), ("scan.cuh", "    __syncthreads();\n    State state")])
+@pytest.mark.parametrize(
+    "file, barrier", [("row.cuh", "    sync();\n    Sums all"), ("scan.cuh", "    __syncthreads();\n    State state")]
+)
 def test_a_missing_barrier_of_a_cluster_or_a_block_is_reported(file, barrier, folder, tmp_path):
     needs("tsan", tmp_path)
     shutil.copytree(host_build.CUDA.parent, tmp_path / "csrc")

@@ -2,6 +2,7 @@
 
 ``--gpu-log FILE`` writes a line of JSON as each test ends: a run that is cut short keeps what it has.
 """
+
 import json
 import os
 import sys
@@ -64,7 +65,13 @@ class Log:
         if report.when != "call" and report.outcome == "passed":
             return
         message = "" if report.outcome == "passed" else str(report.longrepr)[-MESSAGE:]
-        line = {"test": report.nodeid, "when": report.when, "outcome": report.outcome, "seconds": report.duration, "message": message}
+        line = {
+            "test": report.nodeid,
+            "when": report.when,
+            "outcome": report.outcome,
+            "seconds": report.duration,
+            "message": message,
+        }
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
 

@@ -1,7 +1,9 @@
 """What the tests on an accelerator share: where they run, on which backends, and the judges against float64.
 
-``GPU_SUITE_DEVICE=cpu`` rehearses what needs no GPU on the CPU's backends: the tests' own logic, not a kernel for a GPU.
+``GPU_SUITE_DEVICE=cpu`` rehearses what needs no GPU on the CPU's backends: the tests' own logic, not a kernel for a
+GPU.
 """
+
 import contextlib
 import os
 
@@ -18,8 +20,18 @@ DEVICE = torch.device(os.environ.get("GPU_SUITE_DEVICE", "cuda"))
 REHEARSAL = DEVICE.type == "cpu"
 BACKENDS = ("cpu",) if REHEARSAL else ("triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "tau": 0.05, "alpha": 0.5}
-POLICIES = sorted(n for n, o in OBJECTIVES.items() if o.columns[0] == "logp" and "advantage" in o.columns and hasattr(oracles, n))
+PARAMS = {
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "dual_clip": 3.0,
+    "tau_pos": 1.0,
+    "tau_neg": 1.05,
+    "tau": 0.05,
+    "alpha": 0.5,
+}
+POLICIES = sorted(
+    n for n, o in OBJECTIVES.items() if o.columns[0] == "logp" and "advantage" in o.columns and hasattr(oracles, n)
+)
 CUDA_ONLY = pytest.mark.skipif(REHEARSAL, reason="needs a CUDA device")
 """For what has no meaning in a rehearsal: streams, graphs, the memory of a GPU."""
 
@@ -70,12 +82,21 @@ def bits(a, b):
 
 
 def judge(backend, x, targets, temperature=1.0, *, vocab_mask=None, ref_logits=None, seed=1):
-    """Every output of ``token_stats`` and the gradient of each, against float64 on the device; the stats are returned."""
+    """Every output of ``token_stats`` and the gradient of each, against float64 on the device; the
+    stats are returned.
+    """
     options = {"ignore_index": -100, "vocab_mask": vocab_mask, "ref_logits": ref_logits}
     leaf, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
     outputs = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     with using(backend):
-        stats = rlkernels.token_stats(leaf, targets, temperature=temperature, kl=None if ref_logits is None else "exact", outputs=outputs, **options)
+        stats = rlkernels.token_stats(
+            leaf,
+            targets,
+            temperature=temperature,
+            kl=None if ref_logits is None else "exact",
+            outputs=outputs,
+            **options,
+        )
     truth = reference.statistics(wide, targets, temperature, **options)
     narrow = {**options, "ref_logits": None if ref_logits is None else ref_logits.float()}
     base = reference.statistics(x.detach().float(), targets, temperature, **narrow, dtype=torch.float32)
@@ -97,16 +118,20 @@ def judge(backend, x, targets, temperature=1.0, *, vocab_mask=None, ref_logits=N
 
 
 def policy_inputs(x, targets, temperature=1.0, seed=0):
-    """Old and reference log-probabilities around those of ``x``, so that ratios meet both clips; advantages of both signs, a mask with holes."""
+    """Old and reference log-probabilities around those of ``x``, so that ratios meet both clips; advantages of both
+    signs, a mask with holes.
+    """
     logp = reference.statistics(x.double(), targets, temperature)["logprobs"].float()
     drift, ref, advantage, chance = (noise(*targets.shape, seed=seed + k) for k in range(4))
     return {"old": logp + 0.3 * drift, "ref": logp + 0.3 * ref, "advantage": advantage, "mask": chance < 1.0}
 
 
 def policy_truth(objective, x, targets, columns, *, kl=None, kl_coef=0.0, entropy_coef=0.0, temperature=1.0):
-    """Loss, gradient and the gradient's allowance in float64: the oracle over float64 statistics, mean over the live tokens.
+    """Loss, gradient and the gradient's allowance in float64: the oracle over float64 statistics, mean over the live
+    tokens.
 
-    A log-probability is known to 1e-5 (the contract's bound), hence a ratio, and every derivative with one in it, to 1e-5 of itself.
+    A log-probability is known to 1e-5 (the contract's bound), hence a ratio, and every derivative with one in it, to
+    1e-5 of itself.
     """
     wide = x.detach().double().requires_grad_()
     live = columns["mask"] & (targets != -100)
@@ -115,7 +140,9 @@ def policy_truth(objective, x, targets, columns, *, kl=None, kl_coef=0.0, entrop
     logp = stats["logprobs"].detach().requires_grad_()
     named = {"old_logp": columns["old"].double(), "advantage": columns["advantage"].double()}
     entry = OBJECTIVES[objective]
-    terms = getattr(oracles, objective)(logp, *(named[c] for c in entry.columns[1:]), *(PARAMS[p] for p in entry.params))
+    terms = getattr(oracles, objective)(
+        logp, *(named[c] for c in entry.columns[1:]), *(PARAMS[p] for p in entry.params)
+    )
     total = torch.where(live, terms, 0.0) * weight
     if kl is not None:
         total = total + kl_coef * weight * torch.where(live, getattr(oracles, kl)(logp, columns["ref"].double()), 0.0)
@@ -124,7 +151,11 @@ def policy_truth(objective, x, targets, columns, *, kl=None, kl_coef=0.0, entrop
     loss = total.sum().detach() + (dentropy * torch.where(live, stats["entropy"].detach(), 0.0)).sum()
     (dlogits,) = torch.autograd.grad((stats["logprobs"], stats["entropy"]), wide, (dlogp, dentropy))
     upstream = {"logprobs": dlogp, "entropy": dentropy}
-    allowed = reference.gradient_allowance(upstream, x, targets, temperature) + 2e-5 * dlogits.abs() + 2e-5 * dlogp.abs()[..., None] * 1e-2
+    allowed = (
+        reference.gradient_allowance(upstream, x, targets, temperature)
+        + 2e-5 * dlogits.abs()
+        + 2e-5 * dlogp.abs()[..., None] * 1e-2
+    )
     return loss, dlogits, allowed, total.abs().sum().item()
 
 

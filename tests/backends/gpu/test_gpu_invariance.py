@@ -1,4 +1,5 @@
 """Bits on the device: the same in every run, in any batch, with and without gradients, beside other work."""
+
 import contextlib
 
 import gpu_support as gpu
@@ -33,14 +34,27 @@ def other_stream_multiplies():
 def everything(x, ref, targets, old, advantage, rewards, values):
     """One call of each function: outputs and gradients in a flat tuple."""
     leaf, second = x.detach().requires_grad_(), x.detach().requires_grad_()
-    stats = rlkernels.token_stats(leaf, targets, ref_logits=ref, kl="exact", outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+    stats = rlkernels.token_stats(
+        leaf, targets, ref_logits=ref, kl="exact", outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    )
     grads = torch.autograd.grad((stats.logprobs, stats.entropy, stats.kl), leaf, (old, advantage, old))
-    loss = rlkernels.logits_policy_loss(second, targets, old, advantage, kl_coef=0.04, ref_logprobs=old, entropy_coef=0.01)
+    loss = rlkernels.logits_policy_loss(
+        second, targets, old, advantage, kl_coef=0.04, ref_logprobs=old, entropy_coef=0.01
+    )
     columns = old.clone().requires_grad_()
     small = rlkernels.policy_loss(columns, advantage, advantage)
     pairs = rlkernels.pairwise_reward_loss(columns, advantage)
-    return (*(s for s in stats if s is not None), *grads, loss.detach(), *torch.autograd.grad(loss, second), small.detach(),
-            *torch.autograd.grad(small, columns), pairs.detach(), *torch.autograd.grad(pairs, columns), *rlkernels.gae(rewards, values))
+    return (
+        *(s for s in stats if s is not None),
+        *grads,
+        loss.detach(),
+        *torch.autograd.grad(loss, second),
+        small.detach(),
+        *torch.autograd.grad(small, columns),
+        pairs.detach(),
+        *torch.autograd.grad(pairs, columns),
+        *rlkernels.gae(rewards, values),
+    )
 
 
 @both
@@ -48,7 +62,9 @@ def everything(x, ref, targets, old, advantage, rewards, values):
 def test_F52_a_hundred_runs_beside_other_work_give_the_same_bits(backend, vocab):
     dtype, rows = torch.bfloat16, 48
     x, ref = gpu.noise(rows, vocab, seed=1, dtype=dtype) * 3, gpu.noise(rows, vocab, seed=2, dtype=dtype) * 3
-    targets = torch.randint(vocab, (rows,), generator=torch.Generator(device=gpu.DEVICE).manual_seed(3), device=gpu.DEVICE)
+    targets = torch.randint(
+        vocab, (rows,), generator=torch.Generator(device=gpu.DEVICE).manual_seed(3), device=gpu.DEVICE
+    )
     old, advantage = -gpu.noise(rows, seed=4).abs(), gpu.noise(rows, seed=5)
     rewards, values = gpu.noise(64, 1100, seed=6), gpu.noise(64, 1100, seed=7)
     different = torch.zeros((), dtype=torch.long, device=gpu.DEVICE)
@@ -81,20 +97,28 @@ def test_F53_a_row_has_the_same_bits_alone_permuted_strided_and_padded(backend, 
     targets = torch.randint(vocab, (rows,), generator=generator, device=gpu.DEVICE)
     batch = outputs(backend, x, targets, ref)
     for r in (0, 17, rows - 1):
-        alone = outputs(backend, x[r:r + 1], targets[r:r + 1], ref[r:r + 1])
-        assert all(gpu.bits(a[r:r + 1], b) for a, b in zip(batch, alone, strict=True)), f"row {r} alone"
+        alone = outputs(backend, x[r : r + 1], targets[r : r + 1], ref[r : r + 1])
+        assert all(gpu.bits(a[r : r + 1], b) for a, b in zip(batch, alone, strict=True)), f"row {r} alone"
     order = torch.randperm(rows, generator=generator, device=gpu.DEVICE)
     permuted = outputs(backend, x[order], targets[order], ref[order])
     assert all(gpu.bits(a[order], b) for a, b in zip(batch, permuted, strict=True)), "permuted"
-    parent, parent_ref = (torch.full((rows, vocab + 24), float("nan"), dtype=dtype, device=gpu.DEVICE) for _ in range(2))
+    parent, parent_ref = (
+        torch.full((rows, vocab + 24), float("nan"), dtype=dtype, device=gpu.DEVICE) for _ in range(2)
+    )
     for p, values in ((parent, x), (parent_ref, ref)):
-        p[:, 8:8 + vocab] = values
-    strided = outputs(backend, parent[:, 8:8 + vocab], targets, parent_ref[:, 8:8 + vocab])
+        p[:, 8 : 8 + vocab] = values
+    strided = outputs(backend, parent[:, 8 : 8 + vocab], targets, parent_ref[:, 8 : 8 + vocab])
     assert all(gpu.bits(a, b) for a, b in zip(batch, strided, strict=True)), "strided"
     many = 4 * rows
-    padded = outputs(backend, torch.cat([x, *[torch.zeros_like(x)] * 3]), torch.cat([targets, *[torch.full_like(targets, -100)] * 3]),
-                     torch.cat([ref, *[torch.zeros_like(ref)] * 3]))
-    assert padded[0].shape[0] == many and all(gpu.bits(a, b[:rows]) for a, b in zip(batch, padded, strict=True)), "padded"
+    padded = outputs(
+        backend,
+        torch.cat([x, *[torch.zeros_like(x)] * 3]),
+        torch.cat([targets, *[torch.full_like(targets, -100)] * 3]),
+        torch.cat([ref, *[torch.zeros_like(ref)] * 3]),
+    )
+    assert padded[0].shape[0] == many and all(gpu.bits(a, b[:rows]) for a, b in zip(batch, padded, strict=True)), (
+        "padded"
+    )
 
 
 @both
@@ -123,9 +147,27 @@ def test_F84_the_ratio_is_exactly_one_where_old_logprobs_came_from_the_same_kern
     x, targets, _ = gpu.rows((6,), vocab, dtype, seed=8)
     with gpu.using(backend), torch.no_grad():
         old = rlkernels.token_logprobs(x, targets)
-        stats = rlkernels.token_stats(x, targets, outputs=("entropy", "log_sum_sq_probs", "mean_logits"), ref_logits=x, kl="exact")
+        stats = rlkernels.token_stats(
+            x, targets, outputs=("entropy", "log_sum_sq_probs", "mean_logits"), ref_logits=x, kl="exact"
+        )
         weight = torch.ones_like(old)
-        fused = ops.fused_policy("ppo_clip", x, targets, ops.number(1.0), -100, None, [old, weight], ops.numbers((0.2, 0.2)), weight, weight, None,
-                                 None, None, True, False, backend)
+        fused = ops.fused_policy(
+            "ppo_clip",
+            x,
+            targets,
+            ops.number(1.0),
+            -100,
+            None,
+            [old, weight],
+            ops.numbers((0.2, 0.2)),
+            weight,
+            weight,
+            None,
+            None,
+            None,
+            True,
+            False,
+            backend,
+        )
     assert gpu.bits(old, stats.logprobs) and gpu.bits(old, fused[2]) and gpu.bits(old, stats.ref_logprobs)
     assert (stats.kl.abs() <= 1e-6).all()

@@ -1,4 +1,5 @@
 """The losses of a head on the device: against all logits in float64 on the host, and what only a device shows."""
+
 import gpu_support as gpu
 import linear_problems as problems
 import pytest
@@ -10,9 +11,14 @@ both = pytest.mark.parametrize("backend", gpu.BACKENDS, indirect=True)
 every_dtype = pytest.mark.parametrize("dtype", gpu.DTYPES, ids=str)
 LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 SHAPE, H, V = (6, 24), 256, 1030
-CHUNKS = ({}, {"chunk_tokens": 32}, {"max_live_tokens": 144}, {"max_live_tokens": 144, "chunk_tokens": 48})  # 144: every token
+# 144: every token.
+CHUNKS = ({}, {"chunk_tokens": 32}, {"max_live_tokens": 144}, {"max_live_tokens": 144, "chunk_tokens": 48})
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 4e-4}
-"""Of a gradient's norm. One rounding to bf16 is 1.7e-3 of it; 16-bit products take the gradient of the logits rounded, and their sum is rounded too."""
+"""Of a gradient's norm.
+
+One rounding to bf16 is 1.7e-3 of it; 16-bit products take the gradient of the logits rounded, and their sum is rounded
+too.
+"""
 
 
 def problem(dtype, shape=SHAPE, hidden=H, vocab=V, seed=0):
@@ -32,20 +38,41 @@ def leaves(d):
 
 def policy(d, operands, level="token", **options):
     h, w, b = operands
-    return rlkernels.linear_policy_loss(h, w, d["targets"], d["old"], d["advantages"], d["mask"], bias=b, ratio_level=level, **problems.PARAMS["ppo_clip"],
-                                        **options)
+    return rlkernels.linear_policy_loss(
+        h,
+        w,
+        d["targets"],
+        d["old"],
+        d["advantages"],
+        d["mask"],
+        bias=b,
+        ratio_level=level,
+        **problems.PARAMS["ppo_clip"],
+        **options,
+    )
 
 
 def pairs(d, operands, **options):
     h, w, b = operands
     chosen, rejected = d["reference"].chunk(2)
-    return rlkernels.linear_dpo_loss(h, w, d["targets"], d["mask"], bias=b, ref_chosen_logps=chosen, ref_rejected_logps=rejected, **options)
+    return rlkernels.linear_dpo_loss(
+        h, w, d["targets"], d["mask"], bias=b, ref_chosen_logps=chosen, ref_rejected_logps=rejected, **options
+    )
 
 
 def answers(d, operands, **options):
     h, w, b = operands
-    return rlkernels.linear_unpaired_preference_loss(h, w, d["targets"], d["reference"], d["advantages"][:, 0] > 0, d["mask"], bias=b,
-                                                     loss_type="apo_zero_unpaired", **options)
+    return rlkernels.linear_unpaired_preference_loss(
+        h,
+        w,
+        d["targets"],
+        d["reference"],
+        d["advantages"][:, 0] > 0,
+        d["mask"],
+        bias=b,
+        loss_type="apo_zero_unpaired",
+        **options,
+    )
 
 
 def sft(d, operands, **options):
@@ -59,8 +86,13 @@ def statistics(d, operands, **options):
     return (stats.logprobs * d["advantages"] + stats.entropy * d["token_weights"]).sum()
 
 
-CALLS = {**{f"policy {level}": lambda d, o, level=level, **k: policy(d, o, level, **k) for level in LEVELS},
-         "pairs": pairs, "answers": answers, "sft": sft, "statistics": statistics}
+CALLS = {
+    **{f"policy {level}": lambda d, o, level=level, **k: policy(d, o, level, **k) for level in LEVELS},
+    "pairs": pairs,
+    "answers": answers,
+    "sft": sft,
+    "statistics": statistics,
+}
 every_call = pytest.mark.parametrize("call", CALLS)
 
 
@@ -79,7 +111,17 @@ def truth_of(call, d):
         sums, n = problems.answers(d, operands)
         half, reference = len(sums) // 2, d["reference"].double()
         if call == "pairs":
-            loss = problems.pairs("sigmoid", sums[:half], sums[half:], reference[:half], reference[half:], n[:half], n[half:], beta=0.1, smoothing=0.0).mean()
+            loss = problems.pairs(
+                "sigmoid",
+                sums[:half],
+                sums[half:],
+                reference[:half],
+                reference[half:],
+                n[:half],
+                n[half:],
+                beta=0.1,
+                smoothing=0.0,
+            ).mean()
         else:
             gap = torch.sigmoid(0.1 * (sums - reference))
             loss = torch.where(d["advantages"][:, 0] > 0, 1 - gap, gap).mean()
@@ -172,7 +214,10 @@ def test_F93_what_stands_in_dead_rows_changes_no_bit(backend, dtype):
                     operands = leaves(filled)
                     loss = CALLS[call](filled, operands, **options)
                     results.append([loss.detach(), *torch.autograd.grad(loss, operands)])
-                assert all(gpu.bits(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True)), (call, options)
+                assert all(gpu.bits(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True)), (
+                    call,
+                    options,
+                )
 
 
 @both
@@ -193,13 +238,17 @@ def test_the_ratio_of_unchanged_weights_is_1_whatever_the_batch(backend, dtype):
 @both
 def test_logprobs_of_bf16_hidden_states_are_those_of_float64(backend):
     rows, hidden, vocab = (32, 128, 4099) if gpu.REHEARSAL else (64, 4096, 128256)
-    h, w = gpu.noise(rows, hidden, seed=1, dtype=torch.bfloat16), gpu.noise(vocab, hidden, seed=2, dtype=torch.bfloat16) / hidden**0.5
+    h, w = (
+        gpu.noise(rows, hidden, seed=1, dtype=torch.bfloat16),
+        gpu.noise(vocab, hidden, seed=2, dtype=torch.bfloat16) / hidden**0.5,
+    )
     targets = gpu.put(torch.arange(rows) * 7919 % vocab)
     expected = torch.log_softmax(h.double() @ w.double().t(), -1).gather(1, targets[:, None])[:, 0]
     with gpu.using(backend):
         got = rlkernels.linear_token_logprobs(h, w, targets)
     error = (got.double() - expected).abs().max().item()
-    assert error <= 2e-6 * max(1.0, expected.abs().max().item() / 10), f"{error:.3g}"  # fp32 cannot say more of a number near -11 than 1e-6
+    # Fp32 cannot say more of a number near -11 than 1e-6.
+    assert error <= 2e-6 * max(1.0, expected.abs().max().item() / 10), f"{error:.3g}"
 
 
 @both
@@ -223,7 +272,8 @@ def test_memory_is_gradients_and_budget(backend):
         before = torch.cuda.memory_allocated()
         kept = step()
         torch.cuda.synchronize()
-    peak, gradients = torch.cuda.max_memory_allocated() - before, 6 * hidden * (vocab + rows)  # summed in fp32, then cast
+    # Summed in fp32, then cast.
+    peak, gradients = torch.cuda.max_memory_allocated() - before, 6 * hidden * (vocab + rows)
     assert peak <= 1.05 * budget + gradients + 2**26, f"{(peak - gradients) / 2**20:.0f} MiB beside the gradients"
     del kept
 
@@ -234,7 +284,9 @@ def test_a_group_of_one_rank_equals_no_group(backend):
     if not distributed.is_available() or gpu.DEVICE.type == "cuda" and not distributed.is_nccl_available():
         pytest.skip("torch has no NCCL here")
     d = placed(problem(torch.bfloat16))
-    distributed.init_process_group("gloo" if gpu.REHEARSAL else "nccl", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group(
+        "gloo" if gpu.REHEARSAL else "nccl", store=distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         with gpu.using(backend):
             for call in ("policy token", "policy sequence", "pairs"):

@@ -1,4 +1,7 @@
-"""The losses on the device: every objective from logits and over columns, the pair losses and the scan, against float64."""
+"""The losses on the device: every objective from logits and over columns, the pair losses and the scan, against
+float64.
+"""
+
 import gpu_support as gpu
 import oracles
 import pytest
@@ -29,8 +32,16 @@ def run(backend, x, targets, columns, objective, inplace=False, **rest):
     leaf = x.clone().requires_grad_()
     with gpu.using(backend):
         loss = rlkernels.logits_policy_loss(
-            leaf * 1 if inplace else leaf, targets, columns["old"], columns["advantage"], columns["mask"], objective=objective,
-            inplace_backward=inplace, **rest, **options(objective))
+            leaf * 1 if inplace else leaf,
+            targets,
+            columns["old"],
+            columns["advantage"],
+            columns["mask"],
+            objective=objective,
+            inplace_backward=inplace,
+            **rest,
+            **options(objective),
+        )
     (grad,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), grad
 
@@ -70,7 +81,9 @@ def test_in_place_gives_the_bits_of_a_new_gradient(backend, vocab, dtype):
     x, targets, _ = gpu.rows((6,), vocab, dtype, seed=3)
     columns = gpu.policy_inputs(x, targets)
     fresh = run(backend, x, targets, columns, "ppo_clip", ref_logprobs=columns["ref"], kl_coef=KL, entropy_coef=ENTROPY)
-    placed = run(backend, x, targets, columns, "ppo_clip", True, ref_logprobs=columns["ref"], kl_coef=KL, entropy_coef=ENTROPY)
+    placed = run(
+        backend, x, targets, columns, "ppo_clip", True, ref_logprobs=columns["ref"], kl_coef=KL, entropy_coef=ENTROPY
+    )
     assert gpu.bits(fresh[0], placed[0]) and gpu.bits(fresh[1], placed[1])
 
 
@@ -82,14 +95,43 @@ def test_the_gradient_made_in_the_forward_has_the_bits_of_the_two_pass_one(backe
     columns, one = gpu.policy_inputs(x, targets, 0.9), ops.number(0.9)
     weight = torch.full((6,), 1 / 6, device=gpu.DEVICE)
     bonus, penalty = weight * ENTROPY, weight * KL
-    arguments = ("ppo_clip", x, targets, one, -100, None, [columns["old"], columns["advantage"]], ops.numbers((0.2, 0.28)), weight, bonus, "k3",
-                 columns["ref"], penalty)
+    arguments = (
+        "ppo_clip",
+        x,
+        targets,
+        one,
+        -100,
+        None,
+        [columns["old"], columns["advantage"]],
+        ops.numbers((0.2, 0.28)),
+        weight,
+        bonus,
+        "k3",
+        columns["ref"],
+        penalty,
+    )
     with torch.no_grad():
         loss, dlogits, _, shift, total, entropy, dlogp = ops.fused_policy(*arguments, True, False, backend)
         loss_alone, *rest = ops.fused_policy(*arguments, False, False, backend)
         live = targets != -100
-        passes = ops.token_stats_backward(dlogp, torch.where(live, -bonus, 0.0), None, x, targets, one, -100, None, None, shift, total, entropy,
-                                          None, None, None, backend)
+        passes = ops.token_stats_backward(
+            dlogp,
+            torch.where(live, -bonus, 0.0),
+            None,
+            x,
+            targets,
+            one,
+            -100,
+            None,
+            None,
+            shift,
+            total,
+            entropy,
+            None,
+            None,
+            None,
+            backend,
+        )
     assert gpu.bits(loss, loss_alone)
     assert gpu.bits(dlogits.view(x.shape), passes)
 
@@ -100,15 +142,25 @@ UPSTREAM = (1.0, 2.0**16, -0.5, 0.0)
 def held(x, targets, columns, inplace=False):
     """A loss whose gradient is made in the forward; in place none is."""
     leaf = x.clone().requires_grad_()
-    loss = rlkernels.logits_policy_loss(leaf * 1 if inplace else leaf, targets, columns["old"], columns["advantage"], columns["mask"],
-                                        temperature=0.9, entropy_coef=ENTROPY, inplace_backward=inplace)
+    loss = rlkernels.logits_policy_loss(
+        leaf * 1 if inplace else leaf,
+        targets,
+        columns["old"],
+        columns["advantage"],
+        columns["mask"],
+        temperature=0.9,
+        entropy_coef=ENTROPY,
+        inplace_backward=inplace,
+    )
     return loss, leaf
 
 
 @both
 @every_dtype
 @pytest.mark.parametrize("vocab", (37, 32000, 151936))
-def test_F31_F34_F84_the_gradient_of_the_forward_meets_any_upstream_gradient_in_one_launch(backend, vocab, dtype, monkeypatch):
+def test_F31_F34_F84_the_gradient_of_the_forward_meets_any_upstream_gradient_in_one_launch(
+    backend, vocab, dtype, monkeypatch
+):
     if gpu.REHEARSAL:
         monkeypatch.setattr(ops, "_known_to_be_one", lambda x: False)  # the way of a device
     x, targets, _ = gpu.rows((6,), vocab, dtype, seed=11)
@@ -135,10 +187,14 @@ def test_F84_a_loss_scale_reaches_fp16_before_the_rounding(backend):
     weights = torch.full((6,), 1e-7, device=gpu.DEVICE)
     leaf = x.clone().requires_grad_()
     with gpu.using(backend):
-        loss = rlkernels.logits_policy_loss(leaf, targets, None, torch.ones(6, device=gpu.DEVICE), objective="reinforce", weights=weights)
+        loss = rlkernels.logits_policy_loss(
+            leaf, targets, None, torch.ones(6, device=gpu.DEVICE), objective="reinforce", weights=weights
+        )
         (got,) = torch.autograd.grad(loss, leaf, torch.tensor(2.0**16, device=gpu.DEVICE))
     wide = x.double().requires_grad_()
-    (want,) = torch.autograd.grad(-(2.0**16 * 1e-7) * reference.statistics(wide, targets)["logprobs"][targets != -100].sum(), wide)
+    (want,) = torch.autograd.grad(
+        -(2.0**16 * 1e-7) * reference.statistics(wide, targets)["logprobs"][targets != -100].sum(), wide
+    )
     torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=6e-8)
     assert want.abs().max() < 0.1 and got.any()
 
@@ -162,7 +218,12 @@ def test_every_objective_over_columns_equals_its_oracle(backend, objective, n):
     live = weight != 0
     torch.testing.assert_close(value.double(), torch.where(live, expected.detach(), 0.0), rtol=4e-6, atol=2e-6)
     torch.testing.assert_close(derivative.double(), torch.where(live, slope, 0.0), rtol=4e-6, atol=2e-6)
-    close(loss, (weight.double() * expected.detach()).sum(), (weight.double() * expected.detach()).abs().sum().item(), 4e-6)
+    close(
+        loss,
+        (weight.double() * expected.detach()).sum(),
+        (weight.double() * expected.detach()).abs().sum().item(),
+        4e-6,
+    )
 
 
 @both
@@ -174,8 +235,11 @@ def test_a_weighted_loss_and_its_slopes_are_the_definition(backend, objective, t
             return None if x is None else x.to(gpu.DEVICE)
 
         given = [there(x) for x in (first, *(minus + [None, None])[:2])], [there(x) for x in others]
-        loss, slopes = ops.weighted_loss(name, *given[0], given[1], tuple(params), there(weight), there(total), share, backend)
+        loss, slopes = ops.weighted_loss(
+            name, *given[0], given[1], tuple(params), there(weight), there(total), share, backend
+        )
         return loss.cpu(), slopes.cpu()
+
     weighted_losses.check(run, objective, taken, kind, n)
 
 
@@ -251,5 +315,7 @@ def test_garbage_under_the_mask_changes_no_bit(backend):
     dirty = {k: v if k == "mask" else torch.where(dead, float("nan"), v) for k, v in columns.items()}
     poisoned = torch.where(dead[..., None], float("nan"), x)
     clean = run(backend, x, targets, columns, "ppo_clip", ref_logprobs=columns["ref"], kl_coef=KL, entropy_coef=ENTROPY)
-    got = run(backend, poisoned, targets, dirty, "ppo_clip", ref_logprobs=dirty["ref"], kl_coef=KL, entropy_coef=ENTROPY)
+    got = run(
+        backend, poisoned, targets, dirty, "ppo_clip", ref_logprobs=dirty["ref"], kl_coef=KL, entropy_coef=ENTROPY
+    )
     assert gpu.bits(clean[0], got[0]) and gpu.bits(clean[1], got[1])

@@ -1,4 +1,7 @@
-"""Row statistics and their gradients on the device against float64 (the bounds of the error policy, with the device's own exp)."""
+"""Row statistics and their gradients on the device against float64 (the bounds of the error policy, with the device's
+own exp).
+"""
+
 import gpu_support as gpu
 import pytest
 import reference
@@ -72,8 +75,16 @@ def test_F19_sixteen_bit_logits_give_the_bits_of_the_same_values_in_fp32(backend
     x, targets, _ = gpu.rows((6,), vocab, dtype, seed=5)
     ref = gpu.noise(6, vocab, seed=6, dtype=dtype)
     with gpu.using(backend):
-        narrow = rlkernels.token_stats(x, targets, ref_logits=ref, kl="exact", outputs=("entropy", "log_sum_sq_probs", "mean_logits"))
-        wide = rlkernels.token_stats(x.float(), targets, ref_logits=ref.float(), kl="exact", outputs=("entropy", "log_sum_sq_probs", "mean_logits"))
+        narrow = rlkernels.token_stats(
+            x, targets, ref_logits=ref, kl="exact", outputs=("entropy", "log_sum_sq_probs", "mean_logits")
+        )
+        wide = rlkernels.token_stats(
+            x.float(),
+            targets,
+            ref_logits=ref.float(),
+            kl="exact",
+            outputs=("entropy", "log_sum_sq_probs", "mean_logits"),
+        )
     for name, a, b in zip(narrow._fields, narrow, wide, strict=True):
         assert a is None or gpu.bits(a, b), name
 
@@ -84,13 +95,18 @@ def test_F07_no_layout_of_the_logits_changes_a_bit_or_touches_what_lies_between(
     x, targets, _ = gpu.rows((2, 3), 517, torch.bfloat16, seed=7)
     moved = gpu.laid_out(layout, x)
     flat = moved.reshape(-1, 517).contiguous()
-    y = torch.randint(517, moved.shape[:-1], generator=torch.Generator(device=gpu.DEVICE).manual_seed(1), device=gpu.DEVICE)
+    y = torch.randint(
+        517, moved.shape[:-1], generator=torch.Generator(device=gpu.DEVICE).manual_seed(1), device=gpu.DEVICE
+    )
     g = gpu.noise(flat.shape[0], seed=8)
     leaf, plain = moved.detach().requires_grad_(), flat.detach().requires_grad_()
     with gpu.using(backend):
         got, expected = rlkernels.token_stats(leaf, y), rlkernels.token_stats(plain, y.reshape(-1))
     assert gpu.bits(got.logprobs.reshape(-1), expected.logprobs) and gpu.bits(got.entropy.reshape(-1), expected.entropy)
-    (a,), (b,) = torch.autograd.grad(got.logprobs, leaf, g.view(y.shape)), torch.autograd.grad(expected.logprobs, plain, g)
+    (a,), (b,) = (
+        torch.autograd.grad(got.logprobs, leaf, g.view(y.shape)),
+        torch.autograd.grad(expected.logprobs, plain, g),
+    )
     assert gpu.bits(a.reshape(flat.shape), b)
 
 

@@ -1,4 +1,5 @@
 """Rows that are not ordinary, on the device: infinities, NaN, bad labels, dead rows, and what lies beside a row."""
+
 import gpu_support as gpu
 import pytest
 import reference
@@ -15,7 +16,9 @@ every_dtype = pytest.mark.parametrize("dtype", gpu.DTYPES, ids=str)
 def special(dtype):
     """Rows of the table of special values between ordinary ones; returns logits, targets and the kind of each row."""
     x, targets, _ = gpu.rows((16,), VOCAB, dtype, seed=11)
-    targets = torch.randint(4096, VOCAB, (16,), device=gpu.DEVICE, generator=torch.Generator(device=gpu.DEVICE).manual_seed(3))
+    targets = torch.randint(
+        4096, VOCAB, (16,), device=gpu.DEVICE, generator=torch.Generator(device=gpu.DEVICE).manual_seed(3)
+    )
     kinds = ["ordinary"] * 16
 
     def make(row, kind, index, value):
@@ -89,7 +92,8 @@ def test_gradients_of_special_rows_follow_the_contract(backend, dtype):
 def test_F02_a_bad_label_makes_its_row_nan_and_reads_nothing(backend, fused):
     if gpu.REHEARSAL:
         pytest.skip("on the CPU a bad label is an IndexError")
-    parent = torch.full((8, 1200), 3.0, device=gpu.DEVICE)  # finite beside the rows: a stray read would give a finite number
+    # Finite beside the rows: a stray read would give a finite number.
+    parent = torch.full((8, 1200), 3.0, device=gpu.DEVICE)
     x = parent[:, 100:1125]
     x.copy_(gpu.noise(8, 1025))
     targets = torch.tensor([0, 1025, 1030, -1, 2**40, -(2**40), 1024, 7], device=gpu.DEVICE)
@@ -120,7 +124,9 @@ def test_F12_dead_rows_are_zero_in_every_output_and_never_read(backend, dtype):
     targets = torch.tensor([-100, 3, -100, 2052, -100], device=gpu.DEVICE)
     leaf = x.detach().requires_grad_()
     with gpu.using(backend):
-        stats = rlkernels.token_stats(leaf, targets, ref_logits=x, kl="exact", outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+        stats = rlkernels.token_stats(
+            leaf, targets, ref_logits=x, kl="exact", outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        )
     for name, values in zip(stats._fields, stats, strict=True):
         assert (values[::2] == 0).all(), name
         assert not values[1::2].isnan().any(), name
@@ -165,7 +171,13 @@ def test_F11_empty_and_degenerate_shapes(backend, shape):
         stats = rlkernels.token_stats(leaf, targets)
     assert stats.logprobs.shape == shape[:-1]
     (grad,) = torch.autograd.grad(stats.logprobs.sum() + stats.entropy.sum(), leaf)
-    assert grad.shape == shape and (grad == 0).all() and (stats.logprobs == 0).all() and (stats.entropy == 0).all() or shape[-1] > 1
+    assert (
+        grad.shape == shape
+        and (grad == 0).all()
+        and (stats.logprobs == 0).all()
+        and (stats.entropy == 0).all()
+        or shape[-1] > 1
+    )
 
 
 @both
@@ -174,8 +186,11 @@ def test_F140_a_vocab_mask_of_any_strides_is_read_as_it_is_meant(backend, layout
     x, targets, _ = gpu.rows((16,), VOCAB, torch.bfloat16, seed=21)
     mask = gpu.noise(16, VOCAB, seed=22) > -1
     mask[:, 0] = True
-    bent = {"every other column": lambda m: m.repeat_interleave(2, -1)[..., ::2], "columns first": lambda m: m.t().contiguous().t(),
-            "one column for all": lambda m: m[:, :1].expand(m.shape)}[layout](mask)
+    bent = {
+        "every other column": lambda m: m.repeat_interleave(2, -1)[..., ::2],
+        "columns first": lambda m: m.t().contiguous().t(),
+        "one column for all": lambda m: m[:, :1].expand(m.shape),
+    }[layout](mask)
     plain = bent.clone(memory_format=torch.contiguous_format)
     with gpu.using(backend):
         got, expected = (rlkernels.token_stats(x, targets, vocab_mask=m) for m in (bent, plain))

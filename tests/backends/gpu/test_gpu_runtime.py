@@ -1,4 +1,5 @@
 """What only a device shows: graphs, hidden syncs, streams, the device guard, size, memory and compilations."""
+
 import gpu_support as gpu
 import pytest
 import torch
@@ -13,10 +14,21 @@ T, V = 64, 32000
 def inputs(seed=0, rows=T, vocab=V, dtype=torch.bfloat16):
     generator = torch.Generator(device=gpu.DEVICE).manual_seed(seed)
     targets = torch.randint(vocab, (rows,), generator=generator, device=gpu.DEVICE)
-    old, advantage, ref_logp = -gpu.noise(rows, seed=seed + 3).abs() - 9, gpu.noise(rows, seed=seed + 4), -gpu.noise(rows, seed=seed + 5).abs() - 9
-    return {"x": gpu.noise(rows, vocab, seed=seed + 1, dtype=dtype), "ref": gpu.noise(rows, vocab, seed=seed + 2, dtype=dtype), "targets": targets,
-            "old": old, "advantage": advantage, "ref_logp": ref_logp, "rewards": gpu.noise(8, rows, seed=seed + 6),
-            "values": gpu.noise(8, rows, seed=seed + 7)}
+    old, advantage, ref_logp = (
+        -gpu.noise(rows, seed=seed + 3).abs() - 9,
+        gpu.noise(rows, seed=seed + 4),
+        -gpu.noise(rows, seed=seed + 5).abs() - 9,
+    )
+    return {
+        "x": gpu.noise(rows, vocab, seed=seed + 1, dtype=dtype),
+        "ref": gpu.noise(rows, vocab, seed=seed + 2, dtype=dtype),
+        "targets": targets,
+        "old": old,
+        "advantage": advantage,
+        "ref_logp": ref_logp,
+        "rewards": gpu.noise(8, rows, seed=seed + 6),
+        "values": gpu.noise(8, rows, seed=seed + 7),
+    }
 
 
 def logprobs(a):
@@ -28,7 +40,11 @@ def logprobs(a):
 def statistics(a):
     leaf = a["x"].detach().requires_grad_()
     stats = rlkernels.token_stats(leaf, a["targets"], temperature=0.9)
-    return stats.logprobs.detach(), stats.logsumexp.detach(), *torch.autograd.grad((stats.logprobs, stats.entropy), leaf, (a["advantage"], a["old"]))
+    return (
+        stats.logprobs.detach(),
+        stats.logsumexp.detach(),
+        *torch.autograd.grad((stats.logprobs, stats.entropy), leaf, (a["advantage"], a["old"])),
+    )
 
 
 def two_models(a):
@@ -39,7 +55,9 @@ def two_models(a):
 
 def policy(a):
     leaf = a["x"].detach().requires_grad_()
-    loss = rlkernels.logits_policy_loss(leaf, a["targets"], a["old"], a["advantage"], ref_logprobs=a["ref_logp"], kl_coef=0.04, entropy_coef=0.01)
+    loss = rlkernels.logits_policy_loss(
+        leaf, a["targets"], a["old"], a["advantage"], ref_logprobs=a["ref_logp"], kl_coef=0.04, entropy_coef=0.01
+    )
     return loss.detach(), *torch.autograd.grad(loss, leaf)
 
 
@@ -57,7 +75,9 @@ def columns(a):
 
 def pairs(a):
     leaf = a["old"].detach().requires_grad_()
-    loss = rlkernels.pairwise_reward_loss(leaf, a["ref_logp"]) + rlkernels.dpo_loss(leaf, a["ref_logp"], a["old"], a["ref_logp"])
+    loss = rlkernels.pairwise_reward_loss(leaf, a["ref_logp"]) + rlkernels.dpo_loss(
+        leaf, a["ref_logp"], a["old"], a["ref_logp"]
+    )
     return loss.detach(), *torch.autograd.grad(loss, leaf)
 
 
@@ -176,16 +196,19 @@ def test_F01_more_than_two_to_the_31_logits(backend):
         pytest.skip(f"needs 16 GiB of free device memory, {torch.cuda.mem_get_info()[0] / 2**30:.0f} are free")
     x = torch.empty(rows, vocab, dtype=torch.bfloat16, device=gpu.DEVICE)
     for start in range(0, rows, 1024):
-        x[start:start + 1024].normal_(generator=torch.Generator(device=gpu.DEVICE).manual_seed(start))
+        x[start : start + 1024].normal_(generator=torch.Generator(device=gpu.DEVICE).manual_seed(start))
     targets = torch.randint(vocab, (rows,), device=gpu.DEVICE)
     old, advantage = torch.full((rows,), -12.0, device=gpu.DEVICE), gpu.noise(rows)
     weight = torch.full((rows,), 1.0 / rows, device=gpu.DEVICE)
-    ends = torch.tensor([0, 1, 14134, 14135, rows - 2, rows - 1], device=gpu.DEVICE)  # 14134 * 151936 is the last offset below 2^31
+    # 14134 * 151936 is the last offset below 2^31.
+    ends = torch.tensor([0, 1, 14134, 14135, rows - 2, rows - 1], device=gpu.DEVICE)
 
     def both_passes(index):
         leaf = x[index].detach().requires_grad_() if index is not None else x.detach().requires_grad_()
         pick = slice(None) if index is None else index
-        loss = rlkernels.logits_policy_loss(leaf, targets[pick], old[pick], advantage[pick], weights=weight[pick], entropy_coef=0.01)
+        loss = rlkernels.logits_policy_loss(
+            leaf, targets[pick], old[pick], advantage[pick], weights=weight[pick], entropy_coef=0.01
+        )
         (grad,) = torch.autograd.grad(loss, leaf)
         grad = grad if index is not None else grad[ends]
         with torch.no_grad():
@@ -218,10 +241,14 @@ def test_F92_the_forward_takes_no_memory_and_the_backward_one_gradient(backend):
     made = leaf * 1
 
     def in_place():
-        return torch.autograd.grad(rlkernels.token_logprobs(made, a["targets"], inplace_backward=True), made, a["advantage"])
+        return torch.autograd.grad(
+            rlkernels.token_logprobs(made, a["targets"], inplace_backward=True), made, a["advantage"]
+        )
 
     def policy_in_place():
-        loss = rlkernels.logits_policy_loss(made, a["targets"], a["old"], a["advantage"], entropy_coef=0.01, inplace_backward=True)
+        loss = rlkernels.logits_policy_loss(
+            made, a["targets"], a["old"], a["advantage"], entropy_coef=0.01, inplace_backward=True
+        )
         return torch.autograd.grad(loss, made)
 
     with gpu.using(backend):
@@ -243,7 +270,12 @@ def test_F49_twenty_lengths_temperatures_and_betas_compile_each_kernel_at_most_t
     from rlkernels.backends.triton import column_kernels, row_kernels
     from rlkernels.backends.triton import gae_kernel as scans
 
-    found = {f"{m.__name__}.{k}": v for m in (row_kernels, column_kernels, scans) for k, v in vars(m).items() if isinstance(v, JITFunction)}
+    found = {
+        f"{m.__name__}.{k}": v
+        for m in (row_kernels, column_kernels, scans)
+        for k, v in vars(m).items()
+        if isinstance(v, JITFunction)
+    }
 
     def variants():
         return {name: sum(len(cache[0]) for cache in kernel.device_caches.values()) for name, kernel in found.items()}
@@ -256,8 +288,17 @@ def test_F49_twenty_lengths_temperatures_and_betas_compile_each_kernel_at_most_t
             leaf = a["x"].detach().requires_grad_()
             stats = rlkernels.token_stats(leaf, a["targets"], temperature=0.5 + 0.1 * k)
             torch.autograd.grad((stats.logprobs, stats.entropy), leaf, (a["old"], a["advantage"]))
-            loss = rlkernels.logits_policy_loss(leaf, a["targets"], a["old"], a["advantage"], temperature=0.5 + 0.1 * k, clip_low=0.1 + 0.01 * k,
-                                                kl_coef=0.01 * (k + 1), ref_logprobs=a["ref_logp"], entropy_coef=0.001 * (k + 1))
+            loss = rlkernels.logits_policy_loss(
+                leaf,
+                a["targets"],
+                a["old"],
+                a["advantage"],
+                temperature=0.5 + 0.1 * k,
+                clip_low=0.1 + 0.01 * k,
+                kl_coef=0.01 * (k + 1),
+                ref_logprobs=a["ref_logp"],
+                entropy_coef=0.001 * (k + 1),
+            )
             torch.autograd.grad(loss, leaf)
             rlkernels.dpo_loss(a["old"], a["ref_logp"], a["old"], a["ref_logp"], beta=0.05 * (k + 1))
             rlkernels.gae(a["rewards"], a["values"], gamma=0.9 + 0.005 * k, lam=0.8 + 0.01 * k)

@@ -1,7 +1,9 @@
-"""A small set that launches every kernel on awkward shapes: run by itself under a memory, race, initialisation and barrier checker.
+"""A small set that launches every kernel on awkward shapes: run by itself under a memory, race, initialisation and
+barrier checker.
 
 Results are compared with torch where that costs no further kernel of note; the checker judges the rest.
 """
+
 import gpu_support as gpu
 import pytest
 import torch
@@ -35,7 +37,9 @@ def test_statistics_forward_and_backward(backend, vocab, dtype):
     x, ref, targets = logits(5, vocab, dtype), logits(5, vocab, dtype), labels(5, vocab)
     leaf = x.detach().requires_grad_()
     with gpu.using(backend):
-        stats = rlkernels.token_stats(leaf, targets, ref_logits=ref, kl="exact", outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+        stats = rlkernels.token_stats(
+            leaf, targets, ref_logits=ref, kl="exact", outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        )
         (grad,) = torch.autograd.grad(stats.logprobs.sum() + stats.entropy.sum() + stats.kl.sum(), leaf)
     expected = torch.log_softmax(x.double(), -1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
     torch.testing.assert_close(stats.logprobs.double(), torch.where(targets == -100, 0.0, expected), rtol=0, atol=1e-5)
@@ -50,8 +54,16 @@ def test_fused_policy_forward_and_backward(backend, vocab, inplace):
     old, advantage = gpu.put(torch.linspace(-9, -1, 5)), gpu.put(torch.linspace(-1, 1, 5))
     leaf = x.detach().requires_grad_()
     with gpu.using(backend):
-        loss = rlkernels.logits_policy_loss(leaf * 1, targets, old, advantage, ref_logprobs=old, kl_coef=0.1, entropy_coef=0.01,
-                                            inplace_backward=inplace)
+        loss = rlkernels.logits_policy_loss(
+            leaf * 1,
+            targets,
+            old,
+            advantage,
+            ref_logprobs=old,
+            kl_coef=0.1,
+            entropy_coef=0.01,
+            inplace_backward=inplace,
+        )
         (grad,) = torch.autograd.grad(loss, leaf)
     assert loss.isfinite() and grad.isfinite().all() and (grad[2] == 0).all()
 
@@ -62,8 +74,24 @@ def test_the_op_with_the_gradient_in_the_forward(backend, vocab):
     from rlkernels import ops
 
     x, targets, weight = logits(5, vocab, torch.bfloat16), labels(5, vocab), gpu.put(torch.full((5,), 0.2))
-    loss, dlogits, *_ = ops.fused_policy("ppo_clip", x, targets, ops.number(1.0), -100, None, [weight - 5, weight], ops.numbers((0.2, 0.2)), weight,
-                                         weight, None, None, None, True, False, backend)
+    loss, dlogits, *_ = ops.fused_policy(
+        "ppo_clip",
+        x,
+        targets,
+        ops.number(1.0),
+        -100,
+        None,
+        [weight - 5, weight],
+        ops.numbers((0.2, 0.2)),
+        weight,
+        weight,
+        None,
+        None,
+        None,
+        True,
+        False,
+        backend,
+    )
     assert loss.isfinite() and dlogits.isfinite().all() and (dlogits[2] == 0).all()
 
 
@@ -86,8 +114,14 @@ def test_elementwise(backend, objective, n):
 
     entry = OBJECTIVES[objective]
     columns = [gpu.put(torch.linspace(-1, 1, n)) for _ in entry.columns]
-    loss, value, derivative = ops.elementwise(objective, columns[0], columns[1:], ops.numbers([0.2] * len(entry.params)),
-                                              torch.full_like(columns[0], 1 / n), backend)
+    loss, value, derivative = ops.elementwise(
+        objective,
+        columns[0],
+        columns[1:],
+        ops.numbers([0.2] * len(entry.params)),
+        torch.full_like(columns[0], 1 / n),
+        backend,
+    )
     assert loss.isfinite() and value.isfinite().all() and derivative.isfinite().all()
     torch.testing.assert_close(loss, value.mean(), rtol=1e-5, atol=1e-6)
 

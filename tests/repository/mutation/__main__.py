@@ -4,9 +4,11 @@
     python tests/repository/mutation --backend triton --list
     python tests/repository/mutation --only "tail" --only "sign"
 
-Each mutant is planted in a copy of the sources, built where it is C++, and shown to the tests that it names. First those tests must pass
-without any. Exit status: 0 where at least 95 % were noticed, 1 below, 2 where a mutant could not be tried.
+Each mutant is planted in a copy of the sources, built where it is C++, and shown to the tests that it names. First
+those tests must pass without any. Exit status: 0 where at least 95 % were noticed, 1 below, 2 where a mutant could not
+be tried.
 """
+
 import argparse
 import contextlib
 import importlib.util
@@ -29,8 +31,14 @@ from mutant import problems  # noqa: E402
 from tree import Tree  # noqa: E402
 
 ROOT = HERE.parents[2]
-LISTS = {"cpu": cpu_mutants.MUTANTS, "cuda": cuda_mutants.MUTANTS, "triton": triton_mutants.MUTANTS, "compiled": triton_mutants.COMPILED,
-         "python": python_mutants.MUTANTS, "head": head_mutants.MUTANTS}
+LISTS = {
+    "cpu": cpu_mutants.MUTANTS,
+    "cuda": cuda_mutants.MUTANTS,
+    "triton": triton_mutants.MUTANTS,
+    "compiled": triton_mutants.COMPILED,
+    "python": python_mutants.MUTANTS,
+    "head": head_mutants.MUTANTS,
+}
 BAR = 0.95
 
 
@@ -100,7 +108,10 @@ def run(root, todo, show=print):
         with tempfile.TemporaryDirectory() as folder, planted_tree(root, folder, backend) as tree:
             start = time.monotonic()
             count = must_pass(tree, backend, mutants)
-            show(f"{backend}: {count} tests pass on the unchanged sources in {time.monotonic() - start:.0f} s", flush=True)
+            show(
+                f"{backend}: {count} tests pass on the unchanged sources in {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
             for m in mutants:
                 start = time.monotonic()
                 try:
@@ -109,7 +120,10 @@ def run(root, todo, show=print):
                     dead, by = None, str(error)
                 results[f"{backend}: {m.name}"] = dead
                 word = {True: "killed", False: "SURVIVED", None: "BROKEN"}[dead]
-                show(f"{word:8s} {time.monotonic() - start:5.0f} s  {backend}: {m.name}{f'  by {by}' if by else ''}", flush=True)
+                show(
+                    f"{word:8s} {time.monotonic() - start:5.0f} s  {backend}: {m.name}{f'  by {by}' if by else ''}",
+                    flush=True,
+                )
     for backend, m in todo:
         if m.equivalent:
             show(f"equivalent        {backend}: {m.name}: {m.equivalent}")
@@ -119,7 +133,9 @@ def run(root, todo, show=print):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python tests/repository/mutation", description=__doc__.splitlines()[0])
     parser.add_argument("--backend", action="append", choices=LISTS, help="may be repeated; all by default")
-    parser.add_argument("--only", action="append", metavar="TEXT", help="mutants whose backend and name hold this text; may be repeated")
+    parser.add_argument(
+        "--only", action="append", metavar="TEXT", help="mutants whose backend and name hold this text; may be repeated"
+    )
     parser.add_argument("--list", action="store_true", help="print what would be tried")
     options = parser.parse_args(arguments)
     todo = chosen(options.backend or LISTS, options.only)
@@ -129,7 +145,11 @@ def main(arguments=None):
         return 2
     if options.list:
         for backend, m in todo:
-            print(f"{backend}: {m.name}  [{m.file}{', faults ' + ', '.join(map(str, m.faults)) if m.faults else ''}]{' equivalent' * bool(m.equivalent)}")
+            print(
+                f"{backend}: {m.name}  "
+                f"[{m.file}{', faults ' + ', '.join(map(str, m.faults)) if m.faults else ''}]"
+                f"{' equivalent' * bool(m.equivalent)}"
+            )
         return 0
     with contextlib.suppress(AttributeError, OSError):
         os.nice(max(0, 10 - os.nice(0)))  # it takes an hour: whoever works here meanwhile goes first

@@ -1,4 +1,5 @@
 """A copy of the sources in which one mutant at a time is planted, built and shown to the tests."""
+
 import importlib.util
 import json
 import os
@@ -9,7 +10,17 @@ from pathlib import Path
 
 from mutant import located
 
-COPIED = ("rlkernels", "csrc", "tests", "pyproject.toml", "setup.py", "setup_build.py", "setup_cuda.py", "README.md", "LICENSE")
+COPIED = (
+    "rlkernels",
+    "csrc",
+    "tests",
+    "pyproject.toml",
+    "setup.py",
+    "setup_build.py",
+    "setup_cuda.py",
+    "README.md",
+    "LICENSE",
+)
 IGNORED = shutil.ignore_patterns("__pycache__", "*.so", "build", ".pytest_cache", ".hypothesis")
 HOST = ".pytest_cache/d/cuda_host"
 LIMIT = 300
@@ -17,7 +28,9 @@ LIMIT = 300
 
 
 class Tree:
-    """A context manager: inside, a warm process runs tests, with ``paths`` on Python's path and ``variables`` in its environment."""
+    """A context manager: inside, a warm process runs tests, with ``paths`` on Python's path and ``variables`` in its
+    environment.
+    """
 
     def __init__(self, root, folder, paths=(), **variables):
         self.root, self.path, self.paths, self.variables = Path(root), Path(folder), paths, variables
@@ -45,10 +58,24 @@ class Tree:
 
     def __enter__(self):
         # No bytecode: a file may change twice within the second of its time stamp.
-        environment = {**os.environ, "TRITON_INTERPRET": "0", **self.variables, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(self.path), *map(str, self.paths), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self.warm = subprocess.Popen([sys.executable, self.path / "tests/repository/mutation/warm.py"], cwd=self.path, env=environment, text=True,
-                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            **self.variables,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(self.path), *map(str, self.paths), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        self.warm = subprocess.Popen(
+            [sys.executable, self.path / "tests/repository/mutation/warm.py"],
+            cwd=self.path,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         return self
 
     def __exit__(self, *_):

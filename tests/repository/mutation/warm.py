@@ -1,8 +1,10 @@
-"""A process that has imported torch once and forks for each run of pytest: the import is a third of what a mutant costs.
+"""A process that has imported torch once and forks for each run of pytest: the import is a third of what a mutant
+costs.
 
-Reads lists of pytest's arguments, one JSON line each, and answers ``[status, output]``; status null: not done after ``LIMIT`` seconds, where the
-first argument is that limit.
+Reads lists of pytest's arguments, one JSON line each, and answers ``[status, output]``; status null: not done after
+``LIMIT`` seconds, where the first argument is that limit.
 """
+
 import importlib.util
 import json
 import os

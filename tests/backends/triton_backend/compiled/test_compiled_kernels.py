@@ -1,4 +1,7 @@
-"""Resources of every compiled variant: no spills, no stack, wide loads, registers and shared memory as in the golden table."""
+"""Resources of every compiled variant: no spills, no stack, wide loads, registers and shared memory as in the golden
+table.
+"""
+
 import json
 from pathlib import Path
 
@@ -25,12 +28,19 @@ def test_F56_F98_F99_F100_every_kernel_compiles_without_spills_and_within_the_li
         if TABLE is not None:
             registers, shared = TABLE.get(f"{name} | {kernel} | {target}", (None, None))
             assert registers is not None, f"no entry in {GOLDEN.name}; run: {REWRITE}"
-            assert row.registers <= 1.1 * registers and row.shared <= shared, f"{row} against {registers} registers, {shared} bytes; if meant, run: {REWRITE}"
+            assert row.registers <= 1.1 * registers and row.shared <= shared, (
+                f"{row} against {registers} registers, {shared} bytes; if meant, run: {REWRITE}"
+            )
     assert all(threads(launch) <= 1024 for launch in record(CASES[name].call, target))
 
 
 def test_golden_table_of_this_triton_exists_and_has_no_stale_entries():
     if TABLE is None:
         pytest.skip(f"no golden table for Triton {minor_version()}; after reading the numbers run: {REWRITE}")
-    launched = {f"{case.name} | {launch.kernel} | {target}" for case in CASES.values() for target in case.targets for launch in record(case.call, target)}
+    launched = {
+        (f"{case.name} | {launch.kernel} | {target}")
+        for case in CASES.values()
+        for target in case.targets
+        for launch in record(case.call, target)
+    }
     assert set(TABLE) == launched

@@ -1,4 +1,7 @@
-"""One line where these tests cannot run, and the proof that a spill, an overflow and a refused kernel are seen where they can."""
+"""One line where these tests cannot run, and the proof that a spill, an overflow and a refused kernel are seen where
+they can.
+"""
+
 import pytest
 
 

@@ -4,6 +4,7 @@
 
 The switch is read when a kernel is decorated, so these tests have a process of their own; without it they skip.
 """
+
 import importlib.util
 import os
 import sys
@@ -13,9 +14,18 @@ import pytest
 from paths import TESTS
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tools"), str(TESTS / "logprobs"), str(TESTS / "ops")]
-ABSENT = "Triton is not installed" if importlib.util.find_spec("triton") is None else \
-    "" if os.environ.get("TRITON_INTERPRET") == "1" else "run it by itself: TRITON_INTERPRET=1 pytest tests/backends/triton_backend/interpreted"
-collect_ignore = [] if not ABSENT else [p.name for p in Path(__file__).parent.glob("test_*.py") if p.name != "test_interpreter_present.py"]
+ABSENT = (
+    "Triton is not installed"
+    if importlib.util.find_spec("triton") is None
+    else ""
+    if os.environ.get("TRITON_INTERPRET") == "1"
+    else ("run it by itself: TRITON_INTERPRET=1 pytest tests/backends/triton_backend/interpreted")
+)
+collect_ignore = (
+    []
+    if not ABSENT
+    else [p.name for p in Path(__file__).parent.glob("test_*.py") if p.name != "test_interpreter_present.py"]
+)
 pytest.register_assert_rewrite("problems")
 
 if not ABSENT:
@@ -54,7 +64,10 @@ def backend():
 
 @pytest.fixture
 def small_tiles():
-    """Tiles of 32 columns: several of them per row cost little. Two are loaded ahead in the one-pass kernel, as for large vocabularies."""
+    """Tiles of 32 columns: several of them per row cost little.
+
+    Two are loaded ahead in the one-pass kernel, as for large vocabularies.
+    """
     from rlkernels.backends.triton.launch_configs import Config, override
 
     with override(token_stats=Config(4, 32), token_stats_backward=Config(4, 32), fused_policy=Config(4, 32, 2)):

@@ -1,16 +1,31 @@
-"""Problems for kernels called directly, and their truths in float64 torch: textbook formulas and the oracles, none of our own code."""
+"""Problems for kernels called directly, and their truths in float64 torch: textbook formulas and the oracles, none of
+our own code.
+"""
+
 import oracles
 import torch
 from reference import draw_rows, gradient_allowance, statistics
 
 NAN = float("nan")
-PARAMS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "clip_range": 0.2, "beta": 0.5, "label_smoothing": 0.1,
-          "tau": 0.05, "alpha": 0.5}
+PARAMS = {
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "dual_clip": 3.0,
+    "tau_pos": 1.0,
+    "tau_neg": 1.05,
+    "clip_range": 0.2,
+    "beta": 0.5,
+    "label_smoothing": 0.1,
+    "tau": 0.05,
+    "alpha": 0.5,
+}
 EVERYTHING = 31  # entropy, log_sum_sq_probs, mean_logits, is_top1, kl
 
 
 def policy_problem(vocab, dtype=torch.float32, rows=6, seed=0):
-    """Rows, targets and everything per row that a policy loss takes: log-probs on both sides of every clip, weights with zeros."""
+    """Rows, targets and everything per row that a policy loss takes: log-probs on both sides of every clip, weights
+    with zeros.
+    """
     x, targets, mask = draw_rows((rows,), vocab, dtype, seed=seed)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     generator = torch.Generator().manual_seed(seed + 100)
@@ -56,4 +71,8 @@ def policy_truth(oracle, names, x, targets, temperature, mask, c, params, entrop
     p = torch.softmax(torch.where(mask, wide, -torch.inf) if mask is not None else wide, -1).detach().nan_to_num()
     at = torch.zeros_like(p).scatter(-1, targets.clamp(min=0)[:, None], 1.0)
     t = temperature.double()[:, None] if isinstance(temperature, torch.Tensor) else temperature
-    return loss.detach(), gradient, allowed + 8e-6 * ((c["weight"] + c["kl_weight"] + dlogp.abs())[:, None] * (at + p) / t)
+    return (
+        loss.detach(),
+        gradient,
+        allowed + 8e-6 * ((c["weight"] + c["kl_weight"] + dlogp.abs())[:, None] * (at + p) / t),
+    )

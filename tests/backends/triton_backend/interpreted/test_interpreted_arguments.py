@@ -1,12 +1,29 @@
-"""F07, F120, F131: the layouts of every public function's arguments, and what torch makes by default, behind the public functions."""
+"""F07, F120, F131: the layouts of every public function's arguments, and what torch makes by default, behind the public
+functions.
+"""
+
 import pytest
 import torch
 from argument_layouts import compared
 from public_calls import CALLS, call, call_with, data
 from reference import same_bits
 
-REACHING = {"token_logprobs", "token_stats", "policy_loss", "logits_policy_loss", "value_loss", "dpo_loss", "gae", "unpaired_preference_loss", "sft_loss",
-            "logprobs_sft_loss", "pairwise_reward_loss", "linear_policy_loss", "linear_dpo_loss", "discounted_returns"}
+REACHING = {
+    "token_logprobs",
+    "token_stats",
+    "policy_loss",
+    "logits_policy_loss",
+    "value_loss",
+    "dpo_loss",
+    "gae",
+    "unpaired_preference_loss",
+    "sft_loss",
+    "logprobs_sft_loss",
+    "pairwise_reward_loss",
+    "linear_policy_loss",
+    "linear_dpo_loss",
+    "discounted_returns",
+}
 NATIVE = [name for name in CALLS if name.split(" ")[0] in REACHING]
 """Calls that come to a kernel."""
 

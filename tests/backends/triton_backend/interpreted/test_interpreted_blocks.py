@@ -1,4 +1,5 @@
 """Objectives over ``[N]`` and the scan of advantages, against oracles and a Python loop."""
+
 import math
 
 import oracles
@@ -52,7 +53,9 @@ def test_value_derivative_and_weighted_sum_equal_the_oracle(name, n):
     for column in columns:
         column[dead] = NAN  # F26: garbage at masked positions
     loss, weighted_value, weighted_derivative = kernels.elementwise(name, columns, params, weight)
-    assert same_bits(weighted_value, torch.where(dead, 0.0, got_value)) and same_bits(weighted_derivative, torch.where(dead, 0.0, got_derivative))
+    assert same_bits(weighted_value, torch.where(dead, 0.0, got_value)) and same_bits(
+        weighted_derivative, torch.where(dead, 0.0, got_derivative)
+    )
     torch.testing.assert_close(loss.double(), (weight.double() * weighted_value.double()).sum(), rtol=2e-7, atol=1e-30)
 
 
@@ -70,7 +73,9 @@ def test_a_weighted_loss_without_a_live_element_is_zero():
 @pytest.mark.parametrize("name", BUILTIN)
 def test_float64_columns_and_numbers_are_exact(name):
     columns, params, _ = objective_problem(name, 40, torch.float64)
-    for got, want in zip(kernels.elementwise(name, columns, params, None)[1:], oracle(name, columns, params), strict=True):
+    for got, want in zip(
+        kernels.elementwise(name, columns, params, None)[1:], oracle(name, columns, params), strict=True
+    ):
         torch.testing.assert_close(got, want, atol=1e-13, rtol=1e-12)
 
 
@@ -110,18 +115,26 @@ def test_F29_ties_take_the_unclipped_side():
     assert derivative.tolist() == [-1.0, 1.0, 0.0]
 
 
-# scan ------------------------------------------------------------------------------------------------------------------------------
+# scan -----------------------------------------------------------------------------------------------------------------
+
 
 def gae_truth(rewards, values, mask, gamma, lam, masked):
-    """One row at a time by the loop of the textbook; "skip": the dead tokens are not there; "zero": their reward and value are 0."""
+    """One row at a time by the loop of the textbook; "skip": the dead tokens are not there; "zero": their reward and
+    value are 0.
+    """
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
     for row in range(rewards.shape[0]):
         live = mask[row] if masked != "none" else torch.ones_like(mask[row])
         at = live.nonzero()[:, 0] if masked == "skip" else torch.arange(rewards.shape[1])
         r, v = (torch.where(live, x[row].double(), 0.0)[at].tolist() for x in (rewards, values))
         a = torch.tensor(gae_loop(r, v, gamma, lam), dtype=torch.float64)
-        advantages[row, at], returns[row, at] = a.to(rewards.dtype), (a + torch.tensor(v, dtype=torch.float64)).to(rewards.dtype)
-    return torch.where(mask, advantages, 0.0) if masked != "none" else advantages, torch.where(mask, returns, 0.0) if masked != "none" else returns
+        advantages[row, at], returns[row, at] = (
+            a.to(rewards.dtype),
+            (a + torch.tensor(v, dtype=torch.float64)).to(rewards.dtype),
+        )
+    return torch.where(mask, advantages, 0.0) if masked != "none" else advantages, torch.where(
+        mask, returns, 0.0
+    ) if masked != "none" else returns
 
 
 @pytest.mark.parametrize("masked", ["skip", "zero", "none"])
@@ -148,7 +161,11 @@ def test_dead_tokens_between_two_blocks_do_not_hide_the_value_behind_them():
     mask = torch.ones(1, 50, dtype=torch.bool)
     mask[0, [34, 17, 18, 19]] = False  # a block ends at token 34, the next one at 18
     for lam in (0.0, 0.9):
-        for got, want in zip(kernels.gae(rewards, values, mask, None, 0.9, lam, "skip"), gae_truth(rewards, values, mask, 0.9, lam, "skip"), strict=True):
+        for got, want in zip(
+            kernels.gae(rewards, values, mask, None, 0.9, lam, "skip"),
+            gae_truth(rewards, values, mask, 0.9, lam, "skip"),
+            strict=True,
+        ):
             torch.testing.assert_close(got, want, rtol=3e-7, atol=3e-7)
 
 
@@ -179,7 +196,9 @@ def test_F87_a_packed_batch_has_the_bits_of_its_sequences_alone(masked, index):
     got = kernels.gae(rewards, values, mask, ends, 0.97, 0.9, masked)
     for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
         part = slice(start, stop)
-        alone = kernels.gae(rewards[None, part].contiguous(), values[None, part].contiguous(), mask[None, part], None, 0.97, 0.9, masked)
+        alone = kernels.gae(
+            rewards[None, part].contiguous(), values[None, part].contiguous(), mask[None, part], None, 0.97, 0.9, masked
+        )
         for whole, one in zip(got, alone, strict=True):
             assert same_bits(whole[part], one[0])
 
@@ -189,6 +208,9 @@ def test_F11_nothing_to_do_launches_nothing():
     loss, value, derivative = kernels.elementwise("pairwise", [empty], [], None)
     assert loss.item() == 0.0 and value.shape == derivative.shape == (0,)
     for shape in ((0, 5), (3, 0)):
-        assert [x.shape for x in kernels.gae(torch.empty(shape), torch.empty(shape), None, None, 0.9, 0.9, "skip")] == [shape, shape]
+        assert [x.shape for x in kernels.gae(torch.empty(shape), torch.empty(shape), None, None, 0.9, 0.9, "skip")] == [
+            shape,
+            shape,
+        ]
     advantages, _ = kernels.gae(empty, empty, None, torch.tensor([0, 0]), 0.9, 0.9, "skip")
     assert advantages.shape == (0,)

@@ -1,4 +1,5 @@
 """What a dead token holds, through the public losses, in Triton's interpreter."""
+
 import pytest
 from dead_tokens import IDS, LOSSES, check
 

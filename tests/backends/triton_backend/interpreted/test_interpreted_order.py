@@ -1,4 +1,5 @@
 """Results do not depend on the order of programs, and no row is written or read by two of them."""
+
 import pytest
 import torch
 from problems import EVERYTHING, policy_problem
@@ -17,14 +18,32 @@ def rows_forward_and_backward():
     saved = (shift, total, entropy, ref_shift, ref_total, kl)
     g = cotangents((5,), 3)
     reference = x.flip(0)
-    return *stats, kernels.token_stats_backward(*g, x, targets, 0.7, -100, mask, reference, *saved, None), \
-        kernels.token_stats_backward(*g, x, targets, 0.7, -100, mask, reference, *saved, x)
+    return (
+        *stats,
+        kernels.token_stats_backward(*g, x, targets, 0.7, -100, mask, reference, *saved, None),
+        kernels.token_stats_backward(*g, x, targets, 0.7, -100, mask, reference, *saved, x),
+    )
 
 
 def policy():
     x, targets, mask, c = policy_problem(101, torch.bfloat16)
-    return kernels.fused_policy("ppo_clip", x, targets, 0.7, -100, mask, [c["old_logp"], c["advantage"]], [0.2, 0.28], c["weight"], c["entropy_weight"],
-                                "k3", c["ref_logp"], c["kl_weight"], True, None)
+    return kernels.fused_policy(
+        "ppo_clip",
+        x,
+        targets,
+        0.7,
+        -100,
+        mask,
+        [c["old_logp"], c["advantage"]],
+        [0.2, 0.28],
+        c["weight"],
+        c["entropy_weight"],
+        "k3",
+        c["ref_logp"],
+        c["kl_weight"],
+        True,
+        None,
+    )
 
 
 def blocks():
@@ -61,12 +80,16 @@ def test_F01_offsets_beyond_32_bits_reach_the_right_row(small_tiles):
 
     def run(x, mask, targets, out):
         stats = kernels.token_stats(x, targets, 0.7, -100, mask, None, 15)
-        return *stats[:7], kernels.token_stats_backward(g, g, None, x, targets, 0.7, -100, mask, None, *stats[1:4], None, None, None, out)
+        return *stats[:7], kernels.token_stats_backward(
+            g, g, None, x, targets, 0.7, -100, mask, None, *stats[1:4], None, None, None, out
+        )
+
     expected = run(x, mask, targets, None)
 
     def apart(like, columns):  # only the pages of the three rows become resident
         storage = torch.UntypedStorage((2 * far + columns) * like.element_size())
         return torch.empty(0, dtype=like.dtype).set_(storage, 0, (3, columns), (far, 1)).copy_(like.view(3, columns))
+
     sparse = apart(x, vocab)
     got = run(sparse, apart(mask, vocab), targets, sparse)
     assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))

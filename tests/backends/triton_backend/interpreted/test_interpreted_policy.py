@@ -1,4 +1,7 @@
-"""The one-pass policy loss of every registered objective, and of a user's own, against float64 autograd over the oracles."""
+"""The one-pass policy loss of every registered objective, and of a user's own, against float64 autograd over the
+oracles.
+"""
+
 import oracles
 import pytest
 import torch
@@ -8,8 +11,16 @@ from reference import assert_gradient, same_bits
 from rlkernels.backends import triton as kernels
 from rlkernels.objectives import OBJECTIVES, objective
 
-POLICIES = [name for name, entry in OBJECTIVES.items() if entry.columns[0] == "logp" and "ref_logp" not in entry.columns]
-TERMS = {"alone": (False, None), "k1": (False, "k1"), "k2": (True, "k2"), "k3 and entropy": (True, "k3"), "entropy": (True, None)}
+POLICIES = [
+    name for name, entry in OBJECTIVES.items() if entry.columns[0] == "logp" and "ref_logp" not in entry.columns
+]
+TERMS = {
+    "alone": (False, None),
+    "k1": (False, "k1"),
+    "k2": (True, "k2"),
+    "k3 and entropy": (True, "k3"),
+    "entropy": (True, None),
+}
 
 
 @objective
@@ -26,15 +37,31 @@ def squared_gap_oracle(logp, old_logp, advantage, beta):
 def run(name, x, targets, temperature, mask, c, entropy, kl, with_grad=True, out=None, ignore_index=-100):
     entry = OBJECTIVES[name]
     return kernels.fused_policy(
-        name, x, targets, temperature, ignore_index, mask, [c[n] for n in entry.columns[1:]], [PARAMS[p] for p in entry.params], c["weight"],
-        c["entropy_weight"] if entropy else None, kl, c["ref_logp"] if kl else None, c["kl_weight"] if kl else None, with_grad, out)
+        name,
+        x,
+        targets,
+        temperature,
+        ignore_index,
+        mask,
+        [c[n] for n in entry.columns[1:]],
+        [PARAMS[p] for p in entry.params],
+        c["weight"],
+        c["entropy_weight"] if entropy else None,
+        kl,
+        c["ref_logp"] if kl else None,
+        c["kl_weight"] if kl else None,
+        with_grad,
+        out,
+    )
 
 
 def check(name, x, targets, temperature, mask, c, entropy, kl):
     entry = OBJECTIVES[name]
     oracle = squared_gap_oracle if name == "squared_gap" else getattr(oracles, name)
     params = [PARAMS[p] for p in entry.params]
-    loss, gradient, allowed = policy_truth(oracle, entry.columns[1:], x, targets, temperature, mask, c, params, entropy, kl)
+    loss, gradient, allowed = policy_truth(
+        oracle, entry.columns[1:], x, targets, temperature, mask, c, params, entropy, kl
+    )
     got = run(name, x, targets, temperature, mask, c, entropy, kl)
     torch.testing.assert_close(got[0].double(), loss, rtol=2e-6, atol=4e-6)
     assert_gradient(got[1], gradient, allowed, name)
@@ -68,14 +95,36 @@ def test_gradient_and_statistics_have_the_bits_of_the_two_kernels(dtype, small_t
     assert live.sum() == 4
     for got, want in zip((logp, shift, total, entropy), stats[:4], strict=True):
         assert same_bits(got[live], want[live]) and not got[~live].any()
-    again = kernels.token_stats_backward(dlogp, -torch.where(live, c["entropy_weight"], 0.0), None, x, torch.where(live, targets, -100), 0.7, -100, mask,
-                                         None, shift, total, entropy, None, None, None, None)
+    again = kernels.token_stats_backward(
+        dlogp,
+        -torch.where(live, c["entropy_weight"], 0.0),
+        None,
+        x,
+        torch.where(live, targets, -100),
+        0.7,
+        -100,
+        mask,
+        None,
+        shift,
+        total,
+        entropy,
+        None,
+        None,
+        None,
+        None,
+    )
     assert same_bits(gradient, again)
     in_place = x.clone()
-    assert run("ppo_clip", in_place, targets, 0.7, mask, c, True, "k3", out=in_place)[1] is in_place and same_bits(in_place, gradient)
+    assert run("ppo_clip", in_place, targets, 0.7, mask, c, True, "k3", out=in_place)[1] is in_place and same_bits(
+        in_place, gradient
+    )
     without = run("ppo_clip", x, targets, 0.7, mask, c, True, "k3", with_grad=False)
     assert without[1].shape == (0, 0)
-    assert all(same_bits(a, b) for k, (a, b) in enumerate(zip(without, run("ppo_clip", x, targets, 0.7, mask, c, True, "k3"), strict=True)) if k != 1)
+    assert all(
+        same_bits(a, b)
+        for k, (a, b) in enumerate(zip(without, run("ppo_clip", x, targets, 0.7, mask, c, True, "k3"), strict=True))
+        if k != 1
+    )
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
@@ -88,7 +137,23 @@ def test_a_gradient_rounded_as_it_is_stored_has_the_bits_of_one_rounded_afterwar
     assert same_bits(out, wide[1].to(narrow))
     assert all(same_bits(a, b) for a, b in zip((got[0], *got[2:]), (wide[0], *wide[2:]), strict=True))
     _, _, _, shift, total, entropy, dlogp = wide
-    arguments = (dlogp, -c["entropy_weight"], None, x, targets, 0.7, -100, None, None, shift, total, entropy, None, None, None)
+    arguments = (
+        dlogp,
+        -c["entropy_weight"],
+        None,
+        x,
+        targets,
+        0.7,
+        -100,
+        None,
+        None,
+        shift,
+        total,
+        entropy,
+        None,
+        None,
+        None,
+    )
     expected = kernels.token_stats_backward(*arguments, None)
     assert same_bits(kernels.token_stats_backward(*arguments, out.fill_(NAN)), expected.to(narrow))
     assert place[:, vocab:].isnan().all()
@@ -97,10 +162,16 @@ def test_a_gradient_rounded_as_it_is_stored_has_the_bits_of_one_rounded_afterwar
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_the_gradient_kernel_writes_nothing_where_unless_is_exactly_1(dtype, small_tiles):
     x, targets, mask, c = policy_problem(101, dtype)
-    stats, upstream = kernels.token_stats(x, targets, 0.7, -100, mask, None, 1), (c["weight"], c["entropy_weight"], None)
+    stats, upstream = (
+        kernels.token_stats(x, targets, 0.7, -100, mask, None, 1),
+        (c["weight"], c["entropy_weight"], None),
+    )
 
     def run_with(out, unless):
-        return kernels.token_stats_backward(*upstream, x, targets, 0.7, -100, mask, None, *stats[1:4], None, None, None, out, unless)
+        return kernels.token_stats_backward(
+            *upstream, x, targets, 0.7, -100, mask, None, *stats[1:4], None, None, None, out, unless
+        )
+
     expected, before = run_with(None, None), torch.full_like(x, 7.0)
     for unless in (1.0, 2.0**16, -0.5, 0.0, 1.0 + 2.0**-23, NAN):
         pair = torch.tensor([NAN, unless], dtype=stats[0].dtype)
@@ -137,13 +208,15 @@ def test_F25_ratios_that_overflow_give_no_nan(name, small_tiles):
 
 def test_a_clipped_token_is_not_swept_again_and_gets_zeros(small_tiles):
     x, targets, _, c = policy_problem(69)
-    c |= {"old_logp": c["old_logp"] - 5, "advantage": torch.ones(6), "weight": torch.ones(6)}  # every ratio is far above the upper bound
+    # Every ratio is far above the upper bound.
+    c |= {"old_logp": c["old_logp"] - 5, "advantage": torch.ones(6), "weight": torch.ones(6)}
     gradient = run("ppo_clip", x, targets, 0.7, None, c, False, None)[1]
     assert same_bits(gradient, torch.zeros(6, 69))
 
 
 def test_F02_a_label_outside_the_vocabulary_makes_its_row_nan_and_reads_no_neighbour(small_tiles, monkeypatch):
-    monkeypatch.setattr(kernels, "check_rows", lambda *_: None)  # values of labels are read on the CPU only: here as on a GPU
+    # Values of labels are read on the CPU only: here as on a GPU.
+    monkeypatch.setattr(kernels, "check_rows", lambda *_: None)
     x, targets, _, c = policy_problem(69)
     targets[:] = torch.tensor([5, 69, 74, -1, 3, 2**31 - 1])
     c["weight"][:] = 0.5
@@ -151,11 +224,28 @@ def test_F02_a_label_outside_the_vocabulary_makes_its_row_nan_and_reads_no_neigh
     parent = torch.full((6, 80), NAN)  # label 69 falls into the gap behind the row, which the interpreter guards
     x = parent[:, :69].copy_(x)
     stats = kernels.token_stats(x, targets, 0.7, -100, None, x.flip(0).contiguous(), 31)
-    gradient = kernels.token_stats_backward(*[torch.full((6,), 0.3) for _ in range(3)], x, targets, 0.7, -100, None, x.flip(0).contiguous(), *stats[1:4],
-                                            *stats[8:11], None)
+    gradient = kernels.token_stats_backward(
+        *[torch.full((6,), 0.3) for _ in range(3)],
+        x,
+        targets,
+        0.7,
+        -100,
+        None,
+        x.flip(0).contiguous(),
+        *stats[1:4],
+        *stats[8:11],
+        None,
+    )
     fused = run("ppo_clip", x, targets, 0.7, None, c, True, "k3")
     masked = run("ppo_clip", x, targets, 0.7, torch.ones(6, 69, dtype=torch.bool), c, True, "k3")
-    for name, rows in {"logp": stats[0], "entropy": stats[3], "kl": stats[10], "gradient": gradient, "fused": fused[1], "fused logp": fused[2],
-                       "with a mask": masked[1]}.items():
+    for name, rows in {
+        "logp": stats[0],
+        "entropy": stats[3],
+        "kl": stats[10],
+        "gradient": gradient,
+        "fused": fused[1],
+        "fused logp": fused[2],
+        "with a mask": masked[1],
+    }.items():
         assert rows[bad].isnan().all() and rows[~bad].isfinite().all(), name
     assert not stats[6][bad].any()

@@ -1,4 +1,7 @@
-"""Statistics and gradients of rows: every output and each upstream gradient against float64, over several tiles and all layouts."""
+"""Statistics and gradients of rows: every output and each upstream gradient against float64, over several tiles and all
+layouts.
+"""
+
 import itertools
 
 import pytest
@@ -14,7 +17,8 @@ from rlkernels.backends.triton.launch_configs import Config
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# A tile holds 32 columns here: one column, fewer than a lane, around one tile, around two tiles ahead, several and a part.
+# A tile holds 32 columns here: one column, fewer than a lane, around one tile, around two tiles ahead, several and a
+# part.
 @pytest.mark.parametrize("vocab", [1, 2, 7, 31, 32, 33, 69])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_F04_every_statistic_and_gradient_holds_its_bound_at_every_vocabulary_size(vocab, dtype, small_tiles, backend):
@@ -27,17 +31,34 @@ def test_F04_every_statistic_and_gradient_holds_its_bound_at_every_vocabulary_si
 def test_a_temperature_and_a_mask_per_row_hold_the_bounds(small_tiles, backend):
     x, targets, mask = draw_rows((4,), 69, torch.bfloat16)
     temperature = torch.tensor([1.0, 0.5, 100.0, 1e-2])
-    judge(rlk.token_stats, x, targets, temperature, vocab_mask=mask, ref_logits=draw_rows((4,), 69, torch.bfloat16, seed=3)[0])
+    judge(
+        rlk.token_stats,
+        x,
+        targets,
+        temperature,
+        vocab_mask=mask,
+        ref_logits=draw_rows((4,), 69, torch.bfloat16, seed=3)[0],
+    )
 
 
 def test_F136_the_coldest_and_the_hottest_temperature_hold_the_bounds(small_tiles, backend):
     x, targets, _ = draw_rows((6,), 69)
-    judge(rlk.token_stats, x, targets, torch.tensor([2.0**-40, 2.0**40, 1e-12, 1e12, 1e-6, 1e6]), ref_logits=draw_rows((6,), 69, seed=3)[0])
+    judge(
+        rlk.token_stats,
+        x,
+        targets,
+        torch.tensor([2.0**-40, 2.0**40, 1e-12, 1e12, 1e-6, 1e6]),
+        ref_logits=draw_rows((6,), 69, seed=3)[0],
+    )
 
 
 @pytest.mark.parametrize("t", [1.0, 1e-3])
-def test_F136_an_exact_kl_counts_how_far_the_reference_moves_over_tiles_that_either_side_excludes(t, small_tiles, backend):
-    """Tiles hold 32 columns: the policy, the reference or both are -inf in the first, and the reference's maximum comes last."""
+def test_F136_an_exact_kl_counts_how_far_the_reference_moves_over_tiles_that_either_side_excludes(
+    t, small_tiles, backend
+):
+    """Tiles hold 32 columns: the policy, the reference or both are -inf in the first, and the reference's maximum comes
+    last.
+    """
     x, targets, _ = draw_rows((4,), 96, seed=9)
     ref, x = draw_rows((4,), 96, seed=10)[0].nan_to_num(), x.nan_to_num()
     ref[:, 64:] += torch.arange(32) * 3.0
@@ -65,7 +86,9 @@ def test_F38_each_subset_of_upstream_gradients_gives_its_gradient(subset, dtype,
     truth = statistics(wide, targets, 0.7, ref_logits=reference)
     upstream = {names[k]: g[k] for k in subset}
     (expected,) = torch.autograd.grad([truth[n] for n in upstream], wide, [v.double() for v in upstream.values()])
-    assert_gradient(got, expected, gradient_allowance(upstream, x, targets, 0.7, ref_logits=reference), str(list(upstream)))
+    assert_gradient(
+        got, expected, gradient_allowance(upstream, x, targets, 0.7, ref_logits=reference), str(list(upstream))
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,15 +96,19 @@ def test_rounded_gradients_are_within_one_ulp_and_nearly_all_are_the_nearest(dty
     x, targets, _ = draw_rows((6,), 500, dtype, seed=5)
     (g,) = cotangents((6,), 1)
     found = kernels.token_stats(x, targets, 1.0, -100, None, None, 0)
-    got = kernels.token_stats_backward(g, None, None, x, targets, 1.0, -100, None, None, *found[1:3], None, None, None, None, None)
+    got = kernels.token_stats_backward(
+        g, None, None, x, targets, 1.0, -100, None, None, *found[1:3], None, None, None, None, None
+    )
     wide = x.double().requires_grad_()
     (truth,) = torch.autograd.grad(statistics(wide, targets)["logprobs"], wide, g.double())
     if dtype == torch.float32:
         assert (truth.sum(-1).abs() < 1e-12).all() and (got.double().sum(-1).abs() <= 8 * EPS32 * g.abs()).all()
     else:
+
         def steps(x):  # consecutive numbers are one apart, and both zeros are 0
             bits = x.view(torch.int16).int()
             return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
         ulp = (steps(truth.to(dtype)) - steps(got)).abs()
         assert (ulp <= 1).all() and (ulp == 0).double().mean() >= 0.999
 
@@ -111,7 +138,10 @@ def test_F07_F15_F53_bits_do_not_depend_on_layout_rows_or_batch(layout, dtype, s
         stats = kernels.token_stats(x, y, 0.7, -100, None, reference, EVERYTHING)
         _, shift, total, entropy, _, _, _, _, ref_shift, ref_total, kl = stats
         g = [v[rows] for v in cotangents((6,), 3)]
-        return *stats, kernels.token_stats_backward(*g, x, y, 0.7, -100, None, reference, shift, total, entropy, ref_shift, ref_total, kl, None)
+        return *stats, kernels.token_stats_backward(
+            *g, x, y, 0.7, -100, None, reference, shift, total, entropy, ref_shift, ref_total, kl, None
+        )
+
     plain = x if layout != "expanded" else x[:1].repeat(2, 1, 1)
     plain_reference = reference if layout != "expanded" else reference[:1].repeat(2, 1, 1)
     expected = run(plain.reshape(6, 69), plain_reference.reshape(6, 69))
@@ -186,17 +216,27 @@ def test_F17_leading_tiles_of_minus_infinity_change_nothing(leading, masked, sma
     assert stats.entropy.isfinite().all()
 
 
-@pytest.mark.parametrize("shape", ["rising", "falling", "peak in the last tile", "equal", "far below zero", "huge negative numbers"])
+@pytest.mark.parametrize(
+    "shape", ["rising", "falling", "peak in the last tile", "equal", "far below zero", "huge negative numbers"]
+)
 def test_F66_F76_rescaling_between_tiles_does_not_drift(shape, small_tiles, backend):
     x = torch.linspace(-30, 30, 200)
-    x = {"rising": x, "falling": x.flip(0), "peak in the last tile": torch.cat([x[:-1] / 30, x[-1:] * 2]), "equal": torch.zeros_like(x),
-         "far below zero": x * 0.1 - 1e4, "huge negative numbers": x * 1e33 - 1e36}[shape]
+    x = {
+        "rising": x,
+        "falling": x.flip(0),
+        "peak in the last tile": torch.cat([x[:-1] / 30, x[-1:] * 2]),
+        "equal": torch.zeros_like(x),
+        "far below zero": x * 0.1 - 1e4,
+        "huge negative numbers": x * 1e33 - 1e36,
+    }[shape]
     judge(rlk.token_stats, x.expand(3, 200), torch.tensor([0, 199, 70]), ref_logits=x.flip(-1).expand(3, 200))
 
 
 # In the lane that meets the peak later, and in another one, which meets it when the lanes do.
 @pytest.mark.parametrize("peak", [32, 40])
-def test_F16_a_column_that_only_the_reference_excludes_counts_as_nothing_once_its_probability_is_zero(peak, small_tiles):
+def test_F16_a_column_that_only_the_reference_excludes_counts_as_nothing_once_its_probability_is_zero(
+    peak, small_tiles
+):
     x, reference, targets = torch.zeros(1, 69), torch.zeros(1, 69), torch.tensor([peak])
     x[0, peak], reference[0, 0] = 5000.0, -torch.inf
     kl = kernels.token_stats(x, targets, 1.0, -100, None, reference, EVERYTHING)[10]

@@ -1,4 +1,7 @@
-"""Sizes that a vocabulary or a batch really has: many rows, padded vocabularies, vocabularies above 250,000; with the tiles that are shipped."""
+"""Sizes that a vocabulary or a batch really has: many rows, padded vocabularies, vocabularies above 250,000; with the
+tiles that are shipped.
+"""
+
 import torch
 from problems import EVERYTHING, policy_problem
 from reference import assert_within_policy, cotangents, same_bits, statistics
@@ -12,7 +15,10 @@ PADDED = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def test_F13_seventy_thousand_rows_lie_on_the_first_axis_of_the_grid(small_tiles, interpreter):
-    """The interpreter refuses a second or third axis beyond 65535. Five programs run; their rows have the bits that they have alone."""
+    """The interpreter refuses a second or third axis beyond 65535.
+
+    Five programs run; their rows have the bits that they have alone.
+    """
     x = torch.randn(MANY, 37, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(MANY) % 37
     g = cotangents((MANY,), 3)
@@ -22,10 +28,29 @@ def test_F13_seventy_thousand_rows_lie_on_the_first_axis_of_the_grid(small_tiles
         with interpreter.configure(programs=programs):
             stats = kernels.token_stats(x, targets, 0.7, -100, None, x.flip(-1), EVERYTHING)
             _, shift, total, entropy, _, _, _, _, ref_shift, ref_total, kl = stats
-            gradient = kernels.token_stats_backward(*g, x, targets, 0.7, -100, None, x.flip(-1), shift, total, entropy, ref_shift, ref_total, kl, None)
-            fused = kernels.fused_policy("ppo_clip", x, targets, 0.7, -100, None, [g[0], g[1]], [0.2, 0.2], g[2], g[0], None, None, None, True, None)
+            gradient = kernels.token_stats_backward(
+                *g, x, targets, 0.7, -100, None, x.flip(-1), shift, total, entropy, ref_shift, ref_total, kl, None
+            )
+            fused = kernels.fused_policy(
+                "ppo_clip",
+                x,
+                targets,
+                0.7,
+                -100,
+                None,
+                [g[0], g[1]],
+                [0.2, 0.2],
+                g[2],
+                g[0],
+                None,
+                None,
+                None,
+                True,
+                None,
+            )
             scanned = kernels.gae(x[:, :4].contiguous(), x[:, 4:8].contiguous(), None, None, 0.99, 0.95, "none")
         return *stats, gradient, *fused[1:], *scanned
+
     got = run(x, targets, g, CHOSEN)
     alone = run(x[rows], targets[rows], [v[rows] for v in g], None)
     assert all(same_bits(a[rows], b) for a, b in zip(got, alone, strict=True))
@@ -50,14 +75,43 @@ def test_F06_vocab_mask_takes_padded_columns_out_and_without_it_they_count(backe
     assert (rlk.token_logprobs(wide, targets) < truth["logprobs"] - 0.1).all()
 
 
-
 def test_F75_the_policy_loss_of_a_large_vocabulary_has_the_bits_of_the_two_kernels():
     x, targets, _, c = policy_problem(262_144, torch.bfloat16, rows=3)
     _, gradient, logp, shift, total, entropy, dlogp = kernels.fused_policy(
-        "ppo_clip", x, targets, 0.7, -100, None, [c["old_logp"], c["advantage"]], [0.2, 0.28], c["weight"] + 1, c["entropy_weight"] + 1, None, None, None,
-        True, None)
+        "ppo_clip",
+        x,
+        targets,
+        0.7,
+        -100,
+        None,
+        [c["old_logp"], c["advantage"]],
+        [0.2, 0.28],
+        c["weight"] + 1,
+        c["entropy_weight"] + 1,
+        None,
+        None,
+        None,
+        True,
+        None,
+    )
     stats = kernels.token_stats(x, targets, 0.7, -100, None, None, 1)
     assert all(same_bits(a, b) for a, b in zip((logp, shift, total, entropy), stats[:4], strict=True))
-    again = kernels.token_stats_backward(dlogp, -c["entropy_weight"] - 1, None, x, targets, 0.7, -100, None, None, shift, total, entropy, None, None,
-                                         None, None)
+    again = kernels.token_stats_backward(
+        dlogp,
+        -c["entropy_weight"] - 1,
+        None,
+        x,
+        targets,
+        0.7,
+        -100,
+        None,
+        None,
+        shift,
+        total,
+        entropy,
+        None,
+        None,
+        None,
+        None,
+    )
     assert same_bits(gradient, again)

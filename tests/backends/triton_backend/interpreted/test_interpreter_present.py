@@ -1,4 +1,5 @@
 """One line where these tests cannot run, and the proof that the interpreter is an oracle where they can."""
+
 import pytest
 
 

@@ -1,7 +1,10 @@
-"""Every variant of a kernel that is launched: the launchers called with empty CPU tensors, under ``launches.recording``.
+"""Every variant of a kernel that is launched: the launchers called with empty CPU tensors, under
+``launches.recording``.
 
-The classes of ``launch_configs.TABLE`` and the registered objectives are walked, so a new entry is compiled without a line here.
+The classes of ``launch_configs.TABLE`` and the registered objectives are walked, so a new entry is compiled without a
+line here.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -49,8 +52,14 @@ def backward(dtype, vocab, terms=(True, False, False), in_place=False, out=None,
     x, *rest = rows(dtype, vocab, **flags)
     column = torch.zeros(ROWS, dtype=real(dtype))
     upstream = [column if term else None for term in terms]
-    reference = [torch.empty_like(x), *[column] * 3, column, column, column] if terms[2] else [None, *[column] * 3, None, None, None]
-    return lambda: backend.token_stats_backward(*upstream, x, *rest, *reference, x if in_place else out and torch.empty_like(x, dtype=out))
+    reference = (
+        [torch.empty_like(x), *[column] * 3, column, column, column]
+        if terms[2]
+        else [None, *[column] * 3, None, None, None]
+    )
+    return lambda: backend.token_stats_backward(
+        *upstream, x, *rest, *reference, x if in_place else out and torch.empty_like(x, dtype=out)
+    )
 
 
 def policy(name, dtype, vocab, entropy=True, kl="k3", with_grad=True, out=None, **flags):
@@ -59,32 +68,43 @@ def policy(name, dtype, vocab, entropy=True, kl="k3", with_grad=True, out=None, 
     entry = OBJECTIVES[name]
     extra = (column if entropy else None, kl, column if kl else None, column if kl else None)
     out = out and torch.empty_like(x, dtype=out)
-    return lambda: backend.fused_policy(name, x, *rest, [column] * (len(entry.columns) - 1), [0.5] * len(entry.params), column, *extra, with_grad, out)
+    return lambda: backend.fused_policy(
+        name, x, *rest, [column] * (len(entry.columns) - 1), [0.5] * len(entry.params), column, *extra, with_grad, out
+    )
 
 
 def objective(name, weighted, dtype=torch.float32):
     column, entry = torch.zeros(4096, dtype=dtype), OBJECTIVES[name]
-    return lambda: backend.elementwise(name, [column] * len(entry.columns), [0.5] * len(entry.params), column if weighted else None)
+    return lambda: backend.elementwise(
+        name, [column] * len(entry.columns), [0.5] * len(entry.params), column if weighted else None
+    )
 
 
 def weighted(name, taken=0, mask=False, counted=False, dtype=torch.float32):
     column, entry = torch.zeros(4096, dtype=dtype), OBJECTIVES[name]
     others, total = [column] * (len(entry.columns) - 1), torch.tensor(3) if counted else None
     weight = torch.ones(4096, dtype=torch.bool) if mask else None if taken else column
-    return lambda: backend.weighted_loss(name, column, [column] * taken, others, [0.5] * len(entry.params), weight, total, 0.5)
+    return lambda: backend.weighted_loss(
+        name, column, [column] * taken, others, [0.5] * len(entry.params), weight, total, 0.5
+    )
 
 
 def scan(masked, packed, has_mask):
     r = torch.zeros(64) if packed else torch.zeros(4, 16)
-    ends, mask = torch.tensor([0, 30, 64]) if packed else None, torch.ones(r.shape, dtype=torch.bool) if has_mask else None
+    ends, mask = (
+        torch.tensor([0, 30, 64]) if packed else None,
+        torch.ones(r.shape, dtype=torch.bool) if has_mask else None,
+    )
     return lambda: backend.gae(r, r.clone(), mask, ends, 0.99, 0.95, masked)
 
 
-BUILDERS = {"token_stats": lambda dtype, vocab, **flags: stats(dtype, vocab, 1, **flags),
-            "token_stats_ref": lambda dtype, vocab, **flags: stats(dtype, vocab, 17, ref=True, **flags),
-            "token_stats_backward": lambda dtype, vocab, **flags: backward(dtype, vocab, (True, True, False), **flags),
-            "token_stats_backward_ref": lambda dtype, vocab, **flags: backward(dtype, vocab, (True, True, True), **flags),
-            "fused_policy": lambda dtype, vocab, **flags: policy("ppo_clip", dtype, vocab, **flags)}
+BUILDERS = {
+    "token_stats": lambda dtype, vocab, **flags: stats(dtype, vocab, 1, **flags),
+    "token_stats_ref": lambda dtype, vocab, **flags: stats(dtype, vocab, 17, ref=True, **flags),
+    "token_stats_backward": lambda dtype, vocab, **flags: backward(dtype, vocab, (True, True, False), **flags),
+    "token_stats_backward_ref": lambda dtype, vocab, **flags: backward(dtype, vocab, (True, True, True), **flags),
+    "fused_policy": lambda dtype, vocab, **flags: policy("ppo_clip", dtype, vocab, **flags),
+}
 
 
 def every_case():
@@ -93,10 +113,16 @@ def every_case():
     yield Case("entropy fp32", stats(torch.float32, BIG, 1), EVERY)
     yield Case("two models", stats(torch.bfloat16, BIG, 17, ref=True), EVERY)
     yield Case("everything masked", stats(torch.bfloat16, BIG, 31, ref=True, masked=True), EVERY)
-    yield Case("everything masked, temperatures", stats(torch.bfloat16, BIG, 31, ref=True, masked=True, per_row=True), TWO)
+    yield Case(
+        "everything masked, temperatures", stats(torch.bfloat16, BIG, 31, ref=True, masked=True, per_row=True), TWO
+    )
     yield Case("everything fp32", stats(torch.float32, BIG, 31, ref=True, masked=True, per_row=True), EVERY)
     yield Case("gradient", backward(torch.bfloat16, BIG, (True, True, False)), EVERY)
-    yield Case("gradient of everything fp32", backward(torch.float32, BIG, (True, True, True), masked=True, per_row=True), EVERY)
+    yield Case(
+        "gradient of everything fp32",
+        backward(torch.float32, BIG, (True, True, True), masked=True, per_row=True),
+        EVERY,
+    )
     yield Case("policy", policy("ppo_clip", torch.bfloat16, BIG), EVERY)
     yield Case("policy masked", policy("ppo_clip", torch.bfloat16, BIG, masked=True), EVERY)
     yield Case("policy masked, temperatures", policy("ppo_clip", torch.bfloat16, BIG, masked=True, per_row=True), TWO)
@@ -110,15 +136,27 @@ def every_case():
     for (op, itemsize), entries in launch_configs.TABLE.items():
         for largest, config in entries:
             vocab = min(largest, BIG) // 16 * 16
-            yield Case(f"{op} {itemsize} bytes {config}", BUILDERS[op](DTYPES[itemsize], vocab), TWO if itemsize == 2 else ONE)
+            yield Case(
+                f"{op} {itemsize} bytes {config}", BUILDERS[op](DTYPES[itemsize], vocab), TWO if itemsize == 2 else ONE
+            )
     for (op, itemsize), entries in launch_configs.MASKED.items():
-        yield Case(f"{op} {itemsize} bytes masked {entries[0][1]}", BUILDERS[op](DTYPES[itemsize], SMALL, masked=True), TWO)
+        yield Case(
+            f"{op} {itemsize} bytes masked {entries[0][1]}", BUILDERS[op](DTYPES[itemsize], SMALL, masked=True), TWO
+        )
     for op, build in BUILDERS.items():
         yield Case(f"{op} fp16", build(torch.float16, BIG), TWO)
         yield Case(f"{op} one column", build(torch.bfloat16, 1), ONE)
         yield Case(f"{op} odd vocabulary", build(torch.bfloat16, 50_257), ONE)
-    for wanted, ref, masked in ((0, False, False), (0, True, False), (31, True, False), (1, False, True), (17, True, True)):
-        yield Case(f"token_stats {wanted} {ref} {masked}", stats(torch.bfloat16, BIG, wanted, ref=ref, masked=masked), TWO)
+    for wanted, ref, masked in (
+        (0, False, False),
+        (0, True, False),
+        (31, True, False),
+        (1, False, True),
+        (17, True, True),
+    ):
+        yield Case(
+            f"token_stats {wanted} {ref} {masked}", stats(torch.bfloat16, BIG, wanted, ref=ref, masked=masked), TWO
+        )
     for terms in ((True, False, False), (False, True, False), (False, False, True), (True, True, True)):
         yield Case(f"gradient {terms}", backward(torch.bfloat16, BIG, terms, in_place=terms[1]), ONE)
     for name, entry in OBJECTIVES.items():

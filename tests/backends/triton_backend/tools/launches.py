@@ -1,12 +1,14 @@
-"""What a launch would compile, and for how many variants: the real launchers and Triton's own argument handling on a machine without a GPU.
+"""What a launch would compile, and for how many variants: the real launchers and Triton's own argument handling on a
+machine without a GPU.
 
     with recording("sm_90") as launches:
         backend.token_stats(...)            # CPU tensors stand in for device tensors; nothing runs
     launches[0].kernel, launches[0].key     # one entry per launch; equal keys share one compiled kernel
 
-A fake driver names the target, so ``JITFunction.run`` binds, specialises and builds its cache key as it would on the device; where it would
-compile, the arguments of the compiler are recorded instead. Works with Triton 3.5 to 3.9.
+A fake driver names the target, so ``JITFunction.run`` binds, specialises and builds its cache key as it would on the
+device; where it would compile, the arguments of the compiler are recorded instead. Works with Triton 3.5 to 3.9.
 """
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,5 @@
 """Compiles a case for a target and reads what the compilers made of it: one ``triton_aot.Row`` per kernel."""
+
 from __future__ import annotations
 
 import re
@@ -39,7 +40,10 @@ def measure(call, target):
 
 
 def typical(widths):
-    """Half of all bits travel in accesses at least this wide. The commonest access is no measure: a row kernel has ten scalar arguments to load."""
+    """Half of all bits travel in accesses at least this wide.
+
+    The commonest access is no measure: a row kernel has ten scalar arguments to load.
+    """
     total = 0
     for width in sorted(widths, reverse=True):
         total += width

@@ -1,7 +1,9 @@
-"""Writes golden/<Triton minor version>.json: registers, shared memory and 32-bit overflow sites of every kernel variant.
+"""Writes golden/<Triton minor version>.json: registers, shared memory and 32-bit overflow sites of every kernel
+variant.
 
     python tests/backends/triton_backend/tools/rewrite_golden.py
 """
+
 import json
 import sys
 from pathlib import Path
@@ -22,7 +24,17 @@ def main():
         for target in case.targets:
             for kernel, row in measure(case.call, target).items():
                 table[f"{case.name} | {kernel} | {target}"] = [row.registers, row.shared]
-                print(case.name, kernel, target, row.registers, row.shared, row.stack, row.spills, row.load_bits, flush=True)
+                print(
+                    case.name,
+                    kernel,
+                    target,
+                    row.registers,
+                    row.shared,
+                    row.stack,
+                    row.spills,
+                    row.load_bits,
+                    flush=True,
+                )
     GOLDEN.mkdir(exist_ok=True)
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(table.items()))
     (GOLDEN / f"{minor_version()}.json").write_text("{\n" + lines + "\n}\n")

@@ -1,20 +1,22 @@
 """Compile a Triton kernel for many GPUs on a machine without one, and read what the compilers made of it.
 
-    rows = compile_matrix(kernel, {"X": "*bf16", "Y": "*fp32", "V": "i32", "stride": "i64:16"}, {"BLOCK": 4096}, num_warps=8)
-    print(table(rows)); check(rows)                       # check() raises on errors, spills, too much shared memory
+    rows = compile_matrix(kernel, {"X": "*bf16", "Y": "*fp32", "V": "i32", "stride": "i64:16"}, {"BLOCK": 4096},
+    num_warps=8) print(table(rows)); check(rows)                       # check() raises on errors, spills, too much
+    shared memory
 
     python triton_aot.py kernels.py::row_lse --arg X=*bf16 --arg V=i32 --const BLOCK=4096 --num-warps 8 --target sm_90 \
         --target gfx942 --json golden.json                # exit status 1 if a row fails;  --self-test proves the tool
 
 Works with Triton 3.6 to 3.9 (older and newer usually too): only triton.compile, ASTSource, GPUTarget and the tools that
-come inside the wheel (cuobjdump, nvdisasm) are used; `python -m triton.tools.compile` needs a GPU driver, this does not.
-Argument types: "*bf16" pointer (16-byte aligned unless written "*bf16:1"), "i32", "i64", "fp32", "i32:16" = multiple of 16.
-Fields per target: registers, stack (bytes; register spills are counted HERE, the LOCAL column stays 0), spills (LDL/STL
-instructions in the SASS, or AMD's vgpr+sgpr spill count), shared (bytes) and its limit on that chip (Triton checks the
-limit only at launch), blocks per SM (NVIDIA), width in bits of the commonest global load and store (128 is the aim; 16 shows
-that alignment or mask defeat vector loads), seconds.  overflow_sites() counts the 32-bit index operations that a debug build
-would guard: a static lint for int32 overflow.
+come inside the wheel (cuobjdump, nvdisasm) are used; `python -m triton.tools.compile` needs a GPU driver, this does
+not. Argument types: "*bf16" pointer (16-byte aligned unless written "*bf16:1"), "i32", "i64", "fp32", "i32:16" =
+multiple of 16. Fields per target: registers, stack (bytes; register spills are counted HERE, the LOCAL column stays 0),
+spills (LDL/STL instructions in the SASS, or AMD's vgpr+sgpr spill count), shared (bytes) and its limit on that chip
+(Triton checks the limit only at launch), blocks per SM (NVIDIA), width in bits of the commonest global load and store
+(128 is the aim; 16 shows that alignment or mask defeat vector loads), seconds.  overflow_sites() counts the 32-bit
+index operations that a debug build would guard: a static lint for int32 overflow.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -33,8 +35,14 @@ NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx1100")
 TARGETS = NVIDIA + AMD
 #            dynamic shared per block, shared per SM, warps per SM, blocks per SM
-_LIMITS = {"sm_80": (166912, 167936, 64, 32), "sm_86": (101376, 102400, 48, 16), "sm_89": (101376, 102400, 48, 24),
-           "sm_90": (232448, 233472, 64, 32), "sm_100": (232448, 233472, 64, 32), "sm_120": (101376, 102400, 48, 24)}
+_LIMITS = {
+    "sm_80": (166912, 167936, 64, 32),
+    "sm_86": (101376, 102400, 48, 16),
+    "sm_89": (101376, 102400, 48, 24),
+    "sm_90": (232448, 233472, 64, 32),
+    "sm_100": (232448, 233472, 64, 32),
+    "sm_120": (101376, 102400, 48, 24),
+}
 _LDS = {"gfx950": 163840}
 
 
@@ -112,7 +120,17 @@ def _ptx_bits(ptx, kind):
 
 
 def _amd_bits(asm, kind):
-    names = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "ushort": 16, "sshort": 16, "short": 16, "ubyte": 8, "byte": 8}
+    names = {
+        "dword": 32,
+        "dwordx2": 64,
+        "dwordx3": 96,
+        "dwordx4": 128,
+        "ushort": 16,
+        "sshort": 16,
+        "short": 16,
+        "ubyte": 8,
+        "byte": 8,
+    }
     found = re.findall(rf"\b(?:global|buffer|flat)_{kind}_([a-z0-9_]+)", asm)
     return [names[f] if f in names else int((re.findall(r"\d+", f) or [0])[-1]) for f in found]
 
@@ -170,7 +188,9 @@ def overflow_sites(fn, args, constants, num_warps=4, target="sm_90"):
     import triton
 
     fn = _jit(fn)
-    k = triton.compile(_source(fn, args, constants), target=_target(target), options={"num_warps": num_warps, "debug": True})
+    k = triton.compile(
+        _source(fn, args, constants), target=_target(target), options={"num_warps": num_warps, "debug": True}
+    )
     return k.asm["ttir"].count("overflow detected")
 
 
@@ -190,7 +210,9 @@ def check(rows, max_registers=255, max_spills=0, max_stack=0):
 
 
 def compare(rows, golden, slack=0.10):
-    """Rows whose registers, stack, spills or shared memory grew against a stored list of dicts (the JSON of the CLI)."""
+    """Rows whose registers, stack, spills or shared memory grew against a stored list of dicts (the
+    JSON of the CLI).
+    """
     old = {(g["kernel"], g["target"]): g for g in golden}
     grew = []
     for r in rows:
@@ -209,8 +231,14 @@ def table(rows):
 
 
 def _value(text):
-    return {"True": True, "False": False, "None": None}.get(text, int(text) if re.fullmatch(r"-?\d+", text) else
-                                                            float(text) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) else text)
+    return {"True": True, "False": False, "None": None}.get(
+        text,
+        int(text)
+        if re.fullmatch(r"-?\d+", text)
+        else float(text)
+        if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text)
+        else text,
+    )
 
 
 def self_test():
@@ -218,7 +246,9 @@ def self_test():
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     import triton_interpreter_kernels as k
 
-    good = compile_matrix(k.copy, {"X": "*fp32", "Y": "*bf16"}, {"B": 1024}, targets=("sm_80", "sm_90", "sm_100", "gfx942"))
+    good = compile_matrix(
+        k.copy, {"X": "*fp32", "Y": "*bf16"}, {"B": 1024}, targets=("sm_80", "sm_90", "sm_100", "gfx942")
+    )
     print(table(good))
     check(good)
     assert all(r.load_bits == 128 and r.registers > 0 for r in good), "a contiguous copy loads 128 bits at a time"
@@ -234,7 +264,10 @@ def self_test():
             print("refused:", str(e)[:120])
         else:
             raise SystemExit("check() let a bad row pass")
-    assert overflow_sites(k.overflow, {"Y": "*i64", "S": "i32"}, {}) > 0 and overflow_sites(k.copy, {"X": "*fp32", "Y": "*bf16"}, {"B": 64}) == 0
+    assert (
+        overflow_sites(k.overflow, {"Y": "*i64", "S": "i32"}, {}) > 0
+        and overflow_sites(k.copy, {"X": "*fp32", "Y": "*bf16"}, {"B": 64}) == 0
+    )
     print("all good")
 
 
@@ -245,7 +278,9 @@ def main(argv=None):
     p.add_argument("kernel", help="file.py::function")
     p.add_argument("--arg", action="append", default=[], metavar="NAME=TYPE")
     p.add_argument("--const", action="append", default=[], metavar="NAME=VALUE")
-    p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="Triton option, e.g. enable_fp_fusion=False")
+    p.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="Triton option, e.g. enable_fp_fusion=False"
+    )
     p.add_argument("--target", action="append", default=[])
     p.add_argument("--num-warps", type=int, default=4)
     p.add_argument("--num-stages", type=int)

@@ -25,6 +25,7 @@ Still invisible here: warps and shared memory, the GPU's reduction order and fas
 power-of-two limits of tl.arange, num_warps/num_stages, compile errors.  A nested (not module-level) combine function of
 tl.reduce fails with NameError.  Keep T*V below about 20 000 per case: a program costs 0.1 to 10 ms.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -56,19 +57,53 @@ def _set(values):
     for name, value in dataclasses.asdict(Options(**values)).items():
         setattr(OPTIONS, name, value)
     if _interp is not None:
-        _interp.interpreter_builder.options = dataclasses.replace(_interp.interpreter_builder.options, debug=OPTIONS.debug)
+        _interp.interpreter_builder.options = dataclasses.replace(
+            _interp.interpreter_builder.options, debug=OPTIONS.debug
+        )
 
 
 # ---- installation --------------------------------------------------------------------------------------------------
 _interp = None
 _patched: set = set()  # globals of the device functions whose language modules this launch has patched
 _LIBDEVICE = {
-    **{f.__name__: f for f in (np.exp, np.exp2, np.expm1, np.log, np.log1p, np.log2, np.log10, np.tanh, np.sinh, np.cosh, np.sin, np.cos,
-                               np.tan, np.sqrt, np.floor, np.ceil, np.trunc, np.rint)}, "abs": np.abs,
-    "rsqrt": lambda x: 1 / np.sqrt(x), "fast_expf": np.exp, "fast_logf": np.log, "fast_log2f": np.log2, "nearbyint": np.rint,
+    **{
+        f.__name__: f
+        for f in (
+            np.exp,
+            np.exp2,
+            np.expm1,
+            np.log,
+            np.log1p,
+            np.log2,
+            np.log10,
+            np.tanh,
+            np.sinh,
+            np.cosh,
+            np.sin,
+            np.cos,
+            np.tan,
+            np.sqrt,
+            np.floor,
+            np.ceil,
+            np.trunc,
+            np.rint,
+        )
+    },
+    "abs": np.abs,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "fast_expf": np.exp,
+    "fast_logf": np.log,
+    "fast_log2f": np.log2,
+    "nearbyint": np.rint,
     "erf": lambda x: np.vectorize(math.erf, otypes=[x.dtype])(x),
-    "pow": np.power, "fast_powf": np.power, "fast_dividef": np.divide, "div_rn": np.divide, "copysign": np.copysign,
-    "atan2": np.arctan2, "fmod": np.fmod, "hypot": np.hypot,
+    "pow": np.power,
+    "fast_powf": np.power,
+    "fast_dividef": np.divide,
+    "div_rn": np.divide,
+    "copysign": np.copysign,
+    "atan2": np.arctan2,
+    "fmod": np.fmod,
+    "hypot": np.hypot,
 }
 
 
@@ -89,9 +124,24 @@ def install(**changes):
 
 def _patch(triton, tl, lib):
     B, H, bf16 = lib.InterpreterBuilder, lib.TensorHandle, tl.bfloat16
-    old = {n: getattr(B, n) for n in ("cast_impl", "create_fp_to_fp", "binary_op", "unary_op", "ternary_op", "create_fma", "create_dot",
-                                      "create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas",
-                                      "set_grid_idx", "set_grid_dim")}
+    old = {
+        n: getattr(B, n)
+        for n in (
+            "cast_impl",
+            "create_fp_to_fp",
+            "binary_op",
+            "unary_op",
+            "ternary_op",
+            "create_fma",
+            "create_dot",
+            "create_masked_load",
+            "create_masked_store",
+            "create_atomic_rmw",
+            "create_atomic_cas",
+            "set_grid_idx",
+            "set_grid_dim",
+        )
+    }
     is_bf = lambda h: h.dtype.scalar == bf16  # noqa: E731
     up = lambda h: H(bf16_to_float(h.data), tl.float32) if is_bf(h) else h  # noqa: E731
     down = lambda h: H(float_to_bf16(h.data), bf16) if h.data.dtype != np.bool_ else H(h.data, bf16)  # noqa: E731
@@ -137,15 +187,29 @@ def _patch(triton, tl, lib):
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         def prepare(h):
             h = up(h)
-            if OPTIONS.tf32 and h.data.dtype == np.float32 and not is_bf(a) and input_precision == lib._ir.INPUT_PRECISION.TF32:
-                h = H((np.ascontiguousarray(h.data).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32), tl.float32)
+            if (
+                OPTIONS.tf32
+                and h.data.dtype == np.float32
+                and not is_bf(a)
+                and input_precision == lib._ir.INPUT_PRECISION.TF32
+            ):
+                h = H(
+                    (np.ascontiguousarray(h.data).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32), tl.float32
+                )
             return h
+
         return old["create_dot"](self, prepare(a), prepare(b), d, input_precision, max_num_imprecise_acc)
 
     def create_masked_load(self, ptrs, mask, other, *rest, **kw):
         touch(self, ptrs, mask, "load")
         kind = ptrs.get_element_ty()
-        if other is None and OPTIONS.poison and kind.is_floating() and kind.primitive_bitwidth >= 16 and not mask.data.all():
+        if (
+            other is None
+            and OPTIONS.poison
+            and kind.is_floating()
+            and kind.primitive_bitwidth >= 16
+            and not mask.data.all()
+        ):
             np_type = lib._get_np_dtype(kind)
             other = H(np.full(ptrs.data.shape, BF16_NAN if kind == bf16 else np.nan, np_type), kind)
         return old["create_masked_load"](self, ptrs, mask, other, *rest, **kw)
@@ -179,7 +243,11 @@ def _patch(triton, tl, lib):
         self._order = None if self._whole is None else np.asarray(OPTIONS.programs)
         if OPTIONS.order != "forward":
             n = int(np.prod(dims))
-            turns = np.arange(n)[::-1] if OPTIONS.order == "reverse" else np.random.default_rng(int(OPTIONS.order)).permutation(n)
+            turns = (
+                np.arange(n)[::-1]
+                if OPTIONS.order == "reverse"
+                else np.random.default_rng(int(OPTIONS.order)).permutation(n)
+            )
             self._order = turns if self._order is None else self._order[turns]
 
     def set_grid_idx(self, x, y, z):
@@ -201,8 +269,12 @@ def _patch(triton, tl, lib):
         def wrapped(self, input):
             x = input[0] if isinstance(input, tuple) else input
             if OPTIONS.strict_sum and x.dtype.scalar in (bf16, tl.float16):
-                raise TypeError(f"tl.{method.__name__} of {x.dtype.scalar} accumulates in 16 bits on the GPU: cast to tl.float32 first")
+                raise TypeError(
+                    f"tl.{method.__name__} of {x.dtype.scalar} accumulates in 16 bits on the GPU: cast to "
+                    "tl.float32 first"
+                )
             return method(self, input)
+
         return wrapped
 
     for cls, name in ((lib.ReduceOps, "sum"), (lib.ScanOps, "cumsum"), (lib.ScanOps, "cumprod")):
@@ -216,13 +288,17 @@ def _patch(triton, tl, lib):
         wide = tl.core.tensor(H(bf16_to_float(x.handle.data), tl.float32), tl.block_type(tl.float32, list(x.shape)))
         out = min_max(self, wide, **ops)
         pair = out if isinstance(out, tuple) else (out,)
-        pair = tuple(self.to_tensor(float_to_bf16(v.handle.data.reshape(v.shape)), bf16) if v.dtype.scalar == tl.float32 else v
-                     for v in pair)
+        pair = tuple(
+            self.to_tensor(float_to_bf16(v.handle.data.reshape(v.shape)), bf16) if v.dtype.scalar == tl.float32 else v
+            for v in pair
+        )
         return pair if isinstance(out, tuple) else pair[0]
+
     lib.ReduceOps.min_max = bf16_min_max
 
     def device_call(self, *args, **kwargs):
-        # The plain interpreter patches triton.language again at every call of a device function: half of the time. Once per launch does.
+        # The plain interpreter patches triton.language again at every call of a device function: half of the time. Once
+        # per launch does.
         if id(self.fn.__globals__) not in _patched:
             lib._patch_lang(self.fn)
             _patched.add(id(self.fn.__globals__))
@@ -230,6 +306,7 @@ def _patch(triton, tl, lib):
             return self.rewrite()(*args, **kwargs)
         except Exception as e:
             raise lib.InterpreterError(repr(e)) from e
+
     lib.InterpretedFunction.__call__ = device_call
 
     init_args = lib.GridExecutor._init_args_hst
@@ -261,6 +338,7 @@ def _patch(triton, tl, lib):
         finally:
             REGIONS.pop()
             B._whole, self.grid = None, whole
+
     lib.GridExecutor._init_args_hst, lib.GridExecutor.__call__ = _init_args_hst, __call__
 
     from triton.runtime.autotuner import Autotuner
@@ -271,6 +349,7 @@ def _patch(triton, tl, lib):
         if config.pre_hook is not None:
             config.pre_hook({**dict(zip(self.arg_names, args, strict=False)), **kwargs, **config.all_kwargs()})
         return self.fn.run(*args, **kwargs, **config.all_kwargs())
+
     Autotuner.run = run
 
     from triton.language.extra import libdevice
@@ -282,8 +361,12 @@ def _patch(triton, tl, lib):
             with np.errstate(all="ignore"):
                 out = np.asarray(fn(*data)).astype(like.handle.data.dtype)
             shape = out.shape if like.type.is_block() or out.size > 1 else None
-            return tl.tensor(H(out, like.dtype.scalar), tl.block_type(like.dtype.scalar, list(shape)) if shape else like.type)
+            return tl.tensor(
+                H(out, like.dtype.scalar), tl.block_type(like.dtype.scalar, list(shape)) if shape else like.type
+            )
+
         return call_on_tensors
+
     for name, fn in _LIBDEVICE.items():
         if hasattr(libdevice, name):
             setattr(libdevice, name, elementwise(fn))

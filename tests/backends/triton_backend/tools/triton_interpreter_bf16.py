@@ -1,4 +1,5 @@
 """bf16 numbers as numpy sees them: 16 bits of an integer."""
+
 import numpy as np
 
 BF16_NAN = 0x7FC0

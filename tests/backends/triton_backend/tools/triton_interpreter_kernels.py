@@ -1,4 +1,7 @@
-"""Kernels of the self-tests of triton_interpreter.py and triton_aot.py; Triton reads their source, so they need a file."""
+"""Kernels of the self-tests of triton_interpreter.py and triton_aot.py; Triton reads their source, so
+they need a file.
+"""
+
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice

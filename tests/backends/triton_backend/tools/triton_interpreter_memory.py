@@ -1,4 +1,7 @@
-"""The options of ``triton_interpreter`` and its memory checks: which addresses belong to a launch's tensors, and who touched them."""
+"""The options of ``triton_interpreter`` and its memory checks: which addresses belong to a launch's tensors, and who
+touched them.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -54,7 +57,8 @@ class Region:
 
     def tables(self):
         if self.shadow is None:
-            n = self.span // self.item if self.span // self.item <= 1 << 28 else 0  # huge (sparse) tensors: no race check
+            # Huge (sparse) tensors: no race check.
+            n = self.span // self.item if self.span // self.item <= 1 << 28 else 0
             self.shadow = (np.zeros(n, np.int32), np.zeros(n, np.int32))
         return self.shadow
 
@@ -84,7 +88,12 @@ def touch(builder, ptrs, mask, kind):
             else:
                 reader[at] = np.where((reader[at] == 0) | (reader[at] == program), program, -1)
             if clash.any():
-                raise RuntimeError(f"race: program {(x, y, z)} does a {kind} of an element another program of this launch "
-                                   f"touches too (element {int(at[clash][0])} of a {r.count}-element tensor)")
+                raise RuntimeError(
+                    f"race: program {(x, y, z)} does a {kind} of an element another program of this "
+                    "launch "
+                    f"touches too (element {int(at[clash][0])} of a {r.count}-element tensor)"
+                )
     if OPTIONS.bounds and not known.all():
-        raise IndexError(f"out of bounds: program {(x, y, z)}, {kind} of {int((~known).sum())} lanes outside every tensor argument")
+        raise IndexError(
+            f"out of bounds: program {(x, y, z)}, {kind} of {int((~known).sum())} lanes outside every tensor argument"
+        )

@@ -1,4 +1,7 @@
-"""Proof that this Triton's interpreter, repaired by ``triton_interpreter``, gives right numbers and raises where it must."""
+"""Proof that this Triton's interpreter, repaired by ``triton_interpreter``, gives right numbers and raises where it
+must.
+"""
+
 from triton_interpreter import configure, install
 
 
@@ -11,10 +14,14 @@ def self_test():
     from triton.runtime.errors import InterpreterError
 
     done, g = [], torch.Generator().manual_seed(0)
-    def rand(*s): return torch.randn(*s, generator=g)
+
+    def rand(*s):
+        return torch.randn(*s, generator=g)
+
     def expect(name, ok):
         assert ok, f"triton {triton.__version__}: {name}"
         done.append(name)
+
     def raises(text, fn):
         try:
             fn()
@@ -24,8 +31,13 @@ def self_test():
 
     bf = torch.bfloat16
     special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-40, -9e-39, 3.4e38])
-    for name, x in (("fp32", torch.cat([rand(1016) * 3, special])), ("fp64", rand(1024).double()), ("fp16", rand(1024).half()),
-                    ("int32", torch.arange(-512, 512, dtype=torch.int32)), ("int64", torch.arange(-512, 512) * 1000)):
+    for name, x in (
+        ("fp32", torch.cat([rand(1016) * 3, special])),
+        ("fp64", rand(1024).double()),
+        ("fp16", rand(1024).half()),
+        ("int32", torch.arange(-512, 512, dtype=torch.int32)),
+        ("int64", torch.arange(-512, 512) * 1000),
+    ):
         y = torch.empty(1024, dtype=bf)
         k.copy[(1,)](x, y, B=1024)
         expect(f"{name} -> bf16 rounds to nearest even", torch.equal(y.nan_to_num(7), x.to(bf).nan_to_num(7)))
@@ -37,7 +49,11 @@ def self_test():
     k.bf16_ops[(1,)](a, b, z, B=256)
     expect("bf16 arithmetic", torch.equal(z, torch.stack([a * b + a, torch.minimum(a, b), -a, a.clamp(-1, 1)])))
     a, b, c = rand(32, 32), rand(32, 32), torch.empty(32, 32)
-    for dt, precision, lo, hi in ((bf, "ieee", 0, 1e-5), (torch.float32, "ieee", 0, 1e-5), (torch.float32, "tf32", 1e-4, 1e-1)):
+    for dt, precision, lo, hi in (
+        (bf, "ieee", 0, 1e-5),
+        (torch.float32, "ieee", 0, 1e-5),
+        (torch.float32, "tf32", 1e-4, 1e-1),
+    ):
         k.dot[(1,)](a.to(dt), b.to(dt), c, N=32, P=precision)
         err = (c.double() - a.to(dt).double() @ b.to(dt).double()).abs().max().item()
         expect(f"dot {dt} {precision}", lo <= err <= hi)
@@ -60,7 +76,9 @@ def self_test():
     expect("int32 overflow", raises("overflow", lambda: k.overflow[(1,)](torch.zeros(1, dtype=torch.int64), 151936)))
     expect("device_assert", raises("bad value", lambda: k.asserts[(1,)](torch.zeros(1))))
     wide = torch.zeros(4, 80)[:, :37]
-    expect("bounds: past the end", raises("out of bounds", lambda: k.read_at[(1,)](torch.zeros(50), torch.zeros(1), 50)))
+    expect(
+        "bounds: past the end", raises("out of bounds", lambda: k.read_at[(1,)](torch.zeros(50), torch.zeros(1), 50))
+    )
     expect("bounds: gap between rows", raises("out of bounds", lambda: k.read_at[(1,)](wide, torch.zeros(1), 40)))
     k.read_at[(1,)](wide, torch.zeros(1), 80 + 36)
     expect("bounds: inside a strided view", True)
@@ -79,7 +97,10 @@ def self_test():
             k.number[(70_000,)](y)
             expect("chosen programs", y.nonzero()[:, 0].tolist() == [1, 69_999] and y[1] == 70_001)
     expect("long second axis", raises("65535", lambda: k.number[(1, 70_000)](torch.zeros(1, dtype=torch.int32))))
-    expect("16-bit sum", raises("accumulates in 16 bits", lambda: k.sum16[(1,)](torch.ones(8, dtype=bf), torch.zeros(1), B=8)))
+    expect(
+        "16-bit sum",
+        raises("accumulates in 16 bits", lambda: k.sum16[(1,)](torch.ones(8, dtype=bf), torch.zeros(1), B=8)),
+    )
     y = torch.zeros(1)
     k.no_other[(1,)](torch.ones(8), y, 5, B=8)
     expect("masked lanes are poisoned", bool(y.isnan()))
