@@ -78,10 +78,11 @@ def test_gae_equals_a_loop_from_the_end(masked, gamma, lam, bootstrap, backend):
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.fault(87)
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("bootstrap", [None, BOOTSTRAP])
 @pytest.mark.parametrize("masked", ["skip", "zero"])
-def test_F87_packed_gae_equals_padded_gae(masked, bootstrap, backend):
+def test_packed_gae_equals_padded_gae(masked, bootstrap, backend):
     (rewards, values, mask), inside, cu_seqlens = pack(REWARDS, VALUES, MASK)
     with use_backend(backend):
         padded = gae(REWARDS, VALUES, MASK, gamma=0.9, lam=0.8, masked=masked, bootstrap_values=bootstrap)
@@ -99,10 +100,11 @@ def test_F87_packed_gae_equals_padded_gae(masked, bootstrap, backend):
         assert torch.equal(a, b[inside])
 
 
+@pytest.mark.fault(85)
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("garbage", [100.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("masked", ["skip", "zero"])
-def test_F85_what_dead_tokens_hold_changes_nothing(masked, garbage, backend):
+def test_what_dead_tokens_hold_changes_nothing(masked, garbage, backend):
     dirty = [torch.where(MASK, x, garbage) for x in (REWARDS, VALUES)]
     with use_backend(backend):
         clean = gae(REWARDS, VALUES, MASK, gamma=0.9, lam=0.8, masked=masked)
@@ -113,7 +115,8 @@ def test_F85_what_dead_tokens_hold_changes_nothing(masked, garbage, backend):
         assert torch.equal(discounted_returns(dirty[0], MASK, gamma=0.9, masked=masked), returns)
 
 
-def test_F85_inserted_dead_tokens_leave_skip_gae_alone_and_change_zero_gae():
+@pytest.mark.fault(85)
+def test_inserted_dead_tokens_leave_skip_gae_alone_and_change_zero_gae():
     rewards, values, mask = (torch.zeros(B, 13, dtype=x.dtype) for x in (REWARDS, VALUES, MASK))
     place = torch.tensor([0, 2, 3, 7, 8, 9, 11, 12])
     rewards[:, place], values[:, place], mask[:, place] = REWARDS, VALUES, MASK
@@ -125,7 +128,8 @@ def test_F85_inserted_dead_tokens_leave_skip_gae_alone_and_change_zero_gae():
         assert torch.equal(inserted[0][:, place], compact[0]) == same
 
 
-def test_F86_more_padding_and_other_rows_leave_the_bits_alone():
+@pytest.mark.fault(86)
+def test_more_padding_and_other_rows_leave_the_bits_alone():
     few, many = gae(REWARDS[:2].float(), VALUES[:2].float(), MASK[:2]), gae(REWARDS.float(), VALUES.float(), MASK)
     wide = gae(*(torch.nn.functional.pad(x, (4, 100)) for x in (REWARDS.float(), VALUES.float(), MASK)))
     for a, b, c in zip(few, many, wide, strict=True):
@@ -194,8 +198,9 @@ def test_nan_in_a_live_token_stays_in_its_row():
     assert gae(rewards, VALUES, MASK)[0].isnan().any(-1).tolist() == [False, True, False, False, False]
 
 
+@pytest.mark.fault(97)
 @pytest.mark.skipif("cpu" not in HERE, reason=f"the native cpu backend is absent: {absent('cpu')}")
-def test_F97_gae_over_131072_tokens_takes_at_most_10_ms():
+def test_gae_over_131072_tokens_takes_at_most_10_ms():
     rewards, values = torch.randn(1, 131072), torch.randn(1, 131072)
     seconds = []
     for _ in range(10):

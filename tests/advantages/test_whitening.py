@@ -55,9 +55,10 @@ def test_whitening_equals_a_loop_over_live_elements(dim, unbiased, eps_mode, eps
         torch.testing.assert_close(masked_whiten(x, MASK, dim=dim, **options), want, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.fault(89)
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 @pytest.mark.parametrize("eps_mode", ["add", "clamp"])
-def test_F89_whitening_without_spread_gives_exactly_zero(eps_mode, eps):
+def test_whitening_without_spread_gives_exactly_zero(eps_mode, eps):
     for x in (
         torch.full((3, 7), 0.1, dtype=torch.float64),
         torch.full((3, 7), 0.1),
@@ -81,7 +82,8 @@ def test_whitening_survives_a_large_offset_in_float32():
     torch.testing.assert_close(got.double(), want, rtol=1e-7, atol=1e-9)
 
 
-def test_F26_whitening_lets_no_gradient_out_of_dead_elements():
+@pytest.mark.fault(26)
+def test_whitening_lets_no_gradient_out_of_dead_elements():
     x = torch.where(MASK, X, float("inf")).requires_grad_()
     (grad,) = torch.autograd.grad((masked_whiten(x, MASK) * UPSTREAM).sum(), x)
     clean = X.clone().requires_grad_()

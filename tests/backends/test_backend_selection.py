@@ -26,7 +26,8 @@ from rlkernels.backends import absent, forced, use_backend
 ROOT = Path(rlk.__file__).parent.parent
 
 
-def test_F46_a_forced_backend_refuses_a_device_it_does_not_serve_and_automatic_choice_takes_one_that_does():
+@pytest.mark.fault(46)
+def test_a_forced_backend_refuses_a_device_it_does_not_serve_and_automatic_choice_takes_one_that_does():
     x, targets, _ = draw_rows((3,), V)
     if absent("cpu") is None:
         with (
@@ -40,7 +41,8 @@ def test_F46_a_forced_backend_refuses_a_device_it_does_not_serve_and_automatic_c
     assert rlk.available_backends()["serves"]["cpu"]["token_stats"] == PRESENT[0]
 
 
-def test_F91_the_backend_of_the_forward_runs_the_backward_and_both_are_counted(backend):
+@pytest.mark.fault(91)
+def test_the_backend_of_the_forward_runs_the_backward_and_both_are_counted(backend):
     d = problem()
     other = next((name for name in PRESENT if name != backend), backend)
     output, leaf = output_of("token_logprobs", d)
@@ -68,7 +70,8 @@ def child(code, *arguments, root=ROOT, **environment):
     )
 
 
-def test_F58_the_library_imports_and_runs_without_triton_without_a_compiler_and_without_its_native_module(tmp_path):
+@pytest.mark.fault(58)
+def test_the_library_imports_and_runs_without_triton_without_a_compiler_and_without_its_native_module(tmp_path):
     shutil.copytree(
         ROOT / "rlkernels",
         tmp_path / "rlkernels",
@@ -101,7 +104,8 @@ def test_F58_the_library_imports_and_runs_without_triton_without_a_compiler_and_
     assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-2000:]
 
 
-def test_F61_functions_and_results_survive_copying_pickling_and_a_spawned_process():
+@pytest.mark.fault(61)
+def test_functions_and_results_survive_copying_pickling_and_a_spawned_process():
     d = problem()
     loss = functools.partial(rlk.policy_loss, objective="ppo_clip", clip_high=0.28)
     for again in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
@@ -119,7 +123,8 @@ def spawned(loss, columns):
     return loss(*map(torch.tensor, columns)).item()
 
 
-def test_F62_eight_threads_that_call_first_together_agree():
+@pytest.mark.fault(62)
+def test_eight_threads_that_call_first_together_agree():
     done = child("""
         import threading
         import torch
@@ -147,7 +152,8 @@ def test_F62_eight_threads_that_call_first_together_agree():
     assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-2000:]
 
 
-def test_F62_a_forced_backend_is_that_of_its_thread_alone():
+@pytest.mark.fault(62)
+def test_a_forced_backend_is_that_of_its_thread_alone():
     seen = []
     with use_backend("eager"):
         thread = threading.Thread(target=lambda: seen.append(forced()))

@@ -122,9 +122,10 @@ def test_a_tensor_whose_storage_was_freed_is_refused():
         ops.token_stats(x, torch.zeros(6, dtype=torch.int64), 1.0, -100, None, None, 0, False, "cpu")
 
 
+@pytest.mark.fault(120)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_F120_every_tensor_of_every_op_in_another_layout_gives_the_bits_of_its_contiguous_copy(name, layout, backend):
+def test_every_tensor_of_every_op_in_another_layout_gives_the_bits_of_its_contiguous_copy(name, layout, backend):
     check_layout(name, layout, backend)
 
 
@@ -138,10 +139,11 @@ def test_a_gradient_is_not_written_where_two_elements_share_memory(name):
         op(*put(arguments, place, torch.ones(1, 37).expand(6, 37)))
 
 
+@pytest.mark.fault(120)
 @pytest.mark.parametrize(
     "name", ["elementwise of a grid", "weighted_loss of columns", "gae", "token_stats", "fused_policy"]
 )
-def test_F120_a_compiled_program_hands_over_whatever_strides_it_has(name, backend):
+def test_a_compiled_program_hands_over_whatever_strides_it_has(name, backend):
     op, arguments = op_calls(backend)[name]
     numbers = [
         a.item() if isinstance(a, torch.Tensor) and a.dtype == torch.float64 and a.dim() == 0 else a for a in arguments
@@ -232,7 +234,8 @@ ALLOWED = {
 WITHOUT_KERNELS = ("elementwise_backward ", "weighted_loss_backward ", "token_stats_backward_into 17 ")
 
 
-def test_F135_no_op_crashes_on_arguments_that_are_short_of_another_dtype_or_elsewhere(backend):
+@pytest.mark.fault(135)
+def test_no_op_crashes_on_arguments_that_are_short_of_another_dtype_or_elsewhere(backend):
     done = subprocesses.code(HOSTILE, backend, timeout=600)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     passed, refused = done.stdout.splitlines()

@@ -64,17 +64,19 @@ WRITER = """
 """
 
 
+@pytest.mark.fault(123)
 @pytest.mark.parametrize(
     "name", ["targets", "targets of a policy", "targets of a head", "offsets", "offsets of the op"]
 )
-def test_F123_what_another_thread_writes_in_between_raises_or_changes_nothing(name, backend):
+def test_what_another_thread_writes_in_between_raises_or_changes_nothing(name, backend):
     done = subprocesses.code(WRITER, backend, name, timeout=120)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     assert "value" in done.stdout or "Error" in done.stdout
 
 
+@pytest.mark.fault(123)
 @native
-def test_F123_a_batch_keeps_the_targets_and_temperatures_that_it_looked_at(monkeypatch):
+def test_a_batch_keeps_the_targets_and_temperatures_that_it_looked_at(monkeypatch):
     x, targets, _ = draw_rows((5,), 37)
     targets, temperature = targets.clamp(min=0), torch.rand(5) + 0.5
     want, inner = cpu.token_stats(x, targets, temperature, -100, None, None, 0), cpu._batch
@@ -103,9 +105,10 @@ BAD_OFFSETS = {
 }
 
 
+@pytest.mark.fault(121)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("name", BAD_OFFSETS)
-def test_F121_the_scan_itself_refuses_offsets_that_point_elsewhere(name, dtype, backend):
+def test_the_scan_itself_refuses_offsets_that_point_elsewhere(name, dtype, backend):
     x, offsets = torch.randn(8), torch.tensor(BAD_OFFSETS[name], dtype=dtype)
     for call in (ops.gae, lambda *a: ops.gae.op(*a[:4], ops.number(a[4]), ops.number(a[5]), *a[6:])):
         with pytest.raises(
@@ -160,8 +163,9 @@ def heads():
 HEADS = tuple(heads()[2])
 
 
+@pytest.mark.fault(122)
 @pytest.mark.parametrize("name", HEADS)
-def test_F122_a_subclass_that_keeps_its_data_elsewhere_is_dispatched_or_refused_by_name(name, backend):
+def test_a_subclass_that_keeps_its_data_elsewhere_is_dispatched_or_refused_by_name(name, backend):
     hidden, weight, losses = heads()
     want = losses[name](hidden, weight)
     for argument, h, w in (
@@ -182,8 +186,9 @@ def test_F122_a_subclass_that_keeps_its_data_elsewhere_is_dispatched_or_refused_
     assert losses[name](hidden, coded.dequantize()).isfinite().all()
 
 
+@pytest.mark.fault(122)
 @pytest.mark.parametrize("name", ["linear_token_logprobs", "linear_token_stats", "linear_sft_loss"])
-def test_F122_targets_that_keep_their_data_elsewhere_are_refused_by_name(name):
+def test_targets_that_keep_their_data_elsewhere_are_refused_by_name(name):
     # A head looks for the rows that live.
     targets, operands = torch.tensor([1, 2, 0]), (torch.randn(3, 4), torch.randn(5, 4))
     with pytest.raises(
@@ -192,7 +197,8 @@ def test_F122_targets_that_keep_their_data_elsewhere_are_refused_by_name(name):
         getattr(rlk, name)(*operands, TwoTensor(targets, targets.clone()))
 
 
-def test_F122_offsets_that_keep_their_data_elsewhere_are_refused_by_name():
+@pytest.mark.fault(122)
+def test_offsets_that_keep_their_data_elsewhere_are_refused_by_name():
     offsets = torch.tensor([0, 2, 3])
     with pytest.raises(
         TypeError,
@@ -201,8 +207,9 @@ def test_F122_offsets_that_keep_their_data_elsewhere_are_refused_by_name():
         rlk.sequence_sums(torch.ones(3), None, TwoTensor(offsets, offsets.clone()))
 
 
+@pytest.mark.fault(122)
 @pytest.mark.parametrize("argument", ["mask", "advantages", "weights"])
-def test_F122_a_head_takes_no_rows_from_what_keeps_its_data_elsewhere(argument):
+def test_a_head_takes_no_rows_from_what_keeps_its_data_elsewhere(argument):
     x = torch.rand(3, 2)
     given = {"mask": torch.ones(3, 2, dtype=torch.bool), "advantages": x, "weights": x}
     given[argument] = TwoTensor(given[argument], given[argument].clone())
@@ -212,8 +219,9 @@ def test_F122_a_head_takes_no_rows_from_what_keeps_its_data_elsewhere(argument):
         )
 
 
+@pytest.mark.fault(122)
 @pytest.mark.parametrize("name", HEADS)
-def test_F122_a_pending_negation_of_a_head_is_carried_out(name, backend):
+def test_a_pending_negation_of_a_head_is_carried_out(name, backend):
     hidden, weight, losses = heads()
     for of_hidden, of_weight in ((True, False), (False, True), (True, True)):
         bent = [
@@ -231,7 +239,8 @@ def test_F122_a_pending_negation_of_a_head_is_carried_out(name, backend):
 # F132 -----------------------------------------------------------------------------------------------------------------
 
 
-def test_F132_a_loss_beyond_fp32_is_infinite(backend):
+@pytest.mark.fault(132)
+def test_a_loss_beyond_fp32_is_infinite(backend):
     large = torch.full((4,), 3e38)
     logp, old, advantage = torch.full((2, 4), 88.0, requires_grad=True), torch.zeros(2, 4), -torch.ones(2, 4)
     loss = rlk.policy_loss(logp, old, advantage, aggregation="token-sum", clip_low=0.2, clip_high=0.2)
@@ -249,7 +258,8 @@ def test_F132_a_loss_beyond_fp32_is_infinite(backend):
     assert ops.elementwise("nll", -wide, [], (), None, backend)[0] == 1.2e39  # fp64 holds it
 
 
-def test_F132_a_parameter_beyond_fp32_is_infinite(backend):
+@pytest.mark.fault(132)
+def test_a_parameter_beyond_fp32_is_infinite(backend):
     x = torch.tensor([2.0, -1.0])
     value = ops.elementwise("ppo_clip", x, [torch.zeros(2), torch.ones(2)], (0.2, 1e39), None, backend)[1]
     torch.testing.assert_close(value, -torch.exp(x))  # an upper bound that is never reached
@@ -302,8 +312,9 @@ FLUSHED = """
 """
 
 
+@pytest.mark.fault(143)
 @native
-def test_F143_flushed_subnormal_numbers_are_flushed_by_every_thread():
+def test_flushed_subnormal_numbers_are_flushed_by_every_thread():
     done = subprocesses.code(FLUSHED, OMP_NUM_THREADS="4")
     if "this processor has no such mode" in done.stderr:
         pytest.skip("torch.set_flush_denormal is refused by this processor")

@@ -32,7 +32,8 @@ class Module:
         self.__dict__.update(attributes)
 
 
-def test_F146_a_module_of_other_sources_is_refused_with_what_to_do():
+@pytest.mark.fault(146)
+def test_a_module_of_other_sources_is_refused_with_what_to_do():
     ours = {"INTERFACE": gate.INTERFACE, "OBJECTIVES_DIGEST": cxx.digest()}
     assert gate.disagreement(Module(**ours)) == ""
     for other, what in (
@@ -47,7 +48,8 @@ def test_F146_a_module_of_other_sources_is_refused_with_what_to_do():
         )
 
 
-def test_F146_python_and_csrc_name_one_interface_and_it_is_that_of_the_version():
+@pytest.mark.fault(146)
+def test_python_and_csrc_name_one_interface_and_it_is_that_of_the_version():
     version, number = gate.INTERFACE.split("/")
     assert version == rlk.__version__ and int(number) > 0
     header = ROOT / "csrc/interface.h"
@@ -56,14 +58,16 @@ def test_F146_python_and_csrc_name_one_interface_and_it_is_that_of_the_version()
         assert f'#define RLK_OBJECTIVES_DIGEST "{cxx.digest()}"' in (ROOT / "csrc/objectives.h").read_text()
 
 
-def test_F146_the_digest_follows_formulas_and_not_words():
+@pytest.mark.fault(146)
+def test_the_digest_follows_formulas_and_not_words():
     names = cxx.builtin()
     assert cxx.digest(names) == cxx.digest() != cxx.digest(names[:-1]) and len(cxx.digest()) == 16
     assert "Schulman" not in cxx.body(names)
 
 
+@pytest.mark.fault(146)
 @native
-def test_F146_an_objective_that_was_edited_after_the_build_takes_the_module_away(tmp_path):
+def test_an_objective_that_was_edited_after_the_build_takes_the_module_away(tmp_path):
     shutil.copytree(Path(rlk.__file__).parent, tmp_path / "rlkernels", ignore=shutil.ignore_patterns("__pycache__"))
     ask = """
         import torch, rlkernels
@@ -91,7 +95,8 @@ def test_F146_an_objective_that_was_edited_after_the_build_takes_the_module_away
 # F149 -----------------------------------------------------------------------------------------------------------------
 
 
-def test_F149_a_task_keeps_its_choice_to_itself():
+@pytest.mark.fault(149)
+def test_a_task_keeps_its_choice_to_itself():
     async def chooses(name, steps):
         seen = []
         with use_backend(name):
@@ -120,7 +125,8 @@ def gate_is_open():
     return "cpu" not in rlk.available_backends()["absent"]
 
 
-def test_F149_a_task_that_was_made_inside_takes_the_choice_with_it():
+@pytest.mark.fault(149)
+def test_a_task_that_was_made_inside_takes_the_choice_with_it():
     async def asks():
         return forced()
 
@@ -132,7 +138,8 @@ def test_F149_a_task_that_was_made_inside_takes_the_choice_with_it():
     assert asyncio.run(makes()) == ("eager", None)
 
 
-def test_F149_whoever_ends_takes_away_his_own_choice_and_no_other():
+@pytest.mark.fault(149)
+def test_whoever_ends_takes_away_his_own_choice_and_no_other():
     def generator():
         with use_backend("eager"):
             yield forced()
@@ -153,7 +160,8 @@ def test_F149_whoever_ends_takes_away_his_own_choice_and_no_other():
     assert forced() is None
 
 
-def test_F149_a_thread_starts_without_a_choice_unless_it_is_handed_the_context():
+@pytest.mark.fault(149)
+def test_a_thread_starts_without_a_choice_unless_it_is_handed_the_context():
     seen = []
     with use_backend("eager"):
         context = contextvars.copy_context()
@@ -164,7 +172,8 @@ def test_F149_a_thread_starts_without_a_choice_unless_it_is_handed_the_context()
     assert seen == [None, "eager"]
 
 
-def test_F149_a_decorated_function_chooses_at_each_call():
+@pytest.mark.fault(149)
+def test_a_decorated_function_chooses_at_each_call():
     @use_backend("eager")
     def asks(depth):
         return [forced(), *(asks(depth - 1) if depth else [])]
@@ -177,7 +186,8 @@ def test_F149_a_decorated_function_chooses_at_each_call():
         pass
 
 
-def test_F149_a_compiled_program_follows_the_choice_and_may_make_one():
+@pytest.mark.fault(149)
+def test_a_compiled_program_follows_the_choice_and_may_make_one():
     x, targets = torch.randn(3, 5), torch.tensor([0, 1, 2])
     torch._dynamo.reset()
 

@@ -128,8 +128,9 @@ def from_elsewhere(x):
     return [*kinds, numpy.int64(x), numpy.int32(x), torch.tensor(int(x))] if x == int(x) else kinds
 
 
+@pytest.mark.fault(147)
 @pytest.mark.parametrize("name", {**REALS, **NORMALISERS})
-def test_F147_a_number_of_numpy_or_torch_is_that_number(name):
+def test_a_number_of_numpy_or_torch_is_that_number(name):
     function = {**REALS, **NORMALISERS}[name]
     expected = function(0.25)
 
@@ -146,8 +147,9 @@ def test_F147_a_number_of_numpy_or_torch_is_that_number(name):
         assert all(same_bits(function(x), function(1.0)) for x in (1, *kinds(1.0)))
 
 
+@pytest.mark.fault(147)
 @pytest.mark.parametrize("name", INTEGERS)
-def test_F147_an_integer_of_numpy_or_torch_is_that_integer(name):
+def test_an_integer_of_numpy_or_torch_is_that_integer(name):
     function = INTEGERS[name]
     expected = function(2)
     for x in (
@@ -161,8 +163,9 @@ def test_F147_an_integer_of_numpy_or_torch_is_that_integer(name):
         assert same_bits(function(x), expected), type(x)
 
 
+@pytest.mark.fault(147)
 @pytest.mark.parametrize("name", {**REALS, **INTEGERS})
-def test_F147_what_is_no_number_is_refused_by_name(name):
+def test_what_is_no_number_is_refused_by_name(name):
     function, (where, argument) = {**REALS, **INTEGERS}[name], name.split(" ")
     said = rf"^{where}: {argument} must "
     wrong = [
@@ -243,21 +246,24 @@ MEANT = [
 ]
 
 
+@pytest.mark.fault(148)
 @pytest.mark.parametrize(
     "argument,name,offered,function", MEANT, ids=[f"{a}-{getattr(n, '__name__', n)}" for a, n, *_ in MEANT]
 )
-def test_F148_an_unknown_name_is_told_what_was_meant(argument, name, offered, function):
+def test_an_unknown_name_is_told_what_was_meant(argument, name, offered, function):
     with pytest.raises(ValueError, match=rf"^\w+: {argument}.*(got|unknown) .*;.* ({offered})"):
         function(**{argument: name})
 
 
+@pytest.mark.fault(148)
 @pytest.mark.parametrize("argument", ["scale", "baseline"])
-def test_F148_a_number_where_None_is_among_the_names_is_refused_by_name(argument):
+def test_a_number_where_None_is_among_the_names_is_refused_by_name(argument):
     with pytest.raises(ValueError, match=f"group_advantages: {argument} must be one of .*None; got 1.0"):
         rlk.group_advantages(PAIRS[0], GROUPS, **{argument: 1.0})
 
 
-def test_F148_a_name_that_resembles_none_is_offered_none():
+@pytest.mark.fault(148)
+def test_a_name_that_resembles_none_is_offered_none():
     for function, argument in ((policy, "objective"), (policy, "aggregation"), (dpo, "loss_type")):
         for name in ("zzzz", "", 3, None, [], object(), torch.tensor(1.0), numpy.array([1, 2])):
             if argument == "loss_type" and not isinstance(name, str):
@@ -267,7 +273,8 @@ def test_F148_a_name_that_resembles_none_is_offered_none():
             assert "did you mean" not in str(caught.value)
 
 
-def test_F148_what_is_offered_exists():
+@pytest.mark.fault(148)
+def test_what_is_offered_exists():
     known = {name for name, entry in OBJECTIVES.items() if "advantage" in entry.columns}
     for offered in FIELD["objective"].values():
         assert offered.split(" ")[0] in known
@@ -276,7 +283,8 @@ def test_F148_what_is_offered_exists():
             policy(aggregation=name)
 
 
-def test_F148_every_error_of_the_table_begins_with_the_function_that_was_called():
+@pytest.mark.fault(148)
+def test_every_error_of_the_table_begins_with_the_function_that_was_called():
     for case, (function, error, _) in CASES.items():
         if case[:3] not in NOT_OF_A_FUNCTION:
             with pytest.raises(error, match=r"^[a-z_]+: "):
@@ -396,8 +404,9 @@ WHO = {
 }
 
 
+@pytest.mark.fault(148)
 @pytest.mark.parametrize("case", WHO)
-def test_F148_an_error_names_the_function_and_the_argument(case):
+def test_an_error_names_the_function_and_the_argument(case):
     function, error, message = WHO[case]
     with pytest.raises(error, match=message) as caught:
         function()

@@ -47,15 +47,17 @@ NUMBERS = {
 }
 
 
+@pytest.mark.fault(131)
 @pytest.mark.parametrize("name", NUMBERS)
-def test_F131_a_number_on_another_device_is_refused_by_name(name, backend):
+def test_a_number_on_another_device_is_refused_by_name(name, backend):
     function, argument = name.split(" ")
     with pytest.raises((RuntimeError, TypeError), match=rf"^{function}: .*\b{argument}\b.*\bmeta\b"):
         NUMBERS[name](torch.tensor(0.2, device="meta"))
 
 
+@pytest.mark.fault(145)
 @pytest.mark.parametrize("name", NUMBERS)
-def test_F145_the_tangent_of_a_number_is_not_dropped(name):
+def test_the_tangent_of_a_number_is_not_dropped(name):
     with forward_ad.dual_level():
         number = forward_ad.make_dual(torch.tensor(0.2), torch.tensor(1.0))
         with pytest.raises(
@@ -96,14 +98,16 @@ BAD = {
 }
 
 
+@pytest.mark.fault(139)
 @pytest.mark.parametrize("message", BAD)
-def test_F139_values_in_a_subclass_that_adds_nothing_are_looked_at(message):
+def test_values_in_a_subclass_that_adds_nothing_are_looked_at(message):
     with pytest.raises(ValueError, match=message):
         BAD[message]()
 
 
+@pytest.mark.fault(148)
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
-def test_F148_integers_that_torch_cannot_add_are_refused_by_name(dtype):
+def test_integers_that_torch_cannot_add_are_refused_by_name(dtype):
     ids, ones = torch.tensor([1, 1, 0, 2]).to(dtype), torch.ones(4).to(dtype)
     for where, call in (
         ("group_advantages", lambda: rlk.group_advantages(SUMS, ids)),
@@ -120,7 +124,8 @@ def test_F148_integers_that_torch_cannot_add_are_refused_by_name(dtype):
             call()
 
 
-def test_F148_what_is_no_option_is_refused_by_name():
+@pytest.mark.fault(148)
+def test_what_is_no_option_is_refused_by_name():
     for call, error, message in (
         (lambda: rlk.aggregate(A, where=3), TypeError, "aggregate: takes no 'where'"),
         (
@@ -140,16 +145,18 @@ def test_F148_what_is_no_option_is_refused_by_name():
             call()
 
 
+@pytest.mark.fault(148)
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_sum"])
-def test_F148_weights_on_another_device_are_refused_by_the_name_of_what_was_called(level):
+def test_weights_on_another_device_are_refused_by_the_name_of_what_was_called(level):
     with pytest.raises(
         RuntimeError, match="^logits_policy_loss: logprobs and weights must be on one device, got cpu and meta"
     ):
         rlk.logits_policy_loss(X, Y, OLD, A, weights=A.to("meta"), ratio_level=level)
 
 
+@pytest.mark.fault(120)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_F120_sums_of_plain_torch_do_not_follow_the_layout(dtype):
+def test_sums_of_plain_torch_do_not_follow_the_layout(dtype):
     x = torch.randn(33, 257, generator=draw, dtype=dtype)
     mask = torch.rand(33, 257, generator=draw) < 0.7
 

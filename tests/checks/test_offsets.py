@@ -18,9 +18,10 @@ def compiled(name, backend):
 # F121 -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(121)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"], ids=["as dynamo traces it", "as autograd traces it"])
 @pytest.mark.parametrize("name", CALLS)
-def test_F121_bad_offsets_raise_in_a_compiled_program_as_they_do_without_compilation(name, backend):
+def test_bad_offsets_raise_in_a_compiled_program_as_they_do_without_compilation(name, backend):
     run = compiled(name, backend)
     torch.testing.assert_close(run(torch.tensor(GOOD)), CALLS[name](torch.tensor(GOOD)))
     for bad in BAD.values():
@@ -34,8 +35,9 @@ def test_F121_bad_offsets_raise_in_a_compiled_program_as_they_do_without_compila
             assert str(inside.value).splitlines()[0] == str(plain.value)
 
 
+@pytest.mark.fault(121)
 @pytest.mark.parametrize("name", ["gae", "sequence_sums", "policy_loss with weights"])
-def test_F121_bad_offsets_raise_in_a_program_of_inductor(name):
+def test_bad_offsets_raise_in_a_program_of_inductor(name):
     run = compiled(name, "inductor")
     torch.testing.assert_close(run(torch.tensor(GOOD)), CALLS[name](torch.tensor(GOOD)))
     for bad in ("ends far behind it", "decreases"):
@@ -43,7 +45,8 @@ def test_F121_bad_offsets_raise_in_a_program_of_inductor(name):
             run(torch.tensor(BAD[bad]))
 
 
-def test_F121_bad_offsets_raise_in_the_gradient_of_a_compiled_program():
+@pytest.mark.fault(121)
+def test_bad_offsets_raise_in_the_gradient_of_a_compiled_program():
     torch._dynamo.reset()
     run = torch.compile(
         lambda z, cu: rlk.policy_loss(z, OLD, VALUES, cu_seqlens=cu, ratio_level="sequence"),
@@ -65,7 +68,8 @@ def test_F121_bad_offsets_raise_in_the_gradient_of_a_compiled_program():
                 run(z, torch.tensor(bad))
 
 
-def test_F121_one_program_serves_every_number_of_tokens_and_sequences():
+@pytest.mark.fault(121)
+def test_one_program_serves_every_number_of_tokens_and_sequences():
     graphs = []
 
     def backend(graph, inputs):
@@ -88,8 +92,9 @@ def test_F121_one_program_serves_every_number_of_tokens_and_sequences():
     assert len(graphs) == 1
 
 
+@pytest.mark.fault(121)
 @pytest.mark.parametrize("bad", BAD)
-def test_F121_where_values_are_not_read_no_offset_points_outside_of_the_tokens(bad, monkeypatch):
+def test_where_values_are_not_read_no_offset_points_outside_of_the_tokens(bad, monkeypatch):
     """As on an accelerator: the program may compute anything, within the tokens."""
     monkeypatch.setattr(checks_tokens, "values_are_read", lambda cu: False)
     for dtype in (torch.int64, torch.int32):
@@ -103,7 +108,8 @@ def test_F121_where_values_are_not_read_no_offset_points_outside_of_the_tokens(b
         checks_tokens.segments("here", torch.tensor([0]), Z)
 
 
-def test_F121_the_host_reads_no_offsets_of_an_accelerator():
+@pytest.mark.fault(121)
+def test_the_host_reads_no_offsets_of_an_accelerator():
     for cu in (torch.empty(5, dtype=torch.int64, device="meta"), torch.empty(5, dtype=torch.int32, device="meta")):
         assert checks_tokens.segments("here", cu, Z.to("meta")).dtype == torch.int64
 
@@ -111,9 +117,10 @@ def test_F121_the_host_reads_no_offsets_of_an_accelerator():
 # F123 -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(123)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("name", CALLS)
-def test_F123_offsets_that_are_changed_after_their_check_change_nothing(name, dtype, monkeypatch):
+def test_offsets_that_are_changed_after_their_check_change_nothing(name, dtype, monkeypatch):
     """What another thread may do at any time: here as soon as the check has passed."""
     want, read = CALLS[name](torch.tensor(GOOD)), checks_tokens.read_offsets
 
@@ -131,8 +138,9 @@ def test_F123_offsets_that_are_changed_after_their_check_change_nothing(name, dt
 # what else offsets may be ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(147)
 @pytest.mark.parametrize("name", CALLS)
-def test_F147_offsets_may_come_as_a_list(name, backend):
+def test_offsets_may_come_as_a_list(name, backend):
     want = CALLS[name](torch.tensor(GOOD))
     for listed in (list(GOOD), GOOD, [*torch.tensor(GOOD).numpy()]):
         assert torch.equal(CALLS[name](listed), want)
@@ -147,8 +155,9 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.fault(121)
 @pytest.mark.parametrize("name", CALLS)
-def test_F121_offsets_of_any_layout_equal_their_contiguous_copy(name):
+def test_offsets_of_any_layout_equal_their_contiguous_copy(name):
     want = CALLS[name](torch.tensor(GOOD))
     for make in LAYOUTS.values():
         cu = make(torch.tensor(GOOD))
@@ -156,7 +165,8 @@ def test_F121_offsets_of_any_layout_equal_their_contiguous_copy(name):
         assert cu.tolist() == list(GOOD)
 
 
-def test_F121_weights_keep_every_bit_in_a_compiled_program_that_checks_offsets():
+@pytest.mark.fault(121)
+def test_weights_keep_every_bit_in_a_compiled_program_that_checks_offsets():
     """``tied`` adds a 0 in a compiled program only: weights keep every bit."""
     torch._dynamo.reset()
     weights = torch.tensor([0.1, -0.3, 1e-38, 3e38, 0.0, 1.0, 7.0, -2.0])
@@ -168,7 +178,8 @@ def test_F121_weights_keep_every_bit_in_a_compiled_program_that_checks_offsets()
     assert torch.equal(run(torch.tensor(GOOD)), rlk.value_loss(Z, None, VALUES, EVERY, weights=weights))
 
 
-def test_F147_a_compiled_program_takes_lists():
+@pytest.mark.fault(147)
+def test_a_compiled_program_takes_lists():
     torch._dynamo.reset()
     run = torch.compile(lambda cu: rlk.sequence_sums(Z, cu_seqlens=cu), backend="eager", fullgraph=True)
     for ends in (list(GOOD), [0, 3, 5, 6, 8], [0, 1, 4, 6, 8]):
@@ -177,7 +188,8 @@ def test_F147_a_compiled_program_takes_lists():
         run([0, 3, 5, 6, 88])
 
 
-def test_F121_exported_traced_and_fake_programs_hold_the_check():
+@pytest.mark.fault(121)
+def test_exported_traced_and_fake_programs_hold_the_check():
     class Sums(torch.nn.Module):
         def forward(self, x, cu):
             return rlk.sequence_sums(x, cu_seqlens=cu)

@@ -15,8 +15,9 @@ from rlkernels.checks import tokens as checks_tokens
 # F127 -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(127)
 @pytest.mark.parametrize("name", CALLS)
-def test_F127_every_function_refuses_offsets_that_do_not_cover_the_tokens(name, backend):
+def test_every_function_refuses_offsets_that_do_not_cover_the_tokens(name, backend):
     function = re.match(r"\w+", name).group()
     for bad in BAD.values():
         for cu in (torch.tensor(bad), torch.tensor(bad, dtype=torch.int32), list(bad)):
@@ -50,8 +51,9 @@ KINDS = {
 }
 
 
+@pytest.mark.fault(127)
 @pytest.mark.parametrize("name", [name for name in CALLS if CALLS[name].__code__.co_names.count("_ones") == 0])
-def test_F127_every_function_refuses_offsets_of_another_kind(name):
+def test_every_function_refuses_offsets_of_another_kind(name):
     function = re.match(r"\w+", name).group()
     for error, cu, message in KINDS.values():
         with pytest.raises(error, match=f"^{function}: .*{message}"):
@@ -62,8 +64,9 @@ def scores(h=HIDDEN, w=WEIGHT[:1], **options):
     return rlk.reward_scores(h, w, **options)
 
 
+@pytest.mark.fault(127)
 @pytest.mark.parametrize("ends, named", [((0, 0, 8), 0), ((0, 4, 4, 8), 1), ((0, 4, 8, 8), 2)], ids=str)
-def test_F127_an_empty_sequence_has_no_score(ends, named):
+def test_an_empty_sequence_has_no_score(ends, named):
     for cu in (torch.tensor(ends), list(ends)):
         with pytest.raises(
             ValueError, match=f"^reward_scores: cu_seqlens makes sequence {named} empty .* leave it out"
@@ -74,8 +77,9 @@ def test_F127_an_empty_sequence_has_no_score(ends, named):
         torch.compile(lambda cu: scores(cu_seqlens=cu), backend="eager", fullgraph=True)(torch.tensor(ends))
 
 
+@pytest.mark.fault(127)
 @pytest.mark.parametrize("ends", [(0, 0, 8), (0, 4, 4, 8), (0, 4, 8, 8)], ids=str)
-def test_F127_where_values_are_not_read_an_empty_sequence_scores_0_without_a_gradient(ends, monkeypatch):
+def test_where_values_are_not_read_an_empty_sequence_scores_0_without_a_gradient(ends, monkeypatch):
     """Neither its neighbour's score nor a share in its neighbour's gradient, even where that neighbour is NaN."""
     monkeypatch.setattr(checks_tokens, "values_are_read", lambda cu: False)
     empty = [a == b for a, b in zip(ends, ends[1:], strict=False)]
@@ -141,14 +145,16 @@ BAD_SCORES = {
 }
 
 
+@pytest.mark.fault(127)
 @pytest.mark.parametrize("case", BAD_SCORES)
-def test_F127_reward_scores_refuses_what_it_would_ignore_or_guess(case):
+def test_reward_scores_refuses_what_it_would_ignore_or_guess(case):
     error, message, options = BAD_SCORES[case]
     with pytest.raises(error, match=f"^reward_scores: {message}"):
         scores(**options)
 
 
-def test_F127_under_autocast_a_head_of_another_dtype_is_taken():
+@pytest.mark.fault(127)
+def test_under_autocast_a_head_of_another_dtype_is_taken():
     with torch.autocast("cpu", torch.bfloat16):
         got = scores(HIDDEN.bfloat16(), cu_seqlens=[0, 8])
     torch.testing.assert_close(got, (HIDDEN[-1:].bfloat16().float() * WEIGHT[0]).sum(-1))
@@ -173,8 +179,9 @@ TAKES = {
 }
 
 
+@pytest.mark.fault(137)
 @pytest.mark.parametrize("name", TAKES)
-def test_F137_one_number_per_sequence_is_not_taken_for_one_per_token(name, backend):
+def test_one_number_per_sequence_is_not_taken_for_one_per_token(name, backend):
     argument = "sample_weights" if "sft" in name else "advantages"
     call = TAKES[name]
     with pytest.raises(
@@ -195,13 +202,15 @@ def test_F137_one_number_per_sequence_is_not_taken_for_one_per_token(name, backe
     )
 
 
+@pytest.mark.fault(137)
 @pytest.mark.parametrize("name", TAKES)
-def test_F137_sequences_of_one_token_each_may_be_read_either_way(name, backend):
+def test_sequences_of_one_token_each_may_be_read_either_way(name, backend):
     cu = torch.tensor([0, 1, 2, 3])
     torch.testing.assert_close(TAKES[name](PER, cu), TAKES[name](PER[:, None], cu), rtol=0, atol=0)
 
 
-def test_F137_without_values_only_the_shape_decides():
+@pytest.mark.fault(137)
+def test_without_values_only_the_shape_decides():
     """On an accelerator lengths are not known to the host: [S] is ambiguous wherever S is the number of tokens, but for
     one token.
     """
@@ -213,8 +222,9 @@ def test_F137_without_values_only_the_shape_decides():
     assert sequences.per_token("here", "advantages", meta[:1], meta[:1], offsets[:2]).shape == (1,)
 
 
+@pytest.mark.fault(137)
 @pytest.mark.parametrize("name", TAKES)
-def test_F137_a_number_per_sequence_on_another_device_is_named(name):
+def test_a_number_per_sequence_on_another_device_is_named(name):
     argument = "sample_weights" if "sft" in name else "advantages"
     with pytest.raises(RuntimeError, match=f"^{name}: .* and {argument} must be on one device"):
         TAKES[name](PER[:, None].to("meta"), CU)

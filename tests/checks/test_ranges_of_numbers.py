@@ -32,9 +32,10 @@ TAKE = {
 }
 
 
+@pytest.mark.fault(136)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", TAKE)
-def test_F136_a_temperature_that_fp32_cannot_divide_by_is_refused(name, dtype, backend):
+def test_a_temperature_that_fp32_cannot_divide_by_is_refused(name, dtype, backend):
     operand = (HIDDEN if name.startswith("linear") else LOGITS).to(dtype)
     for bad in (1e-300, 1e-50, 1e-40, 1e-20, COLDEST * 0.99, HOTTEST * 1.01, 1e36, 1e38, 1e300, 5e-324):
         with pytest.raises(
@@ -66,10 +67,11 @@ def truth(x, targets, t, a, b):
     return logp.detach(), entropy.detach(), gradient
 
 
+@pytest.mark.fault(136)
 @pytest.mark.parametrize("per_row", [False, True], ids=["a number", "a tensor"])
 @pytest.mark.parametrize("t", [COLDEST, 1e-12, 1e-8, 1e-4, 1e4, 1e8, 1e12, HOTTEST])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_F136_at_every_temperature_that_is_taken_the_numbers_are_right(dtype, t, per_row, backend):
+def test_at_every_temperature_that_is_taken_the_numbers_are_right(dtype, t, per_row, backend):
     draw = torch.Generator().manual_seed(1)
     x = (torch.randn(6, 69, generator=draw) * 5).to(dtype)
     x[4], x[5] = 1.5, x[5] * 1000  # equal logits, and far ones
@@ -91,8 +93,9 @@ def test_F136_at_every_temperature_that_is_taken_the_numbers_are_right(dtype, t,
     assert math.isfinite(scale) and (scale > 0 or t > 1)
 
 
+@pytest.mark.fault(136)
 @pytest.mark.parametrize("t", [COLDEST, HOTTEST])
-def test_F136_a_head_is_right_at_both_ends(t, backend):
+def test_a_head_is_right_at_both_ends(t, backend):
     logits = HIDDEN.double() @ WEIGHT.double().T
     want = (logits / t).log_softmax(-1).gather(1, TARGETS[:, None])[:, 0]
     torch.testing.assert_close(
@@ -105,9 +108,10 @@ def test_F136_a_head_is_right_at_both_ends(t, backend):
 EMPTY = [(2, 3, 0, 5), (2, 0, 3, 5), (0, 3, 4, 5), (2, 3, 4, 0, 5), (2, 0, 5), (0, 4, 5), (0, 5)]
 
 
+@pytest.mark.fault(144)
 @pytest.mark.parametrize("inplace", [False, True], ids=["a new gradient", "in place"])
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
-def test_F144_logits_without_rows_have_empty_results_and_an_empty_gradient(shape, inplace, backend):
+def test_logits_without_rows_have_empty_results_and_an_empty_gradient(shape, inplace, backend):
     targets, column = torch.zeros(shape[:-1], dtype=torch.int64), torch.zeros(shape[:-1])
     mask, given = torch.ones(shape, dtype=torch.bool), {"inplace_backward": inplace}
     calls = {
@@ -133,8 +137,9 @@ def test_F144_logits_without_rows_have_empty_results_and_an_empty_gradient(shape
 ODD = [((0, 4, 5), (1, 1, 1)), ((4, 0, 5), (5, 5, 0)), ((0, 5), (0, 0)), ((4, 0, 5), (1, 1, 1)), ((0, 5), (5, 0))]
 
 
+@pytest.mark.fault(144)
 @pytest.mark.parametrize("shape, strides", ODD, ids=str)
-def test_F144_without_rows_no_layout_overlaps(shape, strides, backend):
+def test_without_rows_no_layout_overlaps(shape, strides, backend):
     leaf = torch.randn(100, requires_grad=True)
     x = (leaf * 1).as_strided(shape, strides)
     rlk.token_logprobs(x, torch.zeros(shape[:-1], dtype=torch.int64), inplace_backward=True).sum().backward()
@@ -163,8 +168,9 @@ IGNORING = {
 }
 
 
+@pytest.mark.fault(144)
 @pytest.mark.parametrize("name", IGNORING)
-def test_F144_an_ignored_id_that_int32_cannot_hold_is_never_met(name, backend):
+def test_an_ignored_id_that_int32_cannot_hold_is_never_met(name, backend):
     want = IGNORING[name](TARGETS, -100)
     for index in (2**31, -(2**31) - 1, 2**40, 2**32 + int(TARGETS[0]), 2**63 - 1, -(2**63)):
         for y in (Y32, TARGETS):
@@ -176,14 +182,16 @@ def test_F144_an_ignored_id_that_int32_cannot_hold_is_never_met(name, backend):
             IGNORING[name](Y32, index)
 
 
+@pytest.mark.fault(144)
 @pytest.mark.parametrize("name", ["token_logprobs", "linear_policy_loss", "linear_sft_loss", "linear_dpo_loss"])
-def test_F144_so_it_is_in_a_compiled_program(name):
+def test_so_it_is_in_a_compiled_program(name):
     torch._dynamo.reset()
     run = torch.compile(lambda y: IGNORING[name](y, 2**40), backend="eager", fullgraph=True)
     torch.testing.assert_close(run(Y32), IGNORING[name](TARGETS, -100))
 
 
-def test_F144_an_ignored_id_beyond_int32_is_met_in_targets_that_hold_it(backend):
+@pytest.mark.fault(144)
+def test_an_ignored_id_beyond_int32_is_met_in_targets_that_hold_it(backend):
     targets = TARGETS.clone()
     targets[2] = 2**40
     for name in ("token_logprobs", "linear_token_logprobs"):

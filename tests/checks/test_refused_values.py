@@ -58,8 +58,9 @@ def mask(*dead, live=1.0, holding=0.0, dtype=torch.float32):
     return m
 
 
+@pytest.mark.fault(139)
 @pytest.mark.parametrize("name", MASKED)
-def test_F139_a_float_mask_of_other_values_than_0_and_1_is_refused(name):
+def test_a_float_mask_of_other_values_than_0_and_1_is_refused(name):
     function, argument = (
         name.split()[0],
         {"attention": "attention_mask"}.get(name.split()[-1], "chosen_mask" if "desensitized" in name else "mask"),
@@ -82,8 +83,9 @@ def test_F139_a_float_mask_of_other_values_than_0_and_1_is_refused(name):
             pytest.fail(f"{what} was taken: {MASKED[name](m)}")
 
 
+@pytest.mark.fault(139)
 @pytest.mark.parametrize("name", MASKED)
-def test_F139_a_mask_of_any_dtype_is_the_same_mask(name):
+def test_a_mask_of_any_dtype_is_the_same_mask(name):
     want = MASKED[name](mask((1, 2), (3, 0)) != 0)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8):
         assert torch.equal(MASKED[name](mask((1, 2), (3, 0), dtype=dtype)), want), dtype
@@ -91,7 +93,8 @@ def test_F139_a_mask_of_any_dtype_is_the_same_mask(name):
     assert torch.equal(MASKED[name](mask((1, 2), (3, 0), dtype=torch.int64) * 7), want)
 
 
-def test_F139_on_a_device_masks_are_looked_at_where_that_was_asked_for(monkeypatch):
+@pytest.mark.fault(139)
+def test_on_a_device_masks_are_looked_at_where_that_was_asked_for(monkeypatch):
     """A mask on meta has nothing that could be read: what reads it raises."""
     m, z = torch.empty(B, L, device="meta"), torch.empty(B, L, device="meta")
     assert rlk.policy_loss(z, z, z, m).is_meta
@@ -100,8 +103,9 @@ def test_F139_on_a_device_masks_are_looked_at_where_that_was_asked_for(monkeypat
         rlk.policy_loss(z, z, z, m)
 
 
+@pytest.mark.fault(139)
 @pytest.mark.parametrize("wrong", ["chosen_lengths", "rejected_lengths"])
-def test_F139_lengths_below_zero_are_refused(wrong):
+def test_lengths_below_zero_are_refused(wrong):
     for bad in (torch.tensor([3, -2, 4]), torch.tensor([3.0, math.nan, 1.0])):
         lengths = {"chosen_lengths": torch.tensor([1, 2, 3]), "rejected_lengths": torch.tensor([1, 2, 3]), wrong: bad}
         with pytest.raises(
@@ -112,7 +116,8 @@ def test_F139_lengths_below_zero_are_refused(wrong):
             rlk.dpo_loss(SUMS[:3], SUMS[1:], loss_type="simpo", **lengths)
 
 
-def test_F139_a_kl_below_zero_is_refused():
+@pytest.mark.fault(139)
+def test_a_kl_below_zero_is_refused():
     for kl in (-2.0, torch.tensor(-2.0), torch.tensor(-2.0, dtype=torch.float64)):
         with pytest.raises(
             ValueError,
@@ -128,23 +133,25 @@ def test_F139_a_kl_below_zero_is_refused():
     assert rlk.unpaired_preference_loss(SUMS, SUMS, GOOD, kl=torch.tensor(math.nan)).isnan()
 
 
+@pytest.mark.fault(139)
 @pytest.mark.parametrize(
     "labels",
     [torch.tensor([1, -1, 1, -1]), torch.tensor([1.0, 0.5, 0.0, 0.0]), torch.tensor([0, 1, 2, 1])],
     ids=["signs", "shares", "classes"],
 )
-def test_F139_labels_that_are_not_two_classes_are_refused(labels):
+def test_labels_that_are_not_two_classes_are_refused(labels):
     with pytest.raises(ValueError, match="^unpaired_preference_loss: desirable holds .*, expected 0 and 1 alone"):
         rlk.unpaired_preference_loss(SUMS, SUMS, labels, kl=0.0)
     with pytest.raises(ValueError, match="^linear_unpaired_preference_loss: desirable holds"):
         rlk.linear_unpaired_preference_loss(HIDDEN, HEAD, Y, SUMS, labels, kl=0.0)
 
 
+@pytest.mark.fault(139)
 @pytest.mark.parametrize(
     "name,mode",
     [("batch_num_tokens", "token-mean"), ("num_sequences", "seq-mean-token-mean"), ("horizon", "fixed-horizon")],
 )
-def test_F139_a_count_in_16_bits_is_refused_and_any_other_read_exactly(name, mode):
+def test_a_count_in_16_bits_is_refused_and_any_other_read_exactly(name, mode):
     more = {} if name != "horizon" else {"num_sequences": 4}
     for dtype, bound in ((torch.bfloat16, 256), (torch.float16, 2048)):
         with pytest.raises(
@@ -162,7 +169,8 @@ def test_F139_a_count_in_16_bits_is_refused_and_any_other_read_exactly(name, mod
         assert torch.equal(rlk.token_weights(Z > 0, mode, **{name: x, **more}, dtype=torch.float64), want)
 
 
-def test_F139_a_normaliser_in_a_tensor_is_held_to_the_range_of_a_number():
+@pytest.mark.fault(139)
+def test_a_normaliser_in_a_tensor_is_held_to_the_range_of_a_number():
     for bad in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="^token_weights: batch_num_tokens must be finite and not negative"):
             rlk.token_weights(Z > 0, batch_num_tokens=torch.tensor(bad))
@@ -170,8 +178,9 @@ def test_F139_a_normaliser_in_a_tensor_is_held_to_the_range_of_a_number():
         rlk.token_weights(Z > 0, scale=torch.tensor(1.0, requires_grad=True))
 
 
+@pytest.mark.fault(139)
 @pytest.mark.parametrize("function", ["policy_loss", "logits_policy_loss", "linear_policy_loss"])
-def test_F139_a_reference_without_a_coefficient_is_for_the_metric_alone(function):
+def test_a_reference_without_a_coefficient_is_for_the_metric_alone(function):
     inputs = {"policy_loss": (Z,), "logits_policy_loss": (X, Y), "linear_policy_loss": (HIDDEN, HEAD, Y)}[function]
     want = getattr(rlk, function)(*inputs, OLD, A)
     loss, metrics = getattr(rlk, function)(*inputs, OLD, A, ref_logprobs=OLD - 0.5, return_metrics=True)
@@ -188,8 +197,9 @@ def test_weights_have_a_floating_dtype(dtype):
         rlk.aggregate(Z, mask(), dtype=dtype)
 
 
+@pytest.mark.fault(148)
 @pytest.mark.parametrize("group", ["x", 3, [0, 1]], ids=str)
-def test_F148_what_is_no_process_group_is_refused_by_name(group):
+def test_what_is_no_process_group_is_refused_by_name(group):
     for where, call in (
         ("linear_token_logprobs", lambda: rlk.linear_token_logprobs(HIDDEN, HEAD, Y, process_group=group)),
         ("linear_policy_loss", lambda: rlk.linear_policy_loss(HIDDEN, HEAD, Y, OLD, A, process_group=group)),

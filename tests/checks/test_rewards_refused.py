@@ -27,8 +27,9 @@ def by_hand(rewards, ids=IDS, eps=1e-6):
     return torch.tensor(found, dtype=torch.float64)
 
 
+@pytest.mark.fault(130)
 @pytest.mark.parametrize("baseline", ["mean", "leave-one-out", "batch-mean", None], ids=str)
-def test_F130_a_negative_reward_is_refused_where_the_scale_is_the_mean(baseline):
+def test_a_negative_reward_is_refused_where_the_scale_is_the_mean(baseline):
     for rewards, named in (
         ([-1.0, 1.0, -1.0, -1.0, 0.0, 0.0, 2.0], "-1.0 at entry 0"),
         ([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, -(2.0**-20)], "-9.5367431640625e-07 at entry 6"),
@@ -47,7 +48,8 @@ def test_F130_a_negative_reward_is_refused_where_the_scale_is_the_mean(baseline)
     )
 
 
-def test_F130_rewards_that_are_not_negative_keep_their_advantages():
+@pytest.mark.fault(130)
+def test_rewards_that_are_not_negative_keep_their_advantages():
     for rewards in (
         [0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0],
         [0.0, 0.0, 0.0, 1e-9, 0.0, -0.0, 3e-7],
@@ -64,14 +66,16 @@ def unread(monkeypatch):
     monkeypatch.setattr(checks, "host_reads", lambda x: False)
 
 
+@pytest.mark.fault(130)
 @pytest.mark.parametrize("baseline", ["mean", "leave-one-out", "batch-mean", None], ids=str)
-def test_F130_where_values_are_not_read_a_negative_reward_makes_its_group_nan_and_no_other(baseline, monkeypatch):
+def test_where_values_are_not_read_a_negative_reward_makes_its_group_nan_and_no_other(baseline, monkeypatch):
     unread(monkeypatch)
     got = maxrl([-1.0, 1.0, -1.0, 1.0, 0.5, 0.0, 2.0], baseline=baseline)
     assert got.isnan().tolist() == (IDS == 7).tolist()
 
 
-def test_F130_a_compiled_program_gives_nan_as_an_accelerator_does():
+@pytest.mark.fault(130)
+def test_a_compiled_program_gives_nan_as_an_accelerator_does():
     torch._dynamo.reset()
     got = torch.compile(lambda r: maxrl(r), backend="eager", fullgraph=True)(
         torch.tensor([-1.0, 1.0, -1.0, 1.0, 0.5, 0.0, 2.0])
@@ -82,9 +86,10 @@ def test_F130_a_compiled_program_gives_nan_as_an_accelerator_does():
 REWARDS = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 0.0, 2.0])
 
 
+@pytest.mark.fault(139)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf, -math.inf])
-def test_F139_lengths_that_are_no_lengths_are_refused(bad, dtype):
+def test_lengths_that_are_no_lengths_are_refused(bad, dtype):
     lengths = torch.tensor([1, 2, 3, 4, bad, 5, 6], dtype=dtype)
     with pytest.raises(
         ValueError, match=f"^group_advantages: lengths holds {bad} at entry 4; it needs finite lengths >= 0"
@@ -100,8 +105,9 @@ def test_F139_lengths_that_are_no_lengths_are_refused(bad, dtype):
         assert got[i].item() == pytest.approx(0.0 if i == 4 else (REWARDS[i].double() - mean).item(), abs=1e-7)
 
 
+@pytest.mark.fault(139)
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
-def test_F139_where_values_are_not_read_a_bad_length_makes_its_group_nan_and_no_other(bad, monkeypatch):
+def test_where_values_are_not_read_a_bad_length_makes_its_group_nan_and_no_other(bad, monkeypatch):
     unread(monkeypatch)
     got = rlk.group_advantages(REWARDS, IDS, baseline="length-mean", lengths=torch.tensor([1, 2, 3, 4, bad, 5, 6]))
     assert got.isnan().tolist() == (IDS == 3).tolist()
@@ -111,8 +117,9 @@ WHOLE = torch.tensor([[0, 1, 3, 0], [2, 0, 1, 1]])
 NUMBERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
 
 
+@pytest.mark.fault(147)
 @pytest.mark.parametrize("dtype", NUMBERS, ids=str)
-def test_F147_rewards_may_be_integers_or_bools(dtype, backend):
+def test_rewards_may_be_integers_or_bools(dtype, backend):
     rewards, values = WHOLE.to(dtype), torch.tensor([[0.5, -1.0, 2.0, 0.25], [1.0, 0.0, -0.5, 0.75]])
     real = rewards.float()
     for v in (values, values.double()):
@@ -133,8 +140,9 @@ def test_F147_rewards_may_be_integers_or_bools(dtype, backend):
     assert torch.equal(packed[0].view(2, 4), rlk.gae(real, values, bootstrap_values=torch.ones(2))[0])
 
 
+@pytest.mark.fault(147)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn], ids=str)
-def test_F147_other_rewards_are_refused_by_name(dtype):
+def test_other_rewards_are_refused_by_name(dtype):
     rewards = torch.ones(2, 4).to(dtype)
     for where, call in (
         ("gae", lambda: rlk.gae(rewards, torch.ones(2, 4))),

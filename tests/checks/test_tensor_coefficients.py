@@ -207,8 +207,9 @@ def unread(monkeypatch):
     monkeypatch.setattr(ops, "on_device", tracing.on_device)
 
 
+@pytest.mark.fault(147)
 @pytest.mark.parametrize("name", CALLS)
-def test_F147_a_tensor_counts_as_its_number(name, backend, monkeypatch, request):
+def test_a_tensor_counts_as_its_number(name, backend, monkeypatch, request):
     want = results(name, float)
     read = results(name, torch.tensor)  # a tensor on the CPU is free to read
     request.getfixturevalue("unread")
@@ -220,6 +221,7 @@ def test_F147_a_tensor_counts_as_its_number(name, backend, monkeypatch, request)
             torch.testing.assert_close(x, expected, rtol=3e-6, atol=3e-7)
 
 
+@pytest.mark.fault(147)
 @pytest.mark.parametrize(
     "name",
     [
@@ -229,12 +231,13 @@ def test_F147_a_tensor_counts_as_its_number(name, backend, monkeypatch, request)
         "dpo_loss sigmoid",
     ],
 )
-def test_F147_a_tensor_with_a_gradient_is_refused(name, unread):
+def test_a_tensor_with_a_gradient_is_refused(name, unread):
     with pytest.raises(ValueError, match="gets no gradient; detach it"):
         results(name, lambda x: torch.tensor(x, requires_grad=True))
 
 
-def test_F147_the_next_coefficient_may_be_written_before_the_backward(unread, backend):
+@pytest.mark.fault(147)
+def test_the_next_coefficient_may_be_written_before_the_backward(unread, backend):
     coefficient, logp = torch.tensor(0.3), D["logp"].clone().requires_grad_()
     loss = rlk.policy_loss(logp, OLD, A, kl_coef=coefficient, ref_logprobs=REF)
     hidden, head = (D[k].clone().requires_grad_() for k in ("hidden", "head"))
@@ -252,7 +255,8 @@ def test_F147_the_next_coefficient_may_be_written_before_the_backward(unread, ba
         )
 
 
-def test_F147_a_compiled_loss_takes_tensors_and_compiles_once():
+@pytest.mark.fault(147)
+def test_a_compiled_loss_takes_tensors_and_compiles_once():
     compilations = []
 
     def counted(graph, inputs):

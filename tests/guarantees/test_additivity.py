@@ -211,9 +211,10 @@ LEAVES = {
 }
 
 
+@pytest.mark.fault(125)
 @pytest.mark.parametrize("mode", WITH_WEIGHTS)
 @pytest.mark.parametrize("function", LEAVES)
-def test_F125_every_term_of_a_policy_loss_is_additive_over_any_split(function, mode):
+def test_every_term_of_a_policy_loss_is_additive_over_any_split(function, mode):
     """Every objective at every level of ratio, with and without KL and entropy."""
     linear = function == "linear_policy_loss"
 
@@ -257,9 +258,10 @@ OTHERS = {
 }
 
 
+@pytest.mark.fault(125)
 @pytest.mark.parametrize("mode", WITH_WEIGHTS)
 @pytest.mark.parametrize("function", OTHERS)
-def test_F125_other_losses_of_tokens_are_additive_over_any_split(function, mode):
+def test_other_losses_of_tokens_are_additive_over_any_split(function, mode):
     leaves, call = OTHERS[function]
 
     @quick
@@ -270,7 +272,8 @@ def test_F125_other_losses_of_tokens_are_additive_over_any_split(function, mode)
     run()
 
 
-def test_F125_the_bonus_of_three_micro_batches_is_that_of_the_batch(backend):
+@pytest.mark.fault(125)
+def test_the_bonus_of_three_micro_batches_is_that_of_the_batch(backend):
     """Entropies of 1 and a coefficient of 1: a bonus of -1 where every sequence or token is counted once."""
     z, ones, mask = torch.zeros(1, 4), torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool)
     for mode, bonus in (("token-mean", -1.0), ("seq-mean-token-mean", -1.0), ("seq-mean-token-sum", -4.0)):
@@ -282,7 +285,8 @@ def test_F125_the_bonus_of_three_micro_batches_is_that_of_the_batch(backend):
         assert sum(found).item() == pytest.approx(bonus, rel=2e-6)
 
 
-def test_F125_the_bonus_follows_scale_and_ranks(backend):
+@pytest.mark.fault(125)
+def test_the_bonus_follows_scale_and_ranks(backend):
     z, ones = torch.zeros(2, 3), torch.ones(2, 3)
     for mode in ("token-mean", "seq-mean-token-mean", "seq-mean"):
         loss = rlk.policy_loss(

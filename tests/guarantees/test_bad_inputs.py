@@ -47,7 +47,8 @@ def test_bad_values_are_met_by_every_backend_and_name_the_row():
                             function()
 
 
-def test_F73_shapes_that_would_broadcast_are_refused_with_both_shapes():
+@pytest.mark.fault(73)
+def test_shapes_that_would_broadcast_are_refused_with_both_shapes():
     column, row = torch.zeros(8, 1), torch.zeros(8)
     for name, arguments in {"advantages": (row, row, column), "old_logprobs": (row, column, row)}.items():
         with pytest.raises(ValueError, match=rf"{name} has shape \(8, 1\), expected \(8,\)"):
@@ -64,7 +65,8 @@ def test_F73_shapes_that_would_broadcast_are_refused_with_both_shapes():
         rlk.token_logprobs(torch.zeros(8, 3), column.long())
 
 
-def test_F28_an_option_of_another_function_is_refused_not_ignored():
+@pytest.mark.fault(28)
+def test_an_option_of_another_function_is_refused_not_ignored():
     for function in (
         lambda **o: logps(**o),
         lambda **o: stats(**o),

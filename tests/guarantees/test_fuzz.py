@@ -99,8 +99,9 @@ def test_a_crash_is_a_finding_with_its_seed_and_the_range_goes_on_behind_it():
     assert all("status -11: Fatal Python error: Segmentation fault" in f.text for f in crashed)
 
 
+@pytest.mark.fault(123)
 @pytest.mark.parametrize("name", ("threads", "races"))
-def test_F123_threads_that_call_at_once_or_write_into_the_ids_of_a_call_crash_nothing(name):
+def test_threads_that_call_at_once_or_write_into_the_ids_of_a_call_crash_nothing(name):
     done = subprocesses.child("-X", "faulthandler", FUZZ / f"{name}.py", 5, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert int(done.stdout.splitlines()[-1].split()[0]) > 100

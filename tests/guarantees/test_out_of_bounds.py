@@ -69,11 +69,12 @@ GUARD_PAGES = textwrap.dedent("""
 """)
 
 
+@pytest.mark.fault(2, 93)
 @pytest.mark.skipif(
     os.name != "posix" or sys.platform == "darwin", reason="mprotect of an anonymous mapping is used as on Linux"
 )
 @native
-def test_F02_F93_no_byte_outside_a_tensor_and_no_dead_row_is_read():
+def test_no_byte_outside_a_tensor_and_no_dead_row_is_read():
     done = subprocesses.code(GUARD_PAGES)
     assert done.returncode == 0 and "survived" in done.stdout, f"exit {done.returncode}: {done.stderr[-2000:]}"
 

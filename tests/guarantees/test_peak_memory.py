@@ -10,8 +10,9 @@ import rlkernels as rlk
 from rlkernels.backends import absent, use_backend
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_F40_nothing_is_saved_without_gradients_and_the_bits_are_those_of_training(name, backend):
+def test_nothing_is_saved_without_gradients_and_the_bits_are_those_of_training(name, backend):
     d, saved = problem(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         trained, leaf = output_of(name, d)
@@ -25,7 +26,8 @@ def test_F40_nothing_is_saved_without_gradients_and_the_bits_are_those_of_traini
         assert not saved
 
 
-def test_F94_only_what_the_backward_needs_is_saved(backend):
+@pytest.mark.fault(94)
+def test_only_what_the_backward_needs_is_saved(backend):
     d = problem()
 
     def saved_bytes(**options):
@@ -40,9 +42,10 @@ def test_F94_only_what_the_backward_needs_is_saved(backend):
     assert saved_bytes(outputs=(), ref_logits=d["ref"], kl="k3") < d["x"].numel() * 4 * 2
 
 
+@pytest.mark.fault(92)
 @pytest.mark.skipif(absent("cpu") is not None, reason=f"the native CPU backend is absent: {absent('cpu')}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_F92_no_second_tensor_of_the_logits_size_exists(dtype):
+def test_no_second_tensor_of_the_logits_size_exists(dtype):
     x, targets, _ = draw_rows((64,), 8192, dtype)
     size = x.numel() * x.element_size()
     t, old = torch.full((64,), 0.7), torch.zeros(64)
@@ -76,8 +79,9 @@ def test_F92_no_second_tensor_of_the_logits_size_exists(dtype):
         assert peak_bytes(lambda: torch.autograd.grad(loss, made)) < 0.05 * size
 
 
+@pytest.mark.fault(92, 95)
 @pytest.mark.skipif(absent("cpu") is not None, reason=f"the native CPU backend is absent: {absent('cpu')}")
-def test_F92_F95_the_fused_head_holds_one_chunk_of_logits():
+def test_the_fused_head_holds_one_chunk_of_logits():
     h, w, targets, g = head_problem(256, 32, 4096, torch.float32)
     leaves = [h.requires_grad_(), w.requires_grad_()]
 

@@ -21,8 +21,9 @@ def nan_filled_empty():
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("name", CALLS)
-def test_F12_nothing_is_left_unwritten_where_empty_memory_is_nan(name, backend):
+def test_nothing_is_left_unwritten_where_empty_memory_is_nan(name, backend):
     expected = call(name, data())
     with nan_filled_empty():
         assert torch.empty(3).isnan().all() and torch.zeros(2).new_empty(3).isnan().all()
@@ -32,7 +33,8 @@ def test_F12_nothing_is_left_unwritten_where_empty_memory_is_nan(name, backend):
         assert not a.is_floating_point() or a.isfinite().all(), f"result {k} of {name}"
 
 
-def test_F12_every_row_is_written_also_where_all_are_dead(backend):
+@pytest.mark.fault(12)
+def test_every_row_is_written_also_where_all_are_dead(backend):
     x, _, _ = draw_rows((4,), 133)
     dead = torch.full((4,), -100)
     with nan_filled_empty():

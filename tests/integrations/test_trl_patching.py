@@ -28,7 +28,8 @@ def unpatched():
     assert all(getattr(*seam) is held for seam, held in zip(SEAMS, before, strict=True))
 
 
-def test_F108_patching_twice_is_patching_once():
+@pytest.mark.fault(108)
+def test_patching_twice_is_patching_once():
     first = integration.patch()
     held = [getattr(*seam) for seam in SEAMS]
     assert integration.patch() == first
@@ -48,7 +49,8 @@ def test_levels_are_patched_one_by_one():
         integration.patch(level="loss")
 
 
-def test_F108_patching_over_another_library_raises_and_replaces_nothing(monkeypatch):
+@pytest.mark.fault(108)
+def test_patching_over_another_library_raises_and_replaces_nothing(monkeypatch):
     class Foreign:
         apply = staticmethod(lambda *args: None)
 
@@ -67,7 +69,8 @@ def test_F108_patching_over_another_library_raises_and_replaces_nothing(monkeypa
     assert isinstance(utils._ChunkedLogProbFunction, type)
 
 
-def test_F108_a_foreign_patch_over_ours_is_reported_and_left_alone(monkeypatch):
+@pytest.mark.fault(108)
+def test_a_foreign_patch_over_ours_is_reported_and_left_alone(monkeypatch):
     integration.patch()
     ours, foreign = utils._ChunkedLogProbFunction, object()
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", foreign)
@@ -82,7 +85,8 @@ def test_F108_a_foreign_patch_over_ours_is_reported_and_left_alone(monkeypatch):
     assert utils._ChunkedLogProbFunction is ours
 
 
-def test_F109_a_name_bound_before_or_after_the_patch_is_ours_and_is_restored(monkeypatch):
+@pytest.mark.fault(109)
+def test_a_name_bound_before_or_after_the_patch_is_ours_and_is_restored(monkeypatch):
     original = utils._ChunkedLogProbFunction
     early, late = types.ModuleType("trl.experimental.early"), types.ModuleType("trl.experimental.late")
     early.Head = original
@@ -123,8 +127,9 @@ KNOWN = (
 
 
 # A renamed parameter, one argument fewer (TRL 1.12), and one more at the end: each has happened between two releases.
+@pytest.mark.fault(110)
 @pytest.mark.parametrize("parameters", [("ctx", "hidden", "head", *KNOWN[3:]), KNOWN[:-2], (*KNOWN, "row_mask")])
-def test_F110_an_unknown_signature_is_refused_and_nothing_is_replaced(monkeypatch, parameters):
+def test_an_unknown_signature_is_refused_and_nothing_is_replaced(monkeypatch, parameters):
     fake = fake_trl(monkeypatch, "1.16.9", parameters)
     before = fake._ChunkedLogProbFunction
     for strict in (True, False):
@@ -142,7 +147,8 @@ def test_F110_an_unknown_signature_is_refused_and_nothing_is_replaced(monkeypatc
     )
 
 
-def test_F110_a_reward_loss_without_logsigmoid_is_refused_and_the_head_stays(monkeypatch):
+@pytest.mark.fault(110)
+def test_a_reward_loss_without_logsigmoid_is_refused_and_the_head_stays(monkeypatch):
     original = utils._ChunkedLogProbFunction
     scope = dict(vars(reward_trainer))
     exec("def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None): ...", scope)
@@ -152,7 +158,8 @@ def test_F110_a_reward_loss_without_logsigmoid_is_refused_and_the_head_stays(mon
     assert utils._ChunkedLogProbFunction is original
 
 
-def test_F110_unknown_versions_are_refused_unless_newer_and_asked_for(monkeypatch):
+@pytest.mark.fault(110)
+def test_unknown_versions_are_refused_unless_newer_and_asked_for(monkeypatch):
     monkeypatch.setattr(trl, "__version__", "1.14.2")
     for strict in (True, False):
         with pytest.raises(RuntimeError, match=r"TRL 1\.14\.2: known are 1\.15\.x, 1\.16\.x; nothing was patched"):

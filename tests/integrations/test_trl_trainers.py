@@ -203,8 +203,9 @@ def test_a_patched_trainer_has_the_losses_and_gradient_norms_of_the_stock_one(na
     assert gap(reference, patched) <= TOLERANCE
 
 
+@pytest.mark.fault(112)
 @pytest.mark.parametrize("name", ("dpo/sigmoid", "grpo/cispo", "kto/kto", "sft/nll", "reward/margin"))
-def test_F112_log_probabilities_one_percent_wrong_fail_the_parity_check(name, paths, monkeypatch):
+def test_log_probabilities_one_percent_wrong_fail_the_parity_check(name, paths, monkeypatch):
     reference = stock(name, paths)  # before the patch, like every reference here: a worker may run this test alone
     right, pairs = _trl_functions.FusedHead.apply, _trl_functions.LogSigmoid.__call__
 
@@ -243,7 +244,8 @@ def test_patching_before_trl_is_imported_reaches_the_trainers():
     )
 
 
-def test_F106_a_subclass_with_its_own_reward_loss_keeps_it(paths):
+@pytest.mark.fault(106)
+def test_a_subclass_with_its_own_reward_loss_keeps_it(paths):
     seen = []
 
     class Hinge(trl.RewardTrainer):
@@ -259,7 +261,8 @@ def test_F106_a_subclass_with_its_own_reward_loss_keeps_it(paths):
     assert "reward_pairs" not in integration.status().calls
 
 
-def test_F106_a_subclass_with_its_own_policy_loss_keeps_it(paths):
+@pytest.mark.fault(106)
+def test_a_subclass_with_its_own_policy_loss_keeps_it(paths):
     class Tripled(trl.GRPOTrainer):
         def _compute_loss(self, model, inputs):
             return 3.0 * super()._compute_loss(model, inputs)
@@ -271,7 +274,8 @@ def test_F106_a_subclass_with_its_own_policy_loss_keeps_it(paths):
     assert integration.status().calls["fused_head"] > 0
 
 
-def test_F107_an_all_masked_batch_gives_a_differentiable_zero(paths, monkeypatch):
+@pytest.mark.fault(107)
+def test_an_all_masked_batch_gives_a_differentiable_zero(paths, monkeypatch):
     # As on a GPU, where TRL passes the live positions only: none here, so our kernel sees zero rows.
     monkeypatch.setattr(utils, "_use_triton", lambda device: True)
     integration.patch()
@@ -285,7 +289,8 @@ def test_F107_an_all_masked_batch_gives_a_differentiable_zero(paths, monkeypatch
     assert integration.status().calls == {"fused_head": 1}
 
 
-def test_F109_a_run_that_never_reaches_our_kernels_counts_no_call(paths):
+@pytest.mark.fault(109)
+def test_a_run_that_never_reaches_our_kernels_counts_no_call(paths):
     integration.patch(level="pairs")
     train(build("sft/nll", paths))
     assert integration.status().calls == {}

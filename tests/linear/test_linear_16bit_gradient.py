@@ -89,10 +89,11 @@ def test_a_frozen_bias_keeps_nothing_unrounded(dtype, on_host):
     assert set(OnHost.seen) == {dtype}
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_sum"])
 @pytest.mark.parametrize("tokens", [None, 2.0**20, 2.0**-9])
-def test_F44_gradients_made_before_the_loss_scale_are_those_of_float64(tokens, level, dtype, on_host):
+def test_gradients_made_before_the_loss_scale_are_those_of_float64(tokens, level, dtype, on_host):
     """Over a million tokens in all: without a scale of its own the gradient of a logit would be 0 in fp16; with weights
     of 512, infinite.
     """
@@ -126,8 +127,9 @@ def test_F44_gradients_made_before_the_loss_scale_are_those_of_float64(tokens, l
             assert problems.frobenius(x, t) <= 2.0 * problems.frobenius(t.to(dtype), t), chunk
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_F44_gradients_of_pairs_are_those_of_float64(dtype, on_host):
+def test_gradients_of_pairs_are_those_of_float64(dtype, on_host):
     d = problem(dtype, (16, 12), hidden=64, vocab=515)
     wide = problems.leaves(d, bias=False)
     sums, n = problems.answers(d, wide)

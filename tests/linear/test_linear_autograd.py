@@ -70,9 +70,10 @@ LOSSES = {
 UPSTREAM = (1.0, -0.5, 0.0, 2.0**16, float("nan"))
 
 
+@pytest.mark.fault(31, 33, 34)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-def test_F31_F33_F34_every_backward_of_a_retained_graph_is_that_of_a_fresh_one(name, dtype, backend):
+def test_every_backward_of_a_retained_graph_is_that_of_a_fresh_one(name, dtype, backend):
     d = state(dtype)
     fresh = {}
     for g in UPSTREAM:
@@ -95,8 +96,9 @@ def test_F31_F33_F34_every_backward_of_a_retained_graph_is_that_of_a_fresh_one(n
                 x.fill_(float("nan"))  # what was given away is the caller's
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize("name", LOSSES)
-def test_F32_inputs_are_never_changed(name, backend):
+def test_inputs_are_never_changed(name, backend):
     for dtype in DTYPES:
         d, before = state(dtype), state(dtype)
         operands = own(d)
@@ -121,8 +123,9 @@ def test_an_operand_changed_before_the_backward_is_noticed(name, changed, backen
         loss.backward()
 
 
+@pytest.mark.fault(36, 37)
 @pytest.mark.parametrize("name", LOSSES)
-def test_F36_F37_second_derivatives_and_forward_mode_are_refused(name, backend):
+def test_second_derivatives_and_forward_mode_are_refused(name, backend):
     d = state()
     operands = own(d)
     with pytest.raises(RuntimeError, match="double backward is not supported by rlkernels"):
@@ -162,9 +165,10 @@ def test_gradcheck_in_float64(name, backend):
     assert torch.autograd.gradcheck(lambda *o: 1.7 * function(d, *o), operands, eps=1e-6, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", LOSSES)
-def test_F42_checkpointing_recomputes_the_same_bits(name, reentrant, backend):
+def test_checkpointing_recomputes_the_same_bits(name, reentrant, backend):
     d, results = state(torch.bfloat16), []
     for run in (
         lambda *o: LOSSES[name](d, *o),
@@ -177,11 +181,12 @@ def test_F42_checkpointing_recomputes_the_same_bits(name, reentrant, backend):
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.fault(43)
 @pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-def test_F43_autocast_casts_what_it_is_given_and_nothing_inside(name, hidden, weight, autocast, backend):
+def test_autocast_casts_what_it_is_given_and_nothing_inside(name, hidden, weight, autocast, backend):
     d = state()
     mixed = [
         d["hidden"].to(hidden).requires_grad_(),
@@ -210,7 +215,8 @@ def test_a_backward_under_autocast_multiplies_in_the_dtype_of_its_forward(name, 
     assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_F70_a_tied_embedding_gets_both_gradients(backend):
+@pytest.mark.fault(70)
+def test_a_tied_embedding_gets_both_gradients(backend):
     d = state()
     ids = torch.randint(problems.V, (4, L), generator=torch.Generator().manual_seed(9))
     wide, weight = d["weight"].double().requires_grad_(), d["weight"].clone().requires_grad_()
@@ -219,7 +225,8 @@ def test_F70_a_tied_embedding_gets_both_gradients(backend):
     assert_gradients([None, *gradients(loss, [weight], 1.3)][1:], gradients(truth, [wide], 1.3))
 
 
-def test_F105_an_adapter_on_the_head_moves_the_loss_and_gets_gradients(backend):
+@pytest.mark.fault(105)
+def test_an_adapter_on_the_head_moves_the_loss_and_gets_gradients(backend):
     d, draw = state(), torch.Generator().manual_seed(3)
     down, up = (torch.randn(s, generator=draw).mul(0.2).requires_grad_() for s in ((3, problems.H), (problems.V, 3)))
     loss = policy(d, d["hidden"], d["weight"] + up @ down, d["bias"], clip_high=0.28)  # the base weight is frozen
@@ -240,9 +247,10 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_F07_any_layout_is_that_of_a_copy(layout, dtype, backend):
+def test_any_layout_is_that_of_a_copy(layout, dtype, backend):
     d = state(dtype)
     for name in ("policy", "policy of sequences", "dpo"):
         results = []
@@ -300,10 +308,11 @@ COMPILED = {
 
 
 # A graph holds ops, whatever backend they name: test_ops compiles them on each.
+@pytest.mark.fault(47, 49)
 @pytest.mark.parametrize(
     "name,dtype", [*((name, torch.float32) for name in COMPILED), ("policy", torch.bfloat16), ("kto", torch.bfloat16)]
 )
-def test_F47_F49_one_graph_for_every_length_and_number(name, dtype):
+def test_one_graph_for_every_length_and_number(name, dtype):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(COMPILED[name], fullgraph=True, backend=counter, dynamic=True)
@@ -318,7 +327,8 @@ def test_F47_F49_one_graph_for_every_length_and_number(name, dtype):
     assert counter.frame_count <= 2, counter.frame_count
 
 
-def test_F62_threads_share_no_buffer(backend):
+@pytest.mark.fault(62)
+def test_threads_share_no_buffer(backend):
     from concurrent.futures import ThreadPoolExecutor
 
     from rlkernels.backends import use_backend

@@ -88,9 +88,10 @@ def test_a_sequence_larger_than_a_chunk_is_multiplied_twice_but_for_its_last_par
             assert [live for live, _, _ in sizes] == expected
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("level", ["token", "sequence_token"])
-def test_F21_the_error_of_the_weight_gradient_does_not_grow_with_the_number_of_chunks(level, dtype, backend):
+def test_the_error_of_the_weight_gradient_does_not_grow_with_the_number_of_chunks(level, dtype, backend):
     d = problem(dtype, shape=(8, 96), seed=2)
     # Many sums into a few rows.
     d["targets"][:] = torch.randint(7, d["targets"].shape, generator=torch.Generator().manual_seed(0))
@@ -109,10 +110,11 @@ def test_F21_the_error_of_the_weight_gradient_does_not_grow_with_the_number_of_c
 SUBSETS = (1, 2, 3, 7, 31, 100)
 
 
+@pytest.mark.fault(53)
 @native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden,vocab", [(32, 133), (96, 1000), (1024, 517)])
-def test_F53_a_row_has_the_same_bits_in_any_batch_order_and_chunk_with_and_without_gradients(dtype, hidden, vocab):
+def test_a_row_has_the_same_bits_in_any_batch_order_and_chunk_with_and_without_gradients(dtype, hidden, vocab):
     d = problem(dtype, shape=(128,), hidden=hidden, vocab=vocab)
     d["targets"][-1] = 3
     draw = torch.Generator().manual_seed(0)
@@ -141,10 +143,11 @@ def test_F53_a_row_has_the_same_bits_in_any_batch_order_and_chunk_with_and_witho
                     assert same_bits(got, expected[index]), (count, options)
 
 
+@pytest.mark.fault(72, 84)
 @native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_sum"])
-def test_F72_F84_the_ratio_of_unchanged_weights_is_exactly_1(level, dtype):
+def test_the_ratio_of_unchanged_weights_is_exactly_1(level, dtype):
     d = problem(dtype, shape=(6, 19), hidden=96, vocab=1000)
     with use_backend("cpu"):
         with torch.no_grad():  # two sequences at a time, as a sampler scores them
@@ -174,7 +177,8 @@ def test_F72_F84_the_ratio_of_unchanged_weights_is_exactly_1(level, dtype):
                 )
 
 
-def test_F67_log_probabilities_from_bf16_are_within_2e_6_of_float64(backend):
+@pytest.mark.fault(67)
+def test_log_probabilities_from_bf16_are_within_2e_6_of_float64(backend):
     d = problem(torch.bfloat16, shape=(4,), hidden=1024, vocab=32_000)
     d["targets"][-1] = 5
     logits = d["hidden"].double() @ d["weight"].double().t()
@@ -258,10 +262,11 @@ MIB = 2**20
 BESIDE = {torch.float32: 0, torch.bfloat16: 0 if cpu_matmul.available() else matmul.BLOCK_BYTES}
 
 
+@pytest.mark.fault(92, 95)
 @native
 @pytest.mark.parametrize("kind", ["policy", "sequences", "sft", "dpo", "log-probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_F92_F95_peak_memory_is_the_gradients_and_the_budget(kind, dtype, monkeypatch):
+def test_peak_memory_is_the_gradients_and_the_budget(kind, dtype, monkeypatch):
     monkeypatch.setattr(cpu, "LARGE", 2**62)  # every buffer from torch's allocator, which is the one that is watched
     # 4: each sequence outgrows its chunk.
     tokens, vocab, budget = 1024 if kind == "policy" else 512, 32_000, (4 if kind == "sequences" else 16) * MIB
@@ -291,12 +296,13 @@ def test_F92_F95_peak_memory_is_the_gradients_and_the_budget(kind, dtype, monkey
     assert peak < 0.6 * tokens * vocab * 4 or tokens < 1024
 
 
+@pytest.mark.fault(92)
 @native
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="the most memory that a process held is read from Linux's /proc"
 )
 @pytest.mark.parametrize("dtype,gradients_in_mib", [("float32", 31.3 + 0.3 + 16), ("bfloat16", 1.5 * 31.6)])
-def test_F92_a_process_grows_by_the_gradients_and_the_budget_and_no_more(dtype, gradients_in_mib):
+def test_a_process_grows_by_the_gradients_and_the_budget_and_no_more(dtype, gradients_in_mib):
     """What torch's allocator does not see, the libraries' own workspace among it."""
     if dtype == "bfloat16" and not cpu_matmul.available():
         pytest.skip("without instructions for bf16, what malloc keeps of the widened blocks hides what is asked for")

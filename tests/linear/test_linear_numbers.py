@@ -67,8 +67,9 @@ def assert_same(got, expected):
         assert same_bits(x, y)
 
 
+@pytest.mark.fault(147)
 @pytest.mark.parametrize("name", [*EVERY, *LOGITS])
-def test_F147_a_temperature_per_sequence_is_that_of_its_tokens_and_one_of_a_0_dimensional_tensor_is_that_of_all(
+def test_a_temperature_per_sequence_is_that_of_its_tokens_and_one_of_a_0_dimensional_tensor_is_that_of_all(
     name, backend
 ):
     of_sequences = torch.tensor([0.7, 1.3, 0.9])
@@ -85,7 +86,8 @@ def test_F147_a_temperature_per_sequence_is_that_of_its_tokens_and_one_of_a_0_di
         assert_same(results(name, temperature=temperature), expected)
 
 
-def test_F147_in_a_square_batch_a_vector_of_temperatures_is_one_per_sequence(backend):
+@pytest.mark.fault(147)
+def test_in_a_square_batch_a_vector_of_temperatures_is_one_per_sequence(backend):
     d = problem(shape=(L, L))
     t = torch.linspace(0.5, 2.0, L)
     for name in ("linear_token_stats", "token_stats"):
@@ -100,8 +102,9 @@ def test_F147_in_a_square_batch_a_vector_of_temperatures_is_one_per_sequence(bac
     )
 
 
+@pytest.mark.fault(147)
 @pytest.mark.parametrize("name", ["linear_token_stats", "token_stats", "linear_sft_loss"])
-def test_F147_other_shapes_of_temperatures_are_refused_by_name(name):
+def test_other_shapes_of_temperatures_are_refused_by_name(name):
     for shape in ((L,), (1, L), (B, L, 1), (1,), (1, 1), (B + 1,)):
         said = r"temperature has shape .*, expected \(3, 7\), or \(3,\) or \(3, 1\): one for each sequence; or a number"
         with pytest.raises(ValueError, match=f"^{name}: {said}"):
@@ -112,8 +115,9 @@ def test_F147_other_shapes_of_temperatures_are_refused_by_name(name):
         results(name, temperature=torch.tensor(0.0))
 
 
+@pytest.mark.fault(147)
 @pytest.mark.parametrize("name", EVERY)
-def test_F147_a_compiled_call_takes_temperatures_per_sequence_and_of_all(name):
+def test_a_compiled_call_takes_temperatures_per_sequence_and_of_all(name):
     def call(temperature):
         return EVERY[name](D, D["hidden"], D["weight"], temperature=temperature)
 
@@ -123,9 +127,10 @@ def test_F147_a_compiled_call_takes_temperatures_per_sequence_and_of_all(name):
         torch.testing.assert_close(compiled(temperature), call(temperature), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.fault(128)
 @pytest.mark.parametrize("bound", [None, 21])
 @pytest.mark.parametrize("name", EVERY)
-def test_F128_what_a_dead_token_has_for_target_and_temperature_changes_nothing(name, bound, backend):
+def test_what_a_dead_token_has_for_target_and_temperature_changes_nothing(name, bound, backend):
     dead = ~live_of(D) if name in LOSSES else D["targets"] == -100
     options = {"max_live_tokens": bound, "temperature": D["temperature"]}
     expected = results(name, **options)
@@ -153,15 +158,17 @@ def test_F128_what_a_dead_token_has_for_target_and_temperature_changes_nothing(n
             results(name, **{**options, "temperature": wrong})
 
 
+@pytest.mark.fault(148)
 @pytest.mark.parametrize("name", EVERY)
-def test_F148_a_target_outside_the_vocabulary_is_named_with_the_function_and_its_row(name):
+def test_a_target_outside_the_vocabulary_is_named_with_the_function_and_its_row(name):
     d = {**D, "targets": D["targets"].clone()}
     d["targets"][1, 0] = V
     with pytest.raises(IndexError, match=rf"^{name.split(' ')[0]}: target {V} at row {L} is outside \[0, {V}\)$"):
         results(name, d)
 
 
-def test_F148_a_compiled_call_names_the_function_too():
+@pytest.mark.fault(148)
+def test_a_compiled_call_names_the_function_too():
     targets = D["targets"].clone()
     targets[1, 0] = V
     compiled = torch.compile(lambda h, w: rlk.linear_token_logprobs(h, w, targets), fullgraph=True, backend="aot_eager")
@@ -254,7 +261,8 @@ def test_chunks_and_budgets_of_any_size_give_the_same_numbers(name, backend):
             torch.testing.assert_close(x, y, rtol=2e-6, atol=1e-6)
 
 
-def test_F141_no_traced_path_asks_whether_autocast_is_available(monkeypatch):
+@pytest.mark.fault(141)
+def test_no_traced_path_asks_whether_autocast_is_available(monkeypatch):
     """torch 2.8 and 2.11 cannot trace the question; the later ones can, so that only this shows it."""
 
     def asked(kind):

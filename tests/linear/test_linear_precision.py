@@ -8,7 +8,8 @@ from trained_functions import H, V, head_problem, problem
 import rlkernels as rlk
 
 
-def test_F67_the_fused_head_keeps_the_accumulator_of_its_logits(backend):
+@pytest.mark.fault(67)
+def test_the_fused_head_keeps_the_accumulator_of_its_logits(backend):
     h, w, targets, _ = head_problem(3, 1024, 32_000, torch.bfloat16)
     kept, rounded = (
         rlk.linear_token_logprobs(h, w, targets, logits_dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
@@ -23,8 +24,9 @@ def test_F67_the_fused_head_keeps_the_accumulator_of_its_logits(backend):
     assert (rounded - statistics(logits.bfloat16(), targets)["logprobs"]).abs().max() < 2e-2
 
 
+@pytest.mark.fault(21, 76)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_F21_F76_gradients_of_the_head_do_not_depend_on_the_number_of_chunks(dtype, backend):
+def test_gradients_of_the_head_do_not_depend_on_the_number_of_chunks(dtype, backend):
     h, w, targets, g = head_problem(48, 32, 133, dtype)
     wide = [x.double().requires_grad_() for x in (h, w)]
     truth = torch.autograd.grad(statistics(wide[0] @ wide[1].t(), targets)["logprobs"], wide, g.double())
@@ -41,8 +43,9 @@ def test_F21_F76_gradients_of_the_head_do_not_depend_on_the_number_of_chunks(dty
     assert max(weights) <= 1.02 * min(weights)
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize("trained", [(h, w, b) for h in (0, 1) for w in (0, 1) for b in (0, 1)])
-def test_F39_what_is_frozen_gets_no_gradient_and_no_buffer(trained, backend):
+def test_what_is_frozen_gets_no_gradient_and_no_buffer(trained, backend):
     d = problem()
     operands = [
         d[k].clone().requires_grad_(bool(on)) for k, on in zip(("hidden", "weight", "bias"), trained, strict=True)
@@ -62,10 +65,11 @@ def test_F39_what_is_frozen_gets_no_gradient_and_no_buffer(trained, backend):
             torch.testing.assert_close(x.grad.double(), expected, rtol=1e-5, atol=2e-6 * expected.abs().max().item())
 
 
+@pytest.mark.fault(43)
 @pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [None, torch.float32])
-def test_F43_autocast_takes_any_mix_of_dtypes_and_gradients_come_in_the_parameters_dtype(hidden, weight, bias, backend):
+def test_autocast_takes_any_mix_of_dtypes_and_gradients_come_in_the_parameters_dtype(hidden, weight, bias, backend):
     d = problem()
     operands = [
         d["hidden"].to(hidden).requires_grad_(),
@@ -85,7 +89,8 @@ def test_F43_autocast_takes_any_mix_of_dtypes_and_gradients_come_in_the_paramete
         assert x is None or x.grad.dtype == x.dtype and x.grad.isfinite().all() and x.grad.any()
 
 
-def test_F54_an_empty_shard_of_the_head_is_refused_with_what_to_do():
+@pytest.mark.fault(54)
+def test_an_empty_shard_of_the_head_is_refused_with_what_to_do():
     d = problem()
     for empty in (torch.empty(0), torch.empty(0, H), torch.empty(V, 0)):
         with pytest.raises(ValueError, match=r"weight has 0 elements; gather it first \(ZeRO-3"):

@@ -72,8 +72,9 @@ def cleared(seen):
     return found
 
 
+@pytest.mark.fault(93)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_F93_a_row_without_a_weight_never_enters_a_product(dtype, entered, backend):
+def test_a_row_without_a_weight_never_enters_a_product(dtype, entered, backend):
     d = numbered(dtype)
     weights = d["token_weights"].masked_fill(torch.arange(L) % 3 == 1, 0.0)
     live = problems.live_of(d)
@@ -170,10 +171,11 @@ def test_a_pair_beyond_the_hinge_skips_the_products_of_the_gradient(entered, bac
     assert found["gradients"] == rows_where(live & torch.tensor([False, True, False, True])[:, None])
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize(
     "trained", [(h, w, b) for h in (0, 1) for w in (0, 1) for b in (0, 1)], ids=lambda t: "".join(map(str, t))
 )
-def test_F39_what_is_frozen_gets_no_gradient_and_no_buffer(trained, entered, monkeypatch, backend):
+def test_what_is_frozen_gets_no_gradient_and_no_buffer(trained, entered, monkeypatch, backend):
     d, made = numbered(), []
     for module in ("rlkernels.linear.token_stats", "rlkernels.linear.chunked_loss"):
         gradient_sums = __import__(module, fromlist=["Gradients"]).Gradients
@@ -200,9 +202,10 @@ def test_F39_what_is_frozen_gets_no_gradient_and_no_buffer(trained, entered, mon
             assert x.grad is None or same_bits(x.grad, g)
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_F40_without_gradients_the_bits_are_the_same_and_no_gradient_is_made(mode, dtype, entered, backend):
+def test_without_gradients_the_bits_are_the_same_and_no_gradient_is_made(mode, dtype, entered, backend):
     d = numbered(dtype)
     d["advantages"][0] = 0.0
     for level in LEVELS:
@@ -287,9 +290,10 @@ def test_law_2_a_nan_in_a_live_row_reaches_the_loss_and_no_other_row(level, pois
     torch.testing.assert_close(got[others], expected[others], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_F23_nothing_alive_costs_nothing_and_stays_differentiable(level, dtype, backend):
+def test_nothing_alive_costs_nothing_and_stays_differentiable(level, dtype, backend):
     d = problem(dtype)
     changes = [{"mask": torch.zeros_like(d["mask"])}, {"targets": torch.full_like(d["targets"], -100)}]
     changes += [{"hidden": d["hidden"].masked_fill(torch.tensor(True), float("nan")), **changes[0]}]
@@ -305,8 +309,9 @@ def test_F23_nothing_alive_costs_nothing_and_stays_differentiable(level, dtype, 
         )
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("level", LEVELS)
-def test_F11_no_token_at_all(level, backend):
+def test_no_token_at_all(level, backend):
     for shape, cu in (((0, L), None), ((B, 0), None), ((0,), torch.tensor([0, 0])), ((0,), torch.tensor([0]))):
         d = problem(shape=shape)
         operands = own(d)

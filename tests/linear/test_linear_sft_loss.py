@@ -135,7 +135,8 @@ def test_law_2_what_stands_where_nothing_is_read_changes_no_bit(poison, backend)
         assert all(same_bits(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True))
 
 
-def test_F23_nothing_to_learn_costs_nothing_and_stays_differentiable(backend):
+@pytest.mark.fault(23)
+def test_nothing_to_learn_costs_nothing_and_stays_differentiable(backend):
     d = problem()
     for change in ({"mask": torch.zeros_like(d["mask"])}, {"targets": torch.full_like(d["targets"], -100)}):
         operands = own(d)

@@ -62,6 +62,7 @@ def reports(ranks, tmp_path_factory):
     return found
 
 
+@pytest.mark.fault(5, 54, 55, 88, 134)
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("sentence", CASES, ids=[re.sub(r"\W+", "-", sentence) for sentence in CASES])
 def test_on_every_rank(sentence, ranks, tmp_path_factory):
@@ -82,8 +83,9 @@ FSDP = [
 ]
 
 
+@pytest.mark.fault(54)
 @pytest.mark.skipif(bool(FSDP), reason=f"FSDP2 of this torch lacks {FSDP}")
-def test_F54_the_example_under_FSDP2_equals_one_process_and_its_gradient_reaches_the_sharded_head():
+def test_the_example_under_FSDP2_equals_one_process_and_its_gradient_reaches_the_sharded_head():
     done = subprocesses.child(
         "-m",
         "torch.distributed.run",
@@ -155,8 +157,9 @@ def test_a_head_that_is_the_embedding_gets_the_sum_of_both_gradients():
     assert (embedding.grad - alone).norm() > 0.1 * embedding.grad.norm()  # the embedding's part is not small
 
 
+@pytest.mark.fault(134)
 @pytest.mark.parametrize("when", ["before the call", "between two calls", "before the backward"])
-def test_F134_a_process_that_dies_leaves_the_other_with_an_error_of_the_group_within_its_timeout(when, tmp_path):
+def test_a_process_that_dies_leaves_the_other_with_an_error_of_the_group_within_its_timeout(when, tmp_path):
     command = [sys.executable, Path(__file__).with_name("vocab_parallel_deaths.py")]
     dying = subprocess.Popen(
         [*command, "1", tmp_path / "rendezvous", when], cwd=os.sep, env=subprocesses.environment(OMP_NUM_THREADS="1")

@@ -79,7 +79,7 @@ def check_statistics(me, p, layout, **more):
 
 
 @case(
-    "F55 statistics and gradients in {dtype} over {layout} shards are those of the dense head",
+    "statistics and gradients in {dtype} over {layout} shards are those of the dense head",
     dtype=DTYPES,
     layout=("padded", "uneven"),
 )
@@ -106,7 +106,7 @@ def plain(me, backend):
 
 
 @case(
-    "F55 a policy loss in {dtype} with ratios per {level} is the dense one, {chunk} rows at a time",
+    "a policy loss in {dtype} with ratios per {level} is the dense one, {chunk} rows at a time",
     dtype=DTYPES,
     level=("token", "sequence", "sequence_token"),
     chunk=(4, 16),
@@ -150,7 +150,7 @@ def packed(me):
     )
 
 
-@case("F05 a shard without a column of the vocabulary takes no part")
+@case("a shard without a column of the vocabulary takes no part")
 def no_column(me):
     p = Problem(vocab=5)
     p.targets[0, :5] = torch.arange(5)
@@ -158,7 +158,7 @@ def no_column(me):
     return check_statistics(me, p, 8)
 
 
-@case("F05 targets on the first and last column of every shard find them, {layout}", layout=("padded", "uneven"))
+@case("targets on the first and last column of every shard find them, {layout}", layout=("padded", "uneven"))
 def edges(me, layout):
     everyone = [Problem(vocab=133).shard(Me(rank, me.ranks, me.group), layout).mine for rank in range(me.ranks)]
     p = Problem(torch.float64, shape=(1, 2 * me.ranks))
@@ -301,7 +301,7 @@ def frozen(me, hidden, weight, bias):
 
 
 @case(
-    "F55 a forward sends at most {numbers} numbers per token and rank in one collective per chunk, a backward the "
+    "a forward sends at most {numbers} numbers per token and rank in one collective per chunk, a backward the "
     "hidden gradient alone",
     numbers=(4, 8),
 )
@@ -325,7 +325,7 @@ def traffic(me, numbers):
 
 
 @case(
-    "F55 a policy loss sends {numbers} numbers per live token and the hidden gradient, and nothing in its backward",
+    "a policy loss sends {numbers} numbers per live token and the hidden gradient, and nothing in its backward",
     numbers=(4, 5),
 )
 def traffic_of_a_loss(me, numbers):

@@ -86,7 +86,7 @@ PROBLEMS = {
 """What differs on the last rank: how to make it so, and what the error says."""
 
 
-@case("F134 {what} that differ on one rank are refused on every rank", what=PROBLEMS)
+@case("{what} that differ on one rank are refused on every rank", what=PROBLEMS)
 def unlike_tensors(me, what):
     change, value, said = PROBLEMS[what]
     p = Problem()
@@ -128,7 +128,7 @@ OPTIONS = {
 }
 
 
-@case("F134 an option {name} that differs on one rank is refused on every rank", name=OPTIONS)
+@case("an option {name} that differs on one rank is refused on every rank", name=OPTIONS)
 def unlike_options(me, name):
     *values, said = OPTIONS[name]
     p = Problem()
@@ -154,7 +154,7 @@ LOSSES = {
 }
 
 
-@case("F134 a loss whose {name} differs on one rank is refused on every rank", name=LOSSES)
+@case("a loss whose {name} differs on one rank is refused on every rank", name=LOSSES)
 def unlike_losses(me, name):
     *values, said = LOSSES[name]
     p = Problem()
@@ -166,7 +166,7 @@ def unlike_losses(me, name):
     return alike(message)
 
 
-@case("F134 masks and lengths that differ on one rank are refused on every rank")
+@case("masks and lengths that differ on one rank are refused on every rank")
 def unlike_masks(me):
     p, last = Problem(), me.rank == me.ranks - 1
     p.mask[2, 3] ^= last
@@ -193,7 +193,7 @@ def unlike_masks(me):
 
 
 @case(
-    "F134 a gradient of {what} that is wanted on some ranks alone is refused on every rank",
+    "a gradient of {what} that is wanted on some ranks alone is refused on every rank",
     what=("hidden", "weight", "bias", "nothing"),
 )
 def unlike_needs(me, what):
@@ -211,7 +211,7 @@ def unlike_needs(me, what):
     return alike("".join(found))
 
 
-@case("F134 ranks that call different functions are told which")
+@case("ranks that call different functions are told which")
 def unlike_functions(me):
     p = Problem()
     shard = p.shard(me, "padded")
@@ -221,7 +221,7 @@ def unlike_functions(me):
 
 
 @case(
-    "F134 upstream gradients that are {what} on one rank are refused in the backward of every rank",
+    "upstream gradients that are {what} on one rank are refused in the backward of every rank",
     what=("zero", "smaller", "absent"),
 )
 def unlike_upstream(me, what):
@@ -243,7 +243,7 @@ def unlike_upstream(me, what):
     return alike(message)
 
 
-@case("F134 a compiled call compares too")
+@case("a compiled call compares too")
 def compiled_unlike(me):
     p = Problem()
     if me.rank == me.ranks - 1:

@@ -71,7 +71,7 @@ def wrong(p, shard, name):
 
 
 @case(
-    "F134 a wrong {name} on one rank raises there, and on the others an error that says so",
+    "a wrong {name} on one rank raises there, and on the others an error that says so",
     name=(
         "dtype of targets",
         "target",
@@ -104,7 +104,7 @@ def one_raises(me, name):
     return alike(message[:400])
 
 
-@case("F134 what every rank raises is raised as it is")
+@case("what every rank raises is raised as it is")
 def all_raise(me):
     p = Problem()
     kind, call = wrong(p, p.shard(me, "padded"), "target")
@@ -114,7 +114,7 @@ def all_raise(me):
     return alike(message)
 
 
-@case("F134 a rank that raises alone, while the others do not call, raises its own error after a moment")
+@case("a rank that raises alone, while the others do not call, raises its own error after a moment")
 def nobody_listens(me):
     group = dist.new_group(list(range(me.ranks)))
     p = Problem()
@@ -128,7 +128,7 @@ def nobody_listens(me):
     served(me)
 
 
-@case("F134 a backward that one rank alone begins ends by the timeout of the group")
+@case("a backward that one rank alone begins ends by the timeout of the group")
 def one_backward(me):
     group = dist.new_group(list(range(me.ranks)), timeout=datetime.timedelta(seconds=2))
     p = Problem()
@@ -138,7 +138,7 @@ def one_backward(me):
     served(me)
 
 
-@case("F134 no token at all, on every rank, is served")
+@case("no token at all, on every rank, is served")
 def nothing_at_all(me):
     p = Problem()
     cut(p, 0)
@@ -153,7 +153,7 @@ def nothing_at_all(me):
     return found
 
 
-@case("F134 what dead tokens hold may differ from rank to rank")
+@case("what dead tokens hold may differ from rank to rank")
 def unlike_garbage(me):
     p, q = Problem(), Problem()
     dead = ~p.mask

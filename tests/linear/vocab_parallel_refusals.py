@@ -66,7 +66,7 @@ def outside(me):
         rlk.linear_token_logprobs(*arguments, process_group=inner)
 
 
-@case("F54 B22 a shard with zero elements is refused on every rank, and names how to gather it")
+@case("B22 a shard with zero elements is refused on every rank, and names how to gather it")
 def empty_shard(me):
     for empty in (torch.empty(0), torch.empty(0, WIDTH)):
         refused(
@@ -80,7 +80,7 @@ def empty_shard(me):
 
 
 @case(
-    "F54 B23 a DTensor weight is refused on every rank, and names how to gather it; gathered, it gets its gradient "
+    "B23 a DTensor weight is refused on every rank, and names how to gather it; gathered, it gets its gradient "
     "as a DTensor"
 )
 def dtensor(me):
@@ -235,7 +235,7 @@ def scored(me):
 
 
 @case(
-    "F88 tokens over processes: shifted before the cut, one global number of tokens, the sum over ranks is the whole "
+    "tokens over processes: shifted before the cut, one global number of tokens, the sum over ranks is the whole "
     "({dtype})",
     dtype=(torch.float32, torch.float64),
 )
@@ -322,7 +322,7 @@ def sequence_parallel(me):
 
 
 @case(
-    "F55 supervised and preference losses of a sharded head in {dtype} are the dense ones",
+    "supervised and preference losses of a sharded head in {dtype} are the dense ones",
     dtype=(torch.float32, torch.float64, torch.bfloat16),
 )
 def other_losses(me, dtype):

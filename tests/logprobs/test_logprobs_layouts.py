@@ -14,7 +14,8 @@ import rlkernels as rlk
 INF, NAN = math.inf, math.nan
 
 
-def test_F01_offsets_beyond_32_bits_reach_the_right_row(backend):
+@pytest.mark.fault(1)
+def test_offsets_beyond_32_bits_reach_the_right_row(backend):
     vocab, far = 37, 2**30
     x, targets, mask = draw_rows((2, 2), vocab, torch.bfloat16, seed=1)
     expected = run(x, targets, vocab_mask=mask.view(2, 2, vocab))
@@ -31,9 +32,10 @@ def test_F01_offsets_beyond_32_bits_reach_the_right_row(backend):
     assert_same(run(x.view(4, vocab), labels, vocab_mask=masks, g=g), flat, backend)
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("bad", [37, 42, -1, -99, 2**31 - 1])
-def test_F02_a_label_outside_the_vocabulary_is_an_index_error_that_names_row_and_range(bad, dtype, backend):
+def test_a_label_outside_the_vocabulary_is_an_index_error_that_names_row_and_range(bad, dtype, backend):
     x, targets, _ = draw_rows((2, 4), 37)
     targets.view(-1)[5] = bad
     for function in (
@@ -45,8 +47,9 @@ def test_F02_a_label_outside_the_vocabulary_is_an_index_error_that_names_row_and
             function(x, targets.to(dtype))
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 36, 1000])
-def test_F03_the_ignore_index_is_no_address_and_its_row_is_zero(ignore_index, backend):
+def test_the_ignore_index_is_no_address_and_its_row_is_zero(ignore_index, backend):
     x, targets, _ = draw_rows((6,), 37)
     targets = torch.where(targets == ignore_index, 5, targets.clamp(min=0))
     expected = run(x, targets)
@@ -61,12 +64,13 @@ def test_F03_the_ignore_index_is_no_address_and_its_row_is_zero(ignore_index, ba
 
 # Around every width in use: 8 and 16 lanes, 32 and 64 columns per chunk, blocks of 4096 columns; 1, 2 and primes beside
 # them.
+@pytest.mark.fault(4)
 @pytest.mark.parametrize(
     "vocab,dtype",
     [(v, torch.float32) for v in (1, 2, 7, 15, 16, 17, 63, 64, 65, 1023, 1025, 2053, 4095, 4096, 4097, 8197)]
     + [(v, dtype) for v in (1, 17, 65, 1025, 4097) for dtype in SIXTEEN],
 )
-def test_F04_no_vocabulary_size_adds_phantom_columns(vocab, dtype, backend):
+def test_no_vocabulary_size_adds_phantom_columns(vocab, dtype, backend):
     x, targets, mask = draw_rows((6,), vocab, dtype, seed=vocab)
     other = draw_rows((6,), vocab, dtype, seed=vocab + 1)[0]
     for vocab_mask in (None, mask):
@@ -74,7 +78,8 @@ def test_F04_no_vocabulary_size_adds_phantom_columns(vocab, dtype, backend):
         assert (stats.logprobs <= 0).all()
 
 
-def test_F06_vocab_mask_takes_padded_columns_out_and_without_it_they_count(backend):
+@pytest.mark.fault(6)
+def test_vocab_mask_takes_padded_columns_out_and_without_it_they_count(backend):
     real, padded = 151_665, 151_936
     x = torch.randn(2, real, generator=torch.Generator().manual_seed(0))
     wide = torch.nn.functional.pad(x, (0, padded - real), value=5.0)
@@ -95,9 +100,10 @@ def test_F06_vocab_mask_takes_padded_columns_out_and_without_it_they_count(backe
     assert (counted < truth["logprobs"] - 0.1).all()
 
 
+@pytest.mark.fault(7, 15)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_F07_F15_every_layout_of_logits_gives_the_bits_of_the_contiguous_one(layout, dtype, backend):
+def test_every_layout_of_logits_gives_the_bits_of_the_contiguous_one(layout, dtype, backend):
     source, _, _ = draw_rows((2, 3), 1037, dtype)
     x = LAYOUTS[layout](source)
     targets = torch.randint(1037, x.shape[:-1], generator=torch.Generator().manual_seed(2))
@@ -124,8 +130,9 @@ VOCAB_MASKS = {
 }
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize("layout", VOCAB_MASKS)
-def test_F07_strides_of_the_vocab_mask_are_followed(layout, backend):
+def test_strides_of_the_vocab_mask_are_followed(layout, backend):
     x, targets, mask = draw_rows((2, 3), 37)
     mask = VOCAB_MASKS[layout](mask)
     assert_same(run(x, targets, vocab_mask=mask), run(x, targets, vocab_mask=mask.contiguous()), backend)
@@ -135,8 +142,9 @@ def test_F07_strides_of_the_vocab_mask_are_followed(layout, backend):
     assert_same(run(x, targets, vocab_mask=flat), run(x, targets, vocab_mask=flat.contiguous()), backend)
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_F07_strides_of_targets_and_temperatures_are_followed(dtype, backend):
+def test_strides_of_targets_and_temperatures_are_followed(dtype, backend):
     x, targets, _ = draw_rows((3, 4), 37)
     targets, t = targets.to(dtype), torch.rand(3, 4, generator=torch.Generator().manual_seed(4)) + 0.5
     expected = run(x, targets, temperature=t)
@@ -157,7 +165,8 @@ def gradient_with(upstream, x, targets):
     return torch.autograd.grad(stats[::2][:2], x, upstream)[0]  # logprobs, entropy
 
 
-def test_F08_a_gradient_of_stride_zero_is_read_as_it_is_meant(backend):
+@pytest.mark.fault(8)
+def test_a_gradient_of_stride_zero_is_read_as_it_is_meant(backend):
     x, targets, _ = draw_rows((3, 4), 37)
     assert torch.tensor(0.3).expand(3, 4).stride() == (0, 0)
     for one in (torch.tensor(0.3), torch.tensor([[0.3], [-1.0], [0.0]]), torch.tensor([0.3, -1.0, 0.0, 2.0])):
@@ -172,7 +181,8 @@ def test_F08_a_gradient_of_stride_zero_is_read_as_it_is_meant(backend):
     assert same_bits(got, expected)
 
 
-def test_F09_a_gradient_with_the_strides_of_a_larger_tensor_is_read_as_it_is_meant(backend):
+@pytest.mark.fault(9)
+def test_a_gradient_with_the_strides_of_a_larger_tensor_is_read_as_it_is_meant(backend):
     x, targets, _ = draw_rows((3, 4), 37)
     x.requires_grad_()
     g = torch.randn(6, 8, generator=torch.Generator().manual_seed(5))
@@ -189,9 +199,10 @@ def test_F09_a_gradient_with_the_strides_of_a_larger_tensor_is_read_as_it_is_mea
     )
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (2, 0, 3)])
-def test_F11_no_rows_give_empty_results_and_gradients(shape, dtype, backend):
+def test_no_rows_give_empty_results_and_gradients(shape, dtype, backend):
     x = torch.empty(*shape, 37, dtype=dtype)
     got = run(x, torch.empty(shape, dtype=torch.int64), ref_logits=x, kl="exact")
     for name, value in got.items():
@@ -210,7 +221,8 @@ def test_F11_no_rows_give_empty_results_and_gradients(shape, dtype, backend):
     assert loss.item() == 0.0 and gradient.shape == x.shape
 
 
-def test_F11_one_column_has_logprob_and_entropy_zero(backend):
+@pytest.mark.fault(11)
+def test_one_column_has_logprob_and_entropy_zero(backend):
     got = run(torch.tensor([[3.0], [-1e30], [7.0]]), torch.tensor([0, 0, -100]))
     assert not got["logprobs"].any() and not got["entropy"].any() and not got["gradient"].any()
     assert got["logsumexp"].tolist() == [3.0, pytest.approx(-1e30, rel=1e-6), 0.0] and got["is_top1"].tolist() == [
@@ -220,12 +232,14 @@ def test_F11_one_column_has_logprob_and_entropy_zero(backend):
     ]
 
 
-def test_F11_no_columns_are_refused(backend):
+@pytest.mark.fault(11)
+def test_no_columns_are_refused(backend):
     with pytest.raises(ValueError, match="vocabulary dimension is empty"):
         rlk.token_logprobs(torch.empty(3, 0), torch.zeros(3, dtype=torch.int64))
 
 
-def test_F11_a_single_row_may_come_without_a_row_dimension(backend):
+@pytest.mark.fault(11)
+def test_a_single_row_may_come_without_a_row_dimension(backend):
     x, _, mask = draw_rows((1,), 37)
     mask = mask[0].index_fill(0, torch.tensor(5), True)
     got = run(
@@ -241,7 +255,8 @@ def test_F11_a_single_row_may_come_without_a_row_dimension(backend):
     assert_same_bits(got, {k: v[0] for k, v in expected.items()})
 
 
-def test_F13_seventy_thousand_rows(backend):
+@pytest.mark.fault(13)
+def test_seventy_thousand_rows(backend):
     x = torch.randn(70_000, 3, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(70_000) % 3
     got = run(x, targets)

@@ -12,7 +12,8 @@ import rlkernels as rlk
 INF = math.inf
 
 
-def test_F18_a_common_offset_changes_nothing(backend):
+@pytest.mark.fault(18)
+def test_a_common_offset_changes_nothing(backend):
     x, targets, _ = draw_rows((6,), 1025)
     grid = (x * 256).round() / 256  # 1e4 + grid is exact in fp32
     at_zero, at_ten_thousand = run(grid, targets), run(grid + 1e4, targets)
@@ -23,7 +24,8 @@ def test_F18_a_common_offset_changes_nothing(backend):
     torch.testing.assert_close(run(far + 1e6, targets)["gradient"], run(far, targets)["gradient"], atol=1e-7, rtol=4e-6)
 
 
-def test_F18_a_peaked_row_keeps_its_tiny_entropy(backend):
+@pytest.mark.fault(18)
+def test_a_peaked_row_keeps_its_tiny_entropy(backend):
     x = torch.zeros(2, 1025)
     x[:, 7] = torch.tensor([34.0, 20.0])
     for offset in (0.0, 5000.0):
@@ -33,8 +35,9 @@ def test_F18_a_peaked_row_keeps_its_tiny_entropy(backend):
         torch.testing.assert_close(got.double(), truth, rtol=0.05, atol=0)
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("dtype", SIXTEEN)
-def test_F19_sixteen_bit_logits_give_the_bits_of_the_same_values_in_fp32(dtype, backend):
+def test_sixteen_bit_logits_give_the_bits_of_the_same_values_in_fp32(dtype, backend):
     x, targets, mask = draw_rows((6,), 4133, dtype)
     reference = draw_rows((6,), 4133, dtype, seed=5)[0]
     for options in ({}, {"vocab_mask": mask}):
@@ -44,9 +47,10 @@ def test_F19_sixteen_bit_logits_give_the_bits_of_the_same_values_in_fp32(dtype, 
         assert_same_bits(narrow, wide)
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.9, 0.99, 0.999, 0.9999])
-def test_F20_the_true_class_keeps_its_gradient_near_certainty(p, dtype, backend):
+def test_the_true_class_keeps_its_gradient_near_certainty(p, dtype, backend):
     x = torch.zeros(1, 65, dtype=dtype)
     x[0, 3] = math.log(p / (1 - p) * 64)
     got = run(x, torch.tensor([3]), g=(torch.tensor([0.7]), torch.tensor([0.0])))["gradient"][0, 3]
@@ -54,7 +58,8 @@ def test_F20_the_true_class_keeps_its_gradient_near_certainty(p, dtype, backend)
     assert got.item() == pytest.approx(truth, rel=5e-3)
 
 
-def test_F22_gradients_below_any_filter_are_exact(backend):
+@pytest.mark.fault(22)
+def test_gradients_below_any_filter_are_exact(backend):
     x = torch.zeros(1, 4096)
     x[0, 3] = 14.0  # every other column has p = 8e-7, far below 2**-12
     got = run(x, torch.tensor([3]), g=(torch.tensor([0.7]), torch.tensor([0.0])))["gradient"][0]
@@ -63,8 +68,9 @@ def test_F22_gradients_below_any_filter_are_exact(backend):
     torch.testing.assert_close(got[4:].double(), -0.7 * p[4:], rtol=4e-6, atol=0)
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_F27_a_temperature_per_row_is_a_loop_over_temperatures(dtype, backend):
+def test_a_temperature_per_row_is_a_loop_over_temperatures(dtype, backend):
     x, targets, mask = draw_rows((8,), 133, dtype)
     t = torch.tensor([1.0, 0.5, 1e-3, 0.7, 100.0, 1.0, 0.7, 3.0])
     reference = draw_rows((8,), 133, dtype, seed=5)[0]
@@ -84,7 +90,8 @@ def test_F27_a_temperature_per_row_is_a_loop_over_temperatures(dtype, backend):
     judge(rlk.token_stats, x, targets, t, vocab_mask=mask)
 
 
-def test_F66_rows_far_below_zero_do_not_underflow(backend):
+@pytest.mark.fault(66)
+def test_rows_far_below_zero_do_not_underflow(backend):
     noise, targets, _ = draw_rows((4,), 9000)
     x = noise - 1e4
     x[1, :5000] = -1e30
@@ -94,8 +101,9 @@ def test_F66_rows_far_below_zero_do_not_underflow(backend):
     assert rlk.token_logprobs(x, targets)[3].item() == pytest.approx(-math.log(9000), rel=1e-6)
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize("dtype", SIXTEEN)
-def test_F68_entropy_is_not_rounded_to_sixteen_bits(dtype, backend):
+def test_entropy_is_not_rounded_to_sixteen_bits(dtype, backend):
     x = (0.05 * torch.randn(5, 9000, generator=torch.Generator().manual_seed(0))).to(dtype)
     targets = torch.zeros(5, dtype=torch.int64)
     entropy = rlk.token_stats(x, targets).entropy
@@ -104,8 +112,9 @@ def test_F68_entropy_is_not_rounded_to_sixteen_bits(dtype, backend):
     assert (entropy - truth).abs().max() <= 1e-5
 
 
+@pytest.mark.fault(75)
 @pytest.mark.parametrize("vocab", [262_144, 300_000])
-def test_F75_large_vocabularies_stay_within_the_bounds(vocab, backend):
+def test_large_vocabularies_stay_within_the_bounds(vocab, backend):
     x, targets, _ = draw_rows((2,), vocab, torch.bfloat16)
     targets[1] = vocab - 1
     stats = judge(rlk.token_stats, x, targets)
@@ -114,8 +123,9 @@ def test_F75_large_vocabularies_stay_within_the_bounds(vocab, backend):
         assert (getattr(stats, name) - truth[name]).abs().max() <= 1e-5, name
 
 
+@pytest.mark.fault(76)
 @pytest.mark.parametrize("shape", ["rising", "falling", "peak in the last block", "equal"])
-def test_F76_rescaling_between_blocks_does_not_drift(shape, backend):
+def test_rescaling_between_blocks_does_not_drift(shape, backend):
     x = torch.linspace(-30, 30, 20_000)
     x = {
         "rising": x,
@@ -127,7 +137,8 @@ def test_F76_rescaling_between_blocks_does_not_drift(shape, backend):
     judge(rlk.token_stats, x, torch.tensor([0, 19_999, 7_000]), ref_logits=x.flip(-1).contiguous())
 
 
-def test_F77_a_replayed_top_p_support_has_ratio_one_and_the_whole_vocabulary_has_the_kept_mass(backend):
+@pytest.mark.fault(77)
+def test_a_replayed_top_p_support_has_ratio_one_and_the_whole_vocabulary_has_the_kept_mass(backend):
     x, _, _ = draw_rows((1,), 50)
     p, order = x[0].double().softmax(0).sort(descending=True)
     kept = order[: int((p.cumsum(0) < 0.8).sum()) + 1]
@@ -141,7 +152,8 @@ def test_F77_a_replayed_top_p_support_has_ratio_one_and_the_whole_vocabulary_has
     assert mass < 0.999 and whole.mean().item() == pytest.approx(mass.item(), rel=1e-5)
 
 
-def test_F72_temperature_is_applied_once(backend):
+@pytest.mark.fault(72)
+def test_temperature_is_applied_once(backend):
     x, targets, _ = draw_rows((5,), 37)
     ours, callers = rlk.token_logprobs(x, targets, temperature=0.5), rlk.token_logprobs(x / 0.5, targets)
     torch.testing.assert_close(ours, callers, atol=2e-6, rtol=2e-6)  # division by a power of two is exact
@@ -149,8 +161,9 @@ def test_F72_temperature_is_applied_once(backend):
     assert ((ours - rlk.token_logprobs(x / 0.5, targets, temperature=0.5)).abs() > 1e-3).sum() >= 3
 
 
+@pytest.mark.fault(84)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_F84_old_and_new_logprobs_from_any_of_our_functions_have_ratio_exactly_one(dtype, backend):
+def test_old_and_new_logprobs_from_any_of_our_functions_have_ratio_exactly_one(dtype, backend):
     x, targets, mask = draw_rows((2, 6), 1037, dtype)
     options = {"temperature": 0.7, "vocab_mask": mask}
     old = rlk.token_logprobs(x, targets, **options)
@@ -168,7 +181,8 @@ def test_F84_old_and_new_logprobs_from_any_of_our_functions_have_ratio_exactly_o
     assert metrics["ratio"].item() == 1.0 and metrics["ppo_kl"].item() == 0.0 and metrics["approx_kl"].item() == 0.0
 
 
-def test_F65_logits_at_t_score_the_target_at_t(backend):
+@pytest.mark.fault(65)
+def test_logits_at_t_score_the_target_at_t(backend):
     # p = 1/6, 2/6, 3/6 in every row, by hand.
     logits = torch.tensor([1.0, 2.0, 3.0]).log().expand(3, 3)
     got = rlk.token_logprobs(logits, torch.tensor([2, 0, 1]))
@@ -178,7 +192,8 @@ def test_F65_logits_at_t_score_the_target_at_t(backend):
     assert shifted.tolist() == pytest.approx([math.log(1 / 6), math.log(1 / 3)], rel=1e-6)
 
 
-def test_F87_F88_shards_and_packed_samples_of_shifted_labels_equal_the_whole(backend):
+@pytest.mark.fault(87, 88)
+def test_shards_and_packed_samples_of_shifted_labels_equal_the_whole(backend):
     x, targets, _ = draw_rows((8,), 133)
     whole, g = run(x, targets), cotangents((8,), 2)
     for cut in (1, 4, 7):
@@ -186,7 +201,8 @@ def test_F87_F88_shards_and_packed_samples_of_shifted_labels_equal_the_whole(bac
         assert_same({k: torch.cat([p[k] for p in parts]) for k in whole}, whole, backend)
 
 
-def test_F94_what_is_not_asked_for_is_not_computed(backend):
+@pytest.mark.fault(94)
+def test_what_is_not_asked_for_is_not_computed(backend):
     x, targets, _ = draw_rows((4,), 37)
     assert [k for k, v in rlk.token_stats(x, targets, outputs=())._asdict().items() if v is not None] == [
         "logprobs",
@@ -198,8 +214,9 @@ def test_F94_what_is_not_asked_for_is_not_computed(backend):
         assert same_bits(found[name], run(x, targets)[name])
 
 
+@pytest.mark.fault(74)
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
-def test_F74_sampled_estimators_of_two_models_equal_their_formula_and_get_its_gradient(kl, backend):
+def test_sampled_estimators_of_two_models_equal_their_formula_and_get_its_gradient(kl, backend):
     x, targets, _ = draw_rows((6,), 37)
     x = x.clamp(-6, 6)  # log-probabilities below 20: their difference is known to 1e-5
     reference = x + 0.3 * torch.randn(6, 37, generator=torch.Generator().manual_seed(8))

@@ -9,9 +9,10 @@ from reference import draw_rows
 import rlkernels as rlk
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("masked", [False, True], ids=["-inf", "vocab_mask"])
-def test_F16_a_row_without_a_finite_logit_has_no_logsumexp(masked, dtype, backend):
+def test_a_row_without_a_finite_logit_has_no_logsumexp(masked, dtype, backend):
     """A sum of 0 in place of NaN would make it 0, which is what an ignored row gets."""
     x, targets, _ = draw_rows((3,), 37, dtype)
     mask = torch.ones(3, 37, dtype=torch.bool)
@@ -23,8 +24,9 @@ def test_F16_a_row_without_a_finite_logit_has_no_logsumexp(masked, dtype, backen
     assert stats.logsumexp[1].isnan() and stats.logprobs[1].isnan() and stats.logsumexp[[0, 2]].isfinite().all()
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("dtype, digits", [(torch.bfloat16, 8), (torch.float16, 11)])
-def test_F20_a_gradient_halfway_between_two_numbers_is_rounded_to_the_even_one(dtype, digits, backend):
+def test_a_gradient_halfway_between_two_numbers_is_rounded_to_the_even_one(dtype, digits, backend):
     """p = 1/256 exactly, and an upstream gradient with one bit more than the dtype holds: half up would
     be one ulp off.
     """

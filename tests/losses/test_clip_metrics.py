@@ -7,7 +7,8 @@ from loss_batches import batch
 import rlkernels as rlk
 
 
-def test_F150_a_value_inside_the_clip_is_not_counted(backend):
+@pytest.mark.fault(150)
+def test_a_value_inside_the_clip_is_not_counted(backend):
     """``old + clamp(v - old)`` rounds away from ``v`` there."""
     value, old, returns = (torch.tensor([[x]]) for x in (0.01436896, -0.24936081, -0.43314537))
     assert abs(value - old) < 0.5 and (old + (value - old).clamp(-0.5, 0.5) - returns) ** 2 > (value - returns) ** 2
@@ -15,7 +16,8 @@ def test_F150_a_value_inside_the_clip_is_not_counted(backend):
     assert metrics["clip_fraction"] == 0
 
 
-def test_F150_the_fraction_of_clipped_values_is_that_of_the_truth(backend):
+@pytest.mark.fault(150)
+def test_the_fraction_of_clipped_values_is_that_of_the_truth(backend):
     """100000 tokens, of which some hundred round away: counted in float64 and from the gradient, which is 0 at a
     clipped token alone.
     """
@@ -33,8 +35,9 @@ def test_F150_the_fraction_of_clipped_values_is_that_of_the_truth(backend):
     assert metrics["clip_fraction"].item() == pytest.approx(still.double().mean().item(), rel=1e-6)
 
 
+@pytest.mark.fault(150)
 @pytest.mark.parametrize("function", ["policy_loss", "logits_policy_loss"])
-def test_F150_cispo_counts_by_the_ratio_alone(function, backend):
+def test_cispo_counts_by_the_ratio_alone(function, backend):
     """Ratios 2, 2, 0.5, 0.5, 1 and bounds of 0.2: four of five weights are clipped, whatever the sign
     of the advantage.
     """
@@ -49,9 +52,10 @@ def test_F150_cispo_counts_by_the_ratio_alone(function, backend):
     assert found == pytest.approx([0.8, 0.4, 0.4])
 
 
+@pytest.mark.fault(150)
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_sum"])
 @pytest.mark.parametrize("name", ["ppo_clip", "dual_clip", "cispo", "sapo"])
-def test_F150_clip_fractions_are_those_of_the_definition(name, level, backend):
+def test_clip_fractions_are_those_of_the_definition(name, level, backend):
     d = batch(3, (5, 9))
     bounds = {"clip_low": 0.2, "clip_high": 0.3} if name != "sapo" else {}
     more = {"dual_clip": 1.05} if name == "dual_clip" else {}

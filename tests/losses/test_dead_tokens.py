@@ -8,20 +8,23 @@ from reference import same_bits
 import rlkernels as rlk
 
 
+@pytest.mark.fault(128)
 @pytest.mark.parametrize("name", LOSSES)
-def test_F128_a_dead_token_s_target_and_temperature_change_nothing(name, backend):
+def test_a_dead_token_s_target_and_temperature_change_nothing(name, backend):
     check(name)
 
 
+@pytest.mark.fault(128)
 @pytest.mark.parametrize(
     "name", ["sft_loss", "linear_sft_loss", "logits_policy_loss token", "linear_policy_loss token"]
 )
-def test_F128_nor_do_those_of_a_token_of_weight_zero(name, backend):
+def test_nor_do_those_of_a_token_of_weight_zero(name, backend):
     check(name, weights=True)
 
 
+@pytest.mark.fault(128)
 @pytest.mark.parametrize("name", [name for name in LOSSES if not name.startswith("linear")])
-def test_F128_a_live_token_s_target_outside_the_vocabulary_is_named(name, backend):
+def test_a_live_token_s_target_outside_the_vocabulary_is_named(name, backend):
     d = problem()
     d["targets"][0, 0] = 11
     with pytest.raises(IndexError, match=r"target 11 at row 0 is outside \[0, 11\)"):
@@ -32,7 +35,8 @@ def test_F128_a_live_token_s_target_outside_the_vocabulary_is_named(name, backen
         run(name, d, mask=d["mask"])
 
 
-def test_F128_ignore_index_beyond_int32_beside_int32_targets(backend):
+@pytest.mark.fault(128)
+def test_ignore_index_beyond_int32_beside_int32_targets(backend):
     d = problem()
     targets = d["targets"].int()
     want = rlk.sft_loss(d["logits"], targets, d["mask"])
@@ -41,6 +45,7 @@ def test_F128_ignore_index_beyond_int32_beside_int32_targets(backend):
     assert same_bits(rlk.linear_sft_loss(d["hidden"], d["head"], targets, d["mask"], ignore_index=2**40), want)
 
 
+@pytest.mark.fault(128)
 @pytest.mark.parametrize(
     "name",
     [
@@ -52,7 +57,7 @@ def test_F128_ignore_index_beyond_int32_beside_int32_targets(backend):
         "linear_dpo_loss",
     ],
 )
-def test_F128_under_compile_too(name):
+def test_under_compile_too(name):
     d = problem()
     dead = ~d["mask"]
     _, loss = LOSSES[name]

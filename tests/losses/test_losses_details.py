@@ -15,10 +15,11 @@ import rlkernels as rlk
 INF = math.inf
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
 @pytest.mark.parametrize("gap", [20.0, 88.0, 200.0, 1e4, -20.0, -88.0, -200.0, -1e4])
 @pytest.mark.parametrize("name", PARAMS)
-def test_F25_extreme_log_ratios_give_the_true_value_and_no_nan(name, gap, advantage, backend):
+def test_extreme_log_ratios_give_the_true_value_and_no_nan(name, gap, advantage, backend):
     logp, old = torch.tensor([[gap - 1.0]], requires_grad=True), torch.tensor([[-1.0]])
     a = torch.tensor([[advantage]])
     loss = rlk.policy_loss(logp, old, a, objective=name, **PARAMS[name])
@@ -32,6 +33,7 @@ def test_F25_extreme_log_ratios_give_the_true_value_and_no_nan(name, gap, advant
         assert got.item() == pytest.approx(want.float().item(), rel=3e-5, abs=1e-37)
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize(
     "d,value",
     [
@@ -44,7 +46,7 @@ def test_F25_extreme_log_ratios_give_the_true_value_and_no_nan(name, gap, advant
         (-1e4, 1e4),
     ],
 )
-def test_F24_the_tails_of_the_pair_losses_keep_their_digits(d, value, backend):
+def test_the_tails_of_the_pair_losses_keep_their_digits(d, value, backend):
     chosen = torch.tensor([d / 2], requires_grad=True)
     for loss in (
         rlk.pairwise_reward_loss(chosen, torch.tensor([-d / 2])),
@@ -57,7 +59,8 @@ def test_F24_the_tails_of_the_pair_losses_keep_their_digits(d, value, backend):
         assert gradient.item() == pytest.approx(slope, rel=2e-6, abs=1.2e-38)
 
 
-def test_F64_every_metric_is_a_mean_over_live_tokens(backend):
+@pytest.mark.fault(64)
+def test_every_metric_is_a_mean_over_live_tokens(backend):
     d = batch()
     m = d["mask"]
     padded = {k: v if k == "mask" else v.masked_fill(~m, 1e6) for k, v in d.items()}
@@ -92,7 +95,8 @@ def test_F64_every_metric_is_a_mean_over_live_tokens(backend):
         assert not value.requires_grad
 
 
-def test_F69_an_entropy_bonus_alone_has_its_gradient(backend):
+@pytest.mark.fault(69)
+def test_an_entropy_bonus_alone_has_its_gradient(backend):
     x, targets, _ = draw_rows((2, 5), 37)
     leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
     zero = torch.zeros(2, 5)
@@ -109,7 +113,8 @@ def test_F69_an_entropy_bonus_alone_has_its_gradient(backend):
     torch.testing.assert_close(torch.autograd.grad(loss, entropy)[0], torch.full((2, 5), -0.03))
 
 
-def test_F71_a_good_action_becomes_more_likely_and_its_gradient_is_the_one_by_hand(backend):
+@pytest.mark.fault(71)
+def test_a_good_action_becomes_more_likely_and_its_gradient_is_the_one_by_hand(backend):
     for a in (1.0, -1.0):
         x = torch.zeros(1, 1, 2, requires_grad=True)
         loss = rlk.logits_policy_loss(
@@ -122,7 +127,8 @@ def test_F71_a_good_action_becomes_more_likely_and_its_gradient_is_the_one_by_ha
         assert (after > math.log(0.5)) == (a > 0)
 
 
-def test_F73_one_advantage_per_row_belongs_to_the_row_also_in_a_square_batch(backend):
+@pytest.mark.fault(73)
+def test_one_advantage_per_row_belongs_to_the_row_also_in_a_square_batch(backend):
     d = batch(shape=(4, 4))
     per_row = torch.tensor([1.0, -2.0, 0.5, 3.0])
     expected = rlk.policy_loss(d["logp"], d["old"], per_row[:, None].expand(4, 4).contiguous(), d["mask"])
@@ -132,7 +138,8 @@ def test_F73_one_advantage_per_row_belongs_to_the_row_also_in_a_square_batch(bac
     assert abs(wrong.item() - expected.item()) > 1e-2
 
 
-def test_F74_values_and_gradients_of_the_estimators_against_an_enumerated_vocabulary(backend):
+@pytest.mark.fault(74)
+def test_values_and_gradients_of_the_estimators_against_an_enumerated_vocabulary(backend):
     logits = torch.tensor([0.3, -1.0, 0.8, 0.1, -0.4])
     ref = torch.tensor([-0.2, 0.5, 0.4, -0.9, 0.0]).log_softmax(0)
     words = torch.arange(5)
@@ -173,8 +180,9 @@ def test_F74_values_and_gradients_of_the_estimators_against_an_enumerated_vocabu
     torch.testing.assert_close(torch.autograd.grad(exact, leaf)[0].double(), forward_gradient, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.fault(80)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_F80_losses_over_8192_tokens_of_16_bits_are_summed_in_fp32(dtype, backend):
+def test_losses_over_8192_tokens_of_16_bits_are_summed_in_fp32(dtype, backend):
     draw = torch.Generator().manual_seed(0)
     logp, old, a = ((-torch.rand(2, 4096, generator=draw)).to(dtype) for _ in range(3))
     loss = rlk.policy_loss(logp, old, a, **PARAMS["ppo_clip"])
@@ -186,7 +194,8 @@ def test_F80_losses_over_8192_tokens_of_16_bits_are_summed_in_fp32(dtype, backen
     assert value.item() == pytest.approx(oracles.value_plain(logp.double(), old.double()).mean().item(), rel=2e-6)
 
 
-def test_F83_a_convention_in_dispute_has_no_default(backend):
+@pytest.mark.fault(83)
+def test_a_convention_in_dispute_has_no_default(backend):
     d = batch()
     for given in ({}, {"clip_low": 1.0}, {"clip_high": 0.5}):
         with pytest.raises(TypeError, match="objective 'cispo' needs 'clip_"):
@@ -199,7 +208,8 @@ def test_F83_a_convention_in_dispute_has_no_default(backend):
     assert len(losses) == 2
 
 
-def test_F29_a_zero_advantage_gives_no_gradient_even_at_a_tie(backend):
+@pytest.mark.fault(29)
+def test_a_zero_advantage_gives_no_gradient_even_at_a_tie(backend):
     logp = torch.tensor([[1.25, 0.75, 1.0, 4.0]]).log().requires_grad_()
     for name in ("ppo_clip", "dual_clip"):
         params = {**PARAMS[name], "clip_low": 0.25, "clip_high": 0.25}
@@ -207,7 +217,8 @@ def test_F29_a_zero_advantage_gives_no_gradient_even_at_a_tie(backend):
         assert loss.item() == 0.0 and not torch.autograd.grad(loss, logp)[0].any()
 
 
-def test_F44_an_overflow_in_fp16_reaches_the_grad_scaler(backend):
+@pytest.mark.fault(44)
+def test_an_overflow_in_fp16_reaches_the_grad_scaler(backend):
     x, targets, _ = draw_rows((2, 5), 37, torch.float16)
     targets = targets.clamp(min=0)
     leaf = x.requires_grad_()

@@ -14,8 +14,9 @@ import rlkernels as rlk
 NAN, INF = math.nan, math.inf
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("level,aggregation", AGGREGATED)
-def test_F23_no_live_token_gives_loss_zero_with_zero_gradients(level, aggregation, backend):
+def test_no_live_token_gives_loss_zero_with_zero_gradients(level, aggregation, backend):
     d = batch()
     x, targets, _ = draw_rows((B, L), 37)
     nothing = torch.zeros(B, L)
@@ -48,16 +49,18 @@ def test_F23_no_live_token_gives_loss_zero_with_zero_gradients(level, aggregatio
         assert gradient.shape == source.shape and not gradient.any()
 
 
-def test_F23_no_pair_gives_loss_zero(backend):
+@pytest.mark.fault(23)
+def test_no_pair_gives_loss_zero(backend):
     a, b = torch.empty(0, requires_grad=True), torch.empty(0)
     for loss in (rlk.pairwise_reward_loss(a, b, center_coef=0.1), rlk.dpo_loss(a, b, b, b)):
         assert loss.item() == 0.0
         assert torch.autograd.grad(loss, a)[0].shape == (0,)
 
 
+@pytest.mark.fault(26, 81)
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 3e38])
 @pytest.mark.parametrize("level", LEVELS)
-def test_F26_F81_garbage_at_masked_tokens_changes_neither_loss_nor_gradient_nor_metric(level, garbage, backend):
+def test_garbage_at_masked_tokens_changes_neither_loss_nor_gradient_nor_metric(level, garbage, backend):
     d = batch()
     mask = d["mask"]
 
@@ -88,9 +91,10 @@ def test_F26_F81_garbage_at_masked_tokens_changes_neither_loss_nor_gradient_nor_
             assert same_bits(got.detach(), expected.detach()) and got.isfinite().all()
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF])
 @pytest.mark.parametrize("clip_range", [None, 0.2])
-def test_F26_garbage_under_the_mask_of_the_value_loss_changes_nothing(clip_range, garbage, backend):
+def test_garbage_under_the_mask_of_the_value_loss_changes_nothing(clip_range, garbage, backend):
     d = batch()
 
     def run(values, old, returns):
@@ -104,7 +108,8 @@ def test_F26_garbage_under_the_mask_of_the_value_loss_changes_nothing(clip_range
         assert same_bits(got.detach(), expected.detach()) and got.isfinite().all()
 
 
-def test_F26_a_dead_row_may_hold_a_nan_advantage(backend):
+@pytest.mark.fault(26)
+def test_a_dead_row_may_hold_a_nan_advantage(backend):
     d = batch()
     d["mask"][1] = False
     advantages = torch.tensor([1.0, NAN, -0.5])
@@ -115,8 +120,9 @@ def test_F26_a_dead_row_may_hold_a_nan_advantage(backend):
         ), level
 
 
+@pytest.mark.fault(86)
 @pytest.mark.parametrize("level", LEVELS)
-def test_F86_more_padding_changes_no_bit(level, backend):
+def test_more_padding_changes_no_bit(level, backend):
     d = batch()
 
     def run(d):
@@ -140,8 +146,9 @@ def test_F86_more_padding_changes_no_bit(level, backend):
     assert same_bits(wide_gradient[:, :L], gradient) and not wide_gradient[:, L:].any()
 
 
+@pytest.mark.fault(87)
 @pytest.mark.parametrize("level,aggregation", AGGREGATED)
-def test_F87_a_packed_batch_has_the_loss_of_the_padded_one(level, aggregation, backend):
+def test_a_packed_batch_has_the_loss_of_the_padded_one(level, aggregation, backend):
     d = batch()
     lengths = torch.tensor([6, 2, 4])
     inside = torch.arange(L) < lengths[:, None]
@@ -173,7 +180,8 @@ def test_F87_a_packed_batch_has_the_loss_of_the_padded_one(level, aggregation, b
         torch.testing.assert_close(packed, padded[inside], rtol=1e-6, atol=1e-9)
 
 
-def test_F30_micro_batches_add_up_to_the_batch(backend):
+@pytest.mark.fault(30)
+def test_micro_batches_add_up_to_the_batch(backend):
     d = batch(shape=(4, 6))
     x, targets, _ = draw_rows((4, 6), 37)
     targets = targets.clamp(min=0)

@@ -31,9 +31,10 @@ def odds_ratios(C, R):
     return [*losses, even, even, even, torch.zeros((), dtype=C.dtype), even]  # a certain chosen answer has won
 
 
+@pytest.mark.fault(129)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["orpo", "orpo_odds_ratio"])
-def test_F129_an_empty_answer_leaves_the_odds_ratio_of_its_pair_even(name, dtype, backend):
+def test_an_empty_answer_leaves_the_odds_ratio_of_its_pair_even(name, dtype, backend):
     wide = [x.double().requires_grad_() for x in (CHOSEN, REJECTED)]
     losses = odds_ratios(*wide)
     if name == "orpo":
@@ -51,7 +52,8 @@ def test_F129_an_empty_answer_leaves_the_odds_ratio_of_its_pair_even(name, dtype
     assert all(x.isfinite() for x in metrics.values())
 
 
-def test_F129_the_pair_of_the_report_leaves_the_others_as_they_are(backend):
+@pytest.mark.fault(129)
+def test_the_pair_of_the_report_leaves_the_others_as_they_are(backend):
     c, r = torch.tensor([-2.0, -3.5, 0.0], requires_grad=True), torch.tensor([-2.5, -1.0, 0.0], requires_grad=True)
     loss, metrics = rlk.dpo_loss(
         c,
@@ -71,8 +73,9 @@ def test_F129_the_pair_of_the_report_leaves_the_others_as_they_are(backend):
         torch.testing.assert_close(got[:2], want[:2], rtol=2e-6, atol=1e-8)
 
 
+@pytest.mark.fault(129)
 @pytest.mark.parametrize("name", KINDS)
-def test_F129_no_loss_of_pairs_is_nan_for_empty_answers(name, backend):
+def test_no_loss_of_pairs_is_nan_for_empty_answers(name, backend):
     given = {"label_smoothing": 0.1} if name == "exo_pair" else {}
     refs = {"ref_chosen_logps": torch.zeros(3), "ref_rejected_logps": torch.zeros(3)} if KINDS[name].reference else {}
     for normalized in (False, True) if "length_normalized" in KINDS[name].takes else (False,):
@@ -90,10 +93,11 @@ def test_F129_no_loss_of_pairs_is_nan_for_empty_answers(name, backend):
         assert loss.isfinite() and all(g.isfinite().all() for g in gradients(loss, (c, r)))
 
 
+@pytest.mark.fault(129)
 @pytest.mark.parametrize(
     "name", ["orpo", "simpo", "cpo", "sigmoid", "kto", "apo_zero_unpaired", "bco", "kto_paired_batch"]
 )
-def test_F129_a_head_s_answers_without_a_live_token_are_empty_answers(name, backend):
+def test_a_head_s_answers_without_a_live_token_are_empty_answers(name, backend):
     draw = torch.Generator().manual_seed(0)
     hidden, head = (
         torch.randn(4, 5, 6, generator=draw, requires_grad=True),
@@ -148,8 +152,9 @@ CALLS = {
 }
 
 
+@pytest.mark.fault(138)
 @pytest.mark.parametrize("case", CALLS)
-def test_F138_log_probabilities_of_tokens_are_not_taken_for_those_of_answers(case):
+def test_log_probabilities_of_tokens_are_not_taken_for_those_of_answers(case):
     name, call = CALLS[case]
     with pytest.raises(
         ValueError,

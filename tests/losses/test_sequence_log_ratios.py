@@ -39,9 +39,10 @@ def near(got, want, what):
     assert error <= 2e-6, f"{what}: {error:.3g} relative"
 
 
+@pytest.mark.fault(126)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_F126_a_ratio_of_a_long_sequence_keeps_its_digits(name, level, backend):
+def test_a_ratio_of_a_long_sequence_keeps_its_digits(name, level, backend):
     logp, old, A = long_sequences()
     for packed in (False, True):
         leaf, wide = logp.clone().requires_grad_(), logp.double().requires_grad_()
@@ -62,8 +63,9 @@ def test_F126_a_ratio_of_a_long_sequence_keeps_its_digits(name, level, backend):
         near(torch.autograd.grad(loss, leaf)[0], torch.autograd.grad(want, wide)[0], f"gradient of {name}")
 
 
+@pytest.mark.fault(126)
 @pytest.mark.parametrize("level", LEVELS)
-def test_F126_ratios_keep_their_digits_where_log_probabilities_are_far_below_zero(level, backend):
+def test_ratios_keep_their_digits_where_log_probabilities_are_far_below_zero(level, backend):
     """One fp32 rounding of a mean of -60 moves a ratio by 2e-6."""
     logp, old, A = long_sequences(64)
     old = (20 * old).contiguous()
@@ -72,8 +74,9 @@ def test_F126_ratios_keep_their_digits_where_log_probabilities_are_far_below_zer
     near(rlk.policy_loss(logp, old, A, ratio_level=level, aggregation="seq-mean", **PARAMS["ppo_clip"]), want, level)
 
 
+@pytest.mark.fault(126)
 @pytest.mark.parametrize("level", LEVELS)
-def test_F126_ratios_from_logits_and_from_a_head_keep_their_digits(level, backend):
+def test_ratios_from_logits_and_from_a_head_keep_their_digits(level, backend):
     """The log-probabilities are fp32 numbers there: the truth takes those that the library returns for
     the same rows.
     """
@@ -111,7 +114,8 @@ def preference_problem(length=4096):
     return hidden, head, targets, sums, sums + torch.tensor([0.0213, -0.0171], dtype=torch.float64)
 
 
-def test_F126_sums_of_answers_stay_wide_beside_a_wide_reference(backend):
+@pytest.mark.fault(126)
+def test_sums_of_answers_stay_wide_beside_a_wide_reference(backend):
     hidden, head, targets, sums, refs = preference_problem()
     want = -torch.nn.functional.logsigmoid(5.0 * ((sums[0] - refs[0]) - (sums[1] - refs[1])))
     for chunk in (16, 4 * 4096):
@@ -137,7 +141,8 @@ def test_F126_sums_of_answers_stay_wide_beside_a_wide_reference(backend):
     )
 
 
-def test_F126_a_float64_reference_is_not_rounded_beside_float32_log_probabilities(backend):
+@pytest.mark.fault(126)
+def test_a_float64_reference_is_not_rounded_beside_float32_log_probabilities(backend):
     C, R = torch.tensor([-7000.0, -6500.5]), torch.tensor([-6900.25, -6400.0])
     f, g = C.double() + 1e-4, R.double() - 3e-4
     c, r = (x.clone().requires_grad_() for x in (C, R))
@@ -153,7 +158,8 @@ def test_F126_a_float64_reference_is_not_rounded_beside_float32_log_probabilitie
     )
 
 
-def test_F126_the_head_s_gradient_of_a_long_sequence_keeps_its_digits(backend):
+@pytest.mark.fault(126)
+def test_the_head_s_gradient_of_a_long_sequence_keeps_its_digits(backend):
     """float64 hidden states: the way through the sums is the one that float32 takes."""
     draw = torch.Generator().manual_seed(3)
     hidden = torch.randn(2, 64, 4, generator=draw, dtype=torch.float64, requires_grad=True)

@@ -94,8 +94,9 @@ def test_kl_is_the_mean_drift_of_other_answers_and_never_negative():
     assert metrics["kl"] == 0
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("name", LOSS_TYPES)
-def test_F25_extreme_log_ratios_are_finite_with_a_finite_gradient(name):
+def test_extreme_log_ratios_are_finite_with_a_finite_gradient(name):
     rho = torch.tensor([20.0, 88.0, 200.0, 1e4, -20.0, -88.0, -200.0, -1e4]).repeat(2)
     good = torch.arange(16) < 8
     given = {

@@ -89,9 +89,10 @@ def test_nan_poisons_its_row_and_no_other(name, backend):
     assert derivative.isnan().logical_or(~slope.isnan()).all() and derivative[~rows].isfinite().all()
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("backend", PRESENT)
 @pytest.mark.parametrize("name", [n for n in BUILTIN if "old_logp" in OBJECTIVES[n].columns])
-def test_F25_overflowing_ratio_never_gives_a_nan_gradient(name, backend):
+def test_overflowing_ratio_never_gives_a_nan_gradient(name, backend):
     gap = torch.tensor([20.0, 88.0, 200.0, 1e4]).repeat_interleave(3).repeat(2)
     gap[12:] *= -1
     advantage = torch.tensor([1.0, -1.0, 0.0]).repeat(8)
@@ -106,8 +107,9 @@ def test_F25_overflowing_ratio_never_gives_a_nan_gradient(name, backend):
     torch.testing.assert_close(derivative[finite], want_derivative.float(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("backend", PRESENT)
-def test_F24_tails_keep_their_digits(backend):
+def test_tails_keep_their_digits(backend):
     # exp(x) - 1 and log(1 + x) by themselves give 0 here; a margin of -90 must not give inf.
     gap = torch.tensor([1e-8, 1e-4, -1e-4, 80.0, -80.0, 0.0])
     value, derivative = run(backend, "k3", [torch.zeros(6), gap], [])
@@ -122,9 +124,10 @@ def test_F24_tails_keep_their_digits(backend):
 TAILS = [20.0, 88.0, 90.0, 200.0, 1e4, 1e6]
 
 
+@pytest.mark.fault(24, 25)
 @pytest.mark.parametrize("backend", PRESENT)
 @pytest.mark.parametrize("name", [n for n in BUILTIN if OBJECTIVES[n].columns[0] in ("margin", "log_ratio")])
-def test_F24_F25_both_tails_are_finite_and_those_of_the_oracle_where_it_is(name, backend):
+def test_both_tails_are_finite_and_those_of_the_oracle_where_it_is(name, backend):
     column = torch.tensor([*TAILS, *(-x for x in TAILS), 0.0, 1e-8])
     params = [PARAMS[p] for p in OBJECTIVES[name].params]
     value, derivative = run(backend, name, [column], params)
@@ -140,8 +143,9 @@ def test_F24_F25_both_tails_are_finite_and_those_of_the_oracle_where_it_is(name,
     torch.testing.assert_close(derivative[sound], want_derivative[sound].float(), atol=2e-7, rtol=4e-6)
 
 
+@pytest.mark.fault(79)
 @pytest.mark.parametrize("backend", PRESENT)
-def test_F79_log_odds_keep_their_digits_up_to_a_certain_answer(backend):
+def test_log_odds_keep_their_digits_up_to_a_certain_answer(backend):
     logp = torch.tensor([-1e-30, -1e-8, -1e-4, -0.69, -0.7, -50.0, -1e4, 0.0])
     value, derivative = run(backend, "log_odds", [logp], [])
     exact = logp.double()
@@ -150,9 +154,10 @@ def test_F79_log_odds_keep_their_digits_up_to_a_certain_answer(backend):
     assert derivative[-1] == 0  # at probability 1: documented
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize("backend", PRESENT)
 @pytest.mark.parametrize("name", ["ppo_clip", "dual_clip"])
-def test_F29_at_an_exact_tie_the_derivative_is_the_unclipped_one(name, backend):
+def test_at_an_exact_tie_the_derivative_is_the_unclipped_one(name, backend):
     # ratio 1.25 and 0.75 are exact in binary, so are the bounds.
     columns = [torch.tensor([1.25, 0.75, 1.25, 0.75]).log(), torch.zeros(4), torch.tensor([1.0, 1.0, -1.0, -1.0])]
     ratio = columns[0].exp()

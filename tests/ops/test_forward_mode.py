@@ -22,8 +22,9 @@ def directions(argument, x):
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(len(argument)), dtype=x.dtype)
 
 
+@pytest.mark.fault(145)
 @pytest.mark.parametrize("name", CALLS)
-def test_F145_every_argument_with_a_tangent_moves_the_results_as_it_should_or_is_refused(name, backend):
+def test_every_argument_with_a_tangent_moves_the_results_as_it_should_or_is_refused(name, backend):
     d = {k: v.double() if v.is_floating_point() else v for k, v in data().items()}
     floating = [a for a in tensor_arguments(name, d) if a[1].is_floating_point()]
     for argument, x in floating:
@@ -56,15 +57,17 @@ def test_F145_every_argument_with_a_tangent_moves_the_results_as_it_should_or_is
             )
 
 
+@pytest.mark.fault(145)
 @pytest.mark.parametrize("name", ["policy_loss of weights", "gae", "dpo_loss", "sft_loss"])
-def test_F145_an_argument_without_a_tangent_is_welcome_inside_of_a_level(name, backend):
+def test_an_argument_without_a_tangent_is_welcome_inside_of_a_level(name, backend):
     expected = results(name, data(), lambda key, x: x)
     with forward_ad.dual_level():
         got = results(name, data(), lambda key, x: x)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_F145_jvp_of_a_secondary_argument_is_refused():
+@pytest.mark.fault(145)
+def test_jvp_of_a_secondary_argument_is_refused():
     z = torch.zeros(2, 3)
     for function in (
         lambda x: rlk.policy_loss(z, x, z),
@@ -86,8 +89,9 @@ TORCHS_OWN = (
 )
 
 
+@pytest.mark.fault(148)
 @pytest.mark.parametrize("name", CALLS)
-def test_F148_torch_func_grad_is_right_or_refused_by_the_functions_name(name, backend):
+def test_torch_func_grad_is_right_or_refused_by_the_functions_name(name, backend):
     d = data()
     leaves = {k: v.clone().requires_grad_() if k in TRAINED else v for k, v in d.items()}
     trained = [argument for argument, x in tensor_arguments(name, leaves) if x.is_floating_point()]

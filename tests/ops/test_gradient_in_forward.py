@@ -53,8 +53,9 @@ def two_passes(leaf, loss, g):
     return torch.autograd.grad(loss(inplace=True), leaf, g)[0]
 
 
+@pytest.mark.fault(31, 84)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_F31_F84_any_upstream_gradient_gives_the_bits_of_the_two_passes(dtype, way, backend):
+def test_any_upstream_gradient_gives_the_bits_of_the_two_passes(dtype, way, backend):
     leaf, _, loss = problem(dtype)
     for g in UPSTREAM:
         g = torch.tensor(g, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
@@ -64,7 +65,8 @@ def test_F31_F84_any_upstream_gradient_gives_the_bits_of_the_two_passes(dtype, w
         assert g == 0 or got.any(), g
 
 
-def test_F33_F34_a_gradient_is_given_away_once_and_the_next_is_another_tensor(way, backend):
+@pytest.mark.fault(33, 34)
+def test_a_gradient_is_given_away_once_and_the_next_is_another_tensor(way, backend):
     leaf, _, loss = problem(torch.bfloat16)
     expected = {g: two_passes(leaf, loss, torch.tensor(g)) for g in UPSTREAM}
     for first in UPSTREAM:
@@ -76,7 +78,8 @@ def test_F33_F34_a_gradient_is_given_away_once_and_the_next_is_another_tensor(wa
             given.append(got.fill_(float("nan")))
 
 
-def test_F84_a_loss_scale_reaches_fp16_before_the_rounding(way, backend):
+@pytest.mark.fault(84)
+def test_a_loss_scale_reaches_fp16_before_the_rounding(way, backend):
     leaf, targets, loss = problem(
         torch.float16, entropy_coef=0.0, objective="reinforce", weights=torch.full((5,), 1e-7)
     )

@@ -151,20 +151,22 @@ def heads(dtype, packed=False):
     }
 
 
+@pytest.mark.fault(48)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("chunk", [None, 16], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("name", heads(torch.float32))
-def test_F48_with_a_bound_the_host_reads_nothing_of_a_head(name, chunk, packed, dtype):
+def test_with_a_bound_the_host_reads_nothing_of_a_head(name, chunk, packed, dtype):
     loss = heads(dtype, packed)[name](max_live_tokens=N * L, chunk_tokens=chunk)
     loss.backward()
     assert loss.is_meta and loss.dtype == torch.float32
 
 
+@pytest.mark.fault(48)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("chunk", [None, 4], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("name", heads(torch.float32))
-def test_F48_without_one_it_reads_once_per_call(name, chunk, packed, asked):
+def test_without_one_it_reads_once_per_call(name, chunk, packed, asked):
     loss = heads(torch.bfloat16, packed)[name](chunk_tokens=chunk)
     assert len(asked) == 1, asked
     loss.backward()
@@ -343,34 +345,39 @@ METRICS = {
 }
 
 
+@pytest.mark.fault(48)
 @pytest.mark.parametrize("name", METRICS)
-def test_F48_no_metric_reads_the_device(name):
+def test_no_metric_reads_the_device(name):
     loss, metrics = METRICS[name]()
     loss.backward()
     assert metrics and all(x.is_meta for x in metrics.values())
 
 
+@pytest.mark.fault(48)
 @pytest.mark.parametrize("name", CALLS)
-def test_F48_no_loss_reads_the_device(name):
+def test_no_loss_reads_the_device(name):
     loss = CALLS[name]()
     loss.backward()
     assert loss.is_meta
 
 
+@pytest.mark.fault(147)
 @pytest.mark.parametrize("name", SCHEDULED)
-def test_F147_no_coefficient_is_read_from_the_device(name):
+def test_no_coefficient_is_read_from_the_device(name):
     loss = SCHEDULED[name]()
     loss.backward()
     assert loss.is_meta and loss.dtype == torch.float32
 
 
+@pytest.mark.fault(48)
 @pytest.mark.parametrize("name", PLAIN)
-def test_F48_nothing_before_a_loss_reads_the_device(name):
+def test_nothing_before_a_loss_reads_the_device(name):
     assert all(x.is_meta for x in PLAIN[name]())
 
 
+@pytest.mark.fault(48)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_F48_no_objective_in_plain_torch_reads_the_device(name):
+def test_no_objective_in_plain_torch_reads_the_device(name):
     entry = OBJECTIVES[name]
     columns, params = [made(N, L) for _ in entry.columns], [0.5] * len(entry.params)
     for numbers in (params, [number() for _ in params]):

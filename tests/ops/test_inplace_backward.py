@@ -74,9 +74,10 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.fault(124)
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_F124_no_view_of_a_parameter_is_overwritten_by_its_gradient(function, view, backend):
+def test_no_view_of_a_parameter_is_overwritten_by_its_gradient(function, view, backend):
     parameter = torch.nn.Parameter(torch.randn(6, V, generator=torch.Generator().manual_seed(0)))
     before = parameter.detach().clone()
     logits = VIEWS[view](parameter)
@@ -91,9 +92,10 @@ def test_F124_no_view_of_a_parameter_is_overwritten_by_its_gradient(function, vi
     assert same_bits(parameter.detach(), before)
 
 
+@pytest.mark.fault(124)
 @pytest.mark.parametrize("view", ["unsafe_chunk", "a view of unsafe_chunk", "an autograd function"])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_F124_what_has_no_base_is_not_overwritten_in_a_compiled_program(function, view):
+def test_what_has_no_base_is_not_overwritten_in_a_compiled_program(function, view):
     """The graph is not there while Dynamo traces: the op looks at it when it runs."""
     parameter = torch.nn.Parameter(torch.randn(6, V, generator=torch.Generator().manual_seed(0)))
     before = parameter.detach().clone()
@@ -108,9 +110,10 @@ def test_F124_what_has_no_base_is_not_overwritten_in_a_compiled_program(function
     assert same_bits(parameter.detach(), before)
 
 
+@pytest.mark.fault(124)
 @pytest.mark.parametrize("view", ["view", "slice", "chunk", "a view of a view of a view"])
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_F124_a_view_of_a_parameter_is_refused_when_compiled_too(view, compiler):
+def test_a_view_of_a_parameter_is_refused_when_compiled_too(view, compiler):
     parameter = torch.nn.Parameter(torch.randn(6, V))
     before = parameter.detach().clone()
 
@@ -123,8 +126,9 @@ def test_F124_a_view_of_a_parameter_is_refused_when_compiled_too(view, compiler)
     assert same_bits(parameter.detach(), before)
 
 
+@pytest.mark.fault(124)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_F124_views_of_logits_that_a_model_made_are_written_over_as_before(function, backend):
+def test_views_of_logits_that_a_model_made_are_written_over_as_before(function, backend):
     draw = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(2, 4, 3, generator=draw), torch.randn(V, 3, generator=draw).requires_grad_()
     targets = torch.randint(V, (2, 3), generator=draw)
@@ -139,7 +143,8 @@ def test_F124_views_of_logits_that_a_model_made_are_written_over_as_before(funct
     assert same_bits(*found) and found[0].any()
 
 
-def test_F124_a_later_backward_through_an_alias_that_autograd_knows_raises(backend):
+@pytest.mark.fault(124)
+def test_a_later_backward_through_an_alias_that_autograd_knows_raises(backend):
     leaf = torch.randn(4, V, requires_grad=True)
     made = leaf * 1
     for alias in (made[:2], made.detach().requires_grad_()):
@@ -152,7 +157,8 @@ def test_F124_a_later_backward_through_an_alias_that_autograd_knows_raises(backe
             later.backward()
 
 
-def test_F124_the_question_is_answered_without_data_and_where_no_leaf_is_strided():
+@pytest.mark.fault(124)
+def test_the_question_is_answered_without_data_and_where_no_leaf_is_strided():
     weight = torch.nn.Parameter(torch.randn(6, V, device="meta"))
     targets = torch.zeros(6, dtype=torch.int64, device="meta")
     rlk.token_logprobs(weight * 1, targets, inplace_backward=True)

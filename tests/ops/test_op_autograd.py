@@ -8,8 +8,9 @@ from trained_functions import FUNCTIONS, H, V, output_of, problem
 import rlkernels as rlk
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_F31_the_gradient_is_linear_in_what_comes_from_above(name, backend):
+def test_the_gradient_is_linear_in_what_comes_from_above(name, backend):
     output, leaf = output_of(name, problem())
 
     def gradient(g):
@@ -27,8 +28,9 @@ def test_F31_the_gradient_is_linear_in_what_comes_from_above(name, backend):
         torch.testing.assert_close(parts, gg, rtol=1e-5, atol=3e-6 * scale)
 
 
+@pytest.mark.fault(33, 34)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_F33_F34_three_backwards_equal_fresh_graphs_also_when_a_gradient_is_edited(name, backend):
+def test_three_backwards_equal_fresh_graphs_also_when_a_gradient_is_edited(name, backend):
     output, leaf = output_of(name, problem())
     for k in range(3):
         # Exactly 1 first: a gradient made in the forward is handed out for it, and must not be handed out twice.
@@ -42,8 +44,9 @@ def test_F33_F34_three_backwards_equal_fresh_graphs_also_when_a_gradient_is_edit
     assert same_bits(twice, torch.autograd.grad(fresh, fresh_leaf, torch.ones_like(output))[0])
 
 
+@pytest.mark.fault(35)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_F35_editing_an_output_before_the_backward_changes_no_gradient_in_silence(name, backend):
+def test_editing_an_output_before_the_backward_changes_no_gradient_in_silence(name, backend):
     output, leaf = output_of(name, problem())
     g = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     expected = torch.autograd.grad(*output_of(name, problem()), g)[0]
@@ -57,7 +60,8 @@ def test_F35_editing_an_output_before_the_backward_changes_no_gradient_in_silenc
         assert same_bits(got, expected)
 
 
-def test_F35_an_edited_metric_or_statistic_changes_no_gradient_in_silence(backend):
+@pytest.mark.fault(35)
+def test_an_edited_metric_or_statistic_changes_no_gradient_in_silence(backend):
     d = problem()
     for editable in ("logsumexp", "entropy", "logprobs", "log_sum_sq_probs"):
         leaf = d["x"].clone().requires_grad_()
@@ -73,8 +77,9 @@ def test_F35_an_edited_metric_or_statistic_changes_no_gradient_in_silence(backen
             assert same_bits(got, expected), editable
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_F32_two_losses_on_the_same_logits(inplace, backend):
+def test_two_losses_on_the_same_logits(inplace, backend):
     d = problem()
     leaf = d["x"].clone().requires_grad_()
     x = leaf * 1
@@ -90,7 +95,8 @@ def test_F32_two_losses_on_the_same_logits(inplace, backend):
         assert same_bits(x.detach(), d["x"]) and same_bits(torch.autograd.grad(second, leaf, d["a"])[0], expected)
 
 
-def test_F70_every_parameter_of_a_small_model_gets_a_finite_gradient(backend):
+@pytest.mark.fault(70)
+def test_every_parameter_of_a_small_model_gets_a_finite_gradient(backend):
     torch.manual_seed(0)
     d = problem()
     body, head = torch.nn.Linear(H, H), torch.nn.Linear(H, V)
@@ -118,7 +124,8 @@ def test_F70_every_parameter_of_a_small_model_gets_a_finite_gradient(backend):
         torch.testing.assert_close(linear, dense, rtol=1e-4, atol=1e-6)
 
 
-def test_F84_F31_a_loss_scaled_from_above_has_one_rounding(backend):
+@pytest.mark.fault(84, 31)
+def test_a_loss_scaled_from_above_has_one_rounding(backend):
     # fp16: a gradient made in the forward for g = 1 would have underflowed before the loss scale arrives.
     x, targets, _ = draw_rows((4,), V, torch.float16)
     leaf = x.requires_grad_()

@@ -227,10 +227,11 @@ def test_gradcheck_of_pairs_values_and_linear(backend):
     assert torch.autograd.gradcheck(statistics, (hidden, weight, bias))
 
 
+@pytest.mark.fault(38)
 @pytest.mark.parametrize(
     "chosen", [c for n in (1, 2, 3) for c in itertools.combinations(("logprobs", "entropy", "kl"), n)], ids=" ".join
 )
-def test_F38_every_subset_of_outputs_gives_its_own_gradient(chosen, backend):
+def test_every_subset_of_outputs_gives_its_own_gradient(chosen, backend):
     logits, targets, _, rest = problem()
     stats = rlk.token_stats(logits, targets, ref_logits=rest["ref"], kl="exact")
     (got,) = torch.autograd.grad(
@@ -290,8 +291,9 @@ COMPILED = {
 }
 
 
+@pytest.mark.fault(47, 49)
 @pytest.mark.parametrize("name", COMPILED)
-def test_F47_F49_one_graph_for_every_length_and_number(name, backend):
+def test_one_graph_for_every_length_and_number(name, backend):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(COMPILED[name], fullgraph=True, backend=counter, dynamic=True)
@@ -305,8 +307,9 @@ def test_F47_F49_one_graph_for_every_length_and_number(name, backend):
     assert counter.frame_count <= 2, counter.frame_count
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_F42_checkpointing_recomputes_the_same_bits(reentrant, backend):
+def test_checkpointing_recomputes_the_same_bits(reentrant, backend):
     logits, targets, mask, rest = problem((2, 3), torch.float32)
 
     def loss(x):
@@ -323,8 +326,9 @@ def test_F42_checkpointing_recomputes_the_same_bits(reentrant, backend):
     assert torch.equal(*gradients[-2:])
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize("name", ["token_logprobs", "logits_policy_loss", "pairwise_reward_loss", "value_loss"])
-def test_F36_double_backward_is_refused(name, backend):
+def test_double_backward_is_refused(name, backend):
     x = torch.randn(2, 3, V, requires_grad=True)
     y = torch.full((2, 3), 5)
     (first,) = torch.autograd.grad(COMPILED[name](x, y, 0.7).sum(), x, create_graph=True)
@@ -332,10 +336,11 @@ def test_F36_double_backward_is_refused(name, backend):
         first.square().sum().backward()
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize(
     "name", ["token_logprobs", "logits_policy_loss", "pairwise_reward_loss", "dpo_loss", "value_loss", "linear"]
 )
-def test_F37_forward_mode_is_refused(name, backend):
+def test_forward_mode_is_refused(name, backend):
     x, y = torch.randn(2, 3, V), torch.full((2, 3), 5)
     with pytest.raises(RuntimeError, match="forward-mode AD is not supported"):
         torch.func.jvp(lambda x: COMPILED[name](x, y, 0.7), (x,), (torch.ones_like(x),))

@@ -121,7 +121,8 @@ def test_integrations_import_other_libraries_inside_functions():
             )
 
 
-def test_F141_no_named_tuple_has_what_the_oldest_torch_cannot_trace():
+@pytest.mark.fault(141)
+def test_no_named_tuple_has_what_the_oldest_torch_cannot_trace():
     """Dynamo of torch 2.8 follows neither a property of a named tuple nor its ``_replace``; that of 2.13 makes one by
     ``_make``, which asks its length.
     """
@@ -240,7 +241,8 @@ def test_import_loads_no_optional_package():
     assert not {name.split(".")[0] for name in loaded} & set(optional.split())
 
 
-def test_F58_import_works_without_optional_packages_and_without_the_compiled_module():
+@pytest.mark.fault(58)
+def test_import_works_without_optional_packages_and_without_the_compiled_module():
     printed = python(
         """
         import importlib.util

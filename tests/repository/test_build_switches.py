@@ -89,7 +89,8 @@ def without_native(tmp_path_factory):
     return found
 
 
-def test_F142_a_compiler_that_fails_costs_the_native_code_and_one_line_says_so(without_native):
+@pytest.mark.fault(142)
+def test_a_compiler_that_fails_costs_the_native_code_and_one_line_says_so(without_native):
     package, _, said = without_native["failed"]
     (line,) = [line for line in said.splitlines() if line.startswith("rlkernels:")]
     assert re.search(
@@ -106,7 +107,8 @@ def test_F142_a_compiler_that_fails_costs_the_native_code_and_one_line_says_so(w
     assert done.stdout.strip() == log.splitlines()[0] and "no space left on device" in done.stdout
 
 
-def test_F142_the_first_native_less_call_of_a_process_warns_and_no_other(without_native):
+@pytest.mark.fault(142)
+def test_the_first_native_less_call_of_a_process_warns_and_no_other(without_native):
     package = without_native["failed"][0]
     done = python(package, CALLS.format(first="rlkernels.available_backends(); print('reported', file=sys.stderr)"))
     assert done.stdout.split() == ["0.25", "0.25"] and done.stderr.startswith("reported")  # a report is no call
@@ -114,6 +116,7 @@ def test_F142_the_first_native_less_call_of_a_process_warns_and_no_other(without
     assert len(warnings) == 1 and "rlkernels._cpu was not built" in warnings[0] and "RLKERNELS_CPU=0" in warnings[0]
 
 
+@pytest.mark.fault(142)
 @pytest.mark.parametrize(
     ("how", "first", "variables"),
     [
@@ -122,12 +125,13 @@ def test_F142_the_first_native_less_call_of_a_process_warns_and_no_other(without
         ("failed", "held = rlkernels.use_backend('eager'); held.__enter__()", {}),
     ],
 )
-def test_F142_nothing_warns_where_native_code_is_not_wanted(without_native, how, first, variables):
+def test_nothing_warns_where_native_code_is_not_wanted(without_native, how, first, variables):
     done = python(without_native[how][0], CALLS.format(first=first), **variables)
     assert done.stdout.split() == ["0.25", "0.25"] and "RuntimeWarning" not in done.stderr
 
 
-def test_F142_a_compiled_first_call_is_one_graph_without_native_code(without_native):
+@pytest.mark.fault(142)
+def test_a_compiled_first_call_is_one_graph_without_native_code(without_native):
     done = python(
         without_native["failed"][0],
         """
@@ -137,18 +141,21 @@ def test_F142_a_compiled_first_call_is_one_graph_without_native_code(without_nat
     assert done.stdout.strip() == "0.25"
 
 
-def test_F142_switched_off_the_wheel_is_pure(without_native):
+@pytest.mark.fault(142)
+def test_switched_off_the_wheel_is_pure(without_native):
     _, name, said = without_native["switched off"]
     assert name.endswith("-py3-none-any.whl") and "running build_ext" not in said
 
 
-def test_F142_the_switch_works_at_run_time_too():
+@pytest.mark.fault(142)
+def test_the_switch_works_at_run_time_too():
     code = "import rlkernels; s = rlkernels.available_backends(); print(s['serves']['cpu']['gae'], s['absent']['cpu'])"
     done = run([sys.executable, "-c", code], env={**os.environ, "RLKERNELS_CPU": "0"})
     assert done.stdout.split(maxsplit=1) == ["eager", "RLKERNELS_CPU=0 is set; unset it before the import\n"]
 
 
-def test_F142_asked_for_by_1_a_failure_is_an_error_with_the_words_of_the_compiler(source, tmp_path):
+@pytest.mark.fault(142)
+def test_asked_for_by_1_a_failure_is_an_error_with_the_words_of_the_compiler(source, tmp_path):
     _, _, said = wheel(source, False, RLKERNELS_CPU="1", CXX=str(script(tmp_path / "c++", FAILS)))
     assert (
         "cc1plus: fatal error: no space left on device\n" in said
@@ -157,7 +164,8 @@ def test_F142_asked_for_by_1_a_failure_is_an_error_with_the_words_of_the_compile
     )
 
 
-def test_F142_an_old_module_does_not_survive_a_build_that_failed(source, tmp_path):
+@pytest.mark.fault(142)
+def test_an_old_module_does_not_survive_a_build_that_failed(source, tmp_path):
     old = source / "rlkernels" / f"_cpu{SUFFIX}"
     old.write_bytes(b"from other sources")
     run(
@@ -168,10 +176,9 @@ def test_F142_an_old_module_does_not_survive_a_build_that_failed(source, tmp_pat
     assert not old.exists() and "no space left" in (source / "rlkernels/_cpu.build.log").read_text()
 
 
+@pytest.mark.fault(142)
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_F142_as_many_compilers_run_as_MAX_JOBS_says_and_a_module_that_does_not_load_is_left_out(
-    source, tmp_path, jobs
-):
+def test_as_many_compilers_run_as_MAX_JOBS_says_and_a_module_that_does_not_load_is_left_out(source, tmp_path, jobs):
     record = tmp_path / "record"
     package, _, said = wheel(source, CXX=str(script(tmp_path / "c++", EMPTY)), RECORD=str(record), MAX_JOBS=str(jobs))
     events = [1 if line == "start" else -1 for line in record.read_text().split()]
@@ -180,6 +187,7 @@ def test_F142_as_many_compilers_run_as_MAX_JOBS_says_and_a_module_that_does_not_
     assert "the module was built and does not load: ImportError" in said and not list(package.rglob("*.so"))
 
 
+@pytest.mark.fault(142)
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -200,12 +208,13 @@ def test_F142_as_many_compilers_run_as_MAX_JOBS_says_and_a_module_that_does_not_
         ({"MAX_JOBS": "many"}, "MAX_JOBS must be a whole number of at least 1, got 'many'"),
     ],
 )
-def test_F142_a_switch_that_cannot_be_followed_is_refused(variables, message):
+def test_a_switch_that_cannot_be_followed_is_refused(variables, message):
     done = run([sys.executable, "setup.py", "--version"], check=False, cwd=ROOT, env=environment(**variables))
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_F142_cuda_that_is_asked_for_needs_the_compiler_of_its_bindings(tmp_path):
+@pytest.mark.fault(142)
+def test_cuda_that_is_asked_for_needs_the_compiler_of_its_bindings(tmp_path):
     nvcc = script(tmp_path / "bin/nvcc", FAILS)
     done = run(
         [sys.executable, "setup.py", "--version"],
@@ -216,8 +225,9 @@ def test_F142_cuda_that_is_asked_for_needs_the_compiler_of_its_bindings(tmp_path
     assert done.returncode != 0 and "RLKERNELS_CUDA=1, but no C++ compiler" in done.stderr
 
 
+@pytest.mark.fault(142)
 @needs_compiler
-def test_F142_an_nvcc_that_fails_costs_the_cuda_module_alone_or_is_an_error_where_it_is_asked_for(source, tmp_path):
+def test_an_nvcc_that_fails_costs_the_cuda_module_alone_or_is_an_error_where_it_is_asked_for(source, tmp_path):
     folder = script(
         tmp_path / "it's $HOME/nvcc", "echo 'nvcc fatal : Unsupported gpu architecture compute_120' >&2\nexit 1\n"
     ).parent
@@ -241,7 +251,8 @@ def test_F142_an_nvcc_that_fails_costs_the_cuda_module_alone_or_is_an_error_wher
     )
 
 
-def test_F142_without_the_tools_of_the_build_the_package_goes_without_native_code(source):
+@pytest.mark.fault(142)
+def test_without_the_tools_of_the_build_the_package_goes_without_native_code(source):
     code = (
         "import runpy, sys; sys.modules['pybind11'] = None; sys.argv = ['setup.py', 'bdist_wheel']; "
         "runpy.run_path('setup.py', run_name='__main__')"
@@ -252,7 +263,8 @@ def test_F142_without_the_tools_of_the_build_the_package_goes_without_native_cod
     )
 
 
-def test_F142_without_headers_of_python_the_reason_names_them(tmp_path, monkeypatch):
+@pytest.mark.fault(142)
+def test_without_headers_of_python_the_reason_names_them(tmp_path, monkeypatch):
     build = runpy.run_path(str(ROOT / "setup_build.py"))
     monkeypatch.setitem(build["missing"].__globals__, "HEADERS", tmp_path)
     assert build["missing"](["c++"]).startswith(
@@ -260,8 +272,9 @@ def test_F142_without_headers_of_python_the_reason_names_them(tmp_path, monkeypa
     )
 
 
+@pytest.mark.fault(142)
 @needs_compiler
-def test_F142_the_module_is_built_whatever_the_paths_are(tmp_path):
+def test_the_module_is_built_whatever_the_paths_are(tmp_path):
     """Sources, temporary files, headers and the compiler below a name with a blank, quotes, a dollar, a colon and
     letters that are not ASCII.
     """

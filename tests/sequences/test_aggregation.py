@@ -112,8 +112,9 @@ FORMULAS = {
 }
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("case", FORMULAS)
-def test_F30_aggregation_equals_the_trainers_formula(case):
+def test_aggregation_equals_the_trainers_formula(case):
     want, mode, options = FORMULAS[case]
     got = aggregate(LOSS, MASK, mode, **options)
     assert float(got) == pytest.approx(want, rel=1e-12)
@@ -183,8 +184,9 @@ def test_a_token_lives_where_its_mask_is_not_zero():
     assert token_weights(mask).tolist() == token_weights(mask != 0).tolist()
 
 
+@pytest.mark.fault(86)
 @pytest.mark.parametrize("mode", AGGREGATIONS)
-def test_F86_more_padding_changes_no_weight(mode):
+def test_more_padding_changes_no_weight(mode):
     padded = torch.nn.functional.pad(MASK, (3, 50))
     assert torch.equal(
         token_weights(padded, mode, **options_of(mode))[:, 3:-50], token_weights(MASK, mode, **options_of(mode))
@@ -204,9 +206,10 @@ def test_inserted_dead_tokens_change_neither_value_nor_gradient(mode):
     assert float(got.abs().sum()) == pytest.approx(float(want.abs().sum()), rel=1e-14)  # nothing on the inserted ones
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("mode", AGGREGATIONS)
-def test_F26_garbage_under_the_mask_changes_nothing(mode, garbage):
+def test_garbage_under_the_mask_changes_nothing(mode, garbage):
     dirty = torch.where(MASK, LOSS, garbage).requires_grad_()
     value = aggregate(dirty, MASK, mode, **options_of(mode))
     assert torch.equal(value, aggregate(LOSS, MASK, mode, **options_of(mode)))
@@ -220,9 +223,10 @@ def test_nan_in_a_live_token_is_not_hidden():
     assert aggregate(dirty, MASK).isnan()
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("layout", ["padded", "packed", "no rows"])
 @pytest.mark.parametrize("mode", AGGREGATIONS)
-def test_F23_no_live_token_gives_zero_with_zero_gradients(mode, layout):
+def test_no_live_token_gives_zero_with_zero_gradients(mode, layout):
     loss, cu_seqlens = torch.randn(3, 4), None
     if layout == "packed":
         loss, cu_seqlens = torch.randn(12), torch.tensor([0, 5, 5, 12])
@@ -243,6 +247,7 @@ def test_a_global_count_of_zero_gives_zero_weights():
         assert torch.equal(token_weights(nothing, "global-token-mean", batch_num_tokens=total), nothing)
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize(
     "mode,total,normalizers",
     [
@@ -252,7 +257,7 @@ def test_a_global_count_of_zero_gives_zero_weights():
         ("fixed-horizon", "num_sequences", {"horizon": 32}),
     ],
 )
-def test_F30_micro_batches_on_two_ranks_add_up_to_the_whole_batch(mode, total, normalizers):
+def test_micro_batches_on_two_ranks_add_up_to_the_whole_batch(mode, total, normalizers):
     counted = {
         "batch_num_tokens": int(MASK.sum()),
         "num_sequences": B if mode == "fixed-horizon" else int(MASK.any(-1).sum()),
@@ -273,8 +278,9 @@ def test_rows_of_losses_are_weighted_without_a_token_axis():
     assert token_weights(live, "group-mean", group_ids=groups).tolist() == pytest.approx([1 / 4, 1 / 2, 0, 1 / 4])
 
 
+@pytest.mark.fault(80)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_F80_a_mean_over_8192_tokens_of_16_bits_is_a_float32_mean(dtype):
+def test_a_mean_over_8192_tokens_of_16_bits_is_a_float32_mean(dtype):
     loss = torch.rand(2, 8192, generator=torch.Generator().manual_seed(1)).to(dtype)
     want = loss.double().mean()
     got = aggregate(loss)

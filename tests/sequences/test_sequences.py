@@ -73,16 +73,18 @@ def test_sequences_may_have_any_leading_shape():
     assert sequence_sums(x[0], MASK[0]).shape == ()
 
 
+@pytest.mark.fault(80)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_F80_sums_over_8192_tokens_keep_float32_digits(dtype):
+def test_sums_over_8192_tokens_keep_float32_digits(dtype):
     x = torch.rand(3, 8192, generator=torch.Generator().manual_seed(2)).to(dtype)
     want = x.double().sum(-1)
     for got in (sequence_sums(x), sequence_sums(x.reshape(-1), cu_seqlens=torch.arange(4) * 8192)):
         torch.testing.assert_close(got.double(), want, rtol=6e-8, atol=0)
 
 
+@pytest.mark.fault(86)
 @pytest.mark.parametrize("function", [sequence_sums, sequence_means])
-def test_F86_a_row_has_the_same_bits_with_more_padding_and_other_neighbours(function):
+def test_a_row_has_the_same_bits_with_more_padding_and_other_neighbours(function):
     # 1000 rows and 4000 columns: past every vector width and grain size at which a reduction changes its order.
     x = torch.randn(4, 37, generator=torch.Generator().manual_seed(3)) * 100
     live = torch.rand(4, 37, generator=torch.Generator().manual_seed(4)) < 0.8
@@ -94,9 +96,10 @@ def test_F86_a_row_has_the_same_bits_with_more_padding_and_other_neighbours(func
     assert torch.equal(function(x.t().contiguous().t(), live), alone)
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("function,divide", [(sequence_sums, False), (sequence_means, True)])
-def test_F26_dead_garbage_reaches_neither_result_nor_gradient(function, divide, packed):
+def test_dead_garbage_reaches_neither_result_nor_gradient(function, divide, packed):
     upstream = torch.tensor([0.5, -2.0, 3.0, 7.0, 1.5], dtype=torch.float64)
     x = torch.where(MASK, values(), float("nan"))
     x[0, 6], x[1, 4] = float("inf"), -float("inf")

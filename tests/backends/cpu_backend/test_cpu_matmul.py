@@ -224,11 +224,12 @@ GUARDED = """
 """
 
 
+@pytest.mark.fault(2)
 @native_fp32
 @pytest.mark.skipif(
     os.name != "posix" or sys.platform == "darwin", reason="mprotect of an anonymous mapping is used as on Linux"
 )
-def test_F02_no_byte_behind_an_operand_or_the_result_is_touched():
+def test_no_byte_behind_an_operand_or_the_result_is_touched():
     done = subprocesses.code(GUARDED)
     assert done.stdout.strip() == "no byte beyond", done.stderr
 

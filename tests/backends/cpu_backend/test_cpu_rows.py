@@ -231,8 +231,9 @@ def test_a_streamed_gradient_has_the_bits_of_a_small_one(dtype):
         assert same_bits(large[at], small), row
 
 
+@pytest.mark.fault(17)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_F17_a_whole_block_of_minus_infinity_counts_as_absent(dtype):
+def test_a_whole_block_of_minus_infinity_counts_as_absent(dtype):
     x, y, _ = draw_rows((4,), 9000, dtype)
     x[0, :4096] = x[0, 8192:] = -INF  # the first block and the last
     x[1, :8999], y[1] = -INF, 8999
@@ -297,6 +298,7 @@ GUARDED = """
 """
 
 
-def test_F02_no_kernel_touches_a_byte_behind_its_tensors():
+@pytest.mark.fault(2)
+def test_no_kernel_touches_a_byte_behind_its_tensors():
     done = subprocesses.code(GUARDED)
     assert done.stdout.strip() == "no byte beyond", done.stderr

@@ -16,15 +16,17 @@ def same(got, expected, what):
         assert same_bits(a, b), f"{what}: result {k}: {a} against {b}"
 
 
+@pytest.mark.fault(7, 120)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CALLS)
-def test_F07_F120_all_arguments_in_a_layout_give_the_bits_of_contiguous_ones(name, layout, public):
+def test_all_arguments_in_a_layout_give_the_bits_of_contiguous_ones(name, layout, public):
     got, expected, _ = compared(call_with, name, data(), layout)
     same(got, expected, f"{name}, {layout}")
 
 
+@pytest.mark.fault(131)
 @pytest.mark.parametrize("name", CALLS)
-def test_F131_another_default_dtype_and_device_change_no_bit(name, public):
+def test_another_default_dtype_and_device_change_no_bit(name, public):
     d = data()
     expected = call(name, d)
     torch.set_default_dtype(torch.bfloat16)

@@ -11,11 +11,12 @@ from row_calls import gradient, run, same
 from rlkernels import ops
 
 
+@pytest.mark.fault(120)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "name", [n for n in NAMES if not n.startswith(("elementwise_backward", "weighted_loss_backward"))]
 )
-def test_F120_every_tensor_of_every_op_in_a_layout_gives_the_bits_of_its_contiguous_copy(name, layout, public):
+def test_every_tensor_of_every_op_in_a_layout_gives_the_bits_of_its_contiguous_copy(name, layout, public):
     check_layout(name, layout, "eager")
 
 
@@ -30,8 +31,9 @@ MASKS = {
 }
 
 
+@pytest.mark.fault(140)
 @pytest.mark.parametrize("layout", MASKS)
-def test_F140_a_vocab_mask_of_any_strides_is_read_as_it_is_meant(layout, backend):
+def test_a_vocab_mask_of_any_strides_is_read_as_it_is_meant(layout, backend):
     x, targets, mask = draw_rows((5,), 1030)
     mask[:, 0] = True
     bent = MASKS[layout](mask)
@@ -60,11 +62,12 @@ BENT = {
 }
 
 
+@pytest.mark.fault(135)
 @pytest.mark.parametrize(
     "name",
     ["token_stats", "token_stats_backward", "fused_policy", "elementwise", "weighted_loss of columns", "gae of packed"],
 )
-def test_F135_a_tensor_that_is_short_of_another_dtype_or_elsewhere_is_refused(name, backend):
+def test_a_tensor_that_is_short_of_another_dtype_or_elsewhere_is_refused(name, backend):
     arguments = op_calls("eager")[name][1]
     for place in places(arguments):
         if at(arguments, place).dtype == torch.float64:
@@ -100,7 +103,8 @@ def called(backend, op, given):
     return results(getattr(backend, op), given)
 
 
-def test_F132_a_loss_beyond_fp32_is_infinite(backend):
+@pytest.mark.fault(132)
+def test_a_loss_beyond_fp32_is_infinite(backend):
     large, one = torch.full((4,), 3e38), torch.ones(4)
     assert backend.elementwise("nll", [-large], [], None)[0] == torch.inf
     assert backend.weighted_loss("nll", -large, [], [], [], one, None, 1.0)[0] == torch.inf
@@ -127,7 +131,8 @@ def test_F132_a_loss_beyond_fp32_is_infinite(backend):
     )
 
 
-def test_F135_an_objective_is_called_with_the_columns_that_it_takes(backend):
+@pytest.mark.fault(135)
+def test_an_objective_is_called_with_the_columns_that_it_takes(backend):
     one = torch.ones(4)
     for columns, params in (([one], []), ([one, one], []), ([one, one, one], [0.2])):
         with pytest.raises(ValueError, match=r"objective 'ppo_clip' takes 3 columns and 2 parameters, got \d and \d"):

@@ -26,8 +26,9 @@ def hostile_rows(vocab):
     return x, targets
 
 
+@pytest.mark.fault(16, 17, 18, 66)
 @pytest.mark.parametrize("vocab", (37, 9000))
-def test_F16_F17_F18_F66_rows_with_minus_infinity_and_offsets_match_float64(public, vocab):
+def test_rows_with_minus_infinity_and_offsets_match_float64(public, vocab):
     x, targets = hostile_rows(vocab)
     ref = torch.randn(x.shape, generator=torch.Generator().manual_seed(15))
     ref[1, : vocab - 5] = -math.inf
@@ -88,7 +89,8 @@ def test_nan_and_plus_infinity_poison_their_row_and_no_other(backend):
     assert same_bits(after[[0, 2, 3]], clean_gradient[[0, 2, 3]])
 
 
-def test_F03_F12_an_ignored_row_is_not_read_and_all_its_outputs_are_zero(backend, dtype):
+@pytest.mark.fault(3, 12)
+def test_an_ignored_row_is_not_read_and_all_its_outputs_are_zero(backend, dtype):
     x, targets, _ = draw_rows((4,), 1030, dtype, seed=18)
     targets = targets.clamp(min=0)
     targets[2] = -100
@@ -102,8 +104,9 @@ def test_F03_F12_an_ignored_row_is_not_read_and_all_its_outputs_are_zero(backend
     assert (gradient(backend, g, poisoned, targets, stats, ref=ref)[2] == 0).all()
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize("label", (1030, 1035, -1, 2**40, -(2**40)))
-def test_F02_a_target_outside_the_vocabulary_is_nan_in_its_row_and_reads_nothing_else(backend, label):
+def test_a_target_outside_the_vocabulary_is_nan_in_its_row_and_reads_nothing_else(backend, label):
     parent = torch.full((5, 1100), 7.0)  # a gap behind every row: a stray read would find a legal number there
     x = parent[:, :1030]
     x.normal_(generator=torch.Generator().manual_seed(19))

@@ -30,8 +30,9 @@ CALLS = {
 }
 
 
+@pytest.mark.fault(58)
 @pytest.mark.parametrize("name", CALLS)
-def test_F58_without_the_compiled_module_every_op_says_how_to_get_it(monkeypatch, name):
+def test_without_the_compiled_module_every_op_says_how_to_get_it(monkeypatch, name):
     monkeypatch.setattr(cuda, "_cuda", None)
     assert cuda.available() == (False, cuda.ABSENT)
     with pytest.raises(RuntimeError, match="backend 'cuda' is unavailable: .*nvcc"):
@@ -46,6 +47,7 @@ def test_where_torch_sees_no_device_the_backend_says_so(monkeypatch):
     assert cuda.available() == (True, "")
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(
     "call, message",
     (
@@ -61,12 +63,13 @@ def test_where_torch_sees_no_device_the_backend_says_so(monkeypatch):
         ),
     ),
 )
-def test_F28_a_dtype_without_a_kernel_is_refused(backend, call, message):
+def test_a_dtype_without_a_kernel_is_refused(backend, call, message):
     with pytest.raises(NotImplementedError, match=message):
         call()
 
 
-def test_F45_a_launch_names_the_device_and_the_stream_of_its_tensors(monkeypatch):
+@pytest.mark.fault(45)
+def test_a_launch_names_the_device_and_the_stream_of_its_tensors(monkeypatch):
     device = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda d: SimpleNamespace(cuda_stream=77) if d == 1 else None)
     for raw in (None, {1: 77}.get):  # a torch without the private function, and one with it
@@ -90,18 +93,20 @@ needs_module = pytest.mark.skipif(
 )
 
 
+@pytest.mark.fault(58)
 @needs_module
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
 @pytest.mark.parametrize("name", CALLS)
-def test_F58_without_a_driver_the_module_loads_and_the_error_names_the_kernel(monkeypatch, name):
+def test_without_a_driver_the_module_loads_and_the_error_names_the_kernel(monkeypatch, name):
     monkeypatch.setattr(cuda, "_where", lambda tensor: (0, 0))
     with pytest.raises(RuntimeError, match=f"^{name}(<\\w+>)?: .*(driver|device)"):
         CALLS[name]()
 
 
+@pytest.mark.fault(60)
 @needs_module
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
-def test_F60_no_symbol_of_torch_or_of_a_shared_cuda_runtime_is_needed():
+def test_no_symbol_of_torch_or_of_a_shared_cuda_runtime_is_needed():
     wanted = subprocess.run(
         ["nm", "-D", "--undefined-only", cuda._cuda.__file__], capture_output=True, text=True, check=True
     ).stdout

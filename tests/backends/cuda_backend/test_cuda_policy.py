@@ -190,7 +190,8 @@ def test_what_no_kernel_rounds_is_refused(backend):
         )
 
 
-def test_F15_F53_no_alignment_and_no_company_changes_a_bit(backend, host_module):
+@pytest.mark.fault(15, 53)
+def test_no_alignment_and_no_company_changes_a_bit(backend, host_module):
     case = problem(4099, torch.bfloat16, rows=4, seed=3)
     for team in (-1, 1, 4):
         host_module[0].choose(team)
@@ -216,8 +217,9 @@ def test_without_a_gradient_the_loss_and_the_statistics_have_the_same_bits(backe
     assert same([without[0], *without[2:]], [with_it[0], *with_it[2:]])
 
 
+@pytest.mark.fault(12, 26)
 @pytest.mark.parametrize("team", TEAMS)
-def test_F12_F26_rows_without_weight_are_not_read_and_their_gradient_is_zero(backend, host_module, team):
+def test_rows_without_weight_are_not_read_and_their_gradient_is_zero(backend, host_module, team):
     host_module[0].choose(team)
     case = problem(1031, torch.bfloat16, seed=6)
     expected = call(backend, "ppo_clip", case)
@@ -254,7 +256,8 @@ def test_a_row_lives_by_any_of_its_terms(backend, dead):
     )
 
 
-def test_F84_the_ratio_to_log_probabilities_of_the_other_kernel_is_exactly_one(backend, host_module):
+@pytest.mark.fault(84)
+def test_the_ratio_to_log_probabilities_of_the_other_kernel_is_exactly_one(backend, host_module):
     x, targets, _ = draw_rows((4,), 9001, torch.bfloat16, seed=8)
     targets = targets.clamp(min=0)
     old = backend.token_stats(x, targets, 1.0, -100, None, None, 0)[0]
@@ -281,8 +284,9 @@ def test_in_place_the_gradient_has_the_bits_of_a_fresh_one(backend, host_module,
     assert parent.isnan().all()
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize("team", (-1, 1, 4))
-def test_F02_a_target_outside_the_vocabulary_is_nan_in_its_row_alone(backend, host_module, team):
+def test_a_target_outside_the_vocabulary_is_nan_in_its_row_alone(backend, host_module, team):
     host_module[0].choose(team)
     case = problem(300, torch.float32, rows=4, seed=10)
     case[1][1] = 300
@@ -380,7 +384,8 @@ def test_a_users_objective_runs_through_the_two_native_passes(backend):
         del OBJECTIVES["steep_for_cuda"]
 
 
-def test_F31_F84_the_gradient_of_the_forward_meets_any_upstream_gradient_without_the_host(public, dtype, monkeypatch):
+@pytest.mark.fault(31, 84)
+def test_the_gradient_of_the_forward_meets_any_upstream_gradient_without_the_host(public, dtype, monkeypatch):
     monkeypatch.setattr(public.ops, "_known_to_be_one", lambda x: False)  # as on a device: the kernel reads it
     x, targets, _, columns, *_ = problem(1031, dtype, seed=14)
     leaf = x.requires_grad_()
@@ -400,7 +405,8 @@ def test_F31_F84_the_gradient_of_the_forward_meets_any_upstream_gradient_without
             got.fill_(math.nan)
 
 
-def test_F11_no_rows_give_a_loss_of_zero(backend):
+@pytest.mark.fault(11)
+def test_no_rows_give_a_loss_of_zero(backend):
     none, targets = torch.empty(0), torch.empty(0, dtype=torch.long)
     got = backend.fused_policy(
         "reinforce", torch.empty(0, 37), targets, 1.0, -100, None, [none], [], none, None, None, None, None, True, None

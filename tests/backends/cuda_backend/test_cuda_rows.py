@@ -32,16 +32,18 @@ def test_statistics_and_gradients_match_float64(public, dtype, vocab):
     judge(public.token_stats, x, targets, 0.7, seed=vocab)
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("vocab", (1, 7, 1025, 20001))
-def test_F27_masks_a_temperature_per_row_and_a_reference_match_float64(public, dtype, vocab):
+def test_masks_a_temperature_per_row_and_a_reference_match_float64(public, dtype, vocab):
     x, targets, mask = draw_rows((1, 5), vocab, dtype, seed=3)
     ref, _, _ = draw_rows((1, 5), vocab, dtype, seed=4)
     temperature = torch.tensor([[0.5, 1.0, 2.0, 1.3, 0.9]])
     judge(public.token_stats, x, targets, temperature, vocab_mask=mask, ref_logits=ref)
 
 
+@pytest.mark.fault(136)
 @pytest.mark.parametrize("vocab", (7, 1025))
-def test_F136_the_coldest_and_the_hottest_temperature_match_float64(public, vocab):
+def test_the_coldest_and_the_hottest_temperature_match_float64(public, vocab):
     x, targets, _ = draw_rows((1, 6), vocab, seed=5)
     temperature = torch.tensor([[2.0**-40, 2.0**40, 1e-12, 1e12, 1e-6, 1e6]])
     judge(public.token_stats, x, targets, temperature, ref_logits=draw_rows((1, 6), vocab, seed=6)[0])
@@ -57,7 +59,8 @@ def test_the_gradient_kernel_writes_nothing_where_unless_is_exactly_1(backend, d
         assert same_bits(out, before if unless == 1.0 else expected), unless
 
 
-def test_F75_a_large_vocabulary_matches_float64(public):
+@pytest.mark.fault(75)
+def test_a_large_vocabulary_matches_float64(public):
     x, targets, _ = draw_rows((1, 2), 151_936, torch.bfloat16, seed=5)
     judge(public.token_stats, x, targets)
 
@@ -75,16 +78,18 @@ def test_every_choice_of_outputs_gives_the_bits_of_all_of_them(backend, dtype, w
                 assert same_bits(some, all_of_them), f"{name} with wanted={wanted}"
 
 
-def test_F19_bf16_and_fp16_give_the_bits_of_the_same_values_in_fp32(backend):
+@pytest.mark.fault(19)
+def test_bf16_and_fp16_give_the_bits_of_the_same_values_in_fp32(backend):
     for narrow in (torch.bfloat16, torch.float16):
         x, targets, _ = draw_rows((4,), 9001, narrow, seed=8)
         assert same(run(backend, x, targets, ref=x.flip(-1)), run(backend, x.float(), targets, ref=x.float().flip(-1)))
 
 
+@pytest.mark.fault(7, 15)
 @pytest.mark.parametrize(
     "layout", [name for name in LAYOUTS if name not in ("stride 2 in the row", "vocabulary first")]
 )
-def test_F07_F15_every_layout_gives_the_bits_of_contiguous_rows(backend, layout):
+def test_every_layout_gives_the_bits_of_contiguous_rows(backend, layout):
     x, _, _ = draw_rows((3, 4), 1030, torch.bfloat16, seed=9)
     laid = LAYOUTS[layout](x)
     flat = laid if laid.dim() <= 3 else laid.reshape(-1, 4, 1030)
@@ -99,7 +104,8 @@ def test_F07_F15_every_layout_gives_the_bits_of_contiguous_rows(backend, layout)
     )
 
 
-def test_F15_no_storage_offset_changes_a_bit(backend, dtype):
+@pytest.mark.fault(15)
+def test_no_storage_offset_changes_a_bit(backend, dtype):
     x, targets, _ = draw_rows((3,), 8200, dtype, seed=10)
     aligned = run(backend, x, targets)
     g = (*cotangents(targets.shape, 2), None)
@@ -110,7 +116,8 @@ def test_F15_no_storage_offset_changes_a_bit(backend, dtype):
         assert same_bits(gradient(backend, g, moved, targets, aligned), gradient(backend, g, x, targets, aligned))
 
 
-def test_F03_a_row_that_begins_behind_2_to_the_31_elements_has_its_bits(backend):
+@pytest.mark.fault(3)
+def test_a_row_that_begins_behind_2_to_the_31_elements_has_its_bits(backend):
     x, targets, _ = draw_rows((3,), 1030, torch.bfloat16, seed=14)
     # 4 GB, of which three pages become resident.
     far = torch.empty(2**31 + 2048, dtype=torch.bfloat16).as_strided((3, 1030), (2**30, 1))
@@ -121,7 +128,8 @@ def test_F03_a_row_that_begins_behind_2_to_the_31_elements_has_its_bits(backend)
     assert same_bits(gradient(backend, g, far, targets, stats, out=far), expected) and same_bits(far, expected)
 
 
-def test_F53_a_row_has_the_same_bits_alone_and_in_any_company(backend, dtype):
+@pytest.mark.fault(53)
+def test_a_row_has_the_same_bits_alone_and_in_any_company(backend, dtype):
     x, targets, mask = draw_rows((5,), 2053, dtype, seed=11)
     together = run(backend, x, targets, mask=mask, ref=x.roll(1, -1))
     order = torch.tensor([3, 1, 4, 0])
@@ -141,7 +149,8 @@ def test_one_mask_for_all_rows_is_that_mask_in_every_row(backend):
     assert same(run(backend, x, targets, mask=shared), run(backend, x, targets, mask=shared.expand(4, -1)))
 
 
-def test_F07_targets_may_have_any_stride_and_be_int32(backend):
+@pytest.mark.fault(7)
+def test_targets_may_have_any_stride_and_be_int32(backend):
     x, targets, _ = draw_rows((4,), 37, torch.float32, seed=13)
     wide = torch.full((4, 3), 36)
     wide[:, 1] = targets
@@ -168,8 +177,9 @@ def test_each_upstream_gradient_alone_and_together_matches_float64(backend, dtyp
     )
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("probability", (0.9, 0.99, 0.999, 0.9999))
-def test_F20_the_gradient_of_a_confident_target_keeps_its_digits(backend, dtype, probability):
+def test_the_gradient_of_a_confident_target_keeps_its_digits(backend, dtype, probability):
     vocab = 5000
     x = torch.zeros(1, vocab)
     x[0, 4321] = math.log(probability / (1 - probability) * (vocab - 1))
@@ -213,7 +223,8 @@ def test_the_slices_of_a_row_do_not_change_its_gradient(backend, host_module):
         assert same_bits(gradient(backend, g, x, targets, stats), expected)
 
 
-def test_F11_no_rows_give_empty_outputs_and_launch_nothing(backend):
+@pytest.mark.fault(11)
+def test_no_rows_give_empty_outputs_and_launch_nothing(backend):
     empty = torch.empty(0, 37)
     stats = run(backend, empty, torch.empty(0, dtype=torch.long))
     assert stats[0].shape == (0,) and stats[6].dtype == torch.bool
@@ -223,7 +234,8 @@ def test_F11_no_rows_give_empty_outputs_and_launch_nothing(backend):
     )
 
 
-def test_F01_rows_two_to_the_thirty_elements_apart_are_found(backend):
+@pytest.mark.fault(1)
+def test_rows_two_to_the_thirty_elements_apart_are_found(backend):
     vocab, stride = 70, 2**30
     far = torch.empty(2 * stride + vocab, dtype=torch.bfloat16).as_strided((3, vocab), (stride, 1))
     x, targets, _ = draw_rows((3,), vocab, torch.bfloat16, seed=28)

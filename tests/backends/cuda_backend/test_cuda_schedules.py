@@ -23,8 +23,9 @@ def forward(host_module):
         return one_of_each.hashes(cuda, module.choose)
 
 
+@pytest.mark.fault(52)
 @pytest.mark.parametrize("order", ("reverse", "random:1"))
-def test_F52_the_order_of_blocks_and_threads_changes_no_bit(backend, host_module, forward, order):
+def test_the_order_of_blocks_and_threads_changes_no_bit(backend, host_module, forward, order):
     host_module[1](order)
     assert one_of_each.hashes(backend, host_module[0].choose) == forward
 

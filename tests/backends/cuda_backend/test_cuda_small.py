@@ -84,7 +84,8 @@ def test_no_order_of_blocks_and_threads_changes_a_bit_of_the_sum(backend, host_m
     assert all(same(found[0], other) for other in found[1:])
 
 
-def test_F26_an_element_of_weight_zero_is_not_evaluated(backend):
+@pytest.mark.fault(26)
+def test_an_element_of_weight_zero_is_not_evaluated(backend):
     columns = list(torch.randn(3, 1030, generator=torch.Generator().manual_seed(3)))
     weight = torch.rand(1030)
     weight[[3, 1029]] = 0.0
@@ -97,7 +98,8 @@ def test_F26_an_element_of_weight_zero_is_not_evaluated(backend):
         assert got[0].isfinite() and (got[1][[3, 1029]] == 0).all() and (got[2][[3, 1029]] == 0).all()
 
 
-def test_F24_the_pair_loss_keeps_its_tails(backend):
+@pytest.mark.fault(24)
+def test_the_pair_loss_keeps_its_tails(backend):
     margin = torch.tensor([-1000.0, -90.0, 20.0, 80.0])
     _, value, derivative = backend.elementwise("pairwise", [margin], [], None)
     torch.testing.assert_close(value.double(), torch.nn.functional.softplus(-margin.double()), rtol=2e-6, atol=1e-38)
@@ -143,9 +145,10 @@ def draw(shape, seed=0, dtype=torch.float32):
 
 # 8 tokens per thread, 256 threads, 2048 tokens per chunk: inside a thread, one warp, a chunk short, whole, one over,
 # several chunks.
+@pytest.mark.fault(85)
 @pytest.mark.parametrize("length", (1, 7, 8, 9, 256, 257, 2047, 2048, 2049, 6000))
 @pytest.mark.parametrize("masked", ("skip", "zero", "none"))
-def test_F85_the_scan_is_the_loop_for_every_mask_and_length(backend, length, masked):
+def test_the_scan_is_the_loop_for_every_mask_and_length(backend, length, masked):
     rewards, values, mask = draw((2, length), seed=length)
     mask[1, : length // 2] = False
     advantages, returns = backend.gae(rewards, values, mask, None, 0.99, 0.95, masked)
@@ -165,8 +168,9 @@ def test_the_edges_of_gamma_and_lambda_are_exact(backend, gamma, lam):
         torch.testing.assert_close(g[0], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("masked", ("skip", "zero"))
-def test_F26_what_stands_at_a_dead_token_changes_nothing(backend, masked):
+def test_what_stands_at_a_dead_token_changes_nothing(backend, masked):
     rewards, values, mask = draw((3, 2100), seed=5)
     mask[2] = False
     expected = backend.gae(rewards, values, mask, None, 0.99, 0.95, masked)
@@ -176,8 +180,9 @@ def test_F26_what_stands_at_a_dead_token_changes_nothing(backend, masked):
     assert all((x[~mask] == 0).all() for x in expected)
 
 
+@pytest.mark.fault(87)
 @pytest.mark.parametrize("masked", ("skip", "zero", "none"))
-def test_F87_packed_sequences_have_the_bits_of_sequences_apart(backend, masked):
+def test_packed_sequences_have_the_bits_of_sequences_apart(backend, masked):
     bounds = torch.tensor([0, 5, 5, 2305, 2306])  # one is empty, one is longer than a chunk
     rewards, values, mask = draw((2306,), seed=6)
     packed = backend.gae(rewards, values, mask, bounds, 0.99, 0.95, masked)

@@ -51,9 +51,10 @@ def needs(kind, tmp_path):
         pytest.skip(f"{host_build.CXX} {SANITIZER[kind]}: no program of this build starts here")
 
 
+@pytest.mark.fault(52)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", BUILDS)
-def test_F52_every_build_and_thread_order_gives_one_answer(kind, order, folder, expected, tmp_path):
+def test_every_build_and_thread_order_gives_one_answer(kind, order, folder, expected, tmp_path):
     needs(kind, tmp_path)
     done = run(host_build.program(folder, kind), order)
     assert done.returncode == 0, done.stderr[-4000:]

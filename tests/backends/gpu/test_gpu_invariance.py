@@ -57,9 +57,10 @@ def everything(x, ref, targets, old, advantage, rewards, values):
     )
 
 
+@pytest.mark.fault(52)
 @both
 @pytest.mark.parametrize("vocab", (4099, 151936))
-def test_F52_a_hundred_runs_beside_other_work_give_the_same_bits(backend, vocab):
+def test_a_hundred_runs_beside_other_work_give_the_same_bits(backend, vocab):
     dtype, rows = torch.bfloat16, 48
     x, ref = gpu.noise(rows, vocab, seed=1, dtype=dtype) * 3, gpu.noise(rows, vocab, seed=2, dtype=dtype) * 3
     targets = torch.randint(
@@ -88,9 +89,10 @@ def outputs(backend, x, targets, ref):
     return stats.logprobs.detach(), stats.entropy.detach(), stats.kl.detach(), grad
 
 
+@pytest.mark.fault(53)
 @both
 @pytest.mark.parametrize("vocab", (517, 32000, 151936))
-def test_F53_a_row_has_the_same_bits_alone_permuted_strided_and_padded(backend, vocab):
+def test_a_row_has_the_same_bits_alone_permuted_strided_and_padded(backend, vocab):
     rows, dtype = 33, torch.bfloat16
     x, ref = gpu.noise(rows, vocab, seed=1, dtype=dtype) * 3, gpu.noise(rows, vocab, seed=2, dtype=dtype) * 3
     generator = torch.Generator(device=gpu.DEVICE).manual_seed(3)
@@ -121,9 +123,10 @@ def test_F53_a_row_has_the_same_bits_alone_permuted_strided_and_padded(backend, 
     )
 
 
+@pytest.mark.fault(40)
 @both
 @pytest.mark.parametrize("vocab", (517, 151936))
-def test_F40_no_grad_inference_mode_and_training_give_the_same_bits(backend, vocab):
+def test_no_grad_inference_mode_and_training_give_the_same_bits(backend, vocab):
     x = gpu.noise(9, vocab, seed=1, dtype=torch.bfloat16) * 3
     targets = torch.randint(vocab, (9,), generator=torch.Generator(device=gpu.DEVICE).manual_seed(3), device=gpu.DEVICE)
     with gpu.using(backend):
@@ -137,10 +140,11 @@ def test_F40_no_grad_inference_mode_and_training_give_the_same_bits(backend, voc
         assert not other.logprobs.requires_grad
 
 
+@pytest.mark.fault(84)
 @both
 @pytest.mark.parametrize("dtype", gpu.DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", (517, 32000, 151936, 262144))
-def test_F84_the_ratio_is_exactly_one_where_old_logprobs_came_from_the_same_kernel(backend, vocab, dtype):
+def test_the_ratio_is_exactly_one_where_old_logprobs_came_from_the_same_kernel(backend, vocab, dtype):
     """``token_logprobs``, ``token_stats`` with every output and ``fused_policy`` give one log-probability."""
     from rlkernels import ops
 

@@ -147,9 +147,10 @@ def test_every_loss_of_a_head_is_that_of_all_logits(backend, call, dtype):
                 assert error <= ALLOWED[dtype], f"{name}, {options}: {error:.3g} of the gradient's norm"
 
 
+@pytest.mark.fault(44)
 @both
 @every_dtype
-def test_F44_a_mean_over_a_million_tokens_reaches_16_bits_before_its_loss_scale(backend, dtype):
+def test_a_mean_over_a_million_tokens_reaches_16_bits_before_its_loss_scale(backend, dtype):
     d, total, upstream = problem(dtype), 2.0**20, 2.0**12
     wide = problems.leaves(d)
     expected = problems.gradients(problems.policy(d, wide, normalizers={"batch_num_tokens": total}), wide, upstream)
@@ -162,9 +163,10 @@ def test_F44_a_mean_over_a_million_tokens_reaches_16_bits_before_its_loss_scale(
         assert problems.frobenius(x.grad.cpu(), t) <= ALLOWED[dtype]
 
 
+@pytest.mark.fault(48)
 @both
 @every_call
-def test_F48_with_a_bound_the_host_does_not_wait(backend, call):
+def test_with_a_bound_the_host_does_not_wait(backend, call):
     d = placed(problem(torch.bfloat16))
     with gpu.using(backend):
         for options in ({"max_live_tokens": 144}, {"max_live_tokens": 144, "chunk_tokens": 48}):
@@ -178,10 +180,11 @@ def test_F48_with_a_bound_the_host_does_not_wait(backend, call):
                     CALLS[call](d, operands, **options).backward()
 
 
+@pytest.mark.fault(48)
 @both
 @gpu.CUDA_ONLY
 @every_call
-def test_F48_with_a_bound_a_captured_graph_replays_to_the_bits_of_eager(backend, call):
+def test_with_a_bound_a_captured_graph_replays_to_the_bits_of_eager(backend, call):
     static = placed(problem(torch.bfloat16))
 
     def run(d):
@@ -200,9 +203,10 @@ def test_F48_with_a_bound_a_captured_graph_replays_to_the_bits_of_eager(backend,
             assert all(gpu.bits(a, b) for a, b in zip(captured, run(other), strict=True)), f"replay with seed {seed}"
 
 
+@pytest.mark.fault(93)
 @both
 @every_dtype
-def test_F93_what_stands_in_dead_rows_changes_no_bit(backend, dtype):
+def test_what_stands_in_dead_rows_changes_no_bit(backend, dtype):
     d = placed(problem(dtype))
     live = d["mask"] & (d["targets"] != -100)
     with gpu.using(backend):

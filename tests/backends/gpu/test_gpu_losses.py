@@ -155,12 +155,11 @@ def held(x, targets, columns, inplace=False):
     return loss, leaf
 
 
+@pytest.mark.fault(31, 34, 84)
 @both
 @every_dtype
 @pytest.mark.parametrize("vocab", (37, 32000, 151936))
-def test_F31_F34_F84_the_gradient_of_the_forward_meets_any_upstream_gradient_in_one_launch(
-    backend, vocab, dtype, monkeypatch
-):
+def test_the_gradient_of_the_forward_meets_any_upstream_gradient_in_one_launch(backend, vocab, dtype, monkeypatch):
     if gpu.REHEARSAL:
         monkeypatch.setattr(ops, "_known_to_be_one", lambda x: False)  # the way of a device
     x, targets, _ = gpu.rows((6,), vocab, dtype, seed=11)
@@ -181,8 +180,9 @@ def test_F31_F34_F84_the_gradient_of_the_forward_meets_any_upstream_gradient_in_
             assert g == 0 or expected.any()
 
 
+@pytest.mark.fault(84)
 @both
-def test_F84_a_loss_scale_reaches_fp16_before_the_rounding(backend):
+def test_a_loss_scale_reaches_fp16_before_the_rounding(backend):
     x, targets, _ = gpu.rows((6,), 4099, torch.float16, seed=12)
     weights = torch.full((6,), 1e-7, device=gpu.DEVICE)
     leaf = x.clone().requires_grad_()
@@ -259,8 +259,9 @@ def test_pair_losses_equal_logsigmoid_in_float64(backend, pairs):
             torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-6 / pairs)
 
 
+@pytest.mark.fault(24)
 @both
-def test_F24_the_pair_loss_is_finite_far_from_zero(backend):
+def test_the_pair_loss_is_finite_far_from_zero(backend):
     gap = torch.tensor([-1e4, -1000.0, -90.0, 20.0, 1e4], device=gpu.DEVICE)
     with gpu.using(backend):
         each = [rlkernels.pairwise_reward_loss(g.view(1), torch.zeros(1, device=gpu.DEVICE)).item() for g in gap]

@@ -68,10 +68,11 @@ def test_double_logits_are_served_in_double_or_refused_by_name(backend, vocab):
     torch.testing.assert_close(got.entropy, truth["entropy"], rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.fault(19)
 @both
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("vocab", (1, 1025, 32000, 151936))
-def test_F19_sixteen_bit_logits_give_the_bits_of_the_same_values_in_fp32(backend, dtype, vocab):
+def test_sixteen_bit_logits_give_the_bits_of_the_same_values_in_fp32(backend, dtype, vocab):
     x, targets, _ = gpu.rows((6,), vocab, dtype, seed=5)
     ref = gpu.noise(6, vocab, seed=6, dtype=dtype)
     with gpu.using(backend):
@@ -89,9 +90,10 @@ def test_F19_sixteen_bit_logits_give_the_bits_of_the_same_values_in_fp32(backend
         assert a is None or gpu.bits(a, b), name
 
 
+@pytest.mark.fault(7)
 @both
 @pytest.mark.parametrize("layout", reference.LAYOUTS)
-def test_F07_no_layout_of_the_logits_changes_a_bit_or_touches_what_lies_between(backend, layout):
+def test_no_layout_of_the_logits_changes_a_bit_or_touches_what_lies_between(backend, layout):
     x, targets, _ = gpu.rows((2, 3), 517, torch.bfloat16, seed=7)
     moved = gpu.laid_out(layout, x)
     flat = moved.reshape(-1, 517).contiguous()
@@ -110,8 +112,9 @@ def test_F07_no_layout_of_the_logits_changes_a_bit_or_touches_what_lies_between(
     assert gpu.bits(a.reshape(flat.shape), b)
 
 
+@pytest.mark.fault(8)
 @both
-def test_F08_a_broadcast_upstream_gradient_counts_for_every_row(backend):
+def test_a_broadcast_upstream_gradient_counts_for_every_row(backend):
     x, targets, _ = gpu.rows((7,), 1025, torch.float32, seed=9)
     leaf = x.detach().requires_grad_()
     with gpu.using(backend):
@@ -121,9 +124,10 @@ def test_F08_a_broadcast_upstream_gradient_counts_for_every_row(backend):
     assert gpu.bits(summed, given)
 
 
+@pytest.mark.fault(20)
 @both
 @pytest.mark.parametrize("p", (0.9, 0.99, 0.999, 0.9999))
-def test_F20_the_gradient_of_a_confident_token_keeps_its_digits_in_bf16(backend, p):
+def test_the_gradient_of_a_confident_token_keeps_its_digits_in_bf16(backend, p):
     vocab = 2053
     x = torch.zeros(4, vocab, dtype=torch.float64, device=gpu.DEVICE)
     targets = torch.tensor([0, 5, 1024, vocab - 1], device=gpu.DEVICE)

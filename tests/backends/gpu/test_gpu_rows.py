@@ -39,9 +39,10 @@ def special(dtype):
     return x, targets, kinds
 
 
+@pytest.mark.fault(16, 17)
 @both
 @every_dtype
-def test_F16_F17_special_rows_follow_the_contract(backend, dtype):
+def test_special_rows_follow_the_contract(backend, dtype):
     x, targets, _ = special(dtype)
     with gpu.using(backend):
         got = rlkernels.token_stats(x, targets)
@@ -87,9 +88,10 @@ def test_gradients_of_special_rows_follow_the_contract(backend, dtype):
     assert (grad[15] == 0).all(), "a dead row's gradient is written as 0"
 
 
+@pytest.mark.fault(2)
 @both
 @pytest.mark.parametrize("fused", (False, True), ids=("token_stats", "fused_policy"))
-def test_F02_a_bad_label_makes_its_row_nan_and_reads_nothing(backend, fused):
+def test_a_bad_label_makes_its_row_nan_and_reads_nothing(backend, fused):
     if gpu.REHEARSAL:
         pytest.skip("on the CPU a bad label is an IndexError")
     # Finite beside the rows: a stray read would give a finite number.
@@ -116,9 +118,10 @@ def test_F02_a_bad_label_makes_its_row_nan_and_reads_nothing(backend, fused):
     assert grad[bad].isnan().all() and not grad[~bad].isnan().any()
 
 
+@pytest.mark.fault(12)
 @both
 @every_dtype
-def test_F12_dead_rows_are_zero_in_every_output_and_never_read(backend, dtype):
+def test_dead_rows_are_zero_in_every_output_and_never_read(backend, dtype):
     x, _, _ = gpu.rows((5,), 2053, dtype)
     x[::2] = NAN
     targets = torch.tensor([-100, 3, -100, 2052, -100], device=gpu.DEVICE)
@@ -151,9 +154,10 @@ def test_nothing_is_written_outside_the_rows_in_place(backend):
     assert parent[~inside].isnan().all()
 
 
+@pytest.mark.fault(18, 66)
 @both
 @pytest.mark.parametrize("offset", (1e4, -1e4))
-def test_F18_F66_a_common_offset_keeps_every_digit(backend, offset):
+def test_a_common_offset_keeps_every_digit(backend, offset):
     x = torch.randint(-64, 64, (4, 2053), device=gpu.DEVICE).float() / 8  # exact in fp32 after the shift
     targets = torch.tensor([0, 1, 1024, 2052], device=gpu.DEVICE)
     with gpu.using(backend):
@@ -162,9 +166,10 @@ def test_F18_F66_a_common_offset_keeps_every_digit(backend, offset):
     assert (plain.entropy - moved.entropy).abs().max() <= 4e-6
 
 
+@pytest.mark.fault(11)
 @both
 @pytest.mark.parametrize("shape", ((0, 37), (1, 1), (3, 1), (0, 2, 37)))
-def test_F11_empty_and_degenerate_shapes(backend, shape):
+def test_empty_and_degenerate_shapes(backend, shape):
     leaf = torch.zeros(shape, device=gpu.DEVICE, requires_grad=True)
     targets = torch.zeros(shape[:-1], dtype=torch.long, device=gpu.DEVICE)
     with gpu.using(backend):
@@ -180,9 +185,10 @@ def test_F11_empty_and_degenerate_shapes(backend, shape):
     )
 
 
+@pytest.mark.fault(140)
 @both
 @pytest.mark.parametrize("layout", ("every other column", "columns first", "one column for all"))
-def test_F140_a_vocab_mask_of_any_strides_is_read_as_it_is_meant(backend, layout):
+def test_a_vocab_mask_of_any_strides_is_read_as_it_is_meant(backend, layout):
     x, targets, _ = gpu.rows((16,), VOCAB, torch.bfloat16, seed=21)
     mask = gpu.noise(16, VOCAB, seed=22) > -1
     mask[:, 0] = True

@@ -93,9 +93,10 @@ def same(got, expected):
     return all(gpu.bits(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.fault(48)
 @both
 @every_call
-def test_F48_a_captured_graph_replays_to_the_bits_of_eager(backend, call):
+def test_a_captured_graph_replays_to_the_bits_of_eager(backend, call):
     function, static = CALLS[call], inputs(0)
     with gpu.using(backend):
         graph, captured = gpu.captured(function, static)
@@ -108,9 +109,10 @@ def test_F48_a_captured_graph_replays_to_the_bits_of_eager(backend, call):
             assert same(captured, function(other)), f"replay with seed {seed}"
 
 
+@pytest.mark.fault(48)
 @both
 @every_call
-def test_F48_nothing_makes_the_host_wait(backend, call):
+def test_nothing_makes_the_host_wait(backend, call):
     function, a = CALLS[call], inputs(1)
     with gpu.using(backend):
         function(a)  # compiles
@@ -119,9 +121,10 @@ def test_F48_nothing_makes_the_host_wait(backend, call):
             function(a)
 
 
+@pytest.mark.fault(104)
 @both
 @every_call
-def test_F104_work_runs_on_the_current_stream_behind_a_slow_producer(backend, call):
+def test_work_runs_on_the_current_stream_behind_a_slow_producer(backend, call):
     function, a = CALLS[call], inputs(2)
     late = {k: torch.zeros_like(v) for k, v in a.items()}
     side = torch.cuda.Stream()
@@ -137,9 +140,10 @@ def test_F104_work_runs_on_the_current_stream_behind_a_slow_producer(backend, ca
     assert same(got, expected)
 
 
+@pytest.mark.fault(45)
 @both
 @every_call
-def test_F45_the_tensors_device_is_used_whichever_is_current(backend, call):
+def test_the_tensors_device_is_used_whichever_is_current(backend, call):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs; with one, the guard's entry is tested")
     function, a = CALLS[call], inputs(3)
@@ -151,7 +155,8 @@ def test_F45_the_tensors_device_is_used_whichever_is_current(backend, call):
     assert all(t.device.index == 1 for t in got) and same([t.to("cuda:0") for t in got], expected)
 
 
-def test_F45_triton_launches_inside_the_guard_of_the_tensors_device(monkeypatch):
+@pytest.mark.fault(45)
+def test_triton_launches_inside_the_guard_of_the_tensors_device(monkeypatch):
     reason = gpu.missing("triton")
     if reason is not None:
         pytest.skip(f"backend triton: {reason}")
@@ -169,8 +174,9 @@ def test_F45_triton_launches_inside_the_guard_of_the_tensors_device(monkeypatch)
             assert len(entered) > before, f"{name} launched without a guard"
 
 
+@pytest.mark.fault(13)
 @both
-def test_F13_seventy_thousand_rows(backend):
+def test_seventy_thousand_rows(backend):
     x = gpu.noise(70_000, 37, seed=1)
     targets = torch.randint(37, (70_000,), device=gpu.DEVICE)
     leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
@@ -189,8 +195,9 @@ def test_F13_seventy_thousand_rows(backend):
     assert gpu.bits(advantages[-1:], tail)
 
 
+@pytest.mark.fault(1)
 @both
-def test_F01_more_than_two_to_the_31_logits(backend):
+def test_more_than_two_to_the_31_logits(backend):
     rows, vocab = 16384, 151936
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
         pytest.skip(f"needs 16 GiB of free device memory, {torch.cuda.mem_get_info()[0] / 2**30:.0f} are free")
@@ -232,8 +239,9 @@ def growth(function):
     return peak
 
 
+@pytest.mark.fault(92)
 @both
-def test_F92_the_forward_takes_no_memory_and_the_backward_one_gradient(backend):
+def test_the_forward_takes_no_memory_and_the_backward_one_gradient(backend):
     a = inputs(5, rows=1024, vocab=64000)
     size = a["x"].numel() * a["x"].element_size()
     leaf = a["x"].detach().requires_grad_()
@@ -261,7 +269,8 @@ def test_F92_the_forward_takes_no_memory_and_the_backward_one_gradient(backend):
         assert growth(in_place) <= 0.01 * size and growth(policy_in_place) <= 0.01 * size
 
 
-def test_F49_twenty_lengths_temperatures_and_betas_compile_each_kernel_at_most_twice():
+@pytest.mark.fault(49)
+def test_twenty_lengths_temperatures_and_betas_compile_each_kernel_at_most_twice():
     reason = gpu.missing("triton")
     if reason is not None:
         pytest.skip(f"backend triton: {reason}")
@@ -308,7 +317,8 @@ def test_F49_twenty_lengths_temperatures_and_betas_compile_each_kernel_at_most_t
     assert max(used.values()) <= 2, f"variants of each kernel: {used}"
 
 
-def test_F47_torch_compile_makes_one_graph_for_five_lengths():
+@pytest.mark.fault(47)
+def test_torch_compile_makes_one_graph_for_five_lengths():
     torch._dynamo.reset()
     graphs = []
 

@@ -6,10 +6,10 @@ Neighbours share a header: what one mutant compiles again, the next would have t
 from mutant import Mutant
 
 BACKEND, POLICY = "test_cpu_rows.py", "test_cpu_columns.py"
-GUARD = f"{BACKEND}::test_F02_no_kernel_touches_a_byte_behind_its_tensors"
+GUARD = f"{BACKEND}::test_no_kernel_touches_a_byte_behind_its_tensors"
 STATS = (
     f"{BACKEND}::test_statistics_and_gradients_keep_the_error_policy",
-    f"{BACKEND}::test_F17_a_whole_block_of_minus_infinity_counts_as_absent",
+    f"{BACKEND}::test_a_whole_block_of_minus_infinity_counts_as_absent",
     f"{BACKEND}::test_bits_depend_on_the_row_alone",
     GUARD,
 )
@@ -25,7 +25,7 @@ SMALL = (
     f"{POLICY}::test_elementwise_sums_in_one_order_and_skips_weight_zero",
     f"{POLICY}::test_gae_is_a_python_loop_padded_and_packed",
 )
-VALUES, EDGES = "test_logprobs_special_values.py::test_F16_", "test_mutant_edges.py::test_"
+VALUES, EDGES = "test_logprobs_special_values.py::test_", "test_mutant_edges.py::test_"
 GEMM = ("test_cpu_matmul.py",)
 MAXIMA = "test_guarantees.py::test_the_divergence_is_right_wherever_the_maxima_lie"
 ASKED = {name: GEMM for name in ("gemm.cpp", "gemm_tile.h", "gemm_bf16.cpp", "gemm_f32.cpp")} | {
@@ -98,7 +98,7 @@ MUTANTS = (
         "if (base == kNone || out.sum != out.sum)",
         "if (out.sum != out.sum)",
         7,
-        tests=(EDGES + "F16_a_row_without_a_finite_logit_has_no_logsumexp",),
+        tests=(EDGES + "a_row_without_a_finite_logit_has_no_logsumexp",),
     ),
     _m(
         "0 times NaN",
@@ -142,7 +142,7 @@ MUTANTS = (
         "simd.h",
         "return bits + 0x7fff + ((bits >> 16) & 1);",
         "return bits + 0x8000;",
-        tests=(EDGES + "F20_a_gradient_halfway_between_two_numbers_is_rounded_to_the_even_one",),
+        tests=(EDGES + "a_gradient_halfway_between_two_numbers_is_rounded_to_the_even_one",),
     ),
     _m(
         "no bound before the exponential", "simd.h", "const { return larger(lowest, d); }", "const { return d; }", 7, 18
@@ -154,7 +154,7 @@ MUTANTS = (
         "return float(sums.shift / temperature + std::log(sums.sum)) - float(sums.shift / temperature + "
         "sums.weighted / sums.sum / temperature);",
         8,
-        tests=(*STATS, "test_logprobs_precision.py::test_F18_a_peaked_row_keeps_its_tiny_entropy"),
+        tests=(*STATS, "test_logprobs_precision.py::test_a_peaked_row_keeps_its_tiny_entropy"),
     ),
     _m(
         "the log-probability is 1 % too large",
@@ -256,9 +256,7 @@ MUTANTS = (
         " || !says(x, k.is_contiguous, Py_True)",
         "",
         12,
-        tests=(
-            "test_gate.py::test_F120_every_tensor_of_every_op_in_another_layout_gives_the_bits_of_its_contiguous_copy",
-        ),
+        tests=("test_gate.py::test_every_tensor_of_every_op_in_another_layout_gives_the_bits_of_its_contiguous_copy",),
     ),
     _m(
         "a tensor passes in any shape",
@@ -274,7 +272,7 @@ MUTANTS = (
         "mode.h",
         "    if (mode != before) set_float_mode(mode);\n",
         "    (void)mode;\n",
-        tests=("test_native_hostile.py::test_F143_flushed_subnormal_numbers_are_flushed_by_every_thread",),
+        tests=("test_native_hostile.py::test_flushed_subnormal_numbers_are_flushed_by_every_thread",),
     ),
     _m(
         "the penalty is left out of the gradient",

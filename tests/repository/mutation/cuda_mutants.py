@@ -4,15 +4,15 @@ from mutant import Mutant
 
 ROWS = (
     *(f"test_cuda_{name}.py" for name in ("hostile", "policy", "rows")),
-    "test_cuda_schedules.py::test_F52_the_order_of_blocks_and_threads_changes_no_bit",
+    "test_cuda_schedules.py::test_the_order_of_blocks_and_threads_changes_no_bit",
 )
 LAYOUT = (
     *(
         f"test_cuda_rows.py::test_{name}"
         for name in (
-            "F07_F15_every_layout_gives_the_bits_of_contiguous_rows",
-            "F07_targets_may_have_any_stride_and_be_int32",
-            "F27_masks_a_temperature_per_row_and_a_reference_match_float64",
+            "every_layout_gives_the_bits_of_contiguous_rows",
+            "targets_may_have_any_stride_and_be_int32",
+            "masks_a_temperature_per_row_and_a_reference_match_float64",
         )
     ),
     "test_cuda_hostile.py",
@@ -64,7 +64,7 @@ MUTANTS = (
         "+ ((r / level) * outer + (r % level) * inner)",
         "+ int((r / level) * outer + (r % level) * inner)",
         3,
-        tests=("test_cuda_rows.py::test_F03_a_row_that_begins_behind_2_to_the_31_elements_has_its_bits",),
+        tests=("test_cuda_rows.py::test_a_row_that_begins_behind_2_to_the_31_elements_has_its_bits",),
     ),
     _m(
         "the outer stride is ignored",

@@ -34,7 +34,7 @@ MUTANTS = (
         "backends/cpu.py",
         'cu_seqlens = gate.offsets("gae", cu_seqlens, rewards.shape[0])',
         "pass",
-        tests=("test_native_hostile.py::test_F121_the_scan_itself_refuses_offsets_that_point_elsewhere",),
+        tests=("test_native_hostile.py::test_the_scan_itself_refuses_offsets_that_point_elsewhere",),
     ),
     # objectives
     _m(
@@ -295,7 +295,7 @@ MUTANTS = (
         'move it")\n    return x.contiguous()',
         'move it")\n    return x',
         12,
-        tests=("test_logprobs_layouts.py::test_F08_a_gradient_of_stride_zero_is_read_as_it_is_meant",),
+        tests=("test_logprobs_layouts.py::test_a_gradient_of_stride_zero_is_read_as_it_is_meant",),
     ),
     _m("the bonus ignores what comes from above", "ops/__init__.py", "-entropy_weight * dloss", "-entropy_weight", 10),
     _m(
@@ -360,7 +360,7 @@ MUTANTS = (
         "fresh(weight.shape, real, weight.device)",
         "fresh(weight.shape, weight.dtype, weight.device)",
         26,
-        tests=("test_linear_precision.py::test_F21_F76_gradients_of_the_head_do_not_depend_on_the_number_of_chunks",),
+        tests=("test_linear_precision.py::test_gradients_of_the_head_do_not_depend_on_the_number_of_chunks",),
     ),
     _m(
         "log-probabilities are 1 % too large, seen by a trainer",

@@ -6,14 +6,14 @@ ROWS, POLICY, BLOCKS, ORDER = (f"test_interpreted_{name}.py" for name in ("rows"
 VALUES = tuple(
     f"test_interpreted_shared.py::test_{name}"
     for name in (
-        "F16_special_values_follow_the_table_and_leave_the_neighbours_alone",
-        "F16_kl_where_one_model_excludes_a_column",
-        "F16_a_target_outside_the_support_has_logprob_minus_infinity_and_moves_nothing",
-        "F18_a_peaked_row_keeps_its_tiny_entropy",
+        "special_values_follow_the_table_and_leave_the_neighbours_alone",
+        "kl_where_one_model_excludes_a_column",
+        "a_target_outside_the_support_has_logprob_minus_infinity_and_moves_nothing",
+        "a_peaked_row_keeps_its_tiny_entropy",
     )
 )
 STRIDES = tuple(
-    f"test_interpreted_shared.py::test_F07_strides_of_{what}_are_followed"
+    f"test_interpreted_shared.py::test_strides_of_{what}_are_followed"
     for what in ("the_vocab_mask", "targets_and_temperatures")
 )
 ASKED = {
@@ -165,7 +165,7 @@ MUTANTS = (
         "inside = (target >= start) & (target < stop)",
         "inside = target >= start",
         15,
-        tests=(f"{POLICY}::test_F02_a_label_outside_the_vocabulary_makes_its_row_nan_and_reads_no_neighbour",),
+        tests=(f"{POLICY}::test_a_label_outside_the_vocabulary_makes_its_row_nan_and_reads_no_neighbour",),
     ),
     _m(
         "the label's own mask is not looked at",

@@ -39,8 +39,9 @@ def on_meta(monkeypatch):
     monkeypatch.setattr(backend, "device_of", lambda x: nullcontext())
 
 
+@pytest.mark.fault(49)
 @pytest.mark.parametrize("vocab", [151_936, 50_257])
-def test_F49_twenty_lengths_temperatures_and_parameters_compile_a_row_kernel_at_most_twice(vocab, monkeypatch):
+def test_twenty_lengths_temperatures_and_parameters_compile_a_row_kernel_at_most_twice(vocab, monkeypatch):
     on_meta(monkeypatch)
     draw = random.Random(0)
 
@@ -87,7 +88,8 @@ def test_F49_twenty_lengths_temperatures_and_parameters_compile_a_row_kernel_at_
     assert all(count <= 2 for count in found.values()), found
 
 
-def test_F49_objectives_and_scans_compile_at_most_twice_over_lengths_and_numbers(monkeypatch):
+@pytest.mark.fault(49)
+def test_objectives_and_scans_compile_at_most_twice_over_lengths_and_numbers(monkeypatch):
     on_meta(monkeypatch)
     draw = random.Random(1)
 
@@ -151,8 +153,9 @@ COLUMN_ARITHMETIC = {
 }
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize("name", ["two models", "gradient", "policy", "objective", "weighted loss", "scan"])
-def test_F01_no_unlisted_32_bit_arithmetic_may_wrap(name):
+def test_no_unlisted_32_bit_arithmetic_may_wrap(name):
     case = next(case for case in cases.every_case() if case.name == name)
     for launch in record(case.call, "sm_90"):
         sites = compiled(launch, debug=True).asm["ttir"].count("overflow detected")

@@ -49,8 +49,9 @@ def odd_rows():
     }
 
 
+@pytest.mark.fault(99)
 @pytest.mark.parametrize("name", ["statistics", "gradient", "gradient in place", "policy", "policy in place"])
-def test_F99_an_odd_vocabulary_in_aligned_rows_is_read_by_128_bits_up_to_its_tail(name):
+def test_an_odd_vocabulary_in_aligned_rows_is_read_by_128_bits_up_to_its_tail(name):
     call, sweeps, in_place = odd_rows()[name]
     loads, columns = accesses(call)
     assert loads[128] * 8 >= sweeps * columns, f"the main loop is narrow: {loads}"
@@ -64,8 +65,9 @@ def test_F99_an_odd_vocabulary_in_aligned_rows_is_read_by_128_bits_up_to_its_tai
 
 # 16-bit logits whose rows follow one another: the row stride is V. An odd V puts rows at every even address, where
 # nothing wider exists.
+@pytest.mark.fault(99)
 @pytest.mark.parametrize("vocab, width", [(50_272, 128), (50_264, 128), (50_260, 64), (50_258, 32), (50_257, 16)])
-def test_F99_loads_are_as_wide_as_the_row_stride_allows(vocab, width):
+def test_loads_are_as_wide_as_the_row_stride_allows(vocab, width):
     calls = (
         cases.stats(torch.bfloat16, vocab, 1),
         cases.backward(torch.bfloat16, vocab, (True, True, False)),

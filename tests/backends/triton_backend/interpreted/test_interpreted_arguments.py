@@ -33,14 +33,16 @@ def same(got, expected, what):
         assert same_bits(a, b), f"{what}: result {k}: {a} against {b}"
 
 
+@pytest.mark.fault(7, 120)
 @pytest.mark.parametrize("name", NATIVE)
-def test_F07_F120_all_arguments_with_their_elements_apart_give_the_bits_of_contiguous_ones(name, backend):
+def test_all_arguments_with_their_elements_apart_give_the_bits_of_contiguous_ones(name, backend):
     got, expected, _ = compared(call_with, name, data(), "every element apart")
     same(got, expected, name)
 
 
+@pytest.mark.fault(131)
 @pytest.mark.parametrize("name", NATIVE)
-def test_F131_another_default_dtype_and_device_change_no_bit(name, backend):
+def test_another_default_dtype_and_device_change_no_bit(name, backend):
     expected = call(name, data())
     torch.set_default_dtype(torch.bfloat16)
     try:

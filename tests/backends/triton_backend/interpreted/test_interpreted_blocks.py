@@ -91,7 +91,8 @@ def test_nan_poisons_its_row_and_no_other(name):
     assert (derivative.isnan() | ~slope.isnan()).all() and derivative[~rows].isfinite().all()
 
 
-def test_F24_log_sigmoid_keeps_both_tails():
+@pytest.mark.fault(24)
+def test_log_sigmoid_keeps_both_tails():
     margin = torch.tensor([-1e4, -1000.0, -90.0, -20.0, 0.0, 20.0, 90.0, 1e4])
     _, value, derivative = kernels.elementwise("pairwise", [margin], [], None)
     truth, slope = oracle("pairwise", [margin], [])
@@ -99,8 +100,9 @@ def test_F24_log_sigmoid_keeps_both_tails():
     torch.testing.assert_close(derivative.double(), slope, rtol=4e-6, atol=1e-38)
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("gap", [1e-8, 1e-4, 0.5, -1e-8, 20.0, 88.0, -1e4])
-def test_F25_k3_keeps_its_digits_near_zero_and_its_tails(gap):
+def test_k3_keeps_its_digits_near_zero_and_its_tails(gap):
     logp = torch.tensor([0.0], dtype=torch.float32)
     _, value, derivative = kernels.elementwise("k3", [logp, torch.tensor([gap])], [], None)
     exact = torch.tensor([gap]).double()
@@ -108,7 +110,8 @@ def test_F25_k3_keeps_its_digits_near_zero_and_its_tails(gap):
     torch.testing.assert_close(value.double(), torch.expm1(exact) - exact, rtol=4e-6, atol=2**-23 * abs(gap))
 
 
-def test_F29_ties_take_the_unclipped_side():
+@pytest.mark.fault(29)
+def test_ties_take_the_unclipped_side():
     advantage = torch.tensor([1.0, -1.0, 0.0])
     zero = torch.zeros(3)
     _, _, derivative = kernels.elementwise("ppo_clip", [zero, zero, advantage], [0.0, 0.0], None)
@@ -137,10 +140,11 @@ def gae_truth(rewards, values, mask, gamma, lam, masked):
     ) if masked != "none" else returns
 
 
+@pytest.mark.fault(85)
 @pytest.mark.parametrize("masked", ["skip", "zero", "none"])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_F85_advantages_equal_the_loop_and_garbage_at_dead_tokens_changes_nothing(masked, length, dtype):
+def test_advantages_equal_the_loop_and_garbage_at_dead_tokens_changes_nothing(masked, length, dtype):
     draw = torch.Generator().manual_seed(length)
     rewards, values = (torch.randn(4, length, generator=draw, dtype=dtype) for _ in range(2))
     mask = torch.rand(4, length, generator=draw) < 0.6
@@ -177,7 +181,8 @@ def test_gae_without_a_mask_is_returns_minus_values_at_gamma_and_lambda_one():
     torch.testing.assert_close(advantages.double(), total - values.double(), rtol=2e-7, atol=1e-6)
 
 
-def test_F97_a_long_trace_keeps_its_digits(monkeypatch):
+@pytest.mark.fault(97)
+def test_a_long_trace_keeps_its_digits(monkeypatch):
     monkeypatch.setattr(launch_configs, "SCAN", 256)
     rewards = torch.full((1, 4096), 0.1)
     values = torch.zeros(1, 4096)
@@ -186,9 +191,10 @@ def test_F97_a_long_trace_keeps_its_digits(monkeypatch):
     torch.testing.assert_close(got.double(), rewards[0, 0].double() * powers.cumsum(0).flip(0), rtol=2e-7, atol=0)
 
 
+@pytest.mark.fault(87)
 @pytest.mark.parametrize("masked", ["skip", "zero", "none"])
 @pytest.mark.parametrize("index", [torch.int64, torch.int32])
-def test_F87_a_packed_batch_has_the_bits_of_its_sequences_alone(masked, index):
+def test_a_packed_batch_has_the_bits_of_its_sequences_alone(masked, index):
     draw = torch.Generator().manual_seed(1)
     ends = torch.tensor([0, 5, 5, 38, 39, 60], dtype=index)  # an empty sequence and one of one token among them
     rewards, values = torch.randn(2, 60, generator=draw)
@@ -203,7 +209,8 @@ def test_F87_a_packed_batch_has_the_bits_of_its_sequences_alone(masked, index):
             assert same_bits(whole[part], one[0])
 
 
-def test_F11_nothing_to_do_launches_nothing():
+@pytest.mark.fault(11)
+def test_nothing_to_do_launches_nothing():
     empty = torch.empty(0)
     loss, value, derivative = kernels.elementwise("pairwise", [empty], [], None)
     assert loss.item() == 0.0 and value.shape == derivative.shape == (0,)

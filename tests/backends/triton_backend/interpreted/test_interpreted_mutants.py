@@ -11,7 +11,7 @@ from paths import ROOT, TESTS
 def test_mistakes_in_the_triton_kernels_are_really_noticed():
     script = runpy.run_path(str(TESTS / "repository/mutation/__main__.py"), run_name="mutation")
     asked = (
-        "test_interpreted_blocks.py::test_F24_log_sigmoid_keeps_both_tails",
+        "test_interpreted_blocks.py::test_log_sigmoid_keeps_both_tails",
         "test_interpreted_policy.py::test_a_clipped_token_is_not_swept_again_and_gets_zeros",
     )
     todo = [

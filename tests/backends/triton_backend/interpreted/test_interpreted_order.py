@@ -56,8 +56,9 @@ def scan():
     return kernels.gae(rewards, values, rewards > -0.5, None, 0.99, 0.95, "skip")
 
 
+@pytest.mark.fault(52)
 @pytest.mark.parametrize("problem", [rows_forward_and_backward, policy, blocks, scan], ids=lambda f: f.__name__)
-def test_F52_four_program_orders_give_the_same_bits(problem, small_tiles, interpreter, monkeypatch):
+def test_four_program_orders_give_the_same_bits(problem, small_tiles, interpreter, monkeypatch):
     monkeypatch.setattr(launch_configs, "BLOCK", 16)
     monkeypatch.setattr(launch_configs, "SCAN", 16)
     results = []
@@ -73,7 +74,8 @@ def test_the_checks_are_on(interpreter):
     assert options.debug and options.bounds and options.races and options.strict_sum and options.poison
 
 
-def test_F01_offsets_beyond_32_bits_reach_the_right_row(small_tiles):
+@pytest.mark.fault(1)
+def test_offsets_beyond_32_bits_reach_the_right_row(small_tiles):
     vocab, far = 37, 2**30
     x, targets, mask = draw_rows((3,), vocab, torch.bfloat16, seed=1)
     (g,) = cotangents((3,), 1)

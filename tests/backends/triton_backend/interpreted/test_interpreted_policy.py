@@ -76,9 +76,10 @@ def test_every_objective_with_every_term_equals_its_oracle(name, terms, small_ti
 
 
 # Two tiles of 32 are loaded ahead: nothing whole, one and a part, exactly two, two and one, two and a part.
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("vocab", [1, 7, 33, 64, 96, 101])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_F04_the_policy_loss_holds_its_bounds_at_every_vocabulary_size(vocab, dtype, small_tiles):
+def test_the_policy_loss_holds_its_bounds_at_every_vocabulary_size(vocab, dtype, small_tiles):
     x, targets, _, c = policy_problem(vocab, dtype, seed=vocab)
     temperature = torch.tensor([1.0, 0.7, 3.0, 1.0, 0.5, 1.3])
     check("ppo_clip", x, targets, temperature, None, c, True, "k3")
@@ -179,7 +180,8 @@ def test_the_gradient_kernel_writes_nothing_where_unless_is_exactly_1(dtype, sma
         assert same_bits(out, before if unless == 1.0 else expected), unless
 
 
-def test_F12_F26_F93_dead_rows_full_of_nan_change_nothing_and_get_zeros(small_tiles):
+@pytest.mark.fault(12, 26, 93)
+def test_dead_rows_full_of_nan_change_nothing_and_get_zeros(small_tiles):
     x, targets, mask, c = policy_problem(69)
     clean = run("dual_clip", x, targets, 0.7, mask, c, True, "k3")
     dead = (targets == -100) | ((c["weight"] == 0) & (c["entropy_weight"] == 0) & (c["kl_weight"] == 0))
@@ -195,8 +197,9 @@ def test_F12_F26_F93_dead_rows_full_of_nan_change_nothing_and_get_zeros(small_ti
     assert not got[1][dead].any()
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("name", POLICIES)
-def test_F25_ratios_that_overflow_give_no_nan(name, small_tiles):
+def test_ratios_that_overflow_give_no_nan(name, small_tiles):
     x, targets, _, c = policy_problem(33, rows=8)
     gap = torch.tensor([20.0, 88.0, 200.0, 1e4, -20.0, -88.0, -200.0, -1e4])
     targets[2] = 3
@@ -214,7 +217,8 @@ def test_a_clipped_token_is_not_swept_again_and_gets_zeros(small_tiles):
     assert same_bits(gradient, torch.zeros(6, 69))
 
 
-def test_F02_a_label_outside_the_vocabulary_makes_its_row_nan_and_reads_no_neighbour(small_tiles, monkeypatch):
+@pytest.mark.fault(2)
+def test_a_label_outside_the_vocabulary_makes_its_row_nan_and_reads_no_neighbour(small_tiles, monkeypatch):
     # Values of labels are read on the CPU only: here as on a GPU.
     monkeypatch.setattr(kernels, "check_rows", lambda *_: None)
     x, targets, _, c = policy_problem(69)

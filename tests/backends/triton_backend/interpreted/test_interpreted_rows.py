@@ -19,9 +19,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # A tile holds 32 columns here: one column, fewer than a lane, around one tile, around two tiles ahead, several and a
 # part.
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("vocab", [1, 2, 7, 31, 32, 33, 69])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_F04_every_statistic_and_gradient_holds_its_bound_at_every_vocabulary_size(vocab, dtype, small_tiles, backend):
+def test_every_statistic_and_gradient_holds_its_bound_at_every_vocabulary_size(vocab, dtype, small_tiles, backend):
     x, targets, mask = draw_rows((4,), vocab, dtype, seed=vocab)
     reference = draw_rows((4,), vocab, dtype, seed=vocab + 1)[0]
     stats = judge(rlk.token_stats, x, targets, 0.7, vocab_mask=mask if vocab % 2 else None, ref_logits=reference)
@@ -41,7 +42,8 @@ def test_a_temperature_and_a_mask_per_row_hold_the_bounds(small_tiles, backend):
     )
 
 
-def test_F136_the_coldest_and_the_hottest_temperature_hold_the_bounds(small_tiles, backend):
+@pytest.mark.fault(136)
+def test_the_coldest_and_the_hottest_temperature_hold_the_bounds(small_tiles, backend):
     x, targets, _ = draw_rows((6,), 69)
     judge(
         rlk.token_stats,
@@ -52,10 +54,9 @@ def test_F136_the_coldest_and_the_hottest_temperature_hold_the_bounds(small_tile
     )
 
 
+@pytest.mark.fault(136)
 @pytest.mark.parametrize("t", [1.0, 1e-3])
-def test_F136_an_exact_kl_counts_how_far_the_reference_moves_over_tiles_that_either_side_excludes(
-    t, small_tiles, backend
-):
+def test_an_exact_kl_counts_how_far_the_reference_moves_over_tiles_that_either_side_excludes(t, small_tiles, backend):
     """Tiles hold 32 columns: the policy, the reference or both are -inf in the first, and the reference's maximum comes
     last.
     """
@@ -75,9 +76,10 @@ def backward_problem(dtype, vocab=69, rows=5):
     return x, targets, reference, (shift, total, entropy, ref_shift, ref_total, kl)
 
 
+@pytest.mark.fault(38)
 @pytest.mark.parametrize("subset", [s for n in (1, 2, 3) for s in itertools.combinations(range(3), n)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_F38_each_subset_of_upstream_gradients_gives_its_gradient(subset, dtype, small_tiles):
+def test_each_subset_of_upstream_gradients_gives_its_gradient(subset, dtype, small_tiles):
     x, targets, reference, saved = backward_problem(dtype)
     names = ("logprobs", "entropy", "kl")
     g = [v if k in subset else None for k, v in enumerate(cotangents((5,), 3))]
@@ -113,9 +115,10 @@ def test_rounded_gradients_are_within_one_ulp_and_nearly_all_are_the_nearest(dty
         assert (ulp <= 1).all() and (ulp == 0).double().mean() >= 0.999
 
 
+@pytest.mark.fault(7, 15, 53)
 @pytest.mark.parametrize("layout", ["rows apart", "next-token", "offset", "expanded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_F07_F15_F53_bits_do_not_depend_on_layout_rows_or_batch(layout, dtype, small_tiles):
+def test_bits_do_not_depend_on_layout_rows_or_batch(layout, dtype, small_tiles):
     x, targets, _ = draw_rows((2, 3), 69, dtype)
     reference = draw_rows((2, 3), 69, dtype, seed=3)[0]
     targets = targets.view(-1)
@@ -152,8 +155,9 @@ def test_F07_F15_F53_bits_do_not_depend_on_layout_rows_or_batch(layout, dtype, s
         assert same_bits(got, want[4:5])
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_F32_in_place_gives_the_same_bits_and_otherwise_the_logits_keep_theirs(dtype, small_tiles):
+def test_in_place_gives_the_same_bits_and_otherwise_the_logits_keep_theirs(dtype, small_tiles):
     x, targets, reference, saved = backward_problem(dtype)
     g = cotangents((5,), 3)
     before = x.clone()
@@ -166,7 +170,8 @@ def test_F32_in_place_gives_the_same_bits_and_otherwise_the_logits_keep_theirs(d
     assert parent[:, :5].isnan().all() and parent[:, 74:].isnan().all()
 
 
-def test_F53_a_gradient_in_slices_has_the_bits_of_a_whole_one(small_tiles, monkeypatch):
+@pytest.mark.fault(53)
+def test_a_gradient_in_slices_has_the_bits_of_a_whole_one(small_tiles, monkeypatch):
     x, targets, reference, saved = backward_problem(torch.float32)
     g = cotangents((5,), 3)
     results = []
@@ -186,16 +191,18 @@ def test_bits_depend_on_lanes_alone_not_on_tiles_ahead_or_threads():
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.fault(19, 84)
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
-def test_F19_F84_lanes_agree_between_ops_and_dtypes(itemsize):
+def test_lanes_agree_between_ops_and_dtypes(itemsize):
     for vocab in (1, 1024, 1025, 32_000, 32_768, 32_769, 151_936, 300_000):
         lanes = launch_configs.row_config("token_stats", itemsize, vocab).lanes
         assert lanes == launch_configs.row_config("fused_policy", itemsize, vocab).lanes
         assert itemsize == 8 or lanes == launch_configs.row_config("token_stats", 6 - itemsize, vocab).lanes
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_F19_sixteen_bit_logits_give_the_bits_of_the_same_values_in_fp32(dtype, small_tiles):
+def test_sixteen_bit_logits_give_the_bits_of_the_same_values_in_fp32(dtype, small_tiles):
     x, targets, mask = draw_rows((5,), 69, dtype)
     other = x.flip(0)
     narrow = kernels.token_stats(x, targets, 0.7, -100, mask, other, EVERYTHING)
@@ -204,9 +211,10 @@ def test_F19_sixteen_bit_logits_give_the_bits_of_the_same_values_in_fp32(dtype, 
 
 
 # Whole tiles of 32 at the front, parts of one, and everything but the target's tile.
+@pytest.mark.fault(17)
 @pytest.mark.parametrize("leading", [1, 32, 50, 64, 95])
 @pytest.mark.parametrize("masked", [False, True])
-def test_F17_leading_tiles_of_minus_infinity_change_nothing(leading, masked, small_tiles, backend):
+def test_leading_tiles_of_minus_infinity_change_nothing(leading, masked, small_tiles, backend):
     x, targets, _ = draw_rows((3,), 100, torch.bfloat16)
     targets[:] = torch.tensor([99, 97, 98])
     mask = torch.arange(100) >= leading if masked else None
@@ -216,10 +224,11 @@ def test_F17_leading_tiles_of_minus_infinity_change_nothing(leading, masked, sma
     assert stats.entropy.isfinite().all()
 
 
+@pytest.mark.fault(66, 76)
 @pytest.mark.parametrize(
     "shape", ["rising", "falling", "peak in the last tile", "equal", "far below zero", "huge negative numbers"]
 )
-def test_F66_F76_rescaling_between_tiles_does_not_drift(shape, small_tiles, backend):
+def test_rescaling_between_tiles_does_not_drift(shape, small_tiles, backend):
     x = torch.linspace(-30, 30, 200)
     x = {
         "rising": x,
@@ -233,18 +242,18 @@ def test_F66_F76_rescaling_between_tiles_does_not_drift(shape, small_tiles, back
 
 
 # In the lane that meets the peak later, and in another one, which meets it when the lanes do.
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("peak", [32, 40])
-def test_F16_a_column_that_only_the_reference_excludes_counts_as_nothing_once_its_probability_is_zero(
-    peak, small_tiles
-):
+def test_a_column_that_only_the_reference_excludes_counts_as_nothing_once_its_probability_is_zero(peak, small_tiles):
     x, reference, targets = torch.zeros(1, 69), torch.zeros(1, 69), torch.tensor([peak])
     x[0, peak], reference[0, 0] = 5000.0, -torch.inf
     kl = kernels.token_stats(x, targets, 1.0, -100, None, reference, EVERYTHING)[10]
     torch.testing.assert_close(kl.double(), statistics(x, targets, ref_logits=reference)["kl"], rtol=1e-6, atol=0)
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("masked", [False, True])
-def test_F16_a_row_without_a_finite_logit_has_no_sum(masked, small_tiles):
+def test_a_row_without_a_finite_logit_has_no_sum(masked, small_tiles):
     x, targets, _ = draw_rows((3,), 69)
     mask = torch.ones(3, 69, dtype=torch.bool)
     if masked:

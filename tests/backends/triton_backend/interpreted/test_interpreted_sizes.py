@@ -2,10 +2,11 @@
 tiles that are shipped.
 """
 
+import pytest
 import torch
 from problems import EVERYTHING, policy_problem
 from reference import assert_within_policy, cotangents, same_bits, statistics
-from test_logprobs_precision import test_F75_large_vocabularies_stay_within_the_bounds  # noqa: F401  (here with the shipped tiles)
+from test_logprobs_precision import test_large_vocabularies_stay_within_the_bounds  # noqa: F401  (here with the shipped tiles)
 
 import rlkernels as rlk
 from rlkernels.backends import triton as kernels
@@ -14,7 +15,8 @@ MANY, CHOSEN = 70_000, (0, 1, 65_535, 65_536, 69_999)
 PADDED = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
-def test_F13_seventy_thousand_rows_lie_on_the_first_axis_of_the_grid(small_tiles, interpreter):
+@pytest.mark.fault(13)
+def test_seventy_thousand_rows_lie_on_the_first_axis_of_the_grid(small_tiles, interpreter):
     """The interpreter refuses a second or third axis beyond 65535.
 
     Five programs run; their rows have the bits that they have alone.
@@ -58,7 +60,8 @@ def test_F13_seventy_thousand_rows_lie_on_the_first_axis_of_the_grid(small_tiles
     assert_within_policy(got[0][rows], truth["logprobs"], base["logprobs"], "logprobs")
 
 
-def test_F06_vocab_mask_takes_padded_columns_out_and_without_it_they_count(backend):
+@pytest.mark.fault(6)
+def test_vocab_mask_takes_padded_columns_out_and_without_it_they_count(backend):
     real, padded = 151_665, 151_936
     x = torch.randn(2, real, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     wide = torch.nn.functional.pad(x, (0, padded - real), value=5.0)
@@ -75,7 +78,8 @@ def test_F06_vocab_mask_takes_padded_columns_out_and_without_it_they_count(backe
     assert (rlk.token_logprobs(wide, targets) < truth["logprobs"] - 0.1).all()
 
 
-def test_F75_the_policy_loss_of_a_large_vocabulary_has_the_bits_of_the_two_kernels():
+@pytest.mark.fault(75)
+def test_the_policy_loss_of_a_large_vocabulary_has_the_bits_of_the_two_kernels():
     x, targets, _, c = policy_problem(262_144, torch.bfloat16, rows=3)
     _, gradient, logp, shift, total, entropy, dlogp = kernels.fused_policy(
         "ppo_clip",
