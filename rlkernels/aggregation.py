@@ -11,7 +11,7 @@ import torch
 
 from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.sequences import groups_of, real_dtype, segment_ids, token_counts
+from rlkernels.sequences import groups_of, result_dtype, segment_ids, token_counts
 
 
 class _Rows(NamedTuple):
@@ -313,4 +313,4 @@ def aggregate(values, mask=None, mode="token-mean", *, cu_seqlens=None, **normal
     cu_seqlens = checks_tokens.rows("aggregate", "mask", mask, cu_seqlens)
     weights = weights_for("aggregate", mask, mode, cu_seqlens=cu_seqlens, **normalizers)
     kept = torch.where(mask != 0, values, 0.0).double().contiguous()  # torch adds in the order of memory
-    return (weights * kept).sum().to(real_dtype(values))
+    return (weights * kept).sum().to(result_dtype(values))

@@ -7,32 +7,30 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import checks
-from rlkernels.backends.eager import real_dtype
+from rlkernels.backends.protocol import RowBatch, real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.tracing import replaced
 
 
-class Rows(NamedTuple):
-    """Logits and what belongs to each row of them, checked."""
+class FlatLogits(NamedTuple):
+    """Logits and what belongs to each row of them, checked and laid out as an op takes it.
 
-    logits: torch.Tensor
-    targets: torch.Tensor
-    temperature: float | torch.Tensor
-    ignore_index: int
-    vocab_mask: torch.Tensor | None
+    ``shape``: that of the caller's targets. ``real``: the dtype of per-row results.
+    """
+
+    rows: RowBatch
     shape: torch.Size
-    real: torch.dtype | None  # of per-row results
+    real: torch.dtype
 
     def without(self, dead):
         """The same with rows that are ``dead`` (bool, of any shape) ignored; nobody looks at the target and the
         temperature that they hold.
         """
-        dead = dead.reshape(-1)
-        return replaced(
-            self, targets=or_ignored(dead, self.targets, self.ignore_index), temperature=or_one(dead, self.temperature)
-        )
+        dead, rows = dead.reshape(-1), self.rows
+        targets = or_ignored(dead, rows.targets, rows.ignore_index)
+        return replaced(self, rows=replaced(rows, targets=targets, temperature=or_one(dead, rows.temperature)))
 
-    def flat(self, x):
+    def per_row(self, x):
         """A per-row tensor as a contiguous ``[T]`` of the arithmetic's dtype; None stays None."""
         if x is None:
             return None
@@ -75,7 +73,7 @@ def matrix(logits):
     return logits if logits.dim() <= 3 else logits.flatten(0, -3)
 
 
-def rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward=False):
+def flatten_logits(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward=False):
     """Checks the arguments that every function over logits shares and lays them out."""
     checks.logits(where, logits)
     shape = logits.shape[:-1]
@@ -92,12 +90,6 @@ def rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_
     temperature = dense(temperature, real_dtype(logits.dtype)).view(-1) if per_row else float(temperature)
     if vocab_mask is not None and vocab_mask.dim() > 1:
         vocab_mask = vocab_mask.reshape(-1, vocab_mask.shape[-1])
-    return Rows(
-        matrix(logits),
-        targets if targets.dim() == 1 else targets.reshape(-1),
-        temperature,
-        ignore_index,
-        vocab_mask,
-        shape,
-        real_dtype(logits.dtype),
-    )
+    targets = targets if targets.dim() == 1 else targets.reshape(-1)
+    rows = RowBatch(matrix(logits), targets, temperature, ignore_index, vocab_mask)
+    return FlatLogits(rows, shape, real_dtype(logits.dtype))

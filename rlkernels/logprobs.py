@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import checks, ops
-from rlkernels.logits_layout import matrix, rows
+from rlkernels.logits_layout import flatten_logits, matrix
+from rlkernels.tracing import replaced
 
 
 class TokenStats(NamedTuple):
@@ -51,19 +52,9 @@ def token_logprobs(logits, targets, *, temperature=1.0, ignore_index=-100, vocab
         RuntimeError: tensors on several devices; ``inplace_backward`` on a leaf, a view of a leaf, or overlapping
             memory.
     """
-    row = rows("token_logprobs", logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
-    logp, *_ = ops.token_stats(
-        row.logits,
-        row.targets,
-        row.temperature,
-        row.ignore_index,
-        row.vocab_mask,
-        None,
-        0,
-        inplace_backward,
-        ops.serving("token_stats", logits),
-    )
-    return shaped(logp, row.shape)
+    flat = flatten_logits("token_logprobs", logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
+    stats = ops.token_stats(flat.rows, 0, inplace_backward, ops.serving("token_stats", logits))
+    return shaped(stats.logp, flat.shape)
 
 
 def token_stats(
@@ -101,7 +92,7 @@ def token_stats(
     Schulman 2020, "Approximating KL divergence".
     """
     where = "token_stats"
-    row = rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
+    flat = flatten_logits(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
     checks.outputs(where, outputs, ops.FLAGS)
     checks.reference(where, ref_logits, logits, kl)
     checks.one_device(where, "logits", logits, ref_logits=ref_logits)
@@ -110,19 +101,9 @@ def token_stats(
         wanted |= ops.FLAGS[name]
     if kl == "exact":
         wanted |= ops.KL | ops.ENTROPY  # the gradient of the KL is saved beside the entropy's
-    reference = None if ref_logits is None else matrix(ref_logits)
-    found = ops.token_stats(
-        row.logits,
-        row.targets,
-        row.temperature,
-        row.ignore_index,
-        row.vocab_mask,
-        reference,
-        wanted,
-        inplace_backward,
-        ops.serving(where, logits),
-    )
-    return collect(found, row, outputs, ref_logits is not None, kl)
+    rows = flat.rows if ref_logits is None else replaced(flat.rows, ref_logits=matrix(ref_logits))
+    stats = ops.token_stats(rows, wanted, inplace_backward, ops.serving(where, logits))
+    return collect(stats, flat.shape, rows.temperature, outputs, ref_logits is not None, kl)
 
 
 def shaped(x, shape):
@@ -130,18 +111,23 @@ def shaped(x, shape):
     return x if x.shape == shape else x.view(shape)
 
 
-def collect(found, row, outputs, has_reference, kl):
-    """The op's tuple as TokenStats of the caller's shape."""
-    logp, shift, sum_exp, entropy, log_sum_sq, mean_logits, is_top1, ref_logp, _, _, exact = found
+def collect(stats, shape, temperature, outputs, reference, kl):
+    """``RowStats`` as the ``TokenStats`` that were asked for, of the caller's shape."""
     # A number stays on the CPU: copying it to the device would make the host wait. sum_exp is 0 in ignored rows alone.
-    logsumexp = torch.where(sum_exp == 0, 0.0, shift / row.temperature + sum_exp.log())
-    stats = {"entropy": entropy, "log_sum_sq_probs": log_sum_sq, "mean_logits": mean_logits, "is_top1": is_top1}
-    stats = {name: x.view(row.shape) for name, x in stats.items() if name in outputs}
-    if has_reference:
-        stats["ref_logprobs"] = ref_logp.view(row.shape)
+    logsumexp = torch.where(stats.sum_exp == 0, 0.0, stats.row_max / temperature + stats.sum_exp.log())
+    optional = {
+        "entropy": stats.entropy,
+        "log_sum_sq_probs": stats.log_sum_sq,
+        "mean_logits": stats.mean_logits,
+        "is_top1": stats.is_top1,
+    }
+    optional = {name: x.view(shape) for name, x in optional.items() if name in outputs}
+    if reference:
+        optional["ref_logprobs"] = stats.ref_logp.view(shape)
     if kl == "exact":
-        stats["kl"] = exact.view(row.shape)
+        optional["kl"] = stats.kl.view(shape)
     elif kl is not None:
-        _, value, _ = ops.elementwise(kl, logp, [ref_logp], (), None, ops.serving("elementwise", logp))
-        stats["kl"] = value.view(row.shape)
-    return TokenStats(logp.view(row.shape), logsumexp.view(row.shape), **stats)
+        serving = ops.serving("elementwise", stats.logp)
+        _, estimate, _ = ops.elementwise(kl, stats.logp, [stats.ref_logp], (), None, serving)
+        optional["kl"] = estimate.view(shape)
+    return TokenStats(stats.logp.view(shape), logsumexp.view(shape), **optional)

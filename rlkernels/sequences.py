@@ -19,7 +19,8 @@ from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
 
 
-def real_dtype(*tensors):
+def result_dtype(*tensors):
+    """The dtype of a result of these tensors: float64 where one of them is float64, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
@@ -51,12 +52,12 @@ def token_counts(live, offsets=None):
 
 def sums(values, live, offsets):
     """``sequence_sums`` of what is checked; ``live``: bool."""
-    return _sums(live, values, offsets).to(real_dtype(values))
+    return _sums(live, values, offsets).to(result_dtype(values))
 
 
 def means(values, live, offsets):
     """``sequence_means`` of what is checked; ``live``: bool."""
-    return (_sums(live, values, offsets) / token_counts(live, offsets).clamp(min=1.0)).to(real_dtype(values))
+    return (_sums(live, values, offsets) / token_counts(live, offsets).clamp(min=1.0)).to(result_dtype(values))
 
 
 def spread(values, live, offsets):
@@ -64,7 +65,7 @@ def spread(values, live, offsets):
     wide = values.double()
     # Indexing, not gather: its backward sorts instead of adding by atomics.
     wide = wide.unsqueeze(-1).expand(live.shape) if offsets is None else wide[segment_ids(offsets, live.shape[0])]
-    return torch.where(live, wide, 0.0).to(real_dtype(values))
+    return torch.where(live, wide, 0.0).to(result_dtype(values))
 
 
 def per_token(where, name, x, like, offsets):

@@ -8,7 +8,7 @@ import torch
 from rlkernels import checks, ops
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
-from rlkernels.sequences import real_dtype, segment_ids
+from rlkernels.sequences import result_dtype, segment_ids
 
 MASKED = ("skip", "zero", "none")
 
@@ -53,7 +53,7 @@ def gae(rewards, values, mask=None, *, gamma=1.0, lam=0.95, masked="skip", cu_se
     checks.one_device(where, "rewards", rewards, values=values, bootstrap_values=bootstrap_values)
     checks.no_forward_ad(where, rewards, values, bootstrap_values)
     live, offsets = _checked(where, rewards, mask, masked, cu_seqlens)
-    real = real_dtype(rewards, values)
+    real = result_dtype(rewards, values)
     rewards, values = dense(rewards.detach(), real), dense(values.detach(), real)
     if bootstrap_values is not None:
         checks.floating(where, "bootstrap_values", bootstrap_values)
@@ -98,7 +98,7 @@ def discounted_returns(rewards, mask=None, *, gamma=1.0, masked="skip", cu_seqle
     checks.no_forward_ad(where, rewards)
     gamma = checks.interval(where, "gamma", gamma, 0, 1)
     live, offsets = _checked(where, rewards, mask, masked, cu_seqlens)
-    rewards = rewards.detach().to(real_dtype(rewards))
+    rewards = rewards.detach().to(result_dtype(rewards))
     # GAE with V = 0 and lam = 1.
     return _scan(rewards, torch.zeros_like(rewards), live, offsets, gamma, 1.0, masked)[1]
 
@@ -200,4 +200,4 @@ def masked_whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, eps
     floor = variance + eps if eps_mode == "add" else variance.clamp(min=eps)
     scale = torch.where(variance == 0, 0.0, torch.where(variance == 0, 1.0, floor).rsqrt())
     whitened = gap * scale if shift_mean else gap * scale + (base + centre)
-    return torch.where(live, whitened, 0.0).to(real_dtype(x))
+    return torch.where(live, whitened, 0.0).to(result_dtype(x))

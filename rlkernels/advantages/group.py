@@ -4,7 +4,7 @@ import torch
 
 from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.sequences import groups_of, real_dtype
+from rlkernels.sequences import groups_of, result_dtype
 
 BASELINES = ("mean", "leave-one-out", "length-mean", "batch-mean", None)
 SCALES = ("std", "batch-std", "mean", None)
@@ -97,7 +97,7 @@ def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e
         centred = torch.where(size == 0, 0.0, centred / torch.where(size == 0, 1.0, size + eps))
     of_group = baseline in ("mean", "leave-one-out", "length-mean") or scale in ("std", "mean")
     alone = (group.count < 2) if of_group else torch.zeros_like(scored)
-    return torch.where(scored & ~alone, centred, 0.0).to(real_dtype(rewards))
+    return torch.where(scored & ~alone, centred, 0.0).to(result_dtype(rewards))
 
 
 def _refuse(where, name, x, bad, needed):
@@ -162,4 +162,4 @@ def broadcast_advantages(row_advantages, is_last_step, trajectory_ids):
         raise ValueError(f"{where}: row_advantages has shape {tuple(row_advantages.shape)}, expected [N], one per row")
     checks.one_device(where, "row_advantages", row_advantages, is_last_step=is_last_step, trajectory_ids=trajectory_ids)
     last = torch.where(is_last_step != 0, row_advantages.detach(), 0.0).double()
-    return groups_of(trajectory_ids).reduce_each(last).to(real_dtype(row_advantages))
+    return groups_of(trajectory_ids).reduce_each(last).to(result_dtype(row_advantages))

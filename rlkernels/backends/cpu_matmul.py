@@ -8,7 +8,7 @@ to 1.25 times as long, with 1.6 times the rounding error.
 import torch
 
 from rlkernels.backends import gate
-from rlkernels.backends.cpu import _cpu
+from rlkernels.backends.cpu_module import _cpu
 
 
 def available():

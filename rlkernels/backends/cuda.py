@@ -2,7 +2,7 @@
 
 Python owns shapes, dtypes and allocation.
 
-Protocol: see ``rlkernels.backends.eager``. Values are not read on the host: a target outside the vocabulary makes its
+Protocol: ``rlkernels.backends.protocol``. Values are not read on the host: a target outside the vocabulary makes its
 row NaN.
 """
 
@@ -10,8 +10,8 @@ import importlib.util
 
 import torch
 
-from rlkernels.backends import built, eager, gate
-from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS
+from rlkernels.backends import built, eager, gate, native
+from rlkernels.backends.protocol import PolicyRows, RowStats, column_kernel, presence
 from rlkernels.objectives import OBJECTIVES
 
 # find_spec, not try/except ImportError: a module that is absent is a fact, one that is present and broken is an error.
@@ -28,8 +28,6 @@ else:
         _cuda.know(torch.Tensor, torch.nn.Parameter)
 NO_DEVICE = "torch sees no CUDA device here"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-NOWHERE = (0, 0, 0, 1)
-MASKED = {"skip": 0, "zero": 1, "none": 2}
 # Private, so looked for: the public way builds an object of Python for every launch. Builds of torch without CUDA have
 # none.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -42,141 +40,61 @@ def available():
     return (True, "") if torch.cuda.is_available() else (False, NO_DEVICE)
 
 
-def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logits, wanted):
-    taken = logits, targets, temperature, vocab_mask, ref_logits = _taken(
-        "token_stats", logits, targets, temperature, vocab_mask, ref_logits
-    )
-    tokens, ref = targets.shape[0], ref_logits is not None
-    present = (
-        True,
-        True,
-        True,
-        wanted & ENTROPY,
-        wanted & LOG_SUM_SQ,
-        wanted & MEAN_LOGITS,
-        wanted & IS_TOP1,
-        ref,
-        ref,
-        ref,
-        ref and wanted & KL,
-    )
-    outputs = [
-        _per_row(logits, tokens if p else 0, torch.bool if k == 6 else torch.float32) for k, p in enumerate(present)
-    ]
-    _cuda.token_stats(_rows(*taken, ignore_index), gate.present(outputs, present), *_where(logits))
-    return tuple(outputs)
+def token_stats(rows, wanted):
+    rows = _rows("token_stats", rows)
+    reference = rows.ref_logits is not None
+    stats = RowStats.empty(_per_row(rows.logits, 0), rows.targets.shape[0], wanted, reference)
+    _cuda.token_stats(_batch(rows), gate.present(stats, presence(wanted, reference)), *_stream(rows.logits))
+    return stats
 
 
-def token_stats_backward(
-    dlogp,
-    dentropy,
-    dkl,
-    logits,
-    targets,
-    temperature,
-    ignore_index,
-    vocab_mask,
-    ref_logits,
-    shift,
-    sum_exp,
-    entropy,
-    ref_shift,
-    ref_sum_exp,
-    kl,
-    out,
-    unless=None,
-):
-    where = "token_stats_backward"
-    taken = logits, targets, temperature, vocab_mask, ref_logits = _taken(
-        where, logits, targets, temperature, vocab_mask, ref_logits
-    )
-    per_row = gate.of_backward(
-        where, dlogp, dentropy, dkl, ref_logits, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl
-    )
-    per_row, at = _addresses(where, gate.BACKWARD, per_row, logits, targets)
-    unless = None if unless is None else gate.taken(where, "unless", unless, torch.float32, (), logits.device)
-    gradient = _gradient(where, logits, targets, out)
+def token_stats_backward(upstream, rows, saved, out=None, unless=None):
+    caller = "token_stats_backward"
+    rows = _rows(caller, rows)
+    per_row, at = _addresses(caller, gate.BACKWARD, gate.of_backward(caller, upstream, rows.ref_logits, saved), rows)
+    unless = None if unless is None else gate.taken(caller, "unless", unless, torch.float32, (), rows.logits.device)
+    gradient = _gradient(caller, rows, out)
     if unless is not None and gradient is not out:
         gradient.copy_(out.view(gradient.shape))  # what stays as it is must be there
     _cuda.token_stats_backward(
-        _rows(*taken, ignore_index),
-        [*at, gate.address(unless)],
-        gate.place(gradient),
-        DTYPES[gradient.dtype],
-        *_where(logits),
+        _batch(rows), [*at, gate.address(unless)], gate.place(gradient), DTYPES[gradient.dtype], *_stream(rows.logits)
     )
     return gate.stored(gradient, out)
 
 
-def fused_policy(
-    objective,
-    logits,
-    targets,
-    temperature,
-    ignore_index,
-    vocab_mask,
-    columns,
-    params,
-    weight,
-    entropy_weight,
-    kl,
-    ref_logp,
-    kl_weight,
-    with_grad,
-    out,
-):
-    import sys
-
+def fused_policy(rows, policy, with_grad, out):
     _available_or_raise()
     # What is not compiled into the row kernels, such as a user's objective, takes our two passes around its Python
     # function.
-    if objective not in _cuda.OBJECTIVES or OBJECTIVES[objective].columns[0] != "logp":
-        return eager.fused_policy(
-            objective,
-            logits,
-            targets,
-            temperature,
-            ignore_index,
-            vocab_mask,
-            columns,
-            params,
-            weight,
-            entropy_weight,
-            kl,
-            ref_logp,
-            kl_weight,
-            with_grad,
-            out,
-            native=sys.modules[__name__],
-        )
-    where = "fused_policy"
-    taken = logits, targets, *_ = _taken(where, logits, targets, temperature, vocab_mask, None)
-    per_row = gate.of_policy(where, columns, weight, entropy_weight, kl, ref_logp, kl_weight)
-    per_row, at = _addresses(where, gate.POLICY, per_row, logits, targets)
-    tokens = targets.shape[0]
+    if policy.objective not in _cuda.OBJECTIVES or OBJECTIVES[policy.objective].columns[0] != "logp":
+        return eager.fused_policy(rows, policy, with_grad, out, (token_stats, token_stats_backward))
+    caller = "fused_policy"
+    rows = _rows(caller, rows)
+    logits, tokens = rows.logits, rows.targets.shape[0]
+    per_row, at = _addresses(caller, gate.POLICY, gate.of_policy(caller, policy), rows)
     outputs = [_per_row(logits, tokens) for _ in range(5)]
     # Per call, not kept: two streams must not share a ticket. The count of finished rows lies behind their losses.
     losses = _per_row(logits, tokens + 1, torch.float64)
     loss = _scalar(logits, tokens)
-    gradient = _gradient(where, logits, targets, out) if with_grad else logits.new_empty((0, 0))
+    gradient = _gradient(caller, rows, out) if with_grad else logits.new_empty((0, 0))
     if tokens:
         losses_at = gate.address(losses)
         _cuda.fused_policy(
-            _rows(*taken, ignore_index),
-            objective,
+            _batch(rows),
+            policy.objective,
             at[4:],
-            params,
+            policy.params,
             at[0],
             at[1],
-            kl or "",
+            policy.kl or "",
             at[2],
             at[3],
             [*gate.addresses(outputs), losses_at, losses_at + 8 * tokens, gate.address(loss)],
-            gate.place(gradient) if with_grad else NOWHERE,
+            gate.place(gradient) if with_grad else native.NOWHERE,
             DTYPES[gradient.dtype],
-            *_where(logits),
+            *_stream(logits),
         )
-    return loss, gate.stored(gradient, out if with_grad else None), *outputs
+    return PolicyRows(loss, gate.stored(gradient, out if with_grad else None), *outputs)
 
 
 def elementwise(objective, columns, params, weight):
@@ -184,7 +102,7 @@ def elementwise(objective, columns, params, weight):
     if objective not in _cuda.OBJECTIVES:
         return eager.elementwise(objective, columns, params, weight)
     first = columns[0]
-    kernel = eager.column_kernel(
+    kernel = column_kernel(
         "cuda", "columns", first.dtype, {torch.float32: _cuda.elementwise_f32, torch.float64: _cuda.elementwise_f64}
     )
     at = _cuda.addresses(first.dtype, first, weight, *columns)
@@ -205,7 +123,7 @@ def elementwise(objective, columns, params, weight):
             gate.address(loss),
             *_places(parts),
             n,
-            *_where(first),
+            *_stream(first),
         )
     return loss, value, derivative
 
@@ -214,7 +132,7 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
     _available_or_raise()
     if objective not in _cuda.OBJECTIVES:
         return eager.weighted_loss(objective, first, minus, others, params, weight, total, share)
-    kernel = eager.column_kernel(
+    kernel = column_kernel(
         "cuda", "columns", first.dtype, {torch.float32: _cuda.weighted_loss_f32, torch.float64: _cuda.weighted_loss_f64}
     )
     columns, masked = [first, *minus, *others], weight is not None and weight.dtype is torch.bool
@@ -247,7 +165,7 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
             gate.address(loss),
             *_places(parts),
             n,
-            *_where(first),
+            *_stream(first),
         )
     return loss, slopes
 
@@ -268,31 +186,11 @@ def _places(parts):
 
 def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):
     _available_or_raise()
-    kernel = eager.column_kernel(
+    kernel = column_kernel(
         "cuda", "rewards", rewards.dtype, {torch.float32: _cuda.gae_f32, torch.float64: _cuda.gae_f64}
     )
-    rewards, values, mask, cu_seqlens = gate.scan(
-        "gae", rewards, values, None if masked == "none" else mask, cu_seqlens
-    )
-    if cu_seqlens is not None:
-        cu_seqlens = gate.offsets("gae", cu_seqlens, rewards.shape[0])
-    segments, length = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, rewards.shape[0])
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    kernel(
-        gate.address(rewards),
-        gate.address(values),
-        gate.address(mask),
-        gate.address(cu_seqlens),
-        segments,
-        length,
-        gamma,
-        lam,
-        MASKED[masked],
-        gate.address(advantages),
-        gate.address(returns),
-        *_where(rewards),
-    )
-    return advantages, returns
+    mask = None if masked == "none" else mask
+    return native.gae(kernel, rewards, values, mask, cu_seqlens, gamma, lam, masked, *_stream(rewards))
 
 
 def _available_or_raise():
@@ -300,7 +198,7 @@ def _available_or_raise():
         raise RuntimeError(f"backend 'cuda' is unavailable: {ABSENT}")
 
 
-def _where(tensor):
+def _stream(tensor):
     """``(device index, stream)``: the launch goes to the tensor's device, whichever is current, and onto its current
     stream.
     """
@@ -310,60 +208,26 @@ def _where(tensor):
     return index, torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else _raw_stream(index)
 
 
-def _taken(where, logits, targets, temperature, vocab_mask, ref_logits):
+def _rows(caller, rows):
     _available_or_raise()
-    if logits.dtype not in DTYPES:
-        raise NotImplementedError(
-            f"logits of dtype {logits.dtype} are not supported by backend 'cuda'; cast to "
-            'float32 or use_backend("eager")'
-        )
-    if ref_logits is not None and ref_logits.dtype != logits.dtype:
-        raise NotImplementedError(
-            f"ref_logits of dtype {ref_logits.dtype} beside logits of dtype {logits.dtype} are "
-            "not supported by backend 'cuda'; "
-            "cast one of them"
-        )
-    return gate.rows(where, logits, targets, temperature, vocab_mask, ref_logits, torch.float32)
+    return native.rows("cuda", caller, rows, DTYPES, torch.float32)
 
 
-def _addresses(where, names, tensors, logits, targets):
-    """Tensors of one number per row, and their addresses; the caller holds on to them, since one may be a copy."""
-    at = _cuda.addresses(torch.float32, targets, *tensors)
-    if at is None:
-        tensors = gate.per_row(where, names, tensors, torch.float32, targets.shape[0], logits.device)
-        at = gate.addresses(tensors)
-    return tensors, at
+def _addresses(caller, names, tensors, rows):
+    return native.per_row(_cuda, caller, names, tensors, rows.targets, torch.float32, rows.logits.device)
 
 
-def _rows(logits, targets, temperature, vocab_mask, ref_logits, ignore_index):
+def _batch(rows):
     """The rows that passed the gate, as numbers."""
-    per_row = isinstance(temperature, torch.Tensor)
-    mask_stride = 0 if vocab_mask is None or vocab_mask.dim() == 1 else vocab_mask.stride(0)
-    return _cuda.Rows(
-        DTYPES[logits.dtype],
-        targets.shape[0],
-        logits.shape[-1],
-        gate.place(logits),
-        NOWHERE if ref_logits is None else gate.place(ref_logits),
-        gate.address(targets),
-        targets.stride(0),
-        targets.element_size(),
-        ignore_index,
-        1.0 if per_row else 1.0 / temperature,
-        gate.address(temperature) if per_row else 0,
-        gate.address(vocab_mask),
-        mask_stride,
-    )
+    return _cuda.Rows(*native.numbers(rows, DTYPES, inverse=True))
 
 
-def _gradient(where, logits, targets, out):
-    """The place of the gradient of the logits: ``out``, unless there is none or its layout is not one that kernels
-    write.
-    """
-    shape = targets.shape[0], logits.shape[-1]
+def _gradient(caller, rows, out):
+    """The memory for the gradient of the logits: ``out``, unless there is none or kernels do not write its layout."""
+    logits, shape = rows.logits, (rows.targets.shape[0], rows.logits.shape[-1])
     dtypes = tuple(DTYPES) if logits.dtype == torch.float32 else (logits.dtype,)
-    found = None if out is None else gate.writable(where, out, dtypes, shape, logits.device)
-    return logits.new_empty(shape, dtype=logits.dtype if out is None else out.dtype) if found is None else found
+    memory = None if out is None else gate.writable(caller, out, dtypes, shape, logits.device)
+    return logits.new_empty(shape, dtype=logits.dtype if out is None else out.dtype) if memory is None else memory
 
 
 def _per_row(like, count, dtype=torch.float32):

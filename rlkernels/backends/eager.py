@@ -1,19 +1,25 @@
-"""Plain torch: the definition of correct, on any device and dtype. Protocol: see ``rlkernels.ops``."""
+"""Plain torch: the definition of correct, on any device and dtype. Protocol: ``rlkernels.backends.protocol``."""
 
 import math
 
 import torch
 
 from rlkernels.backends import gate
-from rlkernels.checks import COLDEST, HOTTEST
+from rlkernels.backends.protocol import (
+    ENTROPY,
+    IS_TOP1,
+    KL,
+    LOG_SUM_SQ,
+    MEAN_LOGITS,
+    PolicyRows,
+    RowBatch,
+    RowStats,
+    SavedRows,
+    Upstream,
+    check_rows,
+    real_dtype,
+)
 from rlkernels.objectives import OBJECTIVES
-
-ENTROPY, LOG_SUM_SQ, MEAN_LOGITS, IS_TOP1, KL = 1, 2, 4, 8, 16
-
-
-def real_dtype(dtype):
-    """The dtype of arithmetic and of per-row results: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def elementwise(objective, columns, params, weight):
@@ -73,38 +79,6 @@ def weighted_loss(objective, first, minus, others, params, weight, total, share)
     return loss, slopes
 
 
-def column_kernel(backend, what, dtype, kernels):
-    """A backend's kernel over columns of this dtype; ``kernels``: dtype to kernel."""
-    kernel = kernels.get(dtype)
-    if kernel is None:
-        raise NotImplementedError(
-            f'{what} of dtype {dtype} are not supported by backend {backend!r}; cast to float32 or use_backend("eager")'
-        )
-    return kernel
-
-
-def check_rows(targets, vocab, ignore_index, temperature, where=None):
-    """Values are read on the CPU only: on an accelerator that would synchronise the host.
-
-    ``where``: the caller's name, if it is known.
-    """
-    if targets.device.type != "cpu":
-        return
-    prefix = f"{where}: " if where else ""
-    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
-    if bad.any():
-        row = int(bad.nonzero()[0, 0])
-        raise IndexError(f"{prefix}target {int(targets[row])} at row {row} is outside [0, {vocab})")
-    if isinstance(temperature, torch.Tensor):
-        bad = (targets != ignore_index) & ~((temperature >= COLDEST) & (temperature <= HOTTEST))
-        if bad.any():
-            row = int(bad.nonzero()[0, 0])
-            raise ValueError(
-                f"{prefix}temperature must be positive and finite, got {float(temperature[row])} at row "
-                f"{row}; it may be from 2**-40 to 2**40"
-            )
-
-
 def _own(targets):
     """On a CPU a copy: another thread may write to the caller's between two looks at them."""
     return targets.clone() if targets.device.type == "cpu" else targets
@@ -128,13 +102,14 @@ def _rows(logits, targets, temperature, ignore_index, vocab_mask):
 
 
 def _statistics(x, temperature):
-    shift = x.amax(-1)
-    centred = (x - shift[:, None]) / _column(temperature)
+    row_max = x.amax(-1)
+    centred = (x - row_max[:, None]) / _column(temperature)
     e = centred.exp()
-    return shift, centred, e, e.sum(-1)
+    return row_max, centred, e, e.sum(-1)
 
 
-def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logits, wanted):
+def token_stats(rows, wanted):
+    logits, targets, temperature, ignore_index, vocab_mask, ref_logits = rows
     vocab = logits.shape[-1]
     targets = _own(targets)
     check_rows(targets, vocab, ignore_index, temperature)
@@ -142,7 +117,7 @@ def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logi
     live, x, target = _rows(logits, targets, temperature, ignore_index, vocab_mask)
     # Everything is measured from the row maximum: with a common offset of 1e4 in the logits x[y] - lse loses 3.8e-4,
     # this 1e-6.
-    shift, centred, e, sum_exp = _statistics(x, temperature)
+    row_max, centred, e, sum_exp = _statistics(x, temperature)
     log_sum = sum_exp.log()
     # Met on an accelerator only: NaN there, and no address formed from it.
     out_of_range = (targets < 0) | (targets >= vocab)
@@ -150,78 +125,57 @@ def token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_logi
     def per_row(values):
         return torch.where(live, torch.where(out_of_range, math.nan, values), 0.0)
 
-    logp = per_row(centred.gather(1, target)[:, 0] - log_sum)
-    entropy = (
-        per_row(log_sum - torch.where(e == 0, 0.0, e * centred).sum(-1) / sum_exp)
-        if wanted & ENTROPY
-        else x.new_empty(0)
-    )
-    log_sum_sq = per_row(torch.log((e * e).sum(-1)) - 2 * log_sum) if wanted & LOG_SUM_SQ else x.new_empty(0)
+    absent = x.new_empty(0)
+    entropy = log_sum_sq = mean_logits = ref_logp = ref_row_max = ref_sum_exp = kl = absent
+    is_top1 = x.new_empty(0, dtype=torch.bool)
+    if wanted & ENTROPY:
+        entropy = per_row(log_sum - torch.where(e == 0, 0.0, e * centred).sum(-1) / sum_exp)
+    if wanted & LOG_SUM_SQ:
+        log_sum_sq = per_row(torch.log((e * e).sum(-1)) - 2 * log_sum)
     if wanted & MEAN_LOGITS:
         support = x.new_full((), vocab) if vocab_mask is None else vocab_mask.sum(-1).to(x.dtype)
         total = (x if vocab_mask is None else torch.where(vocab_mask, x, 0.0)).sum(-1, dtype=torch.float64).to(x.dtype)
         mean_logits = per_row(total / support / temperature)
-    else:
-        mean_logits = x.new_empty(0)
-    is_top1 = (
-        live & (x.argmax(-1) == targets) & shift.isfinite() if wanted & IS_TOP1 else x.new_empty(0, dtype=torch.bool)
-    )
-    ref_logp, ref_shift, ref_sum, kl = (x.new_empty(0) for _ in range(4))
+    if wanted & IS_TOP1:
+        is_top1 = live & (x.argmax(-1) == targets) & row_max.isfinite()
     if ref_logits is not None:
         _, r, _ = _rows(ref_logits, targets, temperature, ignore_index, vocab_mask)
-        ref_shift, ref_centred, _, ref_sum = _statistics(r, temperature)
-        ref_logp = per_row(ref_centred.gather(1, target)[:, 0] - ref_sum.log())
+        ref_row_max, ref_centred, _, ref_sum_exp = _statistics(r, temperature)
+        ref_logp = per_row(ref_centred.gather(1, target)[:, 0] - ref_sum_exp.log())
         if wanted & KL:
             gap = torch.where(e == 0, 0.0, e * (centred - ref_centred)).sum(-1) / sum_exp
-            kl = per_row(gap - log_sum + ref_sum.log())
-        ref_shift, ref_sum = per_row(ref_shift), per_row(ref_sum)
-    return (
-        logp,
-        per_row(shift),
-        per_row(sum_exp),
-        entropy,
-        log_sum_sq,
-        mean_logits,
-        is_top1,
-        ref_logp,
-        ref_shift,
-        ref_sum,
-        kl,
+            kl = per_row(gap - log_sum + ref_sum_exp.log())
+        ref_row_max, ref_sum_exp = per_row(ref_row_max), per_row(ref_sum_exp)
+    return RowStats(
+        logp=per_row(centred.gather(1, target)[:, 0] - log_sum),
+        row_max=per_row(row_max),
+        sum_exp=per_row(sum_exp),
+        entropy=entropy,
+        log_sum_sq=log_sum_sq,
+        mean_logits=mean_logits,
+        is_top1=is_top1,
+        ref_logp=ref_logp,
+        ref_row_max=ref_row_max,
+        ref_sum_exp=ref_sum_exp,
+        kl=kl,
     )
 
 
-def token_stats_backward(
-    dlogp,
-    dentropy,
-    dkl,
-    logits,
-    targets,
-    temperature,
-    ignore_index,
-    vocab_mask,
-    ref_logits,
-    shift,
-    sum_exp,
-    entropy,
-    ref_shift,
-    ref_sum_exp,
-    kl,
-    out,
-    unless=None,
-):
-    """With ``unless``, a number on the device: where it is exactly 1, ``out`` stays as it is, and no host has read the
-    number.
+def token_stats_backward(upstream, rows, saved, out=None, unless=None):
+    """The gradient of the logits.
 
-    ``out`` then holds the gradient for an upstream gradient of 1, made in the forward; for any other it is made here,
-    with one rounding.
+    With ``unless``, ``out`` holds the gradient for an upstream gradient of 1, which the forward made. For any other one
+    the gradient is made here, because scaling would round twice.
     """
+    dlogp, dentropy, dkl = upstream
+    logits, targets, temperature, ignore_index, vocab_mask, ref_logits = rows
     targets = _own(targets)
     vocab_mask = vocab_mask if vocab_mask is None else vocab_mask.contiguous()
     live, x, target = _rows(logits, targets, temperature, ignore_index, vocab_mask)
-    active = torch.stack([d != 0 for d in (dlogp, dentropy, dkl) if d is not None]).any(0)
-    centred = (x - shift[:, None]) / _column(temperature)
-    p = centred.exp() / sum_exp[:, None]
-    log_p = centred - sum_exp.log()[:, None]
+    active = torch.stack([d != 0 for d in upstream if d is not None]).any(0)
+    centred = (x - saved.row_max[:, None]) / _column(temperature)
+    p = centred.exp() / saved.sum_exp[:, None]
+    log_p = centred - saved.sum_exp.log()[:, None]
     grad = torch.zeros_like(p)
     if dlogp is not None:
         hit = torch.zeros_like(p).scatter_(1, target, 1.0)
@@ -230,11 +184,11 @@ def token_stats_backward(
             inside = vocab_mask.expand(x.shape).gather(1, target)
             grad = torch.where(inside, grad, 0.0)
     if dentropy is not None:
-        grad = grad - torch.where(p == 0, 0.0, dentropy[:, None] * p * (log_p + entropy[:, None]))
+        grad = grad - torch.where(p == 0, 0.0, dentropy[:, None] * p * (log_p + saved.entropy[:, None]))
     if dkl is not None:
         _, r, _ = _rows(ref_logits, targets, temperature, ignore_index, vocab_mask)
-        log_q = (r - ref_shift[:, None]) / _column(temperature) - ref_sum_exp.log()[:, None]
-        grad = grad + torch.where(p == 0, 0.0, dkl[:, None] * p * (log_p - log_q - kl[:, None]))
+        log_q = (r - saved.ref_row_max[:, None]) / _column(temperature) - saved.ref_sum_exp.log()[:, None]
+        grad = grad + torch.where(p == 0, 0.0, dkl[:, None] * p * (log_p - log_q - saved.kl[:, None]))
     if vocab_mask is not None:
         grad = torch.where(vocab_mask, grad, 0.0)
     grad = torch.where((live & active)[:, None], grad / _column(temperature), 0.0).to(logits.dtype).contiguous()
@@ -243,71 +197,36 @@ def token_stats_backward(
     return grad if out is None else out.copy_(grad.view(out.shape))
 
 
-def fused_policy(
-    objective,
-    logits,
-    targets,
-    temperature,
-    ignore_index,
-    vocab_mask,
-    columns,
-    params,
-    weight,
-    entropy_weight,
-    kl,
-    ref_logp,
-    kl_weight,
-    with_grad,
-    out,
-    *,
-    native=None,
-):
-    """The same in two passes.
+def fused_policy(rows, policy, with_grad, out, passes=(token_stats, token_stats_backward)):
+    """The loss and its gradient in two passes over the rows.
 
-    ``native`` is a backend whose two passes stand in for ours, for an objective it has not compiled.
+    ``passes``: the two passes of a backend, for an objective that its kernels do not hold.
     """
-    stats, backward = (
-        (token_stats, token_stats_backward) if native is None else (native.token_stats, native.token_stats_backward)
-    )
-    live = weight != 0
-    for extra in (entropy_weight, kl_weight):
+    statistics, backward = passes
+    live = policy.weight != 0
+    for extra in (policy.entropy_weight, policy.kl_weight):
         live = live if extra is None else live | (extra != 0)
-    targets = torch.where(live, targets, ignore_index)
-    live = targets != ignore_index
-    logp, shift, sum_exp, entropy, *_ = stats(logits, targets, temperature, ignore_index, vocab_mask, None, ENTROPY)
-    weight = torch.where(live, weight, 0.0)
-    loss, _, derivative = elementwise(objective, [logp, *columns], params, weight)
+    targets = torch.where(live, rows.targets, rows.ignore_index)
+    rows = RowBatch(rows.logits, targets, rows.temperature, rows.ignore_index, rows.vocab_mask)
+    live = targets != rows.ignore_index
+    stats = statistics(rows, ENTROPY)
+    weight = torch.where(live, policy.weight, 0.0)
+    loss, _, derivative = elementwise(policy.objective, [stats.logp, *policy.columns], policy.params, weight)
     dlogp = torch.where(weight != 0, weight * derivative, 0.0)
-    if kl is not None:
-        kl_weight = torch.where(live, kl_weight, 0.0)
-        penalty, _, slope = elementwise(kl, [logp, ref_logp], [], kl_weight)
+    if policy.kl is not None:
+        kl_weight = torch.where(live, policy.kl_weight, 0.0)
+        penalty, _, slope = elementwise(policy.kl, [stats.logp, policy.ref_logp], [], kl_weight)
         loss, dlogp = loss + penalty, dlogp + torch.where(kl_weight != 0, kl_weight * slope, 0.0)
     dentropy = None
-    if entropy_weight is not None:
-        entropy_weight = torch.where(live, entropy_weight, 0.0)
-        bonus = torch.where(entropy_weight != 0, entropy_weight * entropy, 0.0)
+    if policy.entropy_weight is not None:
+        entropy_weight = torch.where(live, policy.entropy_weight, 0.0)
+        bonus = torch.where(entropy_weight != 0, entropy_weight * stats.entropy, 0.0)
         loss, dentropy = loss - bonus.sum(dtype=torch.float64).to(loss.dtype), -entropy_weight
-    dlogits = logits.new_empty((0, 0))
+    dlogits = rows.logits.new_empty((0, 0))
     if with_grad:
-        dlogits = backward(
-            dlogp,
-            dentropy,
-            None,
-            logits,
-            targets,
-            temperature,
-            ignore_index,
-            vocab_mask,
-            None,
-            shift,
-            sum_exp,
-            entropy,
-            None,
-            None,
-            None,
-            out,
-        )
-    return loss, dlogits, logp, shift, sum_exp, entropy, dlogp
+        saved = SavedRows(stats.row_max, stats.sum_exp, stats.entropy)
+        dlogits = backward(Upstream(dlogp, dentropy), rows, saved, out)
+    return PolicyRows(loss, dlogits, stats.logp, stats.row_max, stats.sum_exp, stats.entropy, dlogp)
 
 
 def gae(rewards, values, mask, cu_seqlens, gamma, lam, masked):

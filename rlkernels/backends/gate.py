@@ -9,6 +9,7 @@ kernel has run. Anything else raises. What a device alone knows is not asked.
 
 import torch
 
+from rlkernels.backends.protocol import RowBatch, SavedRows, Upstream
 from rlkernels.checks import KEPT_ELSEWHERE
 from rlkernels.checks.tokens import read_offsets
 from rlkernels.objectives.cxx import digest
@@ -115,27 +116,30 @@ def per_row(where, names, tensors, dtype, count, device):
     ]
 
 
-def of_backward(where, dlogp, dentropy, dkl, ref_logits, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl):
-    """The per-row inputs of a gradient in the kernels' order.
+def of_backward(where, upstream, ref_logits, saved):
+    """The per-row inputs of a gradient in the kernels' order: those of ``Upstream``, then those of ``SavedRows``.
 
     What belongs to a term without an upstream gradient is left out: it may be empty.
     """
+    dlogp, dentropy, dkl = upstream
+    row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl = saved
     if dentropy is None:
         entropy = None
     elif entropy is None:
         raise ValueError(f"{where}: entropy is missing; dentropy needs it")
     if dkl is None:
-        ref_shift = ref_sum_exp = kl = None
-    elif ref_logits is None or ref_shift is None or ref_sum_exp is None or kl is None:
-        raise ValueError(f"{where}: ref_logits, ref_shift, ref_sum_exp or kl is missing; dkl needs them")
-    return dlogp, dentropy, dkl, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl
+        ref_row_max = ref_sum_exp = kl = None
+    elif ref_logits is None or ref_row_max is None or ref_sum_exp is None or kl is None:
+        raise ValueError(f"{where}: ref_logits, ref_row_max, ref_sum_exp or kl is missing; dkl needs them")
+    return dlogp, dentropy, dkl, row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl
 
 
-BACKWARD = "dlogp", "dentropy", "dkl", "shift", "sum_exp", "entropy", "ref_shift", "ref_sum_exp", "kl"
+BACKWARD = (*Upstream._fields, *SavedRows._fields)
 
 
-def of_policy(where, columns, weight, entropy_weight, kl, ref_logp, kl_weight):
+def of_policy(where, policy):
     """``weight, entropy_weight, ref_logp, kl_weight, *columns``; the middle two are None without a KL term."""
+    _, columns, _, weight, entropy_weight, kl, ref_logp, kl_weight = policy
     if kl is None:
         ref_logp = kl_weight = None
     elif ref_logp is None or kl_weight is None:
@@ -146,10 +150,11 @@ def of_policy(where, columns, weight, entropy_weight, kl, ref_logp, kl_weight):
 POLICY = "weight", "entropy_weight", "ref_logp", "kl_weight", *(f"column {k}" for k in range(1, 9))
 
 
-def rows(where, logits, targets, temperature, vocab_mask, ref_logits, real):
-    """The same arguments of rows as kernels read them: ``[T, V]`` or ``[B, L, V]`` with the columns of a row side by
-    side, targets of any stride.
+def rows(where, batch, real):
+    """The ``RowBatch`` as kernels read it: ``[T, V]`` or ``[B, L, V]`` with the columns of a row side by side, targets
+    of any stride.
     """
+    logits, targets, temperature, ignore_index, vocab_mask, ref_logits = batch
     logits, device = _side_by_side(where, "logits", logits), logits.device
     vocab, count = logits.shape[-1], targets.numel()
     if logits.dim() not in (2, 3) or count * vocab != logits.numel():
@@ -181,7 +186,7 @@ def rows(where, logits, targets, temperature, vocab_mask, ref_logits, real):
                 f"expected that of logits, {tuple(logits.shape)} "
                 f"on {device}"
             )
-    return logits, targets, temperature, vocab_mask, ref_logits
+    return tuple.__new__(RowBatch, (logits, targets, temperature, ignore_index, vocab_mask, ref_logits))
 
 
 def _side_by_side(where, name, x):

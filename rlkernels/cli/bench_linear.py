@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlkernels.backends import cpu
+from rlkernels.backends import cpu, cpu_memory
 from rlkernels.cli import bench_linear_cases, bench_linear_problem, bench_linear_report, bench_timing
 from rlkernels.cli.bench_linear_cases import CASES, LinearCase
 from rlkernels.cli.bench_linear_report import HIDDEN, TOKENS, VOCABULARIES
@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace, ready: Ready, tell: Callable[[str], None])
             bench_timing.race(case.contenders, args.rounds or ROUNDS, warmup=0)
             measured.cases.append(forgotten(case))
         if cpu.available()[0]:
-            cpu.release_memory()
+            cpu_memory.release_memory()
     return measured
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rlkernels.backends import cpu
+from rlkernels.backends import cpu, cpu_memory
 from rlkernels.cli import machine
 
 
@@ -137,7 +137,7 @@ def memory(contender: Contender) -> None:
 def _resident_growth(contender: Contender) -> int | None:
     state = contender.prepare()
     if cpu.available()[0]:
-        cpu.release_memory()  # a gradient kept from the run before would hide that this one needs its own
+        cpu_memory.release_memory()  # a gradient kept from the run before would hide that this one needs its own
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of the resident set
         before = _status("VmRSS")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import ops
+from rlkernels.backends.protocol import PolicyInputs, RowBatch
 from rlkernels.linear.chunking import Rows, filled_up, live_rows, moving_and_still_rows
 from rlkernels.linear.head import Chunk, check_targets, without_autocast
 from rlkernels.linear.rank_agreement import meeting, met, pattern
@@ -162,12 +163,8 @@ def _token_chunk(sweep, rows, terms, moving, backend):
         sweep.scaled(rows.of(c)) for c in (terms.weight, terms.entropy_weight, terms.kl_weight)
     )
     out = sweep.chunk.gradient_of(x) if moving else None
-    loss, _, logp, _, _, entropy, dlogp = ops.run_fused(
-        backend,
+    policy = PolicyInputs(
         terms.objective,
-        x,
-        *sweep.arguments(rows),
-        None,
         [rows.of(c) for c in terms.columns],
         terms.params,
         weight,
@@ -175,9 +172,9 @@ def _token_chunk(sweep, rows, terms, moving, backend):
         terms.kl,
         rows.of(terms.ref_logp),
         kl_weight,
-        moving,
-        out,
     )
+    batch = RowBatch(x, *sweep.arguments(rows))
+    loss, _, logp, _, _, entropy, dlogp = ops.run_fused(backend, batch, policy, moving, out)
     sweep.loss += loss if sweep.scale is None else loss / sweep.scale
     sweep.logp[rows.index], sweep.entropy[rows.index] = logp, entropy
     if moving:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import checks, ops
-from rlkernels.backends import cpu, gate
-from rlkernels.backends.eager import check_rows, real_dtype
+from rlkernels.backends import cpu_memory, gate
+from rlkernels.backends.protocol import RowBatch, SavedRows, Upstream, check_rows, real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.linear import vocab_parallel
 from rlkernels.linear.chunking import budget_bytes, rows_within
@@ -224,7 +224,7 @@ def _bytes_per_logit(weight, logits_dtype, softcap):
 
 def fresh(shape, dtype, device):
     """An uninitialised tensor; on a CPU the memory of a large one is that of the last call's."""
-    return cpu.fresh(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+    return cpu_memory.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
 
 
 class Chunk:
@@ -258,7 +258,7 @@ class Chunk:
     def statistics(self, backend, x, arguments, wanted):
         """``token_stats`` of whole rows; over a process group, one collective."""
         if self.shard is None:
-            return ops.run("token_stats", backend, x, *arguments, None, None, wanted)
+            return ops.run("token_stats", backend, RowBatch(x, *arguments), wanted)
         return vocab_parallel.token_stats(self.shard, backend, x, *arguments, wanted)
 
     def dlogits(self, backend, dlogp, dentropy, x, arguments, saved):
@@ -267,22 +267,8 @@ class Chunk:
         """
         out = self.gradient_of(x)
         if self.shard is None:
-            return ops.run(
-                "token_stats_backward",
-                backend,
-                dlogp,
-                dentropy,
-                None,
-                x,
-                *arguments,
-                None,
-                None,
-                *saved,
-                None,
-                None,
-                None,
-                out,
-            )
+            upstream, saved = Upstream(dlogp, dentropy), SavedRows(*saved)
+            return ops.run("token_stats_backward", backend, upstream, RowBatch(x, *arguments), saved, out)
         return vocab_parallel.token_stats_backward(self.shard, backend, dlogp, dentropy, x, *arguments, *saved, out)
 
     def gradient_of(self, x):

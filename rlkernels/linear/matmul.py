@@ -9,7 +9,7 @@ from 64 rows on).
 import torch
 
 from rlkernels.backends import cpu_matmul
-from rlkernels.backends.eager import real_dtype
+from rlkernels.backends.protocol import real_dtype
 
 BLOCK_BYTES = 16 * 2**20
 """The part of the weight that is widened at a time."""

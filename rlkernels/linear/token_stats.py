@@ -12,12 +12,11 @@ import torch
 
 from rlkernels import checks, ops
 from rlkernels.backends import gate
-from rlkernels.backends.eager import real_dtype
+from rlkernels.backends.protocol import RowStats, real_dtype
 from rlkernels.linear import vocab_parallel
 from rlkernels.linear.chunking import filled_up, live_rows
 from rlkernels.linear.head import Chunk, check_targets, fresh, head, in_common, without_autocast
 from rlkernels.linear.rank_agreement import agreed, meeting, met, pattern
-from rlkernels.logits_layout import Rows
 from rlkernels.logprobs import collect
 
 
@@ -147,7 +146,7 @@ def linear_token_stats(
         process_group=process_group,
         vocab_start=vocab_start,
     )
-    return collect(found, Rows(None, None, temperature, ignore_index, None, shape, None), outputs, False, None)
+    return collect(RowStats(*found), shape, temperature, outputs, False, None)
 
 
 def _stats(where, hidden, weight, targets, outputs, **options):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import checks, ops
+from rlkernels.backends.protocol import RowBatch, RowStats, SavedRows, Upstream
 from rlkernels.linear.rank_agreement import gathered
 
 
@@ -66,9 +67,9 @@ def local_targets(shard, targets, ignore_index):
 def token_stats(shard, backend, x, targets, temperature, ignore_index, wanted):
     """``token_stats`` of whole rows from this rank's columns ``x``; one collective."""
     local, here = local_targets(shard, targets, ignore_index)
-    logp, shift, sum_exp, entropy, log_sum_sq, _, is_top1, *rest = ops.run(
-        "token_stats", backend, x, local, temperature, ignore_index, None, None, wanted & ~ops.FLAGS["mean_logits"]
-    )
+    rows = RowBatch(x, local, temperature, ignore_index)
+    stats = ops.run("token_stats", backend, rows, wanted & ~ops.FLAGS["mean_logits"])
+    logp, shift, sum_exp, entropy, log_sum_sq, _, is_top1, *rest = stats
     # Then the column that is not ours counts as 1.
     live, lowest = targets != ignore_index, (shift == absent(x.dtype)).to(shift.dtype)
     own = sum_exp - lowest
@@ -117,7 +118,7 @@ def _combine(gathered, live, temperature, vocab, wanted, rest):
     if wanted & ops.FLAGS["is_top1"]:
         first = (shifts == shift).to(torch.uint8).argmax(0)  # the first rank with the maximum has its first column
         is_top1 = live & (more.pop(0).gather(0, first[None])[0] != 0) & shift.isfinite()
-    return (per_row(logp), per_row(shift), per_row(sum_exp), entropy, log_sum_sq, mean_logits, is_top1, *rest)
+    return RowStats(per_row(logp), per_row(shift), per_row(sum_exp), entropy, log_sum_sq, mean_logits, is_top1, *rest)
 
 
 def _in_order(x):
@@ -133,23 +134,5 @@ def token_stats_backward(
 ):
     """The gradient of this rank's columns; no communication."""
     local, _ = local_targets(shard, targets, ignore_index)
-    return ops.run(
-        "token_stats_backward",
-        backend,
-        dlogp,
-        dentropy,
-        None,
-        x,
-        local,
-        temperature,
-        ignore_index,
-        None,
-        None,
-        shift,
-        sum_exp,
-        entropy,
-        None,
-        None,
-        None,
-        out,
-    )
+    rows, saved = RowBatch(x, local, temperature, ignore_index), SavedRows(shift, sum_exp, entropy)
+    return ops.run("token_stats_backward", backend, Upstream(dlogp, dentropy), rows, saved, out)

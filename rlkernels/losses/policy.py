@@ -3,9 +3,9 @@
 import torch
 
 from rlkernels import checks, ops
-from rlkernels.backends.eager import real_dtype
+from rlkernels.backends.protocol import PolicyInputs, real_dtype
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.logits_layout import dense, rows
+from rlkernels.logits_layout import dense, flatten_logits
 from rlkernels.losses.policy_arguments import (
     ROW,
     Share,
@@ -162,36 +162,26 @@ def logits_policy_loss(
         TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs`` and ``policy_loss``.
     """
     where = "logits_policy_loss"
-    row = rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
-    ignore_index = row.ignore_index
-    if not row.shape:
+    flat = flatten_logits(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
+    ignore_index = flat.rows.ignore_index
+    if not flat.shape:
         raise ValueError(
             f"{where}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
         )
     entry, values = resolve(where, objective, params, logits)
     targets = checks_tokens.holding(where, targets, ignore_index)
-    like = targets.new_empty(targets.shape, dtype=row.real)
+    like = targets.new_empty(targets.shape, dtype=flat.real)
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
     penalty, bonus = check_terms(where, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(where, like, mask) & scored
     if ratio_level != "token":
-        row = row.without(~live)
-        stats = ops.token_stats(
-            row.logits,
-            row.targets,
-            row.temperature,
-            ignore_index,
-            row.vocab_mask,
-            None,
-            ops.ENTROPY,
-            inplace_backward,
-            ops.serving("token_stats", logits),
-        )
+        flat = flat.without(~live)
+        stats = ops.token_stats(flat.rows, ops.ENTROPY, inplace_backward, ops.serving("token_stats", logits))
         try:
             return policy_loss(
-                stats[0].view(row.shape),
+                stats.logp.view(flat.shape),
                 old_logprobs,
                 advantages,
                 live,
@@ -201,7 +191,7 @@ def logits_policy_loss(
                 ref_logprobs=ref_logprobs,
                 kl=kl,
                 kl_coef=kl_coef,
-                entropy=stats[3].view(row.shape),
+                entropy=stats.entropy.view(flat.shape),
                 entropy_coef=entropy_coef,
                 cu_seqlens=cu_seqlens,
                 ratio_level=ratio_level,
@@ -213,36 +203,30 @@ def logits_policy_loss(
             if type(error) not in checks.NAMED:
                 raise
             raise checks.named(error, "policy_loss") from error
-    everywhere = mask is None and weights is None and not isinstance(row.temperature, torch.Tensor)
+    everywhere = mask is None and weights is None and not isinstance(flat.rows.temperature, torch.Tensor)
     weights = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
-    row = row if everywhere else row.without(weights == 0)
+    flat = flat if everywhere else flat.without(weights == 0)
     # A second tensor of the logits' size is made in the forward only where the backward is sure to take it over.
     with_grad = (
         torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     )
-    loss, _, logp, _, _, entropy, _ = ops.fused_policy(
+    policy = PolicyInputs(
         objective,
-        row.logits,
-        row.targets,
-        row.temperature,
-        ignore_index,
-        row.vocab_mask,
-        [row.flat(c) for c in columns],
+        [flat.per_row(c) for c in columns],
         parameters(values),
-        row.flat(weights),
-        None if bonus is None else row.flat(weights * bonus),
+        flat.per_row(weights),
+        None if bonus is None else flat.per_row(weights * bonus),
         None if penalty is None else kl,
-        None if penalty is None else row.flat(ref_logprobs),
-        None if penalty is None else row.flat(weights * penalty),
-        with_grad,
-        inplace_backward,
-        ops.serving("fused_policy", logits),
+        None if penalty is None else flat.per_row(ref_logprobs),
+        None if penalty is None else flat.per_row(weights * penalty),
     )
+    of_rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
     if not return_metrics:
-        return loss
-    shape = row.shape
+        return of_rows.loss
+    shape = flat.shape
     read = live & (weights != 0)  # a row of weight 0 is not read, and has no metrics
-    return loss, policy_metrics(logp.view(shape), columns, read, ref_logprobs, kl, entropy.view(shape), entry, values)
+    logp, entropy = of_rows.logp.view(shape), of_rows.entropy.view(shape)
+    return of_rows.loss, policy_metrics(logp, columns, read, ref_logprobs, kl, entropy, entry, values)
 
 
 def value_loss(

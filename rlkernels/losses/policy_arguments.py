@@ -6,7 +6,7 @@ import torch
 
 from rlkernels import checks
 from rlkernels.aggregation import token_mean, weights_for
-from rlkernels.backends.eager import real_dtype
+from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.objectives import OBJECTIVES
 from rlkernels.sequences import per_token

@@ -3,7 +3,7 @@
 import torch
 
 from rlkernels import checks, ops
-from rlkernels.backends.eager import real_dtype
+from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import present

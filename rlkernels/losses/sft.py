@@ -5,9 +5,9 @@ logits.
 import torch
 
 from rlkernels import checks, ops
-from rlkernels.backends.eager import real_dtype
+from rlkernels.backends.protocol import PolicyInputs, real_dtype
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.logits_layout import dense, rows
+from rlkernels.logits_layout import dense, flatten_logits
 from rlkernels.losses.policy_arguments import column, live_tokens, term_weights
 from rlkernels.sequences import per_token
 
@@ -107,46 +107,35 @@ def sft_loss(
     Wu et al. 2025, arXiv:2508.05629 (DFT); Yuan et al. 2023, arXiv:2308.01825 (RFT).
     """
     where = "sft_loss"
-    row = rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
-    ignore_index = row.ignore_index
-    if not row.shape:
+    flat = flatten_logits(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
+    ignore_index = flat.rows.ignore_index
+    if not flat.shape:
         raise ValueError(
             f"{where}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
         )
     checks.choice(where, "kind", kind, KINDS)
     targets = checks_tokens.holding(where, targets, ignore_index)
-    like = targets.new_empty(targets.shape, dtype=row.real)
+    like = targets.new_empty(targets.shape, dtype=flat.real)
     cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
     live = live_tokens(where, like, mask) & (targets != ignore_index)
     everywhere = (
-        mask is None and weights is None and sample_weights is None and not isinstance(row.temperature, torch.Tensor)
+        mask is None
+        and weights is None
+        and sample_weights is None
+        and not isinstance(flat.rows.temperature, torch.Tensor)
     )
-    weights = row.flat(sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers))
-    row = row if everywhere else row.without(weights == 0)
+    weights = flat.per_row(
+        sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
+    )
+    flat = flat if everywhere else flat.without(weights == 0)
     with_grad = (
         torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     )
-    loss, _, logp, _, _, entropy, _ = ops.fused_policy(
-        kind,
-        row.logits,
-        row.targets,
-        row.temperature,
-        ignore_index,
-        row.vocab_mask,
-        [],
-        (),
-        weights,
-        None,
-        None,
-        None,
-        None,
-        with_grad,
-        inplace_backward,
-        ops.serving("fused_policy", logits),
-    )
+    policy = PolicyInputs(kind, [], (), weights)
+    of_rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
     if not return_metrics:
-        return loss
-    return loss, {**sft_metrics(logp, weights), "entropy": _mean(entropy, weights)}
+        return of_rows.loss
+    return of_rows.loss, {**sft_metrics(of_rows.logp, weights), "entropy": _mean(of_rows.entropy, weights)}
 
 
 def sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers):

@@ -119,7 +119,7 @@ def test_a_tensor_whose_storage_was_freed_is_refused():
     x = torch.ones(6, 5)
     x.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="has no memory"):
-        ops.token_stats(x, torch.zeros(6, dtype=torch.int64), 1.0, -100, None, None, 0, False, "cpu")
+        ops.token_stats_op(x, torch.zeros(6, dtype=torch.int64), 1.0, -100, None, None, 0, False, "cpu")
 
 
 @pytest.mark.fault(120)

@@ -3,6 +3,7 @@
 import pytest
 import subprocesses
 import torch
+from flat_backend import Flat
 from present_backends import native
 from reference import draw_rows, same_bits
 from torch.testing._internal.two_tensor import TwoTensor
@@ -79,7 +80,7 @@ def test_what_another_thread_writes_in_between_raises_or_changes_nothing(name, b
 def test_a_batch_keeps_the_targets_and_temperatures_that_it_looked_at(monkeypatch):
     x, targets, _ = draw_rows((5,), 37)
     targets, temperature = targets.clamp(min=0), torch.rand(5) + 0.5
-    want, inner = cpu.token_stats(x, targets, temperature, -100, None, None, 0), cpu._batch
+    want, inner = Flat(cpu).token_stats(x, targets, temperature, -100, None, None, 0), cpu._batch
 
     def batch(logits, targets, temperature, *rest):
         made = inner(logits, targets, temperature, *rest)
@@ -90,7 +91,7 @@ def test_a_batch_keeps_the_targets_and_temperatures_that_it_looked_at(monkeypatc
     monkeypatch.setattr(cpu, "_batch", batch)
     assert all(
         same_bits(a, b)
-        for a, b in zip(cpu.token_stats(x, targets, temperature, -100, None, None, 0), want, strict=True)
+        for a, b in zip(Flat(cpu).token_stats(x, targets, temperature, -100, None, None, 0), want, strict=True)
     )
 
 

@@ -5,8 +5,9 @@ import torch
 from linear_problems import gradients
 
 import rlkernels as rlk
-from rlkernels import checks, ops, tracing
+from rlkernels import checks, tracing
 from rlkernels.losses.preference_types import KINDS
+from rlkernels.ops import columns, policy
 
 draw = torch.Generator().manual_seed(0)
 B, L, V, H = 4, 5, 7, 6
@@ -204,7 +205,8 @@ def unread(monkeypatch):
     """As on a device: no coefficient is read, and no kernel is given one."""
     monkeypatch.setattr(checks, "host_reads", lambda x: False)
     monkeypatch.setattr(tracing, "on_device", lambda x: isinstance(x, torch.Tensor))
-    monkeypatch.setattr(ops, "on_device", tracing.on_device)
+    for module in (columns, policy):
+        monkeypatch.setattr(module, "on_device", tracing.on_device)
 
 
 @pytest.mark.fault(147)

@@ -14,7 +14,7 @@ from reference import same_bits, statistics
 from subprocesses import code
 
 import rlkernels as rlk
-from rlkernels.backends import cpu, cpu_matmul, use_backend
+from rlkernels.backends import cpu_matmul, cpu_memory, use_backend
 from rlkernels.linear import chunking, matmul
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -267,7 +267,9 @@ BESIDE = {torch.float32: 0, torch.bfloat16: 0 if cpu_matmul.available() else mat
 @pytest.mark.parametrize("kind", ["policy", "sequences", "sft", "dpo", "log-probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_peak_memory_is_the_gradients_and_the_budget(kind, dtype, monkeypatch):
-    monkeypatch.setattr(cpu, "LARGE", 2**62)  # every buffer from torch's allocator, which is the one that is watched
+    monkeypatch.setattr(
+        cpu_memory, "LARGE", 2**62
+    )  # every buffer from torch's allocator, which is the one that is watched
     # 4: each sequence outgrows its chunk.
     tokens, vocab, budget = 1024 if kind == "policy" else 512, 32_000, (4 if kind == "sequences" else 16) * MIB
     draw = torch.Generator().manual_seed(0)

@@ -29,15 +29,15 @@ def calls(backend, dtype=torch.float32):
     grid = torch.linspace(-1, 1, 15).view(3, 5)
     return {
         "token_stats": (
-            ops.token_stats,
+            ops.token_stats_op,
             (x.requires_grad_(), targets, 0.7, -100, mask, x.detach().flip(-1), ops.ENTROPY | ops.KL, False, backend),
         ),
         "token_stats per row": (
-            ops.token_stats,
+            ops.token_stats_op,
             (x, targets, weight + 0.5, -100, None, None, ops.ENTROPY, False, backend),
         ),
         "fused_policy": (
-            ops.fused_policy,
+            ops.fused_policy_op,
             (
                 "ppo_clip",
                 x,

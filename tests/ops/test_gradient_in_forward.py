@@ -7,12 +7,14 @@ second way here too.
 
 import pytest
 import torch
+from flat_backend import Flat
 from reference import draw_rows, same_bits, statistics
 from torch.library import opcheck
 
 import rlkernels as rlk
 from rlkernels import ops
 from rlkernels.backends import BACKENDS
+from rlkernels.ops import policy
 
 V = 37
 UPSTREAM = (1.0, 2.0**16, -0.5, 0.0)
@@ -21,7 +23,7 @@ UPSTREAM = (1.0, 2.0**16, -0.5, 0.0)
 @pytest.fixture(params=["host reads", "kernel reads"])
 def way(request, monkeypatch):
     if request.param == "kernel reads":
-        monkeypatch.setattr(ops, "_known_to_be_one", lambda x: False)
+        monkeypatch.setattr(policy, "known_to_be_one", lambda x: False)
     return request.param
 
 
@@ -93,7 +95,7 @@ def test_a_loss_scale_reaches_fp16_before_the_rounding(way, backend):
 
 
 def test_one_launch_in_the_forward_and_one_in_the_backward_where_the_host_reads_nothing(monkeypatch, backend):
-    monkeypatch.setattr(ops, "_known_to_be_one", lambda x: False)
+    monkeypatch.setattr(policy, "known_to_be_one", lambda x: False)
     leaf, _, loss = problem(torch.float32)
     for g in UPSTREAM:
         before = ops.calls()
@@ -104,7 +106,7 @@ def test_one_launch_in_the_forward_and_one_in_the_backward_where_the_host_reads_
 def arguments(dtype=torch.float32, vocab=V, rows=5):
     x, targets, mask = draw_rows((rows,), vocab, dtype)
     stats = rlk.token_stats(x, targets)
-    _, shift, total, entropy, *_ = ops.token_stats(x, targets, 1.0, -100, None, None, ops.ENTROPY, False, "eager")
+    _, shift, total, entropy, *_ = ops.token_stats_op(x, targets, 1.0, -100, None, None, ops.ENTROPY, False, "eager")
     g = torch.linspace(-1, 1, rows)
     assert stats.logprobs.shape == (rows,)
     return g, g.flip(0).contiguous(), None, x, targets, 1.0, -100, mask, None, shift, total, entropy, None, None, None
@@ -112,10 +114,10 @@ def arguments(dtype=torch.float32, vocab=V, rows=5):
 
 def test_unless_of_exactly_1_writes_nothing_and_any_other_everything(backend):
     before = torch.full((5, V), 7.0)
-    expected = BACKENDS[backend].token_stats_backward(*arguments(), None)
+    expected = Flat(BACKENDS[backend]).token_stats_backward(*arguments(), None)
     for unless in (1.0, 2.0**16, -0.5, 0.0, 1.0 + 2.0**-23, float("nan"), float("inf")):
         out = before.clone()
-        assert BACKENDS[backend].token_stats_backward(*arguments(), out, torch.tensor(unless)) is out
+        assert Flat(BACKENDS[backend]).token_stats_backward(*arguments(), out, torch.tensor(unless)) is out
         assert same_bits(out, before if unless == 1.0 else expected), unless
 
 

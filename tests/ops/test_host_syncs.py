@@ -58,7 +58,8 @@ def on_an_accelerator(monkeypatch):
     The heads' own ops are opened: their fakes would hide the loop over chunks.
     """
     monkeypatch.setattr(ops, "serving", lambda *a: "triton")
-    monkeypatch.setattr(ops, "run", lambda op, backend, *a: getattr(eager, op)(*a))
+    for module in (ops, register):
+        monkeypatch.setattr(module, "run", lambda op, backend, *a: getattr(eager, op)(*a))
     for name in ("tensor", "as_tensor"):
         monkeypatch.setattr(torch, name, _made_there(getattr(torch, name)))
     for name, tensors in (("mm", (A, A.t())), ("addmm", (made(N, N), A, A.t()))):

@@ -57,14 +57,14 @@ def test_opcheck_of_token_stats(layout, backend):
         (ops.number(0.7), 0),
         (torch.full(y.shape, 0.7, dtype=torch.float64), ops.ENTROPY | ops.KL),
     ):
-        opcheck(ops.token_stats.op, (x, y, temperature, -100, m, ref if wanted else None, wanted, False, backend))
+        opcheck(ops.token_stats_op.op, (x, y, temperature, -100, m, ref if wanted else None, wanted, False, backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_of_the_backward_ops(dtype, backend):
     logits, targets, mask, rest = problem((2, 3), dtype)
     x, y, m = logits.detach(), targets.reshape(-1), mask.reshape(-1, V)
-    found = ops.token_stats(x, y, ops.number(0.7), -100, m, rest["ref"], ops.ENTROPY | ops.KL, False, backend)
+    found = ops.token_stats_op(x, y, ops.number(0.7), -100, m, rest["ref"], ops.ENTROPY | ops.KL, False, backend)
     _, shift, sum_exp, entropy, *_, ref_shift, ref_sum, kl = found
     g = [rest[k].reshape(-1).float() for k in ("g1", "g2", "g3")]
     saved = (shift, sum_exp, entropy, ref_shift, ref_sum, kl, backend)
@@ -79,7 +79,7 @@ def test_opcheck_of_fused_policy(backend):
     for with_grad, extra in ((False, (weight, "k3", columns[0], weight)), (False, (None, None, None, None))):
         entropy_weight, kl, ref, kl_weight = extra
         opcheck(
-            ops.fused_policy.op,
+            ops.fused_policy_op.op,
             (
                 "ppo_clip",
                 logits,

@@ -56,7 +56,7 @@ def _saved(backend):
     """
     *_, rows, _, head = _drawn()
     per_row, found = (
-        ops.token_stats(*rows, ops.ENTROPY | ops.KL, False, backend),
+        ops.token_stats_op(*rows, ops.ENTROPY | ops.KL, False, backend),
         token_stats.linear_stats(*head, ops.ENTROPY, backend),
     )
     return [per_row[k] for k in (1, 2, 3, 8, 9, 10)], found[1:4]
@@ -72,7 +72,7 @@ def op_calls(backend):
     saved, found = ([x.clone() for x in part] for part in _saved(backend))
     one, numbers = ops.number(1.0), ops.numbers
     return {
-        "token_stats": (ops.token_stats, (*rows, 31, False, backend)),
+        "token_stats": (ops.token_stats_op, (*rows, 31, False, backend)),
         "token_stats_backward": (ops.token_stats_backward, (a, b, c, *rows, *saved, backend)),
         "token_stats_backward_": (ops.token_stats_backward_, (a, b, c, *rows, *saved, backend)),
         "token_stats_backward_into": (
@@ -80,7 +80,7 @@ def op_calls(backend):
             (a, b, c, *rows, *saved, backend, torch.ones(T, V), torch.tensor(0.5)),
         ),
         "fused_policy": (
-            ops.fused_policy,
+            ops.fused_policy_op,
             (
                 "ppo_clip",
                 x,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from rlkernels.backends import cpu
+from rlkernels.backends import cpu_memory
 from rlkernels.integrations._patching import Namespace
 
 
@@ -136,7 +136,7 @@ def peak_extra_bytes(watch: Stopwatch) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - level
     with (
-        cpu.torchs_memory(),
+        cpu_memory.torchs_memory(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
     ):
         once()

@@ -9,6 +9,7 @@ import oracles
 import pytest
 import subprocesses
 import torch
+from flat_backend import Flat
 from reference import (
     EPS32,
     assert_gradient,
@@ -20,8 +21,8 @@ from reference import (
     statistics,
 )
 
-from rlkernels.backends import cpu, eager
-from rlkernels.backends.eager import ENTROPY
+from rlkernels.backends import cpu, cpu_memory, eager
+from rlkernels.backends.protocol import ENTROPY
 from rlkernels.objectives import OBJECTIVES, objective
 
 pytestmark = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
@@ -115,7 +116,7 @@ def fused(
     grad=True,
     out=None,
 ):
-    return cpu.fused_policy(
+    return Flat(cpu).fused_policy(
         name, x, y, temperature, -100, mask, state, params(name), weight, entropy, kl, ref, kl_weight, grad, out
     )
 
@@ -171,10 +172,10 @@ def test_the_fused_pass_has_the_bits_of_two_passes(dtype):
         loss, gradient, logp, shift, sum_exp, h, dlogp = fused("ppo_clip", x, y, [old, advantage], weight, **extra)
         targets = torch.where((weight == 0) & (entropy == 0 if "entropy" in extra else True), -100, y)
         temperature, support = extra.get("temperature", 1.0), extra.get("mask")
-        s = cpu.token_stats(x, targets, temperature, -100, support, None, ENTROPY)
+        s = Flat(cpu).token_stats(x, targets, temperature, -100, support, None, ENTROPY)
         assert all(same_bits(a, b) for a, b in zip((logp, shift, sum_exp, h), s, strict=False))
         dentropy = -extra["entropy"] if "entropy" in extra else None
-        two = cpu.token_stats_backward(
+        two = Flat(cpu).token_stats_backward(
             dlogp,
             dentropy,
             None,
@@ -225,7 +226,7 @@ def test_a_user_objective_runs_through_the_native_passes():
 
     x, y, _ = draw_rows((5,), 700)
     goal, weight = torch.randn(5), torch.ones(5)
-    loss, gradient, logp, *_ = cpu.fused_policy(
+    loss, gradient, logp, *_ = Flat(cpu).fused_policy(
         "test_cpu_squared", x, y, 1.0, -100, None, [goal], [], weight, None, None, None, None, True, None
     )
     wide = x.double().requires_grad_()
@@ -291,45 +292,47 @@ def test_bad_values_are_named():
     x, y = torch.randn(7, 37), torch.zeros(7, dtype=torch.long)
     y[5] = 37
     with pytest.raises(IndexError, match=r"target 37 at row 5 is outside \[0, 37\)"):
-        cpu.token_stats(x, y, 1.0, -100, None, None, 0)
+        Flat(cpu).token_stats(x, y, 1.0, -100, None, None, 0)
     with pytest.raises(IndexError, match=r"target -1 at row 2 is outside \[0, 37\)"):
-        cpu.token_stats(x, torch.tensor([0, 1, -1, 0, 0, 0, 0], dtype=torch.int32), 1.0, -100, None, None, 0)
+        Flat(cpu).token_stats(x, torch.tensor([0, 1, -1, 0, 0, 0, 0], dtype=torch.int32), 1.0, -100, None, None, 0)
     for bad, shown in ((0.0, "0.0"), (-1.0, "-1.0"), (NAN, "nan"), (float("inf"), "inf")):
         temperature = torch.ones(7)
         temperature[3] = bad
         with pytest.raises(ValueError, match=f"temperature must be positive and finite, got {shown} at row 3"):
-            cpu.token_stats(x, torch.zeros(7, dtype=torch.long), temperature, -100, None, None, 0)
+            Flat(cpu).token_stats(x, torch.zeros(7, dtype=torch.long), temperature, -100, None, None, 0)
     with pytest.raises(NotImplementedError, match="logits of dtype torch.int64 are not supported by backend 'cpu'"):
-        cpu.token_stats(x.long(), y, 1.0, -100, None, None, 0)
+        Flat(cpu).token_stats(x.long(), y, 1.0, -100, None, None, 0)
     with pytest.raises(
         NotImplementedError, match="ref_logits of dtype torch.bfloat16 beside logits of dtype torch.float32"
     ):
-        cpu.token_stats(x, y, 1.0, -100, None, x.bfloat16(), 0)
+        Flat(cpu).token_stats(x, y, 1.0, -100, None, x.bfloat16(), 0)
     with pytest.raises(NotImplementedError, match="columns of dtype torch.bfloat16 are not supported by backend 'cpu'"):
         cpu.elementwise("k1", [x[0].bfloat16()] * 2, [], None)
 
 
 def test_the_memory_of_a_large_gradient_serves_the_next_one():
     x, y, _ = draw_rows((80,), 128256, torch.float32)  # 41 MB
-    s, ones = cpu.token_stats(x, y, 1.0, -100, None, None, ENTROPY), torch.ones(80)
+    s, ones = Flat(cpu).token_stats(x, y, 1.0, -100, None, None, ENTROPY), torch.ones(80)
 
     def gradient():
-        return cpu.token_stats_backward(ones, None, None, x, y, 1.0, -100, None, None, *s[1:4], None, None, None, None)
+        return Flat(cpu).token_stats_backward(
+            ones, None, None, x, y, 1.0, -100, None, None, *s[1:4], None, None, None, None
+        )
 
-    cpu.release_memory()
+    cpu_memory.release_memory()
     first = gradient()
     second = gradient()
     assert first.data_ptr() != second.data_ptr() and same_bits(first, second), "a gradient in use is not written again"
     view, address = first[3], first.data_ptr()
     del first
-    assert cpu.kept_bytes() == 0, "a view keeps the whole gradient"
+    assert cpu_memory.kept_bytes() == 0, "a view keeps the whole gradient"
     del view
-    assert cpu.kept_bytes() >= 80 * 128256 * 4
+    assert cpu_memory.kept_bytes() >= 80 * 128256 * 4
     third = gradient()
-    assert third.data_ptr() == address and cpu.kept_bytes() == 0 and same_bits(second, third)
+    assert third.data_ptr() == address and cpu_memory.kept_bytes() == 0 and same_bits(second, third)
     del third
-    cpu.release_memory()
-    assert cpu.kept_bytes() == 0
+    cpu_memory.release_memory()
+    assert cpu_memory.kept_bytes() == 0
 
 
 def test_our_loops_run_on_the_threads_that_torch_has():
@@ -340,8 +343,9 @@ count = lambda: len(os.listdir("/proc/self/task"))
 x = torch.randn(3000, 3000)
 (x * 2).exp().sum()
 before = count()
+from flat_backend import Flat
 from rlkernels.backends import cpu
-cpu.token_stats(x, torch.zeros(3000, dtype=torch.long), 1.0, -100, None, None, 1)
+Flat(cpu).token_stats(x, torch.zeros(3000, dtype=torch.long), 1.0, -100, None, None, 1)
 assert count() == before, (before, count())
 """
     if not os.path.isdir("/proc/self/task"):
@@ -354,9 +358,15 @@ def test_eager_and_native_agree_where_a_target_is_outside_the_support():
     x, y, _ = draw_rows((5,), 99)
     y[:], mask = 7, torch.ones(99, dtype=torch.bool)
     mask[7] = False
-    s, dlogp, dentropy = cpu.token_stats(x, y, 1.0, -100, mask, None, ENTROPY), torch.ones(5), torch.full((5,), 0.3)
+    s, dlogp, dentropy = (
+        Flat(cpu).token_stats(x, y, 1.0, -100, mask, None, ENTROPY),
+        torch.ones(5),
+        torch.full((5,), 0.3),
+    )
     assert (s[0] == -float("inf")).all() and s[3].isfinite().all()
-    alone = cpu.token_stats_backward(dlogp, None, None, x, y, 1.0, -100, mask, None, *s[1:4], None, None, None, None)
+    alone = Flat(cpu).token_stats_backward(
+        dlogp, None, None, x, y, 1.0, -100, mask, None, *s[1:4], None, None, None, None
+    )
     assert (alone == 0).all()
     both = [
         b.token_stats_backward(dlogp, dentropy, None, x, y, 1.0, -100, mask, None, *s[1:4], None, None, None, None)

@@ -6,7 +6,7 @@ import pytest
 import subprocesses
 import torch
 
-from rlkernels.backends import cpu, cpu_matmul
+from rlkernels.backends import cpu, cpu_matmul, cpu_memory
 
 pytestmark = pytest.mark.skipif(not cpu_matmul.available(), reason="no AVX512_BF16 here")
 
@@ -117,34 +117,34 @@ def test_what_is_frozen_is_left_out():
 
 @pytest.mark.skipif(not cpu.available()[0], reason="the native backend is absent")
 def test_three_freed_buffers_are_kept_for_the_next_call_and_given_back_on_request():
-    cpu.release_memory()
+    cpu_memory.release_memory()
     sizes = [(34 << 18,), (40 << 18,), (70 << 18,), (90 << 18,)]  # fp32: 34 to 90 MiB
     addresses = []
     for size in sizes:
-        x = cpu.fresh(size, torch.float32)
+        x = cpu_memory.empty(size, torch.float32)
         addresses.append(x.data_ptr())
-        keep = [cpu.fresh(s, torch.float32) for s in sizes[:1]]
+        keep = [cpu_memory.empty(s, torch.float32) for s in sizes[:1]]
         del x, keep
-    assert cpu.kept_bytes() <= (90 + 70 + 40) << 20
-    again = cpu.fresh(sizes[3], torch.float32)
+    assert cpu_memory.kept_bytes() <= (90 + 70 + 40) << 20
+    again = cpu_memory.empty(sizes[3], torch.float32)
     assert again.data_ptr() == addresses[3], "the smallest that fits is taken again"
     del again
-    cpu.release_memory()
-    assert cpu.kept_bytes() == 0
+    cpu_memory.release_memory()
+    assert cpu_memory.kept_bytes() == 0
 
 
 RESIDENT = """
     import torch
-    from rlkernels.backends import cpu
+    from rlkernels.backends import cpu, cpu_memory
 
     def resident():
         return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) // 1024
 
     before = resident()
-    held = cpu.fresh((200 << 18,), torch.float32).zero_()
+    held = cpu_memory.empty((200 << 18,), torch.float32).zero_()
     del held
     for size in (20, 90):  # below and above what is taken from a kept block; neither fits into the one of 200 MiB
-        x = cpu.fresh((size << 18,), torch.float32).zero_()
+        x = cpu_memory.empty((size << 18,), torch.float32).zero_()
         print(resident() - before)
         del x
 """
@@ -160,12 +160,12 @@ def test_new_memory_takes_its_room_from_what_is_kept():
 
 @pytest.mark.skipif(not cpu.available()[0], reason="the native backend is absent")
 def test_a_measurement_of_memory_can_have_large_tensors_come_from_torch():
-    cpu.release_memory()
+    cpu_memory.release_memory()
     with (
-        cpu.torchs_memory(),
+        cpu_memory.torchs_memory(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
     ):
-        x = cpu.fresh((34 << 18,), torch.float32)
+        x = cpu_memory.empty((34 << 18,), torch.float32)
     seen = sum(
         event.nbytes()
         for event in profile.profiler.kineto_results.events()
@@ -173,8 +173,8 @@ def test_a_measurement_of_memory_can_have_large_tensors_come_from_torch():
     )
     assert seen >= 34 << 20
     del x
-    assert cpu.kept_bytes() == 0, "it was not one of ours"
-    ours = cpu.fresh((34 << 18,), torch.float32)
+    assert cpu_memory.kept_bytes() == 0, "it was not one of ours"
+    ours = cpu_memory.empty((34 << 18,), torch.float32)
     del ours
-    assert cpu.kept_bytes() >= 34 << 20
-    cpu.release_memory()
+    assert cpu_memory.kept_bytes() >= 34 << 20
+    cpu_memory.release_memory()

@@ -3,6 +3,7 @@
 import pytest
 import subprocesses
 import torch
+from flat_backend import Flat
 from reference import (
     assert_gradient,
     assert_within_policy,
@@ -14,7 +15,7 @@ from reference import (
 )
 
 from rlkernels.backends import cpu
-from rlkernels.backends.eager import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS
+from rlkernels.backends.protocol import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS
 
 pytestmark = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
 
@@ -43,7 +44,7 @@ def stats(x, y, temperature=1.0, mask=None, ref=None, wanted=ALL):
     return dict(
         zip(
             NAMES,
-            cpu.token_stats(x, y, temperature, -100, mask, ref, wanted | (KL if ref is not None else 0)),
+            Flat(cpu).token_stats(x, y, temperature, -100, mask, ref, wanted | (KL if ref is not None else 0)),
             strict=True,
         )
     )
@@ -51,7 +52,7 @@ def stats(x, y, temperature=1.0, mask=None, ref=None, wanted=ALL):
 
 def backward(x, y, s, dlogp=None, dentropy=None, dkl=None, temperature=1.0, mask=None, ref=None, out=None):
     of_ref = (s["ref_shift"], s["ref_sum_exp"], s["kl"]) if ref is not None else (None,) * 3
-    return cpu.token_stats_backward(
+    return Flat(cpu).token_stats_backward(
         dlogp, dentropy, dkl, x, y, temperature, -100, mask, ref, s["shift"], s["sum_exp"], s["entropy"], *of_ref, out
     )
 
@@ -268,6 +269,7 @@ def test_what_a_dead_row_holds_reaches_nothing(dtype):
 
 GUARDED = """
     import ctypes, mmap, torch
+    from flat_backend import Flat
     from rlkernels.backends import cpu
 
     def guarded(t):  # the last byte stands before a page that cannot be read
@@ -285,11 +287,11 @@ GUARDED = """
             y, mask = guarded(torch.tensor([0, vocab - 1])), guarded(torch.ones(2, vocab, dtype=torch.bool))
             g, out = guarded(torch.ones(2, dtype=real)), guarded(torch.zeros(2, vocab, dtype=dtype))
             for m, r in ((None, None), (mask, None), (None, ref)):
-                s = cpu.token_stats(x, y, g, -100, m, r, 15 if r is None else 31)
+                s = Flat(cpu).token_stats(x, y, g, -100, m, r, 15 if r is None else 31)
                 of_reference = s[8:11] if r is not None else [None] * 3
                 dkl = None if r is None else g
-                cpu.token_stats_backward(g, g, dkl, x, y, g, -100, m, r, *s[1:4], *of_reference, out)
-            cpu.fused_policy("ppo_clip", x, y, g, -100, mask, [g, g], [0.2, 0.2], g, g, "k3", g, g, True, out)
+                Flat(cpu).token_stats_backward(g, g, dkl, x, y, g, -100, m, r, *s[1:4], *of_reference, out)
+            Flat(cpu).fused_policy("ppo_clip", x, y, g, -100, mask, [g, g], [0.2, 0.2], g, g, "k3", g, g, True, out)
     for n in (1, 5, 4097):
         a, b = guarded(torch.randn(n)), guarded(torch.ones(n, dtype=torch.bool))
         cpu.elementwise("k3", [a, a], [], a)

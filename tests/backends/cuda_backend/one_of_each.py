@@ -10,6 +10,7 @@ import math
 import sys
 
 import torch
+from flat_backend import Flat
 
 
 def rows(shape, vocab, dtype, seed):
@@ -42,24 +43,28 @@ def calls(backend, choose):
                 (17, ref, None),
                 (31, ref, mask),
             ):
-                stats = backend.token_stats(x, targets, temperature, -100, kept, other, wanted)
+                stats = Flat(backend).token_stats(x, targets, temperature, -100, kept, other, wanted)
                 yield f"token_stats {what} wanted={wanted}", stats
             _, shift, total, entropy, _, _, _, _, ref_shift, ref_total, kl = stats
             saved = (shift, total, entropy, ref_shift, ref_total, kl)
             yield (
                 f"backward {what}",
-                [backend.token_stats_backward(*g, x, targets, temperature, -100, mask, ref, *saved, None)],
+                [Flat(backend).token_stats_backward(*g, x, targets, temperature, -100, mask, ref, *saved, None)],
             )
             yield (
                 f"backward {what} without reference",
-                [backend.token_stats_backward(*g[:2], None, x, targets, 0.7, -100, None, None, *saved, None)],
+                [Flat(backend).token_stats_backward(*g[:2], None, x, targets, 0.7, -100, None, None, *saved, None)],
             )
             if dtype == torch.float32:
                 for narrow in (torch.bfloat16, torch.float16):
                     out = torch.empty(count, vocab, dtype=narrow)
                     yield (
                         f"backward {what} to {narrow}",
-                        [backend.token_stats_backward(*g[:2], None, x, targets, 0.7, -100, None, None, *saved, out)],
+                        [
+                            Flat(backend).token_stats_backward(
+                                *g[:2], None, x, targets, 0.7, -100, None, None, *saved, out
+                            )
+                        ],
                     )
             old, weight = g[0].abs().neg(), g[1].abs()
             for team in (-1, 1, 2, 4, 8):
@@ -80,13 +85,13 @@ def calls(backend, choose):
                     weight,
                     True,
                 )
-                yield f"fused_policy {what} team={team}", backend.fused_policy(*args, None)
-                yield f"fused_policy {what} team={team} in place", backend.fused_policy(*args, x.clone())
+                yield f"fused_policy {what} team={team}", Flat(backend).fused_policy(*args, None)
+                yield f"fused_policy {what} team={team} in place", Flat(backend).fused_policy(*args, x.clone())
                 if dtype == torch.float32:  # of a head: the gradient in the dtype of its products
                     for narrow in (torch.bfloat16, torch.float16):
                         yield (
                             f"fused_policy {what} team={team} to {narrow}",
-                            backend.fused_policy(*args, torch.empty(count, vocab, dtype=narrow)),
+                            Flat(backend).fused_policy(*args, torch.empty(count, vocab, dtype=narrow)),
                         )
             choose(0)
     for n in (1, 1023, 3000):

@@ -1,6 +1,7 @@
 """Calls of the backend as the row tests make them, and what they compare."""
 
 import reference
+from flat_backend import Flat
 
 NAMES = (
     "logprobs",
@@ -18,12 +19,12 @@ NAMES = (
 
 
 def run(backend, x, targets, *, temperature=1.0, mask=None, ref=None, wanted=31, ignore_index=-100):
-    return backend.token_stats(x, targets, temperature, ignore_index, mask, ref, wanted)
+    return Flat(backend).token_stats(x, targets, temperature, ignore_index, mask, ref, wanted)
 
 
 def gradient(backend, upstream, x, targets, stats, *, temperature=1.0, mask=None, ref=None, out=None):
     _, shift, sum_exp, entropy, _, _, _, _, ref_shift, ref_sum, kl = stats
-    return backend.token_stats_backward(
+    return Flat(backend).token_stats_backward(
         *upstream, x, targets, temperature, -100, mask, ref, shift, sum_exp, entropy, ref_shift, ref_sum, kl, out
     )
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from flat_backend import Flat
 
 from rlkernels.backends import cuda
 
@@ -14,15 +15,15 @@ ROW = X[:, 0]
 
 
 def stats(x=X, ref=None):
-    return cuda.token_stats(x, Y, 1.0, -100, None, ref, 0)
+    return Flat(cuda).token_stats(x, Y, 1.0, -100, None, ref, 0)
 
 
 CALLS = {
     "token_stats": stats,
-    "token_stats_backward": lambda: cuda.token_stats_backward(
+    "token_stats_backward": lambda: Flat(cuda).token_stats_backward(
         ROW, None, None, X, Y, 1.0, -100, None, None, ROW, ROW, ROW, None, None, None, None
     ),
-    "fused_policy": lambda: cuda.fused_policy(
+    "fused_policy": lambda: Flat(cuda).fused_policy(
         "reinforce", X, Y, 1.0, -100, None, [ROW], [], ROW, None, None, None, None, True, None
     ),
     "elementwise": lambda: cuda.elementwise("reinforce", [ROW, ROW], [], None),
@@ -118,7 +119,8 @@ def test_an_objective_that_the_row_kernels_do_not_hold_takes_the_two_passes(monk
     """``pairwise`` is compiled into ``elementwise`` alone: the row kernel's switch would answer with NaN."""
     monkeypatch.setattr(cuda, "_available_or_raise", lambda: None)
     monkeypatch.setattr(cuda, "_cuda", SimpleNamespace(OBJECTIVES={"pairwise": (1, 0)}))
-    monkeypatch.setattr(cuda.eager, "fused_policy", lambda objective, *rest, native: (objective, native))
+    monkeypatch.setattr(cuda.eager, "fused_policy", lambda rows, policy, with_grad, out, passes: (policy, passes))
     logits, targets = torch.zeros(2, 5), torch.zeros(2, dtype=torch.long)
     arguments = "pairwise", logits, targets, 1.0, -100, None, [], [], torch.ones(2), None, None, None, None, True, None
-    assert cuda.fused_policy(*arguments) == ("pairwise", cuda)
+    policy, passes = Flat(cuda).fused_policy(*arguments)
+    assert policy.objective == "pairwise" and passes == (cuda.token_stats, cuda.token_stats_backward)

@@ -7,6 +7,7 @@ import math
 import oracles
 import pytest
 import torch
+from flat_backend import Flat
 from reference import assert_gradient, draw_rows, gradient_allowance, same_bits, statistics
 from row_calls import same
 
@@ -51,7 +52,7 @@ def problem(vocab, dtype, *, rows=5, seed=0, masked=False):
 def call(backend, name, case, *, kl="k3", with_grad=True, out=None, temperature=0.8):
     x, targets, mask, columns, weight, entropy_weight, kl_weight = case
     o = OBJECTIVES[name]
-    return backend.fused_policy(
+    return Flat(backend).fused_policy(
         name,
         x,
         targets,
@@ -118,7 +119,7 @@ def test_every_team_of_blocks_gives_the_bits_of_the_two_separate_passes(backend,
     x, targets, mask, _, _, entropy_weight, _ = case
     live = targets.clone()
     live[-1] = -100
-    stats = backend.token_stats(x, live, 0.8, -100, mask, None, 1)
+    stats = Flat(backend).token_stats(x, live, 0.8, -100, mask, None, 1)
     first = None
     for team in TEAMS:
         host_module[0].choose(team)
@@ -126,7 +127,7 @@ def test_every_team_of_blocks_gives_the_bits_of_the_two_separate_passes(backend,
         assert same((logp, shift, sum_exp, entropy), stats[:4]), team
         assert same_bits(
             dx,
-            backend.token_stats_backward(
+            Flat(backend).token_stats_backward(
                 dlogp, -entropy_weight, None, x, live, 0.8, -100, mask, None, *stats[1:4], None, None, None, None
             ),
         )
@@ -148,8 +149,8 @@ def test_a_gradient_rounded_as_it_is_stored_has_the_bits_of_one_rounded_afterwar
     _, _, logp, shift, total, entropy, dlogp = wide
     for upstream in ((dlogp, None, None), (dlogp, -case[5], None)):
         arguments = (*upstream, x, targets, 0.8, -100, None, None, shift, total, entropy, None, None, None)
-        expected = backend.token_stats_backward(*arguments, None)
-        assert same_bits(backend.token_stats_backward(*arguments, out.fill_(math.nan)), expected.to(narrow))
+        expected = Flat(backend).token_stats_backward(*arguments, None)
+        assert same_bits(Flat(backend).token_stats_backward(*arguments, out.fill_(math.nan)), expected.to(narrow))
     assert place[:, vocab:].isnan().all()
 
 
@@ -162,7 +163,7 @@ def test_what_no_kernel_rounds_is_refused(backend):
     ):
         call(backend, "ppo_clip", case, out=torch.empty(5, 13))
     x = x.float()
-    _, shift, total, entropy, *_, ref_shift, ref_total, kl = backend.token_stats(
+    _, shift, total, entropy, *_, ref_shift, ref_total, kl = Flat(backend).token_stats(
         x, targets, 0.8, -100, None, x.flip(0), 31
     )
     with pytest.raises(
@@ -170,7 +171,7 @@ def test_what_no_kernel_rounds_is_refused(backend):
         match="token_stats_backward<float32 to bfloat16>: the gradient of a KL to other "
         "logits has the dtype of the logits",
     ):
-        backend.token_stats_backward(
+        Flat(backend).token_stats_backward(
             weight,
             None,
             weight,
@@ -260,10 +261,10 @@ def test_a_row_lives_by_any_of_its_terms(backend, dead):
 def test_the_ratio_to_log_probabilities_of_the_other_kernel_is_exactly_one(backend, host_module):
     x, targets, _ = draw_rows((4,), 9001, torch.bfloat16, seed=8)
     targets = targets.clamp(min=0)
-    old = backend.token_stats(x, targets, 1.0, -100, None, None, 0)[0]
+    old = Flat(backend).token_stats(x, targets, 1.0, -100, None, None, 0)[0]
     for team in TEAMS:
         host_module[0].choose(team)
-        got = backend.fused_policy(
+        got = Flat(backend).fused_policy(
             "k2", x, targets, 1.0, -100, None, [old], [], torch.ones(4), None, None, None, None, True, None
         )
         assert float(got[0]) == 0.0 and (got[1] == 0).all() and (got[6] == 0).all()
@@ -299,7 +300,7 @@ def test_a_target_outside_the_mask_gets_no_gradient_of_the_objective(backend):
     case = problem(300, torch.float32, rows=4, seed=11, masked=True)
     x, targets, mask, _, weight, _, _ = case
     targets[1], mask[1, 5] = 5, False
-    got = backend.fused_policy(
+    got = Flat(backend).fused_policy(
         "reinforce", x, targets, 0.8, -100, mask, [torch.ones(4)], [], weight, None, None, None, None, True, None
     )
     assert (got[1][1] == 0).all() and (got[1][0] != 0).any()
@@ -313,7 +314,7 @@ def test_many_rows_are_summed_in_their_order_whichever_block_comes_last(backend,
     for order in ("forward", "reverse", "random:1"):
         host_module[1](order)
         losses.append(
-            backend.fused_policy(
+            Flat(backend).fused_policy(
                 "reinforce",
                 x,
                 targets,
@@ -345,7 +346,7 @@ def test_a_users_objective_runs_through_the_two_native_passes(backend):
     try:
         case = problem(1031, torch.float32, seed=13)
         x, targets, _, columns, weight, *_ = case
-        got = backend.fused_policy(
+        got = Flat(backend).fused_policy(
             "steep_for_cuda",
             x,
             targets,
@@ -362,7 +363,7 @@ def test_a_users_objective_runs_through_the_two_native_passes(backend):
             True,
             None,
         )
-        twice = backend.fused_policy(
+        twice = Flat(backend).fused_policy(
             "reinforce",
             x,
             targets,
@@ -408,7 +409,7 @@ def test_the_gradient_of_the_forward_meets_any_upstream_gradient_without_the_hos
 @pytest.mark.fault(11)
 def test_no_rows_give_a_loss_of_zero(backend):
     none, targets = torch.empty(0), torch.empty(0, dtype=torch.long)
-    got = backend.fused_policy(
+    got = Flat(backend).fused_policy(
         "reinforce", torch.empty(0, 37), targets, 1.0, -100, None, [none], [], none, None, None, None, None, True, None
     )
     assert float(got[0]) == 0.0 and got[1].shape == (0, 37)

@@ -155,7 +155,7 @@ def test_the_ratio_is_exactly_one_where_old_logprobs_came_from_the_same_kernel(b
             x, targets, outputs=("entropy", "log_sum_sq_probs", "mean_logits"), ref_logits=x, kl="exact"
         )
         weight = torch.ones_like(old)
-        fused = ops.fused_policy(
+        fused = ops.fused_policy_op(
             "ppo_clip",
             x,
             targets,

@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 import rlkernels
 from rlkernels import ops
 from rlkernels.objectives import OBJECTIVES
+from rlkernels.ops import policy
 
 both = pytest.mark.parametrize("backend", gpu.BACKENDS, indirect=True)
 every_dtype = pytest.mark.parametrize("dtype", gpu.DTYPES, ids=str)
@@ -111,8 +112,8 @@ def test_the_gradient_made_in_the_forward_has_the_bits_of_the_two_pass_one(backe
         penalty,
     )
     with torch.no_grad():
-        loss, dlogits, _, shift, total, entropy, dlogp = ops.fused_policy(*arguments, True, False, backend)
-        loss_alone, *rest = ops.fused_policy(*arguments, False, False, backend)
+        loss, dlogits, _, shift, total, entropy, dlogp = ops.fused_policy_op(*arguments, True, False, backend)
+        loss_alone, *rest = ops.fused_policy_op(*arguments, False, False, backend)
         live = targets != -100
         passes = ops.token_stats_backward(
             dlogp,
@@ -161,7 +162,7 @@ def held(x, targets, columns, inplace=False):
 @pytest.mark.parametrize("vocab", (37, 32000, 151936))
 def test_the_gradient_of_the_forward_meets_any_upstream_gradient_in_one_launch(backend, vocab, dtype, monkeypatch):
     if gpu.REHEARSAL:
-        monkeypatch.setattr(ops, "_known_to_be_one", lambda x: False)  # the way of a device
+        monkeypatch.setattr(policy, "known_to_be_one", lambda x: False)  # the way of a device
     x, targets, _ = gpu.rows((6,), vocab, dtype, seed=11)
     columns = gpu.policy_inputs(x, targets, 0.9)
     with gpu.using(backend):

@@ -74,7 +74,7 @@ def test_the_op_with_the_gradient_in_the_forward(backend, vocab):
     from rlkernels import ops
 
     x, targets, weight = logits(5, vocab, torch.bfloat16), labels(5, vocab), gpu.put(torch.full((5,), 0.2))
-    loss, dlogits, *_ = ops.fused_policy(
+    loss, dlogits, *_ = ops.fused_policy_op(
         "ppo_clip",
         x,
         targets,

@@ -137,8 +137,8 @@ MUTANTS = (
     _m(
         "dead tokens get their sequence's value",
         "sequences.py",
-        "return torch.where(live, wide, 0.0).to(real_dtype(values))",
-        "return wide.to(real_dtype(values))",
+        "return torch.where(live, wide, 0.0).to(result_dtype(values))",
+        "return wide.to(result_dtype(values))",
     ),
     _m(
         "spans are not shifted",

@@ -9,10 +9,11 @@ from contextlib import nullcontext
 import cases
 import pytest
 import torch
+from flat_backend import Flat
 from launches import compiled
 from measured import record
 
-from rlkernels.backends import triton as backend
+from rlkernels.backends.triton import launch as backend
 
 LENGTHS = [1, 2, 3, 7, 16, 17, 48, 100, 128, 333, 512, 777, 1000, 1024, 2048, 3000, 4096, 5001, 9999, 70_000]
 
@@ -55,12 +56,12 @@ def test_twenty_lengths_temperatures_and_parameters_compile_a_row_kernel_at_most
             for x in layouts(tokens, vocab):
                 count = x.numel() // vocab
                 y, column = (torch.empty(count, dtype=d, device="meta") for d in (torch.int64, torch.float32))
-                yield lambda x=x, y=y, t=temperature, i=ignore: backend.token_stats(x, y, t, i, None, None, 1)
-                yield lambda x=x, y=y, c=column, t=temperature, i=ignore: backend.token_stats_backward(
+                yield lambda x=x, y=y, t=temperature, i=ignore: Flat(backend).token_stats(x, y, t, i, None, None, 1)
+                yield lambda x=x, y=y, c=column, t=temperature, i=ignore: Flat(backend).token_stats_backward(
                     c, c, None, x, y, t, i, None, None, c, c, c, None, None, None, None
                 )
                 unless = torch.empty(2, device="meta")[draw.choice([0, 1])]
-                yield lambda x=x, y=y, c=column, t=temperature, i=ignore, u=unless: backend.token_stats_backward(
+                yield lambda x=x, y=y, c=column, t=temperature, i=ignore, u=unless: Flat(backend).token_stats_backward(
                     c,
                     c,
                     None,
@@ -79,7 +80,7 @@ def test_twenty_lengths_temperatures_and_parameters_compile_a_row_kernel_at_most
                     torch.empty(len(y), vocab, dtype=x.dtype, device="meta"),
                     u,
                 )
-                yield lambda x=x, y=y, c=column, t=temperature, i=ignore, p=params: backend.fused_policy(
+                yield lambda x=x, y=y, c=column, t=temperature, i=ignore, p=params: Flat(backend).fused_policy(
                     "ppo_clip", x, y, t, i, None, [c, c], p, c, c, "k3", c, c, True, None
                 )
 
@@ -132,8 +133,10 @@ def test_the_count_sees_what_does_recompile(monkeypatch):
         for vocab in (32_000, 151_936)
         for dtype in (torch.bfloat16, torch.float32)
     ]
-    assert variants([lambda x=x: backend.token_stats(x, y, 0.7, -100, None, None, 0) for x in x]) == {"token_stats": 2}
-    assert variants([lambda w=w: backend.token_stats(x[0], y, 0.7, -100, None, None, w) for w in (0, 1, 3)]) == {
+    assert variants([lambda x=x: Flat(backend).token_stats(x, y, 0.7, -100, None, None, 0) for x in x]) == {
+        "token_stats": 2
+    }
+    assert variants([lambda w=w: Flat(backend).token_stats(x[0], y, 0.7, -100, None, None, w) for w in (0, 1, 3)]) == {
         "token_stats": 3
     }
 

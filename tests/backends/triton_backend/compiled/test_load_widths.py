@@ -8,10 +8,11 @@ import cases
 import pytest
 import torch
 import triton_aot
+from flat_backend import Flat
 from launches import compiled
 from measured import record, threads
 
-from rlkernels.backends import triton as backend
+from rlkernels.backends.triton import launch as backend
 
 WITHIN, VOCAB = 151_936, 151_665
 
@@ -31,17 +32,17 @@ def odd_rows():
     x, y, c = torch.empty(4, WITHIN, dtype=torch.bfloat16)[:, :VOCAB], torch.zeros(4, dtype=torch.int64), torch.zeros(4)
 
     def gradient(out):
-        return lambda: backend.token_stats_backward(
+        return lambda: Flat(backend).token_stats_backward(
             c, c, None, x, y, 0.7, -100, None, None, c, c, c, None, None, None, out
         )
 
     def policy(out):
-        return lambda: backend.fused_policy(
+        return lambda: Flat(backend).fused_policy(
             "ppo_clip", x, y, 0.7, -100, None, [c, c], [0.2, 0.2], c, c, "k3", c, c, True, out
         )
 
     return {
-        "statistics": (lambda: backend.token_stats(x, y, 0.7, -100, None, None, 1), 1, False),
+        "statistics": (lambda: Flat(backend).token_stats(x, y, 0.7, -100, None, None, 1), 1, False),
         "gradient": (gradient(None), 1, False),
         "gradient in place": (gradient(x), 1, True),
         "policy": (policy(None), 2, False),

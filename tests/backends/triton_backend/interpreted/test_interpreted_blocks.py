@@ -11,7 +11,7 @@ from reference import gae as gae_loop
 from reference import same_bits
 from weighted_losses import CASES, check, check_without_a_live_element
 
-from rlkernels.backends import triton as kernels
+from rlkernels.backends.triton import launch as kernels
 from rlkernels.backends.triton import launch_configs
 from rlkernels.objectives import OBJECTIVES
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from flat_backend import Flat
 from problems import EVERYTHING, policy_problem
 from reference import cotangents, draw_rows, same_bits
 
-from rlkernels.backends import triton as kernels
+from rlkernels.backends.triton import launch as kernels
 from rlkernels.backends.triton import launch_configs
 
 ORDERS = ("forward", "reverse", 1, 2)
@@ -13,21 +14,21 @@ ORDERS = ("forward", "reverse", 1, 2)
 
 def rows_forward_and_backward():
     x, targets, mask = draw_rows((5,), 69, torch.bfloat16)
-    stats = kernels.token_stats(x, targets, 0.7, -100, mask, x.flip(0), EVERYTHING)
+    stats = Flat(kernels).token_stats(x, targets, 0.7, -100, mask, x.flip(0), EVERYTHING)
     _, shift, total, entropy, _, _, _, _, ref_shift, ref_total, kl = stats
     saved = (shift, total, entropy, ref_shift, ref_total, kl)
     g = cotangents((5,), 3)
     reference = x.flip(0)
     return (
         *stats,
-        kernels.token_stats_backward(*g, x, targets, 0.7, -100, mask, reference, *saved, None),
-        kernels.token_stats_backward(*g, x, targets, 0.7, -100, mask, reference, *saved, x),
+        Flat(kernels).token_stats_backward(*g, x, targets, 0.7, -100, mask, reference, *saved, None),
+        Flat(kernels).token_stats_backward(*g, x, targets, 0.7, -100, mask, reference, *saved, x),
     )
 
 
 def policy():
     x, targets, mask, c = policy_problem(101, torch.bfloat16)
-    return kernels.fused_policy(
+    return Flat(kernels).fused_policy(
         "ppo_clip",
         x,
         targets,
@@ -81,8 +82,8 @@ def test_offsets_beyond_32_bits_reach_the_right_row(small_tiles):
     (g,) = cotangents((3,), 1)
 
     def run(x, mask, targets, out):
-        stats = kernels.token_stats(x, targets, 0.7, -100, mask, None, 15)
-        return *stats[:7], kernels.token_stats_backward(
+        stats = Flat(kernels).token_stats(x, targets, 0.7, -100, mask, None, 15)
+        return *stats[:7], Flat(kernels).token_stats_backward(
             g, g, None, x, targets, 0.7, -100, mask, None, *stats[1:4], None, None, None, out
         )
 

@@ -5,10 +5,11 @@ oracles.
 import oracles
 import pytest
 import torch
+from flat_backend import Flat
 from problems import NAN, PARAMS, policy_problem, policy_truth
 from reference import assert_gradient, same_bits
 
-from rlkernels.backends import triton as kernels
+from rlkernels.backends.triton import launch as kernels
 from rlkernels.objectives import OBJECTIVES, objective
 
 POLICIES = [
@@ -36,7 +37,7 @@ def squared_gap_oracle(logp, old_logp, advantage, beta):
 
 def run(name, x, targets, temperature, mask, c, entropy, kl, with_grad=True, out=None, ignore_index=-100):
     entry = OBJECTIVES[name]
-    return kernels.fused_policy(
+    return Flat(kernels).fused_policy(
         name,
         x,
         targets,
@@ -91,12 +92,12 @@ def test_gradient_and_statistics_have_the_bits_of_the_two_kernels(dtype, small_t
     mask = mask.clone()
     mask[1].scatter_(0, targets[1:2], False)  # a target outside the support moves nothing
     _, gradient, logp, shift, total, entropy, dlogp = run("ppo_clip", x, targets, 0.7, mask, c, True, "k3")
-    stats = kernels.token_stats(x, targets, 0.7, -100, mask, None, 1)
+    stats = Flat(kernels).token_stats(x, targets, 0.7, -100, mask, None, 1)
     live = (targets != -100) & ((c["weight"] != 0) | (c["entropy_weight"] != 0) | (c["kl_weight"] != 0))
     assert live.sum() == 4
     for got, want in zip((logp, shift, total, entropy), stats[:4], strict=True):
         assert same_bits(got[live], want[live]) and not got[~live].any()
-    again = kernels.token_stats_backward(
+    again = Flat(kernels).token_stats_backward(
         dlogp,
         -torch.where(live, c["entropy_weight"], 0.0),
         None,
@@ -155,8 +156,8 @@ def test_a_gradient_rounded_as_it_is_stored_has_the_bits_of_one_rounded_afterwar
         None,
         None,
     )
-    expected = kernels.token_stats_backward(*arguments, None)
-    assert same_bits(kernels.token_stats_backward(*arguments, out.fill_(NAN)), expected.to(narrow))
+    expected = Flat(kernels).token_stats_backward(*arguments, None)
+    assert same_bits(Flat(kernels).token_stats_backward(*arguments, out.fill_(NAN)), expected.to(narrow))
     assert place[:, vocab:].isnan().all()
 
 
@@ -164,12 +165,12 @@ def test_a_gradient_rounded_as_it_is_stored_has_the_bits_of_one_rounded_afterwar
 def test_the_gradient_kernel_writes_nothing_where_unless_is_exactly_1(dtype, small_tiles):
     x, targets, mask, c = policy_problem(101, dtype)
     stats, upstream = (
-        kernels.token_stats(x, targets, 0.7, -100, mask, None, 1),
+        Flat(kernels).token_stats(x, targets, 0.7, -100, mask, None, 1),
         (c["weight"], c["entropy_weight"], None),
     )
 
     def run_with(out, unless):
-        return kernels.token_stats_backward(
+        return Flat(kernels).token_stats_backward(
             *upstream, x, targets, 0.7, -100, mask, None, *stats[1:4], None, None, None, out, unless
         )
 
@@ -227,8 +228,8 @@ def test_a_label_outside_the_vocabulary_makes_its_row_nan_and_reads_no_neighbour
     bad = torch.tensor([False, True, True, True, False, True])
     parent = torch.full((6, 80), NAN)  # label 69 falls into the gap behind the row, which the interpreter guards
     x = parent[:, :69].copy_(x)
-    stats = kernels.token_stats(x, targets, 0.7, -100, None, x.flip(0).contiguous(), 31)
-    gradient = kernels.token_stats_backward(
+    stats = Flat(kernels).token_stats(x, targets, 0.7, -100, None, x.flip(0).contiguous(), 31)
+    gradient = Flat(kernels).token_stats_backward(
         *[torch.full((6,), 0.3) for _ in range(3)],
         x,
         targets,

@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 import torch
+from flat_backend import Flat
 from problems import EVERYTHING, NAN
 from reference import EPS32, assert_gradient, cotangents, draw_rows, gradient_allowance, judge, same_bits, statistics
 
 import rlkernels as rlk
-from rlkernels.backends import triton as kernels
+from rlkernels.backends.triton import launch as kernels
 from rlkernels.backends.triton import launch_configs
 from rlkernels.backends.triton.launch_configs import Config
 
@@ -71,7 +72,7 @@ def test_an_exact_kl_counts_how_far_the_reference_moves_over_tiles_that_either_s
 def backward_problem(dtype, vocab=69, rows=5):
     x, targets, mask = draw_rows((rows,), vocab, dtype, seed=7)
     reference = draw_rows((rows,), vocab, dtype, seed=8)[0]
-    found = kernels.token_stats(x, targets, 0.7, -100, None, reference, EVERYTHING)
+    found = Flat(kernels).token_stats(x, targets, 0.7, -100, None, reference, EVERYTHING)
     _, shift, total, entropy, _, _, _, _, ref_shift, ref_total, kl = found
     return x, targets, reference, (shift, total, entropy, ref_shift, ref_total, kl)
 
@@ -83,7 +84,7 @@ def test_each_subset_of_upstream_gradients_gives_its_gradient(subset, dtype, sma
     x, targets, reference, saved = backward_problem(dtype)
     names = ("logprobs", "entropy", "kl")
     g = [v if k in subset else None for k, v in enumerate(cotangents((5,), 3))]
-    got = kernels.token_stats_backward(*g, x, targets, 0.7, -100, None, reference, *saved, None)
+    got = Flat(kernels).token_stats_backward(*g, x, targets, 0.7, -100, None, reference, *saved, None)
     wide = x.double().requires_grad_()
     truth = statistics(wide, targets, 0.7, ref_logits=reference)
     upstream = {names[k]: g[k] for k in subset}
@@ -97,8 +98,8 @@ def test_each_subset_of_upstream_gradients_gives_its_gradient(subset, dtype, sma
 def test_rounded_gradients_are_within_one_ulp_and_nearly_all_are_the_nearest(dtype, small_tiles):
     x, targets, _ = draw_rows((6,), 500, dtype, seed=5)
     (g,) = cotangents((6,), 1)
-    found = kernels.token_stats(x, targets, 1.0, -100, None, None, 0)
-    got = kernels.token_stats_backward(
+    found = Flat(kernels).token_stats(x, targets, 1.0, -100, None, None, 0)
+    got = Flat(kernels).token_stats_backward(
         g, None, None, x, targets, 1.0, -100, None, None, *found[1:3], None, None, None, None, None
     )
     wide = x.double().requires_grad_()
@@ -138,10 +139,10 @@ def test_bits_do_not_depend_on_layout_rows_or_batch(layout, dtype, small_tiles):
 
     def run(x, reference, rows=slice(None)):
         y = targets[rows]
-        stats = kernels.token_stats(x, y, 0.7, -100, None, reference, EVERYTHING)
+        stats = Flat(kernels).token_stats(x, y, 0.7, -100, None, reference, EVERYTHING)
         _, shift, total, entropy, _, _, _, _, ref_shift, ref_total, kl = stats
         g = [v[rows] for v in cotangents((6,), 3)]
-        return *stats, kernels.token_stats_backward(
+        return *stats, Flat(kernels).token_stats_backward(
             *g, x, y, 0.7, -100, None, reference, shift, total, entropy, ref_shift, ref_total, kl, None
         )
 
@@ -161,11 +162,11 @@ def test_in_place_gives_the_same_bits_and_otherwise_the_logits_keep_theirs(dtype
     x, targets, reference, saved = backward_problem(dtype)
     g = cotangents((5,), 3)
     before = x.clone()
-    expected = kernels.token_stats_backward(*g, x, targets, 0.7, -100, None, reference, *saved, None)
+    expected = Flat(kernels).token_stats_backward(*g, x, targets, 0.7, -100, None, reference, *saved, None)
     assert same_bits(x, before)
     parent = torch.full((5, 90), NAN, dtype=dtype)
     for target in (x.clone(), parent[:, 5:74].copy_(x)):
-        got = kernels.token_stats_backward(*g, target, targets, 0.7, -100, None, reference, *saved, target)
+        got = Flat(kernels).token_stats_backward(*g, target, targets, 0.7, -100, None, reference, *saved, target)
         assert got is target and same_bits(target, expected)
     assert parent[:, :5].isnan().all() and parent[:, 74:].isnan().all()
 
@@ -177,7 +178,7 @@ def test_a_gradient_in_slices_has_the_bits_of_a_whole_one(small_tiles, monkeypat
     results = []
     for slices in (1, 10, 2048):  # per row: 1, 2 and 3 programs
         monkeypatch.setattr(kernels, "SLICES", slices)
-        results.append(kernels.token_stats_backward(*g, x, targets, 0.7, -100, None, reference, *saved, None))
+        results.append(Flat(kernels).token_stats_backward(*g, x, targets, 0.7, -100, None, reference, *saved, None))
     assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
 
 
@@ -186,7 +187,7 @@ def test_bits_depend_on_lanes_alone_not_on_tiles_ahead_or_threads():
     results = []
     for config in (Config(4, 32), Config(4, 128), Config(4, 32, 2), Config(4, 32, 4)):
         with launch_configs.override(token_stats=config):
-            results.append(kernels.token_stats(x, targets, 0.7, -100, mask, x.flip(0), EVERYTHING))
+            results.append(Flat(kernels).token_stats(x, targets, 0.7, -100, mask, x.flip(0), EVERYTHING))
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -205,8 +206,8 @@ def test_lanes_agree_between_ops_and_dtypes(itemsize):
 def test_sixteen_bit_logits_give_the_bits_of_the_same_values_in_fp32(dtype, small_tiles):
     x, targets, mask = draw_rows((5,), 69, dtype)
     other = x.flip(0)
-    narrow = kernels.token_stats(x, targets, 0.7, -100, mask, other, EVERYTHING)
-    wide = kernels.token_stats(x.float(), targets, 0.7, -100, mask, other.float(), EVERYTHING)
+    narrow = Flat(kernels).token_stats(x, targets, 0.7, -100, mask, other, EVERYTHING)
+    wide = Flat(kernels).token_stats(x.float(), targets, 0.7, -100, mask, other.float(), EVERYTHING)
     assert all(same_bits(a, b) for a, b in zip(narrow, wide, strict=True))
 
 
@@ -247,7 +248,7 @@ def test_rescaling_between_tiles_does_not_drift(shape, small_tiles, backend):
 def test_a_column_that_only_the_reference_excludes_counts_as_nothing_once_its_probability_is_zero(peak, small_tiles):
     x, reference, targets = torch.zeros(1, 69), torch.zeros(1, 69), torch.tensor([peak])
     x[0, peak], reference[0, 0] = 5000.0, -torch.inf
-    kl = kernels.token_stats(x, targets, 1.0, -100, None, reference, EVERYTHING)[10]
+    kl = Flat(kernels).token_stats(x, targets, 1.0, -100, None, reference, EVERYTHING)[10]
     torch.testing.assert_close(kl.double(), statistics(x, targets, ref_logits=reference)["kl"], rtol=1e-6, atol=0)
 
 
@@ -260,7 +261,7 @@ def test_a_row_without_a_finite_logit_has_no_sum(masked, small_tiles):
         mask[1] = False
     else:
         x[1] = -torch.inf
-    stats = kernels.token_stats(x, targets.clamp(min=0), 0.7, -100, mask, x, EVERYTHING)
+    stats = Flat(kernels).token_stats(x, targets.clamp(min=0), 0.7, -100, mask, x, EVERYTHING)
     for found in (stats[0], stats[2], stats[3], stats[9]):  # logp, sum_exp, entropy, the reference's sum_exp
         assert found[1].isnan() and found[[0, 2]].isfinite().all()
     assert not stats[6][1]

@@ -4,12 +4,13 @@ tiles that are shipped.
 
 import pytest
 import torch
+from flat_backend import Flat
 from problems import EVERYTHING, policy_problem
 from reference import assert_within_policy, cotangents, same_bits, statistics
 from test_logprobs_precision import test_large_vocabularies_stay_within_the_bounds  # noqa: F401  (here with the shipped tiles)
 
 import rlkernels as rlk
-from rlkernels.backends import triton as kernels
+from rlkernels.backends.triton import launch as kernels
 
 MANY, CHOSEN = 70_000, (0, 1, 65_535, 65_536, 69_999)
 PADDED = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -28,12 +29,12 @@ def test_seventy_thousand_rows_lie_on_the_first_axis_of_the_grid(small_tiles, in
 
     def run(x, targets, g, programs):
         with interpreter.configure(programs=programs):
-            stats = kernels.token_stats(x, targets, 0.7, -100, None, x.flip(-1), EVERYTHING)
+            stats = Flat(kernels).token_stats(x, targets, 0.7, -100, None, x.flip(-1), EVERYTHING)
             _, shift, total, entropy, _, _, _, _, ref_shift, ref_total, kl = stats
-            gradient = kernels.token_stats_backward(
+            gradient = Flat(kernels).token_stats_backward(
                 *g, x, targets, 0.7, -100, None, x.flip(-1), shift, total, entropy, ref_shift, ref_total, kl, None
             )
-            fused = kernels.fused_policy(
+            fused = Flat(kernels).fused_policy(
                 "ppo_clip",
                 x,
                 targets,
@@ -81,7 +82,7 @@ def test_vocab_mask_takes_padded_columns_out_and_without_it_they_count(backend):
 @pytest.mark.fault(75)
 def test_the_policy_loss_of_a_large_vocabulary_has_the_bits_of_the_two_kernels():
     x, targets, _, c = policy_problem(262_144, torch.bfloat16, rows=3)
-    _, gradient, logp, shift, total, entropy, dlogp = kernels.fused_policy(
+    _, gradient, logp, shift, total, entropy, dlogp = Flat(kernels).fused_policy(
         "ppo_clip",
         x,
         targets,
@@ -98,9 +99,9 @@ def test_the_policy_loss_of_a_large_vocabulary_has_the_bits_of_the_two_kernels()
         True,
         None,
     )
-    stats = kernels.token_stats(x, targets, 0.7, -100, None, None, 1)
+    stats = Flat(kernels).token_stats(x, targets, 0.7, -100, None, None, 1)
     assert all(same_bits(a, b) for a, b in zip((logp, shift, total, entropy), stats[:4], strict=True))
-    again = kernels.token_stats_backward(
+    again = Flat(kernels).token_stats_backward(
         dlogp,
         -c["entropy_weight"] - 1,
         None,

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from flat_backend import Flat
 
-from rlkernels.backends import triton as backend
+from rlkernels.backends.triton import launch as backend
 from rlkernels.backends.triton import launch_configs
 from rlkernels.objectives import OBJECTIVES
 
@@ -45,7 +46,7 @@ def rows(dtype, vocab, masked=False, per_row=False):
 
 def stats(dtype, vocab, wanted, ref=False, **flags):
     x, *rest = rows(dtype, vocab, **flags)
-    return lambda: backend.token_stats(x, *rest, torch.empty_like(x) if ref else None, wanted)
+    return lambda: Flat(backend).token_stats(x, *rest, torch.empty_like(x) if ref else None, wanted)
 
 
 def backward(dtype, vocab, terms=(True, False, False), in_place=False, out=None, **flags):
@@ -57,7 +58,7 @@ def backward(dtype, vocab, terms=(True, False, False), in_place=False, out=None,
         if terms[2]
         else [None, *[column] * 3, None, None, None]
     )
-    return lambda: backend.token_stats_backward(
+    return lambda: Flat(backend).token_stats_backward(
         *upstream, x, *rest, *reference, x if in_place else out and torch.empty_like(x, dtype=out)
     )
 
@@ -68,7 +69,7 @@ def policy(name, dtype, vocab, entropy=True, kl="k3", with_grad=True, out=None, 
     entry = OBJECTIVES[name]
     extra = (column if entropy else None, kl, column if kl else None, column if kl else None)
     out = out and torch.empty_like(x, dtype=out)
-    return lambda: backend.fused_policy(
+    return lambda: Flat(backend).fused_policy(
         name, x, *rest, [column] * (len(entry.columns) - 1), [0.5] * len(entry.params), column, *extra, with_grad, out
     )
 

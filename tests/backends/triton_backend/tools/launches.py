@@ -2,7 +2,7 @@
 machine without a GPU.
 
     with recording("sm_90") as launches:
-        backend.token_stats(...)            # CPU tensors stand in for device tensors; nothing runs
+        Flat(backend).token_stats(...)            # CPU tensors stand in for device tensors; nothing runs
     launches[0].kernel, launches[0].key     # one entry per launch; equal keys share one compiled kernel
 
 A fake driver names the target, so ``JITFunction.run`` binds, specialises and builds its cache key as it would on the

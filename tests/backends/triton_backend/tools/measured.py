@@ -8,7 +8,7 @@ import triton
 import triton_aot
 from launches import compiled, recording, target_of
 
-from rlkernels.backends import triton as backend
+from rlkernels.backends.triton import launch as backend
 
 
 def record(call, target):
