@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 LARGE = 500_000
-"""Bytes. The largest file of the repository has a tenth of it; data of that size belongs elsewhere."""
+"""Bytes. The largest file of the repository has a tenth of it, and data of that size belongs elsewhere."""
 
 
 def trailing_whitespace(data):
