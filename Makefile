@@ -13,7 +13,7 @@ PYTHON ?= $(or $(call at_least,11),$(call at_least,10))
 SOURCES := pyproject.toml setup.py setup_build.py setup_cuda.py constraints.txt $(shell find rlkernels csrc -type f \
 	\( -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name py.typed \))
 
-.PHONY: demo test test-triton matrix mutants fuzz fuzz-sanitized bench bench-suite gpu lint clean trl-python
+.PHONY: demo test test-triton matrix mutants fuzz fuzz-sanitized bench bench-suite gpu lint wheel clean trl-python
 .NOTPARALLEL:
 
 demo: trl-python $(VENV)/.installed
@@ -80,6 +80,15 @@ gpu:
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# A source distribution and the wheel made from it, in dist/. The wheel is then used alone, in an environment of its own.
+wheel: $(VENV)/bin/python
+	rm -rf dist build/wheel
+	$(VENV)/bin/python -m venv build/wheel
+	build/wheel/bin/python -m pip --disable-pip-version-check install -q build
+	RLKERNELS_CPU=1 build/wheel/bin/python -I -m build --outdir dist .
+	build/wheel/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt dist/*.whl
+	build/wheel/bin/python -I tests/repository/wheel_import.py
 
 $(VENV)/bin/python:
 	@[ -n "$(PYTHON)" ] || { echo "make: no Python >= 3.10 on PATH; install one, or name it: make PYTHON=/path/to/python3"; exit 1; }

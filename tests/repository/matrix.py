@@ -33,6 +33,8 @@ NOT_CORE = (
     "tests/losses/test_preference_matches_trl.py",  # need TRL, which has requirements of its own
     "tests/repository/test_build*.py",
     "tests/backends/cuda_backend",
+    "tests/repository/test_contributing.py",
+    "tests/repository/test_hosting.py",
     "tests/repository/test_mutants.py",  # about compilers and sources, not about torch
     "tests/benchmarks",
     "tests/cli/test_cli.py",
