@@ -41,7 +41,7 @@ LAYERS = [
 ]
 """Lowest first. A module imports from layers below its own, and a package from itself."""
 WITHOUT_OPS = {"tracing", "checks", "objectives", "sequences", "aggregation"}
-COMPILED = {"_cpu": "backends/cpu.py", "_cuda": "backends/cuda.py"}
+COMPILED = {"_cpu": "backends/cpu_module.py", "_cuda": "backends/cuda.py"}
 
 
 def name_of(path):
@@ -100,12 +100,12 @@ def test_compiled_modules_and_triton_are_imported_by_their_backend_alone(path):
 def test_only_ops_register_with_torch():
     """Attribute chains and imported names: ``torch.library``, ``autograd.Function``, ``register_autograd``."""
     for path in MODULES:
-        if path.parent.name == "ops" and path.name in ("__init__.py", "register.py"):
+        if path.parent.name == "ops" and path.name in ("register.py", "loss_with_gradients.py"):
             continue
         for node in ast.walk(parse(path)):
             written = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Import, ast.ImportFrom)) else ""
             found = re.search(r"torch\.library|autograd\.Function|register_autograd|import.*\bcustom_op\b", written)
-            assert not found, f"{name_of(path)}:{node.lineno}: {written}; only ops/__init__.py and ops/register.py may"
+            assert not found, f"{name_of(path)}:{node.lineno}: {written}; only ops/register.py and ops/loss_with_gradients.py may"
 
 
 def test_integrations_import_other_libraries_inside_functions():
