@@ -44,8 +44,9 @@ def test_compiled_results_and_gradients_are_the_plain_ones(name, compiler):
 # Dynamo shows a quantised tensor as one of floats; shards are counted by a collective, for which a graph that is traced
 # does not wait.
 OF_THE_COMPILER = ("B04 quantised", "B52", "B52 first column")
-# Dynamo of torch 2.8 fails on a DeviceMesh itself.
-OF_THE_COMPILER += ("B23",) if torch.__version__.startswith("2.8.") else ()
+# Dynamo of torch 2.8 and 2.11 fails on a DeviceMesh itself, before it comes to a function of ours, and leaves the
+# process group of the case behind.
+OF_THE_COMPILER += ("B23",) if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12) else ()
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])

@@ -1,10 +1,10 @@
 """The core of the suite under other versions of Python, torch and Triton: one environment per row, made, used and
 deleted.
 
-    python tests/repository/matrix.py                               # all rows, one after another: hours, and gigabytes
-    of accelerator libraries per row
-    python tests/repository/matrix.py --python 3.10 --torch 2.8.0   # this row alone
-    python tests/repository/matrix.py --table                       # runs nothing: prints the table of what has run
+    python tests/repository/matrix.py                                # all rows: hours, and gigabytes per row
+    python tests/repository/matrix.py --python 3.10 --torch 2.8.0    # this row alone
+    python tests/repository/matrix.py --python 3.10 --torch 2.8.0 --part core   # this part of it again
+    python tests/repository/matrix.py --table                        # runs nothing: prints what has run
 
 Interpreters are looked for on PATH (``python3.10``), or given as paths. pip reads its settings (index, proxy,
 ``PIP_*``) from the environment; a constraint there that holds torch back must be lifted. The newest torch that the
@@ -219,12 +219,15 @@ class Environment:
         ]
 
 
-def one(row, folder, jobs, keep):
-    """Runs a row; returns what the table needs."""
+def one(row, folder, jobs, keep, only=()):
+    """Runs a row, or ``only`` these parts of it beside what the others found before; returns what the table needs."""
     environment, began = Environment(row, folder, jobs), time.monotonic()
     shutil.rmtree(environment.place, ignore_errors=True)
     environment.log.unlink(missing_ok=True)
-    result = {"row": row.name, "commit": commit(), "date": date.today().isoformat(), "parts": [], "failures": []}
+    file = folder / f"{row.name}.json"
+    before = json.loads(file.read_text())["parts"] if only and file.exists() else []
+    found = {part["title"]: part for part in before if part["title"] not in only}
+    result = {"row": row.name, "failures": []}
     try:
         environment.make()
         installed = (
@@ -232,17 +235,17 @@ def one(row, folder, jobs, keep):
         )
         result["python"] = environment.asks("import platform; print(platform.python_version())")
         result |= {name: environment.asks(installed.format(name)) for name in ("torch", "triton", "numpy")}
-        for title, part in [
-            ("core", environment.core),
-            *((f"Triton {v}", lambda v=v: environment.triton(v)) for v in row.triton),
-        ]:
-            found, failures = part()
-            result["parts"].append({"title": title, **found})
+        parts = {"core": environment.core, **{f"Triton {v}": lambda v=v: environment.triton(v) for v in row.triton}}
+        for title in only or parts:
+            numbers, failures = parts[title]()
+            found[title] = {"title": title, **numbers, "commit": commit(), "date": date.today().isoformat()}
             result["failures"] += [f"{title}: {failure}" for failure in failures]
+        result["parts"] = [found[title] for title in parts if title in found]
     except RuntimeError as error:
         result["failures"].append(str(error))
+    result.setdefault("parts", [*found.values()])
     result["minutes"] = round((time.monotonic() - began) / 60)
-    (folder / f"{row.name}.json").write_text(json.dumps(result, indent=1))
+    file.write_text(json.dumps(result, indent=1))
     if not keep:
         shutil.rmtree(environment.place, ignore_errors=True)
     return result
@@ -255,11 +258,14 @@ def table(results):
         "|" + "---|" * 9,
     ]
     for r in sorted(results, key=lambda r: [int(n) for n in re.findall(r"\d+", r.get("python", "0"))]):
-        for part in r["parts"] or [{"title": "not installed", "passed": 0, "failed": 1, "skipped": 0}]:
+        for part in r["parts"] or [
+            {"title": "not installed", "passed": 0, "failed": 1, "skipped": 0, "commit": commit(), "date": "-"}
+        ]:
             lines.append(
                 f"| {r.get('python', r['row'])} | {r.get('torch', '-')} | {r.get('triton', '-')} | "
                 f"{r.get('numpy', '-')} | {part['title']} | "
-                f"{part['passed']:,} | {part['failed']} | {part['skipped']} | {r['commit']}, {r['date']} |"
+                f"{part['passed']:,} | {part['failed']} | {part['skipped']} | {part['commit']}, "
+                f"{part['date']} |"
             )
     return "\n".join(lines)
 
@@ -269,6 +275,12 @@ def main():
     parser.add_argument("--python", help="of one row: a version that is on PATH, or a path")
     parser.add_argument("--torch", help="of one row: a version, or newest")
     parser.add_argument("--triton", nargs="*", default=[], help="of one row: versions whose proofs run beside it")
+    parser.add_argument(
+        "--part",
+        action="append",
+        default=[],
+        help="of one row: core, or Triton X.Y.Z; may be repeated; all of them by default",
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "build/matrix", help="environments, logs and results")
     parser.add_argument("--jobs", type=int, default=2, help="tests side by side, and compilers")
     parser.add_argument("--keep", action="store_true", help="leave the environments there: 1 to 9 GB each")
@@ -276,11 +288,14 @@ def main():
     args = parser.parse_args()
     if (args.python is None) != (args.torch is None):
         parser.error("--python and --torch make a row: give both, or none for every row")
+    known = ["core", *(f"Triton {version}" for version in args.triton)]
+    if args.part and (args.python is None or not set(args.part) <= set(known)):
+        parser.error(f"--part is one of a row: {', '.join(known)}")
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     rows = [] if args.table else ROWS if args.python is None else [Row(args.python, args.torch, tuple(args.triton))]
     for row in rows:
-        result = one(row, folder, args.jobs, args.keep)
+        result = one(row, folder, args.jobs, args.keep, args.part)
         print(f"{row.name}: {result['minutes']} minutes", *result["parts"], *result["failures"], sep="\n  ", flush=True)
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     print(table(results))

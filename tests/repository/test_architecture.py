@@ -105,7 +105,9 @@ def test_only_ops_register_with_torch():
         for node in ast.walk(parse(path)):
             written = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Import, ast.ImportFrom)) else ""
             found = re.search(r"torch\.library|autograd\.Function|register_autograd|import.*\bcustom_op\b", written)
-            assert not found, f"{name_of(path)}:{node.lineno}: {written}; only ops/register.py and ops/loss_with_gradients.py may"
+            assert not found, (
+                f"{name_of(path)}:{node.lineno}: {written}; only ops/register.py and ops/loss_with_gradients.py may"
+            )
 
 
 def test_integrations_import_other_libraries_inside_functions():
