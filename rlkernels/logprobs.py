@@ -9,7 +9,7 @@ from rlkernels.logits_layout import matrix, rows
 
 
 class TokenStats(NamedTuple):
-    """Per-token statistics of a softmax over the vocabulary; what was not asked for is None.
+    """The statistics per token of a softmax over the vocabulary; one that was not asked for is None.
 
     ``logprobs``, ``entropy`` and ``kl`` are differentiable with respect to the logits. Float fields are fp32 (fp64 for
     fp64 logits).
@@ -100,18 +100,18 @@ def token_stats(
 
     Schulman 2020, "Approximating KL divergence".
     """
-    where = "token_stats"
-    row = rows(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
-    checks.outputs(where, outputs, ops.FLAGS)
-    checks.reference(where, ref_logits, logits, kl)
-    checks.one_device(where, "logits", logits, ref_logits=ref_logits)
+    caller = "token_stats"
+    row = rows(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
+    checks.outputs(caller, outputs, ops.FLAGS)
+    checks.reference(caller, ref_logits, logits, kl)
+    checks.one_device(caller, "logits", logits, ref_logits=ref_logits)
     wanted = 0
     for name in outputs:
         wanted |= ops.FLAGS[name]
     if kl == "exact":
         wanted |= ops.KL | ops.ENTROPY  # the gradient of the KL is saved beside the entropy's
     reference = None if ref_logits is None else matrix(ref_logits)
-    found = ops.token_stats(
+    stats = ops.token_stats(
         row.logits,
         row.targets,
         row.temperature,
@@ -120,20 +120,21 @@ def token_stats(
         reference,
         wanted,
         inplace_backward,
-        ops.serving(where, logits),
+        ops.serving(caller, logits),
     )
-    return collect(found, row, outputs, ref_logits is not None, kl)
+    return collect(stats, row, outputs, ref_logits is not None, kl)
 
 
 def shaped(x, shape):
-    """``x`` in the caller's shape; ``x`` itself where it has that, since a view costs as much as an operation."""
+    """Returns ``x`` in the caller's shape; ``x`` itself where it has that shape, because a view costs an operation."""
     return x if x.shape == shape else x.view(shape)
 
 
-def collect(found, row, outputs, has_reference, kl):
-    """The op's tuple as TokenStats of the caller's shape."""
-    logp, shift, sum_exp, entropy, log_sum_sq, mean_logits, is_top1, ref_logp, _, _, exact = found
-    # A number stays on the CPU: copying it to the device would make the host wait. sum_exp is 0 in ignored rows alone.
+def collect(op_outputs, row, outputs, has_reference, kl):
+    """Turns the tuple that the op returned into TokenStats of the caller's shape."""
+    logp, shift, sum_exp, entropy, log_sum_sq, mean_logits, is_top1, ref_logp, _, _, exact = op_outputs
+    # The 0.0 stays on the CPU, because copying it to the device would make the host wait. Only in ignored rows is
+    # sum_exp 0.
     logsumexp = torch.where(sum_exp == 0, 0.0, shift / row.temperature + sum_exp.log())
     stats = {"entropy": entropy, "log_sum_sq_probs": log_sum_sq, "mean_logits": mean_logits, "is_top1": is_top1}
     stats = {name: x.view(row.shape) for name, x in stats.items() if name in outputs}
