@@ -76,8 +76,7 @@ def per_token(caller, name, x, like, offsets):
     other shape comes back as it is, and the caller's own check refuses it.
     """
     if offsets is None:
-        # [B] belongs to rows [B, L]: plain broadcasting would align it with L, and (B,) against (B, 1) would become (B,
-        # B).
+        # Reshaped by hand, because plain broadcasting would align [B] with L, and make (B, B) of (B,) against (B, 1).
         per_row = like.dim() == 2 and x.shape in (like.shape[:1], (like.shape[0], 1))
         return x.reshape(-1, 1).expand(like.shape) if per_row else x
     tokens, count = like.shape[0], offsets.shape[0] - 1

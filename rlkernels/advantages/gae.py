@@ -99,7 +99,7 @@ def discounted_returns(rewards, mask=None, *, gamma=1.0, masked="skip", cu_seqle
     gamma = checks.interval(caller, "gamma", gamma, 0, 1)
     live, offsets = _checked(caller, rewards, mask, masked, cu_seqlens)
     rewards = rewards.detach().to(real_dtype(rewards))
-    # GAE with V = 0 and lam = 1.
+    # The scan of GAE, because its returns with V = 0 and lam = 1 are the discounted sums.
     return _scan(rewards, torch.zeros_like(rewards), live, offsets, gamma, 1.0, masked)[1]
 
 

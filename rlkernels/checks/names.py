@@ -126,7 +126,7 @@ def known_names(caller, name, names, known):
 def _instead(name, x, known):
     """Returns the end of a message: the known name that was probably meant, or nothing."""
     if not isinstance(x, str):
-        name_of_x = getattr(x, "__name__", None)  # a function or a class has one; None may be among the known names
+        name_of_x = getattr(x, "__name__", None)  # functions and classes have one
         return f"; pass its name, {name_of_x!r}" if name_of_x is not None and name_of_x in known else ""
     spelt = x.lower().replace(" ", "_")
     of_the_field = FIELD.get(name, {}).get(spelt)

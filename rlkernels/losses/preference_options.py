@@ -34,8 +34,8 @@ class PreferenceOptions(NamedTuple):
     discopop_tau: float
     cpo_alpha: float | None
     lengths: tuple[torch.Tensor, torch.Tensor] | None = None  # of the chosen and the rejected answers, at least 1
-    empty: torch.Tensor | None = None  # pairs with an answer of no tokens; beside lengths
-    # Pairs of the batch / tokens of its chosen answers; the same in every part of the batch.
+    empty: torch.Tensor | None = None  # pairs with an answer of no tokens, where there are lengths
+    # The number of pairs in the batch over the tokens of its chosen answers, also in a part of the batch.
     pairs_per_token: torch.Tensor | None = None
     pair_weights: torch.Tensor | None = None
 
