@@ -1,5 +1,6 @@
-"""From public arguments of any leading shape to the layout of the ops: logits ``[T, V]`` or ``[B, L, V]``, everything
-else ``[T]``.
+"""The way from public arguments of any leading shape to the layout of the ops.
+
+Ops take logits ``[T, V]`` or ``[B, L, V]``, and everything else as ``[T]``.
 """
 
 from typing import NamedTuple
@@ -23,8 +24,9 @@ class FlatLogits(NamedTuple):
     real: torch.dtype
 
     def without(self, dead):
-        """The same with rows that are ``dead`` (bool, of any shape) ignored; nobody looks at the target and the
-        temperature that they hold.
+        """Returns the same rows, of which those that are ``dead`` (bool, any shape) are ignored.
+
+        A dead row gets the target ``ignore_index`` and the temperature 1, so that nobody looks at what it held.
         """
         dead, rows = dead.reshape(-1), self.rows
         targets = or_ignored(dead, rows.targets, rows.ignore_index)
@@ -39,13 +41,13 @@ class FlatLogits(NamedTuple):
 
 
 def or_ignored(dead, targets, ignore_index):
-    """Targets, and ``ignore_index`` at dead tokens: whatever id stands there."""
+    """Replaces the target of each dead token by ``ignore_index``, whatever id it is."""
     narrow = targets.dtype == torch.int32 and not -(2**31) <= ignore_index < 2**31
-    return (targets.long() if narrow else targets).masked_fill(dead, ignore_index)  # 4 us less than where
+    return (targets.long() if narrow else targets).masked_fill(dead, ignore_index)  # takes 4 us less than torch.where
 
 
 def or_one(dead, temperature):
-    """A temperature per row, and 1 at dead tokens: whatever stands there. A number stays one."""
+    """Replaces the temperature of each dead token by 1; a number for all tokens stays as it is."""
     return (
         temperature.masked_fill(dead, 1.0)
         if isinstance(temperature, torch.Tensor) and temperature.dim()
@@ -54,38 +56,40 @@ def or_one(dead, temperature):
 
 
 def dense(x, dtype):
-    """Contiguous, in ``dtype``; ``x`` itself where it is that already: a conversion that does nothing costs 1 us, and
-    its node in the backward more.
+    """Returns ``x`` contiguous and in ``dtype``.
+
+    This is ``x`` itself where possible, because a conversion that does nothing costs 1 us, and its node in the backward
+    costs more.
     """
     return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
 def matrix(logits):
-    """At most three dimensions and a unit last stride.
+    """Brings logits to at most three dimensions and a unit last stride.
 
-    ``logits[:, :-1]`` passes as it is; only other layouts are copied.
+    Logits such as ``logits[:, :-1]`` pass without a copy.
     """
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
     if logits.dim() == 1:
         return logits[None]
-    # A reshape to -1 cannot tell how many, where there are no rows.
+    # Flatten, because a reshape to -1 cannot infer a size where there are no rows.
     return logits if logits.dim() <= 3 else logits.flatten(0, -3)
 
 
-def flatten_logits(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward=False):
+def flatten_logits(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward=False):
     """Checks the arguments that every function over logits shares and lays them out."""
-    checks.logits(where, logits)
+    checks.logits(caller, logits)
     shape = logits.shape[:-1]
-    checks.targets(where, targets, shape)
-    ignore_index = checks.integer(where, "ignore_index", ignore_index)
-    targets = checks_tokens.holding(where, targets, ignore_index)
-    temperature = checks.temperature(where, temperature, shape)
-    checks.vocab_mask(where, vocab_mask, logits.shape)
-    checks.one_device(where, "logits", logits, targets=targets, temperature=temperature, vocab_mask=vocab_mask)
-    checks.no_forward_ad(where, logits)
+    checks.targets(caller, targets, shape)
+    ignore_index = checks.integer(caller, "ignore_index", ignore_index)
+    targets = checks_tokens.holding(caller, targets, ignore_index)
+    temperature = checks.temperature(caller, temperature, shape)
+    checks.vocab_mask(caller, vocab_mask, logits.shape)
+    checks.one_device(caller, "logits", logits, targets=targets, temperature=temperature, vocab_mask=vocab_mask)
+    checks.no_forward_ad(caller, logits)
     if inplace_backward:
-        checks.inplace(where, logits)
+        checks.inplace(caller, logits)
     per_row = isinstance(temperature, torch.Tensor)
     temperature = dense(temperature, real_dtype(logits.dtype)).view(-1) if per_row else float(temperature)
     if vocab_mask is not None and vocab_mask.dim() > 1:

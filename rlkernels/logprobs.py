@@ -10,7 +10,7 @@ from rlkernels.tracing import replaced
 
 
 class TokenStats(NamedTuple):
-    """Per-token statistics of a softmax over the vocabulary; what was not asked for is None.
+    """The statistics per token of a softmax over the vocabulary; one that was not asked for is None.
 
     ``logprobs``, ``entropy`` and ``kl`` are differentiable with respect to the logits. Float fields are fp32 (fp64 for
     fp64 logits).
@@ -91,23 +91,23 @@ def token_stats(
 
     Schulman 2020, "Approximating KL divergence".
     """
-    where = "token_stats"
-    flat = flatten_logits(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
-    checks.outputs(where, outputs, ops.FLAGS)
-    checks.reference(where, ref_logits, logits, kl)
-    checks.one_device(where, "logits", logits, ref_logits=ref_logits)
+    caller = "token_stats"
+    flat = flatten_logits(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
+    checks.outputs(caller, outputs, ops.FLAGS)
+    checks.reference(caller, ref_logits, logits, kl)
+    checks.one_device(caller, "logits", logits, ref_logits=ref_logits)
     wanted = 0
     for name in outputs:
         wanted |= ops.FLAGS[name]
     if kl == "exact":
         wanted |= ops.KL | ops.ENTROPY  # the gradient of the KL is saved beside the entropy's
     rows = flat.rows if ref_logits is None else replaced(flat.rows, ref_logits=matrix(ref_logits))
-    stats = ops.token_stats(rows, wanted, inplace_backward, ops.serving(where, logits))
+    stats = ops.token_stats(rows, wanted, inplace_backward, ops.serving(caller, logits))
     return collect(stats, flat.shape, rows.temperature, outputs, ref_logits is not None, kl)
 
 
 def shaped(x, shape):
-    """``x`` in the caller's shape; ``x`` itself where it has that, since a view costs as much as an operation."""
+    """Returns ``x`` in the caller's shape; ``x`` itself where it has that shape, because a view costs an operation."""
     return x if x.shape == shape else x.view(shape)
 
 

@@ -1,14 +1,15 @@
 """Sequences and groups: sums, means, and their broadcast back to tokens.
 
-Everything sequence-level is an objective on these.
+A loss at the sequence level is an objective on these sums or means.
 
 A batch of sequences is padded, ``[B, L]``, or packed, ``[N]`` with ``cu_seqlens`` (``[S + 1]``: a 0, then the end of
-each sequence). Live tokens are those where the mask is not 0; the rest is left out by ``where``. Sums run in float64
-and are rounded once: a row's result then does not depend on how much padding follows it, and sums over 8192 float32
-tokens keep all their digits. No shape here depends on data, so nothing waits for a device.
+each sequence). A token is live where the mask is not 0; ``torch.where`` leaves out the others. Sums run in float64 and
+are rounded once, so that a row's result does not depend on the padding behind it, and sums over 8192 float32 tokens
+keep all their digits. No shape here depends on data, so the host never waits for a device.
 
-On a CPU offsets that do not cover the tokens raise, in a program of ``torch.compile`` when it runs. On an accelerator
-they are not read (unless ``RLKERNELS_CHECK=1``): wrong ones give wrong numbers, from within the tokens.
+On a CPU, offsets that do not cover the tokens raise; in a program of ``torch.compile`` they raise when it runs. On an
+accelerator offsets are not read (unless ``RLKERNELS_CHECK=1``): wrong ones give wrong numbers, but address no memory
+outside of the tokens.
 """
 
 from typing import NamedTuple
@@ -20,63 +21,62 @@ from rlkernels.checks import tokens as checks_tokens
 
 
 def result_dtype(*tensors):
-    """The dtype of a result of these tensors: float64 where one of them is float64, else float32."""
+    """Returns the dtype of the arithmetic: float64 where one of the tensors has it, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def segment_ids(offsets, tokens):
-    """Index of the sequence that each of ``tokens`` packed tokens belongs to; empty sequences own none.
+    """Returns, for each of ``tokens`` packed tokens, the index of its sequence.
 
-    ``offsets``: of ``checks.tokens.segments``.
+    ``offsets``: as ``checks.tokens.segments`` returns them.
     """
     ends = offsets[1:]
     ids = torch.searchsorted(ends, torch.arange(tokens, device=ends.device), right=True)
-    # Tokens past the last end, which a device does not check, must not become an address out of bounds.
+    # Clamped, because on a device nothing has checked that the last end covers every token.
     return ids.clamp(max=max(ends.shape[0] - 1, 0))
 
 
 def segment_reduce(values, offsets, how="sum", initial=0.0):
-    """One fixed-order reduction per segment: no atomics, and NaN stays in its segment (a difference of prefix sums
-    spreads it).
+    """Reduces each segment in a fixed order, without atomics.
 
-    torch reads and writes wherever the offsets point (``unsafe``; it has no safe way for offsets): they must come from
-    ``checks.tokens.segments``.
+    NaN stays in its segment, whereas a difference of prefix sums would spread it. ``offsets`` must come from
+    ``checks.tokens.segments``, because torch has only an unsafe way for offsets: it reads and
+    writes wherever they point.
     """
     return torch.segment_reduce(values.contiguous(), how, offsets=offsets, axis=0, unsafe=True, initial=initial)
 
 
 def token_counts(live, offsets=None):
-    """Live tokens per sequence, float64: exact up to ``2**53``."""
+    """Counts the live tokens of each sequence, in float64: exact up to ``2**53``."""
     return live.sum(-1).double() if offsets is None else segment_reduce(live.double(), offsets)
 
 
 def sums(values, live, offsets):
-    """``sequence_sums`` of what is checked; ``live``: bool."""
+    """Computes ``sequence_sums`` of checked arguments; ``live``: bool."""
     return _sums(live, values, offsets).to(result_dtype(values))
 
 
 def means(values, live, offsets):
-    """``sequence_means`` of what is checked; ``live``: bool."""
+    """Computes ``sequence_means`` of checked arguments; ``live``: bool."""
     return (_sums(live, values, offsets) / token_counts(live, offsets).clamp(min=1.0)).to(result_dtype(values))
 
 
 def spread(values, live, offsets):
-    """``broadcast_to_tokens`` of what is checked; ``live``: bool."""
+    """Computes ``broadcast_to_tokens`` of checked arguments; ``live``: bool."""
     wide = values.double()
-    # Indexing, not gather: its backward sorts instead of adding by atomics.
+    # Indexing, not gather, because the backward of indexing sorts, and that of gather adds by atomics.
     wide = wide.unsqueeze(-1).expand(live.shape) if offsets is None else wide[segment_ids(offsets, live.shape[0])]
     return torch.where(live, wide, 0.0).to(result_dtype(values))
 
 
-def per_token(where, name, x, like, offsets):
-    """``x`` with one number per token where it has one per sequence: ``[S, 1]`` or ``[S]`` of a packed batch, ``[B,
-    1]`` or ``[B]`` of a padded one.
+def per_token(caller, name, x, like, offsets):
+    """Expands ``x`` from one number per sequence to one per token.
 
-    Any other shape is left to the caller's check.
+    One per sequence is ``[S, 1]`` or ``[S]`` of a packed batch, ``[B, 1]`` or ``[B]`` of a padded one. An ``x`` of any
+    other shape comes back as it is, and the caller's own check refuses it.
     """
     if offsets is None:
-        # [B] belongs to rows [B, L]: plain broadcasting would align it with L, and (B,) against (B, 1) would become (B,
-        # B).
+        # Reshaped by hand, because plain broadcasting would align [B] with L, and make (B, B) of (B,) against (B, 1).
         per_row = like.dim() == 2 and x.shape in (like.shape[:1], (like.shape[0], 1))
         return x.reshape(-1, 1).expand(like.shape) if per_row else x
     tokens, count = like.shape[0], offsets.shape[0] - 1
@@ -87,37 +87,38 @@ def per_token(where, name, x, like, offsets):
     elif count == tokens:
         if count > 1 and not _one_token_each(offsets):
             raise ValueError(
-                f"{where}: {name} has shape ({count},) in a batch of {tokens} tokens and {count} "
+                f"{caller}: {name} has shape ({count},) in a batch of {tokens} tokens and {count} "
                 "sequences: one per token or one per sequence? "
                 "Pass [S, 1] for one per sequence; for one per token leave the empty sequences out of "
                 "cu_seqlens"
             )
         return x
-    checks.one_device(where, "cu_seqlens", offsets, **{name: x})
+    checks.one_device(caller, "cu_seqlens", offsets, **{name: x})
     return x[segment_ids(offsets, tokens)]
 
 
 def _one_token_each(offsets):
-    """Tell whether every sequence is known to be one token long."""
+    """Tells whether the host knows that every sequence is one token long."""
     return checks.host_reads(offsets) and bool((offsets.diff() == 1).all())
 
 
-def _checked(where, values, mask, cu_seqlens):
-    """The mask as bool, and the offsets."""
-    checks.floating(where, "values", values)
-    offsets = checks_tokens.rows(where, "values", values, cu_seqlens)
-    if offsets is not None:  # torch.segment_reduce has no forward-mode formula
-        checks.no_forward_ad(where, values)
-    checks.mask(where, mask, values.shape)
-    checks.one_device(where, "values", values, mask=mask)
+def _checked(caller, values, mask, cu_seqlens):
+    """Checks the arguments of the public functions; returns the mask as bool, and the offsets."""
+    checks.floating(caller, "values", values)
+    offsets = checks_tokens.rows(caller, "values", values, cu_seqlens)
+    if offsets is not None:  # because torch.segment_reduce has no forward-mode formula
+        checks.no_forward_ad(caller, values)
+    checks.mask(caller, mask, values.shape)
+    checks.one_device(caller, "values", values, mask=mask)
     return torch.ones_like(
         values, dtype=torch.bool, memory_format=torch.contiguous_format
     ) if mask is None else mask != 0, offsets
 
 
 def _sums(live, values, offsets):
-    kept = torch.where(live, values, 0.0).double().contiguous()  # torch adds in the order of memory
-    return kept.sum(-1) if offsets is None else segment_reduce(kept, offsets)
+    # Contiguous, because torch adds in the order of memory.
+    live_values = torch.where(live, values, 0.0).double().contiguous()
+    return live_values.sum(-1) if offsets is None else segment_reduce(live_values, offsets)
 
 
 def sequence_sums(values, mask=None, cu_seqlens=None):
@@ -145,10 +146,10 @@ def sequence_sums(values, mask=None, cu_seqlens=None):
 
 
 def sequence_means(values, mask=None, cu_seqlens=None):
-    r"""Means of each sequence over its live tokens, differentiable; of ``logprobs - old_logprobs``, the log of GSPO's
-    ratio.
+    r"""Means of each sequence over its live tokens, differentiable.
 
-    ``s_i = (1/n_i) sum_t m_it x_it``,  ``n_i = sum_t m_it``.
+    ``s_i = (1/n_i) sum_t m_it x_it``,  ``n_i = sum_t m_it``. The mean of ``logprobs - old_logprobs`` is the log of
+    GSPO's ratio.
 
     Args:
         values: ``x``, ``[..., L]``, or packed ``[N]`` with ``cu_seqlens``; any float dtype.
@@ -187,13 +188,13 @@ def broadcast_to_tokens(values, mask, cu_seqlens=None):
         >>> broadcast_to_tokens(torch.tensor([3.0, -1.0]), torch.tensor([1, 1, 0, 1]), torch.tensor([0, 3, 4]))
         tensor([ 3.,  3.,  0., -1.])
     """
-    where = "broadcast_to_tokens"
-    checks.floating(where, "values", values)
-    checks.tensor(where, "mask", mask)
-    checks.mask(where, mask, mask.shape)
-    offsets = checks_tokens.rows(where, "mask", mask, cu_seqlens)
-    checks.one_device(where, "values", values, mask=mask)
-    checks.shape(where, "values", values, mask.shape[:-1] if offsets is None else (offsets.shape[0] - 1,))
+    caller = "broadcast_to_tokens"
+    checks.floating(caller, "values", values)
+    checks.tensor(caller, "mask", mask)
+    checks.mask(caller, mask, mask.shape)
+    offsets = checks_tokens.rows(caller, "mask", mask, cu_seqlens)
+    checks.one_device(caller, "values", values, mask=mask)
+    checks.shape(caller, "values", values, mask.shape[:-1] if offsets is None else (offsets.shape[0] - 1,))
     return spread(values, mask != 0, offsets)
 
 
@@ -217,41 +218,44 @@ def spans_to_mask(spans, length, *, shift=True):
         >>> spans_to_mask([[2, 4]], 5)
         tensor([False,  True,  True, False])
     """
-    where = "spans_to_mask"
-    spans = _integers(where, spans)
+    caller = "spans_to_mask"
+    spans = _integers(caller, spans)
     if spans.numel() == 0 and spans.dim() < 2:
         spans = spans.reshape(0, 2)
     if spans.dim() < 2 or spans.shape[-1] != 2:
-        raise ValueError(f"{where}: spans has shape {tuple(spans.shape)}, expected [..., K, 2]: pairs of start and end")
-    length = checks.integer(where, "length", length)
+        raise ValueError(
+            f"{caller}: spans has shape {tuple(spans.shape)}, expected [..., K, 2]: pairs of start and end"
+        )
+    length = checks.integer(caller, "length", length)
     if length < (1 if shift else 0):
         raise ValueError(
-            f"{where}: length must be at least {1 if shift else 0}, got {length}; it counts the tokens of a row"
+            f"{caller}: length must be at least {1 if shift else 0}, got {length}; it counts the tokens of a row"
         )
     if length > 2**31:
-        raise ValueError(f"{where}: length must be at most 2**31, got {length}; it counts the tokens of a row")
+        raise ValueError(f"{caller}: length must be at most 2**31, got {length}; it counts the tokens of a row")
     token = torch.arange(1 if shift else 0, length, device=spans.device)
     return ((token >= spans[..., :1]) & (token < spans[..., 1:])).any(-2)
 
 
-def _integers(where, spans):
+def _integers(caller, spans):
     if not isinstance(spans, torch.Tensor):
         try:
             spans = torch.tensor(spans)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
-                f"{where}: spans must be a tensor or a nested list of integers, got {type(spans).__name__}: {error}"
+                f"{caller}: spans must be a tensor or a nested list of integers, got {type(spans).__name__}: {error}"
             ) from error
         spans = spans if spans.numel() else spans.long()  # an empty list is of floats
-    checks.tensor(where, "spans", spans)
+    checks.tensor(caller, "spans", spans)
     if spans.dtype.is_floating_point or spans.dtype.is_complex or spans.dtype == torch.bool:
-        raise TypeError(f"{where}: spans must hold integers, got {spans.dtype}")
+        raise TypeError(f"{caller}: spans must hold integers, got {spans.dtype}")
     return spans.long()
 
 
 def last_live_index(mask, shape, device=None):
-    """Column of the last live token of each row of a mask ``[B, L]``; ``L - 1`` for a row without one, and for no mask
-    at all.
+    """Returns the column of the last live token of each row of a mask ``[B, L]``.
+
+    It is ``L - 1`` for a row without a live token, and for every row where there is no mask.
     """
     rows, length = shape
     if mask is None:
@@ -262,8 +266,9 @@ def last_live_index(mask, shape, device=None):
 
 
 class Groups(NamedTuple):
-    """Elements sorted into groups: at most as many groups as elements, the unused ones empty, so that shapes do not
-    depend on the ids.
+    """The elements of a batch, sorted into groups.
+
+    There are as many groups as elements, and the unused ones are empty, so that no shape depends on the ids.
     """
 
     order: torch.Tensor  # [N] elements, group by group
@@ -271,16 +276,16 @@ class Groups(NamedTuple):
     cu_seqlens: torch.Tensor  # [N + 1] ends of the groups within ``order``
 
     def reduce(self, values, how="sum", initial=0.0):
-        """``values`` ``[N]`` reduced to one number per group, ``[N]``."""
+        """Reduces ``values`` ``[N]`` to one number per group, ``[N]``."""
         return segment_reduce(values[self.order], self.cu_seqlens, how, initial)
 
     def reduce_each(self, values, how="sum", initial=0.0):
-        """The same, given back to every element of the group."""
+        """Reduces ``values`` ``[N]`` per group and hands the result to every element of the group, ``[N]``."""
         return self.reduce(values, how, initial)[self.index]
 
 
 def groups_of(ids):
-    """Groups of equal ``ids`` ``[N]``, in any order and of any size."""
+    """Sorts the elements into groups of equal ``ids`` ``[N]``, which may stand in any order."""
     ordered, order = torch.sort(ids, stable=True)
     index = torch.cumsum(torch.diff(ordered, prepend=ordered[:1]) != 0, 0)
     ends = torch.searchsorted(index, torch.arange(ids.shape[0] + 1, device=ids.device))

@@ -1,6 +1,6 @@
 """Advantages and returns per token: GAE and discounted returns by one reverse scan, and whitening.
 
-Per group: ``rlkernels.advantages.group``.
+Advantages of whole responses within a group are in ``rlkernels.advantages.group``.
 """
 
 import torch
@@ -45,20 +45,20 @@ def gae(rewards, values, mask=None, *, gamma=1.0, lam=0.95, masked="skip", cu_se
 
     Schulman et al. 2016, arXiv:1506.02438, eq. 16.
     """
-    where = "gae"
-    gamma, lam = (checks.interval(where, name, x, 0, 1) for name, x in (("gamma", gamma), ("lam", lam)))
-    checks.floating(where, "values", values)
-    checks_tokens.numbers(where, "rewards", rewards)
-    checks.shape(where, "values", values, rewards.shape)
-    checks.one_device(where, "rewards", rewards, values=values, bootstrap_values=bootstrap_values)
-    checks.no_forward_ad(where, rewards, values, bootstrap_values)
-    live, offsets = _checked(where, rewards, mask, masked, cu_seqlens)
+    caller = "gae"
+    gamma, lam = (checks.interval(caller, name, x, 0, 1) for name, x in (("gamma", gamma), ("lam", lam)))
+    checks.floating(caller, "values", values)
+    checks_tokens.numbers(caller, "rewards", rewards)
+    checks.shape(caller, "values", values, rewards.shape)
+    checks.one_device(caller, "rewards", rewards, values=values, bootstrap_values=bootstrap_values)
+    checks.no_forward_ad(caller, rewards, values, bootstrap_values)
+    live, offsets = _checked(caller, rewards, mask, masked, cu_seqlens)
     real = result_dtype(rewards, values)
     rewards, values = dense(rewards.detach(), real), dense(values.detach(), real)
     if bootstrap_values is not None:
-        checks.floating(where, "bootstrap_values", bootstrap_values)
+        checks.floating(caller, "bootstrap_values", bootstrap_values)
         checks.shape(
-            where,
+            caller,
             "bootstrap_values",
             bootstrap_values,
             rewards.shape[:1] if offsets is None else (offsets.shape[0] - 1,),
@@ -93,27 +93,28 @@ def discounted_returns(rewards, mask=None, *, gamma=1.0, masked="skip", cu_seqle
 
     REINFORCE++, arXiv:2501.03262, eq. 5, with KL in the reward.
     """
-    where = "discounted_returns"
-    checks_tokens.numbers(where, "rewards", rewards)
-    checks.no_forward_ad(where, rewards)
-    gamma = checks.interval(where, "gamma", gamma, 0, 1)
-    live, offsets = _checked(where, rewards, mask, masked, cu_seqlens)
+    caller = "discounted_returns"
+    checks_tokens.numbers(caller, "rewards", rewards)
+    checks.no_forward_ad(caller, rewards)
+    gamma = checks.interval(caller, "gamma", gamma, 0, 1)
+    live, offsets = _checked(caller, rewards, mask, masked, cu_seqlens)
     rewards = rewards.detach().to(result_dtype(rewards))
-    # GAE with V = 0 and lam = 1.
+    # The scan of GAE, because its returns with V = 0 and lam = 1 are the discounted sums.
     return _scan(rewards, torch.zeros_like(rewards), live, offsets, gamma, 1.0, masked)[1]
 
 
-def _checked(where, rewards, mask, masked, cu_seqlens):
-    """Check the arguments of both scans; the mask as bool, and the offsets."""
-    checks.choice(where, "masked", masked, MASKED)
-    checks_tokens.layout(where, "rewards", rewards, cu_seqlens)
-    checks.mask(where, mask, rewards.shape)
-    checks.one_device(where, "rewards", rewards, mask=mask)
-    offsets = None if cu_seqlens is None else checks_tokens.segments(where, cu_seqlens, rewards)
+def _checked(caller, rewards, mask, masked, cu_seqlens):
+    """Checks the arguments that both scans share; returns the mask as bool, and the offsets."""
+    checks.choice(caller, "masked", masked, MASKED)
+    checks_tokens.layout(caller, "rewards", rewards, cu_seqlens)
+    checks.mask(caller, mask, rewards.shape)
+    checks.one_device(caller, "rewards", rewards, mask=mask)
+    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, rewards)
     return None if mask is None else mask != 0, offsets
 
 
 def _scan(rewards, values, live, offsets, gamma, lam, masked):
+    """Runs the scan of GAE; returns advantages and returns."""
     live = None if live is None else live.contiguous()
     return ops.gae(
         rewards.contiguous(), values.contiguous(), live, offsets, gamma, lam, masked, ops.serving("gae", rewards)
@@ -121,25 +122,27 @@ def _scan(rewards, values, live, offsets, gamma, lam, masked):
 
 
 def _bootstrap(rewards, gains, live, offsets):
-    """``gains``, one per sequence, added to the reward of its last live token: ``r + gamma V_next`` is all that GAE
-    sees of the cut.
+    """Adds ``gains``, one per sequence, to the reward of the sequence's last live token.
+
+    GAE sees nothing of the state behind a cut but ``r + gamma V_next``, so that ``gamma V_next`` may be part of ``r``.
     """
     live = torch.ones_like(rewards, dtype=torch.bool) if live is None else live
-    passed = live.cumsum(-1)
+    count = live.cumsum(-1)
     if offsets is None:
-        passed_by_end, gains = passed[..., -1:], gains[..., None]
+        count_at_end, gains = count[..., -1:], gains[..., None]
     else:
         ids = segment_ids(offsets, rewards.shape[0])
-        passed_by_end, gains = passed[(offsets[1:][ids] - 1).clamp(min=0)], gains[ids]
-    # Dead tokens behind the last live one get the gain too; the scan does not read them.
-    return torch.where(passed == passed_by_end, rewards + gains, rewards)
+        count_at_end, gains = count[(offsets[1:][ids] - 1).clamp(min=0)], gains[ids]
+    # Dead tokens behind the last live one get the gain, too, but the scan does not read them.
+    return torch.where(count == count_at_end, rewards + gains, rewards)
 
 
-def _dimensions(where, dim, count):
-    dims = tuple(checks.integer(where, "dim", one) for one in (dim if isinstance(dim, (tuple, list)) else (dim,)))
-    if any(not -count <= one < count for one in dims) or len({one % count for one in dims}) < len(dims):
+def _dimensions(caller, dim, count):
+    """Returns ``dim``, one dimension or several, as a tuple; refuses what does not name dimensions of ``x``."""
+    dims = tuple(checks.integer(caller, "dim", axis) for axis in (dim if isinstance(dim, (tuple, list)) else (dim,)))
+    if any(not -count <= axis < count for axis in dims) or len({axis % count for axis in dims}) < len(dims):
         raise ValueError(
-            f"{where}: dim must name dimensions of x, each once, from {-count} to {count - 1}; got {dim!r}"
+            f"{caller}: dim must name dimensions of x, each once, from {-count} to {count - 1}; got {dim!r}"
         )
     return dims
 
@@ -172,25 +175,25 @@ def masked_whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, eps
 
     Schulman et al. 2017 (reference code); unbiased as in TRL and verl, population and clamp as in OpenRLHF.
     """
-    where = "masked_whiten"
-    checks.floating(where, "x", x)
-    checks.mask(where, mask, x.shape)
-    checks.one_device(where, "x", x, mask=mask)
-    checks.choice(where, "eps_mode", eps_mode, ("add", "clamp"))
-    eps = checks_tokens.not_negative(where, "eps", eps, x)
+    caller = "masked_whiten"
+    checks.floating(caller, "x", x)
+    checks.mask(caller, mask, x.shape)
+    checks.one_device(caller, "x", x, mask=mask)
+    checks.choice(caller, "eps_mode", eps_mode, ("add", "clamp"))
+    eps = checks_tokens.not_negative(caller, "eps", eps, x)
     live = (
         torch.ones_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
         if mask is None
         else (mask != 0).contiguous()
     )
-    dim = tuple(range(x.dim())) if dim is None else _dimensions(where, dim, x.dim())
+    dim = tuple(range(x.dim())) if dim is None else _dimensions(caller, dim, x.dim())
 
     def mean(values, fewer=0):
-        # sum, not nansum: a NaN in a live element is the caller's to see.
+        # sum, not nansum, because the caller must see a NaN in a live element.
         return values.sum(dim, keepdim=True) / (live.sum(dim, keepdim=True) - fewer).clamp(min=1)
 
-    # From the smallest live element: equal elements are exactly 0 and stay so. x - mean may leave 1e-17, and eps = 0
-    # makes 1 of that.
+    # Measured from the smallest live element, because equal elements are then exactly 0. x - mean may leave 1e-17, and
+    # a division by that spread makes 1 of it where eps is 0.
     wide = x.double().contiguous()  # torch adds in the order of memory
     base = torch.where(live, wide.detach(), torch.inf).amin(dim, keepdim=True) if x.numel() else wide.new_zeros(())
     offset = torch.where(live, wide - base, 0.0)

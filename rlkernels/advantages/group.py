@@ -1,4 +1,4 @@
-"""Advantages of whole responses against the others that answer the same prompt."""
+"""Advantages of whole responses, each against the others that answer the same prompt."""
 
 import torch
 
@@ -49,32 +49,32 @@ def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e
     Shao et al. 2024, arXiv:2402.03300, section 4.1.2; Ahmadian et al. 2024, arXiv:2402.14740; Liu et al. 2025,
     arXiv:2503.20783.
     """
-    where = "group_advantages"
-    checks_tokens.numbers(where, "rewards", rewards)
+    caller = "group_advantages"
+    checks_tokens.numbers(caller, "rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(
-            f"{where}: rewards has shape {tuple(rewards.shape)}, expected [N], one per response; flatten it"
+            f"{caller}: rewards has shape {tuple(rewards.shape)}, expected [N], one per response; flatten it"
         )
-    checks_tokens.ids(where, "group_ids", group_ids, rewards.shape)
-    checks.choice(where, "baseline", baseline, BASELINES)
-    checks.choice(where, "scale", scale, SCALES)
-    eps = checks_tokens.not_negative(where, "eps", eps, rewards)
+    checks_tokens.ids(caller, "group_ids", group_ids, rewards.shape)
+    checks.choice(caller, "baseline", baseline, BASELINES)
+    checks.choice(caller, "scale", scale, SCALES)
+    eps = checks_tokens.not_negative(caller, "eps", eps, rewards)
     if (lengths is not None) != (baseline == "length-mean"):
-        raise ValueError(f"{where}: baseline {baseline!r} {'takes no' if lengths is not None else 'needs'} lengths")
+        raise ValueError(f"{caller}: baseline {baseline!r} {'takes no' if lengths is not None else 'needs'} lengths")
     if lengths is not None:
-        checks.mask(where, lengths, rewards.shape, name="lengths", counts=True)
-    checks.one_device(where, "rewards", rewards, group_ids=group_ids, lengths=lengths)
-    checks.no_forward_ad(where, rewards, lengths)
+        checks.mask(caller, lengths, rewards.shape, name="lengths", counts=True)
+    checks.one_device(caller, "rewards", rewards, group_ids=group_ids, lengths=lengths)
+    checks.no_forward_ad(caller, rewards, lengths)
 
     scored = ~rewards.isnan()
     wide = torch.where(scored, rewards.detach().double(), 0.0)
     if scale == "mean":
-        # A mean over both signs is a scale of either sign, and as near to 0 as it likes.
-        _refuse(where, "rewards", wide, wide < 0, "rewards >= 0 for scale 'mean'; shift them, or take scale 'std'")
+        # A mean over both signs may be negative or as near to 0 as it likes, so that it is no scale.
+        _refuse(caller, "rewards", wide, wide < 0, "rewards >= 0 for scale 'mean'; shift them, or take scale 'std'")
     if lengths is not None:
         lengths = torch.where(scored, lengths.double(), 0.0)
         good = (lengths >= 0) & (lengths < torch.inf)
-        _refuse(where, "lengths", lengths, ~good, "finite lengths >= 0")
+        _refuse(caller, "lengths", lengths, ~good, "finite lengths >= 0")
         lengths = torch.where(good, lengths, torch.nan)
     groups = groups_of(group_ids)
     group = _Population(wide, scored, groups.reduce_each)
@@ -100,22 +100,27 @@ def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e
     return torch.where(scored & ~alone, centred, 0.0).to(result_dtype(rewards))
 
 
-def _refuse(where, name, x, bad, needed):
-    """Raises for an entry that is ``bad``, where the host may read it."""
+def _refuse(caller, name, x, bad, needed):
+    """Raises ValueError for the first entry that is ``bad``, where the host may read it.
+
+    ``needed``: the words for what ``x`` must hold.
+    """
     if checks.host_reads(bad) and bad.any():
         at = int(bad.nonzero()[0, 0])
-        raise ValueError(f"{where}: {name} holds {x[at].item()} at entry {at}; it needs {needed}")
+        raise ValueError(f"{caller}: {name} holds {x[at].item()} at entry {at}; it needs {needed}")
 
 
 def _reduce_all(values, how="sum", initial=0.0):
+    """Reduces all values to one number, as ``Groups.reduce_each`` reduces those of a group."""
     if values.numel() == 0:
         return values
     return values.sum() if how == "sum" else values.amin()
 
 
 class _Population:
-    """Scored rewards of each element's group (or of the batch), measured from the smallest: equal rewards are exactly 0
-    and stay so.
+    """The scored rewards of each element's group, or of the batch: count, mean and spread.
+
+    They are measured from the smallest one, because equal rewards are then exactly 0 and stay so.
     """
 
     def __init__(self, wide, scored, reduce):
@@ -137,7 +142,7 @@ class _Population:
 
 
 def broadcast_advantages(row_advantages, is_last_step, trajectory_ids):
-    r"""Gives every row of a trajectory the advantage of its last step: one rollout in many rows.
+    r"""Gives every row of a trajectory, a rollout of several rows, the advantage of its last step.
 
     Args:
         row_advantages: ``[N]``; any float dtype. Only those of last steps are read.
@@ -154,12 +159,14 @@ def broadcast_advantages(row_advantages, is_last_step, trajectory_ids):
         >>> broadcast_advantages(torch.tensor([9.0, 0.5, -1.0]), torch.tensor([0, 1, 1]), torch.tensor([4, 4, 2]))
         tensor([ 0.5000,  0.5000, -1.0000])
     """
-    where = "broadcast_advantages"
-    checks.floating(where, "row_advantages", row_advantages)
-    checks.mask(where, is_last_step, row_advantages.shape, name="is_last_step")
-    checks_tokens.ids(where, "trajectory_ids", trajectory_ids, row_advantages.shape)
+    caller = "broadcast_advantages"
+    checks.floating(caller, "row_advantages", row_advantages)
+    checks.mask(caller, is_last_step, row_advantages.shape, name="is_last_step")
+    checks_tokens.ids(caller, "trajectory_ids", trajectory_ids, row_advantages.shape)
     if row_advantages.dim() != 1:
-        raise ValueError(f"{where}: row_advantages has shape {tuple(row_advantages.shape)}, expected [N], one per row")
-    checks.one_device(where, "row_advantages", row_advantages, is_last_step=is_last_step, trajectory_ids=trajectory_ids)
+        raise ValueError(f"{caller}: row_advantages has shape {tuple(row_advantages.shape)}, expected [N], one per row")
+    checks.one_device(
+        caller, "row_advantages", row_advantages, is_last_step=is_last_step, trajectory_ids=trajectory_ids
+    )
     last = torch.where(is_last_step != 0, row_advantages.detach(), 0.0).double()
     return groups_of(trajectory_ids).reduce_each(last).to(result_dtype(row_advantages))

@@ -1,4 +1,4 @@
-"""Names that a string argument may have, and what to write instead of one that it may not have."""
+"""Checks of names: a string argument must be a known one, and an error offers the known name that was meant."""
 
 import difflib
 import sys
@@ -68,64 +68,65 @@ FIELD = {
     "scale": {"group": "std", "grpo": "std", "batch": "batch-std", "maxrl": "mean", "none": "None", "dr_grpo": "None"},
     "f_divergence": {"kl": "reverse_kl", "js": "js_divergence", "jsd": "js_divergence", "alpha": "alpha_divergence"},
 }
-"""Argument to names that papers and trainers use, and what they are called here."""
+"""For each argument, the names that papers and trainers use, and their names here."""
 
 
 NAMED = (IndexError, ValueError, TypeError, RuntimeError)
-"""Errors that get a name: these types alone, since one of a subclass, as torch.OutOfMemoryError, is made in its own
-way.
+"""The types of errors that get the name of the public function.
+
+Not their subclasses, because these may be made in another way, as ``torch.OutOfMemoryError`` is.
 """
 
 
 def named(error, inner=None, op=""):
-    """The error under the name of the public function that is being called, in place of the ``inner`` one's if that is
-    in front.
+    """Returns the error with the name of the public function in front; a name ``inner`` that stands there is replaced.
 
-    Found from the stack: what reads values does not know the function, and only an error needs its name. A compiled
-    program is on no stack: there the name of the ``op`` is in front.
+    The name comes from the stack, because code that reads values does not know it and only an error needs it. A
+    compiled program is on no stack: there the name of the ``op`` stands in front.
     """
-    where, frame, public = "", sys._getframe(1), sys.modules["rlkernels"].__all__
+    caller, frame, public = "", sys._getframe(1), sys.modules["rlkernels"].__all__
     while frame is not None:
         code = frame.f_code.co_name
-        where = code if code in public and frame.f_globals.get("__name__", "").startswith("rlkernels.") else where
+        caller = code if code in public and frame.f_globals.get("__name__", "").startswith("rlkernels.") else caller
         frame = frame.f_back
-    where, text = where or op, str(error).removeprefix(f"{inner}: ")
-    return type(error)(text if not where or text.startswith(f"{where}: ") else f"{where}: {text}")
+    caller, text = caller or op, str(error).removeprefix(f"{inner}: ")
+    return type(error)(text if not caller or text.startswith(f"{caller}: ") else f"{caller}: {text}")
 
 
-def choice(where, name, x, known):
-    """Raises ValueError unless ``x`` is one of the ``known`` names (strings, or None)."""
+def choice(caller, name, x, known):
+    """Refuses an ``x`` that is not one of the ``known`` names (strings, or None)."""
     if (x is None or isinstance(x, str)) and x in known:
         return
     raise ValueError(
-        f"{where}: {name} must be one of {', '.join(map(str, known))}; got {x!r}{_instead(name, x, known)}"
+        f"{caller}: {name} must be one of {', '.join(map(str, known))}; got {x!r}{_instead(name, x, known)}"
     )
 
 
-def several(where, name, given):
-    """A tuple or list, as a tuple."""
-    if not isinstance(given, (tuple, list)):
+def several(caller, name, entries):
+    """Returns a tuple or list as a tuple; anything else is refused."""
+    if not isinstance(entries, (tuple, list)):
         raise TypeError(
-            f"{where}: {name} must be a tuple, one entry for each loss of a mixture, got {type(given).__name__}"
+            f"{caller}: {name} must be a tuple, one entry for each loss of a mixture, got {type(entries).__name__}"
         )
-    return tuple(given)
+    return tuple(entries)
 
 
-def known_names(where, name, given, known):
-    """Raises unless ``given`` is a tuple or list of ``known`` names."""
-    if isinstance(given, str) or not isinstance(given, (tuple, list, set, frozenset)):
+def known_names(caller, name, names, known):
+    """Refuses ``names`` that are not a tuple, list or set of ``known`` names."""
+    if isinstance(names, str) or not isinstance(names, (tuple, list, set, frozenset)):
         raise TypeError(
-            f"{where}: {name} must be a tuple of names, got "
-            f"{f'the string {given!r}' if isinstance(given, str) else type(given).__name__}"
+            f"{caller}: {name} must be a tuple of names, got "
+            f"{f'the string {names!r}' if isinstance(names, str) else type(names).__name__}"
         )
-    for x in given:
+    for x in names:
         if not isinstance(x, str) or x not in known:
-            raise ValueError(f"{where}: {name}: unknown {x!r}; known: {', '.join(known)}{_instead(name, x, known)}")
+            raise ValueError(f"{caller}: {name}: unknown {x!r}; known: {', '.join(known)}{_instead(name, x, known)}")
 
 
 def _instead(name, x, known):
+    """Returns the end of a message: the known name that was probably meant, or nothing."""
     if not isinstance(x, str):
-        name_of_x = getattr(x, "__name__", None)  # of a function or a class; None may be among the known names
+        name_of_x = getattr(x, "__name__", None)  # functions and classes have one
         return f"; pass its name, {name_of_x!r}" if name_of_x is not None and name_of_x in known else ""
     spelt = x.lower().replace(" ", "_")
     of_the_field = FIELD.get(name, {}).get(spelt)
@@ -133,6 +134,6 @@ def _instead(name, x, known):
         of_the_field == "None" or of_the_field.split(" ")[0].rstrip(",") in known or " of " in of_the_field
     ):
         return f"; did you mean {of_the_field}?"
-    names = [one for one in known if isinstance(one, str)]
-    near = difflib.get_close_matches(spelt.replace("_", "-"), [one.replace("_", "-") for one in names], 1)
-    return f"; did you mean {next(one for one in names if one.replace('_', '-') == near[0])}?" if near else ""
+    names = [entry for entry in known if isinstance(entry, str)]
+    near = difflib.get_close_matches(spelt.replace("_", "-"), [entry.replace("_", "-") for entry in names], 1)
+    return f"; did you mean {next(entry for entry in names if entry.replace('_', '-') == near[0])}?" if near else ""

@@ -1,4 +1,7 @@
-"""Losses over log-probabilities and over logits. The objective is data; so is the aggregation."""
+"""Policy and value losses over log-probabilities and over logits.
+
+The objective is an argument by name, and so is the aggregation: no loss here is written for one of them.
+"""
 
 import torch
 
@@ -46,13 +49,14 @@ def policy_loss(
     return_metrics=False,
     **params,
 ):
-    r"""A policy objective over log-probabilities, with a KL and an entropy term: one launch per term and one to count
-    the tokens of a masked mean.
+    r"""A policy objective over log-probabilities, with a KL and an entropy term.
+
+    One launch per term, and one to count the tokens of a masked mean.
 
     ``sum_t w_t (l(logp_t, old_t, A_t) + kl_coef KL_t - entropy_coef H_t)``;  ``w``: the aggregation's weights. Every
     term has the same ones, so the losses of micro-batches and ranks, with the normalisers of the whole batch, add up to
-    the loss of the batch. (A bonus that is a token mean in every aggregation, as TRL's: leave ``entropy_coef`` out and
-    subtract ``entropy_coef * aggregate(entropy, mask)``.)
+    the loss of the batch. TRL's bonus is a token mean in every aggregation: for that one leave ``entropy_coef`` out and
+    subtract ``entropy_coef * aggregate(entropy, mask)``.
 
     Args:
         logprobs: ``[B, L]``, or packed ``[T]``; the log-probabilities under the policy, the only argument besides
@@ -92,25 +96,25 @@ def policy_loss(
     Schulman et al. 2017, arXiv:1707.06347 (PPO); Shao et al. 2024, arXiv:2402.03300 (GRPO); Zheng et al. 2025,
     arXiv:2507.18071 (GSPO).
     """
-    where = "policy_loss"
-    checks.floating(where, "logprobs", logprobs)
-    checks.no_forward_ad(where, logprobs, entropy)
-    cu_seqlens = checks_tokens.rows(where, "logprobs", logprobs, cu_seqlens)
-    entry, values = resolve(where, objective, params, logprobs)
-    columns = state(where, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
-    live = some_tokens(where, logprobs, mask)
+    caller = "policy_loss"
+    checks.floating(caller, "logprobs", logprobs)
+    checks.no_forward_ad(caller, logprobs, entropy)
+    cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
+    entry, values = resolve(caller, objective, params, logprobs)
+    columns = state(caller, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
+    live = some_tokens(caller, logprobs, mask)
     if ratio_level == "sequence_sum":
         aggregation = of_sums(aggregation, weights)
-    share = share_of(where, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
-    kl_coef, entropy_coef = check_terms(where, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
+    share = share_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
+    kl_coef, entropy_coef = check_terms(caller, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
 
     real = real_dtype(logprobs.dtype)
     logp = dense(logprobs, real)
-    loss = ratio_term(where, objective, logp, columns, values, share, live, cu_seqlens, ratio_level)
+    loss = ratio_term(caller, objective, logp, columns, values, share, live, cu_seqlens, ratio_level)
     if kl_coef is not None:
         loss = loss + times(kl_coef, kl, logp, [ref_logprobs], share)
     if entropy_coef is not None:
-        # "nll" is minus its column: one launch, where plain torch takes six.
+        # By the objective "nll", which is minus its column, because it takes one launch and plain torch takes six.
         loss = loss + times(entropy_coef, "nll", dense(entropy, real), [], share)
     if not return_metrics:
         return loss
@@ -161,21 +165,21 @@ def logits_policy_loss(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs`` and ``policy_loss``.
     """
-    where = "logits_policy_loss"
-    flat = flatten_logits(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
+    caller = "logits_policy_loss"
+    flat = flatten_logits(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
     ignore_index = flat.rows.ignore_index
     if not flat.shape:
         raise ValueError(
-            f"{where}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
+            f"{caller}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
         )
-    entry, values = resolve(where, objective, params, logits)
-    targets = checks_tokens.holding(where, targets, ignore_index)
+    entry, values = resolve(caller, objective, params, logits)
+    targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=flat.real)
-    cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
-    columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
-    penalty, bonus = check_terms(where, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
+    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    columns = state(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
+    penalty, bonus = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     scored = targets != ignore_index
-    live = scored if mask is None else live_tokens(where, like, mask) & scored
+    live = scored if mask is None else live_tokens(caller, like, mask) & scored
     if ratio_level != "token":
         flat = flat.without(~live)
         stats = ops.token_stats(flat.rows, ops.ENTROPY, inplace_backward, ops.serving("token_stats", logits))
@@ -204,9 +208,9 @@ def logits_policy_loss(
                 raise
             raise checks.named(error, "policy_loss") from error
     everywhere = mask is None and weights is None and not isinstance(flat.rows.temperature, torch.Tensor)
-    weights = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
+    weights = term_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
     flat = flat if everywhere else flat.without(weights == 0)
-    # A second tensor of the logits' size is made in the forward only where the backward is sure to take it over.
+    # A second tensor of the logits' size is made in the forward only caller the backward is sure to take it over.
     with_grad = (
         torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     )
@@ -242,9 +246,9 @@ def value_loss(
     normalizers=None,
     return_metrics=False,
 ):
-    r"""Value-function loss: ``1/2 sum_t w_t (V_t - R_t)^2``, or, with ``clip_range = c``, the larger of that and the
-    clipped error.
+    r"""Value-function loss: ``1/2 sum_t w_t (V_t - R_t)^2``.
 
+    With ``clip_range = c`` it is the larger of that and the clipped error,
     ``1/2 sum_t w_t max((V_t - R_t)^2, (V_old_t + clip(V_t - V_old_t, -c, c) - R_t)^2)``.
 
     Args:
@@ -262,20 +266,20 @@ def value_loss(
 
     Schulman et al. 2017, arXiv:1707.06347, eq. 9; clipping and the half: OpenAI Baselines (ppo2).
     """
-    where = "value_loss"
-    checks.floating(where, "values", values)
-    checks.no_forward_ad(where, values)
-    cu_seqlens = checks_tokens.rows(where, "values", values, cu_seqlens)
-    given = {"returns": returns} if clip_range is None else {"old_values": old_values, "returns": returns}
-    for name, x in given.items():
-        column(where, name, x, values)
+    caller = "value_loss"
+    checks.floating(caller, "values", values)
+    checks.no_forward_ad(caller, values)
+    cu_seqlens = checks_tokens.rows(caller, "values", values, cu_seqlens)
+    inputs = {"returns": returns} if clip_range is None else {"old_values": old_values, "returns": returns}
+    for name, x in inputs.items():
+        column(caller, name, x, values)
     if clip_range is not None:
-        clip_range = checks.coefficient(checks.positive, where, "clip_range", clip_range, values)
-    live = some_tokens(where, values, mask)
-    share = share_of(where, values, live, aggregation, weights, cu_seqlens, normalizers)
+        clip_range = checks.coefficient(checks.positive, caller, "clip_range", clip_range, values)
+    live = some_tokens(caller, values, mask)
+    share = share_of(caller, values, live, aggregation, weights, cu_seqlens, normalizers)
     prediction = dense(values, real_dtype(values.dtype))
     objective, parameters = ("value_plain", ()) if clip_range is None else ("value_clip", (clip_range,))
-    loss = run(objective, prediction, list(given.values()), parameters, share)
+    loss = run(objective, prediction, list(inputs.values()), parameters, share)
     if not return_metrics:
         return loss
     live = every_token(values, live)
@@ -285,7 +289,7 @@ def value_loss(
         metrics = {"error": torch.where(live, free * free, 0.0).sum() / count}
         if clip_range is not None:
             gap = prediction - old_values
-            # As the loss: old + clip(gap) rounds away from the value inside the clip.
+            # In the loss's own form, because old + clip(gap) rounds away from the value inside the clip.
             held = free + (gap.clamp(-clip_range, clip_range) - gap)
             clipped = live & (gap.abs() > clip_range) & (held * held > free * free)
             metrics["clip_fraction"] = clipped.sum().to(prediction.dtype) / count
@@ -293,7 +297,7 @@ def value_loss(
 
 
 def run(objective, first, others, params, share):
-    """The weighted sum of an objective; ``first`` carries the gradient."""
+    """Computes the weighted sum of an objective; ``first`` is the column that carries the gradient."""
     others = [dense(x.detach() if x.requires_grad else x, first.dtype) for x in others]
     weight = share.weight
     if weight is not None:
@@ -302,33 +306,37 @@ def run(objective, first, others, params, share):
 
 
 def times(coefficient, objective, first, others, share):
-    """``coefficient`` times the weighted sum: folded into the share, or by tensor arithmetic where it is a tensor."""
+    """Computes ``coefficient`` times the weighted sum of an objective.
+
+    A number becomes a factor of the share. A tensor multiplies the sum.
+    """
     if not isinstance(coefficient, torch.Tensor):
         return run(objective, first, others, (), replaced(share, share=product(share.share, coefficient)))
-    # A copy: a scheduler may write the next one before the backward.
+    # A copy, because a scheduler may write the next coefficient before the backward.
     return run(objective, first, others, (), share) * coefficient.to(first.dtype, copy=True)
 
 
-def ratio_term(where, objective, logp, columns, params, share, live, cu_seqlens, level):
+def ratio_term(caller, objective, logp, columns, params, share, live, cu_seqlens, level):
+    """Computes the weighted sum of a policy objective whose ratio is that of a token or of a sequence."""
     if level == "token":
         return run(objective, logp, columns, params, share)
     live = every_token(logp, live)
     if cu_seqlens is None and logp.dim() != 2:
         raise ValueError(
-            f"{where}: ratio_level {level!r} needs logprobs [B, L], or packed [T] with cu_seqlens; got "
+            f"{caller}: ratio_level {level!r} needs logprobs [B, L], or packed [T] with cu_seqlens; got "
             f"shape {tuple(logp.shape)}"
         )
-    # float64 to the end: a log-ratio is the small difference of large numbers. Sums over 32768 tokens, rounded to fp32,
-    # miss it by 4e-3.
+    # float64 to the end, because a log-ratio is the small difference of large numbers. Sums over 32768 tokens that are
+    # rounded to fp32 miss it by 4e-3.
     now, old, advantage = (x.double() for x in (logp, *columns))
     if level == "sequence_sum":
-        # One loss per sequence; an advantage per token enters as its mean, being constant along the sequence in every
-        # published use.
+        # One loss per sequence. An advantage per token enters as its mean, because it is constant along the sequence in
+        # every published use.
         now, old, weights = (sums(x, live, cu_seqlens) for x in (now, old, share.weight.double()))
         advantage, share = means(advantage, live, cu_seqlens), Share(weights)
     elif level == "sequence":
         now, old = (spread(means(x, live, cu_seqlens), live, cu_seqlens) for x in (now, old))
     else:
-        held = now.detach()
-        old = held - spread(means(held - old, live, cu_seqlens), live, cu_seqlens)
+        fixed = now.detach()
+        old = fixed - spread(means(fixed - old, live, cu_seqlens), live, cu_seqlens)
     return run(objective, now, [old, advantage], params, share).to(logp.dtype)

@@ -1,12 +1,13 @@
-"""Metrics that a trainer plots beside the loss: masked, detached, never a host synchronisation."""
+"""Metrics that a trainer plots beside a policy loss: masked, detached, and without a host synchronisation."""
 
 import torch
 
 from rlkernels.sequences import means, spread, sums
 
 OF_THE_RATIO = ("cispo",)
-"""Objectives that clip the ratio itself; the others take the smaller of two surrogates, which the sign of the advantage
-decides.
+"""The objectives that clip the ratio itself.
+
+The others take the smaller of two surrogates, and the sign of the advantage decides which one is smaller.
 """
 
 
@@ -14,14 +15,14 @@ decides.
 def policy_metrics(
     logprobs, columns, live, ref_logprobs, kl, entropy, entry, params, ratio_level="token", cu_seqlens=None
 ):
-    """Means over live tokens: ``ppo_kl`` (k1 of old against new), ``approx_kl`` (k2), ``ratio``, the clip fractions,
-    ``kl``, ``entropy``.
+    """Computes means over live tokens: ``ppo_kl``, ``approx_kl``, ``ratio``, clip fractions, ``kl``, ``entropy``.
 
-    Ratio and clip fractions are those of the ratio that the loss clips: the sequence's at a sequence level.
+    ``ppo_kl`` is k1 of the old against the new policy, and ``approx_kl`` is their k2. Ratio and clip fractions belong
+    to the ratio that the loss clips, which is the sequence's at a sequence level.
 
     ``clip_fraction_low``: ``rho < 1 - clip_low`` with ``A < 0``; ``clip_fraction_high``: ``rho > 1 + clip_high`` with
-    ``A > 0``; ``clip_fraction``: where the clipped surrogate is the smaller one, which is their sum. CISPO clips a
-    weight, whatever the advantage is: there the ratio alone counts. ``clip_fraction_dual``: ``rho > dual_clip`` with
+    ``A > 0``; ``clip_fraction``: their sum, the tokens whose clipped surrogate is the smaller one. CISPO clips a weight
+    whatever the advantage is, so that the ratio alone counts there. ``clip_fraction_dual``: ``rho > dual_clip`` with
     ``A < 0``, beside the others.
     """
     count = live.sum().clamp(min=1)

@@ -11,52 +11,55 @@ from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.tracing import product
 
 
-def pair_losses(where, chosen, rejected, ref_chosen, ref_rejected, options):
-    """The loss of each pair times its weight, ``[B]``: differentiable in ``chosen`` and ``rejected``, sums of
-    log-probabilities ``[B]``.
+def pair_losses(caller, chosen, rejected, ref_chosen, ref_rejected, options):
+    """Computes the loss of each pair times its weight, ``[B]``.
 
-    A part of a batch gives the same numbers as the whole batch where ``options.separable``; take ``options.part`` with
-    it.
+    It is differentiable in ``chosen`` and ``rejected``, the sums of log-probabilities, ``[B]``. Where
+    ``options.separable()``, a part of a batch with its ``options.part`` has the numbers that it has in the whole batch.
     """
-    checks.pairs(where, chosen, rejected, ("chosen_logps", "rejected_logps"))
-    pairs, total = _pairs(where, chosen, rejected, ref_chosen, ref_rejected, options), 0.0
+    checks.pairs(caller, chosen, rejected, ("chosen_logps", "rejected_logps"))
+    pairs, total = _pairs(caller, chosen, rejected, ref_chosen, ref_rejected, options), 0.0
     for coefficient, objective, x, params in pairs.terms():
         total = total + coefficient * pairs.scored(objective, x, *params)
     return total if options.pair_weights is None else total * options.pair_weights
 
 
 def common_dtype(*logps):
-    """The dtype of the arithmetic: float64 where one of the log-probabilities has it; rounding it would lose what it
-    was kept for.
+    """Returns the dtype of the arithmetic: float64 where one of the log-probabilities has it, else float32.
+
+    A float64 one is never rounded, because that would lose the digits for which somebody made it float64.
     """
     return torch.float64 if torch.float64 in [getattr(x, "dtype", None) for x in logps] else torch.float32
 
 
-def per_answer(where, name, x):
-    """One log-probability per answer. Those of tokens would be taken for as many answers, in silence."""
+def per_answer(caller, name, x):
+    """Refuses log-probabilities of tokens, because they would pass for those of as many answers."""
     if x.dim() > 1:
         raise ValueError(
-            f"{where}: {name} has shape {tuple(x.shape)}, expected [B]; sum over tokens first, as sequence_sums does"
+            f"{caller}: {name} has shape {tuple(x.shape)}, expected [B]; sum over tokens first, as sequence_sums does"
         )
 
 
-def references_there(where, ref_chosen, ref_rejected, options):
-    """Both references by name, or neither; neither is an error where a loss looks at them."""
+def references_there(caller, ref_chosen, ref_rejected, options):
+    """Returns the references by the name of their argument.
+
+    Refuses one without the other, and none where a loss needs them.
+    """
     references = {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
     missing = [name for name, x in references.items() if x is None]
     if missing and options.needs_reference():
-        raise ValueError(f"{where}: {missing[0]} is missing; pass it, or reference_free=True")
+        raise ValueError(f"{caller}: {missing[0]} is missing; pass it, or reference_free=True")
     if len(missing) == 1:
-        raise ValueError(f"{where}: {missing[0]} is missing; pass both references, or none of them")
+        raise ValueError(f"{caller}: {missing[0]} is missing; pass both references, or none of them")
     return references
 
 
-def _pairs(where, chosen, rejected, ref_chosen, ref_rejected, options):
-    """The pairs as they enter the loss; a reference may be absent where the loss does not look at it."""
+def _pairs(caller, chosen, rejected, ref_chosen, ref_rejected, options):
+    """Returns the pairs in the form in which they enter the loss; a reference is None where no loss looks at it."""
     real = common_dtype(chosen, rejected, ref_chosen, ref_rejected)
-    for name, x in references_there(where, ref_chosen, ref_rejected, options).items():
+    for name, x in references_there(caller, ref_chosen, ref_rejected, options).items():
         if x is not None:
-            column(where, name, x, chosen, "chosen_logps")
+            column(caller, name, x, chosen, "chosen_logps")
     both = (None if x is None else dense(x, real) for x in (chosen, rejected, ref_chosen, ref_rejected))
     return Pairs(*both, options)
 
@@ -141,13 +144,13 @@ def dpo_loss(
     arXiv:2406.05882 (AOT), Zhou et al. 2024, arXiv:2406.11827 (WPO), Chen et al. 2024, arXiv:2402.05369 (NCA), Wu et
     al. 2024, arXiv:2405.00675 (SPPO).
     """
-    where = "dpo_loss"
-    checks.pairs(where, chosen_logps, rejected_logps, ("chosen_logps", "rejected_logps"))
-    per_answer(where, "chosen_logps", chosen_logps)
-    checks.no_forward_ad(where, chosen_logps, rejected_logps)
+    caller = "dpo_loss"
+    checks.pairs(caller, chosen_logps, rejected_logps, ("chosen_logps", "rejected_logps"))
+    per_answer(caller, "chosen_logps", chosen_logps)
+    checks.no_forward_ad(caller, chosen_logps, rejected_logps)
     like = chosen_logps.detach().to(common_dtype(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps))
     options = preference_options(
-        where,
+        caller,
         like,
         beta=beta,
         loss_type=loss_type,
@@ -165,13 +168,13 @@ def dpo_loss(
         rejected_lengths=rejected_lengths,
         pair_weights=pair_weights,
     )
-    pairs = _pairs(where, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, options)
+    pairs = _pairs(caller, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, options)
     loss = weighted_terms(pairs.terms(), options.pair_weights, 1.0 / max(like.numel(), 1))
     return (loss, _metrics(pairs, ref_chosen_logps, ref_rejected_logps)) if return_metrics else loss
 
 
 def weighted_terms(terms, weights, share):
-    """The sum over rows and terms of ``share`` times weight times coefficient times objective: one launch a term."""
+    """Sums ``share * weight * coefficient * objective`` over rows and terms; one launch per term."""
     total = None
     for coefficient, objective, x, params in terms:
         weight = weights
@@ -210,14 +213,14 @@ def length_desensitized_weights(chosen_mask, rejected_mask, ld_alpha):
 
     Liu et al. 2024, arXiv:2409.06411.
     """
-    where, masks = "length_desensitized_weights", {"chosen_mask": chosen_mask, "rejected_mask": rejected_mask}
-    ld_alpha = checks.interval(where, "ld_alpha", ld_alpha, 0, 1)
+    caller, masks = "length_desensitized_weights", {"chosen_mask": chosen_mask, "rejected_mask": rejected_mask}
+    ld_alpha = checks.interval(caller, "ld_alpha", ld_alpha, 0, 1)
     for name, x in masks.items():
-        checks.tensor(where, name, x)
+        checks.tensor(caller, name, x)
         if x.dim() != 2:
-            raise ValueError(f"{where}: {name} has shape {tuple(x.shape)}, expected [B, L]: one row per answer")
-        checks.mask(where, x, (chosen_mask.shape[0], x.shape[-1]), name)
-    checks.one_device(where, "chosen_mask", chosen_mask, rejected_mask=rejected_mask)
+            raise ValueError(f"{caller}: {name} has shape {tuple(x.shape)}, expected [B, L]: one row per answer")
+        checks.mask(caller, x, (chosen_mask.shape[0], x.shape[-1]), name)
+    checks.one_device(caller, "chosen_mask", chosen_mask, rejected_mask=rejected_mask)
     live = [x != 0 for x in masks.values()]
     shared = torch.minimum(*(x.sum(-1, keepdim=True) for x in live))
     zeros = [x.new_zeros(x.shape, dtype=torch.float32) for x in live]
@@ -229,6 +232,7 @@ def length_desensitized_weights(chosen_mask, rejected_mask, ld_alpha):
 
 @torch.no_grad()
 def _metrics(pairs, ref_chosen, ref_rejected):
+    """Computes means over the pairs whose weight is not 0."""
     options = pairs.options
     live = (
         torch.ones_like(pairs.policy[0], dtype=torch.bool)

@@ -11,13 +11,13 @@ from rlkernels.losses.preference_types import KINDS, Kind
 from rlkernels.tracing import replaced
 
 F_DIVERGENCES = {"reverse_kl": 1.0, "forward_kl": 0.0, "js_divergence": 1.0, "alpha_divergence": 0.5}
-"""The alpha of each; of the last one it is a default."""
+"""From the name of an f-divergence to its alpha; that of ``"alpha_divergence"`` is a default."""
 
 
 class PreferenceOptions(NamedTuple):
-    """The options of ``dpo_loss`` for one batch, checked.
+    """The checked options of ``dpo_loss`` for one batch.
 
-    Numbers, and tensors of shape ``()`` in their place, hold for all pairs; others are per pair.
+    A number, or a tensor of shape ``()`` in its place, holds for all pairs; every other tensor has one entry per pair.
     """
 
     names: tuple[str, ...]
@@ -34,27 +34,28 @@ class PreferenceOptions(NamedTuple):
     discopop_tau: float
     cpo_alpha: float | None
     lengths: tuple[torch.Tensor, torch.Tensor] | None = None  # of the chosen and the rejected answers, at least 1
-    empty: torch.Tensor | None = None  # pairs with an answer of no tokens; beside lengths
-    # Pairs of the batch / tokens of its chosen answers; the same in every part of the batch.
+    empty: torch.Tensor | None = None  # pairs with an answer of no tokens, where there are lengths
+    # The number of pairs in the batch over the tokens of its chosen answers, also in a part of the batch.
     pairs_per_token: torch.Tensor | None = None
     pair_weights: torch.Tensor | None = None
 
     def separable(self):
-        """Tell whether the loss of a pair depends on that pair alone: then a batch may be cut into parts."""
+        """Tells whether the loss of each pair depends on that pair alone, so that a batch may be cut into parts."""
         return all(kind.separable for kind in self.kinds)
 
     def needs_reference(self):
+        """Tells whether a loss of the mixture looks at the references."""
         return not self.reference_free and any(kind.reference for kind in self.kinds)
 
     def part(self, start, end):
-        """The options of the pairs ``[start, end)`` of the batch."""
+        """Returns the options of the pairs ``[start, end)`` of the batch."""
         lengths = None if self.lengths is None else tuple(x[start:end] for x in self.lengths)
         empty, weights = (None if x is None else x[start:end] for x in (self.empty, self.pair_weights))
         return replaced(self, lengths=lengths, empty=empty, pair_weights=weights)
 
 
 def preference_options(
-    where,
+    caller,
     like,
     *,
     beta=0.1,
@@ -74,19 +75,19 @@ def preference_options(
     pair_weights=None,
 ):
     """Checks the options of ``dpo_loss``. ``like``: a tensor ``[B]`` of the dtype and device of the losses."""
-    names = (loss_type,) if isinstance(loss_type, str) else checks.several(where, "loss_type", loss_type)
+    names = (loss_type,) if isinstance(loss_type, str) else checks.several(caller, "loss_type", loss_type)
     for name in names:
-        checks.choice(where, "loss_type", name, KINDS)
-    weights = (1.0,) * len(names) if loss_weights is None else checks.several(where, "loss_weights", loss_weights)
+        checks.choice(caller, "loss_type", name, KINDS)
+    weights = (1.0,) * len(names) if loss_weights is None else checks.several(caller, "loss_weights", loss_weights)
     if not names or len(weights) != len(names):
         raise ValueError(
-            f"{where}: loss_weights has {len(weights)} elements, loss_type {len(names)}; "
+            f"{caller}: loss_weights has {len(weights)} elements, loss_type {len(names)}; "
             "one weight for each of at least one type"
         )
-    weights = tuple(checks.coefficient(checks.finite, where, "loss_weights", weight, like) for weight in weights)
-    checks.choice(where, "f_divergence", f_divergence, F_DIVERGENCES)
+    weights = tuple(checks.coefficient(checks.finite, caller, "loss_weights", weight, like) for weight in weights)
+    checks.choice(caller, "f_divergence", f_divergence, F_DIVERGENCES)
     if alpha is not None and f_divergence != "alpha_divergence":
-        raise ValueError(f"{where}: alpha needs f_divergence='alpha_divergence', got {f_divergence!r}")
+        raise ValueError(f"{caller}: alpha needs f_divergence='alpha_divergence', got {f_divergence!r}")
     options = PreferenceOptions(
         names,
         tuple(KINDS[name] for name in names),
@@ -102,9 +103,9 @@ def preference_options(
         0.05 if discopop_tau is None else discopop_tau,
         cpo_alpha,
     )
-    options = _numbers(where, options, like)
-    _taken(
-        where,
+    options = _numbers(caller, options, like)
+    _check_use(
+        caller,
         options,
         label_smoothing=present(options.label_smoothing),
         f_divergence=f_divergence != "reverse_kl",
@@ -114,45 +115,49 @@ def preference_options(
         discopop_tau=discopop_tau is not None,
         cpo_alpha=cpo_alpha is not None,
     )
-    return _tensors(where, options, like, chosen_lengths, rejected_lengths, pair_weights)
+    return _tensors(caller, options, like, chosen_lengths, rejected_lengths, pair_weights)
 
 
-def _numbers(where, options, like):
-    """The options with Python's numbers for what came as others."""
+def _numbers(caller, options, like):
+    """Checks the numbers among the options; returns the options with each as a Python number, or a tensor of one."""
     number = checks.coefficient
-    found = {
-        "beta": number(checks.positive, where, "beta", options.beta, like),
+    numbers = {
+        "beta": number(checks.positive, caller, "beta", options.beta, like),
         "label_smoothing": number(
-            checks.interval, where, "label_smoothing", options.label_smoothing, like, 0, 0.5, closed=False
+            checks.interval, caller, "label_smoothing", options.label_smoothing, like, 0, 0.5, closed=False
         ),
     }
-    if "exo_pair" in options.names and not present(found["label_smoothing"]):
+    if "exo_pair" in options.names and not present(numbers["label_smoothing"]):
         raise ValueError(
-            f"{where}: label_smoothing must be in (0, 0.5) for loss_type 'exo_pair', got "
+            f"{caller}: label_smoothing must be in (0, 0.5) for loss_type 'exo_pair', got "
             f"{options.label_smoothing}; "
             "its paper uses 1e-3"
         )
-    found["discopop_tau"] = number(checks.positive, where, "discopop_tau", options.discopop_tau, like)
+    numbers["discopop_tau"] = number(checks.positive, caller, "discopop_tau", options.discopop_tau, like)
     for name in ("alpha", "simpo_gamma", "alphapo_alpha", *(() if options.cpo_alpha is None else ("cpo_alpha",))):
-        found[name] = number(checks.finite, where, name, getattr(options, name), like)
-    changed = {name: x for name, x in found.items() if x is not getattr(options, name)}
+        numbers[name] = number(checks.finite, caller, name, getattr(options, name), like)
+    changed = {name: x for name, x in numbers.items() if x is not getattr(options, name)}
     return replaced(options, **changed) if changed else options
 
 
-def _taken(where, options, **given):
-    """An option that no loss of the mixture looks at is refused; a divergence that some of them do not know, too."""
-    for option, is_given in given.items():
-        taken = [option in kind.takes for kind in options.kinds]
-        if is_given and not (all(taken) if option == "f_divergence" else any(taken)):
-            raise ValueError(f"{where}: loss_type {_listed(options.names)} takes no {option}; leave it out")
+def _check_use(caller, options, **passed):
+    """Refuses an option that no loss of the mixture takes, and a divergence that some of them do not take.
+
+    ``passed``: the name of each option to whether the caller passed it.
+    """
+    for option, was_passed in passed.items():
+        users = [option in kind.takes for kind in options.kinds]
+        if was_passed and not (all(users) if option == "f_divergence" else any(users)):
+            raise ValueError(f"{caller}: loss_type {_listed(options.names)} takes no {option}; leave it out")
 
 
-def _tensors(where, options, like, chosen_lengths, rejected_lengths, pair_weights):
+def _tensors(caller, options, like, chosen_lengths, rejected_lengths, pair_weights):
+    """Checks lengths and weights of pairs; returns the options with what the losses need of them."""
     if pair_weights is not None:
-        column(where, "pair_weights", pair_weights, like, "chosen_logps")
+        column(caller, "pair_weights", pair_weights, like, "chosen_logps")
         if not options.separable():
             raise ValueError(
-                f"{where}: loss_type {_listed(options.names)} sorts the batch and takes no pair_weights: "
+                f"{caller}: loss_type {_listed(options.names)} sorts the batch and takes no pair_weights: "
                 "they would lose their pairs"
             )
         pair_weights = dense(pair_weights, like.dtype)
@@ -161,9 +166,9 @@ def _tensors(where, options, like, chosen_lengths, rejected_lengths, pair_weight
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     for (name, x), needed in zip(lengths.items(), (averaged or counted, averaged), strict=True):
         if x is not None:
-            checks.counts(where, name, x, like.shape)
-            checks.one_device(where, "chosen_logps", like, **{name: x})
-            checks.no_gradient(where, **{name: x})
+            checks.counts(caller, name, x, like.shape)
+            checks.one_device(caller, "chosen_logps", like, **{name: x})
+            checks.no_gradient(caller, **{name: x})
         elif needed:
             hint = (
                 ", or cpo_alpha=0 for none of their likelihood"
@@ -171,7 +176,7 @@ def _tensors(where, options, like, chosen_lengths, rejected_lengths, pair_weight
                 else ""
             )
             raise ValueError(
-                f"{where}: loss_type {_listed(options.names)} needs {name}: the number of tokens of each "
+                f"{caller}: loss_type {_listed(options.names)} needs {name}: the number of tokens of each "
                 "answer (ones, where "
                 f"the log-probabilities are averages already){hint}"
             )

@@ -1,4 +1,4 @@
-"""The parts of each preference loss: a table from its name to objectives of one number per pair."""
+"""The terms of each preference loss: a table from its name to objectives of one number per pair."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,21 +20,25 @@ class Pairs:
         ]
 
     def scored(self, objective, x, *params):
-        """An objective's value, differentiable; 0 without a gradient for a pair of weight 0."""
+        """Computes an objective's value, differentiable; 0 without a gradient for a pair of weight 0."""
         return each(objective, x, params, self.options.pair_weights)
 
     def diverged(self, scores, alpha):
-        """Scores under an alpha-divergence; at 1 it is the reverse KL, whose score is the log-ratio itself."""
+        """Computes scores under an alpha-divergence.
+
+        At ``alpha = 1`` that is the reverse KL, whose score is the log-ratio itself.
+        """
         if not isinstance(alpha, torch.Tensor):
             return scores if alpha == 1.0 else [self.scored("alpha_divergence", x, alpha) for x in scores]
         other = torch.where(alpha == 1.0, 0.0, alpha)
         return [torch.where(alpha == 1.0, x, self.scored("alpha_divergence", x, other)) for x in scores]
 
     def averages(self, both):
+        """Divides a number per chosen and per rejected answer by the answers' lengths."""
         return [x / n for x, n in zip(both, self.options.lengths, strict=True)]
 
     def margin(self, averaged):
-        """``S_c - S_r``, ``S = f(log-ratio)``, each divided by the answer's length where ``averaged``."""
+        """Computes ``S_c - S_r``, ``S = f(log-ratio)``, each divided by the answer's length where ``averaged``."""
         js = self.options.f_divergence == "js_divergence"
         scores = (
             [self.scored("js_divergence", x) for x in self.log_ratios]
@@ -45,29 +49,35 @@ class Pairs:
         return chosen - rejected
 
     def policy_scores(self, averaged):
-        """Log-probabilities, or averages per token, transformed by AlphaPO where it is asked for: no reference."""
+        """Computes the scores of losses without a reference: log-probabilities, or averages per token.
+
+        AlphaPO transforms them where its alpha is not 0.
+        """
         return self.diverged(self.averages(self.policy) if averaged else self.policy, 1.0 - self.options.alphapo_alpha)
 
     def policy_margin(self, averaged):
+        """Computes the difference of ``policy_scores``."""
         chosen, rejected = self.policy_scores(averaged)
         return chosen - rejected
 
     def odds(self):
-        """The log of the odds ratio, from averages per token; 0 of a pair with an empty answer, and of two certain
-        ones.
+        """Computes the log of the odds ratio, from averages per token.
+
+        It is 0 for a pair with an empty answer, and for a pair of two certain answers.
         """
         chosen, rejected = (self.scored("log_odds", x) for x in self.averages(self.policy))
-        # Odds of probability 1 are infinite, and infinity less infinity would be NaN in the mean over the batch.
+        # Selected, because odds of probability 1 are infinite, and infinity less infinity would make the mean NaN.
         equal = self.options.empty | (chosen == torch.inf) & (rejected == torch.inf)
         return torch.where(equal, 0.0, chosen - rejected)
 
     def terms(self):
-        """Every term of every loss in the mixture: coefficient, objective, numbers per pair, parameters of the
-        objective.
+        """Yields every term of every loss in the mixture.
+
+        A term is its coefficient, the name of its objective, numbers per pair, and the objective's parameters.
         """
         for kind, weight in zip(self.options.kinds, self.options.loss_weights, strict=True):
-            # Not 1.0 times beta: the product of two numbers is a constant of the graph in torch 2.11, and every beta
-            # would have a graph of its own.
+            # Not 1.0 times beta, because in torch 2.11 a product of two numbers is a constant of the graph, so that
+            # every beta would have a graph of its own.
             plain = not isinstance(weight, torch.Tensor) and weight == 1.0
             yield from (
                 (coefficient if plain else weight * coefficient, *rest)
@@ -78,7 +88,8 @@ class Pairs:
                 yield weight * likelihood * self.options.pairs_per_token, "nll", self.policy[0], ()
 
 
-# A loss without the likelihood of the chosen answers: (pairs, options) to its terms.
+# Each function below returns the terms of one loss, from (pairs, options). The likelihood of the chosen answers, which
+# some losses add, is in ``Pairs.terms``.
 
 
 def _none(p, o):
@@ -148,17 +159,19 @@ def _orpo(p, o):
 
 
 class Kind(NamedTuple):
-    """A loss type: its terms, and what it looks at besides ``beta`` and the log-probabilities."""
+    """A loss type: its terms, and the further inputs that it takes besides ``beta`` and the log-probabilities."""
 
     terms: Callable
     takes: tuple[str, ...] = ()  # further options
     averages: bool = False  # always of averages per token
     reference: bool = True
     separable: bool = True  # the loss of a pair depends on that pair alone
-    # Coefficient of the mean over tokens of -log pi of the chosen answers; cpo_alpha replaces it where it is taken.
+    # The coefficient of the mean over tokens of -log pi of the chosen answers. In losses that take cpo_alpha, that
+    # option replaces it.
     likelihood: float = 0.0
 
     def likelihood_coefficient(self, options):
+        """Returns the coefficient of the likelihood of the chosen answers."""
         return options.cpo_alpha if options.cpo_alpha is not None and "cpo_alpha" in self.takes else self.likelihood
 
 
@@ -190,4 +203,4 @@ KINDS = {
     "orpo_odds_ratio": Kind(_odds_ratio, averages=True, reference=False),
 }
 SEPARABLE = {name: kind.separable for name, kind in KINDS.items()}
-"""Name of a loss to the answer whether its batch may be cut into chunks of pairs."""
+"""From the name of a loss to whether its batch may be cut into chunks of pairs."""

@@ -11,7 +11,9 @@ from rlkernels.sequences import last_live_index
 
 
 def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
-    r"""Bradley-Terry loss of a reward model; of fp32 scores, without centring, one launch each way.
+    r"""Bradley-Terry loss of a reward model.
+
+    One launch each way for fp32 scores without centring.
 
     ``mean_i softplus(-(c_i - q_i - g_i)) + center_coef mean_i (c_i + q_i)^2``; finite for every finite difference
     (-1e4 gives 1e4, +1e4 gives 0). No pair gives 0.
@@ -30,14 +32,14 @@ def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
     Ouyang et al. 2022, arXiv:2203.02155, eq. 1; margin: Touvron et al. 2023, arXiv:2307.09288; centring: Eisenstein et
     al. 2023, arXiv:2312.09244.
     """
-    where = "pairwise_reward_loss"
-    checks.pairs(where, chosen, rejected)
-    center_coef = checks.coefficient(checks.finite, where, "center_coef", center_coef, chosen)
+    caller = "pairwise_reward_loss"
+    checks.pairs(caller, chosen, rejected)
+    center_coef = checks.coefficient(checks.finite, caller, "center_coef", center_coef, chosen)
     if margin is not None:
-        checks.floating(where, "margin", margin)
-        checks.shape(where, "margin", margin, chosen.shape)
-        checks.one_device(where, "chosen", chosen, margin=margin)
-    checks.no_forward_ad(where, chosen, rejected, margin)
+        checks.floating(caller, "margin", margin)
+        checks.shape(caller, "margin", margin, chosen.shape)
+        checks.one_device(caller, "chosen", chosen, margin=margin)
+    checks.no_forward_ad(caller, chosen, rejected, margin)
     real = torch.float64 if torch.float64 in (chosen.dtype, rejected.dtype) else torch.float32
     chosen, rejected, margin = (
         dense(chosen, real),
@@ -84,27 +86,27 @@ def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=
             no token.
         TypeError: dtypes do not fit.
     """
-    where = "reward_scores"
-    checks.floating(where, "hidden", hidden)
-    checks.floating(where, "weight", weight)
+    caller = "reward_scores"
+    checks.floating(caller, "hidden", hidden)
+    checks.floating(caller, "weight", weight)
     expected = 2 if cu_seqlens is not None else 3
     if hidden.dim() != expected:
         raise ValueError(
-            f"{where}: hidden has shape {tuple(hidden.shape)}, expected "
+            f"{caller}: hidden has shape {tuple(hidden.shape)}, expected "
             f"{'[T, H] with cu_seqlens' if expected == 2 else '[B, L, H]'}"
         )
-    checks.shape(where, "weight", weight, (1, hidden.shape[-1]))
+    checks.shape(caller, "weight", weight, (1, hidden.shape[-1]))
     if bias is not None:
-        checks.floating(where, "bias", bias)
-        checks.shape(where, "bias", bias, (1,))
-    checks.one_device(where, "hidden", hidden, weight=weight, bias=bias, attention_mask=attention_mask)
-    checks_tokens.one_dtype(where, "hidden", hidden, weight=weight, bias=bias)
+        checks.floating(caller, "bias", bias)
+        checks.shape(caller, "bias", bias, (1,))
+    checks.one_device(caller, "hidden", hidden, weight=weight, bias=bias, attention_mask=attention_mask)
+    checks_tokens.one_dtype(caller, "hidden", hidden, weight=weight, bias=bias)
     empty = None
     if cu_seqlens is None:
-        checks.mask(where, attention_mask, hidden.shape[:2], "attention_mask")
+        checks.mask(caller, attention_mask, hidden.shape[:2], "attention_mask")
         if hidden.shape[0] and not hidden.shape[1]:
             raise ValueError(
-                f"{where}: hidden has shape {tuple(hidden.shape)}: sequences without a token have no last one to score"
+                f"{caller}: hidden has shape {tuple(hidden.shape)}: sequences without a token have no last one to score"
             )
         rows = hidden[
             torch.arange(hidden.shape[0], device=hidden.device),
@@ -113,19 +115,22 @@ def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=
     else:
         if attention_mask is not None:
             raise ValueError(
-                f"{where}: attention_mask is for padded hidden states [B, L, H], cu_seqlens for packed "
+                f"{caller}: attention_mask is for padded hidden states [B, L, H], cu_seqlens for packed "
                 "ones [T, H]; pass one of them"
             )
-        rows, empty = _packed_ends(where, hidden, cu_seqlens)
+        rows, empty = _packed_ends(caller, hidden, cu_seqlens)
     real = real_dtype(hidden.dtype)
     scores = (rows.to(real) * weight.to(real)).sum(-1)
     scores = scores if bias is None else scores + bias.to(real)
     return scores if empty is None else torch.where(empty, 0.0, scores)
 
 
-def _packed_ends(where, hidden, cu_seqlens):
-    """The last row of each sequence, and, where values are not read, which sequences are empty: their rows are 0."""
-    offsets = checks_tokens.segments(where, cu_seqlens, hidden, filled=True)
+def _packed_ends(caller, hidden, cu_seqlens):
+    """Returns the row of each sequence's last token, and a mask of the empty sequences, whose rows are 0.
+
+    The mask is None where values are read, because an empty sequence has raised there.
+    """
+    offsets = checks_tokens.segments(caller, cu_seqlens, hidden, filled=True)
     ends = offsets[1:]
     if checks_tokens.values_are_read(cu_seqlens):
         return hidden[ends - 1], None

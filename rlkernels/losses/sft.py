@@ -1,6 +1,4 @@
-"""Supervised fine-tuning: the likelihood of given tokens, weighted, from their log-probabilities or straight from
-logits.
-"""
+"""Supervised fine-tuning: the weighted likelihood of target tokens, from their log-probabilities or from logits."""
 
 import torch
 
@@ -39,19 +37,18 @@ def logprobs_sft_loss(
 
     Returns:
         Scalar, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, {"nll": ..., "probability": ...})``,
-            means over the tokens
-        whose weight is not 0.
+        means over the tokens whose weight is not 0.
 
     Raises:
         ValueError: shapes that do not match, unknown names, two sources of weights.
     """
-    where = "logprobs_sft_loss"
-    checks.floating(where, "logprobs", logprobs)
-    checks.no_forward_ad(where, logprobs)
-    checks.choice(where, "kind", kind, KINDS)
-    cu_seqlens = checks_tokens.rows(where, "logprobs", logprobs, cu_seqlens)
-    live = live_tokens(where, logprobs, mask)
-    weights = sft_weights(where, logprobs, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
+    caller = "logprobs_sft_loss"
+    checks.floating(caller, "logprobs", logprobs)
+    checks.no_forward_ad(caller, logprobs)
+    checks.choice(caller, "kind", kind, KINDS)
+    cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
+    live = live_tokens(caller, logprobs, mask)
+    weights = sft_weights(caller, logprobs, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
     logp = dense(logprobs, real_dtype(logprobs.dtype))
     loss, _ = ops.weighted_loss(
         kind, logp, None, None, [], (), dense(weights, logp.dtype), None, 1.0, ops.serving("weighted_loss", logp)
@@ -76,7 +73,7 @@ def sft_loss(
     inplace_backward=False,
     return_metrics=False,
 ):
-    r"""Likelihood of given tokens, from logits: loss and gradient with respect to the logits in one pass over each row.
+    r"""Likelihood of target tokens, from logits: loss and gradient of the logits in one pass over each row.
 
     ``sum_t w_t v_t l(log pi(y_t))``, ``w`` the aggregation's weights, ``v`` the ``sample_weights``. Row ``t`` of the
     logits scores ``targets[t]``: nothing is shifted here; pass ``logits[:, :-1]`` (no copy) and ``labels[:, 1:]``.
@@ -97,8 +94,7 @@ def sft_loss(
 
     Returns:
         Scalar, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, {"nll": ..., "probability": ...,
-            "entropy": ...})``, means
-        over the tokens whose weight is not 0.
+        "entropy": ...})``, means over the tokens whose weight is not 0.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs``; unknown names, shapes that do not match,
@@ -106,18 +102,18 @@ def sft_loss(
 
     Wu et al. 2025, arXiv:2508.05629 (DFT); Yuan et al. 2023, arXiv:2308.01825 (RFT).
     """
-    where = "sft_loss"
-    flat = flatten_logits(where, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
+    caller = "sft_loss"
+    flat = flatten_logits(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
     ignore_index = flat.rows.ignore_index
     if not flat.shape:
         raise ValueError(
-            f"{where}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
+            f"{caller}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
         )
-    checks.choice(where, "kind", kind, KINDS)
-    targets = checks_tokens.holding(where, targets, ignore_index)
+    checks.choice(caller, "kind", kind, KINDS)
+    targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=flat.real)
-    cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
-    live = live_tokens(where, like, mask) & (targets != ignore_index)
+    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    live = live_tokens(caller, like, mask) & (targets != ignore_index)
     everywhere = (
         mask is None
         and weights is None
@@ -125,7 +121,7 @@ def sft_loss(
         and not isinstance(flat.rows.temperature, torch.Tensor)
     )
     weights = flat.per_row(
-        sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
+        sft_weights(caller, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
     )
     flat = flat if everywhere else flat.without(weights == 0)
     with_grad = (
@@ -138,21 +134,23 @@ def sft_loss(
     return of_rows.loss, {**sft_metrics(of_rows.logp, weights), "entropy": _mean(of_rows.entropy, weights)}
 
 
-def sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers):
-    weights = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
+def sft_weights(caller, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers):
+    """Returns the weight of each token: that of the aggregation times that of its sample."""
+    weights = term_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
     if sample_weights is None:
         return weights
-    checks.floating(where, "sample_weights", sample_weights)
-    x = column(where, "sample_weights", per_token(where, "sample_weights", sample_weights, like, cu_seqlens), like)
+    checks.floating(caller, "sample_weights", sample_weights)
+    x = column(caller, "sample_weights", per_token(caller, "sample_weights", sample_weights, like, cu_seqlens), like)
     return torch.where(live, weights * x.to(weights.dtype), 0.0)
 
 
 @torch.no_grad()
 def sft_metrics(logp, weights):
+    """Computes the mean NLL and the mean probability of the tokens whose weight is not 0."""
     return {"nll": _mean(-logp, weights), "probability": _mean(logp.exp(), weights)}
 
 
 def _mean(x, weights):
-    """Over the tokens that were read: those whose weight is not 0."""
+    """Computes the mean over the tokens that were read, which are those whose weight is not 0."""
     read = weights != 0
     return torch.where(read, x.detach(), 0.0).sum() / read.sum().clamp(min=1)

@@ -13,9 +13,9 @@ LOSS_TYPES = ("kto", "apo_zero_unpaired", "bco", "kto_paired_batch")
 
 
 class UnpairedOptions(NamedTuple):
-    """The options of ``unpaired_preference_loss``, checked.
+    """The checked options of ``unpaired_preference_loss``.
 
-    ``baseline``: what is taken off a log-ratio (kto) or a reward (bco).
+    ``baseline``: the number that is subtracted from each log-ratio (kto) or reward (bco).
     """
 
     loss_type: str
@@ -25,12 +25,12 @@ class UnpairedOptions(NamedTuple):
     baseline: torch.Tensor | float
 
     def separable(self):
-        """Tell whether the loss of an answer depends on that answer alone: then a batch may be cut into parts."""
+        """Tells whether the loss of each answer depends on that answer alone, so that a batch may be cut into parts."""
         return self.loss_type != "kto_paired_batch"
 
 
 def unpaired_options(
-    where,
+    caller,
     like,
     *,
     loss_type="kto",
@@ -43,84 +43,89 @@ def unpaired_options(
     delta=None,
 ):
     """Checks the options; ``like``: a tensor of the dtype and device of the losses."""
-    checks.choice(where, "loss_type", loss_type, LOSS_TYPES)
-    beta = checks.coefficient(checks.positive, where, "beta", beta, like)
+    checks.choice(caller, "loss_type", loss_type, LOSS_TYPES)
+    beta = checks.coefficient(checks.positive, caller, "beta", beta, like)
     desirable_weight, undesirable_weight = (
-        checks.coefficient(checks.finite, where, name, x, like)
+        checks.coefficient(checks.finite, caller, name, x, like)
         for name, x in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight))
     )
     for name, x in {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}.items():
         if not isinstance(x, torch.Tensor) and x < 0:
-            raise ValueError(f"{where}: {name} must not be negative, got {x}; the labels say which way an answer moves")
+            raise ValueError(
+                f"{caller}: {name} must not be negative, got {x}; the labels say which way an answer moves"
+            )
     takes = {"kto": ("kl", "kl_logps", "ref_kl_logps"), "bco": ("delta",)}.get(loss_type, ())
     for name, x in {"kl": kl, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps, "delta": delta}.items():
         if x is not None and name not in takes:
-            raise ValueError(f"{where}: loss_type {loss_type!r} takes no {name}; leave it out")
+            raise ValueError(f"{caller}: loss_type {loss_type!r} takes no {name}; leave it out")
     baseline = 0.0
     if loss_type == "bco":
-        baseline = _number(where, "delta", delta, like)
+        baseline = _number(caller, "delta", delta, like)
     elif loss_type == "kto" and kl_logps is None and ref_kl_logps is None:
-        baseline = _number(where, "kl", kl, like)
+        baseline = _number(caller, "kl", kl, like)
     elif loss_type == "kto":
-        baseline = _kl(where, kl, kl_logps, ref_kl_logps, like)
+        baseline = _kl(caller, kl, kl_logps, ref_kl_logps, like)
     return UnpairedOptions(loss_type, beta, desirable_weight, undesirable_weight, baseline)
 
 
-def _number(where, name, x, like):
-    """A float, or a tensor of one element: then nothing waits for a device."""
+def _number(caller, name, x, like):
+    """Returns a float, or a tensor of one number, for which the host does not wait."""
     if x is None:
         what = "kl, or kl_logps and ref_kl_logps" if name == "kl" else name
-        raise ValueError(f"{where}: {name} is missing; pass {what}")
+        raise ValueError(f"{caller}: {name} is missing; pass {what}")
     if isinstance(x, torch.Tensor):
-        column(where, name, x, like.new_empty(()), "logps")
+        column(caller, name, x, like.new_empty(()), "logps")
         low = checks.host_reads(x) and name == "kl" and x < 0
-        found = x.to(like.dtype)
+        number = x.to(like.dtype)
     else:
-        found = checks.finite(where, name, x)
-        low = name == "kl" and found < 0
+        number = checks.finite(caller, name, x)
+        low = name == "kl" and number < 0
     if low:
-        raise ValueError(f"{where}: kl must be at least 0, got {float(x)}; clamp the estimate: kl.clamp(min=0)")
-    return found
+        raise ValueError(f"{caller}: kl must be at least 0, got {float(x)}; clamp the estimate: kl.clamp(min=0)")
+    return number
 
 
-def _kl(where, kl, kl_logps, ref_kl_logps, like):
+def _kl(caller, kl, kl_logps, ref_kl_logps, like):
+    """Estimates the KL by the mean log-ratio of answers to other prompts, at least 0."""
     if kl is not None or kl_logps is None or ref_kl_logps is None:
         raise ValueError(
-            f"{where}: kl_logps and ref_kl_logps go together, instead of kl; pass both of them, or kl alone"
+            f"{caller}: kl_logps and ref_kl_logps go together, instead of kl; pass both of them, or kl alone"
         )
-    checks.floating(where, "kl_logps", kl_logps)
-    checks.no_forward_ad(where, kl_logps)
-    per_answer(where, "kl_logps", kl_logps)
-    column(where, "ref_kl_logps", ref_kl_logps, kl_logps, "kl_logps")
-    checks.one_device(where, "logps", like, kl_logps=kl_logps)
+    checks.floating(caller, "kl_logps", kl_logps)
+    checks.no_forward_ad(caller, kl_logps)
+    per_answer(caller, "kl_logps", kl_logps)
+    column(caller, "ref_kl_logps", ref_kl_logps, kl_logps, "kl_logps")
+    checks.one_device(caller, "logps", like, kl_logps=kl_logps)
     drift = kl_logps.detach().to(like.dtype) - ref_kl_logps.to(like.dtype)
     return (drift.sum() / max(drift.numel(), 1)).clamp(min=0.0)
 
 
-def sequence_losses(where, logps, ref_logps, desirable, options):
-    """The loss of each answer times the weight of its class, ``[N]``, differentiable in ``logps``, sums of
-    log-probabilities ``[N]``.
+def sequence_losses(caller, logps, ref_logps, desirable, options):
+    """Computes the loss of each answer times the weight of its class, ``[N]``.
+
+    It is differentiable in ``logps``, the sums of log-probabilities, ``[N]``.
     """
-    margin, objective, params = _margins(where, logps, ref_logps, desirable, options)
+    margin, objective, params = _margins(caller, logps, ref_logps, desirable, options)
     weights = class_weights(desirable, options, margin.dtype)
     return each(objective, margin, params, weights) * weights  # 0 in a class of weight 0, whatever it holds
 
 
 def class_weights(desirable, options, dtype):
-    # A where of two numbers would be of torch's default dtype.
+    """Returns the weight of each answer's class, ``[N]``."""
+    # zeros + a number, because torch.where of two numbers would be of torch's default dtype.
     zeros = desirable.new_zeros(desirable.shape, dtype=dtype)
     return torch.where(
         (desirable != 0).contiguous(), zeros + options.desirable_weight, zeros + options.undesirable_weight
     )
 
 
-def _margins(where, logps, ref_logps, desirable, options):
-    """One number per answer that the loss wants large, and the objective of it."""
-    checks.floating(where, "logps", logps)
-    column(where, "ref_logps", ref_logps, logps, "logps")
-    checks.tensor(where, "desirable", desirable)
-    checks.labels(where, "desirable", desirable, logps.shape)
-    checks.one_device(where, "logps", logps, desirable=desirable)
+def _margins(caller, logps, ref_logps, desirable, options):
+    """Returns one number per answer, which the loss wants large, the name of its objective, and the parameters."""
+    checks.floating(caller, "logps", logps)
+    column(caller, "ref_logps", ref_logps, logps, "logps")
+    checks.tensor(caller, "desirable", desirable)
+    checks.labels(caller, "desirable", desirable, logps.shape)
+    checks.one_device(caller, "logps", logps, desirable=desirable)
     real, good = common_dtype(logps, ref_logps), desirable != 0
     log_ratio = logps.to(real) - ref_logps.to(real)
     if options.loss_type == "bco":
@@ -185,13 +190,13 @@ def unpaired_preference_loss(
     Ethayarajh et al. 2024, arXiv:2402.01306 (KTO); D'Oosterlinck et al. 2024, arXiv:2408.06266 (APO); Jung et al. 2024,
     arXiv:2404.04656 (BCO).
     """
-    where = "unpaired_preference_loss"
-    checks.floating(where, "logps", logps)
-    checks.no_forward_ad(where, logps)
-    per_answer(where, "logps", logps)
+    caller = "unpaired_preference_loss"
+    checks.floating(caller, "logps", logps)
+    checks.no_forward_ad(caller, logps)
+    per_answer(caller, "logps", logps)
     like = logps.detach().to(common_dtype(logps, ref_logps))
     options = unpaired_options(
-        where,
+        caller,
         like,
         loss_type=loss_type,
         beta=beta,
@@ -202,7 +207,7 @@ def unpaired_preference_loss(
         ref_kl_logps=ref_kl_logps,
         delta=delta,
     )
-    margin, objective, params = _margins(where, logps, ref_logps, desirable, options)
+    margin, objective, params = _margins(caller, logps, ref_logps, desirable, options)
     loss = weighted_terms(
         [(1.0, objective, margin, params)], class_weights(desirable, options, like.dtype), 1.0 / max(like.numel(), 1)
     )
@@ -216,6 +221,6 @@ def unpaired_preference_loss(
         }
         if loss_type == "kto":
             kl = options.baseline
-            # Filled there: a copy would wait for the device.
+            # Filled on the device, because the host would wait for a copy.
             metrics["kl"] = kl.to(like.dtype) if isinstance(kl, torch.Tensor) else like.new_full((), kl)
         return loss, metrics

@@ -1,7 +1,7 @@
 """An objective over columns: the weighted sum that is a loss, and the value of each element.
 
-Parameters are numbers, or tensors of shape ``()`` that no host reads. With one of the latter the objective runs in
-plain torch, a few launches more: kernels take numbers alone.
+Parameters are numbers, or tensors of shape ``()`` that the host does not read. With such a tensor the objective runs in
+plain torch, in a few launches more, because kernels take numbers alone.
 """
 
 import torch
@@ -10,9 +10,9 @@ from rlkernels import ops
 
 
 def parameters(values):
-    """Numbers as a tuple; with a tensor among them, as one float64 tensor: of the device that one of them is on.
+    """Returns parameters as a tuple of numbers, or as one float64 tensor where one of them is a tensor.
 
-    Such a tensor stays as it is.
+    That tensor is on the device of the parameters that are not on the CPU. A tensor of all parameters stays as it is.
     """
     if isinstance(values, torch.Tensor):
         return values
@@ -22,9 +22,9 @@ def parameters(values):
     else:
         return tuple(values)
     devices = [x.device for x in values if isinstance(x, torch.Tensor)]
-    # Not next(): Dynamo of torch 2.8 cannot trace it.
+    # Not next(), because the Dynamo of torch 2.8 cannot trace it.
     device = [*[d for d in devices if d.type != "cpu"], devices[0]][0]
-    # zeros + x: a filled tensor would be a new compilation for each number.
+    # zeros + x, because a filled tensor would be a new compilation for each number.
     return torch.stack(
         [
             x.to(device, torch.float64)
@@ -36,7 +36,7 @@ def parameters(values):
 
 
 def weighted_sum(objective, first, others, params, weight, total, share):
-    """``sum_i w_i l(first_i, others_i)``, differentiable in ``first``; ``w`` as for ``ops.weighted_loss``."""
+    """Computes ``sum_i w_i l(first_i, others_i)``, differentiable in ``first``; ``w`` as in ``ops.weighted_loss``."""
     first = first.contiguous()
     return ops.weighted_loss(
         objective,
@@ -53,6 +53,6 @@ def weighted_sum(objective, first, others, params, weight, total, share):
 
 
 def each(objective, x, params, weight):
-    """``l(x_i)``, differentiable; 0 without a gradient where ``weight`` is."""
+    """Computes ``l(x_i)``, differentiable; the value is 0 and has no gradient where ``weight`` is 0."""
     x = x.contiguous()
     return ops.elementwise(objective, x, [], parameters(params), weight, ops.serving("elementwise", x))[1]

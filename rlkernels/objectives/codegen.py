@@ -4,10 +4,10 @@ from rlkernels.objectives.cxx import body, builtin, digest
 
 
 def header(names=None):
-    """The whole header: a functor per objective, the list of them all, and of those that begin with the log-probability
-    of a row of logits.
+    """Returns the whole header: a functor per objective, the list of all objectives, and the list of row objectives.
 
-    A pass over logits meets those alone: a switch over all of them costs the CUDA kernel up to 8 registers.
+    A row objective begins with the log-probability of a row of logits. The row kernels switch over that list alone,
+    because a switch over all objectives costs the CUDA kernel up to 8 registers.
     """
     names = builtin() if names is None else names
     return (

@@ -1,4 +1,4 @@
-"""Every built-in objective as a C++ functor, and what tells one set of objectives from another."""
+"""The built-in objectives as C++ functors, and a digest of a set of objectives."""
 
 import ast
 import hashlib
@@ -19,6 +19,7 @@ SYMBOLS = {
 
 
 def expression(node):
+    """Returns an expression of the objective language in C++."""
     match node:
         case ast.Name(id=name):
             return name
@@ -30,12 +31,12 @@ def expression(node):
             return f"({expression(a)} {SYMBOLS[type(op)]} {expression(b)})"
         case ast.Call(func=ast.Name(id=f), args=args):
             return f"rlk::{f}({', '.join(map(expression, args))})"
-    # The checker of the language admits nothing that ends here.
+    # Unreachable for a registered objective, because the checker of the language admits no other expression.
     raise SyntaxError(f"no C++ form for {ast.unparse(node)!r}")
 
 
 def functor(name):
-    """The C++ struct of one objective, a template over the scalar (float, double)."""
+    """Returns the C++ struct of one objective, a template over the scalar (float, double)."""
     objective = OBJECTIVES[name]
     *assignments, last = objective.tree.body[1:]
     lines = [f"const S {a.targets[0].id} = {expression(a.value)};" for a in assignments]
@@ -48,19 +49,19 @@ def functor(name):
 
 
 def builtin():
-    """Names of the objectives that come with the library, in the order of registration."""
+    """Returns the names of the objectives that come with the library, in the order of registration."""
     return [name for name, entry in OBJECTIVES.items() if entry.function.__module__.startswith("rlkernels.objectives.")]
 
 
 def table(macro, names):
-    """A list ``macro(X)`` of ``X(name, columns, parameters)``."""
+    """Returns a C++ macro ``macro(X)`` that expands to ``X(name, columns, parameters)`` for each name."""
     return f"#define {macro}(X) \\\n" + " \\\n".join(
         (f"  X({n}, {len(OBJECTIVES[n].columns)}, {len(OBJECTIVES[n].params)})") for n in names
     )
 
 
 def body(names):
-    """The list of objectives, and a functor for each."""
+    """Returns the lists of objectives, and a functor for each objective."""
     of_rows = [n for n in names if OBJECTIVES[n].columns[0] == "logp"]
     tables = f"{table('RLK_OBJECTIVES', names)}\n\n{table('RLK_ROW_OBJECTIVES', of_rows)}"
     functors = "\n\n".join(map(functor, names))
@@ -68,7 +69,8 @@ def body(names):
 
 
 def digest(names=None):
-    """A digest that tells a compiled module of these objectives from one of others; a comment or a docstring changes
-    nothing.
+    """Returns a digest by which a compiled module of these objectives differs from one of others.
+
+    A comment or a docstring does not change it.
     """
     return hashlib.sha256(body(builtin() if names is None else names).encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
 """Sampled estimators of ``KL(pi || ref)``, each once: ``logp, ref_logp -> (value, d value / d logp)``.
 
-Value and gradient are two choices: as a loss, the gradient of k1 is 0 in expectation, that of k2 is the gradient of the
-KL, and that of k3 is the gradient of the reverse direction, ``KL(ref || pi)``, in expectation. Schulman 2020,
-"Approximating KL divergence".
+A good estimate may have a bad gradient. As a loss, in expectation, the gradient of k1 is 0, that of k2 is the gradient
+of the KL, and that of k3 is the gradient of the other direction, ``KL(ref || pi)``. Schulman 2020, "Approximating KL
+divergence".
 """
 
 from rlkernels.objectives.functions import expm1

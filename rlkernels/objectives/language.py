@@ -1,9 +1,9 @@
 """``@objective``: checks a scalar function against the objective language and registers it.
 
-The language is what Python, Triton and C++ read alike: positional arguments; a docstring; ``name = expression``; one
-final ``return value, derivative``. Expressions are arguments, locals, float literals, ``+ - * /``, unary ``-`` and
-calls of the names in ``rlkernels.objectives.functions``; a comparison stands only as the condition of ``where``. The
-derivative is with respect to the first argument.
+The language is the part of Python that Triton and C++ can express, too. A function has positional arguments, a
+docstring, statements ``name = expression``, and one final ``return value, derivative``. Expressions are arguments,
+locals, float literals, ``+ - * /``, unary ``-`` and calls of the names in ``rlkernels.objectives.functions``; a
+comparison stands only as the condition of ``where``. The derivative is with respect to the first argument.
 """
 
 import ast
@@ -26,7 +26,7 @@ COLUMNS = (
     "log_ratio",
     "mean_logp",
 )
-"""Argument names that are per-row tensors. Every other argument is one run-time float per launch."""
+"""The names of arguments that are columns, with one number per row. Any other argument is one float per launch."""
 
 ARITY = {name: len(inspect.signature(function).parameters) for name, function in functions.FUNCTIONS.items()}
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div)
@@ -51,7 +51,7 @@ INSTEAD = {
 
 
 class Objective(NamedTuple):
-    """A registered objective: the function itself, and how many leading arguments are columns."""
+    """A registered objective: its function, the names of its columns and parameters, and its syntax tree."""
 
     function: Callable
     columns: tuple[str, ...]
@@ -63,10 +63,10 @@ OBJECTIVES: dict[str, Objective] = {}
 
 
 def objective(function=None, *, columns=None):
-    """Registers ``function`` and returns it unchanged, so that calling it is its eager meaning.
+    """Registers ``function`` and returns it unchanged, so that a call runs it on torch's tensors.
 
     Args:
-        columns: number of leading arguments that are per-row tensors. By default the arguments named in ``COLUMNS``.
+        columns: the number of leading arguments that are columns. By default the arguments named in ``COLUMNS``.
 
     Raises:
         TypeError: ``function`` leaves the objective language; the message names the construct and what to write.
@@ -94,10 +94,12 @@ def objective(function=None, *, columns=None):
 
 
 def _identity(function):
-    return function.__module__, function.__qualname__  # running a notebook cell again is no conflict
+    """Returns the place of a function; the same place again is no conflict, because a notebook cell may run twice."""
+    return function.__module__, function.__qualname__
 
 
 def _parse(function):
+    """Returns the syntax tree of a function."""
     try:
         source = inspect.getsource(function)
     except OSError as error:
@@ -108,6 +110,7 @@ def _parse(function):
 
 
 def _arguments(function):
+    """Returns the names of a function's arguments; refuses defaults and arguments by keyword."""
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty for p in parameters):
         raise TypeError(f"objective {function.__name__!r}: positional arguments without defaults only")
@@ -115,6 +118,8 @@ def _arguments(function):
 
 
 class _Checker:
+    """The check of one function against the language, statement by statement."""
+
     def __init__(self, name, function, arguments):
         self.name, self.function, self.known = name, function, set(arguments)
 
@@ -145,8 +150,8 @@ class _Checker:
     def fresh(self, name, node):
         if name in ARITY or name in CXX_KEYWORDS:
             raise TypeError(
-                f"objective {self.name!r}, line {node.lineno}: {name!r} is a name of _math or of C++; "
-                "write another name"
+                f"objective {self.name!r}, line {node.lineno}: {name!r} is a function of the language or a word of "
+                "C++; write another name"
             )
 
     def expression(self, node):
@@ -177,7 +182,10 @@ class _Checker:
                     node, "a call, with positional arguments, of " + ", ".join(f"{f}/{n}" for f, n in ARITY.items())
                 )
         self.fail(
-            node, INSTEAD.get(type(node), "arguments, earlier locals, float literals, + - * / and the names of _math")
+            node,
+            INSTEAD.get(
+                type(node), "arguments, earlier locals, float literals, + - * / and the functions of the language"
+            ),
         )
 
     def condition(self, node):

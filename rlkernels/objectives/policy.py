@@ -1,10 +1,13 @@
 """Policy objectives, each once: ``columns, parameters -> (value, d value / d logp)``.
 
-A comparison is written so that NaN takes the live branch: ``where(held < free, 0.0, free)`` keeps a NaN that
-``where(free <= held, free, 0.0)`` would turn into a zero gradient beside a NaN loss. A zero advantage is 0 even where
-the ratio overflows (``inf * 0`` would be NaN from a log-ratio of 89 on): ``advantage * gap`` is that 0, and stays NaN
-for a NaN. At an exact tie the derivative is the unclipped one, on every backend (``torch.min`` would split it in
-halves).
+Each objective names its surrogates ``free`` (not clipped) and ``held`` (clipped).
+
+* NaN: a comparison is written so that NaN takes the branch with a gradient. ``where(held < free, 0.0, free)`` keeps a
+  NaN, but ``where(free <= held, free, 0.0)`` would return a zero gradient beside a NaN loss.
+* Zero advantage: its loss must be 0 for every ratio. From a log-ratio of 89 on the ratio is infinite in fp32, and
+  ``inf * 0`` is NaN. The objectives use ``advantage * gap`` there, which is 0, and NaN only for a NaN.
+* Ties: where both surrogates are equal, the derivative is the unclipped one on every backend. ``torch.min`` would
+  return half of it.
 """
 
 from rlkernels.objectives.functions import clip, exp, sigmoid, where

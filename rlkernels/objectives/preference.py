@@ -1,8 +1,8 @@
 """Preference objectives of one number per pair or per sequence: ``column, parameters -> (value, d value / d column)``.
 
-``margin`` is a difference of log-ratios, or of scores; a loss of two log-ratios (NCA, BCO, SPPO, APO) is a sum of such
-terms. What an f-divergence, AlphaPO or ORPO makes of a log-ratio or a log-probability before the difference is taken
-stands at the end.
+``margin`` is a difference of log-ratios, or of scores. A loss of two log-ratios (NCA, BCO, SPPO, APO) is a sum of such
+terms. The last objectives of the file transform a log-ratio or a log-probability before the difference: the scores of
+f-divergences and of AlphaPO, and the log-odds of ORPO.
 """
 
 from rlkernels.objectives.functions import exp, expm1, log, log_sigmoid, sigmoid, where
@@ -67,7 +67,7 @@ def hinge(margin, beta):
 
 @objective
 def ipo(margin, beta):
-    r"""IPO: ``(m - 1/(2 beta))^2``; SPPO is it at ``rho_c`` and at ``-rho_r``.
+    r"""IPO: ``(m - 1/(2 beta))^2``; SPPO is the sum of its values at ``m = rho_c`` and ``m = -rho_r``.
 
     Azar et al. 2023, arXiv:2310.12036, eq. 17.
     """

@@ -20,8 +20,8 @@ def value_clip(value, old_value, returns, clip_range):
     """
     gap = value - old_value
     free = value - returns
-    # Inside the clip this is exactly free. old_value + gap rounds away from value: 1 fp32 token in 1500 would lose its
-    # gradient.
+    # Added to free, because the sum is then exactly free inside the clip. old_value + gap rounds away from value, and
+    # 1 fp32 token in 1500 would lose its gradient.
     held = free + (clip(gap, -clip_range, clip_range) - gap)
     keep = where(held * held <= free * free, free, 0.0 * held)  # 0.0 * held: a NaN in old_value stays NaN
     return 0.5 * where(held * held <= free * free, free * free, held * held), keep

@@ -1,5 +1,6 @@
-"""Rows in which an objective cannot move: a proof, from its source, that its derivative is 0 wherever
-one column is 0.
+"""Zero-gradient rows: a proof from an objective's source that its derivative is 0 wherever one column is 0.
+
+An advantage of 0 is the common case: the products of the gradient may skip such a row.
 """
 
 import ast
@@ -21,16 +22,16 @@ OPERATIONS = {
 
 
 def still_where_zero(name, column):
-    """Tell whether the derivative of objective ``name`` is 0 in every row where ``column`` is, all other columns and
-    parameters being finite.
+    """Tells whether the derivative of the objective ``name`` is 0 in every row where ``column`` is 0.
 
-    False also where that cannot be shown.
+    All other columns and parameters must be finite. False also where the proof fails.
     """
     return _still(OBJECTIVES[name], column)
 
 
 @functools.cache
-def _still(entry, column):  # by entry: a notebook cell that runs again registers another function under the name
+def _still(entry, column):
+    """Proves ``still_where_zero`` for one entry; cached by the entry, because a name may be registered anew."""
     if column not in entry.columns:
         return False
     known = dict.fromkeys(entry.columns + entry.params) | {column: 0.0}
@@ -41,7 +42,7 @@ def _still(entry, column):  # by entry: a notebook cell that runs again register
 
 
 def _constant(node, known):
-    """The number that an expression is whatever the unknown columns hold, or None."""
+    """Returns the number that an expression has for every value of the unknown columns, or None."""
     match node:
         case ast.Name(id=name):
             return known[name]
@@ -60,4 +61,4 @@ def _constant(node, known):
         case ast.Call(func=ast.Name(id="where"), args=[condition, a, b]):
             condition, a, b = (_constant(x, known) for x in (condition, a, b))
             return (a if condition else b) if condition is not None else a if a == b else None
-    return None  # a function of anything
+    return None  # a function of the language, of which nothing is known

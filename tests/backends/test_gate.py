@@ -139,7 +139,7 @@ def test_a_gradient_is_not_written_where_two_elements_share_memory(name):
         op(*put(arguments, place, torch.ones(1, 37).expand(6, 37)))
 
 
-@pytest.mark.fault(120)
+@pytest.mark.fault(10, 120)
 @pytest.mark.parametrize(
     "name", ["elementwise of a grid", "weighted_loss of columns", "gae", "token_stats", "fused_policy"]
 )

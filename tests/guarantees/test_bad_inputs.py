@@ -11,6 +11,7 @@ import rlkernels as rlk
 from rlkernels.backends import DEVICES, absent, use_backend
 
 
+@pytest.mark.fault(14, 90)
 @pytest.mark.parametrize("case", CASES, ids=[name.replace(" ", "-") for name in CASES])
 def test_bad_input_is_named(case):
     function, error, message = CASES[case]

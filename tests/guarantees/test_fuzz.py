@@ -81,6 +81,7 @@ def test_hostile_calls_raise_what_names_the_function_or_give_the_answer_of_eager
     assert not hostile.findings, told(hostile.findings)
 
 
+@pytest.mark.fault(112)
 @pytest.mark.parametrize(
     "change, cases",
     (

@@ -146,6 +146,7 @@ CASES = {
 }
 
 
+@pytest.mark.fault(111)
 @pytest.mark.parametrize("case", CASES)
 def test_dpo_trainer_computes_the_same_loss_gradient_and_metrics(case):
     settings, options = CASES[case]
@@ -166,6 +167,7 @@ def test_dpo_trainer_computes_the_same_loss_gradient_and_metrics(case):
         assert metrics[name].item() == pytest.approx(want_metrics[f"rewards/{key}"], abs=1e-6), name
 
 
+@pytest.mark.fault(111)
 @pytest.mark.parametrize(
     "kind,name", [("sigmoid", "cpo"), ("hinge", "cpo_hinge"), ("ipo", "cpo_ipo"), ("simpo", "simpo")]
 )
@@ -207,6 +209,7 @@ def test_cpo_trainer_computes_the_same_losses(kind, name, alpha):
         torch.testing.assert_close(metrics["reward_chosen"], rewards.mean(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.fault(111)
 def test_orpo_trainer_computes_the_same_odds_ratio():
     from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 

@@ -48,6 +48,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_of_token_stats(layout, backend):
     logits, targets, mask, rest = problem((2, 3))
@@ -60,6 +61,7 @@ def test_opcheck_of_token_stats(layout, backend):
         opcheck(ops.token_stats_op.op, (x, y, temperature, -100, m, ref if wanted else None, wanted, False, backend))
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_of_the_backward_ops(dtype, backend):
     logits, targets, mask, rest = problem((2, 3), dtype)
@@ -72,6 +74,7 @@ def test_opcheck_of_the_backward_ops(dtype, backend):
     opcheck(ops.token_stats_backward_.op, (*g, x.clone(), y, ops.number(0.7), -100, m, rest["ref"], *saved))
 
 
+@pytest.mark.fault(41)
 def test_opcheck_of_fused_policy(backend):
     logits, targets, mask, rest = problem((2, 3), torch.float32)
     columns = [rest["old"].reshape(-1).float(), rest["advantage"].reshape(-1).float()]
@@ -101,6 +104,7 @@ def test_opcheck_of_fused_policy(backend):
         )
 
 
+@pytest.mark.fault(41)
 def test_opcheck_of_elementwise_and_gae(backend):
     _, _, _, rest = problem((6,))
     first = rest["g1"].clone().requires_grad_()
@@ -125,6 +129,7 @@ def test_opcheck_of_elementwise_and_gae(backend):
     )
 
 
+@pytest.mark.fault(41)
 def test_opcheck_of_the_linear_ops(backend):
     _, targets, _, rest = problem((6,))
     draw = torch.Generator().manual_seed(1)

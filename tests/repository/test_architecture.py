@@ -144,6 +144,20 @@ def test_no_named_tuple_has_what_the_oldest_torch_cannot_trace():
                 raise AssertionError(f"{name_of(path)}:{node.lineno}: {ast.unparse(node)}; call tracing.replaced")
 
 
+@pytest.mark.fault(50, 52, 102, 103)
+def test_no_triton_kernel_is_tuned_at_run_time_or_adds_in_the_order_of_arrival_or_needs_scratch_memory():
+    """A tuner runs a kernel several times, which corrupts one that writes in place; ``dot`` may round fp32 to TF32; and
+    descriptors take scratch memory from an allocator that every thread would have to set.
+    """
+    banned = re.compile(r"autotune|Autotuner|heuristics|atomic_\w+|dot|dot_scaled|make_tensor_descriptor|set_allocator")
+    paths = sorted((PACKAGE / "backends/triton").glob("*.py"))
+    assert len(paths) > 5
+    for path in paths:
+        for node in ast.walk(parse(path)):
+            name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+            assert not banned.fullmatch(name), f"{name_of(path)}:{node.lineno} uses {name}"
+
+
 def test_oracles_import_torch_alone():
     assert {module.split(".")[0] for module, _ in imports(parse(ROOT / "tests/support/oracles.py"))} == {"torch"}
 
@@ -174,6 +188,15 @@ def test_public_names_are_the_documented_ones():
     documented = re.findall(r"^\| `(\w+)", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     assert sorted(documented) == sorted(rlkernels.__all__)
     assert all(getattr(rlkernels, name).__doc__ for name in rlkernels.__all__), "a public name has no docstring"
+
+
+@pytest.mark.fault(63)
+def test_the_distribution_has_one_name_and_the_version_of_the_package():
+    project = (ROOT / "pyproject.toml").read_text().split("[project]")[1].split("\n[")[0]
+    name, version = (re.findall(rf'^{key} = "(.+)"$', project, re.MULTILINE) for key in ("name", "version"))
+    assert name == ["rlkernels"] and version == [rlkernels.__version__]
+    # The form that PEP 440 calls canonical, so that no tool writes it another way.
+    assert re.fullmatch(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?", rlkernels.__version__)
 
 
 def test_no_code_reads_pickles_or_evaluates_text():

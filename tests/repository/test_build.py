@@ -25,6 +25,7 @@ def source(tmp_path):
     return copy(tmp_path / "source")
 
 
+@pytest.mark.fault(60)
 @pytest.mark.skipif(not cpu.available()[0], reason="the module is not built")
 def test_the_module_knows_nothing_of_torch():
     image = Path(cpu._cpu.__file__).read_bytes()

@@ -225,7 +225,7 @@ def test_cuda_that_is_asked_for_needs_the_compiler_of_its_bindings(tmp_path):
     assert done.returncode != 0 and "RLKERNELS_CUDA=1, but no C++ compiler" in done.stderr
 
 
-@pytest.mark.fault(142)
+@pytest.mark.fault(59, 142)
 @needs_compiler
 def test_an_nvcc_that_fails_costs_the_cuda_module_alone_or_is_an_error_where_it_is_asked_for(source, tmp_path):
     folder = script(

@@ -56,11 +56,13 @@ def test_a_text_that_is_gone_or_ambiguous_and_a_test_that_is_gone_are_named():
         assert text in found
 
 
+@pytest.mark.fault(112)
 def test_mistakes_in_the_python_are_really_noticed():
     todo = named("python", "the deviation of a population", "spans are not shifted", "sums multiply by the mask")
     assert run(ROOT, todo, show=lambda *_, **__: None) == {f"python: {m.name}": True for _, m in todo}
 
 
+@pytest.mark.fault(112)
 def test_a_mistake_in_a_cuda_kernel_is_really_noticed(host_module_sources):
     todo = named("cuda", "gamma is left out of the trace")
     assert run(ROOT, todo, show=lambda *_, **__: None) == {"cuda: gamma is left out of the trace": True}

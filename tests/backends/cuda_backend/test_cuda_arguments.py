@@ -16,7 +16,7 @@ def same(got, expected, what):
         assert same_bits(a, b), f"{what}: result {k}: {a} against {b}"
 
 
-@pytest.mark.fault(7, 120)
+@pytest.mark.fault(7, 120, 140)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CALLS)
 def test_all_arguments_in_a_layout_give_the_bits_of_contiguous_ones(name, layout, public):

@@ -104,7 +104,7 @@ def test_without_a_driver_the_module_loads_and_the_error_names_the_kernel(monkey
         CALLS[name]()
 
 
-@pytest.mark.fault(60)
+@pytest.mark.fault(59, 60)
 @needs_module
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
 def test_no_symbol_of_torch_or_of_a_shared_cuda_runtime_is_needed():

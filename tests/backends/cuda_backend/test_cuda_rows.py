@@ -117,7 +117,7 @@ def test_no_storage_offset_changes_a_bit(backend, dtype):
         assert same_bits(gradient(backend, g, moved, targets, aligned), gradient(backend, g, x, targets, aligned))
 
 
-@pytest.mark.fault(3)
+@pytest.mark.fault(1)
 def test_a_row_that_begins_behind_2_to_the_31_elements_has_its_bits(backend):
     x, targets, _ = draw_rows((3,), 1030, torch.bfloat16, seed=14)
     # 4 GB, of which three pages become resident.

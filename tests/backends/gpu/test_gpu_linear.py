@@ -128,6 +128,7 @@ def truth_of(call, d):
     return loss.detach(), problems.gradients(loss, operands)
 
 
+@pytest.mark.fault(102)
 @both
 @every_dtype
 @every_call

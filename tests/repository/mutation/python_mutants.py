@@ -130,8 +130,8 @@ MUTANTS = (
     _m(
         "sums multiply by the mask",
         "sequences.py",
-        "kept = torch.where(live, values, 0.0).double()",
-        "kept = (values * live).double()",
+        "live_values = torch.where(live, values, 0.0).double()",
+        "live_values = (values * live).double()",
         17,
     ),
     _m(
@@ -183,7 +183,7 @@ MUTANTS = (
     _m(
         "the bootstrap value belongs to every token",
         "advantages/gae.py",
-        "return torch.where(passed == passed_by_end, rewards + gains, rewards)",
+        "return torch.where(count == count_at_end, rewards + gains, rewards)",
         "return rewards + gains",
     ),
     # losses and terms
@@ -258,8 +258,8 @@ MUTANTS = (
     _m(
         "an ignored target is live",
         "losses/policy.py",
-        "live = scored if mask is None else live_tokens(where, like, mask) & scored",
-        "live = live_tokens(where, like, mask)",
+        "live = scored if mask is None else live_tokens(caller, like, mask) & scored",
+        "live = live_tokens(caller, like, mask)",
         25,
     ),
     _m(

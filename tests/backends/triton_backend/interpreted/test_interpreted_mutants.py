@@ -5,9 +5,11 @@ All of them: ``python tests/repository/mutation --backend triton``.
 
 import runpy
 
+import pytest
 from paths import ROOT, TESTS
 
 
+@pytest.mark.fault(112)
 def test_mistakes_in_the_triton_kernels_are_really_noticed():
     script = runpy.run_path(str(TESTS / "repository/mutation/__main__.py"), run_name="mutation")
     asked = (

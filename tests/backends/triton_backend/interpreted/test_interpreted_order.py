@@ -70,6 +70,7 @@ def test_four_program_orders_give_the_same_bits(problem, small_tiles, interprete
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.fault(101)
 def test_the_checks_are_on(interpreter):
     options = interpreter.OPTIONS
     assert options.debug and options.bounds and options.races and options.strict_sum and options.poison
