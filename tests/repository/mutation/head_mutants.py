@@ -178,14 +178,14 @@ MUTANTS = (
     ),
     _m(
         "a gradient is given away twice",
-        "ops/register.py",
+        "ops/loss_with_gradients.py",
         "        ctx.held = None\n        return (",
         "        return (",
         CONTRACT,
     ),
     _m(
         "the upstream gradient is forgotten",
-        "ops/register.py",
+        "ops/loss_with_gradients.py",
         "        gradient.mul_(upstream)\n",
         "        gradient.mul_(1.0)\n",
         POLICY,
