@@ -10,8 +10,9 @@ from rlkernels.advantages.gae import discounted_returns, gae, masked_whiten
 from rlkernels.advantages.group import group_advantages
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
-from rlkernels.linear.policy_loss import linear_policy_loss, linear_sft_loss
+from rlkernels.linear.policy_loss import linear_policy_loss
 from rlkernels.linear.preference_loss import linear_dpo_loss, linear_unpaired_preference_loss
+from rlkernels.linear.sft_loss import linear_sft_loss
 from rlkernels.linear.token_stats import linear_token_logprobs, linear_token_stats
 from rlkernels.logprobs import TokenStats, token_logprobs, token_stats
 from rlkernels.losses.policy import logits_policy_loss, policy_loss, value_loss

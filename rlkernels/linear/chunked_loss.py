@@ -1,74 +1,57 @@
-"""A loss over chunks of rows, its gradients made as soon as a chunk's derivatives are known: three products, nothing
-recomputed.
+"""A loss over chunks of rows that makes its gradients in the forward: three matmuls, and no logits made twice.
 
-Per-token losses take one launch per chunk. A loss of whole sequences or pairs is scored when all its rows are in the
-chunk; one that outgrows a chunk is swept twice (four products). A shard's rows are scored the same way, after the ranks
-have met.
+A loss of whole sequences or pairs is scored when all rows of a unit are in the chunk. A unit that outgrows a chunk is
+multiplied once more: four matmuls. Over a process group every loss is scored this way, because a row's statistics are
+complete only when the ranks have exchanged theirs.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from rlkernels import ops
-from rlkernels.backends.protocol import PolicyInputs, RowBatch
-from rlkernels.linear.chunking import Rows, filled_up, live_rows, moving_and_still_rows
-from rlkernels.linear.head import Chunk, check_targets, without_autocast
-from rlkernels.linear.rank_agreement import meeting, met, pattern
-from rlkernels.linear.token_stats import Gradients
-from rlkernels.logits_layout import or_ignored, or_one
-from rlkernels.objectives import OBJECTIVES
-from rlkernels.objectives.zero_gradient import still_where_zero
+from rlkernels.linear.chunking import filled_up
+from rlkernels.linear.gradients import Gradients
+from rlkernels.linear.head import without_autocast
+from rlkernels.linear.projection import HeadProjection
+from rlkernels.linear.rank_agreement import meeting, pattern, ranks_compare
 from rlkernels.tracing import replaced
 
 
-class Terms(NamedTuple):
-    """A per-token loss: ``sum_t weight_t l_t + kl_weight_t KL_t - entropy_weight_t H_t``; everything ``[T]``."""
+class ChunkStats(NamedTuple):
+    """Log-probabilities and entropies of the rows of a chunk, ``[m]``; the entropies are None unless the loss needs
+    them.
+    """
 
-    objective: str
-    columns: list
-    params: tuple | torch.Tensor
-    weight: torch.Tensor
-    entropy_weight: torch.Tensor | None
-    kl: str | None
-    ref_logp: torch.Tensor | None
-    kl_weight: torch.Tensor | None
+    logp: torch.Tensor
+    entropy: torch.Tensor | None
 
-    def live(self):
-        live = self.weight != 0
-        for extra in (self.entropy_weight, self.kl_weight):
-            live = live if extra is None else live | (extra != 0)
-        return live
 
-    def still(self):
-        """Rows that provably have no gradient: no advantage, and neither KL nor entropy term.
+class ChunkedLoss(Protocol):
+    """A loss that is a sum over units, of which a chunk scores some.
 
-        None where there is no such proof.
+    ``needs_entropy``: whether the statistics of a chunk hold entropies.
+    """
+
+    needs_entropy: bool
+
+    def loss_of_chunk(self, rows, stats, first, last) -> torch.Tensor:
+        """Returns the loss of the units ``[first, last)``, differentiable in ``stats``.
+
+        rows: RowSelection of these units. stats: ChunkStats of these rows.
         """
-        if self.kl is not None or self.entropy_weight is not None or not still_where_zero(self.objective, "advantage"):
-            return None
-        return self.columns[OBJECTIVES[self.objective].columns.index("advantage") - 1] == 0
 
-    def largest(self):
-        """The largest weight, by which a gradient of 1 per token is multiplied."""
-        weights = [
-            x.abs().amax() for x in (self.weight, self.entropy_weight, self.kl_weight) if x is not None and x.numel()
-        ]
-        return torch.stack(weights).amax() if weights else 1.0
+    def gradient_scale(self) -> torch.Tensor | float:
+        """Returns the size of the largest derivative of the loss by a log-probability, more or less.
 
-    def at(self, index):
-        return Terms(
-            self.objective,
-            [c[index] for c in self.columns],
-            self.params,
-            *(x[index] if isinstance(x, torch.Tensor) else x for x in self[3:]),
-        )
+        Asked only where the gradient of the logits is rounded to fp16.
+        """
 
 
-class Found(NamedTuple):
+class LossAndGradients(NamedTuple):
     """``gradients``: of hidden states, weight and bias, None where frozen.
 
-    ``logp``, ``entropy``: ``[T]``, 0 where not worked on.
+    ``logp``, ``entropy``: ``[T]``, 0 in the rows that were not worked on.
     """
 
     loss: torch.Tensor
@@ -77,203 +60,203 @@ class Found(NamedTuple):
     entropy: torch.Tensor
 
 
-class _Sweep:
-    """State that both sweeps share: the buffer, the sums, and the outputs per row."""
+class ChunkLoop:
+    """State that all chunks of a call share: the projection with its buffer, the sums, and the outputs per row.
 
-    def __init__(self, head, needs, rows, size, largest):
-        self.head, self.needs = head, needs
-        self.total = Gradients(head.hidden, head.weight, head.bias, needs, head.shard, keep=True)
-        self.chunk = Chunk(
-            head.weight,
-            head.bias,
-            head.softcap,
-            head.logit_scale,
-            head.logits_dtype,
-            head.shard,
-            filled_up(min(size, rows)),
-            needs[2],
-        )
-        self.scale = _power_of_two(largest(), head) if self.chunk.products.gradient_dtype == torch.float16 else None
+    Args:
+        needs: which of hidden states, weight and bias get a gradient. rows: the most rows of one chunk.
+        loss: asked for ``gradient_scale()``.
+    """
+
+    def __init__(self, head, needs, rows, backend, loss):
+        self.head, self.needs, self.backend = head, needs, backend
+        self.gradients = Gradients(head, needs, backend, keep_wide=True)
+        self.projection = HeadProjection(head, filled_up(min(head.chunk_rows, rows)), backend, needs[2])
+        narrow = self.projection.matmul.gradient_dtype == torch.float16
+        self.scale = _loss_scale(loss.gradient_scale(), head) if narrow else None
         self.loss = torch.zeros((), dtype=torch.float64, device=head.hidden.device)
         self.logp, self.entropy = (
-            torch.zeros(head.targets.shape, dtype=head.real, device=head.hidden.device) for _ in range(2)
+            torch.zeros(head.targets.shape, dtype=head.result_dtype(), device=head.hidden.device) for _ in range(2)
         )
 
-    def arguments(self, rows):
-        return rows.arguments(self.head.targets, self.head.temperature, self.head.ignore_index)
+    def parts(self, rows):
+        """Returns the selected rows, cut into parts of at most one chunk."""
+        size = self.head.chunk_rows
+        return [rows.part(start, start + size) for start in range(0, len(rows), size)]
 
     def scaled(self, x):
-        """A weight or an upstream gradient, before products in fp16."""
+        """Returns a weight or an upstream gradient times the loss scale, if there is one; None stays None."""
         return x if x is None or self.scale is None else x * self.scale
 
     def logits(self, rows):
+        """Returns the logits of the selected rows, in the buffer, and their hidden states."""
         hidden = rows.hidden(self.head.hidden)
-        return self.chunk.logits(hidden)[: len(rows)], hidden
+        return self.projection.logits(hidden)[: len(rows)], hidden
 
-    def add(self, rows, dlogits, x, hidden, moving):
-        """Feeds the rows that have a gradient to the products.
+    def add(self, rows, dlogits, logits, hidden, has_gradient):
+        """Adds to the gradients what ``dlogits`` of the selected rows gives.
 
-        On a CPU, where that is known, the others are taken out.
+        On a CPU, where the host knows ``has_gradient``, the rows without a gradient enter no matmul: the others close
+        up in the buffers.
         """
-        if moving.device.type == "cpu" and not moving.all():
-            kept = moving.nonzero()[:, 0]
-            for moved in {id(x): x, id(dlogits): dlogits}.values():
+        if has_gradient.device.type == "cpu" and not has_gradient.all():
+            kept = has_gradient.nonzero()[:, 0]
+            for buffer in {id(logits): logits, id(dlogits): dlogits}.values():
                 for to, row in enumerate(kept.tolist()):
                     if to != row:
-                        moved[to].copy_(moved[row])
-            rows = Rows(rows.index[kept], None if rows.dead is None else rows.dead[kept])
-            hidden, dlogits, x = hidden[kept], dlogits[: len(rows)], x[: len(rows)]
+                        buffer[to].copy_(buffer[row])
+            rows = rows.at(kept)
+            hidden, dlogits, logits = hidden[kept], dlogits[: len(rows)], logits[: len(rows)]
         if len(rows):
-            self.total.add(self.chunk, rows, dlogits, x, hidden)
+            self.gradients.add(self.projection, rows, dlogits, logits, hidden)
 
-    def found(self):
-        gradients = self.total.kept() if any(self.needs) else (None, None, None)
+    def result(self):
+        gradients = self.gradients.summed() if any(self.needs) else (None, None, None)
         if self.scale is not None:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.div_(self.scale)
-        return Found(self.loss.to(self.head.real), gradients, self.logp, self.entropy)
+        return LossAndGradients(self.loss.to(self.head.result_dtype()), gradients, self.logp, self.entropy)
 
 
-def _power_of_two(largest, head):
-    """The power of two that brings ``largest`` to between 1 and 2, as a tensor that no host reads."""
-    largest = head.hidden.new_full((), largest, dtype=head.real) if isinstance(largest, float) else largest
-    usable = (largest > 0) & (largest < torch.inf)
-    return torch.exp2(-torch.floor(torch.log2(torch.where(usable, largest, 1.0))))
+def _loss_scale(size, head):
+    """Returns the power of two that brings ``size`` to between 1 and 2, as a tensor that the host does not read.
 
-
-@torch.no_grad()
-def per_token(head, terms, needs, backend):
-    """One launch per chunk: statistics, loss and the gradient of the logits."""
-    live, still = terms.live() & (head.targets != head.ignore_index), terms.still()
-    if still is None or head.bound is not None:
-        parts = [(live_rows(live, head.bound), any(needs))]
-    else:  # without a gradient too: in another order the loss would have other bits
-        parts = list(zip(moving_and_still_rows(live, still), (any(needs), False), strict=True))
-    sweep = _Sweep(head, needs, max(len(rows) for rows, _ in parts), head.chunk, terms.largest)
-    for rows, moving in parts:
-        for start in range(0, len(rows), head.chunk):
-            _token_chunk(sweep, rows.part(start, start + head.chunk), terms, moving, backend)
-    return sweep.found()
-
-
-def _token_chunk(sweep, rows, terms, moving, backend):
-    x, hidden = sweep.logits(rows)
-    weight, entropy_weight, kl_weight = (
-        sweep.scaled(rows.of(c)) for c in (terms.weight, terms.entropy_weight, terms.kl_weight)
-    )
-    out = sweep.chunk.gradient_of(x) if moving else None
-    policy = PolicyInputs(
-        terms.objective,
-        [rows.of(c) for c in terms.columns],
-        terms.params,
-        weight,
-        entropy_weight,
-        terms.kl,
-        rows.of(terms.ref_logp),
-        kl_weight,
-    )
-    batch = RowBatch(x, *sweep.arguments(rows))
-    loss, _, logp, _, _, entropy, dlogp = ops.run_fused(backend, batch, policy, moving, out)
-    sweep.loss += loss if sweep.scale is None else loss / sweep.scale
-    sweep.logp[rows.index], sweep.entropy[rows.index] = logp, entropy
-    if moving:
-        sweep.add(rows, out, x, hidden, dlogp != 0 if entropy_weight is None else (dlogp != 0) | (entropy_weight != 0))
-
-
-@torch.no_grad()
-def per_unit(head, plan, score, needs, with_entropy, backend, largest):
-    """``score(rows, logp, entropy, first, last) -> loss`` by autograd over a few numbers per row, units ``first`` to
-    ``last``.
-
-    ``largest()``: about the largest derivative of the loss by a log-probability.
+    Times this number the gradient of the logits is in reach of fp16, and dividing by it is exact.
     """
-    chunks = [(first, last, plan.rows(first, last)) for first, last in plan.chunks(head.chunk)]
+    size = head.hidden.new_full((), size, dtype=head.result_dtype()) if isinstance(size, float) else size
+    usable = (size > 0) & (size < torch.inf)
+    return torch.exp2(-torch.floor(torch.log2(torch.where(usable, size, 1.0))))
+
+
+@torch.no_grad()
+def chunked_loss(head, plan, loss, backend, needs):
+    """Returns the LossAndGradients of a ChunkedLoss: autograd over a few numbers per row, matmuls for the rest.
+
+    Args:
+        head: of ``detached_for_loss``. plan: SequencePlan or WholeBatchPlan.
+        needs: which of hidden states, weight and bias get a gradient.
+    """
+    chunks = [(first, last, plan.rows(first, last)) for first, last in plan.chunks(head.chunk_rows)]
     if head.shard is not None:
-        _compared(head, [len(rows) for _, _, rows in chunks], plan.offsets, needs, with_entropy)
-    sweep = _Sweep(head, needs, max((len(rows) for _, _, rows in chunks), default=0), head.chunk, largest)
-    wanted = ops.ENTROPY if with_entropy else 0
+        _compare_ranks(head, [len(rows) for _, _, rows in chunks], plan.offsets, needs, loss.needs_entropy)
+    loop = ChunkLoop(head, needs, max((len(rows) for _, _, rows in chunks), default=0), backend, loss)
     for first, last, rows in chunks:
-        parts = [rows.part(start, start + head.chunk) for start in range(0, len(rows), head.chunk)]
-        statistics, kept = [], None
-        for part in parts:
-            kept = sweep.logits(part)
-            statistics.append(sweep.chunk.statistics(backend, kept[0], sweep.arguments(part), wanted)[:4])
-        logp, shift, sum_exp, entropy = (
-            (torch.cat(s) for s in zip(*statistics, strict=True)) if parts else (sweep.logp[:0],) * 4
+        _work_on_units(loop, loss, rows, first, last, any(needs) and plan.has_gradient(first))
+    return loop.result()
+
+
+def _work_on_units(loop, loss, rows, first, last, has_gradient):
+    """Adds the loss of the units ``[first, last)`` and its gradients; ``rows``: theirs."""
+    parts = loop.parts(rows)
+    logp, row_max, sum_exp, entropy, buffered = _statistics(loop, parts, ops.ENTROPY if loss.needs_entropy else 0)
+    value, dlogp, dentropy = _score(
+        loss, rows, logp, entropy if loss.needs_entropy else None, first, last, has_gradient
+    )
+    loop.loss += value
+    loop.logp[rows.index] = logp
+    if loss.needs_entropy:
+        loop.entropy[rows.index] = entropy
+    if not has_gradient:
+        return
+    end = len(rows)
+    # From the last part back, because the buffer still holds its logits.
+    for part in reversed(parts):
+        here = slice(end - len(part), end)
+        end -= len(part)
+        logits, hidden = buffered or loop.logits(part)
+        buffered = None
+        upstream = [None if d is None else loop.scaled(d[here]).contiguous() for d in (dlogp, dentropy)]
+        dlogits = loop.projection.dlogits(
+            *upstream, logits, loop.head.row_arguments(part), [x[here] for x in (row_max, sum_exp, entropy)]
         )
-        moving = any(needs) and plan.moves(first)
-        loss, dlogp, dentropy = _scored(score, rows, logp, entropy if with_entropy else None, first, last, moving)
-        sweep.loss += loss
-        sweep.logp[rows.index] = logp
-        if with_entropy:
-            sweep.entropy[rows.index] = entropy
-        if not moving:
-            continue
-        end = len(rows)
-        for part in reversed(parts):  # the last one's logits are there already
-            here = slice(end - len(part), end)
-            end -= len(part)
-            x, hidden = kept or sweep.logits(part)
-            kept = None
-            upstream = [None if d is None else sweep.scaled(d[here]).contiguous() for d in (dlogp, dentropy)]
-            dlogits = sweep.chunk.dlogits(
-                backend, *upstream, x, sweep.arguments(part), [s[here] for s in (shift, sum_exp, entropy)]
-            )
-            sweep.add(part, dlogits, x, hidden, torch.stack([d != 0 for d in upstream if d is not None]).any(0))
-    return sweep.found()
+        loop.add(part, dlogits, logits, hidden, torch.stack([d != 0 for d in upstream if d is not None]).any(0))
 
 
-def _compared(head, sizes, offsets, needs, with_entropy):
-    """The ranks of a process group, before anything that they do together."""
-    with meeting(head.where, head.shard.process_group(), head.hidden.device) as now:
-        if met(head.hidden.device):
+def _statistics(loop, parts, wanted):
+    """Returns the first four statistics of all parts, and the logits and hidden states of the last part."""
+    statistics, buffered = [], None
+    for part in parts:
+        buffered = loop.logits(part)
+        statistics.append(loop.projection.statistics(buffered[0], loop.head.row_arguments(part), wanted)[:4])
+    if not parts:
+        return *(loop.logp[:0],) * 4, None
+    return *(torch.cat(x) for x in zip(*statistics, strict=True)), buffered
+
+
+def _score(loss, rows, logp, entropy, first, last, has_gradient):
+    """Returns the loss of a chunk, and its derivatives by log-probabilities and entropies (None without these)."""
+    with torch.set_grad_enabled(has_gradient):
+        leaves = [x.detach().requires_grad_(has_gradient) for x in (logp, entropy) if x is not None]
+        stats = ChunkStats(leaves[0], None if entropy is None else leaves[1])
+        value = loss.loss_of_chunk(rows, stats, first, last)
+        gradients = (
+            torch.autograd.grad(value, leaves, allow_unused=True)
+            if has_gradient and value.requires_grad
+            else [None] * len(leaves)
+        )
+    dlogp = torch.zeros_like(logp) if gradients[0] is None else gradients[0]
+    return value.detach(), dlogp, gradients[1] if len(gradients) > 1 else None
+
+
+def _compare_ranks(head, sizes, offsets, needs, needs_entropy):
+    """Compares the ranks of a process group before anything that they do together."""
+    with meeting(head.caller, head.shard.process_group(), head.hidden.device) as now:
+        if ranks_compare(head.hidden.device):
             facts, sums = head.in_common()
             sequences = None if offsets is None else pattern(offsets >= 0, offsets)
             facts += [
                 ("rows of each chunk", sizes),
                 ("digest of sequences", sequences),
                 ("gradients of hidden, weight, bias", needs),
-                ("entropy", with_entropy),
+                ("entropy", needs_entropy),
             ]
             now.compare(head.shard[1:], facts, sums)
 
 
-def _scored(score, rows, logp, entropy, first, last, needs):
-    with torch.set_grad_enabled(needs):
-        leaves = [x.detach().requires_grad_(needs) for x in (logp, entropy) if x is not None]
-        loss = score(rows, *leaves, *(() if entropy is not None else (None,)), first, last)
-        grads = (
-            torch.autograd.grad(loss, leaves, allow_unused=True)
-            if needs and loss.requires_grad
-            else [None] * len(leaves)
-        )
-    dlogp = torch.zeros_like(logp) if grads[0] is None else grads[0]
-    return loss.detach(), dlogp, grads[1] if len(grads) > 1 else None
+def differentiable(head, function, *arguments):
+    """Calls ``function(*arguments, needs)`` and hands the gradients that it returns to autograd.
 
+    ``needs``: which of the hidden states, the weight and the bias of ``head`` get a gradient. A second backward calls
+    the function again.
 
-def differentiable(h, compute):
-    """Runs ``compute(needs)`` and hands its gradients to autograd; returns ``(loss, logp, entropy)``."""
-    inputs = h.hidden, h.weight, h.bias
+    Returns:
+        The loss, log-probabilities and entropies of the function's LossAndGradients.
+    """
+    inputs = head.hidden, head.weight, head.bias
     needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs)
 
-    def run():
-        with without_autocast(h.hidden.device.type):  # it may be on in the backward too
-            return compute(needs)
+    def result():
+        with without_autocast(head.hidden.device.type):  # it may be on in the backward too
+            return function(*arguments, needs)
 
-    found = run()
+    first = result()
     if not any(needs):
-        return found.loss, found.logp, found.entropy
-    return ops.with_gradients(found.loss, found.gradients, lambda: run().gradients, *inputs), found.logp, found.entropy
-
-
-def checked(h, live):
-    """The head without its graph; what dead tokens hold ignored, the others' targets and temperatures looked at."""
-    temperature = or_one(~live, h.temperature)
-    h = replaced(
-        h.detached(),
-        targets=or_ignored(~live, h.targets, h.ignore_index),
-        temperature=temperature.clone() if temperature is h.temperature else temperature,
+        return first.loss, first.logp, first.entropy
+    return (
+        ops.with_gradients(first.loss, first.gradients, lambda: result().gradients, *inputs),
+        first.logp,
+        first.entropy,
     )
-    check_targets(h.where, h.targets, h.ignore_index, h.temperature, h.weight.shape[0], h.shard)
-    return h
+
+
+def detached_for_loss(head, live):
+    """Detaches the head and replaces the targets of rows that are not ``live``, bool ``[T]``, by ``ignore_index``.
+
+    Targets and temperature are copies, because a second backward works on them again.
+
+    Raises:
+        IndexError: on the CPU, a live target outside the vocabulary.
+        ValueError: on the CPU, a temperature of a live row that is not positive.
+    """
+    temperature = head.temperature
+    ignored = head.without(~live)
+    head = replaced(
+        ignored,
+        hidden=head.hidden.detach(),
+        weight=head.weight.detach(),
+        bias=None if head.bias is None else head.bias.detach(),
+        temperature=temperature.clone() if ignored.temperature is temperature else ignored.temperature,
+    )
+    head.check_targets()
+    return head

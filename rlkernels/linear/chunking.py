@@ -1,4 +1,4 @@
-"""Rows that enter a product: which, in which order, and how many at a time."""
+"""The selection of the rows that enter a matmul: which rows, in which order, and how many at a time."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from rlkernels import checks
 BUDGET = {"cpu": 256 * 2**20}
 """Default bytes of logits per device type; elsewhere 1 GiB. On a CPU more only means more fresh pages to clear."""
 ROWS = 16
-"""A product has a multiple of this many rows.
+"""A matmul has a multiple of this many rows.
 
 With fewer or odd ones MKL adds in another order (seen at 1, 2, 3, 5, 7 and 31 rows): a row's log-probability would
 depend on how many rows came with it.
@@ -18,78 +18,104 @@ depend on how many rows came with it.
 
 
 def budget_bytes(budget, device):
-    """The caller's, else ``RLKERNELS_LOGITS_BUDGET``, else the device's."""
+    """Returns the caller's ``budget``, else ``RLKERNELS_LOGITS_BUDGET``, else the default of the device type.
+
+    Raises:
+        ValueError: the environment variable is no positive number.
+    """
     if budget is not None:
         return budget
-    given = os.environ.get("RLKERNELS_LOGITS_BUDGET")
-    if given is not None and not (given.isdecimal() and int(given) > 0):
+    text = os.environ.get("RLKERNELS_LOGITS_BUDGET")
+    if text is not None and not (text.isdecimal() and int(text) > 0):
         raise ValueError(
-            f"RLKERNELS_LOGITS_BUDGET must be a positive number of bytes, got {given!r}; correct it, or unset it"
+            f"RLKERNELS_LOGITS_BUDGET must be a positive number of bytes, got {text!r}; correct it, or unset it"
         )
-    return BUDGET.get(device, 2**30) if given is None else int(given)
+    return BUDGET.get(device, 2**30) if text is None else int(text)
 
 
 def rows_within(budget, bytes_per_row):
+    """Returns the rows of a chunk that a budget holds: a multiple of ROWS, ROWS at least."""
     return max(ROWS, budget // bytes_per_row // ROWS * ROWS)
 
 
 def filled_up(rows):
-    """The next multiple of ROWS."""
+    """Returns the next multiple of ROWS."""
     return -(-rows // ROWS) * ROWS
 
 
 @dataclass(eq=False)
-class Rows:
-    """Positions of the rows that are worked on, in order. ``dead``: those among them that only fill a bound."""
+class RowSelection:
+    """Positions ``[m]`` of the rows that are worked on, in order.
+
+    ``padding``: bool ``[m]``, True for padding rows. These only fill a bound (``max_live_tokens``); they are worked on,
+    because the host does not know how many they are, and count for nothing. None: there are none.
+
+    A dataclass, because it has a length: Dynamo makes a named tuple by ``_make``, which would take this length for the
+    number of its fields.
+    """
 
     index: torch.Tensor
-    dead: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
 
     def __len__(self):
         return self.index.shape[0]
 
     def part(self, start, end):
-        return Rows(self.index[start:end], None if self.dead is None else self.dead[start:end])
+        """Returns the rows ``[start, end)`` of the selection."""
+        return RowSelection(self.index[start:end], None if self.padding is None else self.padding[start:end])
 
-    def of(self, x):
-        """One number per row out of a ``[T]``; what is one for all, or absent, stays as it is."""
+    def at(self, positions):
+        """Returns the rows at these ``positions`` of the selection."""
+        return RowSelection(self.index[positions], None if self.padding is None else self.padding[positions])
+
+    def select(self, x):
+        """Returns the numbers of these rows out of a ``[T]``; a number for all rows, or None, stays as it is."""
         return x if x is None or x.dim() == 0 or x.shape[0] == 0 else x[self.index]
 
-    def arguments(self, targets, temperature, ignore_index):
-        """``targets, temperature, ignore_index`` of these rows, as a backend takes them."""
-        found = targets[self.index]
-        found = found if self.dead is None else found.masked_fill(self.dead, ignore_index)
+    def live(self, like):
+        """Returns a bool tensor shaped like ``like``: False for padding rows."""
+        if self.padding is None:
+            return torch.ones_like(like, dtype=torch.bool, requires_grad=False)
+        return ~self.padding
+
+    def row_arguments(self, targets, temperature, ignore_index):
+        """Returns ``targets, temperature, ignore_index`` of these rows, as a backend takes them."""
+        selected = targets[self.index]
+        selected = selected if self.padding is None else selected.masked_fill(self.padding, ignore_index)
         if not temperature.dim():
-            return found, temperature.item(), ignore_index
-        of_each = self.of(temperature)
-        return found, of_each if self.dead is None else of_each.masked_fill(self.dead, 1.0), ignore_index
+            return selected, temperature.item(), ignore_index
+        per_row = self.select(temperature)
+        return selected, per_row if self.padding is None else per_row.masked_fill(self.padding, 1.0), ignore_index
 
     def hidden(self, hidden):
-        """``[m, H]``, ``m`` a multiple of ROWS; the rows that fill up are 0, and so are dead ones: 0 times a NaN there
-        would be NaN.
+        """Returns the hidden states ``[m', H]`` of these rows, ``m'`` the next multiple of ROWS.
+
+        Padding rows and the rows behind the last one are 0, because 0 times a NaN that stands there would be NaN.
         """
         count = len(self)
-        found = hidden.new_empty(filled_up(count), hidden.shape[1])
-        torch.index_select(hidden, 0, self.index, out=found[:count])
-        found[count:].zero_()
-        return found if self.dead is None else found.masked_fill_(_filled(self.dead, found.shape[0])[:, None], 0.0)
-
-
-def _filled(dead, size):
-    return torch.cat([dead, dead.new_zeros(size - dead.shape[0])])
+        rows = hidden.new_empty(filled_up(count), hidden.shape[1])
+        torch.index_select(hidden, 0, self.index, out=rows[:count])
+        rows[count:].zero_()
+        if self.padding is None:
+            return rows
+        nothing = torch.cat([self.padding, self.padding.new_zeros(rows.shape[0] - count)])
+        return rows.masked_fill_(nothing[:, None], 0.0)
 
 
 def live_rows(live, bound=None):
-    """Rows where ``live`` holds. Their number is read by the host, once, unless a ``bound`` for it is given.
+    """Selects the rows where ``live`` holds. The host reads their number, once, unless a ``bound`` for it is given.
 
     Raises:
         ValueError: more live rows than the bound; on an accelerator a device-side assertion fails instead.
     """
-    _are_there(live)
-    return Rows(live.nonzero()[:, 0]) if bound is None else bounded_rows(live, bound, torch.argsort(~live, stable=True))
+    _refuse_wrapper(live)
+    if bound is None:
+        return RowSelection(live.nonzero()[:, 0])
+    return bounded_rows(live, bound, torch.argsort(~live, stable=True))
 
 
-def _are_there(live):
+def _refuse_wrapper(live):
+    """Raises TypeError for a subclass of Tensor that keeps its data in other tensors."""
     if hasattr(live, "__tensor_flatten__"):
         raise checks.named(
             TypeError(f"a mask, weights or advantages are a {type(live).__name__}, {checks.KEPT_ELSEWHERE}")
@@ -97,7 +123,7 @@ def _are_there(live):
 
 
 def bounded_rows(live, bound, order):
-    """The first ``bound`` rows of ``order``, which begins with the live ones; raises as ``live_rows``."""
+    """Selects the first ``bound`` rows of ``order``, which begins with the live ones; raises as ``live_rows``."""
     enough = live.sum() <= bound
     if live.device.type == "cpu":
         if not enough:
@@ -110,16 +136,13 @@ def bounded_rows(live, bound, order):
     else:
         torch._assert_async(enough, "rlkernels: more live tokens than max_live_tokens")
     index = order[:bound]
-    return Rows(index, ~live[index])
+    return RowSelection(index, ~live[index])
 
 
-def moving_and_still_rows(live, still):
-    """Live rows in two parts: those that may have a gradient, and those where ``still`` holds, which have none.
-
-    One host read.
-    """
-    moving = live & ~still
-    _are_there(moving)
-    first, last = torch.stack([moving.sum(), live.sum()]).tolist()
-    index = torch.argsort(torch.where(moving, 0, torch.where(live, 1, 2)), stable=True)
-    return Rows(index[:first]), Rows(index[first:last])
+def rows_by_gradient(live, zero_gradient):
+    """Selects the live rows in two parts: those that may have a gradient, and zero-gradient rows. One host read."""
+    trained = live & ~zero_gradient
+    _refuse_wrapper(trained)
+    first, last = torch.stack([trained.sum(), live.sum()]).tolist()
+    index = torch.argsort(torch.where(trained, 0, torch.where(live, 1, 2)), stable=True)
+    return RowSelection(index[:first]), RowSelection(index[first:last])

@@ -1,35 +1,54 @@
-"""The lm_head as all ``linear_*`` functions see it: its checked arguments, the logits of a chunk, and the way back."""
+"""The lm_head as all ``linear_*`` functions see it: the options of a call, and the checked head with its rows."""
 
 import contextlib
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 
 from rlkernels import checks, ops
-from rlkernels.backends import cpu_memory, gate
-from rlkernels.backends.protocol import RowBatch, SavedRows, Upstream, check_rows, real_dtype
+from rlkernels.backends import gate
+from rlkernels.backends.protocol import check_rows, real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.linear import vocab_parallel
 from rlkernels.linear.chunking import budget_bytes, rows_within
-from rlkernels.linear.matmul import products
+from rlkernels.linear.matmul import AcceleratorMatmul
 from rlkernels.linear.rank_agreement import pattern, sketch
-from rlkernels.logits_layout import or_one
-from rlkernels.tracing import replaced
+from rlkernels.linear.vocab_parallel import Shard
+from rlkernels.logits_layout import or_ignored, or_one
+from rlkernels.tracing import replaced, value
 
 AUTOCAST = {
     kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla")
 }
-"""Asked once: torch 2.11 cannot trace the question."""
-ALIGNED = 16  # columns: 16-byte loads in every row, whatever the vocabulary
+"""Device type to whether torch has autocast there. Asked at import, because torch 2.11 cannot trace the question."""
+ALIGNED = 16
+"""The stride of a row of logits is a multiple of this, so that every row takes 16-byte loads for any vocabulary."""
 
 
-class Head(NamedTuple):
-    """Hidden states ``[T, H]``, a head, and what belongs to each row; checked.
+class HeadOptions(TypedDict):
+    """The keywords that every ``linear_*`` function has, as the caller passed them; see ``linear_token_logprobs``."""
 
-    ``where``: the function that was called.
+    bias: torch.Tensor | None
+    temperature: float | torch.Tensor
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+    logits_dtype: torch.dtype
+    chunk_tokens: int | None
+    logits_budget: int | None
+    max_live_tokens: int | None
+    valid_vocab: int | None
+    process_group: "torch.distributed.ProcessGroup | None"
+    vocab_start: int | None
+
+
+class LinearHead(NamedTuple):
+    """Checked hidden states ``[T, H]``, a head, and what belongs to each row.
+
+    ``temperature``: ``[T]``, or one number as a tensor ``[]``. ``chunk_rows``: rows per chunk. ``caller``: the public
+    function that was called. Only methods, no properties: torch 2.8 traces no property of a named tuple.
     """
 
-    where: str
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -39,118 +58,155 @@ class Head(NamedTuple):
     logit_scale: float
     ignore_index: int
     logits_dtype: torch.dtype
-    chunk: int
-    bound: int | None
-    shard: vocab_parallel.Shard | None
-    shape: torch.Size
-    real: torch.dtype  # of per-row results. A field: torch 2.8 traces no property of a named tuple
+    chunk_rows: int
+    max_live_tokens: int | None
+    shard: Shard | None
+    caller: str
 
-    def flat(self, x):
-        """A per-row tensor as a contiguous ``[T]`` of the arithmetic's dtype; None stays None."""
-        # A copy: a second backward makes the gradients anew, from what the caller may have written over since.
-        return None if x is None else x.detach().to(self.real, copy=True).reshape(-1).contiguous()
-
-    def in_common(self):
-        return in_common(
+    def flatten(self):
+        """Returns the head as arguments of a registered op, in the order of OPERANDS."""
+        shard = (None, 0, 0, 0) if self.shard is None else self.shard
+        return (
             self.hidden,
+            self.weight,
             self.bias,
             self.targets,
             self.temperature,
-            self.softcap,
-            self.logit_scale,
+            None if self.softcap is None else ops.number(self.softcap),
+            ops.number(self.logit_scale),
             self.ignore_index,
             self.logits_dtype,
-            self.chunk,
-            self.bound,
+            self.chunk_rows,
+            self.max_live_tokens,
+            *shard,
+            self.caller,
         )
 
-    def temperature_without(self, dead, given):
-        """The temperature as it was ``given``, if it is one number; else one per row, 1 where ``dead``, whose shape is
-        that of the rows.
+    @classmethod
+    def unflatten(cls, operands):
+        """Returns the head that the arguments of a registered op stand for; reads its numbers."""
+        *tensors, softcap, logit_scale = operands[:TENSORS]
+        ignore_index, logits_dtype, chunk_rows, bound, group, *columns, caller = operands[TENSORS:]
+        shard = None if group is None else Shard(group, *columns)
+        numbers = value(softcap), value(logit_scale), ignore_index
+        return cls(*tensors, *numbers, logits_dtype, chunk_rows, bound, shard, caller)
+
+    def result_dtype(self):
+        """Returns the dtype of per-row results and of losses: fp32, or fp64 for fp64 hidden states."""
+        return real_dtype(self.hidden.dtype)
+
+    def per_row(self, x):
+        """Returns a copy of a per-row tensor as a contiguous ``[T]`` of the dtype of results; None stays None.
+
+        A copy, because a second backward makes the gradients anew, from what the caller may have written over since.
         """
-        return or_one(dead, self.temperature.view(dead.shape)) if self.temperature.dim() else given
+        return None if x is None else x.detach().to(self.result_dtype(), copy=True).reshape(-1).contiguous()
 
-    def detached(self):
+    def without(self, dead):
+        """Returns the head with the rows that are ``dead``, bool ``[T]``, ignored.
+
+        Nobody looks at the target and the temperature that they hold.
+        """
         return replaced(
-            self,
-            hidden=self.hidden.detach(),
-            weight=self.weight.detach(),
-            bias=None if self.bias is None else self.bias.detach(),
+            self, targets=or_ignored(dead, self.targets, self.ignore_index), temperature=or_one(dead, self.temperature)
         )
 
+    def row_arguments(self, rows):
+        """Returns ``targets, temperature, ignore_index`` of the selected rows, as a backend takes them."""
+        return rows.row_arguments(self.targets, self.temperature, self.ignore_index)
 
-def head(
-    where,
-    hidden,
-    weight,
-    targets,
-    *,
-    bias=None,
-    temperature=1.0,
-    softcap=None,
-    logit_scale=1.0,
-    ignore_index=-100,
-    logits_dtype=torch.float32,
-    chunk_tokens=None,
-    logits_budget=None,
-    max_live_tokens=None,
-    valid_vocab=None,
-    process_group=None,
-    vocab_start=None,
-):
-    """Checks the arguments that every ``linear_*`` function takes and lays them out."""
-    hidden, weight, bias = _operands(where, hidden, weight, bias)
+    def check_targets(self):
+        """Raises on the CPU for a live row whose target is outside the vocabulary or whose temperature is not positive.
+
+        The error names the row as the caller counts it.
+        """
+        check_rows(
+            self.targets,
+            self.weight.shape[0] if self.shard is None else self.shard.vocab,
+            self.ignore_index,
+            self.temperature if self.temperature.dim() else 1.0,
+            self.caller,
+        )
+
+    def in_common(self):
+        """Returns facts that all ranks of a process group must have alike, and a sum over hidden states.
+
+        Facts are named as an error names them. The host reads them from the tensors.
+        """
+        live = self.targets != self.ignore_index
+        temperature = self.temperature
+        bits = {torch.float32: torch.int32, torch.float64: torch.int64}[temperature.dtype]
+        return [
+            ("tokens", self.hidden.shape[0]),
+            ("features", self.hidden.shape[1]),
+            ("live tokens", live.sum().item()),
+            ("rows per chunk", self.chunk_rows),
+            ("max_live_tokens", self.max_live_tokens),
+            ("dtype of hidden", self.hidden.dtype),
+            ("logits_dtype", self.logits_dtype),
+            ("softcap", self.softcap),
+            ("logit_scale", self.logit_scale),
+            ("with a bias", self.bias is not None),
+            ("temperature", pattern(live, temperature.view(bits)) if temperature.dim() else temperature.item()),
+            ("digest of live targets", pattern(live, self.targets)),
+        ], [("hidden states, each times a factor", *sketch(self.hidden, live))]
+
+
+OPERANDS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor temperature, Tensor? softcap, "
+    "Tensor logit_scale, int ignore_index, ScalarType logits_dtype, int chunk_rows, int? max_live_tokens, "
+    "str? group, int start, int columns, int vocab, str caller"
+)
+"""The schema of ``LinearHead.flatten``. Numbers are tensors, because torch.compile specialises a Python float."""
+TENSORS = OPERANDS.count("Tensor")
+"""So many operands come first that are tensors or None."""
+
+
+def linear_head(caller, hidden, weight, targets, options):
+    """Checks the arguments that every ``linear_*`` function takes and returns them as a LinearHead.
+
+    Args:
+        caller: the name of the public function. options: HeadOptions.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``linear_token_logprobs``.
+    """
+    hidden, weight, bias = _operands(caller, hidden, weight, options["bias"])
     shape = hidden.shape[:-1]
-    checks.targets(where, targets, shape)
-    checks.readable(where, "targets", targets)
-    temperature = checks.temperature(where, temperature, shape)
-    ignore_index = checks.integer(where, "ignore_index", ignore_index)
-    targets = checks_tokens.holding(where, targets, ignore_index)
-    logit_scale = checks.finite(where, "logit_scale", logit_scale)
-    if logit_scale != 0:
-        checks.within_reach(where, "logit_scale", abs(logit_scale), "0")
-    if softcap is not None:
-        softcap = checks.positive(where, "softcap", softcap)
-        checks.within_reach(where, "softcap", softcap, "None")
+    checks.targets(caller, targets, shape)
+    checks.readable(caller, "targets", targets)
+    temperature = checks.temperature(caller, options["temperature"], shape)
+    ignore_index = checks.integer(caller, "ignore_index", options["ignore_index"])
+    targets = checks_tokens.holding(caller, targets, ignore_index)
+    logit_scale, softcap = _scale_and_cap(caller, options)
+    logits_dtype = options["logits_dtype"]
     if logits_dtype not in checks.FLOATS:
-        raise TypeError(f"{where}: logits_dtype must be floating, one of {checks.FLOAT_NAMES}; got {logits_dtype}")
+        raise TypeError(f"{caller}: logits_dtype must be floating, one of {checks.FLOAT_NAMES}; got {logits_dtype}")
     chunk_tokens, logits_budget, max_live_tokens, valid_vocab = (
-        checks.positive_integer(where, name, x)
-        for name, x in (
-            ("chunk_tokens", chunk_tokens),
-            ("logits_budget", logits_budget),
-            ("max_live_tokens", max_live_tokens),
-            ("valid_vocab", valid_vocab),
-        )
+        checks.positive_integer(caller, name, options[name])
+        for name in ("chunk_tokens", "logits_budget", "max_live_tokens", "valid_vocab")
     )
-    checks.one_device(where, "hidden", hidden, weight=weight, targets=targets, bias=bias, temperature=temperature)
-    checks.no_forward_ad(where, hidden, weight, bias)
-    if hidden.dtype == torch.float64 and logits_dtype == torch.float32:  # the default: the accumulator as it is
-        logits_dtype = torch.float64
-    if (hidden.dtype == torch.float64) != (logits_dtype == torch.float64):
-        raise TypeError(
-            f"{where}: logits_dtype is {logits_dtype}, hidden has dtype {hidden.dtype}; float64 logits are "
-            "those of float64 hidden states, "
-            "whose logits are not rounded"
-        )
-    shard = vocab_parallel.shard(where, weight, process_group, vocab_start, valid_vocab)
+    checks.one_device(caller, "hidden", hidden, weight=weight, targets=targets, bias=bias, temperature=temperature)
+    checks.no_forward_ad(caller, hidden, weight, bias)
+    logits_dtype = _logits_dtype(caller, hidden, logits_dtype)
+    vocab_start = options["vocab_start"]
+    shard = vocab_parallel.shard_of(caller, weight, options["process_group"], vocab_start, valid_vocab)
     if shard is None and valid_vocab is not None and valid_vocab > weight.shape[0]:
-        raise ValueError(f"{where}: valid_vocab is {valid_vocab}, weight has {weight.shape[0]} rows")
-    # A chunk is a collective: ranks with unlike shares of the columns must come to the same number of rows, or they
-    # wait for ever.
+        raise ValueError(f"{caller}: valid_vocab is {valid_vocab}, weight has {weight.shape[0]} rows")
+    # Of the whole vocabulary, where shards may differ in size: a chunk is a collective, so all ranks must come to the
+    # same number of rows, or they wait for ever.
     width = weight.shape[0] if vocab_start is None else shard.vocab
-    # Rows of padding behind the vocabulary take no part: they are cut off before any product.
     columns = valid_vocab if shard is None else shard.columns
     if columns is not None and columns < weight.shape[0]:
+        # Padding behind the vocabulary takes no part, so it is cut off before any matmul.
         weight, bias = weight[:columns], None if bias is None else bias[:columns]
-    per_row = isinstance(temperature, torch.Tensor)
-    temperature = (
-        temperature.reshape(-1).to(real_dtype(hidden.dtype)).contiguous() if per_row else ops.number(temperature)
-    )
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.reshape(-1).to(real_dtype(hidden.dtype)).contiguous()
+    else:
+        temperature = ops.number(temperature)
     bytes_per_row = (width + ALIGNED) * _bytes_per_logit(weight, logits_dtype, softcap)
-    chunk = chunk_tokens or rows_within(budget_bytes(logits_budget, hidden.device.type), bytes_per_row)
-    return Head(
-        where,
+    chunk_rows = chunk_tokens or rows_within(budget_bytes(logits_budget, hidden.device.type), bytes_per_row)
+    return LinearHead(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -160,36 +216,38 @@ def head(
         logit_scale,
         ignore_index,
         logits_dtype,
-        chunk,
+        chunk_rows,
         max_live_tokens,
         shard,
-        shape,
-        real_dtype(hidden.dtype),
+        caller,
     )
 
 
-def _operands(where, hidden, weight, bias):
-    checks.floating(where, "hidden", hidden)
+def _operands(caller, hidden, weight, bias):
+    """Returns hidden states, weight and bias, checked and cast as autocast says."""
+    checks.floating(caller, "hidden", hidden)
     if type(weight).__name__ == "DTensor":
         raise TypeError(
-            f"{where}: weight is a DTensor; pass weight.full_tensor(), or its local rows with process_group"
+            f"{caller}: weight is a DTensor; pass weight.full_tensor(), or its local rows with process_group"
         )
-    checks.floating(where, "weight", weight)
+    checks.floating(caller, "weight", weight)
     if weight.numel() == 0:
-        raise ValueError(f"{where}: weight has 0 elements; gather it first (ZeRO-3: deepspeed.zero.GatheredParameters)")
+        raise ValueError(
+            f"{caller}: weight has 0 elements; gather it first (ZeRO-3: deepspeed.zero.GatheredParameters)"
+        )
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{where}: hidden has {hidden.shape[-1] if hidden.dim() else 'no'} features, weight has "
+            f"{caller}: hidden has {hidden.shape[-1] if hidden.dim() else 'no'} features, weight has "
             f"{weight.shape[-1] if weight.dim() else 'no'}; "
             f"expected [..., H] and [V, H], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if bias is not None:
-        checks.floating(where, "bias", bias)
-        checks.shape(where, "bias", bias, weight.shape[:1])
-    if not (where.startswith("linear_token_") or torch.compiler.is_compiling()):
-        # The losses hand their chunks to kernels without the dispatcher, which would unwrap a subclass of Tensor.
+        checks.floating(caller, "bias", bias)
+        checks.shape(caller, "bias", bias, weight.shape[:1])
+    if not (caller.startswith("linear_token_") or torch.compiler.is_compiling()):
+        # The losses call kernels without the dispatcher, which would unwrap a subclass of Tensor.
         hidden, weight, bias = (
-            x if x is None else gate.own(where, name, x)
+            x if x is None else gate.own(caller, name, x)
             for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias))
         )
     kind = hidden.device.type
@@ -199,9 +257,32 @@ def _operands(where, hidden, weight, bias):
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(
-                f"{where}: {name} has dtype {x.dtype}, hidden has {hidden.dtype}; cast one of them, or use autocast"
+                f"{caller}: {name} has dtype {x.dtype}, hidden has {hidden.dtype}; cast one of them, or use autocast"
             )
     return hidden, weight, bias
+
+
+def _scale_and_cap(caller, options):
+    logit_scale, softcap = checks.finite(caller, "logit_scale", options["logit_scale"]), options["softcap"]
+    if logit_scale != 0:
+        checks.within_reach(caller, "logit_scale", abs(logit_scale), "0")
+    if softcap is not None:
+        softcap = checks.positive(caller, "softcap", softcap)
+        checks.within_reach(caller, "softcap", softcap, "None")
+    return logit_scale, softcap
+
+
+def _logits_dtype(caller, hidden, logits_dtype):
+    """Returns the dtype of the logits; fp32, the default, stands for fp64 where the hidden states are fp64."""
+    if hidden.dtype == torch.float64 and logits_dtype == torch.float32:
+        return torch.float64
+    if (hidden.dtype == torch.float64) != (logits_dtype == torch.float64):
+        raise TypeError(
+            f"{caller}: logits_dtype is {logits_dtype}, hidden has dtype {hidden.dtype}; float64 logits are "
+            "those of float64 hidden states, "
+            "whose logits are not rounded"
+        )
+    return logits_dtype
 
 
 def _has_autocast(kind):
@@ -209,122 +290,15 @@ def _has_autocast(kind):
 
 
 def without_autocast(kind):
-    """On devices of this kind.
+    """Returns a context in which autocast is off on devices of this kind.
 
-    It would take the products of fp32 back to 16 bits; ``head`` has cast what the caller wants cast.
+    It would round the matmuls of fp32 to 16 bits, and ``linear_head`` has cast what the caller wants cast.
     """
     return torch.autocast(kind, enabled=False) if _has_autocast(kind) else contextlib.nullcontext()
 
 
 def _bytes_per_logit(weight, logits_dtype, softcap):
-    # Which product a CPU takes is not for a graph to ask.
-    beside = 0 if weight.device.type == "cpu" else products(weight, logits_dtype).extra_bytes
+    # On a CPU no matmul needs bytes beside the logits. So nothing is asked of the native module, which torch.compile
+    # could not trace.
+    beside = 0 if weight.device.type == "cpu" else AcceleratorMatmul(weight).extra_bytes
     return logits_dtype.itemsize * (1 if softcap is None else 2) + beside
-
-
-def fresh(shape, dtype, device):
-    """An uninitialised tensor; on a CPU the memory of a large one is that of the last call's."""
-    return cpu_memory.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
-
-
-class Chunk:
-    """``hidden -> logits`` of some rows, in one buffer that all chunks of a call share, and back."""
-
-    def __init__(self, weight, bias, softcap, logit_scale, logits_dtype, shard, rows, bias_gradient):
-        self.products, self.columns, self.shard = products(weight, logits_dtype), weight.shape[0], shard
-        self.bias, self.softcap, self.scale = None if bias is None else bias.to(logits_dtype), softcap, logit_scale
-        self.width = self.columns + (shard is not None)  # a shard has one column more, for targets that are elsewhere
-        stride = -(-self.width // ALIGNED) * ALIGNED
-        self.buffers = [fresh((rows, stride), logits_dtype, weight.device) for _ in range(1 if softcap is None else 2)]
-        # Kernels write what the products take at once, where nothing else wants it unrounded: 14 bytes of memory
-        # traffic per logit instead of 22.
-        plain = softcap is None and logit_scale == 1.0 and not (bias is not None and bias_gradient)
-        self.rounded = self.products.gradient_dtype if plain and logits_dtype == torch.float32 else None
-
-    def logits(self, hidden):
-        x = self.buffers[0][: hidden.shape[0], : self.width]
-        body = x[:, : self.columns]
-        self.products.logits(hidden, body)
-        if self.bias is not None:
-            body.add_(self.bias)
-        if self.scale != 1.0:
-            body.mul_(self.scale)
-        if self.softcap is not None:
-            body.div_(self.softcap).tanh_().mul_(self.softcap)
-        if self.shard is not None:
-            x[:, self.columns] = vocab_parallel.absent(x.dtype)
-        return x
-
-    def statistics(self, backend, x, arguments, wanted):
-        """``token_stats`` of whole rows; over a process group, one collective."""
-        if self.shard is None:
-            return ops.run("token_stats", backend, RowBatch(x, *arguments), wanted)
-        return vocab_parallel.token_stats(self.shard, backend, x, *arguments, wanted)
-
-    def dlogits(self, backend, dlogp, dentropy, x, arguments, saved):
-        """The gradient of the logits ``x``, written where ``gradient_of`` says; ``saved``: shift, sum_exp and entropy
-        of the rows.
-        """
-        out = self.gradient_of(x)
-        if self.shard is None:
-            upstream, saved = Upstream(dlogp, dentropy), SavedRows(*saved)
-            return ops.run("token_stats_backward", backend, upstream, RowBatch(x, *arguments), saved, out)
-        return vocab_parallel.token_stats_backward(self.shard, backend, dlogp, dentropy, x, *arguments, *saved, out)
-
-    def gradient_of(self, x):
-        """The place of the gradient of the logits ``x``: over them, unless the way back through the softcap needs them
-        or it is rounded.
-        """
-        if self.rounded is not None and len(self.buffers) == 1:
-            self.buffers.append(torch.empty_like(self.buffers[0], dtype=self.rounded))
-        return x if len(self.buffers) == 1 else self.buffers[1][: x.shape[0], : self.width]
-
-    def back(self, dlogits, x, hidden, want_hidden, dweight, dbias, first):
-        """Adds to ``dweight`` and ``dbias`` (None: not wanted; ``dweight`` is filled at ``first``); returns the
-        gradient of ``hidden``, or None.
-
-        ``x`` is spent.
-        """
-        d = dlogits[:, : self.columns]
-        if self.softcap is not None:
-            d.mul_(x[:, : self.columns].div_(self.softcap).square_().neg_().add_(1.0))
-        if self.scale != 1.0:
-            d.mul_(self.scale)
-        if dbias is not None:
-            dbias.add_(d.sum(0, dtype=dbias.dtype))
-        return self.products.gradients(d, hidden, want_hidden, dweight, first)
-
-
-def check_targets(where, targets, ignore_index, temperature, columns, shard):
-    """On the CPU: a target outside the vocabulary, a temperature of a live row that is not positive, by the caller's
-    row.
-    """
-    check_rows(
-        targets,
-        columns if shard is None else shard.vocab,
-        ignore_index,
-        temperature if temperature.dim() else 1.0,
-        where,
-    )
-
-
-def in_common(hidden, bias, targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk, bound):
-    """Facts that all ranks of a process group must have alike, under the names that an error gives it; and a sum over
-    hidden states. Read on the host.
-    """
-    live = targets != ignore_index
-    bits = {torch.float32: torch.int32, torch.float64: torch.int64}[temperature.dtype]
-    return [
-        ("tokens", hidden.shape[0]),
-        ("features", hidden.shape[1]),
-        ("live tokens", live.sum().item()),
-        ("rows per chunk", chunk),
-        ("max_live_tokens", bound),
-        ("dtype of hidden", hidden.dtype),
-        ("logits_dtype", logits_dtype),
-        ("softcap", softcap),
-        ("logit_scale", logit_scale),
-        ("with a bias", bias is not None),
-        ("temperature", pattern(live, temperature.view(bits)) if temperature.dim() else temperature.item()),
-        ("digest of live targets", pattern(live, targets)),
-    ], [("hidden states, each times a factor", *sketch(hidden, live))]

@@ -1,21 +1,21 @@
-"""Losses from hidden states and the lm_head to the scalar, without ``[T, V]`` logits: three products, the gradient made
-in the forward.
+"""Policy losses from hidden states and the lm_head to the scalar, without ``[T, V]`` logits.
+
+Three matmuls, because the gradient is made in the forward.
 """
+
+from typing import NamedTuple
 
 import torch
 
-from rlkernels import checks, ops
+from rlkernels import ops
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.linear import chunked_loss
-from rlkernels.linear.chunked_loss import Terms
-from rlkernels.linear.chunking import live_rows
-from rlkernels.linear.head import head
-from rlkernels.linear.rank_agreement import agreed
-from rlkernels.linear.sequence_chunks import blocks, units
-from rlkernels.linear.token_stats import linear_token_logprobs, linear_token_stats
-from rlkernels.logits_layout import or_ignored
-from rlkernels.losses.policy import policy_loss, ratio_term
-from rlkernels.losses.policy import run as weighted_sum
+from rlkernels.linear.chunked_loss import chunked_loss, detached_for_loss, differentiable
+from rlkernels.linear.head import HeadOptions, linear_head
+from rlkernels.linear.rank_agreement import same_on_every_rank
+from rlkernels.linear.sequence_chunks import SequencePlan, WholeBatchPlan, plan_sequences
+from rlkernels.linear.token_loss import PolicyTerms, check_rank, token_loss
+from rlkernels.linear.token_stats import head_stats
+from rlkernels.losses.policy import ratio_term, times
 from rlkernels.losses.policy_arguments import (
     ROW,
     Share,
@@ -23,17 +23,16 @@ from rlkernels.losses.policy_arguments import (
     live_tokens,
     of_sums,
     resolve,
+    share_of,
     state,
     term_weights,
 )
 from rlkernels.losses.policy_metrics import policy_metrics
-from rlkernels.losses.sft import KINDS as SFT_KINDS
-from rlkernels.losses.sft import logprobs_sft_loss, sft_metrics, sft_weights
 from rlkernels.losses.weighted_sum import parameters
 from rlkernels.sequences import segment_ids, sums
 
 
-@agreed
+@same_on_every_rank
 def linear_policy_loss(
     hidden,
     weight,
@@ -67,23 +66,22 @@ def linear_policy_loss(
     return_metrics=False,
     **params,
 ):
-    r"""``policy_loss`` from hidden states and the lm_head: the logits of a chunk become their own gradient, and three
-    products do it all.
+    r"""``policy_loss`` from hidden states and the lm_head, in three matmuls: the logits of a chunk become their own
+    gradient.
 
-    Tokens whose weights are all 0 enter no product. Tokens without advantage, KL and entropy term skip the two products
-    of the gradient where the objective's source shows that it cannot move there; on the CPU so do all tokens whose
-    gradient turns out to be 0 (clipped ones). Sequence-level ratios take whole sequences per chunk; a sequence that
+    Tokens whose weights are all 0 enter no matmul. Tokens without advantage, KL and entropy term skip the two matmuls
+    of the gradient, where the objective's source shows that their gradient is 0. On the CPU so do all tokens whose
+    gradient turns out to be 0 (clipped ones). With sequence-level ratios a chunk holds whole sequences; a sequence that
     outgrows a chunk is multiplied once more, but for its last part. Under ``torch.compile`` the loss is ``policy_loss``
-    of ``linear_token_stats``: four products.
+    of ``linear_token_stats``: four matmuls.
 
     Args:
         hidden, weight, bias: as for ``linear_token_logprobs``; all three get gradients where they require them, scaled
             by the upstream gradient in the backward.
         targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk_tokens, logits_budget,
-        max_live_tokens, valid_vocab,
-            process_group, vocab_start: as for ``linear_token_logprobs``. ``max_live_tokens`` bounds the tokens with a
-            weight; with sequence-level ratios the live tokens, and where the bound does not fit in one chunk they take
-            four products.
+            valid_vocab, process_group, vocab_start: as for ``linear_token_logprobs``.
+        max_live_tokens: a bound on the tokens with a weight, as for ``linear_token_logprobs``. With sequence-level
+            ratios it bounds the live tokens; where it does not fit in one chunk, they take four matmuls.
         the rest: as for ``logits_policy_loss``; ``old_logprobs`` and ``ref_logprobs`` under the same temperature.
 
     Returns:
@@ -92,148 +90,8 @@ def linear_policy_loss(
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``policy_loss``.
     """
-    where = "linear_policy_loss"
-    h = head(
-        where,
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        logits_dtype=logits_dtype,
-        chunk_tokens=chunk_tokens,
-        logits_budget=logits_budget,
-        max_live_tokens=max_live_tokens,
-        valid_vocab=valid_vocab,
-        process_group=process_group,
-        vocab_start=vocab_start,
-    )
-    _not_one_row(where, hidden)
-    entry, values = resolve(where, objective, params, hidden)
-    targets = checks_tokens.holding(where, targets, ignore_index)
-    like = targets.new_empty(targets.shape, dtype=h.real)
-    cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
-    columns = state(where, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
-    penalty, bonus = check_terms(where, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
-    ignore_index = h.ignore_index
-    live = live_tokens(where, like, mask) & (targets != ignore_index)
-    if torch.compiler.is_compiling():
-        stats = linear_token_stats(
-            hidden,
-            weight,
-            or_ignored(~live, targets, ignore_index),
-            bias=bias,
-            temperature=h.temperature_without(~live, temperature),
-            softcap=softcap,
-            logit_scale=logit_scale,
-            ignore_index=ignore_index,
-            logits_dtype=logits_dtype,
-            chunk_tokens=chunk_tokens,
-            logits_budget=logits_budget,
-            max_live_tokens=max_live_tokens,
-            valid_vocab=valid_vocab,
-            process_group=process_group,
-            vocab_start=vocab_start,
-        )
-        return policy_loss(
-            stats.logprobs,
-            old_logprobs,
-            advantages,
-            live,
-            objective=objective,
-            aggregation=aggregation,
-            weights=weights,
-            ref_logprobs=ref_logprobs,
-            kl=kl,
-            kl_coef=kl_coef,
-            entropy=stats.entropy,
-            entropy_coef=entropy_coef,
-            cu_seqlens=cu_seqlens,
-            ratio_level=ratio_level,
-            normalizers=normalizers,
-            return_metrics=return_metrics,
-            **params,
-        )
-    if ratio_level == "sequence_sum":
-        aggregation = of_sums(aggregation, weights)
-    weights = term_weights(where, like, live, aggregation, weights, cu_seqlens, normalizers)
-    bonus, penalty = (None if c is None else h.flat(weights * c) for c in (bonus, penalty))
-    terms = Terms(
-        objective,
-        [h.flat(c) for c in columns],
-        parameters(values),
-        h.flat(weights),
-        bonus,
-        None if penalty is None else kl,
-        None if penalty is None else h.flat(ref_logprobs),
-        penalty,
-    )
-    backend = ops.serving("fused_policy", hidden)
-    with_entropy = return_metrics or bonus is not None
-    if ratio_level != "token":
-        compute = _by_sequence(where, h, terms, like.shape, live, cu_seqlens, ratio_level, with_entropy, backend)
-    else:
-        # The others are not read: no metrics of them.
-        compute, live = _by_token(h, terms, with_entropy, backend), live & terms.live().view(h.shape)
-    loss, logp, entropy = chunked_loss.differentiable(h, compute)
-    if not return_metrics:
-        return loss
-    shape = h.shape
-    return loss, policy_metrics(
-        logp.view(shape), columns, live, ref_logprobs, kl, entropy.view(shape), entry, values, ratio_level, cu_seqlens
-    )
-
-
-@agreed
-def linear_sft_loss(
-    hidden,
-    weight,
-    targets,
-    mask=None,
-    *,
-    bias=None,
-    temperature=1.0,
-    softcap=None,
-    logit_scale=1.0,
-    ignore_index=-100,
-    logits_dtype=torch.float32,
-    chunk_tokens=None,
-    logits_budget=None,
-    max_live_tokens=None,
-    valid_vocab=None,
-    process_group=None,
-    vocab_start=None,
-    kind="nll",
-    aggregation="token-mean",
-    weights=None,
-    sample_weights=None,
-    cu_seqlens=None,
-    normalizers=None,
-    return_metrics=False,
-):
-    r"""``sft_loss`` from hidden states and the lm_head, without ``[T, V]`` logits: three products, the gradient made in
-    the forward.
-
-    Args:
-        hidden, weight, bias: as for ``linear_token_logprobs``; all three get gradients where they require them.
-        targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk_tokens, logits_budget,
-        max_live_tokens, valid_vocab,
-            process_group, vocab_start: as for ``linear_token_logprobs``. Targets are shifted already.
-        mask, kind, aggregation, weights, sample_weights, cu_seqlens, normalizers: as for ``sft_loss``; a token of
-            weight 0 enters no product.
-
-    Returns:
-        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, {"nll": ..., "probability":
-        ...})``.
-
-    Raises:
-        TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``sft_loss``.
-    """
-    where = "linear_sft_loss"
-    options = {
+    caller = "linear_policy_loss"
+    options: HeadOptions = {
         "bias": bias,
         "temperature": temperature,
         "softcap": softcap,
@@ -247,95 +105,120 @@ def linear_sft_loss(
         "process_group": process_group,
         "vocab_start": vocab_start,
     }
-    h = head(where, hidden, weight, targets, **options)
-    _not_one_row(where, hidden)
-    checks.choice(where, "kind", kind, SFT_KINDS)
-    ignore_index = h.ignore_index
-    targets = checks_tokens.holding(where, targets, ignore_index)
-    like = targets.new_empty(targets.shape, dtype=h.real)
-    cu_seqlens = checks_tokens.rows(where, "targets", targets, cu_seqlens)
-    live = live_tokens(where, like, mask) & (targets != ignore_index)
+    head = linear_head(caller, hidden, weight, targets, options)
+    check_rank(caller, hidden)
+    entry, values = resolve(caller, objective, params, hidden)
+    ignore_index = head.ignore_index
+    targets = checks_tokens.holding(caller, targets, ignore_index)
+    like = targets.new_empty(targets.shape, dtype=head.result_dtype())
+    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    columns = state(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
+    kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
+    live = live_tokens(caller, like, mask) & (targets != ignore_index)
+    if ratio_level == "sequence_sum":
+        aggregation = of_sums(aggregation, weights)
     if torch.compiler.is_compiling():
-        options["temperature"] = h.temperature_without(~live, temperature)
-        logp = linear_token_logprobs(hidden, weight, or_ignored(~live, targets, ignore_index), **options)
-        return logprobs_sft_loss(
-            logp,
-            live,
-            kind=kind,
-            aggregation=aggregation,
-            weights=weights,
-            sample_weights=sample_weights,
-            cu_seqlens=cu_seqlens,
-            normalizers=normalizers,
-            return_metrics=return_metrics,
+        share = share_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+        stats = head_stats(head.without(~live.reshape(-1)), ("entropy",), like.shape)
+        coefficients = kl_coef, entropy_coef
+        sequences = live, cu_seqlens, ratio_level
+        loss = _composed_policy_loss(
+            caller, stats, objective, columns, values, share, sequences, ref_logprobs, kl, coefficients
         )
-    weights = sft_weights(where, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
-    terms = Terms(kind, [], (), h.flat(weights), None, None, None, None)
-    loss, logp, _ = chunked_loss.differentiable(h, _by_token(h, terms, False, ops.serving("fused_policy", hidden)))
-    return (loss, sft_metrics(logp, terms.weight)) if return_metrics else loss
-
-
-def _not_one_row(where, hidden):
-    if hidden.dim() < 2:
-        raise ValueError(
-            f"{where}: hidden has shape {tuple(hidden.shape)}, expected [T, H] or [B, L, H]; unsqueeze the one row"
+        logp, entropy = stats.logprobs, stats.entropy
+    else:
+        weights = term_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+        kl_weight, entropy_weight = (None if c is None else head.per_row(weights * c) for c in (kl_coef, entropy_coef))
+        terms = PolicyTerms(
+            objective,
+            [head.per_row(c) for c in columns],
+            parameters(values),
+            head.per_row(weights),
+            entropy_weight,
+            None if kl_weight is None else kl,
+            None if kl_weight is None else head.per_row(ref_logprobs),
+            kl_weight,
         )
+        backend = ops.serving("fused_policy", hidden)
+        needs_entropy = return_metrics or entropy_weight is not None
+        if ratio_level == "token":
+            loss, logp, entropy = token_loss(head, terms, needs_entropy, backend)
+            if return_metrics:
+                live = live & terms.live().view(like.shape)  # the other rows are not read, so they have no metrics
+        else:
+            loss, logp, entropy = _sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, backend)
+    if not return_metrics:
+        return loss
+    logp, entropy = logp.view(like.shape), entropy.view(like.shape)
+    return loss, policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
 
 
-def _by_token(h, terms, with_entropy, backend):
-    h = chunked_loss.checked(h, terms.live() & (h.targets != h.ignore_index))
-    if h.shard is None:
-        return lambda needs: chunked_loss.per_token(h, terms, needs, backend)
+def _composed_policy_loss(caller, stats, objective, columns, values, share, sequences, ref_logprobs, kl, coefficients):
+    """Returns ``policy_loss`` of the TokenStats of a whole batch, without its checks; differentiable in them.
 
-    def score(rows, logp, entropy, first, last):
-        part = terms.at(rows.index)
-        return weighted_sum(part.objective, logp, part.columns, part.params, Share(part.weight)) + _extras(
-            part, logp, entropy
+    sequences: live tokens, ``cu_seqlens`` and ``ratio_level``. coefficients: of the KL and the entropy term, or None.
+    """
+    loss = ratio_term(caller, objective, stats.logprobs, columns, values, share, *sequences)
+    kl_coef, entropy_coef = coefficients
+    if kl_coef is not None:
+        loss = loss + times(kl_coef, kl, stats.logprobs, [ref_logprobs], share)
+    if entropy_coef is not None:
+        loss = loss + times(entropy_coef, "nll", stats.entropy, [], share)
+    return loss
+
+
+class SequenceLoss(NamedTuple):
+    """The ChunkedLoss of whole sequences: a policy loss whose ratio is a sequence's."""
+
+    caller: str
+    terms: PolicyTerms
+    plan: SequencePlan | WholeBatchPlan
+    ratio_level: str
+    live: torch.Tensor  # shaped as the caller's targets
+    cu_seqlens: torch.Tensor | None
+    needs_entropy: bool
+
+    def loss_of_chunk(self, rows, stats, first, last):
+        terms = self.terms.at(rows.index)
+        loss = ratio_term(
+            self.caller,
+            terms.objective,
+            stats.logp,
+            terms.columns,
+            terms.params,
+            Share(terms.weight),
+            rows.live(stats.logp),
+            self.plan.cu_seqlens(first, last),
+            self.ratio_level,
         )
+        return loss + terms.kl_and_entropy(stats)
 
-    def compute(needs):
-        plan = blocks(live_rows(h.targets != h.ignore_index, h.bound), h.chunk)
-        return chunked_loss.per_unit(h, plan, score, needs, with_entropy, backend, terms.largest)
-
-    return compute
-
-
-def _extras(terms, logp, entropy):
-    """The KL and the entropy term."""
-    total = logp.new_zeros(())
-    if terms.kl is not None:
-        total = total + weighted_sum(terms.kl, logp, [terms.ref_logp], (), Share(terms.kl_weight))
-    if terms.entropy_weight is not None:
-        total = total + weighted_sum("nll", entropy, [], (), Share(terms.entropy_weight))
-    return total
+    def gradient_scale(self):
+        sequences = self.live.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        if self.ratio_level != "sequence_sum" or not sequences:
+            return self.terms.gradient_scale()
+        # The derivative of a sum by each of its tokens is that of the whole sequence.
+        return sums(self.terms.weight.view(self.live.shape), self.live, self.cu_seqlens).abs().amax()
 
 
-def _by_sequence(where, h, terms, shape, live, cu_seqlens, level, with_entropy, backend):
+def _sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, backend):
+    """Returns the loss of whole sequences, differentiable in the head, and log-probabilities and entropies ``[T]``.
+
+    Raises:
+        ValueError: rows that are in no sequence; as ``detached_for_loss`` and ``plan_sequences``.
+    """
+    shape = live.shape
     if cu_seqlens is None and len(shape) != 2:
         raise ValueError(
-            f"{where}: ratio_level {level!r} needs hidden [B, L, H], or packed [T, H] with cu_seqlens; "
+            f"{head.caller}: ratio_level {ratio_level!r} needs hidden [B, L, H], or packed [T, H] with cu_seqlens; "
             f"got targets of shape {tuple(shape)}"
         )
-    live = live.reshape(-1)
-    count = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    position = torch.arange(live.shape[0], device=live.device)
-    unit = position // max(shape[-1], 1) if cu_seqlens is None else segment_ids(cu_seqlens, live.shape[0])
-    h = chunked_loss.checked(h, live)
-    plan = units(live, unit, count, bound=h.bound, still=terms.still())
-
-    def score(rows, logp, entropy, first, last):
-        cu = plan.cu_seqlens(first, last)
-        part = terms.at(rows.index)
-        every = torch.ones_like(logp, dtype=torch.bool, requires_grad=False) if rows.dead is None else ~rows.dead
-        loss = ratio_term(
-            where, terms.objective, logp, part.columns, terms.params, Share(part.weight), every, cu, level
-        )
-        return loss + _extras(part, logp, entropy)
-
-    def largest():
-        if level != "sequence_sum" or not count:
-            return terms.largest()
-        # Of a sum every token has the slope of the whole.
-        return sums(terms.weight.view(shape), live.view(shape), cu_seqlens).abs().amax()
-
-    return lambda needs: chunked_loss.per_unit(h, plan, score, needs, with_entropy, backend, largest)
+    rows = live.reshape(-1)
+    if cu_seqlens is None:
+        count, sequence = shape[0], torch.arange(rows.shape[0], device=live.device) // max(shape[-1], 1)
+    else:
+        count, sequence = cu_seqlens.shape[0] - 1, segment_ids(cu_seqlens, rows.shape[0])
+    work = detached_for_loss(head, rows)
+    plan = plan_sequences(rows, sequence, count, bound=work.max_live_tokens, zero_gradient=terms.zero_gradient())
+    loss = SequenceLoss(head.caller, terms, plan, ratio_level, live, cu_seqlens, needs_entropy)
+    return differentiable(head, chunked_loss, work, plan, loss, backend)

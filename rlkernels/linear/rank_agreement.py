@@ -1,8 +1,7 @@
-"""The agreement of a process group: what its ranks must have in common, compared in one small collective per call and
-direction.
+"""The agreement of a process group: one small collective per call and direction compares what its ranks must share.
 
-Otherwise a rank that differs, or raises, leaves the others waiting in a collective that it never enters; and where
-shapes differ, gloo ends the process. Who reads a gathered number waits for the device, so accelerators meet with
+Without it a rank that differs, or raises, leaves the others waiting in a collective that it never enters. Where shapes
+differ, gloo ends the process. Reading a gathered number waits for the device, so ranks on accelerators compare with
 ``RLKERNELS_CHECK=1`` alone.
 """
 
@@ -25,36 +24,40 @@ SLOTS, NEAR, FACTS = 80, 4, 9
 """
 TEXT = 512  # bytes of what a rank says where it differs
 PATIENCE = datetime.timedelta(seconds=5)
-"""The time for which a rank that raises waits for the others to hear of it: they may not have called, and its own error
-must be seen.
+"""The time that a rank which raises waits for the others to hear of it. It ends, because they may not have called, and
+the rank's own error must be seen.
 """
 TOLERANCE = 0.02  # of sums of numbers that may differ in their last bits from rank to rank
-# Of the first the rows, the others altogether: they differ as they should.
+# Arguments that may differ from rank to rank: of the first two the number of rows, of the others everything.
 _WEIGHT, _OWN = {"weight", "bias"}, {"process_group", "vocab_start"}
 _call = contextvars.ContextVar("the call over a process group that this thread is in", default=None)
 
 
-def met(device):
-    """Tell whether ranks with tensors on this device compare."""
+def ranks_compare(device):
+    """Tells whether ranks with tensors on this device compare what they have in common."""
     return checks.CHECK_VALUES or device.type == "cpu"
 
 
-def gathered(mine, group):
-    """``[n, ...]`` of every rank's ``[...]``. gloo takes ranks along the first dimension only."""
+def all_gather(mine, group):
+    """Returns every rank's ``mine`` ``[...]``, as ``[ranks, ...]``.
+
+    Gathered along the first dimension and viewed, because gloo knows no other one.
+    """
     ranks = torch.distributed.get_world_size(group)
     return _gather(mine, group, ranks)[0].view(ranks, *mine.shape)
 
 
 def _gather(mine, group, ranks, **options):
     everyone = mine.new_empty(ranks * mine.shape[0], *mine.shape[1:])
-    # The older name warns from 2.13 on.
+    # Torch renamed the function: the older name warns from 2.13 on.
     gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
     return everyone, gather(everyone, mine, group=group, **options)
 
 
-def agreed(function):
-    """Compares the arguments of a ``linear_*`` function over its ``process_group``; what one rank raises, all of them
-    raise.
+def same_on_every_rank(function):
+    """Makes a ``linear_*`` function compare its arguments over its ``process_group``.
+
+    What one rank raises, every rank raises.
     """
     signature = inspect.signature(function)
 
@@ -63,46 +66,46 @@ def agreed(function):
         group = options.get("process_group")
         if group is None or torch.compiler.is_compiling():
             return function(*arguments, **options)
-        member(function.__name__, group)
+        check_member(function.__name__, group)
         tensors = [x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor)]
         with meeting(
             function.__name__, group, tensors[0].device if tensors else torch.device("cpu"), nested=False
         ) as now:
-            if met(now.device):
+            if ranks_compare(now.device):
                 now.facts = _arguments(signature.bind(*arguments, **options))
             return function(*arguments, **options)
 
     return call
 
 
-def member(where, group):
-    """A process group that this process is in."""
+def check_member(caller, group):
+    """Raises TypeError for anything but a process group, and ValueError where this process is not in it."""
     distributed = torch.distributed
     if not isinstance(group, distributed.ProcessGroup) and group is not distributed.GroupMember.NON_GROUP_MEMBER:
         raise TypeError(
-            f"{where}: process_group must be a torch.distributed.ProcessGroup, such as mesh.get_group(), "
+            f"{caller}: process_group must be a torch.distributed.ProcessGroup, such as mesh.get_group(), "
             f"got {type(group).__name__}"
         )
     if distributed.get_rank(group) < 0:
-        raise ValueError(f"{where}: this process is not in process_group, so it has no vocabulary shard")
+        raise ValueError(f"{caller}: this process is not in process_group, so it has no vocabulary shard")
 
 
 @contextlib.contextmanager
-def meeting(where, group, device, nested=True):
-    """The meeting of the call that this thread is in, or a new one.
+def meeting(caller, group, device, nested=True):
+    """Yields the Meeting of the call that this thread is in, or a new one.
 
-    An error before the ranks have met is told to all of them.
+    An error that is raised before the ranks have compared is told to all of them.
     """
     outer = _call.get()
     if nested and outer is not None and outer.group == group:
         yield outer
         return
-    now = Meeting(where, group, device)
+    now = Meeting(caller, group, device)
     token = _call.set(now)
     try:
         yield now
     except Exception as error:
-        if not now.held:
+        if not now.compared:
             now.tell(error)
         raise
     finally:
@@ -110,14 +113,17 @@ def meeting(where, group, device, nested=True):
 
 
 class Meeting:
-    """One call of a function by all ranks of a group. ``facts``: names and values that must be equal on all of them."""
+    """One call of a function by all ranks of a group.
 
-    def __init__(self, where, group, device):
-        self.where, self.group, self.device, self.facts, self.held = where, group, device, [], False
+    ``facts``: names and values that must be equal on all of them. ``compared``: whether the ranks have compared.
+    """
+
+    def __init__(self, caller, group, device):
+        self.caller, self.group, self.device, self.facts, self.compared = caller, group, device, [], False
 
     def tell(self, error):
-        """Takes the place of this rank in the collective that the others compare in; they raise what it says."""
-        if not met(self.device):
+        """Sends ``error`` in the collective in which the other ranks compare, so that they raise it."""
+        if not ranks_compare(self.device):
             return
         with contextlib.suppress(Exception):  # the caller's error counts, whatever becomes of the group
             if torch.distributed.get_rank(self.group) < 0:
@@ -131,28 +137,28 @@ class Meeting:
         """Raises the same error on all ranks where they differ.
 
         Args:
-            shard: its start, columns and vocabulary. facts: names and values. near: what a sum is of, the sum, and what
-                a difference is measured by;
-            two of them at most.
+            shard: its start, columns and vocabulary.
+            facts: names and values.
+            near: at most two sums: the name of one, its value, and the size that a difference is measured by.
         """
-        if not met(self.device):
+        if not ranks_compare(self.device):
             return
-        self.held = True
+        self.compared = True
         facts = [*facts, *(fact for fact in self.facts if fact[0] not in dict(facts))]
         names = [name for name, _ in facts]
         digests = [_digest(_text(value)) for _, value in facts]
         digests[SLOTS - FACTS - 1 :] = [_digest(str(digests[SLOTS - FACTS - 1 :]))]
         sums = [x for _, *pair in near for x in pair]
         sums = struct.unpack(f"<{NEAR}q", struct.pack(f"<{NEAR}d", *sums, *[0.0] * (NEAR - len(sums))))
-        mine = [0, _digest(f"{self.where}{names}"), *shard, *sums, *digests]
-        table = gathered(torch.tensor(mine + [0] * (SLOTS - len(mine)), device=self.device), self.group).tolist()
+        mine = [0, _digest(f"{self.caller}{names}"), *shard, *sums, *digests]
+        table = all_gather(torch.tensor(mine + [0] * (SLOTS - len(mine)), device=self.device), self.group).tolist()
         for rank, (raised, *said) in enumerate(table):
             if raised:
                 text = struct.pack(f"<{SLOTS - 1}q", *said).rstrip(b"\0").decode(errors="ignore")
-                raise RuntimeError(f"{self.where}: rank {rank} of process_group raised {text}")
-        _cover(self.where, [row[2:5] for row in table])
+                raise RuntimeError(f"{self.caller}: rank {rank} of process_group raised {text}")
+        _cover(self.caller, [row[2:5] for row in table])
         if any(row[1] != mine[1] for row in table):
-            self._differ(f"called {self.where} with {', '.join(names)}")
+            self._differ(f"called {self.caller} with {', '.join(names)}")
         unlike = [i for i in range(len(digests)) if len({row[FACTS + i] for row in table}) > 1]
         if unlike:
             self._differ(
@@ -161,20 +167,20 @@ class Meeting:
                 )
             )
         sums = [struct.unpack(f"<{NEAR}d", struct.pack(f"<{NEAR}q", *row[5:FACTS])) for row in table]
-        for i in range(0, NEAR, 2):  # of those that this rank lacks too: the ranks go on together, or none does
+        for i in range(0, NEAR, 2):  # also sums that this rank lacks, so that all ranks go on together, or none does
             if not all(_close(row[i : i + 2], sums[0][i : i + 2]) for row in sums):
                 self._differ(", ".join(f"sum of {name} {value:.4g}" for name, value, _ in near[i // 2 : i // 2 + 1]))
 
     def _differ(self, text):
-        """Every rank comes here with its own ``text``, or none does."""
+        """Raises RuntimeError with every rank's own ``text``; called by every rank, or by none."""
         mine = torch.tensor(list(text.encode()[:TEXT].ljust(TEXT, b" ")), dtype=torch.uint8, device=self.device)
-        texts = [bytes(row).decode(errors="ignore").rstrip() for row in gathered(mine, self.group).tolist()]
+        texts = [bytes(row).decode(errors="ignore").rstrip() for row in all_gather(mine, self.group).tolist()]
         said = {}
         for rank, one in enumerate(texts):
             said.setdefault(one, []).append(str(rank))
         lines = " | ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}: {one}" for one, ranks in said.items())
         raise RuntimeError(
-            f"{self.where}: the ranks of process_group differ. {lines}. Pass the same on every rank: "
+            f"{self.caller}: the ranks of process_group differ. {lines}. Pass the same on every rank: "
             "all but vocab_start and the rows of weight "
             "and bias"
         )
@@ -189,42 +195,47 @@ def _close(one, other):
     return x == y or (math.isnan(x) and math.isnan(y)) or abs(x - y) <= TOLERANCE * max(size, other_size)
 
 
-def _cover(where, shards):
-    """The shards must lie end to end and hold the whole vocabulary: a gap would be a column that no rank reduces."""
+def _cover(caller, shards):
+    """Raises ValueError unless the shards lie end to end and hold the whole vocabulary.
+
+    No rank would reduce a column in a gap. The order is that of the ranks, because the first maximum is looked for in
+    that order.
+    """
     ends = 0
-    for first, size, vocab in shards:  # in the order of the ranks: the first maximum is looked for in that order
+    for first, size, vocab in shards:
         if min(first, vocab) != ends:
             raise ValueError(
-                f"{where}: a vocabulary shard starts at {first}, expected {ends}; shards (start, columns, "
+                f"{caller}: a vocabulary shard starts at {first}, expected {ends}; shards (start, columns, "
                 f"vocabulary): {shards}; "
                 "pass vocab_start and valid_vocab where they differ in size"
             )
         ends += size
     if len({total for *_, total in shards}) > 1:
         raise ValueError(
-            f"{where}: the vocabulary shards are of vocabularies of different sizes, (start, columns, "
+            f"{caller}: the vocabulary shards are of vocabularies of different sizes, (start, columns, "
             f"vocabulary): {shards}; "
             "pass the same valid_vocab on every rank"
         )
     if ends < vocab:
         raise ValueError(
-            f"{where}: the vocabulary shards hold {ends} of {vocab} columns; shards (start, columns, "
+            f"{caller}: the vocabulary shards hold {ends} of {vocab} columns; shards (start, columns, "
             f"vocabulary): {shards}"
         )
 
 
 def _arguments(bound):
-    """Names and values of a call; of a tensor its kind, and its value where it is one whole number."""
+    """Returns names and values of a call's arguments; of a tensor its kind, and its value if it is one whole number."""
     bound.apply_defaults()
-    given = dict(bound.arguments)
+    arguments = dict(bound.arguments)
     for name, parameter in bound.signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
-            given |= given.pop(name)
-    facts = [(name, _kind(x, name in _WEIGHT)) for name, x in sorted(given.items()) if name not in _OWN]
+            arguments |= arguments.pop(name)
+    facts = [(name, _kind(x, name in _WEIGHT)) for name, x in sorted(arguments.items()) if name not in _OWN]
     return [*facts, ("gradients", torch.is_grad_enabled())]
 
 
 def _kind(x, rows_differ):
+    """Returns dtype, shape and gradient of a tensor as text; anything else as it is."""
     if not isinstance(x, torch.Tensor):
         return x
     text = f"{x.dtype} {list(x.shape[rows_differ:])}{' with a gradient' if x.requires_grad else ''}"
@@ -232,7 +243,10 @@ def _kind(x, rows_differ):
 
 
 def _text(x):
-    """A value as every process writes it: an object by its type alone, because its repr may hold an address."""
+    """Returns a value as text that every process writes alike.
+
+    An object is named by its type alone, because its repr may hold an address.
+    """
     if isinstance(x, dict):
         return ", ".join(f"{name}: {_text(x[name])}" for name in sorted(x, key=str))
     if isinstance(x, (list, tuple)):
@@ -247,7 +261,7 @@ def _text(x):
 
 
 def pattern(live, targets):
-    """A digest of which rows are live and what their targets are; the order counts."""
+    """Returns a digest of which rows are live and what their targets are; the order counts."""
     x = torch.where(live, targets, -1).to(torch.int64) + 0x9E3779B9 * torch.arange(
         1, live.numel() + 1, device=live.device
     )
@@ -256,14 +270,15 @@ def pattern(live, targets):
 
 
 def sketch(hidden, live):
-    """A sum over the live rows in which features and rows have unlike factors, and its size.
+    """Returns a sum over the live rows in which features and rows have unlike factors, and its size.
 
-    One pass over ``hidden``: 1/V of a product.
+    One pass over ``hidden``: 1/V of a matmul.
     """
 
-    def factors(count, dtype):  # between -0.7 and 1.3: with a mean of 0 a constant that one rank adds would cancel
+    def factors(count, dtype):
+        # Between -0.7 and 1.3, because with a mean of 0 a constant that one rank adds would cancel.
         x = torch.arange(1, count + 1, device=hidden.device) * 0x9E3779B1
         return (((x ^ (x >> 15)) & 0xFFFF).double() / 32768 - 0.7).to(dtype)
 
-    of_rows = torch.where(live, torch.mv(hidden, factors(hidden.shape[1], hidden.dtype)).double(), 0.0)
-    return (of_rows * factors(of_rows.shape[0], of_rows.dtype)).sum().item(), of_rows.square().sum().sqrt().item()
+    row_sums = torch.where(live, torch.mv(hidden, factors(hidden.shape[1], hidden.dtype)).double(), 0.0)
+    return (row_sums * factors(row_sums.shape[0], row_sums.dtype)).sum().item(), row_sums.square().sum().sqrt().item()

@@ -1,8 +1,7 @@
-"""A head whose rows are spread over a process group: every rank has the hidden states and some columns of the logits.
+"""A head whose vocabulary is spread over a process group: every rank has the hidden states and some of the columns.
 
-Each rank reduces its own columns; what travels is a few numbers per token and rank, in one collective, added in the
-order of the vocabulary on every rank: the result is the same everywhere, and does not depend on the rows that came
-along.
+Each rank reduces its own columns. A few numbers per token and rank travel, in one collective. Every rank adds them in
+the order of the vocabulary, so the result is the same everywhere and does not depend on the rows that came along.
 """
 
 from typing import NamedTuple
@@ -11,11 +10,14 @@ import torch
 
 from rlkernels import checks, ops
 from rlkernels.backends.protocol import RowBatch, RowStats, SavedRows, Upstream
-from rlkernels.linear.rank_agreement import gathered
+from rlkernels.linear.rank_agreement import all_gather
 
 
 class Shard(NamedTuple):
-    """The columns of the logits that are here. ``group``: the process group's name, by which an op can find it."""
+    """The columns of the logits that this rank has.
+
+    ``group``: the process group's name, by which an op finds it.
+    """
 
     group: str
     start: int
@@ -26,37 +28,45 @@ class Shard(NamedTuple):
         return torch.distributed.distributed_c10d._resolve_process_group(self.group)
 
 
-def shard(where, weight, process_group, vocab_start, valid_vocab):
-    """The columns that ``weight`` ``[V_local, H]`` stands for, or None without a group."""
+def shard_of(caller, weight, process_group, vocab_start, valid_vocab):
+    """Returns the Shard that ``weight`` ``[V_local, H]`` stands for, or None without a group.
+
+    Raises:
+        ValueError: ``vocab_start`` without a group or without ``valid_vocab``; a process outside of the group.
+    """
     if process_group is None:
         if vocab_start is not None:
-            raise ValueError(f"{where}: vocab_start says where a shard begins; it needs process_group")
+            raise ValueError(f"{caller}: vocab_start says where a shard begins; it needs process_group")
         return None
     distributed = torch.distributed
     rank, ranks, rows = distributed.get_rank(process_group), distributed.get_world_size(process_group), weight.shape[0]
     if rank < 0:
-        raise ValueError(f"{where}: this process is not in process_group, so it has no vocabulary shard")
+        raise ValueError(f"{caller}: this process is not in process_group, so it has no vocabulary shard")
     if vocab_start is None:
         start, vocab = rank * rows, ranks * rows if valid_vocab is None else valid_vocab
     elif valid_vocab is None:
         raise ValueError(
-            f"{where}: with vocab_start the shards may differ in size; pass the whole vocabulary as valid_vocab"
+            f"{caller}: with vocab_start the shards may differ in size; pass the whole vocabulary as valid_vocab"
         )
     else:
-        start, vocab = checks.integer(where, "vocab_start", vocab_start), valid_vocab
+        start, vocab = checks.integer(caller, "vocab_start", vocab_start), valid_vocab
     return Shard(process_group.group_name, start, max(0, min(rows, vocab - start)), vocab)
 
 
-def absent(dtype):
-    """The number that stands in the column behind a shard's own: below every logit but -inf, so that a row of -inf is
-    told from a row with a NaN.
+def absent_logit(dtype):
+    """Returns the logit of the column behind a shard's own, to which the targets of other shards point.
+
+    It is the lowest finite number, because only -inf lies below it. Where all logits of a shard are -inf, the row
+    maximum is this number and the sum over the shard's own columns is 0. Without this column such a row would be NaN,
+    and nobody could tell it from a row that holds a NaN.
     """
     return torch.finfo(dtype).min
 
 
 def local_targets(shard, targets, ignore_index):
-    """Targets as columns of this shard: those of other shards point to the column behind the last, which holds
-    ``absent``.
+    """Returns targets as columns of this shard, and a bool tensor: whether the target is one of them.
+
+    The targets of other shards point to the column behind the last, which holds ``absent_logit``.
     """
     here = (targets >= shard.start) & (targets < shard.start + shard.columns)
     return torch.where(
@@ -64,65 +74,69 @@ def local_targets(shard, targets, ignore_index):
     ), here
 
 
-def token_stats(shard, backend, x, targets, temperature, ignore_index, wanted):
-    """``token_stats`` of whole rows from this rank's columns ``x``; one collective."""
+def token_stats(shard, backend, logits, targets, temperature, ignore_index, wanted):
+    """Returns ``token_stats`` of whole rows from this rank's columns of the logits; one collective."""
     local, here = local_targets(shard, targets, ignore_index)
-    rows = RowBatch(x, local, temperature, ignore_index)
+    rows = RowBatch(logits, local, temperature, ignore_index)
     stats = ops.run("token_stats", backend, rows, wanted & ~ops.FLAGS["mean_logits"])
-    logp, shift, sum_exp, entropy, log_sum_sq, _, is_top1, *rest = stats
-    # Then the column that is not ours counts as 1.
-    live, lowest = targets != ignore_index, (shift == absent(x.dtype)).to(shift.dtype)
-    own = sum_exp - lowest
-    parts = [torch.where(own == 0, -torch.inf, shift), own, torch.where(here, logp + sum_exp.log(), 0.0)]
-    if wanted & ops.ENTROPY:  # sum_v e^(z_v - shift) (z_v - shift)
+    logp, row_max, sum_exp, entropy, log_sum_sq, _, is_top1, *rest = stats
+    live = targets != ignore_index
+    # Where the row maximum is the absent column's, that column adds e^0 = 1 to the sums.
+    extra = (row_max == absent_logit(logits.dtype)).to(row_max.dtype)
+    own = sum_exp - extra
+    parts = [torch.where(own == 0, -torch.inf, row_max), own, torch.where(here, logp + sum_exp.log(), 0.0)]
+    if wanted & ops.ENTROPY:  # sum_v e^(z_v - row_max) (z_v - row_max)
         parts += [sum_exp * (sum_exp.log() - entropy)]
     if wanted & ops.FLAGS["log_sum_sq_probs"]:
-        parts += [log_sum_sq.exp() * sum_exp * sum_exp - lowest]
+        parts += [log_sum_sq.exp() * sum_exp * sum_exp - extra]
     if wanted & ops.FLAGS["mean_logits"]:
-        parts += [(x[:, :-1].sum(-1, dtype=torch.float64) / temperature).to(shift.dtype)]
+        parts += [(logits[:, :-1].sum(-1, dtype=torch.float64) / temperature).to(row_max.dtype)]
     if wanted & ops.FLAGS["is_top1"]:
-        parts += [(is_top1 & here).to(shift.dtype)]
-    parts += [here.to(shift.dtype)]
-    return _combine(gathered(torch.stack(parts), shard.process_group()), live, temperature, shard.vocab, wanted, rest)
+        parts += [(is_top1 & here).to(row_max.dtype)]
+    parts += [here.to(row_max.dtype)]
+    everyone = all_gather(torch.stack(parts), shard.process_group())
+    return _combine(everyone, live, temperature, shard.vocab, wanted, rest)
 
 
-def _combine(gathered, live, temperature, vocab, wanted, rest):
-    shifts, sums, targets, *more, here = gathered.unbind(1)
-    # A NaN on one rank is in its sum too, so it does not matter whether this maximum keeps it.
-    shift = shifts.amax(0)
-    gap = torch.where(sums == 0, -torch.inf, (shifts - shift) / temperature)
+def _combine(everyone, live, temperature, vocab, wanted, rest):
+    """Returns the statistics of whole rows from those of every rank, ``[ranks, parts, rows]``; ``rest``: as it is."""
+    maxima, sums, targets, *more, here = everyone.unbind(1)
+    # It does not matter whether this maximum keeps a NaN, because a NaN on one rank is in that rank's sum too.
+    row_max = maxima.amax(0)
+    gap = torch.where(sums == 0, -torch.inf, (maxima - row_max) / temperature)
     scale = gap.exp()
-    sum_exp = torch.where(shift == -torch.inf, torch.nan, _in_order(sums * scale))  # no finite logit in the row
+    sum_exp = torch.where(row_max == -torch.inf, torch.nan, _in_order(sums * scale))  # no finite logit in the row
     owned = here != 0
     log_sum = sum_exp.log()
 
     def per_row(x):
         return torch.where(live, x, 0.0)
 
-    # On the owner's rank the target is measured from that rank's maximum; where no rank owns it (an accelerator,
-    # unchecked) the row is NaN.
+    # The owner's rank measures the logit of the target from that rank's own maximum. A row whose target no rank owns
+    # (possible on an accelerator, where targets are not checked) is NaN.
     centred = _in_order(
-        torch.where(owned, targets + torch.where(targets == -torch.inf, 0.0, (shifts - shift) / temperature), 0.0)
+        torch.where(owned, targets + torch.where(targets == -torch.inf, 0.0, (maxima - row_max) / temperature), 0.0)
     )
     logp = torch.where(owned.any(0), centred - log_sum, torch.nan)
-    nothing = shift.new_empty(0)
+    nothing = row_max.new_empty(0)
     entropy, log_sum_sq, mean_logits, is_top1 = nothing, nothing, nothing, nothing.bool()
     if wanted & ops.ENTROPY:
         moment = more.pop(0)
-        total = _in_order(torch.where(scale == 0, 0.0, scale * (moment + sums * gap)))
-        entropy = per_row(log_sum - total / sum_exp)
+        moment = _in_order(torch.where(scale == 0, 0.0, scale * (moment + sums * gap)))
+        entropy = per_row(log_sum - moment / sum_exp)
     if wanted & ops.FLAGS["log_sum_sq_probs"]:
         log_sum_sq = per_row(_in_order(more.pop(0) * scale * scale).log() - 2 * log_sum)
     if wanted & ops.FLAGS["mean_logits"]:
         mean_logits = per_row(_in_order(more.pop(0)) / vocab)
     if wanted & ops.FLAGS["is_top1"]:
-        first = (shifts == shift).to(torch.uint8).argmax(0)  # the first rank with the maximum has its first column
-        is_top1 = live & (more.pop(0).gather(0, first[None])[0] != 0) & shift.isfinite()
-    return RowStats(per_row(logp), per_row(shift), per_row(sum_exp), entropy, log_sum_sq, mean_logits, is_top1, *rest)
+        first = (maxima == row_max).to(torch.uint8).argmax(0)  # the first rank with the maximum has its first column
+        is_top1 = live & (more.pop(0).gather(0, first[None])[0] != 0) & row_max.isfinite()
+    sums = per_row(row_max), per_row(sum_exp)
+    return RowStats(per_row(logp), *sums, entropy, log_sum_sq, mean_logits, is_top1, *rest)
 
 
 def _in_order(x):
-    """Sum over ranks, first to last: torch's own order may depend on the shape."""
+    """Returns the sum over ranks, first to last, because the order of torch's own sum may depend on the shape."""
     total = x[0]
     for part in x[1:]:
         total = total + part
@@ -130,9 +144,9 @@ def _in_order(x):
 
 
 def token_stats_backward(
-    shard, backend, dlogp, dentropy, x, targets, temperature, ignore_index, shift, sum_exp, entropy, out
+    shard, backend, dlogp, dentropy, logits, targets, temperature, ignore_index, row_max, sum_exp, entropy, out
 ):
-    """The gradient of this rank's columns; no communication."""
+    """Returns the gradient of this rank's columns; no communication."""
     local, _ = local_targets(shard, targets, ignore_index)
-    rows, saved = RowBatch(x, local, temperature, ignore_index), SavedRows(shift, sum_exp, entropy)
+    rows, saved = RowBatch(logits, local, temperature, ignore_index), SavedRows(row_max, sum_exp, entropy)
     return ops.run("token_stats_backward", backend, Upstream(dlogp, dentropy), rows, saved, out)

@@ -25,7 +25,7 @@ from rlkernels.cli import (
 )
 from rlkernels.cli.bench_linear_cases import CASES, EAGER, HALF, OURS, TRL
 from rlkernels.cli.bench_timing import Contender
-from rlkernels.linear.matmul import BLOCK_BYTES, Widened, products
+from rlkernels.linear.matmul import BLOCK_BYTES, BlockedFp32Matmul, matmul_for
 
 CPU = torch.device("cpu")
 TINY = ["bench", "--device", "cpu", "--tokens", "8", "--hidden", "16", "--vocab", "131", "--rounds", "3", "--plain"]
@@ -95,7 +95,8 @@ def test_what_ours_holds_beside_the_gradients_stays_within_the_budget(monkeypatc
         for name in (OURS, EAGER):
             bench_timing.memory(case.named(name))
         # Where the weight is widened, a block of it lies beside the logits.
-        block = min(BLOCK_BYTES, 4 * 8192 * 64) if isinstance(products(problem.weight, torch.float32), Widened) else 0
+        one = matmul_for(problem.weight, torch.float32, "cpu")
+        block = min(BLOCK_BYTES, 4 * 8192 * 64) if isinstance(one, BlockedFp32Matmul) else 0
         assert case.named(OURS).peak_bytes - case.gradient_bytes - block <= 1.05 * 2**22
         assert bench_linear_report.beyond_gradients(case, case.named(EAGER)) > 2 * 2**22
 

@@ -12,7 +12,7 @@ from reference import same_bits
 from torch.autograd import forward_ad
 
 import rlkernels
-from fuzz.hostile_values import HIDDEN, HOSTILE, MASKS, TRAINED, USUAL, good, option
+from fuzz.hostile_values import HIDDEN, HOSTILE, MANY, MASKS, OFTEN, TRAINED, USUAL, good, option
 from fuzz.trial import case
 from rlkernels.backends import OPS as OF_BACKENDS
 
@@ -38,7 +38,8 @@ def arguments(draw, name):
     signature, packed = inspect.signature(getattr(rlkernels, name)), draw.flag(0.4)
     given = {}
     for p in signature.parameters.values():
-        if p.kind != p.VAR_KEYWORD and (p.default is p.empty or draw.flag(0.3)):
+        seldom = name in MANY and p.kind == p.KEYWORD_ONLY and p.name not in OFTEN
+        if p.kind != p.VAR_KEYWORD and (p.default is p.empty or draw.flag(0.12 if seldom else 0.3)):
             given[p.name] = value(draw, name, p.name, packed)
     given |= {hidden: value(draw, name, hidden, packed) for hidden in HIDDEN.get(name, ()) if draw.flag(0.12)}
     if "cu_seqlens" in signature.parameters:

@@ -219,38 +219,13 @@ HIDDEN = {
     "logits_policy_loss": ("clip_low", "clip_high"),
     "linear_policy_loss": ("clip_low", "clip_high"),
     "aggregate": ("horizon", "num_sequences", "group_ids"),
-    "linear_dpo_loss": (
-        "bias",
-        "temperature",
-        "softcap",
-        "chunk_tokens",
-        "valid_vocab",
-        "max_live_tokens",
-        "logits_dtype",
-        "beta",
-        "loss_type",
-        "label_smoothing",
-        "pair_weights",
-        "chosen_lengths",
-        "f_divergence",
-        "reference_free",
-    ),
-    "linear_unpaired_preference_loss": (
-        "bias",
-        "temperature",
-        "softcap",
-        "chunk_tokens",
-        "max_live_tokens",
-        "beta",
-        "loss_type",
-        "desirable_weight",
-        "kl",
-        "kl_logps",
-        "ref_kl_logps",
-        "delta",
-    ),
 }
 """Options behind ``**``, which no signature shows."""
+OFTEN = {"ref_chosen_logps", "ref_rejected_logps", "cu_seqlens", "return_metrics"}
+MANY = {"linear_dpo_loss", "linear_unpaired_preference_loss"}
+"""Functions with so many keywords that most calls would be refused for two that exclude each other: those that are not
+in OFTEN are given seldom.
+"""
 
 
 def option(draw, function, name):

@@ -57,14 +57,16 @@ class PairOptions:
             self.weights = draw.laid_out(torch.where(draw.coins((pairs,), 0.3), 0.0, x).to(x.dtype))
             self.given["pair_weights"] = self.weights
         if lengths is not None:
-            counts = [
-                draw.laid_out(
-                    draw.integers(*lengths, (pairs,)).to(draw.choice((torch.int64, torch.int32, torch.float32)))
-                )
-                for _ in range(2)
-            ]
-            self.given |= {"chosen_lengths": counts[0], "rejected_lengths": counts[1]}
-            self.lengths = [x.double() for x in counts]
+            self.draw_lengths(draw, pairs, lengths)
+
+    def draw_lengths(self, draw, pairs, between):
+        """Draws ``chosen_lengths`` and ``rejected_lengths``."""
+        counts = [
+            draw.laid_out(draw.integers(*between, (pairs,)).to(draw.choice((torch.int64, torch.int32, torch.float32))))
+            for _ in range(2)
+        ]
+        self.given |= {"chosen_lengths": counts[0], "rejected_lengths": counts[1]}
+        self.lengths = [x.double() for x in counts]
 
     def _optional(self, draw, name, values, taken, needed=False):
         if not taken or not needed and draw.flag(0.65):

@@ -227,6 +227,9 @@ def linear_dpo_loss(trial):
             draw.laid_out((x + draw.normal((pairs,))).float(), keep=True)
             for x in (sums[:pairs].detach(), sums[pairs:].detach())
         )
+    options.lengths = counts[:pairs], counts[pairs:]
+    if draw.flag(0.2):  # in place of those of the answers
+        options.draw_lengths(draw, pairs, (1, 9))
     loss, metrics = with_metrics(
         trial,
         "linear_dpo_loss",
@@ -238,7 +241,7 @@ def linear_dpo_loss(trial):
         **options.given,
         **head.options,
     )
-    options.lengths, what = (counts[:pairs], counts[pairs:]), f"{options.names}, {head.hidden.dtype}"
+    what = f"{options.names}, {head.hidden.dtype}"
     numbers = sums[:pairs], sums[pairs:], *(None if x is None else x.double() for x in refs)
     total = true_dpo(*numbers, options)
     check_loss(trial, what, head, loss, total, truth, 8 * (1 + total.size))

@@ -59,7 +59,7 @@ def test_every_public_function_is_called_with_every_argument_that_it_has(valid):
     assert functions == set(FUNCTIONS) == set(CASES["hostile"])
     assert functions <= set(valid.calls)
     rare = never_given(functions, valid.keywords)  # further seeds give these
-    later = run("valid", 80, *sorted(rare)) if rare else valid
+    later = run("valid", 130, *sorted(rare)) if rare else valid
     assert not later.findings, told(later.findings)
     assert not never_given(functions, valid.keywords | later.keywords)
 

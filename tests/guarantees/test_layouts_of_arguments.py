@@ -12,8 +12,6 @@ from public_calls import CALLS, call_with, data, tensor_arguments
 from reference import same_bits
 
 import rlkernels as rlk
-from rlkernels.linear import head
-from rlkernels.losses import preference, unpaired_preference
 
 # What a public parameter takes. A new one has to be entered here: a tensor has to occur in CALLS.
 TENSORS = set(
@@ -36,11 +34,7 @@ OTHERS = set(
     count_empty_rows dp_size dtype mode length shift
 """.split()
 )
-FURTHER = {
-    "linear_dpo_loss": (head.head, preference.preference_options),
-    "linear_unpaired_preference_loss": (head.head, unpaired_preference.unpaired_options),
-    "aggregate": (rlk.token_weights,),
-}
+FURTHER = {"aggregate": (rlk.token_weights,)}
 """Functions whose keywords are those of others."""
 KL_IS_A_NAME = {"token_stats", "policy_loss", "logits_policy_loss", "linear_policy_loss"}
 

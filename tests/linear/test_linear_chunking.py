@@ -40,7 +40,7 @@ def test_the_rows_of_a_chunk_may_be_a_graph_of_their_own():
     """Behind a graph break of the caller's, Dynamo traces what it finds: here it made rows by ``_make``, which took
     their number for that of the fields.
     """
-    rows = chunking.Rows(torch.arange(16))
+    rows = chunking.RowSelection(torch.arange(16))
     torch._dynamo.reset()
     assert torch.equal(torch.compile(lambda rows: rows.part(2, 9), backend="eager")(rows).index, torch.arange(2, 9))
 
@@ -64,7 +64,7 @@ def test_any_chunk_size_and_budget_gives_the_same_loss_and_gradients(level, dtyp
 def sizes(monkeypatch):
     """``(rows that hold anything, rows, bytes between rows)`` of each product that gives logits."""
     found = []
-    for one in (matmul.Plain, matmul.Native, matmul.Widened):
+    for one in (matmul.TorchMatmul, matmul.NativeMatmul, matmul.BlockedFp32Matmul):
 
         def logits(self, hidden, out, to=one.logits):
             found.append((int((hidden != 0).any(-1).sum()), out.shape[0], out.stride(0) * out.element_size()))

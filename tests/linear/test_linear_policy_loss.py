@@ -169,7 +169,7 @@ MODES = [
 
 @pytest.mark.parametrize("mode,normalizers", MODES, ids=[f"{mode} {' '.join(n)}".strip() for mode, n in MODES])
 def test_every_aggregation_weighs_all_terms(mode, normalizers, backend):
-    assert {m for m, _ in MODES} == set(rlk.weights.AGGREGATIONS)
+    assert {m for m, _ in MODES} == set(rlk.aggregation.AGGREGATIONS)
     for dtype in (torch.float32, torch.bfloat16):
         d = problem(dtype)
         d["mask"][1] = False  # a sequence without a live token

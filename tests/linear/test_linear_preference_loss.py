@@ -165,12 +165,12 @@ def test_law_2_a_pair_of_weight_0_is_left_out_whatever_it_holds_and_enters_no_pr
     d, weights, entered = batch(torch.float32), torch.tensor([0.5, 0.0, 2.0, 1.3]), []
     clean = {k: v if v is None else v.clone() for k, v in d.items()}
     d["hidden"][1], d["hidden"][P + 1], d["reference"][1] = poison, poison, poison
-    logits = chunked_loss._Sweep.logits
+    logits = chunked_loss.ChunkLoop.logits
     monkeypatch.setattr(
-        chunked_loss._Sweep,
+        chunked_loss.ChunkLoop,
         "logits",
         lambda self, rows: (
-            entered.append(rows.index if rows.dead is None else rows.index[~rows.dead]) or logits(self, rows)
+            entered.append(rows.index if rows.padding is None else rows.index[~rows.padding]) or logits(self, rows)
         ),
     )
     for name in ("sigmoid", "ipo", "orpo", "sft"):

@@ -7,7 +7,7 @@ from linear_problems import B, L, gradients, own, problem
 from reference import same_bits
 
 import rlkernels as rlk
-from rlkernels.linear import head, matmul
+from rlkernels.linear import matmul, projection
 from rlkernels.linear.chunking import ROWS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +36,7 @@ def entered(monkeypatch):
     def note(kind, hidden):
         seen[kind] += [int(n) - 1 for n in hidden[:, 0].tolist() if n]
 
-    for name in ("Plain", "Native", "Widened"):
+    for name in ("TorchMatmul", "NativeMatmul", "BlockedFp32Matmul"):
         one = getattr(matmul, name)
 
         def logits(self, hidden, out, to=one.logits):
@@ -132,8 +132,10 @@ def test_the_sequences_that_cannot_move_have_chunks_of_their_own_without_a_gradi
     level, entered, monkeypatch, backend
 ):
     d, made = numbered(shape=(8, 7)), []
-    back = head.Chunk.dlogits
-    monkeypatch.setattr(head.Chunk, "dlogits", lambda self, *a: made.append(len(a[-2][0])) or back(self, *a))
+    back = projection.HeadProjection.dlogits
+    monkeypatch.setattr(
+        projection.HeadProjection, "dlogits", lambda self, *a: made.append(len(a[-2][0])) or back(self, *a)
+    )
     d["advantages"][[0, 3, 4, 7]] = 0.0
     d["advantages"][1, ::2] = 0.0  # moves all the same
     live = problems.live_of(d)

@@ -67,9 +67,9 @@ def on_an_accelerator(monkeypatch):
             getattr(torch, name)(*(x.bfloat16() for x in tensors), out_dtype=torch.float32)
         except TypeError:
             monkeypatch.setattr(torch, name, _widened(getattr(torch, name)))
-    monkeypatch.setattr(token_stats, "linear_stats_backward", token_stats._linear_backward)
+    monkeypatch.setattr(token_stats, "linear_stats_backward", token_stats._linear_stats_backward)
     recorded = register._recorded(
-        "linear_stats", token_stats._linear_stats, token_stats._linear_grad, token_stats._linear_setup
+        "linear_stats", token_stats._linear_stats, token_stats._linear_stats_grad, token_stats._linear_stats_setup
     )
     monkeypatch.setattr(token_stats, "linear_stats", recorded)
 

@@ -39,7 +39,7 @@ def _drawn():
         REAL,
         4,
         None,
-        "",
+        None,
         0,
         0,
         0,

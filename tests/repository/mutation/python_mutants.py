@@ -356,9 +356,9 @@ MUTANTS = (
     # the head and the whole way
     _m(
         "the head's gradient is summed in the dtype of the weight",
-        "linear/token_stats.py",
-        "fresh(weight.shape, real, weight.device)",
-        "fresh(weight.shape, weight.dtype, weight.device)",
+        "linear/gradients.py",
+        "empty(weight.shape, real, weight.device, backend)",
+        "empty(weight.shape, weight.dtype, weight.device, backend)",
         26,
         tests=("test_linear_precision.py::test_gradients_of_the_head_do_not_depend_on_the_number_of_chunks",),
     ),

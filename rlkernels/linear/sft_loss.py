@@ -1,0 +1,94 @@
+"""Supervised fine-tuning from hidden states and the lm_head to the scalar, without ``[T, V]`` logits."""
+
+import torch
+
+from rlkernels import checks, ops
+from rlkernels.checks import tokens as checks_tokens
+from rlkernels.linear.head import HeadOptions, linear_head
+from rlkernels.linear.rank_agreement import same_on_every_rank
+from rlkernels.linear.token_loss import PolicyTerms, check_rank, token_loss
+from rlkernels.linear.token_stats import head_logprobs
+from rlkernels.losses.policy import run as weighted_sum
+from rlkernels.losses.policy_arguments import Share, live_tokens
+from rlkernels.losses.sft import KINDS, sft_metrics, sft_weights
+
+
+@same_on_every_rank
+def linear_sft_loss(
+    hidden,
+    weight,
+    targets,
+    mask=None,
+    *,
+    bias=None,
+    temperature=1.0,
+    softcap=None,
+    logit_scale=1.0,
+    ignore_index=-100,
+    logits_dtype=torch.float32,
+    chunk_tokens=None,
+    logits_budget=None,
+    max_live_tokens=None,
+    valid_vocab=None,
+    process_group=None,
+    vocab_start=None,
+    kind="nll",
+    aggregation="token-mean",
+    weights=None,
+    sample_weights=None,
+    cu_seqlens=None,
+    normalizers=None,
+    return_metrics=False,
+):
+    r"""``sft_loss`` from hidden states and the lm_head, without ``[T, V]`` logits.
+
+    Three matmuls, because the gradient is made in the forward.
+
+    Args:
+        hidden, weight, bias: as for ``linear_token_logprobs``; all three get gradients where they require them.
+        targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk_tokens, logits_budget,
+            max_live_tokens, valid_vocab, process_group, vocab_start: as for ``linear_token_logprobs``. Targets are
+            shifted already.
+        mask, kind, aggregation, weights, sample_weights, cu_seqlens, normalizers: as for ``sft_loss``; a token of
+            weight 0 enters no matmul.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, {"nll": ..., "probability":
+        ...})``.
+
+    Raises:
+        TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``sft_loss``.
+    """
+    caller = "linear_sft_loss"
+    options: HeadOptions = {
+        "bias": bias,
+        "temperature": temperature,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "ignore_index": ignore_index,
+        "logits_dtype": logits_dtype,
+        "chunk_tokens": chunk_tokens,
+        "logits_budget": logits_budget,
+        "max_live_tokens": max_live_tokens,
+        "valid_vocab": valid_vocab,
+        "process_group": process_group,
+        "vocab_start": vocab_start,
+    }
+    head = linear_head(caller, hidden, weight, targets, options)
+    check_rank(caller, hidden)
+    checks.choice(caller, "kind", kind, KINDS)
+    ignore_index = head.ignore_index
+    targets = checks_tokens.holding(caller, targets, ignore_index)
+    like = targets.new_empty(targets.shape, dtype=head.result_dtype())
+    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    live = live_tokens(caller, like, mask) & (targets != ignore_index)
+    weights = head.per_row(
+        sft_weights(caller, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
+    )
+    if torch.compiler.is_compiling():
+        logp = head_logprobs(head.without(~live.reshape(-1)))
+        loss = weighted_sum(kind, logp, [], (), Share(weights))
+    else:
+        terms = PolicyTerms(kind, [], (), weights, None, None, None, None)
+        loss, logp, _ = token_loss(head, terms, False, ops.serving("fused_policy", hidden))
+    return (loss, sft_metrics(logp, weights)) if return_metrics else loss

@@ -1,0 +1,147 @@
+"""Losses of tokens: a weighted objective with a KL and an entropy term, in one launch per chunk."""
+
+from typing import NamedTuple
+
+import torch
+
+from rlkernels import ops
+from rlkernels.backends.protocol import PolicyInputs, RowBatch
+from rlkernels.linear.chunked_loss import ChunkLoop, chunked_loss, detached_for_loss, differentiable
+from rlkernels.linear.chunking import live_rows, rows_by_gradient
+from rlkernels.linear.sequence_chunks import plan_rows
+from rlkernels.losses.policy import run as weighted_sum
+from rlkernels.losses.policy_arguments import Share
+from rlkernels.objectives import OBJECTIVES
+from rlkernels.objectives.zero_gradient import still_where_zero
+
+
+class PolicyTerms(NamedTuple):
+    """A loss of tokens: ``sum_t weight_t l_t + kl_weight_t KL_t - entropy_weight_t H_t``; everything ``[T]``."""
+
+    objective: str
+    columns: list
+    params: tuple | torch.Tensor
+    weight: torch.Tensor
+    entropy_weight: torch.Tensor | None
+    kl: str | None
+    ref_logp: torch.Tensor | None
+    kl_weight: torch.Tensor | None
+
+    def live(self):
+        """Returns bool ``[T]``: the rows with a weight in any term."""
+        live = self.weight != 0
+        for weight in (self.entropy_weight, self.kl_weight):
+            live = live if weight is None else live | (weight != 0)
+        return live
+
+    def zero_gradient(self):
+        """Returns bool ``[T]``: the rows that provably have no gradient, or None where there is no such proof.
+
+        They have no advantage, and the loss has neither a KL nor an entropy term.
+        """
+        if self.kl is not None or self.entropy_weight is not None or not still_where_zero(self.objective, "advantage"):
+            return None
+        return self.columns[OBJECTIVES[self.objective].columns.index("advantage") - 1] == 0
+
+    def gradient_scale(self):
+        """Returns the largest weight, by which a gradient of 1 per token is multiplied."""
+        weights = [
+            x.abs().amax() for x in (self.weight, self.entropy_weight, self.kl_weight) if x is not None and x.numel()
+        ]
+        return torch.stack(weights).amax() if weights else 1.0
+
+    def at(self, index):
+        """Returns the terms of the rows ``index``."""
+        return PolicyTerms(
+            self.objective,
+            [c[index] for c in self.columns],
+            self.params,
+            *(x[index] if isinstance(x, torch.Tensor) else x for x in self[3:]),
+        )
+
+    def kl_and_entropy(self, stats):
+        """Returns the KL and the entropy term, differentiable in ``stats``."""
+        total = stats.logp.new_zeros(())
+        if self.kl is not None:
+            total = total + weighted_sum(self.kl, stats.logp, [self.ref_logp], (), Share(self.kl_weight))
+        if self.entropy_weight is not None:
+            total = total + weighted_sum("nll", stats.entropy, [], (), Share(self.entropy_weight))
+        return total
+
+
+class TokenLoss(NamedTuple):
+    """The ChunkedLoss of tokens, for a head whose rows are spread over a process group."""
+
+    terms: PolicyTerms
+    needs_entropy: bool
+
+    def loss_of_chunk(self, rows, stats, first, last):
+        terms = self.terms.at(rows.index)
+        loss = weighted_sum(terms.objective, stats.logp, terms.columns, terms.params, Share(terms.weight))
+        return loss + terms.kl_and_entropy(stats)
+
+    def gradient_scale(self):
+        return self.terms.gradient_scale()
+
+
+def check_rank(caller, hidden):
+    """Raises ValueError for hidden states of a single row: a loss takes a batch."""
+    if hidden.dim() < 2:
+        raise ValueError(
+            f"{caller}: hidden has shape {tuple(hidden.shape)}, expected [T, H] or [B, L, H]; unsqueeze the one row"
+        )
+
+
+def token_loss(head, terms, needs_entropy, backend):
+    """Returns the loss of PolicyTerms, differentiable in the head, and its log-probabilities and entropies ``[T]``.
+
+    Raises:
+        IndexError, ValueError: as ``detached_for_loss`` and ``live_rows``.
+    """
+    work = detached_for_loss(head, terms.live() & (head.targets != head.ignore_index))
+    if work.shard is None:
+        return differentiable(head, _fused_loss, work, terms, backend)
+    plan = plan_rows(live_rows(work.targets != work.ignore_index, work.max_live_tokens), work.chunk_rows)
+    return differentiable(head, chunked_loss, work, plan, TokenLoss(terms, needs_entropy), backend)
+
+
+@torch.no_grad()
+def _fused_loss(head, terms, backend, needs):
+    """Returns the LossAndGradients by one launch per chunk: statistics, loss and the gradient of the logits."""
+    live, zero_gradient = terms.live() & (head.targets != head.ignore_index), terms.zero_gradient()
+    if zero_gradient is None or head.max_live_tokens is not None:
+        selections = [(live_rows(live, head.max_live_tokens), any(needs))]
+    else:  # also where nothing needs a gradient, because in another order the loss would have other bits
+        selections = list(zip(rows_by_gradient(live, zero_gradient), (any(needs), False), strict=True))
+    loop = ChunkLoop(head, needs, max(len(rows) for rows, _ in selections), backend, terms)
+    for rows, has_gradient in selections:
+        for part in loop.parts(rows):
+            _launch(loop, part, terms, has_gradient)
+    return loop.result()
+
+
+def _launch(loop, rows, terms, has_gradient):
+    """Adds the loss of one chunk and its gradients."""
+    logits, hidden = loop.logits(rows)
+    weight, entropy_weight, kl_weight = (
+        loop.scaled(rows.select(x)) for x in (terms.weight, terms.entropy_weight, terms.kl_weight)
+    )
+    out = loop.projection.gradient_buffer(logits) if has_gradient else None
+    policy = PolicyInputs(
+        terms.objective,
+        [rows.select(c) for c in terms.columns],
+        terms.params,
+        weight,
+        entropy_weight,
+        terms.kl,
+        rows.select(terms.ref_logp),
+        kl_weight,
+    )
+    batch = RowBatch(logits, *loop.head.row_arguments(rows))
+    of_rows = ops.run_fused(loop.backend, batch, policy, has_gradient, out)
+    loop.loss += of_rows.loss if loop.scale is None else of_rows.loss / loop.scale
+    loop.logp[rows.index], loop.entropy[rows.index] = of_rows.logp, of_rows.entropy
+    if has_gradient:
+        moves = of_rows.dlogp != 0
+        moves = moves if entropy_weight is None else moves | (entropy_weight != 0)
+        loop.add(rows, out, logits, hidden, moves)
