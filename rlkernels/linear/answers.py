@@ -12,7 +12,7 @@ from rlkernels.linear.chunked_loss import chunked_loss, detached_for_loss, diffe
 from rlkernels.linear.head import LinearHead
 from rlkernels.linear.sequence_chunks import SequencePlan, WholeBatchPlan, plan_sequences
 from rlkernels.linear.token_stats import head_logprobs
-from rlkernels.losses.policy_arguments import live_tokens
+from rlkernels.losses.token_weights import live_tokens
 from rlkernels.sequences import segment_ids, sums, token_counts
 from rlkernels.tracing import replaced
 

@@ -15,20 +15,17 @@ from rlkernels.linear.rank_agreement import same_on_every_rank
 from rlkernels.linear.sequence_chunks import SequencePlan, WholeBatchPlan, plan_sequences
 from rlkernels.linear.token_loss import PolicyTerms, check_rank, token_loss
 from rlkernels.linear.token_stats import head_stats
-from rlkernels.losses.policy import ratio_term, times
-from rlkernels.losses.policy_arguments import (
-    ROW,
-    Share,
-    check_terms,
-    live_tokens,
-    of_sums,
-    resolve,
-    share_of,
-    state,
-    term_weights,
-)
+from rlkernels.losses.policy import ratio_term
+from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
-from rlkernels.losses.weighted_sum import parameters
+from rlkernels.losses.token_weights import (
+    TokenWeights,
+    aggregation_of_sequences,
+    live_tokens,
+    loss_weights,
+    token_weights_of,
+)
+from rlkernels.losses.weighted_sum import parameters, scaled_sum
 from rlkernels.sequences import segment_ids, sums
 
 
@@ -112,13 +109,13 @@ def linear_policy_loss(
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=head.result_dtype())
     cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
-    columns = state(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
+    columns = objective_columns(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
     kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     live = live_tokens(caller, like, mask) & (targets != ignore_index)
     if ratio_level == "sequence_sum":
-        aggregation = of_sums(aggregation, weights)
+        aggregation = aggregation_of_sequences(aggregation, weights)
     if torch.compiler.is_compiling():
-        share = share_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+        share = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
         stats = head_stats(head.without(~live.reshape(-1)), ("entropy",), like.shape)
         coefficients = kl_coef, entropy_coef
         sequences = live, cu_seqlens, ratio_level
@@ -127,7 +124,7 @@ def linear_policy_loss(
         )
         logp, entropy = stats.logprobs, stats.entropy
     else:
-        weights = term_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+        weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
         kl_weight, entropy_weight = (None if c is None else head.per_row(weights * c) for c in (kl_coef, entropy_coef))
         terms = PolicyTerms(
             objective,
@@ -161,9 +158,9 @@ def _composed_policy_loss(caller, stats, objective, columns, values, share, sequ
     loss = ratio_term(caller, objective, stats.logprobs, columns, values, share, *sequences)
     kl_coef, entropy_coef = coefficients
     if kl_coef is not None:
-        loss = loss + times(kl_coef, kl, stats.logprobs, [ref_logprobs], share)
+        loss = loss + scaled_sum(kl_coef, kl, stats.logprobs, [ref_logprobs], share)
     if entropy_coef is not None:
-        loss = loss + times(entropy_coef, "nll", stats.entropy, [], share)
+        loss = loss + scaled_sum(entropy_coef, "nll", stats.entropy, [], share)
     return loss
 
 
@@ -186,7 +183,7 @@ class SequenceLoss(NamedTuple):
             stats.logp,
             terms.columns,
             terms.params,
-            Share(terms.weight),
+            TokenWeights(terms.weight),
             rows.live(stats.logp),
             self.plan.cu_seqlens(first, last),
             self.ratio_level,

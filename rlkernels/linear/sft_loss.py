@@ -8,9 +8,9 @@ from rlkernels.linear.head import HeadOptions, linear_head
 from rlkernels.linear.rank_agreement import same_on_every_rank
 from rlkernels.linear.token_loss import PolicyTerms, check_rank, token_loss
 from rlkernels.linear.token_stats import head_logprobs
-from rlkernels.losses.policy import run as weighted_sum
-from rlkernels.losses.policy_arguments import Share, live_tokens
 from rlkernels.losses.sft import KINDS, sft_metrics, sft_weights
+from rlkernels.losses.token_weights import TokenWeights, live_tokens
+from rlkernels.losses.weighted_sum import weighted_sum
 
 
 @same_on_every_rank
@@ -87,7 +87,7 @@ def linear_sft_loss(
     )
     if torch.compiler.is_compiling():
         logp = head_logprobs(head.without(~live.reshape(-1)))
-        loss = weighted_sum(kind, logp, [], (), Share(weights))
+        loss = weighted_sum(kind, logp, [], (), TokenWeights(weights))
     else:
         terms = PolicyTerms(kind, [], (), weights, None, None, None, None)
         loss, logp, _ = token_loss(head, terms, False, ops.serving("fused_policy", hidden))

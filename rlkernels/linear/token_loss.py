@@ -9,8 +9,8 @@ from rlkernels.backends.protocol import PolicyInputs, RowBatch
 from rlkernels.linear.chunked_loss import ChunkLoop, chunked_loss, detached_for_loss, differentiable
 from rlkernels.linear.chunking import live_rows, rows_by_gradient
 from rlkernels.linear.sequence_chunks import plan_rows
-from rlkernels.losses.policy import run as weighted_sum
-from rlkernels.losses.policy_arguments import Share
+from rlkernels.losses.token_weights import TokenWeights
+from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.objectives import OBJECTIVES
 from rlkernels.objectives.zero_gradient import still_where_zero
 
@@ -63,9 +63,9 @@ class PolicyTerms(NamedTuple):
         """Returns the KL and the entropy term, differentiable in ``stats``."""
         total = stats.logp.new_zeros(())
         if self.kl is not None:
-            total = total + weighted_sum(self.kl, stats.logp, [self.ref_logp], (), Share(self.kl_weight))
+            total = total + weighted_sum(self.kl, stats.logp, [self.ref_logp], (), TokenWeights(self.kl_weight))
         if self.entropy_weight is not None:
-            total = total + weighted_sum("nll", stats.entropy, [], (), Share(self.entropy_weight))
+            total = total + weighted_sum("nll", stats.entropy, [], (), TokenWeights(self.entropy_weight))
         return total
 
 
@@ -77,7 +77,7 @@ class TokenLoss(NamedTuple):
 
     def loss_of_chunk(self, rows, stats, first, last):
         terms = self.terms.at(rows.index)
-        loss = weighted_sum(terms.objective, stats.logp, terms.columns, terms.params, Share(terms.weight))
+        loss = weighted_sum(terms.objective, stats.logp, terms.columns, terms.params, TokenWeights(terms.weight))
         return loss + terms.kl_and_entropy(stats)
 
     def gradient_scale(self):

@@ -1,4 +1,4 @@
-"""Policy and value losses over log-probabilities and over logits.
+"""Policy losses over log-probabilities and over logits.
 
 The objective is an argument by name, and so is the aggregation: no loss here is written for one of them.
 """
@@ -9,24 +9,19 @@ from rlkernels import checks, ops
 from rlkernels.backends.protocol import PolicyInputs, real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense, flatten_logits
-from rlkernels.losses.policy_arguments import (
-    ROW,
-    Share,
-    check_terms,
-    column,
-    every_token,
-    live_tokens,
-    of_sums,
-    resolve,
-    share_of,
-    some_tokens,
-    state,
-    term_weights,
-)
+from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
-from rlkernels.losses.weighted_sum import parameters, weighted_sum
+from rlkernels.losses.token_weights import (
+    TokenWeights,
+    aggregation_of_sequences,
+    full_mask,
+    live_mask,
+    live_tokens,
+    loss_weights,
+    token_weights_of,
+)
+from rlkernels.losses.weighted_sum import parameters, scaled_sum, weighted_sum
 from rlkernels.sequences import means, spread, sums
-from rlkernels.tracing import product, replaced
 
 
 def policy_loss(
@@ -101,25 +96,25 @@ def policy_loss(
     checks.no_forward_ad(caller, logprobs, entropy)
     cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
     entry, values = resolve(caller, objective, params, logprobs)
-    columns = state(caller, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
-    live = some_tokens(caller, logprobs, mask)
+    columns = objective_columns(caller, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
+    live = live_mask(caller, logprobs, mask)
     if ratio_level == "sequence_sum":
-        aggregation = of_sums(aggregation, weights)
-    share = share_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
+        aggregation = aggregation_of_sequences(aggregation, weights)
+    token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
     kl_coef, entropy_coef = check_terms(caller, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
 
     real = real_dtype(logprobs.dtype)
     logp = dense(logprobs, real)
-    loss = ratio_term(caller, objective, logp, columns, values, share, live, cu_seqlens, ratio_level)
+    loss = ratio_term(caller, objective, logp, columns, values, token_weights, live, cu_seqlens, ratio_level)
     if kl_coef is not None:
-        loss = loss + times(kl_coef, kl, logp, [ref_logprobs], share)
+        loss = loss + scaled_sum(kl_coef, kl, logp, [ref_logprobs], token_weights)
     if entropy_coef is not None:
         # By the objective "nll", which is minus its column, because it takes one launch and plain torch takes six.
-        loss = loss + times(entropy_coef, "nll", dense(entropy, real), [], share)
+        loss = loss + scaled_sum(entropy_coef, "nll", dense(entropy, real), [], token_weights)
     if not return_metrics:
         return loss
     return loss, policy_metrics(
-        logp, columns, every_token(logprobs, live), ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens
+        logp, columns, full_mask(logprobs, live), ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens
     )
 
 
@@ -176,7 +171,7 @@ def logits_policy_loss(
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=flat.real)
     cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
-    columns = state(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
+    columns = objective_columns(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
     penalty, bonus = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(caller, like, mask) & scored
@@ -208,7 +203,7 @@ def logits_policy_loss(
                 raise
             raise checks.named(error, "policy_loss") from error
     everywhere = mask is None and weights is None and not isinstance(flat.rows.temperature, torch.Tensor)
-    weights = term_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+    weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
     flat = flat if everywhere else flat.without(weights == 0)
     # A second tensor of the logits' size is made in the forward only caller the backward is sure to take it over.
     with_grad = (
@@ -233,94 +228,11 @@ def logits_policy_loss(
     return of_rows.loss, policy_metrics(logp, columns, read, ref_logprobs, kl, entropy, entry, values)
 
 
-def value_loss(
-    values,
-    old_values,
-    returns,
-    mask=None,
-    *,
-    clip_range=None,
-    aggregation="token-mean",
-    weights=None,
-    cu_seqlens=None,
-    normalizers=None,
-    return_metrics=False,
-):
-    r"""Value-function loss: ``1/2 sum_t w_t (V_t - R_t)^2``.
-
-    With ``clip_range = c`` it is the larger of that and the clipped error,
-    ``1/2 sum_t w_t max((V_t - R_t)^2, (V_old_t + clip(V_t - V_old_t, -c, c) - R_t)^2)``.
-
-    Args:
-        values, old_values, returns: ``[B, L]`` or packed ``[T]``; ``old_values`` is not looked at without
-            ``clip_range``. Only ``values`` get a gradient.
-        mask, aggregation, weights, cu_seqlens, normalizers: as for ``policy_loss``.
-
-    Returns:
-        Scalar, fp32 (fp64 for fp64 values); with ``return_metrics``, ``(loss, {"clip_fraction": ..., "error": ...})``:
-        the live tokens that moved by more than ``c`` and whose clipped error is the larger one, and the mean squared
-        error.
-
-    Raises:
-        ValueError: shapes that do not match, ``clip_range`` not positive.
-
-    Schulman et al. 2017, arXiv:1707.06347, eq. 9; clipping and the half: OpenAI Baselines (ppo2).
-    """
-    caller = "value_loss"
-    checks.floating(caller, "values", values)
-    checks.no_forward_ad(caller, values)
-    cu_seqlens = checks_tokens.rows(caller, "values", values, cu_seqlens)
-    inputs = {"returns": returns} if clip_range is None else {"old_values": old_values, "returns": returns}
-    for name, x in inputs.items():
-        column(caller, name, x, values)
-    if clip_range is not None:
-        clip_range = checks.coefficient(checks.positive, caller, "clip_range", clip_range, values)
-    live = some_tokens(caller, values, mask)
-    share = share_of(caller, values, live, aggregation, weights, cu_seqlens, normalizers)
-    prediction = dense(values, real_dtype(values.dtype))
-    objective, parameters = ("value_plain", ()) if clip_range is None else ("value_clip", (clip_range,))
-    loss = run(objective, prediction, list(inputs.values()), parameters, share)
-    if not return_metrics:
-        return loss
-    live = every_token(values, live)
-    with torch.no_grad():
-        count = live.sum().clamp(min=1)
-        free = prediction - returns
-        metrics = {"error": torch.where(live, free * free, 0.0).sum() / count}
-        if clip_range is not None:
-            gap = prediction - old_values
-            # In the loss's own form, because old + clip(gap) rounds away from the value inside the clip.
-            held = free + (gap.clamp(-clip_range, clip_range) - gap)
-            clipped = live & (gap.abs() > clip_range) & (held * held > free * free)
-            metrics["clip_fraction"] = clipped.sum().to(prediction.dtype) / count
-    return loss, metrics
-
-
-def run(objective, first, others, params, share):
-    """Computes the weighted sum of an objective; ``first`` is the column that carries the gradient."""
-    others = [dense(x.detach() if x.requires_grad else x, first.dtype) for x in others]
-    weight = share.weight
-    if weight is not None:
-        weight = weight.contiguous() if weight.dtype == torch.bool else dense(weight.detach(), first.dtype)
-    return weighted_sum(objective, first, others, params, weight, share.total, share.share)
-
-
-def times(coefficient, objective, first, others, share):
-    """Computes ``coefficient`` times the weighted sum of an objective.
-
-    A number becomes a factor of the share. A tensor multiplies the sum.
-    """
-    if not isinstance(coefficient, torch.Tensor):
-        return run(objective, first, others, (), replaced(share, share=product(share.share, coefficient)))
-    # A copy, because a scheduler may write the next coefficient before the backward.
-    return run(objective, first, others, (), share) * coefficient.to(first.dtype, copy=True)
-
-
-def ratio_term(caller, objective, logp, columns, params, share, live, cu_seqlens, level):
+def ratio_term(caller, objective, logp, columns, params, weights, live, cu_seqlens, level):
     """Computes the weighted sum of a policy objective whose ratio is that of a token or of a sequence."""
     if level == "token":
-        return run(objective, logp, columns, params, share)
-    live = every_token(logp, live)
+        return weighted_sum(objective, logp, columns, params, weights)
+    live = full_mask(logp, live)
     if cu_seqlens is None and logp.dim() != 2:
         raise ValueError(
             f"{caller}: ratio_level {level!r} needs logprobs [B, L], or packed [T] with cu_seqlens; got "
@@ -332,11 +244,11 @@ def ratio_term(caller, objective, logp, columns, params, share, live, cu_seqlens
     if level == "sequence_sum":
         # One loss per sequence. An advantage per token enters as its mean, because it is constant along the sequence in
         # every published use.
-        now, old, weights = (sums(x, live, cu_seqlens) for x in (now, old, share.weight.double()))
-        advantage, share = means(advantage, live, cu_seqlens), Share(weights)
+        now, old, of_sequences = (sums(x, live, cu_seqlens) for x in (now, old, weights.values.double()))
+        advantage, weights = means(advantage, live, cu_seqlens), TokenWeights(of_sequences)
     elif level == "sequence":
         now, old = (spread(means(x, live, cu_seqlens), live, cu_seqlens) for x in (now, old))
     else:
         fixed = now.detach()
         old = fixed - spread(means(fixed - old, live, cu_seqlens), live, cu_seqlens)
-    return run(objective, now, [old, advantage], params, share).to(logp.dtype)
+    return weighted_sum(objective, now, [old, advantage], params, weights).to(logp.dtype)

@@ -1,13 +1,8 @@
-"""The arguments of a policy loss, checked: its objective, its columns, its live tokens and the weight of each token."""
-
-from typing import NamedTuple
+"""The arguments of a policy loss, checked: its objective, its columns, its KL and entropy terms."""
 
 import torch
 
 from rlkernels import checks
-from rlkernels.aggregation import token_mean, weights_for
-from rlkernels.backends.protocol import real_dtype
-from rlkernels.checks import tokens as checks_tokens
 from rlkernels.objectives import OBJECTIVES
 from rlkernels.sequences import per_token
 
@@ -42,46 +37,7 @@ def _is_policy(entry):
     return entry.columns[0] == "logp" and "advantage" in entry.columns
 
 
-class Share(NamedTuple):
-    """The weight of each token in a weighted sum: ``weight * share / total``.
-
-    ``weight``: a tensor of floats, a bool mask (1 or 0), or None for 1 everywhere. ``total``: a count in a tensor, or
-    None for 1.
-    """
-
-    weight: torch.Tensor | None
-    total: torch.Tensor | None = None
-    share: float = 1.0
-
-
-def live_tokens(caller, like, mask):
-    """Checks a mask and returns it as bool, shaped like ``like``; without one every token is live."""
-    return every_token(like, some_tokens(caller, like, mask))
-
-
-def every_token(like, live):
-    """Returns the mask ``live`` of ``some_tokens``, or a mask of all tokens where that is None."""
-    return (
-        torch.ones_like(like, dtype=torch.bool, requires_grad=False, memory_format=torch.contiguous_format)
-        if live is None
-        else live
-    )
-
-
-def some_tokens(caller, like, mask):
-    """Checks a mask and returns it as bool; None without a mask, where every token is live."""
-    checks.mask(caller, mask, like.shape)
-    checks.one_device(caller, "logprobs", like, mask=mask)
-    # Contiguous, because torch's sums follow strides, and a metric would have other last bits.
-    return mask if mask is None else mask.contiguous() if mask.dtype == torch.bool else (mask != 0).contiguous()
-
-
-def _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
-    """Tells whether the weights are those of a plain mean over the live tokens."""
-    return weights is None and aggregation == "token-mean" and not normalizers and cu_seqlens is None
-
-
-def state(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level):
+def objective_columns(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level):
     """Returns the columns that the objective takes after ``logp``, shaped like the log-probabilities ``like``."""
     checks.choice(caller, "ratio_level", ratio_level, RATIO_LEVELS)
     if ratio_level != "token" and "old_logp" not in entry.columns:
@@ -113,46 +69,6 @@ def column(caller, name, x, like, like_name="logprobs"):
     checks.no_gradient(caller, **{name: x})
     checks.one_device(caller, like_name, like, **{name: x})
     return x
-
-
-def of_sums(aggregation, weights):
-    """Returns the aggregation of one loss per sequence: ``"token-mean"`` becomes the mean over sequences."""
-    return "seq-mean" if aggregation == "token-mean" and weights is None else aggregation
-
-
-def term_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers):
-    """Returns the weight of each token, 0 for a dead one.
-
-    All terms of a loss (objective, KL, entropy) have the same weights, because each must be the same whether a batch
-    comes whole or in micro-batches. ``cu_seqlens``: offsets that ``checks.tokens.rows`` has checked, or None.
-    """
-    checks.one_device(caller, "logprobs", like, weights=weights)
-    real = real_dtype(like.dtype)
-    if weights is not None:
-        if aggregation != "token-mean" or normalizers:
-            raise ValueError(
-                f"{caller}: weights and aggregation={aggregation!r} both decide the weights; pass one of them"
-            )
-        column(caller, "weights", weights, like)
-        return checks_tokens.tied(torch.where(live, weights.to(real), 0.0), cu_seqlens)
-    if _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
-        return token_mean(caller, live, real)
-    weights = weights_for(
-        caller, live, aggregation, cu_seqlens=cu_seqlens, dtype=real, **checks_tokens.keywords(caller, normalizers)
-    )
-    checks.no_forward_ad(caller, weights)  # because a normaliser may carry a tangent
-    return weights
-
-
-def share_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers):
-    """Returns ``term_weights`` in the form of a ``Share``; ``live``: the mask of ``some_tokens``, or None.
-
-    The share of a plain mean is the mask and its count, because the launch of the loss can divide by the count.
-    """
-    if _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
-        checks_tokens.rows(caller, "mask", like, None)
-        return Share(None, None, 1.0 / max(like.numel(), 1)) if live is None else Share(live, live.sum())
-    return Share(term_weights(caller, like, every_token(like, live), aggregation, weights, cu_seqlens, normalizers))
 
 
 def present(coefficient):

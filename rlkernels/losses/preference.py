@@ -7,6 +7,7 @@ from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import column
 from rlkernels.losses.preference_options import preference_options
 from rlkernels.losses.preference_types import Pairs
+from rlkernels.losses.token_weights import TokenWeights
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.tracing import product
 
@@ -186,7 +187,7 @@ def weighted_terms(terms, weights, share):
             )
         else:
             factor = product(coefficient, share)
-        loss = weighted_sum(objective, x, [], params, weight, None, factor)
+        loss = weighted_sum(objective, x, [], params, TokenWeights(weight, None, factor))
         total = loss if total is None else total + loss
     return total
 

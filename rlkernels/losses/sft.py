@@ -6,7 +6,8 @@ from rlkernels import checks, ops
 from rlkernels.backends.protocol import PolicyInputs, real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense, flatten_logits
-from rlkernels.losses.policy_arguments import column, live_tokens, term_weights
+from rlkernels.losses.policy_arguments import column
+from rlkernels.losses.token_weights import live_tokens, loss_weights
 from rlkernels.sequences import per_token
 
 KINDS = ("nll", "dft")
@@ -136,7 +137,7 @@ def sft_loss(
 
 def sft_weights(caller, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers):
     """Returns the weight of each token: that of the aggregation times that of its sample."""
-    weights = term_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+    weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
     if sample_weights is None:
         return weights
     checks.floating(caller, "sample_weights", sample_weights)

@@ -7,6 +7,7 @@ plain torch, in a few launches more, because kernels take numbers alone.
 import torch
 
 from rlkernels import ops
+from rlkernels.logits_layout import dense
 
 
 def parameters(values):
@@ -35,21 +36,28 @@ def parameters(values):
     )
 
 
-def weighted_sum(objective, first, others, params, weight, total, share):
-    """Computes ``sum_i w_i l(first_i, others_i)``, differentiable in ``first``; ``w`` as in ``ops.weighted_loss``."""
+def weighted_sum(objective, first, others, params, weights):
+    """Computes ``sum_i w_i l(first_i, others_i)``, differentiable in ``first``; ``weights``: TokenWeights."""
+    others = [dense(x.detach() if x.requires_grad else x, first.dtype) for x in others]
+    values = weights.values
+    if values is not None:
+        values = values.contiguous() if values.dtype == torch.bool else dense(values.detach(), first.dtype)
     first = first.contiguous()
+    serving = ops.serving("weighted_loss", first)
     return ops.weighted_loss(
-        objective,
-        first,
-        None,
-        None,
-        others,
-        parameters(params),
-        weight,
-        total,
-        share,
-        ops.serving("weighted_loss", first),
+        objective, first, None, None, others, parameters(params), values, weights.count, weights.scale, serving
     )[0]
+
+
+def scaled_sum(coefficient, objective, first, others, weights):
+    """Computes ``coefficient`` times the weighted sum of an objective without parameters.
+
+    A number becomes a factor of the weights. A tensor multiplies the sum.
+    """
+    if not isinstance(coefficient, torch.Tensor):
+        return weighted_sum(objective, first, others, (), weights.scaled(coefficient))
+    # A copy, because a scheduler may write the next coefficient before the backward.
+    return weighted_sum(objective, first, others, (), weights) * coefficient.to(first.dtype, copy=True)
 
 
 def each(objective, x, params, weight):

@@ -1,0 +1,96 @@
+"""The weight of each token in a loss: its mask and its aggregation as one tensor."""
+
+from typing import NamedTuple
+
+import torch
+
+from rlkernels import checks
+from rlkernels.aggregation import token_mean, weights_for
+from rlkernels.backends.protocol import real_dtype
+from rlkernels.checks import tokens as checks_tokens
+from rlkernels.losses.policy_arguments import column
+from rlkernels.tracing import product, replaced
+
+
+class TokenWeights(NamedTuple):
+    """The weight of each token in a loss: ``values * scale / count``.
+
+    ``values``: a float tensor, a bool mask (1 or 0), or None for 1 everywhere. ``count``: a tensor, or None for 1.
+    """
+
+    values: torch.Tensor | None
+    count: torch.Tensor | None = None
+    scale: float = 1.0
+
+    def scaled(self, factor):
+        """Returns the same weights times a number."""
+        return replaced(self, scale=product(self.scale, factor))
+
+
+def live_tokens(caller, like, mask):
+    """Checks a mask and returns it as bool, shaped like ``like``; without one every token is live."""
+    return full_mask(like, live_mask(caller, like, mask))
+
+
+def full_mask(like, live):
+    """Returns the mask ``live`` of ``live_mask``, or a mask of all tokens where that is None."""
+    return (
+        torch.ones_like(like, dtype=torch.bool, requires_grad=False, memory_format=torch.contiguous_format)
+        if live is None
+        else live
+    )
+
+
+def live_mask(caller, like, mask):
+    """Checks a mask and returns it as bool; None without a mask, where every token is live."""
+    checks.mask(caller, mask, like.shape)
+    checks.one_device(caller, "logprobs", like, mask=mask)
+    # Contiguous, because torch's sums follow strides, and a metric would have other last bits.
+    return mask if mask is None else mask.contiguous() if mask.dtype == torch.bool else (mask != 0).contiguous()
+
+
+def _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
+    """Tells whether the weights are those of a plain mean over the live tokens."""
+    return weights is None and aggregation == "token-mean" and not normalizers and cu_seqlens is None
+
+
+def aggregation_of_sequences(aggregation, weights):
+    """Returns the aggregation of one loss per sequence: ``"token-mean"`` becomes the mean over sequences."""
+    return "seq-mean" if aggregation == "token-mean" and weights is None else aggregation
+
+
+def loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers):
+    """Returns the weight of each token, 0 for a dead one.
+
+    All terms of a loss (objective, KL, entropy) have the same weights, because each must be the same whether a batch
+    comes whole or in micro-batches. ``cu_seqlens``: offsets that ``checks.tokens.rows`` has checked, or None.
+    """
+    checks.one_device(caller, "logprobs", like, weights=weights)
+    real = real_dtype(like.dtype)
+    if weights is not None:
+        if aggregation != "token-mean" or normalizers:
+            raise ValueError(
+                f"{caller}: weights and aggregation={aggregation!r} both decide the weights; pass one of them"
+            )
+        column(caller, "weights", weights, like)
+        return checks_tokens.tied(torch.where(live, weights.to(real), 0.0), cu_seqlens)
+    if _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
+        return token_mean(caller, live, real)
+    weights = weights_for(
+        caller, live, aggregation, cu_seqlens=cu_seqlens, dtype=real, **checks_tokens.keywords(caller, normalizers)
+    )
+    checks.no_forward_ad(caller, weights)  # because a normaliser may carry a tangent
+    return weights
+
+
+def token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers):
+    """Returns the weights of a loss as ``TokenWeights``; ``live``: the mask of ``some_tokens``, or None.
+
+    Those of a plain mean are the mask and its count, because the launch of the loss can divide by the count.
+    """
+    if _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
+        checks_tokens.rows(caller, "mask", like, None)
+        return TokenWeights(None, None, 1.0 / max(like.numel(), 1)) if live is None else TokenWeights(live, live.sum())
+    return TokenWeights(
+        loss_weights(caller, like, full_mask(like, live), aggregation, weights, cu_seqlens, normalizers)
+    )
