@@ -6,8 +6,9 @@ Log-probabilities and statistics of logits (``token_logprobs``, ``token_stats``)
 """
 
 from rlkernels import objectives
-from rlkernels.advantages.gae import discounted_returns, gae, masked_whiten
+from rlkernels.advantages.gae import discounted_returns, gae
 from rlkernels.advantages.group import group_advantages
+from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
 from rlkernels.linear.policy_loss import linear_policy_loss

@@ -5,7 +5,8 @@ import time
 import pytest
 import torch
 
-from rlkernels.advantages.gae import MASKED, discounted_returns, gae, masked_whiten
+from rlkernels.advantages.gae import MASKED, discounted_returns, gae
+from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.backends import absent, use_backend
 
 HERE = [name for name in ("eager", "cpu") if absent(name) is None]

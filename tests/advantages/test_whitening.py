@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlkernels.advantages.gae import masked_whiten
+from rlkernels.advantages.whitening import masked_whiten
 
 # Holes at the start, in the middle and at the end; no hole; nothing alive; one element.
 MASK = torch.tensor(
