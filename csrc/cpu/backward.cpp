@@ -1,5 +1,5 @@
 // dlogits of one row from its statistics and the upstream gradients of logp, entropy and KL.
-#include "batch.h"
+#include "arguments.h"
 
 namespace rlk {
 

@@ -9,7 +9,7 @@
 
 #include "../interface.h"
 #include "../tensors.h"
-#include "batch.h"
+#include "arguments.h"
 #include "buffer.h"
 #include "gemm.h"
 

@@ -1,8 +1,8 @@
 // Any objective over columns of state: value, derivative and the weighted sum. The functor is a template argument, inlined in the loop.
 #include <vector>
 
-#include "../columns.h"
-#include "batch.h"
+#include "../column_inputs.h"
+#include "arguments.h"
 
 namespace rlk {
 namespace {

@@ -1,7 +1,7 @@
 // Statistics, objective and dlogits of a row in one visit: the row is read from memory once and is still in cache for its gradient.
 #include <vector>
 
-#include "batch.h"
+#include "arguments.h"
 
 namespace rlk {
 

@@ -28,7 +28,7 @@ struct GemmJob {
 
 bool gemm_available();      // of bf16
 bool gemm_f32_available();
-bool gemm_f32_preferred();  // where the library's own product falls behind: see machine.cpp
+bool gemm_f32_preferred();  // where the library's own product falls behind: see isa.cpp
 void gemm(const GemmJob&);  // only where available; throws std::bad_alloc before anything is written
 
 constexpr int kLanes = 16;                               // rows of a, or columns of b, packed at a time
@@ -72,7 +72,7 @@ struct GemmKernels {
   int64_t elements;  // of K in a word
 };
 
-// A product's operands after it, and its results: see rounding.cpp. Null where a gradient is not wanted.
+// A product's operands after it, and its results: see gemm_rounding.cpp. Null where a gradient is not wanted.
 struct Rounding {
   int64_t rows, columns, width;
   const float* dlogits;

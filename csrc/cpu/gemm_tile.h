@@ -6,7 +6,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "../scalar.h"
+#include "../objective_functions.h"
 #include "gemm.h"
 #include "inline.h"
 

@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../scalar.h"
+#include "../objective_functions.h"
 #include "inline.h"
 
 namespace rlk {

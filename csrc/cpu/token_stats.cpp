@@ -1,5 +1,5 @@
 // Row statistics: the sums of rows.cpp turned into log-probability, entropy and the rest, in double, rounded once.
-#include "batch.h"
+#include "arguments.h"
 
 namespace rlk {
 

@@ -1,8 +1,8 @@
 // Any objective over columns of state: value, derivative and the weighted sum in one launch. The functor is a template argument, inlined.
 #pragma once
-#include "../columns.h"
-#include "parts.cuh"
-#include "rows.h"
+#include "../column_inputs.h"
+#include "ordered_sum.cuh"
+#include "arguments.h"
 
 namespace rlk {
 

@@ -6,7 +6,7 @@
 #pragma once
 #include "gradient.cuh"
 #include "objective.cuh"
-#include "parts.cuh"
+#include "ordered_sum.cuh"
 #include "token_stats.cuh"
 
 namespace rlk {

@@ -1,6 +1,6 @@
 // What the bindings may call. No CUDA type here: a device is a number, a stream an address.
 #pragma once
-#include "rows.h"
+#include "arguments.h"
 
 namespace rlk {
 

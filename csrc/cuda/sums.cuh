@@ -6,7 +6,7 @@
 #include <cfloat>
 #include <climits>
 
-#include "columns.cuh"
+#include "vector_load.cuh"
 
 namespace rlk {
 

@@ -1,6 +1,6 @@
 // Row statistics: one block per row, each logits tensor read once.
 #pragma once
-#include "row.cuh"
+#include "row_threads.cuh"
 
 namespace rlk {
 

@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/batch.h"
+#include "cpu/arguments.h"
 #include "cpu/gemm.h"
 
 using namespace rlk;

@@ -31,8 +31,8 @@ MAXIMA = "test_guarantees.py::test_the_divergence_is_right_wherever_the_maxima_l
 ASKED = {name: GEMM for name in ("gemm.cpp", "gemm_tile.h", "gemm_bf16.cpp", "gemm_f32.cpp")} | {
     "fused_policy.cpp": FUSED,
     "elementwise.cpp": SMALL,
-    "../columns.h": SMALL,
-    "scan.cpp": SMALL,
+    "../column_inputs.h": SMALL,
+    "gae.cpp": SMALL,
 }
 
 
@@ -228,7 +228,7 @@ MUTANTS = (
     ),
     _m(
         "32-bit row offset",
-        "batch.h",
+        "arguments.h",
         "((r / level) * outer + (r % level) * inner) * bytes",
         "int32_t((r / level) * outer + (r % level) * inner) * bytes",
         3,
@@ -236,7 +236,7 @@ MUTANTS = (
     ),
     _m(
         "the stride of the targets is ignored",
-        "batch.h",
+        "arguments.h",
         "at += stride * bytes)",
         "at += bytes)",
         14,
@@ -244,7 +244,7 @@ MUTANTS = (
     ),
     _m(
         "targets are not checked",
-        "batch.h",
+        "arguments.h",
         "if (y != ignore_index && (y < 0 || y >= columns)) return r;",
         "(void)y;",
         15,
@@ -302,18 +302,18 @@ MUTANTS = (
         "(of_loss->total ? Real(1.0 / double(*of_loss->total)) : Real(1))",
         "Real(1)",
     ),
-    _m("what is taken away is added", "../columns.h", "x -= job.minus[1][i]", "x += job.minus[1][i]"),
+    _m("what is taken away is added", "../column_inputs.h", "x -= job.minus[1][i]", "x += job.minus[1][i]"),
     _m(
         "0 times an infinite factor",
-        "../columns.h",
+        "../column_inputs.h",
         "return own == 0 ? S(0) : own * factor;",
         "return own * factor;",
         17,
     ),
     _m("both slopes have one sign", "elementwise.cpp", "job.opposite[i] = -slope", "job.opposite[i] = slope"),
-    _m("the scan reads dead tokens", "scan.cpp", "const bool live = !mask || mask[t];", "const bool live = true;", 31),
-    _m("zero is skip", "scan.cpp", "if (live || masked == Masked::zero) {", "if (live) {"),
-    _m("gamma is left out of the trace", "scan.cpp", "gamma * lam * trace", "lam * trace"),
+    _m("the scan reads dead tokens", "gae.cpp", "const bool live = !mask || mask[t];", "const bool live = true;", 31),
+    _m("zero is skip", "gae.cpp", "if (live || masked == Masked::zero) {", "if (live) {"),
+    _m("gamma is left out of the trace", "gae.cpp", "gamma * lam * trace", "lam * trace"),
     _m("a slice forgets the one before", "gemm.cpp", "job.accumulate || k > 0", "job.accumulate"),
     _m(
         "a slice of fp32 has the elements of one of bf16",

@@ -5,7 +5,7 @@
 // their threads, and the state is carried from warp to warp and from chunk to chunk in the order of the sequence.
 #pragma once
 #include "platform.cuh"
-#include "rows.h"
+#include "arguments.h"
 
 namespace rlk {
 
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(BLOCK) gae(const GaeJob<Real> job) {
 }
 
 template <int BLOCK>
-constexpr int scan_shared() {
+constexpr int gae_shared() {
   return 2 * BLOCK / 32 * int(sizeof(Map));
 }
 

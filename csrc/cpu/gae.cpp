@@ -1,5 +1,5 @@
 // Generalised advantage estimation: one reverse scan per row or segment, in double.
-#include "batch.h"
+#include "arguments.h"
 
 namespace rlk {
 

@@ -1,6 +1,6 @@
 // One element of a sum over columns, on both backends: what `job` reads for the first column, and what the element weighs.
 #pragma once
-#include "scalar.h"
+#include "objective_functions.h"
 
 namespace rlk {
 

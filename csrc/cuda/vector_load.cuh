@@ -5,7 +5,7 @@
 // and a row in bf16 is added up in the order of the same row in fp32.
 #pragma once
 #include "platform.cuh"
-#include "rows.h"
+#include "arguments.h"
 
 namespace rlk {
 

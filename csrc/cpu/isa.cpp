@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "batch.h"
+#include "arguments.h"
 #include "gemm.h"
 
 #if defined(RLK_X86)
