@@ -4,19 +4,11 @@
 #include <cstring>
 #include <vector>
 
+#include "../arguments.h"
 #include "mode.h"
 #include "rows.h"
 
 namespace rlk {
-
-// Row r of [B, L, V] starts at address + (r / level) * outer + (r % level) * inner, in elements; 64-bit throughout.
-struct Layout {
-  uintptr_t address = 0;
-  int64_t outer = 0, inner = 0, level = 1;
-  char* row(int64_t r, int64_t bytes) const {
-    return reinterpret_cast<char*>(address) + ((r / level) * outer + (r % level) * inner) * bytes;
-  }
-};
 
 struct Batch {
   Dtype dtype = Dtype::f32;
@@ -98,34 +90,13 @@ void for_rows(int64_t rows, int64_t columns, int threads, F f) {
   }
 }
 
-template <class Real>
-Real* reals(uintptr_t address) {
-  return reinterpret_cast<Real*>(address);
-}
-
-// Addresses of the outputs, one number per row each; 0: not wanted.
-struct StatsOutputs {
-  uintptr_t logp, shift, sum_exp, entropy, log_sum_sq, mean_logits, is_top1, ref_logp, ref_shift, ref_sum_exp, kl;
-};
-
-// The statistics of a row as they are stored: rounded once to the real dtype. The gradient starts from these, never from the
-// double sums, so that a fused pass and two separate ones agree in every bit.
-template <class Real>
-struct RowState {
-  Real logp, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl;
-};
-
-// Upstream gradients of logp, entropy and KL of one row.
-struct Upstream {
-  double logp, entropy, kl;
-};
-
 RowSums sums_of_row(const Batch&, const RowKernels&, const void* row, const void* ref, double ref_shift, int64_t r, unsigned wanted);
 double logp_of(const Batch&, const void* row, const RowSums&, int64_t r);
 double entropy_of(const RowSums&, double temperature);
 
 template <class Real>
-void write_gradient(const Batch&, const RowKernels&, int64_t r, void* out, const RowState<Real>&, const Upstream&, bool stream);
+void write_gradient(const Batch&, const RowKernels&, int64_t r, void* out, const SavedRow<Real>&, const Upstream<double>&,
+                    bool stream);
 
 // An output larger than this will not be met in cache by whoever reads it: storing it around the cache spares reading it first
 // (262 MB copied on a two-core Zen 4: 11.6 ms against 17.4 ms).
@@ -137,25 +108,20 @@ inline bool streams(const Batch& batch, const Layout& out) {
 template <class Real>
 void token_stats(const Batch&, const StatsOutputs&);
 
-struct BackwardInputs {
-  uintptr_t dlogp, dentropy, dkl, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl;
-};
 template <class Real>
 void token_stats_backward(const Batch&, const BackwardInputs&, const Layout& out);
 
-struct PolicyInputs {
+// The objective and the estimator of its penalty by name. `columns` are those behind the log-probability.
+struct PolicyArguments {
   const char* objective;
-  const char* kl;  // null, or the name of an estimator
+  const char* kl;  // null: no penalty
   const uintptr_t* columns;
   const double* params;
-  uintptr_t weight, entropy_weight, ref_logp, kl_weight;
-};
-struct PolicyOutputs {
-  uintptr_t logp, shift, sum_exp, entropy, dlogp;
+  PolicyInputs per_row;
 };
 // Returns the loss, infinite where Real does not reach; writes no gradient where out.address is 0.
 template <class Real>
-Real fused_policy(const Batch&, const PolicyInputs&, const PolicyOutputs&, const Layout& out);
+Real fused_policy(const Batch&, const PolicyArguments&, const PolicyOutputs&, const Layout& out);
 
 // What a weighted loss has beside `elementwise`: columns taken from the first; a weight of 1 or 0; a factor of every weight and a count that
 // divides it. The derivative is then that of the loss; `opposite` gets its negative.
@@ -172,10 +138,7 @@ template <class Real>
 Real elementwise(const char* objective, const uintptr_t* columns, const double* params, const Real* weight, Real* value, Real* derivative,
                    int64_t n, int threads, const OfLoss* of_loss = nullptr);
 
-enum class Masked : int { skip, zero, none };
-// Segment s is [bounds[s], bounds[s + 1]), or row s of equal length where bounds is null.
 template <class Real>
-void gae(const Real* rewards, const Real* values, const uint8_t* mask, const int64_t* bounds, int64_t segments, int64_t length, double gamma,
-         double lam, Masked masked, Real* advantages, Real* returns, int threads);
+void gae(const GaeJob<Real>&, int threads);
 
 }  // namespace rlk

@@ -4,8 +4,8 @@
 namespace rlk {
 
 template <class Real>
-void write_gradient(const Batch& batch, const RowKernels& kernels, int64_t r, void* out, const RowState<Real>& state,
-                    const Upstream& upstream, bool stream) {
+void write_gradient(const Batch& batch, const RowKernels& kernels, int64_t r, void* out, const SavedRow<Real>& state,
+                    const Upstream<double>& upstream, bool stream) {
   const void *row = batch.row(r), *ref = batch.ref_row(r);
   const int64_t y = batch.target(r);
   const double temperature = batch.temperature_of(r), shift = state.shift, sum = state.sum_exp, log_sum = std::log(sum);
@@ -45,20 +45,20 @@ void write_gradient(const Batch& batch, const RowKernels& kernels, int64_t r, vo
   if (inside) batch.set(out, y, at_target);
 }
 
-template void write_gradient(const Batch&, const RowKernels&, int64_t, void*, const RowState<float>&, const Upstream&, bool);
-template void write_gradient(const Batch&, const RowKernels&, int64_t, void*, const RowState<double>&, const Upstream&, bool);
+template void write_gradient(const Batch&, const RowKernels&, int64_t, void*, const SavedRow<float>&, const Upstream<double>&, bool);
+template void write_gradient(const Batch&, const RowKernels&, int64_t, void*, const SavedRow<double>&, const Upstream<double>&, bool);
 
 template <class Real>
 void token_stats_backward(const Batch& batch, const BackwardInputs& in, const Layout& out) {
   const RowKernels kernels = row_kernels(batch.dtype);
   const bool stream = streams(batch, out);
   for_rows(batch.rows, batch.columns, batch.threads, [&](int64_t r) {
-    const auto get = [r](uintptr_t from) { return from ? reals<const Real>(from)[r] : Real(0); };
-    const Upstream upstream{double(get(in.dlogp)), double(get(in.dentropy)), double(get(in.dkl))};
+    const auto get = [r](uintptr_t from) { return from ? pointer<const Real>(from)[r] : Real(0); };
+    const Upstream<double> upstream{double(get(in.dlogp)), double(get(in.dentropy)), double(get(in.dkl))};
     void* to = out.row(r, batch.bytes());
     // A dead row is not read, so nothing in it can reach the loss; but its gradient must be written, or it is garbage.
     if (batch.target(r) == batch.ignore_index) return (void)std::memset(to, 0, size_t(batch.columns * batch.bytes()));
-    const RowState<Real> state{0, get(in.shift), get(in.sum_exp), get(in.entropy), get(in.ref_shift), get(in.ref_sum_exp), get(in.kl)};
+    const SavedRow<Real> state{get(in.shift), get(in.sum_exp), get(in.entropy), get(in.ref_shift), get(in.ref_sum_exp), get(in.kl)};
     write_gradient(batch, kernels, r, to, state, upstream, stream);
   });
 }

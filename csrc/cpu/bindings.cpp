@@ -64,7 +64,7 @@ double policy(const Batch& b, const std::string& objective, const std::vector<ui
   check_objective(objective, columns.size() + 1, params.size());
   if (kl) check_objective(*kl, 2, 0);
   py::gil_scoped_release release;
-  const PolicyInputs in{objective.c_str(), kl ? kl->c_str() : nullptr, columns.data(), params.data(), weight, entropy_weight, ref_logp, kl_weight};
+  const PolicyArguments in{objective.c_str(), kl ? kl->c_str() : nullptr, columns.data(), params.data(), {weight, entropy_weight, ref_logp, kl_weight}};
   const PolicyOutputs out{to[0], to[1], to[2], to[3], to[4]};
   return b.dtype == Dtype::f64 ? fused_policy<double>(b, in, out, layout(gradient)) : fused_policy<float>(b, in, out, layout(gradient));
 }
@@ -74,8 +74,8 @@ double apply(const std::string& objective, const std::vector<uintptr_t>& columns
              uintptr_t value, uintptr_t derivative, int64_t n, int threads) {
   check_objective(objective, columns.size(), params.size());
   py::gil_scoped_release release;
-  return elementwise<Real>(objective.c_str(), columns.data(), params.data(), reals<const Real>(weight), reals<Real>(value),
-                           reals<Real>(derivative), n, threads);
+  return elementwise<Real>(objective.c_str(), columns.data(), params.data(), pointer<const Real>(weight), pointer<Real>(value),
+                           pointer<Real>(derivative), n, threads);
 }
 
 template <class Real>
@@ -84,18 +84,19 @@ double weighted(const std::string& objective, const std::vector<uintptr_t>& colu
                 uintptr_t opposite, int64_t n, int threads) {
   check_objective(objective, columns.size(), params.size());
   py::gil_scoped_release release;
-  const OfLoss of_loss{{minus[0], minus[1]}, reinterpret_cast<const uint8_t*>(mask), reinterpret_cast<const int64_t*>(total), share, opposite};
-  return elementwise<Real>(objective.c_str(), columns.data(), params.data(), reals<const Real>(weight), nullptr, reals<Real>(slope), n, threads,
+  const OfLoss of_loss{{minus[0], minus[1]}, pointer<const uint8_t>(mask), pointer<const int64_t>(total), share, opposite};
+  return elementwise<Real>(objective.c_str(), columns.data(), params.data(), pointer<const Real>(weight), nullptr, pointer<Real>(slope), n, threads,
                            &of_loss);
 }
 
-// `length`: of every row; with `bounds` of all segments together. gate.py has copied the bounds and looked at them.
+// `length`: of every row; with `bounds` of all sequences together. gate.py has copied the bounds and looked at them.
 template <class Real>
-void scan(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t bounds, int64_t segments, int64_t length, double gamma, double lam,
+void scan(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t bounds, int64_t sequences, int64_t length, double gamma, double lam,
           int masked, uintptr_t advantages, uintptr_t returns, int threads) {
   py::gil_scoped_release release;
-  gae<Real>(reals<const Real>(rewards), reals<const Real>(values), reinterpret_cast<const uint8_t*>(mask), reinterpret_cast<const int64_t*>(bounds), segments,
-            length, gamma, lam, Masked(masked), reals<Real>(advantages), reals<Real>(returns), threads);
+  gae<Real>({pointer<const Real>(rewards), pointer<const Real>(values), pointer<const uint8_t>(mask), pointer<const int64_t>(bounds), sequences, length,
+             gamma, lam, Masked(masked), pointer<Real>(advantages), pointer<Real>(returns)},
+            threads);
 }
 
 using Matrix = std::array<int64_t, 4>;  // address, row stride, column stride, whether it is fp32
@@ -104,7 +105,7 @@ void product(const std::array<int64_t, 3>& sizes, const Matrix& a, const Matrix&
              int threads) {
   py::gil_scoped_release release;
   const auto operand = [](const Matrix& x) { return Operand{uintptr_t(x[0]), x[1], x[2], x[3] != 0}; };
-  gemm({sizes[0], sizes[1], sizes[2], operand(a), operand(b), reals<float>(out), out_row, accumulate, threads});
+  gemm({sizes[0], sizes[1], sizes[2], operand(a), operand(b), pointer<float>(out), out_row, accumulate, threads});
 }
 
 using Rows = std::array<int64_t, 2>;  // address, row stride
@@ -112,7 +113,7 @@ using Rows = std::array<int64_t, 2>;  // address, row stride
 void give_back(const std::array<int64_t, 3>& sizes, const Rows& dlogits, const Rows& weight, const Rows& hidden, const Rows& dhidden,
                const Rows& dweight, int threads) {
   py::gil_scoped_release release;
-  const auto wide = [](const Rows& x) { return reals<float>(uintptr_t(x[0])); };
+  const auto wide = [](const Rows& x) { return pointer<float>(uintptr_t(x[0])); };
   const auto narrow = [](const Rows& x) { return reinterpret_cast<const uint16_t*>(x[0]); };
   add_rounding({sizes[0], sizes[1], sizes[2], wide(dlogits), dlogits[1], narrow(weight), weight[1], narrow(hidden), hidden[1], wide(dhidden),
                 dhidden[1], wide(dweight), dweight[1], threads});

@@ -60,7 +60,7 @@ void token_stats(const Batch& batch, const StatsOutputs& out) {
   const unsigned wanted = (out.entropy ? kWeighted : 0) | (out.log_sum_sq ? kSquares : 0) | (out.kl ? kCross : 0);
   for_rows(batch.rows, batch.columns, batch.threads, [&](int64_t r) {
     const auto put = [r](uintptr_t to, double x) {
-      if (to) reals<Real>(to)[r] = Real(x);
+      if (to) pointer<Real>(to)[r] = Real(x);
     };
     if (batch.target(r) == batch.ignore_index) {
       for (const uintptr_t to : {out.logp, out.shift, out.sum_exp, out.entropy, out.log_sum_sq, out.mean_logits, out.ref_logp, out.ref_shift,

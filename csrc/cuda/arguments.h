@@ -1,20 +1,9 @@
 // What Python hands over: addresses, strides and sizes, as numbers. No CUDA type here, so that the bindings need none.
 #pragma once
-#include <cstdint>
-
+#include "../arguments.h"
 #include "../dispatch.h"
 
 namespace rlk {
-
-// Row r of [B, L, V] starts at address + (r / level) * outer + (r % level) * inner, in elements; 64-bit throughout.
-struct Layout {
-  uintptr_t address = 0;
-  long long outer = 0, inner = 0, level = 1;
-  template <class T>
-  RLK_HD T* row(long long r) const {
-    return reinterpret_cast<T*>(address) + ((r / level) * outer + (r % level) * inner);
-  }
-};
 
 struct Rows {
   Dtype dtype = Dtype::f32;
@@ -42,32 +31,17 @@ struct Rows {
   }
 };
 
-template <class Real>
-RLK_HD Real* reals(uintptr_t address) {
-  return reinterpret_cast<Real*>(address);
-}
-
-// Addresses of one number per row each; 0: not wanted, or not given.
-struct StatsOutputs {
-  uintptr_t logp, shift, sum_exp, entropy, log_sum_sq, mean_logits, is_top1, ref_logp, ref_shift, ref_sum_exp, kl;
-};
-
-struct BackwardInputs {
-  uintptr_t dlogp, dentropy, dkl, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl;
-  uintptr_t unless;  // one number: where it is exactly 1, nothing is written; 0: no such number
-};
-
-struct PolicyInputs {
-  int objective, kl;  // places in RLK_OBJECTIVES; kl -1: none
+// The objective and the estimator of its penalty by their places in RLK_OBJECTIVES. `columns` are those behind the log-probability.
+struct PolicyArguments {
+  int objective, kl;  // kl -1: no penalty
   uintptr_t columns[kMaxColumns];
   float params[kMaxColumns];
-  uintptr_t weight, entropy_weight, ref_logp, kl_weight;
+  PolicyInputs per_row;
 };
 
-struct PolicyOutputs {
-  uintptr_t logp, shift, sum_exp, entropy, dlogp;
-  uintptr_t losses, ticket;  // one double per row, and the count of rows that are done
-  uintptr_t loss;
+// The addresses that a sum over rows takes: one double per row, the count of rows that are done, and the sum.
+struct LossSum {
+  uintptr_t losses, ticket, loss;
 };
 
 template <class S>
@@ -87,20 +61,6 @@ struct ElementwiseJob {
   S share = 1;
   S* opposite;
   bool of_loss;
-};
-
-enum class Masked : int { skip, zero, none };
-
-// Sequence s is [bounds[s], bounds[s + 1]), or row s of equal length where bounds is null.
-template <class Real>
-struct GaeJob {
-  const Real *rewards, *values;
-  const unsigned char* mask;
-  const int64_t* bounds;
-  long long sequences, length;
-  double gamma, lam;
-  Masked masked;
-  Real *advantages, *returns;
 };
 
 }  // namespace rlk

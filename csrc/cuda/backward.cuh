@@ -9,9 +9,9 @@ template <class T>
 constexpr int kTogetherOf = sizeof(T) == 4 ? 2 : 4;
 
 template <class T, class Out, bool kRef, int BLOCK>
-__global__ void __launch_bounds__(BLOCK) token_stats_backward(const Rows rows, const BackwardInputs in, const Layout to, const long long slices,
-                                                              const long long slice) {
-  if (get(in.unless, 0) == 1.0f) return;
+__global__ void __launch_bounds__(BLOCK) token_stats_backward(const Rows rows, const BackwardInputs in, const uintptr_t unless, const Layout to,
+                                                              const long long slices, const long long slice) {
+  if (get(unless, 0) == 1.0f) return;
   constexpr int kTogether = kTogetherOf<T>;
   constexpr long long kStep = (long long)BLOCK * kGroup;
   const long long r = blockIdx.x / slices, from = blockIdx.x % slices * slice;
@@ -19,11 +19,11 @@ __global__ void __launch_bounds__(BLOCK) token_stats_backward(const Rows rows, c
   const long long y = rows.target(r);
   const unsigned char* mask = rows.mask_row(r);
   Out* const out = to.row<Out>(r);
-  Upstream up{get(in.dlogp, r), get(in.dentropy, r), get(in.dkl, r)};
+  Upstream<float> up{get(in.dlogp, r), get(in.dentropy, r), get(in.dkl, r)};
   if (mask && rows.holds(y) && !mask[y]) up.logp = 0;  // a target outside the support moves nothing
   // A dead row is not read, so nothing in it can reach the loss; but its gradient must be written, or it is garbage.
   if (y == rows.ignore_index || (up.logp == 0 && up.entropy == 0 && up.kl == 0)) return fill_zero(out, from, stop, rows.columns, int(threadIdx.x), BLOCK);
-  const RowState state{get(in.shift, r), get(in.sum_exp, r), get(in.entropy, r), get(in.ref_shift, r), get(in.ref_sum_exp, r), get(in.kl, r)};
+  const SavedRow<float> state{get(in.shift, r), get(in.sum_exp, r), get(in.entropy, r), get(in.ref_shift, r), get(in.ref_sum_exp, r), get(in.kl, r)};
   const Slope slope = slope_of(state, up, rows.inverse_temperature_of(r));
   const T* const row = rows.logits.row<const T>(r);
   const T* const ref = kRef ? rows.ref.row<const T>(r) : row;

@@ -53,9 +53,9 @@ void stats(const Rows& r, const std::array<uintptr_t, 11>& to, int device, uintp
 }
 
 void backward(const Rows& r, const std::array<uintptr_t, 10>& from, const Place& out, int dtype, int device, uintptr_t stream) {
-  const BackwardInputs in{from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], from[8], from[9]};
+  const BackwardInputs in{from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], from[8]};
   by_dtypes(r.dtype, Dtype(dtype), [&](auto d, auto o) {
-    token_stats_backward<decltype(d)::value, decltype(o)::value>(r, in, layout(out), {device, stream});
+    token_stats_backward<decltype(d)::value, decltype(o)::value>(r, in, from[9], layout(out), {device, stream});
   });
 }
 
@@ -85,12 +85,13 @@ void policy(const Rows& r, const std::string& objective, const std::vector<uintp
             const std::array<uintptr_t, 8>& to, const Place& gradient, int dtype, int device, uintptr_t stream) {
   check_objective(objective, columns.size() + 1, params.size());
   if (!kl.empty()) check_objective(kl, 2, 0);
-  PolicyInputs in{objective_id(objective.c_str()), objective_id(kl.c_str()), {}, {}, weight, entropy_weight, ref_logp, kl_weight};
+  PolicyArguments in{objective_id(objective.c_str()), objective_id(kl.c_str()), {}, {}, {weight, entropy_weight, ref_logp, kl_weight}};
   fill(in.columns, columns, [](uintptr_t a) { return a; });
   fill(in.params, params, [](double p) { return float(p); });
-  const PolicyOutputs out{to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7]};
+  const PolicyOutputs out{to[0], to[1], to[2], to[3], to[4]};
+  const LossSum total{to[5], to[6], to[7]};
   by_dtypes(r.dtype, Dtype(dtype), [&](auto d, auto o) {
-    fused_policy<decltype(d)::value, decltype(o)::value>(r, in, out, layout(gradient), {device, stream});
+    fused_policy<decltype(d)::value, decltype(o)::value>(r, in, out, total, layout(gradient), {device, stream});
   });
 }
 
@@ -98,9 +99,9 @@ template <class S>
 void apply(const std::string& objective, const std::vector<uintptr_t>& columns, const std::vector<double>& params, uintptr_t weight,
            uintptr_t value, uintptr_t derivative, uintptr_t loss, uintptr_t parts, uintptr_t ticket, long long n, int device, uintptr_t stream) {
   check_objective(objective, columns.size(), params.size());
-  ElementwiseJob<S> job{{}, {}, reals<const S>(weight), reals<S>(value), reals<S>(derivative), reals<S>(loss), reals<double>(parts),
-                        reals<unsigned>(ticket), n, {}, nullptr, nullptr, S(1), nullptr, false};
-  fill(job.columns, columns, [](uintptr_t a) { return reals<const S>(a); });
+  ElementwiseJob<S> job{{}, {}, pointer<const S>(weight), pointer<S>(value), pointer<S>(derivative), pointer<S>(loss), pointer<double>(parts),
+                        pointer<unsigned>(ticket), n, {}, nullptr, nullptr, S(1), nullptr, false};
+  fill(job.columns, columns, [](uintptr_t a) { return pointer<const S>(a); });
   fill(job.params, params, [](double p) { return S(p); });
   elementwise<S>(objective.c_str(), job, {device, stream});
 }
@@ -110,20 +111,20 @@ void weighted(const std::string& objective, const std::vector<uintptr_t>& column
               const std::vector<double>& params, uintptr_t weight, uintptr_t mask, uintptr_t total, double share, uintptr_t slope, uintptr_t opposite,
               uintptr_t loss, uintptr_t parts, uintptr_t ticket, long long n, int device, uintptr_t stream) {
   check_objective(objective, columns.size(), params.size());
-  ElementwiseJob<S> job{{}, {}, reals<const S>(weight), nullptr, reals<S>(slope), reals<S>(loss), reals<double>(parts), reals<unsigned>(ticket), n,
-                        {}, reals<const unsigned char>(mask), reals<const int64_t>(total), S(share), reals<S>(opposite), true};
-  fill(job.columns, columns, [](uintptr_t a) { return reals<const S>(a); });
+  ElementwiseJob<S> job{{}, {}, pointer<const S>(weight), nullptr, pointer<S>(slope), pointer<S>(loss), pointer<double>(parts), pointer<unsigned>(ticket), n,
+                        {}, pointer<const unsigned char>(mask), pointer<const int64_t>(total), S(share), pointer<S>(opposite), true};
+  fill(job.columns, columns, [](uintptr_t a) { return pointer<const S>(a); });
   fill(job.params, params, [](double p) { return S(p); });
   if (minus.size() > 2) throw std::invalid_argument("at most two columns are taken from the first");
-  for (size_t k = 0; k < minus.size(); ++k) job.minus[k] = reals<const S>(minus[k]);
+  for (size_t k = 0; k < minus.size(); ++k) job.minus[k] = pointer<const S>(minus[k]);
   elementwise<S>(objective.c_str(), job, {device, stream});
 }
 
 template <class S>
 void scan(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t bounds, long long sequences, long long length, double gamma, double lam,
           int masked, uintptr_t advantages, uintptr_t returns, int device, uintptr_t stream) {
-  gae<S>({reals<const S>(rewards), reals<const S>(values), reals<const unsigned char>(mask), reals<const int64_t>(bounds), sequences, length,
-          gamma, lam, Masked(masked), reals<S>(advantages), reals<S>(returns)},
+  gae<S>({pointer<const S>(rewards), pointer<const S>(values), pointer<const unsigned char>(mask), pointer<const int64_t>(bounds), sequences, length,
+          gamma, lam, Masked(masked), pointer<S>(advantages), pointer<S>(returns)},
          {device, stream});
 }
 

@@ -18,15 +18,16 @@ int choose_cluster(const std::string& name, long long columns, int device) {
 }
 
 template <Dtype D, Dtype O>
-void fused_policy(const Rows& rows, const PolicyInputs& in, const PolicyOutputs& out, const Layout& gradient, Where where) {
+void fused_policy(const Rows& rows, const PolicyArguments& in, const PolicyOutputs& out, const LossSum& total,
+                  const Layout& gradient, Where where) {
   using T = typename LogitsOf<D>::type;
   using Out = typename LogitsOf<O>::type;
   const std::string name = kernel_name("fused_policy", D, O);
   const OnDevice guard(name, where.device);
-  clear_ticket(name, out.ticket, where);
+  clear_ticket(name, total.ticket, where);
   const auto run = [&](auto kernel, int block, int cluster, bool keep) {
     const long long shared = kFixedBytes + (keep ? slot_bytes<T>(rows.columns, cluster) : 0);
-    launch(name, kernel, Grid{rows.rows * cluster, block, shared, cluster}, where, rows, in, out, gradient);
+    launch(name, kernel, Grid{rows.rows * cluster, block, shared, cluster}, where, rows, in, out, total, gradient);
   };
   // Without a gradient nothing is read twice, and nothing need be kept.
   const int forced = choices().fused_cluster;
@@ -39,6 +40,7 @@ void fused_policy(const Rows& rows, const PolicyInputs& in, const PolicyOutputs&
   }
 }
 
-template void fused_policy<Dtype::RLK_DTYPE, Dtype::RLK_OUT>(const Rows&, const PolicyInputs&, const PolicyOutputs&, const Layout&, Where);
+template void fused_policy<Dtype::RLK_DTYPE, Dtype::RLK_OUT>(const Rows&, const PolicyArguments&, const PolicyOutputs&,
+                                                            const LossSum&, const Layout&, Where);
 
 }  // namespace rlk

@@ -68,8 +68,8 @@ struct Kept {
 
 // `Out`: of the gradient; fp32 logits of a fused head have it rounded to what its products take, and nobody writes it twice.
 template <class T, class Out, int BLOCK, int CLUSTER, bool kKeep>
-__global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(const Rows rows, const PolicyInputs in, const PolicyOutputs out,
-                                                                               const Layout gradient) {
+__global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(const Rows rows, const PolicyArguments in,
+                                                                               const PolicyOutputs out, const LossSum total, const Layout gradient) {
   using Crew = Team<BLOCK, CLUSTER>;
   CUDA_DYN_SHARED(float, records);
   double* const adders = reinterpret_cast<double*>(records + kFields * kWarps);
@@ -77,10 +77,10 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(
   const Kept<T, BLOCK, CLUSTER> kept{reinterpret_cast<Packed<T>*>(reinterpret_cast<char*>(records) + kFixedBytes)};
   const long long r = blockIdx.x / CLUSTER, y = rows.target(r);
   const bool leads = Crew::rank() == 0 && threadIdx.x == 0;
-  const float weight = get(in.weight, r), entropy_weight = get(in.entropy_weight, r), kl_weight = in.kl < 0 ? 0.0f : get(in.kl_weight, r);
+  const float weight = get(in.per_row.weight, r), entropy_weight = get(in.per_row.entropy_weight, r), kl_weight = in.kl < 0 ? 0.0f : get(in.per_row.kl_weight, r);
   Out* const to = gradient.address ? gradient.row<Out>(r) : nullptr;
   const long long columns = rows.columns;
-  RowState state{};
+  SavedRow<float> state{};
   float logp = 0, dlogp = 0;
   double loss = 0;
   const bool live = y != rows.ignore_index && (weight != 0 || entropy_weight != 0 || kl_weight != 0);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(
     }
     Sums s = Crew::template reduce<kWeighted>(lanes, records, row.scale);
     if (!rows.holds(y)) s.top = s.sum = NAN;
-    state.shift = s.top, state.sum = s.sum, state.entropy = entropy_from(s);
+    state.shift = s.top, state.sum_exp = s.sum, state.entropy = entropy_from(s);
     logp = logp_from(logit, s.top, s.sum, inverse_temperature);
     // Every thread evaluates the objective: cheaper than telling the others. Terms of weight 0 are left out by branch: 0 * NaN is NaN.
     if (weight != 0) {
@@ -110,13 +110,13 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(
       loss = double(weight) * double(term.value);
     }
     if (kl_weight != 0) {
-      const float column[kWidest] = {logp, get(in.ref_logp, r)}, none[kWidest] = {};
+      const float column[kWidest] = {logp, get(in.per_row.ref_logp, r)}, none[kWidest] = {};
       const Term<float> term = evaluate_objective(in.kl, column, none);
       dlogp += kl_weight * term.derivative;
       loss += double(kl_weight) * double(term.value);
     }
     if (entropy_weight != 0) loss -= double(entropy_weight) * double(state.entropy);
-    Upstream up{dlogp, -entropy_weight, 0};
+    Upstream<float> up{dlogp, -entropy_weight, 0};
     if (row.mask && rows.holds(y) && !row.mask[y]) up.logp = 0;
     if (to && (up.logp != 0 || up.entropy != 0)) {
       const Slope slope = slope_of(state, up, inverse_temperature);
@@ -134,13 +134,13 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(
     fill_zero(to, 0, columns, columns, Crew::rank() * BLOCK + int(threadIdx.x), BLOCK * CLUSTER);
   }
   if (leads) {
-    put(out.logp, r, logp), put(out.shift, r, state.shift), put(out.sum_exp, r, state.sum), put(out.entropy, r, state.entropy);
+    put(out.logp, r, logp), put(out.shift, r, state.shift), put(out.sum_exp, r, state.sum_exp), put(out.entropy, r, state.entropy);
     put(out.dlogp, r, dlogp);
-    reals<double>(out.losses)[r] = loss;
+    pointer<double>(total.losses)[r] = loss;
   }
-  if (Crew::rank() == 0 && comes_last(reinterpret_cast<unsigned*>(out.ticket), unsigned(rows.rows), flag)) {
-    const double sum = add_parts(reals<const double>(out.losses), rows.rows, adders);
-    if (threadIdx.x == 0) *reals<float>(out.loss) = float(sum);
+  if (Crew::rank() == 0 && comes_last(reinterpret_cast<unsigned*>(total.ticket), unsigned(rows.rows), flag)) {
+    const double sum = add_parts(pointer<const double>(total.losses), rows.rows, adders);
+    if (threadIdx.x == 0) *pointer<float>(total.loss) = float(sum);
   }
 }
 

@@ -4,15 +4,6 @@
 
 namespace rlk {
 
-// As stored: the gradient starts from these, so that the fused pass and two separate ones agree in every bit.
-struct RowState {
-  float shift, sum, entropy, ref_shift, ref_sum, kl;
-};
-
-struct Upstream {
-  float logp, entropy, kl;
-};
-
 // dx = e (flat + slope t + cross (t - t_ref)), and the target's column apart.
 struct Slope {
   float shift, ref_shift, scale, flat, slope, cross;
@@ -20,15 +11,15 @@ struct Slope {
 };
 
 // A term whose upstream is 0 is left out, not multiplied: its statistics may be NaN or absent.
-__device__ __forceinline__ Slope slope_of(const RowState& s, const Upstream& up, float inverse_temperature) {
-  const float log_sum = logf(s.sum), k = inverse_temperature / s.sum;
-  Slope to{s.shift, s.ref_shift, kLog2E * inverse_temperature, 0, 0, 0, up.logp, 0, inverse_temperature, s.sum};
+__device__ __forceinline__ Slope slope_of(const SavedRow<float>& s, const Upstream<float>& up, float inverse_temperature) {
+  const float log_sum = logf(s.sum_exp), k = inverse_temperature / s.sum_exp;
+  Slope to{s.shift, s.ref_shift, kLog2E * inverse_temperature, 0, 0, 0, up.logp, 0, inverse_temperature, s.sum_exp};
   if (up.entropy != 0) {
     to.rest -= up.entropy * (s.entropy - log_sum);
     to.slope = -up.entropy * kLn2 * k;
   }
   if (up.kl != 0) {
-    to.rest += up.kl * ((logf(s.ref_sum) - log_sum) - s.kl);
+    to.rest += up.kl * ((logf(s.ref_sum_exp) - log_sum) - s.kl);
     to.cross = up.kl * kLn2 * k;
   }
   to.flat = (to.rest - up.logp) * k;

@@ -79,7 +79,7 @@ __device__ __forceinline__ float entropy_from(const Sums& s) { return logf(s.sum
 __device__ inline void zero_outputs(const StatsOutputs& out, long long r) {
   put(out.logp, r, 0), put(out.shift, r, 0), put(out.sum_exp, r, 0), put(out.entropy, r, 0), put(out.log_sum_sq, r, 0);
   put(out.mean_logits, r, 0), put(out.ref_logp, r, 0), put(out.ref_shift, r, 0), put(out.ref_sum_exp, r, 0), put(out.kl, r, 0);
-  if (out.is_top1) reals<unsigned char>(out.is_top1)[r] = 0;
+  if (out.is_top1) pointer<unsigned char>(out.is_top1)[r] = 0;
 }
 
 template <class T, unsigned kWhat, int BLOCK>
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(BLOCK, kWhat & kEverything || (kWhat & kRefere
   if (kWhat & kEverything) {
     put(out.log_sum_sq, r, logf(s.squares) - 2 * logf(s.sum));
     put(out.mean_logits, r, s.plain / s.count * inverse_temperature);
-    if (out.is_top1) reals<unsigned char>(out.is_top1)[r] = s.first == y && s.sum < INFINITY;  // false for NaN
+    if (out.is_top1) pointer<unsigned char>(out.is_top1)[r] = s.first == y && s.sum < INFINITY;  // false for NaN
   }
   if (kWhat & kReference) {
     put(out.ref_logp, r, logp_from(logit_of(rows, row.ref, row.mask, y), s.ref_top, s.ref_sum, inverse_temperature));

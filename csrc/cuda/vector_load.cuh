@@ -150,9 +150,9 @@ __device__ __forceinline__ void fill_zero(T* row, long long from, long long stop
 }
 
 // One number per row; an address of 0 is one that was not given, or not asked for.
-__device__ __forceinline__ float get(uintptr_t from, long long r) { return from ? reals<const float>(from)[r] : 0.0f; }
+__device__ __forceinline__ float get(uintptr_t from, long long r) { return from ? pointer<const float>(from)[r] : 0.0f; }
 __device__ __forceinline__ void put(uintptr_t to, long long r, float x) {
-  if (to) reals<float>(to)[r] = x;
+  if (to) pointer<float>(to)[r] = x;
 }
 
 }  // namespace rlk

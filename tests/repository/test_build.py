@@ -40,6 +40,7 @@ def test_the_headers_compile_without_a_warning(tmp_path):
         "dispatch.h",
         "objective_functions.h",
         "column_inputs.h",
+        "arguments.h",
         "cpu/arguments.h",
         "cpu/gemm.h",
     ):

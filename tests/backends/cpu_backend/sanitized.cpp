@@ -78,7 +78,7 @@ void rows(Dtype dtype, int64_t vocab, bool masked, bool with_ref) {
                                  address(s[7]), address(s[8]), address(s[9])}, fresh);
   const uintptr_t columns[] = {address(ones), address(ones)};
   const double params[] = {0.2, 0.2};
-  fused_policy<Real>(b, {"ppo_clip", "k3", columns, params, address(ones), address(ones), address(ones), address(ones)},
+  fused_policy<Real>(b, {"ppo_clip", "k3", columns, params, {address(ones), address(ones), address(ones), address(ones)}},
                      {address(s[0]), address(s[1]), address(s[2]), address(s[3]), address(s[4])}, fresh);
   token_stats_backward<Real>(b, {address(ones), none, none, address(s[1]), address(s[2]), address(s[3]), none, none, none}, b.logits);
 }
@@ -94,8 +94,8 @@ void lists(int64_t n) {
   const OfLoss of_loss{{address(x), address(x)}, mask.get(), &total, 0.5, address(value)};
   elementwise<Real>("pairwise", columns, params, nullptr, nullptr, derivative.get(), n, 2, &of_loss);
   const int64_t bounds[] = {0, n / 2, n / 2, n};
-  gae<Real>(x.get(), x.get(), mask.get(), bounds, 3, 0, 0.9, 0.9, Masked::skip, value.get(), derivative.get(), 2);
-  gae<Real>(x.get(), x.get(), mask.get(), nullptr, 1, n, 0.9, 0.9, Masked::zero, value.get(), derivative.get(), 2);
+  gae<Real>({x.get(), x.get(), mask.get(), bounds, 3, 0, 0.9, 0.9, Masked::skip, value.get(), derivative.get()}, 2);
+  gae<Real>({x.get(), x.get(), mask.get(), nullptr, 1, n, 0.9, 0.9, Masked::zero, value.get(), derivative.get()}, 2);
 }
 
 // A matrix of ones: row-major, column-major, or with every other element of it left out.

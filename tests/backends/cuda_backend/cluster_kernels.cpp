@@ -47,14 +47,14 @@ void policy(long long rows, long long columns, int team) {
   Rows at_rows;
   at_rows.rows = rows, at_rows.columns = columns, at_rows.logits = {at(x), columns, 0, 1}, at_rows.targets = at(targets);
   at_rows.inverse_temperature = 1.25f, at_rows.mask = at(mask), at_rows.mask_stride = columns;
-  PolicyInputs in{};
+  PolicyArguments in{};
   in.objective = objective_id("ppo_clip"), in.kl = objective_id("k3");
   in.columns[0] = at(old), in.columns[1] = at(advantage), in.params[0] = 0.2f, in.params[1] = 0.3f;
-  in.weight = in.entropy_weight = in.kl_weight = at(weight), in.ref_logp = at(advantage);
-  const PolicyOutputs to{at(found[0]), at(found[1]), at(found[2]), at(found[3]), at(found[4]),
-                         at(losses),   at(losses) + 8 * uintptr_t(rows), at(loss)};
+  in.per_row = {at(weight), at(weight), at(advantage), at(weight)};
+  const PolicyOutputs to{at(found[0]), at(found[1]), at(found[2]), at(found[3]), at(found[4])};
+  const LossSum total{at(losses), at(losses) + 8 * uintptr_t(rows), at(loss)};
   choices().fused_cluster = team;
-  fused_policy<Dtype::f32, Dtype::f32>(at_rows, in, to, {at(out), columns, 0, 1}, {});
+  fused_policy<Dtype::f32, Dtype::f32>(at_rows, in, to, total, {at(out), columns, 0, 1}, {});
   Hash hash;
   for (const auto& column : found) hash.add(column);
   hash.add(out), hash.add(loss);

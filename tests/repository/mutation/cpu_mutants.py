@@ -187,8 +187,8 @@ MUTANTS = (
     _m(
         "g is ignored",
         "backward.cpp",
-        "const Upstream upstream{double(get(in.dlogp)),",
-        "const Upstream upstream{1.0,",
+        "const Upstream<double> upstream{double(get(in.dlogp)),",
+        "const Upstream<double> upstream{1.0,",
         10,
     ),
     _m(
@@ -228,9 +228,9 @@ MUTANTS = (
     ),
     _m(
         "32-bit row offset",
-        "arguments.h",
-        "((r / level) * outer + (r % level) * inner) * bytes",
-        "int32_t((r / level) * outer + (r % level) * inner) * bytes",
+        "../arguments.h",
+        "return (r / level) * outer + (r % level) * inner;",
+        "return int32_t((r / level) * outer + (r % level) * inner);",
         3,
         tests=("test_logprobs_layouts.py",),
     ),
@@ -312,8 +312,8 @@ MUTANTS = (
     ),
     _m("both slopes have one sign", "elementwise.cpp", "job.opposite[i] = -slope", "job.opposite[i] = slope"),
     _m("the scan reads dead tokens", "gae.cpp", "const bool live = !mask || mask[t];", "const bool live = true;", 31),
-    _m("zero is skip", "gae.cpp", "if (live || masked == Masked::zero) {", "if (live) {"),
-    _m("gamma is left out of the trace", "gae.cpp", "gamma * lam * trace", "lam * trace"),
+    _m("zero is skip", "gae.cpp", "if (live || job.masked == Masked::zero) {", "if (live) {"),
+    _m("gamma is left out of the trace", "gae.cpp", "job.gamma * job.lam * trace", "job.lam * trace"),
     _m("a slice forgets the one before", "gemm.cpp", "job.accumulate || k > 0", "job.accumulate"),
     _m(
         "a slice of fp32 has the elements of one of bf16",

@@ -29,6 +29,7 @@ ASKED = {
     "ordered_sum.cuh": (*SMALL, *POLICY),
     "fused_policy.cuh": POLICY,
     "arguments.h": LAYOUT,
+    "../arguments.h": LAYOUT,
 }
 
 
@@ -60,17 +61,17 @@ MUTANTS = (
     ),
     _m(
         "32-bit row offset",
-        "arguments.h",
-        "+ ((r / level) * outer + (r % level) * inner)",
-        "+ int((r / level) * outer + (r % level) * inner)",
+        "../arguments.h",
+        "return (r / level) * outer + (r % level) * inner;",
+        "return int32_t((r / level) * outer + (r % level) * inner);",
         3,
         tests=("test_cuda_rows.py::test_a_row_that_begins_behind_2_to_the_31_elements_has_its_bits",),
     ),
     _m(
         "the outer stride is ignored",
-        "arguments.h",
-        "+ ((r / level) * outer + (r % level) * inner)",
-        "+ (r * inner + (level == 1 ? r * outer : 0))",
+        "../arguments.h",
+        "return (r / level) * outer + (r % level) * inner;",
+        "return r * inner + (level == 1 ? r * outer : 0);",
         13,
     ),
     _m(
@@ -139,8 +140,8 @@ MUTANTS = (
     _m(
         "the gradient is not divided by the temperature",
         "gradient.cuh",
-        "k = inverse_temperature / s.sum",
-        "k = 1.0f / s.sum",
+        "k = inverse_temperature / s.sum_exp",
+        "k = 1.0f / s.sum_exp",
         23,
     ),
     _m(
@@ -160,8 +161,8 @@ MUTANTS = (
     _m(
         "the divergence itself is left out of its gradient",
         "gradient.cuh",
-        "((logf(s.ref_sum) - log_sum) - s.kl)",
-        "(logf(s.ref_sum) - log_sum)",
+        "((logf(s.ref_sum_exp) - log_sum) - s.kl)",
+        "(logf(s.ref_sum_exp) - log_sum)",
     ),
     _m("masked columns get a gradient", "gradient.cuh", "g[i] = kept >> i & 1 ? g[i] : 0.0f;", "(void)kept;"),
     _m(
@@ -272,7 +273,13 @@ MUTANTS = (
         "1.01f * at.dlogp * (1.0f - e / at.sum)",
         32,
     ),
-    _m("the upstream gradient is ignored", "backward.cuh", "Upstream up{get(in.dlogp, r),", "Upstream up{1.0f,", 10),
+    _m(
+        "the upstream gradient is ignored",
+        "backward.cuh",
+        "Upstream<float> up{get(in.dlogp, r),",
+        "Upstream<float> up{1.0f,",
+        10,
+    ),
     _m(
         "the temperature twice in the log-probability",
         "token_stats.cuh",
@@ -308,16 +315,11 @@ MUTANTS = (
         "(weight != 0 || entropy_weight != 0 || kl_weight != 0)",
         "weight != 0",
     ),
-    _m(
-        "a gradient that is already made is made again",
-        "backward.cuh",
-        "  if (get(in.unless, 0) == 1.0f) return;\n",
-        "",
-    ),
+    _m("a gradient that is already made is made again", "backward.cuh", "  if (get(unless, 0) == 1.0f) return;\n", ""),
     _m(
         "a gradient that is not yet made passes for made",
         "backward.cuh",
-        "get(in.unless, 0) == 1.0f",
-        "get(in.unless, 0) != 0.0f",
+        "get(unless, 0) == 1.0f",
+        "get(unless, 0) != 0.0f",
     ),
 )

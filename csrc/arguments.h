@@ -1,0 +1,76 @@
+// The arguments that both native backends take. Numbers all of them: addresses, strides and sizes, because native code knows no tensor.
+// What differs between the backends stands in cpu/arguments.h and cuda/arguments.h.
+#pragma once
+#include "objective_functions.h"
+
+namespace rlk {
+
+template <class T>
+RLK_HD T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The place of every row of a tensor [B, L, V] or [T, V]. Row r starts at address + (r / level) * outer + (r % level) * inner, in elements.
+// Offsets have 64 bits, because T V passes 2^31 at 14k tokens of a vocabulary of 152k.
+struct Layout {
+  uintptr_t address = 0;
+  int64_t outer = 0, inner = 0, level = 1;
+  RLK_HD int64_t offset(int64_t r) const { return (r / level) * outer + (r % level) * inner; }
+  // Row r where the dtype is known at compile time, and where only the size of an element is.
+  template <class T>
+  RLK_HD T* row(int64_t r) const {
+    return pointer<T>(address) + offset(r);
+  }
+  RLK_HD char* row(int64_t r, int64_t bytes) const { return pointer<char>(address) + offset(r) * bytes; }
+};
+
+// The outputs of token_stats: addresses of one number per row each. An address of 0 is an output that is not wanted.
+struct StatsOutputs {
+  uintptr_t logp, shift, sum_exp, entropy, log_sum_sq, mean_logits, is_top1, ref_logp, ref_shift, ref_sum_exp, kl;
+};
+
+// The inputs of token_stats_backward: addresses of one number per row each. An address of 0 is an input that is absent.
+struct BackwardInputs {
+  uintptr_t dlogp, dentropy, dkl, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl;
+};
+
+// The statistics of one row as they are stored, rounded to the dtype of the arithmetic. A gradient starts from these and from nothing more
+// exact, so that the fused pass and two separate passes agree in every bit.
+template <class Real>
+struct SavedRow {
+  Real shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl;
+};
+
+// The upstream gradients of the log-probability, the entropy and the KL of one row.
+template <class Real>
+struct Upstream {
+  Real logp, entropy, kl;
+};
+
+// The inputs of fused_policy beside its objective: addresses of one number per row each, 0 where the term is absent.
+struct PolicyInputs {
+  uintptr_t weight, entropy_weight, ref_logp, kl_weight;
+};
+
+// The outputs of fused_policy: addresses of one number per row each.
+struct PolicyOutputs {
+  uintptr_t logp, shift, sum_exp, entropy, dlogp;
+};
+
+// The rule for a dead token between live ones. skip: value and trace are carried over it. zero: it is a step with reward and value 0.
+// none: the mask is ignored.
+enum class Masked : int { skip, zero, none };
+
+// Generalised advantage estimation. Sequence s is [bounds[s], bounds[s + 1]), or row s of equal length where bounds is null.
+template <class Real>
+struct GaeJob {
+  const Real *rewards, *values;
+  const uint8_t* mask;  // null: every token is live
+  const int64_t* bounds;
+  int64_t sequences, length;
+  double gamma, lam;
+  Masked masked;
+  Real *advantages, *returns;
+};
+
+}  // namespace rlk
