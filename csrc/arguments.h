@@ -5,6 +5,23 @@
 
 namespace rlk {
 
+// The statistics of a row under one name each, here, in the kernels of both backends and in rlkernels/backends/triton/row_statistics.py.
+// Columns outside the support count nowhere. T is the temperature.
+//
+//   row_max       the largest logit x. Everything is measured from it, because exp(x / T) alone would overflow.
+//   z             the centred logit (x - row_max) / T, and e = exp(z)
+//   sum_exp       the sum of e                     logp = z of the target - log sum_exp
+//   weighted_sum  the sum of e z                   entropy = log sum_exp - weighted_sum / sum_exp
+//   square_sum    the sum of e^2                   log_sum_sq = log square_sum - 2 log sum_exp
+//   logit_sum     the sum of x                     mean_logits = logit_sum / count / T, count: the number of columns
+//   first_max     the first column with row_max    is_top1 = (first_max is the target)
+//   cross_sum     the sum of e (z - ref_z)         kl = cross_sum / sum_exp - log sum_exp + log ref_sum_exp
+//
+// ref_row_max, ref_sum_exp and ref_z are those of the row of the reference. Kernels may hold z in another unit: T z, or log 2.
+
+// The outputs of token_stats beyond logp, row_max and sum_exp, as flags. Their values are those of rlkernels/backends/eager.py.
+constexpr unsigned kEntropy = 1, kLogSumSq = 2, kMeanLogits = 4, kIsTop1 = 8, kKl = 16;
+
 template <class T>
 RLK_HD T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -26,19 +43,22 @@ struct Layout {
 
 // The outputs of token_stats: addresses of one number per row each. An address of 0 is an output that is not wanted.
 struct StatsOutputs {
-  uintptr_t logp, shift, sum_exp, entropy, log_sum_sq, mean_logits, is_top1, ref_logp, ref_shift, ref_sum_exp, kl;
+  uintptr_t logp, row_max, sum_exp, entropy, log_sum_sq, mean_logits, is_top1, ref_logp, ref_row_max, ref_sum_exp, kl;
+  RLK_HD unsigned wanted() const {
+    return (entropy ? kEntropy : 0) | (log_sum_sq ? kLogSumSq : 0) | (mean_logits ? kMeanLogits : 0) | (is_top1 ? kIsTop1 : 0) | (kl ? kKl : 0);
+  }
 };
 
 // The inputs of token_stats_backward: addresses of one number per row each. An address of 0 is an input that is absent.
 struct BackwardInputs {
-  uintptr_t dlogp, dentropy, dkl, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl;
+  uintptr_t dlogp, dentropy, dkl, row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl;
 };
 
 // The statistics of one row as they are stored, rounded to the dtype of the arithmetic. A gradient starts from these and from nothing more
 // exact, so that the fused pass and two separate passes agree in every bit.
 template <class Real>
 struct SavedRow {
-  Real shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl;
+  Real row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl;
 };
 
 // The upstream gradients of the log-probability, the entropy and the KL of one row.
@@ -54,7 +74,7 @@ struct PolicyInputs {
 
 // The outputs of fused_policy: addresses of one number per row each.
 struct PolicyOutputs {
-  uintptr_t logp, shift, sum_exp, entropy, dlogp;
+  uintptr_t logp, row_max, sum_exp, entropy, dlogp;
 };
 
 // The rule for a dead token between live ones. skip: value and trace are carried over it. zero: it is a step with reward and value 0.

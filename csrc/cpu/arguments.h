@@ -90,7 +90,7 @@ void for_rows(int64_t rows, int64_t columns, int threads, F f) {
   }
 }
 
-RowSums sums_of_row(const Batch&, const RowKernels&, const void* row, const void* ref, double ref_shift, int64_t r, unsigned wanted);
+RowSums sums_of_row(const Batch&, const RowKernels&, const void* row, const void* ref, double ref_row_max, int64_t r, unsigned wanted);
 double logp_of(const Batch&, const void* row, const RowSums&, int64_t r);
 double entropy_of(const RowSums&, double temperature);
 

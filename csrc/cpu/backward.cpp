@@ -8,7 +8,7 @@ void write_gradient(const Batch& batch, const RowKernels& kernels, int64_t r, vo
                     const Upstream<double>& upstream, bool stream) {
   const void *row = batch.row(r), *ref = batch.ref_row(r);
   const int64_t y = batch.target(r);
-  const double temperature = batch.temperature_of(r), shift = state.shift, sum = state.sum_exp, log_sum = std::log(sum);
+  const double temperature = batch.temperature_of(r), row_max = state.row_max, sum_exp = state.sum_exp, log_sum = std::log(sum_exp);
   const bool inside = batch.supports(r, y);
   const double dlogp = inside ? upstream.logp : 0;  // a target outside the support moves nothing
   if (dlogp == 0 && upstream.entropy == 0 && upstream.kl == 0) {  // the row is not read: 0 times its NaN would be NaN
@@ -21,27 +21,27 @@ void write_gradient(const Batch& batch, const RowKernels& kernels, int64_t r, vo
     flat -= upstream.entropy * (double(state.entropy) - log_sum);
     slope = -upstream.entropy / temperature;
   }
-  double ref_shift = 0;
+  double ref_row_max = 0;
   if (upstream.kl != 0) {
-    ref_shift = state.ref_shift;
+    ref_row_max = state.ref_row_max;
     flat += upstream.kl * (std::log(double(state.ref_sum_exp)) - log_sum - double(state.kl));
     cross = upstream.kl / temperature;
   }
   // The true class before any rounding, and before an in-place store can overwrite its logit.
   double at_target = 0;
   if (inside) {
-    const double d = batch.value(row, y) - shift, p = std::exp(d / temperature) / sum;
+    const double d = batch.value(row, y) - row_max, p = std::exp(d / temperature) / sum_exp;
     double rest = p * flat;
     if (p != 0 && slope != 0) rest += p * slope * d;
-    if (p != 0 && cross != 0) rest += p * cross * (d - (batch.value(ref, y) - ref_shift));
+    if (p != 0 && cross != 0) rest += p * cross * (d - (batch.value(ref, y) - ref_row_max));
     at_target = (dlogp + rest) / temperature;
     if (slope == 0 && cross == 0) at_target = dlogp * (1 - p) / temperature;
   }
   // An absent term stays 0 where the scale is NaN: it decides what is read, a reference row among it.
-  const double scale = 1 / (sum * temperature);
+  const double scale = 1 / (sum_exp * temperature);
   if (slope != 0) slope *= scale;
   if (cross != 0) cross *= scale;
-  kernels.gradient({row, ref, batch.mask_row(r), out, batch.columns, temperature, shift, ref_shift, flat * scale, slope, cross, stream});
+  kernels.gradient({row, ref, batch.mask_row(r), out, batch.columns, temperature, row_max, ref_row_max, flat * scale, slope, cross, stream});
   if (inside) batch.set(out, y, at_target);
 }
 
@@ -58,7 +58,7 @@ void token_stats_backward(const Batch& batch, const BackwardInputs& in, const La
     void* to = out.row(r, batch.bytes());
     // A dead row is not read, so nothing in it can reach the loss; but its gradient must be written, or it is garbage.
     if (batch.target(r) == batch.ignore_index) return (void)std::memset(to, 0, size_t(batch.columns * batch.bytes()));
-    const SavedRow<Real> state{get(in.shift), get(in.sum_exp), get(in.entropy), get(in.ref_shift), get(in.ref_sum_exp), get(in.kl)};
+    const SavedRow<Real> state{get(in.row_max), get(in.sum_exp), get(in.entropy), get(in.ref_row_max), get(in.ref_sum_exp), get(in.kl)};
     write_gradient(batch, kernels, r, to, state, upstream, stream);
   });
 }

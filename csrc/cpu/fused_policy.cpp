@@ -20,16 +20,16 @@ Real fused_policy(const Batch& batch, const PolicyArguments& in, const PolicyOut
     const Real weight = get(in.per_row.weight), entropy_weight = get(in.per_row.entropy_weight), kl_weight = get(in.per_row.kl_weight);
     void* to = gradient.address ? gradient.row(r, batch.bytes()) : nullptr;
     if (batch.target(r) == batch.ignore_index || (weight == 0 && entropy_weight == 0 && kl_weight == 0)) {
-      for (const uintptr_t at : {out.logp, out.shift, out.sum_exp, out.entropy, out.dlogp}) put(at, 0);
+      for (const uintptr_t at : {out.logp, out.row_max, out.sum_exp, out.entropy, out.dlogp}) put(at, 0);
       if (to) std::memset(to, 0, size_t(batch.columns * batch.bytes()));
       return;
     }
     const void* row = batch.row(r);
-    const RowSums sums = sums_of_row(batch, kernels, row, nullptr, 0, r, kWeighted);
+    const RowSums sums = sums_of_row(batch, kernels, row, nullptr, 0, r, kEntropy);
     const Real logp = Real(logp_of(batch, row, sums, r));
     SavedRow<Real> state{};
-    state.shift = Real(sums.shift);
-    state.sum_exp = Real(sums.sum);
+    state.row_max = Real(sums.row_max);
+    state.sum_exp = Real(sums.sum_exp);
     state.entropy = Real(entropy_of(sums, batch.temperature_of(r)));
     // Terms of weight 0 are left out by branch: 0 * NaN is NaN.
     Real dlogp = 0;
@@ -50,7 +50,7 @@ Real fused_policy(const Batch& batch, const PolicyArguments& in, const PolicyOut
     if (entropy_weight != 0) loss -= double(entropy_weight) * double(state.entropy);
     losses[size_t(r)] = loss;
     put(out.logp, logp);
-    put(out.shift, state.shift);
+    put(out.row_max, state.row_max);
     put(out.sum_exp, state.sum_exp);
     put(out.entropy, state.entropy);
     put(out.dlogp, dlogp);

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(BLOCK) token_stats_backward(const Rows rows, c
   if (mask && rows.holds(y) && !mask[y]) up.logp = 0;  // a target outside the support moves nothing
   // A dead row is not read, so nothing in it can reach the loss; but its gradient must be written, or it is garbage.
   if (y == rows.ignore_index || (up.logp == 0 && up.entropy == 0 && up.kl == 0)) return fill_zero(out, from, stop, rows.columns, int(threadIdx.x), BLOCK);
-  const SavedRow<float> state{get(in.shift, r), get(in.sum_exp, r), get(in.entropy, r), get(in.ref_shift, r), get(in.ref_sum_exp, r), get(in.kl, r)};
+  const SavedRow<float> state{get(in.row_max, r), get(in.sum_exp, r), get(in.entropy, r), get(in.ref_row_max, r), get(in.ref_sum_exp, r), get(in.kl, r)};
   const Slope slope = slope_of(state, up, rows.inverse_temperature_of(r));
   const T* const row = rows.logits.row<const T>(r);
   const T* const ref = kRef ? rows.ref.row<const T>(r) : row;

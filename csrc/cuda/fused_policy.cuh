@@ -58,7 +58,7 @@ struct Kept {
         __pipeline_wait_prior(kFlight - 1);  // a thread reads only what it has copied itself: no barrier
         if (column(first + k) < row.columns) {
           const Packed<T> x = *slot(first + k);
-          add_packed<T, kWeighted>(s[k], x, x, column(first + k), row);
+          add_packed<T, kSumsWeighted>(s[k], x, x, column(first + k), row);
         }
         fetch(row, first + k + kFlight);
       }
@@ -92,12 +92,12 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(
     if (kKeep) {
       kept.sweep(lanes, row);
     } else {
-      sweep<T, kWeighted, false, Crew>(lanes, row);
+      sweep<T, kSumsWeighted, false, Crew>(lanes, row);
     }
-    Sums s = Crew::template reduce<kWeighted>(lanes, records, row.scale);
-    if (!rows.holds(y)) s.top = s.sum = NAN;
-    state.shift = s.top, state.sum_exp = s.sum, state.entropy = entropy_from(s);
-    logp = logp_from(logit, s.top, s.sum, inverse_temperature);
+    Sums s = Crew::template reduce<kSumsWeighted>(lanes, records, row.scale);
+    if (!rows.holds(y)) s.row_max = s.sum_exp = NAN;
+    state.row_max = s.row_max, state.sum_exp = s.sum_exp, state.entropy = entropy_from(s);
+    logp = logp_from(logit, s.row_max, s.sum_exp, inverse_temperature);
     // Every thread evaluates the objective: cheaper than telling the others. Terms of weight 0 are left out by branch: 0 * NaN is NaN.
     if (weight != 0) {
       float column[kWidest] = {logp}, param[kWidest];
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(
     fill_zero(to, 0, columns, columns, Crew::rank() * BLOCK + int(threadIdx.x), BLOCK * CLUSTER);
   }
   if (leads) {
-    put(out.logp, r, logp), put(out.shift, r, state.shift), put(out.sum_exp, r, state.sum_exp), put(out.entropy, r, state.entropy);
+    put(out.logp, r, logp), put(out.row_max, r, state.row_max), put(out.sum_exp, r, state.sum_exp), put(out.entropy, r, state.entropy);
     put(out.dlogp, r, dlogp);
     pointer<double>(total.losses)[r] = loss;
   }

@@ -47,22 +47,22 @@ struct Team {
 
   // The sums of the row, in every thread. Also the barrier between the last read of the row and the first store over it.
   // Records are pushed to all blocks, not fetched: nobody reads a neighbour's memory later, so a block may leave when it is done.
-  template <unsigned kWhat>
+  template <unsigned kSums>
   __device__ static Sums reduce(Sums (&s)[kPerThread], float* records, float scale) {
 #pragma unroll
-    for (int k = 0; k < kPerThread; ++k) fold_warp<kWhat>(s[k], scale);
+    for (int k = 0; k < kPerThread; ++k) fold_warp<kSums>(s[k], scale);
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
       for (int to = 0; to < CLUSTER; ++to) {
         float* const there = at_rank(records, to);
 #pragma unroll
-        for (int k = 0; k < kPerThread; ++k) write_record<kWhat>(there + lane(k) / 32, s[k], kWarps);
+        for (int k = 0; k < kPerThread; ++k) write_record<kSums>(there + lane(k) / 32, s[k], kWarps);
       }
     }
     sync();
-    Sums all = read_record<kWhat>(records + threadIdx.x % 32, kWarps);
-    fold_warp<kWhat>(all, scale);
-    finish<kWhat>(all);
+    Sums all = read_record<kSums>(records + threadIdx.x % 32, kWarps);
+    fold_warp<kSums>(all, scale);
+    finish<kSums>(all);
     return all;
   }
 
