@@ -1,23 +1,25 @@
-// The arguments that both native backends take. Numbers all of them: addresses, strides and sizes, because native code knows no tensor.
-// What differs between the backends stands in cpu/arguments.h and cuda/arguments.h.
+// The arguments that both native backends take. All are numbers (addresses, strides, sizes), because native code knows no
+// tensor. Arguments that differ between the backends stand in cpu/arguments.h and cuda/arguments.h.
 #pragma once
 #include "objective_functions.h"
 
 namespace rlk {
 
-// The statistics of a row under one name each, here, in the kernels of both backends and in rlkernels/backends/triton/row_statistics.py.
-// Columns outside the support count nowhere. T is the temperature.
+// The statistics of a row under one name each. The kernels of both backends use these names, and so does
+// rlkernels/backends/triton/row_statistics.py. Columns outside the support count nowhere. T is the temperature.
 //
-//   row_max       the largest logit x. Everything is measured from it, because exp(x / T) alone would overflow.
-//   z             the centred logit (x - row_max) / T, and e = exp(z)
-//   sum_exp       the sum of e                     logp = z of the target - log sum_exp
-//   weighted_sum  the sum of e z                   entropy = log sum_exp - weighted_sum / sum_exp
-//   square_sum    the sum of e^2                   log_sum_sq = log square_sum - 2 log sum_exp
-//   logit_sum     the sum of x                     mean_logits = logit_sum / count / T, count: the number of columns
-//   first_max     the first column with row_max    is_top1 = (first_max is the target)
-//   cross_sum     the sum of e (z - ref_z)         kl = cross_sum / sum_exp - log sum_exp + log ref_sum_exp
+//   row_max       the largest logit x: all others are measured from it, because exp(x / T) alone would overflow
+//   sum_exp       the sum of e = exp(z), with the centred logit z = (x - row_max) / T
+//   weighted_sum  the sum of e z             entropy     = log sum_exp - weighted_sum / sum_exp
+//   square_sum    the sum of e^2             log_sum_sq  = log square_sum - 2 log sum_exp
+//   logit_sum     the sum of x               mean_logits = logit_sum / count / T
+//   count         the number of columns
+//   first_max     the first column with row_max
+//   ref_row_max   row_max of the row of the reference
+//   ref_sum_exp   sum_exp of the row of the reference
+//   cross_sum     the sum of e (z - ref_z)   kl          = cross_sum / sum_exp - log sum_exp + log ref_sum_exp
 //
-// ref_row_max, ref_sum_exp and ref_z are those of the row of the reference. Kernels may hold z in another unit: T z, or log 2.
+// The CPU kernels sum T z in the place of z. The CUDA kernels sum z in units of log 2.
 
 // The outputs of token_stats beyond logp, row_max and sum_exp, as flags. Their values are those of rlkernels/backends/eager.py.
 constexpr unsigned kEntropy = 1, kLogSumSq = 2, kMeanLogits = 4, kIsTop1 = 8, kKl = 16;
@@ -27,13 +29,13 @@ RLK_HD T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// The place of every row of a tensor [B, L, V] or [T, V]. Row r starts at address + (r / level) * outer + (r % level) * inner, in elements.
-// Offsets have 64 bits, because T V passes 2^31 at 14k tokens of a vocabulary of 152k.
+// The place of every row of a tensor [B, L, V] or [T, V]. Row r starts at address + (r / level) * outer + (r % level) *
+// inner, in elements. Offsets have 64 bits, because T V passes 2^31 at 14k tokens of a vocabulary of 152k.
 struct Layout {
   uintptr_t address = 0;
   int64_t outer = 0, inner = 0, level = 1;
   RLK_HD int64_t offset(int64_t r) const { return (r / level) * outer + (r % level) * inner; }
-  // Row r where the dtype is known at compile time, and where only the size of an element is.
+  // Row r as elements of a type, and as elements of a size.
   template <class T>
   RLK_HD T* row(int64_t r) const {
     return pointer<T>(address) + offset(r);
@@ -54,8 +56,8 @@ struct BackwardInputs {
   uintptr_t dlogp, dentropy, dkl, row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl;
 };
 
-// The statistics of one row as they are stored, rounded to the dtype of the arithmetic. A gradient starts from these and from nothing more
-// exact, so that the fused pass and two separate passes agree in every bit.
+// The statistics of one row as they are stored, rounded to the dtype of the arithmetic. A gradient starts from these and
+// from nothing more exact, so that the fused pass and two separate passes agree in every bit.
 template <class Real>
 struct SavedRow {
   Real row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl;
@@ -67,7 +69,7 @@ struct Upstream {
   Real logp, entropy, kl;
 };
 
-// The inputs of fused_policy beside its objective: addresses of one number per row each, 0 where the term is absent.
+// The inputs of fused_policy beside its objective: addresses of one number per row each. An address of 0 is an absent term.
 struct PolicyInputs {
   uintptr_t weight, entropy_weight, ref_logp, kl_weight;
 };
@@ -77,8 +79,8 @@ struct PolicyOutputs {
   uintptr_t logp, row_max, sum_exp, entropy, dlogp;
 };
 
-// The rule for a dead token between live ones. skip: value and trace are carried over it. zero: it is a step with reward and value 0.
-// none: the mask is ignored.
+// The rule for a dead token between live ones. `skip` carries value and trace over it. `zero` makes it a step with reward
+// and value 0. `none` ignores the mask.
 enum class Masked : int { skip, zero, none };
 
 // Generalised advantage estimation. Sequence s is [bounds[s], bounds[s + 1]), or row s of equal length where bounds is null.

@@ -1,12 +1,13 @@
-// The addresses of tensors that are as a kernel assumes: the quick half of rlkernels/backends/gate.py, which says what is wrong with the others.
-// Tensors are asked as Python asks them, so that no header of torch is needed: a twentieth of a microsecond a question instead of a tenth.
+// The addresses of tensors that are as a kernel assumes. This is the quick half of rlkernels/backends/gate.py, which says what
+// is wrong with a tensor that is not. Tensors are asked through Python's C interface, because that needs no header of torch.
+// A question costs a twentieth of a microsecond here and a tenth in Python.
 #pragma once
 #include <pybind11/pybind11.h>
 
 namespace rlk {
 namespace tensors {
 
-// What torch calls its own tensors: set once, when the module of the backend is imported.
+// The types of torch's own tensors, set once when the module of the backend is imported, and the names of what is asked.
 struct Known {
   PyTypeObject* kinds[2] = {};
   PyObject *dtype, *shape, *is_cpu, *device, *is_contiguous, *is_neg, *data_ptr;
@@ -29,8 +30,9 @@ inline Owned ask(PyObject* x, PyObject* name) { return owned(PyObject_GetAttr(x,
 inline bool says(PyObject* x, PyObject* method, PyObject* answer) { return owned(PyObject_CallMethodNoArgs(x, method)).ptr() == answer; }
 inline bool equal(const Owned& a, const Owned& b) { return a && b && PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) == 1; }
 
-// (dtype, like, *tensors) -> their addresses, 0 for None; or None where one of them is not torch's own, of that dtype, of the shape and device of
-// `like`, side by side in memory, without a pending negation, or has elements and no memory.
+// (dtype, like, *tensors) -> their addresses, with 0 for None. Returns None where one of them is not a tensor of torch's own
+// types, has another dtype, has another shape or device than `like`, is not contiguous, has a pending negation, or has
+// elements and no memory.
 inline PyObject* addresses(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const Known& k = known();
   PyObject *const dtype = arguments[0], *const like = arguments[1];
@@ -46,7 +48,7 @@ inline PyObject* addresses(PyObject*, PyObject* const* arguments, Py_ssize_t cou
     }
     Owned at = owned(PyObject_CallMethodNoArgs(x, k.data_ptr));
     if (!at) return nullptr;
-    if (PyObject_IsTrue(at.ptr()) == 0) {  // nothing there: right for a tensor without elements
+    if (PyObject_IsTrue(at.ptr()) == 0) {  // no memory is right for a tensor without elements
       const Owned elements = owned(PyObject_CallMethod(x, "numel", nullptr));
       if (!elements || PyObject_IsTrue(elements.ptr()) != 0) return nullptr;
     }
@@ -58,7 +60,7 @@ inline PyObject* addresses(PyObject*, PyObject* const* arguments, Py_ssize_t cou
     else PyTuple_SET_ITEM(found.ptr(), i - 2, at);
   }
   if (shape && on_cpu && found) return found.release().ptr();
-  PyErr_Clear();  // gate.py asks again, and raises what it then meets
+  PyErr_Clear();  // because gate.py asks again and raises the error itself
   Py_RETURN_NONE;
 }
 
@@ -67,7 +69,7 @@ inline void know(const pybind11::type& tensor, const pybind11::type& parameter) 
 }
 
 inline void bind(pybind11::module_& m) {
-  // Not by pybind11, whose call costs as much as two tensors.
+  // Bound without pybind11, because a call through it costs as much as two tensors.
   static PyMethodDef definition{"addresses", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(addresses)), METH_FASTCALL, nullptr};
   m.attr("addresses") = owned(PyCFunction_New(&definition, nullptr));
   m.def("know", &know);

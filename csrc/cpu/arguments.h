@@ -1,4 +1,4 @@
-// The rows of one call as Python hands them over (addresses and strides), and what is computed from one row's sums.
+// The arguments of the CPU kernels that CUDA has otherwise, and the functions over the rows of one call.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -10,15 +10,16 @@
 
 namespace rlk {
 
+// The rows of one call.
 struct Batch {
   Dtype dtype = Dtype::f32;
   int64_t rows = 0, columns = 0;
-  Layout logits, ref;        // ref.address 0: no reference
+  Layout logits, ref;  // ref.address 0: no reference
   std::vector<int64_t> targets;
   int64_t ignore_index = -100;
   double temperature = 1;
-  std::vector<double> temperatures;  // per row; empty: the number above
-  uintptr_t mask = 0;          // 0: every column is in the support
+  std::vector<double> temperatures;  // one per row; empty: the number above
+  uintptr_t mask = 0;                // one byte per column; 0: every column is in the support
   int64_t mask_stride = 0;
   int threads = 1;
 
@@ -48,7 +49,7 @@ struct Batch {
   }
   bool supports(int64_t r, int64_t c) const { return !mask || mask_row(r)[c]; }
 
-  // Copies, because another thread may write to the caller's targets after they were looked at: a target becomes an address.
+  // Copies the targets, because a target becomes an address and another thread may write to the caller's after the check.
   void read_targets(uintptr_t from, int64_t stride, int64_t bytes) {
     targets.resize(size_t(rows));
     const char* at = reinterpret_cast<const char*>(from);
@@ -60,7 +61,8 @@ struct Batch {
     for (size_t r = 0; r < temperatures.size(); ++r)
       temperatures[r] = dtype == Dtype::f64 ? reinterpret_cast<const double*>(from)[r] : double(reinterpret_cast<const float*>(from)[r]);
   }
-  int64_t bad_target() const {  // the first row whose target is neither a column nor ignored, or -1
+  // The first row whose target is neither a column nor ignored, or -1.
+  int64_t bad_target() const {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t y = target(r);
       if (y != ignore_index && (y < 0 || y >= columns)) return r;
@@ -75,9 +77,9 @@ struct Batch {
   }
 };
 
-// Rows are handed out in small runs: dead rows cost nothing, so equal shares would not be equal work; a run keeps neighbours in memory
-// on one thread. Which thread takes a row changes no bit of it.
-// Little work stays on the calling thread: waking another costs more than 64K columns.
+// Calls f for every row. Rows are handed out in small runs, because dead rows cost nothing and equal shares would not be
+// equal work. A run keeps neighbours in memory on one thread. No bit of a row depends on the thread that takes it.
+// A small batch stays on the calling thread, because waking another costs more than 64K columns.
 template <class F>
 void for_rows(int64_t rows, int64_t columns, int threads, F f) {
   const int64_t run = rows / (int64_t(threads) * 32) + 1;
@@ -98,8 +100,8 @@ template <class Real>
 void write_gradient(const Batch&, const RowKernels&, int64_t r, void* out, const SavedRow<Real>&, const Upstream<double>&,
                     bool stream);
 
-// An output larger than this will not be met in cache by whoever reads it: storing it around the cache spares reading it first
-// (262 MB copied on a two-core Zen 4: 11.6 ms against 17.4 ms).
+// A larger output is stored around the cache, because no cache would hold it until someone reads it and a plain store reads
+// its line first (262 MB copied on a two-core Zen 4: 11.6 ms against 17.4 ms).
 constexpr int64_t kStreamBytes = int64_t(16) << 20;
 inline bool streams(const Batch& batch, const Layout& out) {
   return out.address != batch.logits.address && batch.rows * batch.columns * batch.bytes() >= kStreamBytes;
@@ -111,7 +113,7 @@ void token_stats(const Batch&, const StatsOutputs&);
 template <class Real>
 void token_stats_backward(const Batch&, const BackwardInputs&, const Layout& out);
 
-// The objective and the estimator of its penalty by name. `columns` are those behind the log-probability.
+// The objective and the estimator of its penalty, by name. `columns` are addresses of the columns behind the log-probability.
 struct PolicyArguments {
   const char* objective;
   const char* kl;  // null: no penalty
@@ -119,21 +121,21 @@ struct PolicyArguments {
   const double* params;
   PolicyInputs per_row;
 };
-// Returns the loss, infinite where Real does not reach; writes no gradient where out.address is 0.
+// Returns the loss, which is infinite where Real does not reach. Writes no gradient where out.address is 0.
 template <class Real>
 Real fused_policy(const Batch&, const PolicyArguments&, const PolicyOutputs&, const Layout& out);
 
-// What a weighted loss has beside `elementwise`: columns taken from the first; a weight of 1 or 0; a factor of every weight and a count that
-// divides it. The derivative is then that of the loss; `opposite` gets its negative.
+// The arguments of a weighted loss beside those of `elementwise`. The derivative is then that of the loss.
 struct OfLoss {
-  uintptr_t minus[2];
-  const uint8_t* mask;
-  const int64_t* total;
-  double share;
-  uintptr_t opposite;
+  uintptr_t minus[2];    // columns that are taken from the first; 0: none
+  const uint8_t* mask;   // a weight of 1 or 0 instead of `weight`; null: none
+  const int64_t* total;  // a count that divides every weight; null: none
+  double share;          // a factor of every weight
+  uintptr_t opposite;    // where the negative of the derivative goes; 0: nowhere
 };
 
-// Of `elementwise`: null where an input or output is absent. Returns the weighted sum of the values, infinite where Real does not reach.
+// Evaluates an objective over n elements. An input or output that is absent is null. Returns the weighted sum of the values,
+// which is infinite where Real does not reach.
 template <class Real>
 Real elementwise(const char* objective, const uintptr_t* columns, const double* params, const Real* weight, Real* value, Real* derivative,
                    int64_t n, int threads, const OfLoss* of_loss = nullptr);

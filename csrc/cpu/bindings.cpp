@@ -1,4 +1,4 @@
-// The door to Python. Numbers cross it, addresses among them; shapes, dtypes and allocation stay on the other side.
+// The Python module _cpu. Only numbers cross, addresses among them. Python keeps shapes, dtypes and allocation.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -37,7 +37,8 @@ Batch batch(int dtype, int64_t rows, int64_t columns, const Place& logits, const
   return b;
 }
 
-// Python names an objective and lists its columns: both must be what is compiled here, before a place in a list becomes an address.
+// Raises ValueError unless the named objective is compiled in and takes so many columns and parameters. Checked here, because
+// a place in the list of columns becomes an address.
 void check_objective(const std::string& name, size_t columns, size_t params) {
   const Objective<float>* found = find_objective<float>(name.c_str());
   if (!found) throw py::value_error("objective '" + name + "' is not compiled into backend 'cpu'; name one that is registered");
@@ -89,7 +90,8 @@ double weighted(const std::string& objective, const std::vector<uintptr_t>& colu
                            &of_loss);
 }
 
-// `length`: of every row; with `bounds` of all sequences together. gate.py has copied the bounds and looked at them.
+// `length` is that of every row, or that of all sequences together where there are `bounds`. gate.py has copied and checked the
+// bounds.
 template <class Real>
 void scan(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t bounds, int64_t sequences, int64_t length, double gamma, double lam,
           int masked, uintptr_t advantages, uintptr_t returns, int threads) {

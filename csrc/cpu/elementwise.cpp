@@ -1,4 +1,5 @@
-// Any objective over columns of state: value, derivative and the weighted sum. The functor is a template argument, inlined in the loop.
+// An objective over columns of numbers: its values, its derivatives and their weighted sum. The functor is a template argument,
+// so that it is inlined in the loop.
 #include <vector>
 
 #include "../column_inputs.h"
@@ -7,7 +8,7 @@
 namespace rlk {
 namespace {
 
-constexpr int64_t kPart = 4096;  // elements per partial sum: fixed, so that the sum does not depend on the number of threads
+constexpr int64_t kPart = 4096;  // elements per partial sum, fixed so that the sum does not depend on the number of threads
 
 template <class Real>
 struct Job {

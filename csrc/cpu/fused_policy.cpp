@@ -1,4 +1,5 @@
-// Statistics, objective and dlogits of a row in one visit: the row is read from memory once and is still in cache for its gradient.
+// The statistics, the objective and the gradient of a row in one visit. The row is read from memory once, because it is still in
+// cache for its gradient.
 #include <vector>
 
 #include "arguments.h"
@@ -31,7 +32,7 @@ Real fused_policy(const Batch& batch, const PolicyArguments& in, const PolicyOut
     state.row_max = Real(sums.row_max);
     state.sum_exp = Real(sums.sum_exp);
     state.entropy = Real(entropy_of(sums, batch.temperature_of(r)));
-    // Terms of weight 0 are left out by branch: 0 * NaN is NaN.
+    // Terms of weight 0 are left out by branch, because 0 * NaN is NaN.
     Real dlogp = 0;
     double loss = 0;
     if (weight != 0) {
@@ -57,7 +58,7 @@ Real fused_policy(const Batch& batch, const PolicyArguments& in, const PolicyOut
     if (to) write_gradient(batch, kernels, r, to, state, {double(dlogp), -double(entropy_weight), 0}, stream);
   });
   double total = 0;
-  for (const double loss : losses) total += loss;  // in row order, whichever thread computed what
+  for (const double loss : losses) total += loss;  // in the order of rows, so that no bit depends on the threads
   return Real(total);
 }
 

@@ -1,4 +1,4 @@
-// The blocks of a matrix product: each task owns a rectangle of out, packs what it needs of a and b slice by slice, and shares no sum.
+// The blocks of a matmul. Each task owns a rectangle of out, packs its part of a and b slice by slice, and shares no sum.
 #include "gemm.h"
 #include "mode.h"
 
@@ -12,23 +12,28 @@
 namespace rlk {
 namespace {
 
-// The packed rows of a task fill half a level-2 cache of 1 MiB beside 48 KiB of packed columns (Zen 4: 256 rows cost 3 to 6 %, 1024 gain
-// nothing).
+// The packed rows of a task fill half a level-2 cache of 1 MiB, beside 48 KiB of packed columns (Zen 4: 256 rows cost 3 to 6 %,
+// and 1024 gain nothing).
 constexpr int64_t kMaxRows = 512, kMaxColumns = 20 * kTileColumns;
-constexpr int64_t kApart = 16;         // words between panels of a: 8 KiB from one to the next, all would share a few sets of the cache
-constexpr int64_t kAlone = 1 << 21;    // products: less work stays on the calling thread, waking another costs more
-constexpr int64_t kStream = 16 << 20;  // bytes of out that no cache holds until someone reads them (one core: 203 to 206 GFLOP/s)
+// Words between panels of a. At 8 KiB from one to the next, all panels would share a few sets of the cache.
+constexpr int64_t kApart = 16;
+// Multiplications. A smaller matmul stays on the calling thread, because waking another costs more.
+constexpr int64_t kAlone = 1 << 21;
+// Bytes of out. A larger one is stored around the cache, because no cache holds it until someone reads it (one core: from 203 to
+// 206 GFLOP/s).
+constexpr int64_t kStream = 16 << 20;
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 int64_t whole(int64_t size, int64_t block) { return blocks(size, block) * block; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// How out is cut into tasks of at most kMaxRows x kMaxColumns.
+// The cut of out into tasks of at most kMaxRows x kMaxColumns: the size of a task, and the number of them down and across.
 struct Cut {
-  int64_t rows, columns, down, across;  // of a task; how many tasks
+  int64_t rows, columns, down, across;
 };
 
-// The quickest of the cuts near the coarsest, if the products of a word cost 1/16 cycle and packing a bf16 element half a cycle.
+// The quickest of the cuts near the coarsest, if the multiplications of a word cost 1/16 cycle and packing a bf16 element half a
+// cycle.
 Cut cut(const GemmJob& job, int threads) {
   Cut best{};
   double least = 0;
@@ -43,12 +48,13 @@ Cut cut(const GemmJob& job, int threads) {
   return best;
 }
 
-struct Scratch {  // of one thread, in words
+// The sizes of one thread's packed operands, in words.
+struct Scratch {
   int64_t a_panel, a, b;
 };
 
 void task(const GemmJob& job, const GemmKernels& kernels, const Cut& cut, const Scratch& size, int64_t at, bool stream, uint32_t* scratch) {
-  // One after the other, tasks share their part of the longer operand, and go through the shorter one, which stays in the cache.
+  // Neighbouring tasks share their part of the longer operand and go through the shorter one, because that stays in the cache.
   const bool rows_first = job.m < job.n;
   const int64_t i = (rows_first ? at % cut.down : at / cut.across) * cut.rows;
   const int64_t j = (rows_first ? at / cut.down : at % cut.across) * cut.columns;

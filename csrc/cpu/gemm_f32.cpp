@@ -1,4 +1,4 @@
-// The words of an fp32 matrix product: the elements themselves.
+// The words of an fp32 matmul, which are the elements themselves.
 #include "gemm_tile.h"
 
 namespace rlk {

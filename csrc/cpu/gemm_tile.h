@@ -1,8 +1,9 @@
-// The parts of a matrix product that depend on the instruction set, written once for words of a pair of bf16 and of one fp32. Included by
-// gemm_bf16.cpp and gemm_f32.cpp, each compiled for its own instructions.
+// The parts of a matmul that depend on the instruction set, written once for words of a pair of bf16 and of one fp32.
+// gemm_bf16.cpp and gemm_f32.cpp include it, and each is compiled for its own instructions.
 //
-// A `Words` says what a word holds: `elements` of K; `along` makes 16 words of neighbouring elements, `across` of neighbouring lanes, `one`
-// adds an element to a word; `add_product` is the instruction.
+// A class `Words` says what a word holds. `elements` is the number of elements of K in a word. `along` makes 16 words of
+// neighbouring elements, and `across` makes 16 words of neighbouring lanes. `one` is an element in its place in a word.
+// `add_product` is the instruction.
 #pragma once
 #include <immintrin.h>
 
@@ -13,10 +14,10 @@
 namespace rlk {
 namespace {
 
-// The low `count` lanes, none below 0 and all beyond 16.
+// A mask of the low `count` lanes: none below 0, and all beyond 16.
 RLK_INLINE __mmask16 first16(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : __mmask16((1u << count) - 1); }
 
-// Element (i, j) of 16 x 16 words goes to (j, i).
+// Moves element (i, j) of 16 x 16 words to (j, i).
 RLK_INLINE void transpose(__m512i (&x)[16]) {
   __m512i y[16];
   RLK_UNROLL for (int i = 0; i < 16; i += 2) {
@@ -44,7 +45,7 @@ RLK_INLINE void put(__m512i words, uint32_t* to, int64_t half) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + half), _mm512_maskz_extracti64x4_epi64(0xf, words, 1));
 }
 
-// Lanes whose elements lie side by side.
+// Packs lanes whose elements lie side by side.
 template <class Words, class T>
 RLK_INLINE void pack_along(const T* from, const Block& x, const Panels& out) {
   constexpr int64_t kTogether = kLanes * Words::elements;
@@ -54,7 +55,8 @@ RLK_INLINE void pack_along(const T* from, const Block& x, const Panels& out) {
       RLK_UNROLL for (int i = 0; i < kLanes; ++i) {
         const T* const at = from + (l + i) * x.lane + k;
         words[i] = l + i < x.lanes ? Words::along(at, x.depth - k) : _mm512_setzero_si512();
-        __builtin_prefetch(at + 2 * kTogether), __builtin_prefetch(at + 2 * kTogether + kTogether / 2);  // two lines of fp32 that becomes bf16
+        // Two lines, because fp32 that becomes bf16 takes two.
+        __builtin_prefetch(at + 2 * kTogether), __builtin_prefetch(at + 2 * kTogether + kTogether / 2);
       }
       transpose(words);
       uint32_t* const to = out.to + l / kLanes * out.group + k / Words::elements * out.step;
@@ -67,8 +69,9 @@ RLK_INLINE void pack_along(const T* from, const Block& x, const Panels& out) {
     }
 }
 
-// Lanes that lie side by side. A few rows of memory at a time, each read from end to end: 16 columns of all 512 rows, then the next 16,
-// took twice as long (fp32, 32000 columns, Zen 4). The rows asked for ahead save another 11 %, of bf16 27 %.
+// Packs lanes that lie side by side. A few rows of memory are read at a time, each from end to end, because 16 columns of all 512
+// rows and then the next 16 took twice as long (fp32, 32000 columns, Zen 4). Prefetching the next rows saves another 11 %, and
+// 27 % of bf16.
 template <class Words, class T>
 RLK_INLINE void pack_across(const T* from, const Block& x, const Panels& out) {
   constexpr int64_t kTogether = 8, kStep = Words::elements;

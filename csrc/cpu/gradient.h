@@ -1,4 +1,5 @@
-// The gradient of a row: exponentials recomputed, one rounding per stored element. A column's result depends on that column alone.
+// The gradient of a row, with recomputed exponentials and one rounding per stored element. A column's result depends on that
+// column and on the statistics alone.
 #pragma once
 #include "blocks.h"
 #include "rows.h"
@@ -7,6 +8,7 @@ namespace rlk {
 namespace RLK_ISA {
 namespace {
 
+// The numbers of a GradientJob in every lane. kTerms holds kEntropy and kKl where the terms of slope and cross are present.
 struct Coefficients {
   Exponential exponential;
   Vec row_max, ref_row_max, flat, slope, cross;
@@ -47,13 +49,13 @@ RLK_INLINE void gradient_block(X* out, const X* x, const X* r, int64_t n, const 
   for (int64_t c = whole; c < n; ++c) out[c] = out_rest[c - whole];
 }
 
-// A NaN that arrives with a payload is replaced by the canonical one: see round_to_bf16.
+// Replaces a NaN with a payload by the canonical NaN, because round_to_bf16 assumes that.
 RLK_INLINE double canonical(double x) { return x == x ? x : __builtin_nan(""); }
 
 template <unsigned kTerms, class X>
 RLK_INLINE Coefficients coefficients(const GradientJob& job) {
   const double flat = canonical(job.flat);
-  // With nothing but the flat term its factor goes into the polynomial.
+  // Where the flat term stands alone, its factor goes into the polynomial.
   return {Exponential::times(kTerms ? 1 : flat, job.temperature), all(float(job.row_max)), all(float(job.ref_row_max)), all(float(flat)),
           all(float(canonical(job.slope))), all(float(canonical(job.cross)))};
 }
@@ -78,7 +80,7 @@ void gradient_of(const GradientJob& job) {
   X* out = static_cast<X*>(job.out);
   const Coefficients at = coefficients<kTerms, X>(job);
   if (!job.stream) return gradient_block<kTerms, false>(out, row, ref, job.columns, at);
-  // A streaming store wants an aligned address: a few columns go first, by themselves, which changes no bit of any.
+  // A few columns are stored first, because a streaming store wants an aligned address. No bit depends on that.
   const int64_t odd = int64_t(-reinterpret_cast<uintptr_t>(out) % 64 / sizeof(X)), head = odd < job.columns ? odd : job.columns;
   if (head) gradient_block<kTerms, false>(out, row, ref, head, at);
   gradient_block<kTerms, true>(out + head, row + head, kTerms & kKl ? ref + head : ref, job.columns - head, at);

@@ -1,4 +1,4 @@
-// What is done to one row of logits, behind function pointers: the instruction set is chosen when the module is loaded.
+// The kernels of one row of logits, behind function pointers, because the instruction set is chosen when the module is loaded.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,8 @@ namespace rlk {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// The sums of one row. `wanted` holds the flags of outputs: weighted_sum is formed for kEntropy, square_sum for kLogSumSq, cross_sum for kKl.
+// The arguments of the sums of one row. `wanted` holds flags of outputs: weighted_sum is formed for kEntropy, square_sum for
+// kLogSumSq, and cross_sum for kKl.
 struct SumsJob {
   const void* row;
   const void* ref;      // kKl: the reference row
@@ -20,8 +21,8 @@ struct SumsJob {
   unsigned wanted;
 };
 
-// Named in ../arguments.h, with T z = x - row_max in the place of z. row_max and sum_exp are NaN where the support holds no finite logit, a
-// NaN or +inf.
+// The sums of one row, named in ../arguments.h, with T z = x - row_max in the place of z. row_max and sum_exp are NaN where
+// the support holds a NaN, +inf or no finite logit.
 struct RowSums {
   double row_max, sum_exp;
   double weighted_sum;  // the sum of e (x - row_max)
@@ -38,7 +39,7 @@ struct GradientJob {
   int64_t columns;
   double temperature, row_max, ref_row_max;
   double flat, slope, cross;
-  bool stream;  // out is large and not read again soon: store around the cache
+  bool stream;  // store around the cache, because out is large and not read again soon
 };
 
 struct RowKernels {
@@ -46,7 +47,7 @@ struct RowKernels {
   void (*gradient)(const GradientJob&);
 };
 
-// rows.cpp, compiled once per instruction set; Dtype::f64 is served by rows_f64.cpp alone.
+// rows.cpp is compiled once per instruction set. rows_f64.cpp alone serves Dtype::f64.
 namespace baseline {
 RowKernels row_kernels(Dtype);
 }

@@ -1,4 +1,5 @@
-// The same for float64: plain loops over the C library's exp. It serves gradcheck and reference runs, not training.
+// The kernels of one row for float64. Plain loops over the C library's exp, because they serve gradcheck and reference runs
+// and not training.
 #include <limits>
 
 #include "rows.h"

@@ -1,6 +1,6 @@
-// Sums over a row. The block's maximum first, then its exponentials measured from the largest maximum so far; lanes are summed in
-// fp32 inside a block and in double across blocks. A dtype changes how a column is loaded, never the lane it is added to, so the
-// same values give the same bits whatever their dtype, address and stride.
+// The sums over a row. Each block gives its maximum first, then its exponentials, measured from the largest logit so far. Lanes
+// are summed in fp32 inside a block and in double across blocks. A dtype changes how a column is loaded and never the lane that
+// the column is added to, so that the same values give the same bits whatever their dtype, address and stride.
 #pragma once
 #include "blocks.h"
 #include "rows.h"
@@ -13,8 +13,8 @@ struct BlockSums {
   Vec sum_exp[2 * kPairs], weighted_sum[2 * kPairs], square_sum[2 * kPairs], cross_sum[2 * kPairs], peaks;
 };
 
-// kPeak: the block holds the maximum. Its exponential is 1 and is counted, not added: beside a 1 a lane forgets what is below 2^-25,
-// which for a token of probability .9999 is most of the rest.
+// kPeak: the block holds the maximum. Its exponential is 1, and is counted and not added, because a lane that holds a 1 forgets
+// what is below 2^-25. That is most of the rest where a token has probability .9999.
 template <unsigned kWanted, bool kPeak, class X>
 RLK_INLINE void add_chunk(BlockSums& to, const X* x, const X* r, const Exponential& exponential, Vec row_max, Vec ref_row_max) {
   Vec d[2 * kPairs], e[2 * kPairs];
@@ -32,7 +32,7 @@ RLK_INLINE void add_chunk(BlockSums& to, const X* x, const X* r, const Exponenti
   }
   if (kWanted & kKl)
     RLK_UNROLL for (int k = 0; k < kPairs; ++k) {
-      // Where p is 0 the reference does not matter; where only q is 0 the divergence is +inf.
+      // The reference does not matter where p is 0. The divergence is +inf where only q is 0.
       const Pair at = load(r + k * kPair);
       const Vec a = e[2 * k] * (d[2 * k] - (at.a - ref_row_max)), b = e[2 * k + 1] * (d[2 * k + 1] - (at.b - ref_row_max));
       to.cross_sum[2 * k] += e[2 * k] == 0.0f ? Vec{} : a;
@@ -44,7 +44,7 @@ template <unsigned kWanted, bool kPeak, class X>
 RLK_INLINE void add_block(BlockSums& to, const X* x, const X* r, int64_t n, const Exponential& exponential, Vec row_max, Vec ref_row_max) {
   const int64_t whole = n - n % kChunk;
   for (int64_t c = 0; c < whole; c += kChunk) {
-    // The next block is fetched under the arithmetic of this one.
+    // Fetches the next block under the arithmetic of this one.
     const char* next = reinterpret_cast<const char*>(x + c) + kBlock * int64_t(sizeof(X));
     RLK_UNROLL for (int64_t byte = 0; byte < int64_t(kChunk * sizeof(X)); byte += 64) __builtin_prefetch(next + byte);
     add_chunk<kWanted, kPeak>(to, x + c, kWanted & kKl ? r + c : r, exponential, row_max, ref_row_max);
@@ -72,7 +72,8 @@ void row_sums(const SumsJob& job, RowSums& out) {
   const Exponential exponential = Exponential::times(1, job.temperature);
   Doubles sum_exp{}, weighted_sum{}, square_sum{}, cross_sum{};
   double peaks = 0;
-  float row_max = kNone, ref_row_max = kNone;  // the largest so far, of the reference too: the divergence of a row from itself is then exactly 0
+  // The largest logits so far. The reference has its own, so that the divergence of a row from itself is exactly 0.
+  float row_max = kNone, ref_row_max = kNone;
   for (int64_t c = 0; c < job.columns; c += kBlock) {
     const int64_t n = job.columns - c < kBlock ? job.columns - c : kBlock;
     X support[kMasked ? kBlock : 1];
@@ -83,7 +84,8 @@ void row_sums(const SumsJob& job, RowSums& out) {
       X ref_support[kMasked ? kBlock : 1];
       const float ref_candidate = block_max(kMasked ? stage(ref_support, ref + c, job.mask + c, n) : ref + c, n);
       if (ref_candidate > ref_row_max) {
-        if (ref_row_max != kNone) ref_step = double(ref_candidate) - double(ref_row_max);  // columns before its first finite one count 0 or infinity
+        // Columns before the reference's first finite one count 0 or infinity, so that there is nothing to move.
+        if (ref_row_max != kNone) ref_step = double(ref_candidate) - double(ref_row_max);
         ref_row_max = ref_candidate;
       }
     }
@@ -104,7 +106,8 @@ void row_sums(const SumsJob& job, RowSums& out) {
       cross_sum += ref_step * sum_exp;
     }
     BlockSums sums{};
-    const Vec from = all(row_max == kNone ? 0.0f : row_max);  // (-inf) - (-inf) would be NaN; -inf - 0 counts as nothing
+    // -inf - 0 counts as nothing, where (-inf) - (-inf) would be NaN.
+    const Vec from = all(row_max == kNone ? 0.0f : row_max);
     const Vec ref_from = all(ref_row_max == kNone ? 0.0f : ref_row_max);
     const X* r = kWanted & kKl ? ref + c : ref;
     if (candidate == row_max) {
@@ -118,13 +121,13 @@ void row_sums(const SumsJob& job, RowSums& out) {
     if (kWanted & kLogSumSq) fold(square_sum, sums.square_sum);
     if (kWanted & kKl) fold(cross_sum, sums.cross_sum);
   }
-  // + 0: which zero is met first in a row of both must not show.
+  // Adds 0, because it must not show which of the two zeros a row holds first.
   out = {double(row_max) + 0.0, peaks + add_lanes(sum_exp), add_lanes(weighted_sum), peaks + add_lanes(square_sum), add_lanes(cross_sum)};
-  // A NaN is seen by the sum; whether the maximum met it depends on the order of columns.
+  // Asks the sum for a NaN, because it depends on the order of columns whether the maximum met one.
   if (row_max == kNone || out.sum_exp != out.sum_exp) out.row_max = out.sum_exp = __builtin_nan("");
 }
 
-// Few combinations are compiled: the bare sum and the entropy's are the hot ones, the rest share two.
+// Few combinations are compiled. sum_exp alone and the entropy are the hot ones, and the rest share two.
 template <bool kMasked, class X>
 void sums_of(const SumsJob& job, RowSums& out) {
   if (job.wanted & kKl) return row_sums<kEntropy | kLogSumSq | kKl, kMasked, X>(job, out);

@@ -1,4 +1,4 @@
-// Row statistics: the sums of rows.cpp turned into log-probability, entropy and the rest, in double, rounded once.
+// The statistics of a row: log-probability, entropy and the rest, from the sums of rows.cpp in double and rounded once.
 #include "arguments.h"
 
 namespace rlk {
@@ -20,7 +20,7 @@ double entropy_of(const RowSums& sums, double temperature) { return std::log(sum
 
 namespace {
 
-// Is the target the first column that holds the maximum?
+// Whether the target is the first column that holds the maximum.
 bool is_first_maximum(const Batch& batch, const void* row, const RowSums& sums, int64_t r) {
   const int64_t y = batch.target(r);
   if (!std::isfinite(sums.sum_exp) || !batch.supports(r, y) || batch.value(row, y) != sums.row_max) return false;
@@ -29,7 +29,7 @@ bool is_first_maximum(const Batch& batch, const void* row, const RowSums& sums, 
   return true;
 }
 
-// In eight sums side by side, by column: the order does not depend on the dtype.
+// The mean over the support, in eight sums side by side, so that the order does not depend on the dtype.
 template <class T>
 double mean(const T* row, const uint8_t* mask, int64_t columns) {
   double sums[8] = {};
@@ -72,7 +72,8 @@ void token_stats(const Batch& batch, const StatsOutputs& out) {
     const double temperature = batch.temperature_of(r);
     const void *row = batch.row(r), *ref = batch.ref_row(r);
     RowSums q{};
-    if (ref) {  // first: its row_max is needed beside the policy's exponentials, and its row is then still in cache
+    // The reference comes first, because its row_max is needed beside the policy's exponentials and its row is then in cache.
+    if (ref) {
       q = sums_of_row(batch, kernels, ref, nullptr, 0, r, 0);
       put(out.ref_logp, logp_of(batch, ref, q, r));
       put(out.ref_row_max, q.row_max);

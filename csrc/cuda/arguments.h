@@ -1,10 +1,11 @@
-// What Python hands over: addresses, strides and sizes, as numbers. No CUDA type here, so that the bindings need none.
+// The arguments of the CUDA kernels that the CPU has otherwise. They hold no CUDA type, so that the bindings need no CUDA header.
 #pragma once
 #include "../arguments.h"
 #include "../dispatch.h"
 
 namespace rlk {
 
+// The rows of one call.
 struct Rows {
   Dtype dtype = Dtype::f32;
   long long rows = 0, columns = 0;
@@ -14,8 +15,8 @@ struct Rows {
   int target_bytes = 8;
   long long ignore_index = -100;
   float inverse_temperature = 1;
-  uintptr_t temperatures = 0;  // per row, fp32; 0: the number above
-  uintptr_t mask = 0;          // 0: every column is in the support
+  uintptr_t temperatures = 0;  // one per row, fp32; 0: the number above
+  uintptr_t mask = 0;          // one byte per column; 0: every column is in the support
   long long mask_stride = 0;
 
   RLK_HD long long target(long long r) const {
@@ -31,7 +32,8 @@ struct Rows {
   }
 };
 
-// The objective and the estimator of its penalty by their places in RLK_OBJECTIVES. `columns` are those behind the log-probability.
+// The objective and the estimator of its penalty, by their places in RLK_OBJECTIVES. `columns` are addresses of the columns
+// behind the log-probability.
 struct PolicyArguments {
   int objective, kl;  // kl -1: no penalty
   uintptr_t columns[kMaxColumns];
@@ -39,28 +41,27 @@ struct PolicyArguments {
   PolicyInputs per_row;
 };
 
-// The addresses that a sum over rows takes: one double per row, the count of rows that are done, and the sum.
+// The addresses of a sum over rows: one double per row, the count of rows that are done, and the sum.
 struct LossSum {
   uintptr_t losses, ticket, loss;
 };
 
+// The arguments of an objective over n elements. Those from `minus` on belong to a weighted loss.
 template <class S>
 struct ElementwiseJob {
   const S* columns[kMaxColumns];
   S params[kMaxColumns];
   const S* weight;
-  S *value, *derivative, *loss;  // value: null where nobody asked
+  S *value, *derivative, *loss;  // value: null where it is not wanted
   double* parts;                 // one per block
-  unsigned* ticket;              // null where one block does it all
+  unsigned* ticket;              // null where there is one block
   long long n;
-  // Of a weighted loss: what is taken from the first column; a weight 0 or 1 instead of `weight`; every weight is multiplied by share and
-  // divided by total, a count. The derivative is then that of the loss; `opposite` gets its negative.
-  const S* minus[2];
-  const unsigned char* mask;
-  const int64_t* total;
-  S share = 1;
-  S* opposite;
-  bool of_loss;
+  const S* minus[2];          // columns that are taken from the first; null: none
+  const unsigned char* mask;  // a weight of 1 or 0 instead of `weight`; null: none
+  const int64_t* total;       // a count that divides every weight; null: none
+  S share = 1;                // a factor of every weight
+  S* opposite;                // where the negative of the derivative goes; null: nowhere
+  bool of_loss;               // the derivative is that of the weighted loss
 };
 
 }  // namespace rlk

@@ -1,4 +1,5 @@
-// Launches of token_stats_backward; compiled once per dtype of the logits (-DRLK_DTYPE=f32|bf16|f16) and of their gradient (-DRLK_OUT).
+// The launches of token_stats_backward, compiled once per dtype of the logits (-DRLK_DTYPE=f32|bf16|f16) and of their gradient
+// (-DRLK_OUT).
 #include "backward.cuh"
 
 #include "launch.h"
@@ -12,7 +13,8 @@ void token_stats_backward(const Rows& rows, const BackwardInputs& in, uintptr_t 
   constexpr int kBlock = 256;
   const std::string name = kernel_name("token_stats_backward", D, O);
   const OnDevice guard(name, where.device);
-  // Eight groups per thread: enough arithmetic to pay for a slice's own beginning, small enough to fill the chip with few rows.
+  // Eight groups per thread, because that is enough arithmetic to pay for the beginning of a slice and small enough to fill the
+  // chip with few rows.
   const long long slice = choices().backward_slice ? choices().backward_slice : (long long)kBlock * kGroup * 8;
   const long long slices = (rows.columns + slice - 1) / slice;
   const auto run = [&](auto kernel) { launch(name, kernel, Grid{rows.rows * slices, kBlock}, where, rows, in, unless, out, slices, slice); };

@@ -1,10 +1,11 @@
-// dlogits of a slice of one row: one read and one write, in place where `out` is the logits. A thread stores only what it has read itself.
+// The gradient of the logits of a slice of one row, in one read and one write. It is in place where `out` is the logits, because a
+// thread stores only what it has read itself.
 #pragma once
 #include "gradient.cuh"
 
 namespace rlk {
 
-// Groups whose loads are issued before the first store. No bit depends on it.
+// Groups whose loads are issued before the first store. No bit depends on that number.
 template <class T>
 constexpr int kTogetherOf = sizeof(T) == 4 ? 2 : 4;
 
@@ -21,7 +22,7 @@ __global__ void __launch_bounds__(BLOCK) token_stats_backward(const Rows rows, c
   Out* const out = to.row<Out>(r);
   Upstream<float> up{get(in.dlogp, r), get(in.dentropy, r), get(in.dkl, r)};
   if (mask && rows.holds(y) && !mask[y]) up.logp = 0;  // a target outside the support moves nothing
-  // A dead row is not read, so nothing in it can reach the loss; but its gradient must be written, or it is garbage.
+  // A dead row is not read, so that nothing in it can reach the loss. Its gradient is written, because fresh memory holds garbage.
   if (y == rows.ignore_index || (up.logp == 0 && up.entropy == 0 && up.kl == 0)) return fill_zero(out, from, stop, rows.columns, int(threadIdx.x), BLOCK);
   const SavedRow<float> state{get(in.row_max, r), get(in.sum_exp, r), get(in.entropy, r), get(in.ref_row_max, r), get(in.ref_sum_exp, r), get(in.kl, r)};
   const Slope slope = slope_of(state, up, rows.inverse_temperature_of(r));

@@ -1,4 +1,4 @@
-// The door to Python. Numbers cross it, addresses among them; shapes, dtypes and allocation stay on the other side.
+// The Python module _cuda. Only numbers cross, addresses among them. Python keeps shapes, dtypes and allocation.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -37,7 +37,7 @@ void by_dtype(Dtype dtype, F run) {
   }
 }
 
-// The same with the dtype of a gradient behind that of its logits.
+// Calls `run` with the dtype of the logits and that of their gradient as template arguments.
 template <class F>
 void by_dtypes(Dtype dtype, Dtype out, F run) {
   using F32 = std::integral_constant<Dtype, Dtype::f32>;
@@ -59,14 +59,15 @@ void backward(const Rows& r, const std::array<uintptr_t, 10>& from, const Place&
   });
 }
 
-// At most kMaxColumns of each: the array of a kernel argument has a fixed size.
+// Fills the array of a kernel argument. Throws for more than kMaxColumns numbers, because that array has a fixed size.
 template <class To, class From, class Convert>
 void fill(To (&to)[kMaxColumns], const std::vector<From>& from, Convert convert) {
   if (from.size() > size_t(kMaxColumns)) throw std::invalid_argument("too many columns or parameters for one objective");
   for (size_t k = 0; k < from.size(); ++k) to[k] = convert(from[k]);
 }
 
-// Python names an objective and lists its columns: both must be what is compiled here, before a kernel takes an address from the list.
+// Raises ValueError unless the named objective is compiled in and takes so many columns and parameters. Checked here, because a
+// kernel takes addresses from the list of columns.
 void check_objective(const std::string& name, size_t columns, size_t params) {
   const int id = objective_id(name.c_str());
   constexpr size_t takes[][2] = {

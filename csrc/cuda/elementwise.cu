@@ -1,4 +1,4 @@
-// Launches of elementwise, one kernel per objective, and the places of the objectives.
+// The launches of elementwise, one kernel per objective, and the places of the objectives.
 #include "elementwise.cuh"
 
 #include "launch.h"

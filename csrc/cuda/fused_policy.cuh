@@ -1,8 +1,8 @@
-// Statistics, objective and dlogits of a row in one launch.
+// The statistics, the objective and the gradient of a row in one launch.
 //
-// kKeep: the row is copied once into the shared memory of its team (a block, or a cluster of blocks for rows that exceed one) and both
-// sweeps read it there: one read and one write of device memory. Else the second sweep reads the row again, backwards, so that it meets
-// first what the first sweep left in the second-level cache.
+// kKeep: the row is copied once into the shared memory of its team, and both sweeps read it there. That is one read and one write of
+// device memory. A team is a block, or a cluster of blocks for a row that exceeds one. Without kKeep the second sweep reads the row
+// again, backwards, because the first sweep has left its end in the second-level cache.
 #pragma once
 #include "gradient.cuh"
 #include "objective.cuh"
@@ -12,22 +12,23 @@
 namespace rlk {
 
 constexpr int kFlight = 8;  // copies in flight per thread
-// Shared memory before the row: the records, then four doubles and a flag for the sum over rows.
+// Bytes of shared memory before the row: the records, then four doubles and a flag for the sum over rows.
 constexpr int kFixedBytes = kRecordBytes + 64;
 
-// What the row's slots take in one block: a slot is eight columns of one lane.
+// Bytes that the row's slots take in one block. A slot is eight columns of one lane.
 template <class T>
 constexpr long long slot_bytes(long long columns, int cluster) {
   return (columns + kStripe - 1) / kStripe * (kLanes / cluster) * (long long)sizeof(Packed<T>);
 }
 
+// The part of a row that one thread keeps in shared memory.
 template <class T, int BLOCK, int CLUSTER>
 struct Kept {
   using Crew = Team<BLOCK, CLUSTER>;
   static constexpr int kPerThread = Crew::kPerThread;
   Packed<T>* slots;
 
-  // Slot n of this thread; neighbours in a warp are neighbours in memory.
+  // Slot n of this thread. Neighbours in a warp are neighbours in memory.
   __device__ Packed<T>* slot(long long n) const { return slots + n * BLOCK + threadIdx.x; }
   __device__ static long long column(long long n) { return n / kPerThread * kStripe + (long long)Crew::lane(int(n % kPerThread)) * kGroup; }
 
@@ -51,11 +52,11 @@ struct Kept {
     const long long n = count(row);
 #pragma unroll
     for (int k = 0; k < kFlight; ++k) fetch(row, k);
-    if (CLUSTER > 1) Crew::sync();  // the copies travel meanwhile
+    if (CLUSTER > 1) Crew::sync();  // here, because the copies travel meanwhile
     for (long long first = 0; first < n; first += kPerThread) {
 #pragma unroll
       for (int k = 0; k < kPerThread; ++k) {
-        __pipeline_wait_prior(kFlight - 1);  // a thread reads only what it has copied itself: no barrier
+        __pipeline_wait_prior(kFlight - 1);  // no barrier, because a thread reads only what it has copied itself
         if (column(first + k) < row.columns) {
           const Packed<T> x = *slot(first + k);
           add_packed<T, kSumsWeighted>(s[k], x, x, column(first + k), row);
@@ -66,7 +67,8 @@ struct Kept {
   }
 };
 
-// `Out`: of the gradient; fp32 logits of a fused head have it rounded to what its products take, and nobody writes it twice.
+// `Out` is the type of the gradient. The gradient of fp32 logits of a fused head is rounded here to what the head's matmuls take,
+// so that it is written once.
 template <class T, class Out, int BLOCK, int CLUSTER, bool kKeep>
 __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(const Rows rows, const PolicyArguments in,
                                                                                const PolicyOutputs out, const LossSum total, const Layout gradient) {
@@ -87,7 +89,8 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(
   if (live) {
     const float inverse_temperature = rows.inverse_temperature_of(r);
     const Row<T> row = row_of<T>(rows, r, inverse_temperature);
-    const float logit = logit_of(rows, row.logits, row.mask, y);  // before the barrier of `reduce`: a store may go over it later
+    // Read before the barrier of `reduce`, because a store may overwrite it afterwards.
+    const float logit = logit_of(rows, row.logits, row.mask, y);
     Sums lanes[Crew::kPerThread];
     if (kKeep) {
       kept.sweep(lanes, row);
@@ -98,7 +101,8 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(
     if (!rows.holds(y)) s.row_max = s.sum_exp = NAN;
     state.row_max = s.row_max, state.sum_exp = s.sum_exp, state.entropy = entropy_from(s);
     logp = logp_from(logit, s.row_max, s.sum_exp, inverse_temperature);
-    // Every thread evaluates the objective: cheaper than telling the others. Terms of weight 0 are left out by branch: 0 * NaN is NaN.
+    // Every thread evaluates the objective, because that is cheaper than telling the others. Terms of weight 0 are left out by
+    // branch, because 0 * NaN is NaN.
     if (weight != 0) {
       float column[kWidest] = {logp}, param[kWidest];
 #pragma unroll

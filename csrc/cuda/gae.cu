@@ -1,4 +1,4 @@
-// Launches of gae.
+// The launches of gae.
 #include "gae.cuh"
 
 #include "launch.h"

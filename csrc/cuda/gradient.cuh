@@ -1,16 +1,16 @@
-// dlogits of eight columns from a row's statistics and the upstream gradients of logp, entropy and KL.
+// The gradient of the logits of eight columns, from a row's statistics and the upstream gradients of logp, entropy and KL.
 #pragma once
 #include "sums.cuh"
 
 namespace rlk {
 
-// dx = e (flat + slope t + cross (t - t_ref)), and the target's column apart.
+// The coefficients of dx = e (flat + slope t + cross (t - t_ref)), and those of the target's column.
 struct Slope {
   float row_max, ref_row_max, scale, flat, slope, cross;
   float dlogp, rest, inverse_temperature, sum_exp;  // of the target; rest is flat without its share of dlogp
 };
 
-// A term whose upstream is 0 is left out, not multiplied: its statistics may be NaN or absent.
+// A term whose upstream gradient is 0 is left out and not multiplied, because its statistics may be NaN or absent.
 __device__ __forceinline__ Slope slope_of(const SavedRow<float>& s, const Upstream<float>& up, float inverse_temperature) {
   const float log_sum = logf(s.sum_exp), k = inverse_temperature / s.sum_exp;
   Slope to{s.row_max, s.ref_row_max, kLog2E * inverse_temperature, 0, 0, 0, up.logp, 0, inverse_temperature, s.sum_exp};
@@ -41,7 +41,8 @@ __device__ __forceinline__ void gradient_group(const Slope& at, const float (&x)
   }
 }
 
-// The target's own column. 1 - p is formed here, before the one rounding of the store: p rounded first would be 1 (FAULTS F20).
+// The gradient of the target's own column. 1 - p is formed before the one rounding of the store, because a p that is rounded first
+// would be 1.
 template <bool kRef>
 __device__ __forceinline__ float gradient_of_target(const Slope& at, float x, float r) {
   const float t = (x - at.row_max) * at.scale, e = rlk::exp((x - at.row_max) * at.inverse_temperature);
@@ -50,7 +51,7 @@ __device__ __forceinline__ float gradient_of_target(const Slope& at, float x, fl
   return at.dlogp * (1.0f - e / at.sum_exp) * at.inverse_temperature + e * rest;
 }
 
-// Loads, computes and stores nothing: the caller decides where a row lies.
+// The gradient of eight packed columns. Loads and stores nothing, because the caller decides where a row lies.
 template <class T, class Out, bool kRef>
 __device__ __forceinline__ Packed<Out> gradient_packed(const Slope& at, const Packed<T>& x, const Packed<T>& r, const unsigned char* mask,
                                                      long long column, long long columns, long long y) {

@@ -1,4 +1,4 @@
-// One launch: on the tensors' device, on the caller's stream, checked, with the kernel's name in the error.
+// A launch on the tensors' device and on the caller's stream. It is checked, and an error names the kernel.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -15,7 +15,7 @@ struct Grid {
 };
 
 inline void check_grid(const char* name, const Grid& grid) {
-  if (grid.blocks > 0x7fffffff)  // 2^31 - 1 blocks lie along axis 0, far more than along the others
+  if (grid.blocks > 0x7fffffff)  // the limit of axis 0, which is far larger than that of the others
     throw std::runtime_error(std::string(name) + ": " + std::to_string(grid.blocks) + " blocks in one launch; split the rows");
 }
 
@@ -37,11 +37,11 @@ namespace rlk {
 
 inline void check(const std::string& name, cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // a failed launch must not be reported again by the next caller
+  cudaGetLastError();  // clears the error, because the next caller must not report it again
   throw std::runtime_error(name + ": " + cudaGetErrorString(error));
 }
 
-// The caller's current device is left as it was.
+// Makes a device the current one, and the caller's current one again at the end.
 class OnDevice {
  public:
   OnDevice(const std::string& name, int device) {
@@ -59,7 +59,6 @@ class OnDevice {
   bool changed_ = false;
 };
 
-// Of the current device.
 inline int device_attribute(const std::string& name, cudaDeviceAttr attribute, int device) {
   int value = 0;
   check(name, cudaDeviceGetAttribute(&value, attribute, device));
@@ -95,7 +94,7 @@ void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& 
 }
 
 }  // namespace rlk
-#else  // the same on the CPU, for the tests
+#else  // the same on the CPU, because the tests run the kernels there
 #include "cuda_host.h"
 
 namespace rlk {

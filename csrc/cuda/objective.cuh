@@ -1,4 +1,5 @@
-// An objective of rows named by its place in RLK_OBJECTIVES: a switch, taken once per row, where a row costs as much as a vocabulary.
+// An objective of rows, chosen by its place in RLK_OBJECTIVES. A switch, because it is taken once per row and a row costs as much as
+// a vocabulary.
 #pragma once
 #include "platform.cuh"
 
@@ -10,7 +11,7 @@ enum ObjectiveId : int {
 #undef RLK_ID
 };
 
-constexpr int kWidest = 4;  // columns and parameters of any objective; an array of constant size stays in registers
+constexpr int kWidest = 4;  // columns and parameters of any objective, constant so that arrays of them stay in registers
 
 template <class S>
 __device__ inline Term<S> evaluate_objective(int id, const S (&columns)[kWidest], const S (&params)[kWidest]) {

@@ -1,8 +1,8 @@
 // The sums over one row, how eight columns are added to them, and how the sums of 32 threads become one.
 //
-// The statistics are named in ../arguments.h. Everything is measured from the largest logit so far, and what was added before is rescaled
-// when that grows. With t = (x - row_max) / T in units of log 2 and e = 2^t, a column of -inf has e = 0 and weighs nothing. A NaN, and +inf
-// through inf - inf, make the sums NaN.
+// The statistics are named in ../arguments.h. Everything is measured from the largest logit so far. The sums are rescaled when that
+// grows. With t = (x - row_max) / T in units of log 2 and e = 2^t, a column of -inf has e = 0 and weighs nothing. A NaN makes the
+// sums NaN, and so does +inf, through inf - inf.
 #pragma once
 #include <cfloat>
 #include <climits>
@@ -11,16 +11,16 @@
 
 namespace rlk {
 
-// The variants of the sums, beyond row_max and sum_exp. The template argument kSums holds their flags, so that a sum that no output needs
-// costs nothing. They are fewer than the outputs, because every combination is a kernel of its own.
+// The compile-time variants of the sums, beyond row_max and sum_exp. The template argument kSums holds their flags, so that a sum
+// that no output needs costs nothing. They are fewer than the outputs, because every combination is a kernel of its own.
 //   kSumsWeighted   weighted_sum                               for entropy
 //   kSumsExtra      square_sum, logit_sum, count, first_max    for log_sum_sq, mean_logits, is_top1
 //   kSumsReference  ref_row_max, ref_sum_exp, cross_sum        for ref_logp, ref_row_max, ref_sum_exp, kl
 constexpr unsigned kSumsWeighted = 1, kSumsExtra = 2, kSumsReference = 4;
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-constexpr float kNone = -FLT_MAX;  // "no finite logit yet": finite, so that -inf - kNone is no NaN
-constexpr float kFar = -1e4f;      // 2^kFar is 0; a bound for t where 0 times it is formed
+constexpr float kNone = -FLT_MAX;  // no finite logit yet; a finite number, so that -inf - kNone is no NaN
+constexpr float kFar = -1e4f;      // the bound of t where 0 times t is formed; 2^kFar is 0
 
 struct Sums {
   float row_max = kNone, sum_exp = 0, weighted_sum = 0, square_sum = 0, logit_sum = 0, count = 0;
@@ -41,7 +41,8 @@ __device__ __forceinline__ void rebase(Sums& s, float to, float ref_to, float sc
   const float gap = fmaxf((s.row_max - to) * scale, kFar), decay = exp2_fast(gap);
   if (kSums & kSumsReference) {
     const float ref_gap = s.ref_row_max == kNone ? 0.0f : (s.ref_row_max - ref_to) * scale;
-    // A column that the reference rules out makes this inf; it must vanish with the weight of its column, and 0 inf is NaN.
+    // Chosen by branch, because a column that the reference rules out makes the sum inf. It must vanish with the weight of its
+    // column, and 0 times inf is NaN.
     if (s.sum_exp != 0) s.cross_sum = decay == 0 ? 0.0f : decay * fmaf(gap - ref_gap, s.sum_exp, s.cross_sum);
     s.ref_sum_exp *= exp2_fast(fmaxf(ref_gap, kFar));
     s.ref_row_max = ref_to;
@@ -74,7 +75,7 @@ __device__ __forceinline__ void add_group(Sums& s, const float (&x)[kGroup], con
   if (kSums & kSumsWeighted) {
     float even = 0, odd = 0;
 #pragma unroll
-    for (int i = 0; i < kGroup; i += 2) {  // the bound keeps 0 (-inf) from being NaN; a NaN passes through e
+    for (int i = 0; i < kGroup; i += 2) {  // bounded, because 0 times -inf would be NaN; a NaN itself passes through e
       even = fmaf(e[i], fmaxf(t[i], kFar), even);
       odd = fmaf(e[i + 1], fmaxf(t[i + 1], kFar), odd);
     }
@@ -110,7 +111,7 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// By the order of the bits: the maximum does not depend on who is asked first, not even between the two zeros.
+// The maximum by the order of the bits, so that it does not depend on who is asked first, not even between the two zeros.
 __device__ __forceinline__ float warp_max(float x) {
   const int bits = __float_as_int(x), key = bits ^ (bits >> 31 & 0x7fffffff);
   const int best = __reduce_max_sync(0xffffffffu, key);
@@ -136,15 +137,15 @@ __device__ __forceinline__ void fold_warp(Sums& s, float scale) {
   }
 }
 
-// A row without a finite logit: nothing was summed, and the shift is what eager's maximum is.
+// Makes sum_exp of a row without a finite logit NaN and its row_max -inf, as in eager.
 template <unsigned kSums>
 __device__ __forceinline__ void finish(Sums& s) {
   if (s.sum_exp == 0) s.row_max = -INFINITY, s.sum_exp = NAN;
   if ((kSums & kSumsReference) && s.ref_sum_exp == 0) s.ref_row_max = -INFINITY, s.ref_sum_exp = NAN;
-  s.row_max += 0.0f, s.ref_row_max += 0.0f;  // which of the two zeros a row holds must not show
+  s.row_max += 0.0f, s.ref_row_max += 0.0f;  // because it must not show which of the two zeros a row holds
 }
 
-// One record per warp of lanes, field by field, for whoever adds the warps up.
+// One record per warp of lanes, field by field, for the reduction over warps.
 constexpr int kFields = 10;
 template <unsigned kSums>
 __device__ __forceinline__ void write_record(float* at, const Sums& s, int stride) {

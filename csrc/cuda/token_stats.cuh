@@ -1,4 +1,4 @@
-// Row statistics: one block per row, each logits tensor read once.
+// The statistics of a row, by one block. Each tensor of logits is read once.
 #pragma once
 #include "row_threads.cuh"
 
@@ -18,7 +18,7 @@ __device__ __forceinline__ void add_packed(Sums& s, const Packed<T>& x, const Pa
   add_group<kSums>(s, a, b, kept, column, row.scale);
 }
 
-// One row as a sweep sees it.
+// The row that a sweep reads.
 template <class T>
 struct Row {
   const T *logits, *ref;
@@ -41,7 +41,8 @@ __device__ __forceinline__ Row<T> row_of(const Rows& rows, long long r, float in
 
 template <class T, unsigned kSums, bool kOnce, class Crew>
 __device__ __forceinline__ void sweep(Sums (&s)[Crew::kPerThread], const Row<T>& row) {
-  // Steps whose loads are issued before the arithmetic of the first one begins: 64 bytes in flight per thread. No bit depends on it.
+  // Steps whose loads are issued before the arithmetic of the first one begins, so that a thread has 64 bytes in flight. No bit
+  // depends on that number.
   constexpr int kAhead = kSums & kSumsReference || sizeof(T) == 4 ? 1 : 2, kLoads = Crew::kPerThread * kAhead;
   long long start = 0;
   for (; row.wide && start + kAhead * kStripe <= row.columns; start += kAhead * kStripe) {
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(BLOCK, kSums & kSumsExtra || (kSums & kSumsRef
   using Crew = Team<BLOCK, 1>;
   CUDA_DYN_SHARED(float, records);
   const long long r = blockIdx.x, y = rows.target(r);
-  if (y == rows.ignore_index) {  // not read; its outputs are 0
+  if (y == rows.ignore_index) {  // a dead row is not read, and its outputs are 0
     if (threadIdx.x == 0) zero_outputs(out, r);
     return;
   }
@@ -98,7 +99,8 @@ __global__ void __launch_bounds__(BLOCK, kSums & kSumsExtra || (kSums & kSumsRef
   sweep<T, kSums, true, Crew>(lanes, row);
   Sums s = Crew::template reduce<kSums>(lanes, records, row.scale);
   if (threadIdx.x != 0) return;
-  if (!rows.holds(y)) s.row_max = s.sum_exp = s.logit_sum = s.ref_row_max = s.ref_sum_exp = NAN;  // no sync could report it, no neighbour's logit may stand in
+  // NaN for a target outside the vocabulary, because only a host synchronisation could report it.
+  if (!rows.holds(y)) s.row_max = s.sum_exp = s.logit_sum = s.ref_row_max = s.ref_sum_exp = NAN;
   put(out.logp, r, logp_from(logit_of(rows, row.logits, row.mask, y), s.row_max, s.sum_exp, inverse_temperature));
   put(out.row_max, r, s.row_max);
   put(out.sum_exp, r, s.sum_exp);
