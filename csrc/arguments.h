@@ -69,7 +69,7 @@ struct Upstream {
   Real logp, entropy, kl;
 };
 
-// The inputs of fused_policy beside its objective: addresses of one number per row each. An address of 0 is an absent term.
+// The inputs of fused_policy beside its objective: addresses of one number per row each. 0: the term is absent.
 struct PolicyInputs {
   uintptr_t weight, entropy_weight, ref_logp, kl_weight;
 };
@@ -83,7 +83,7 @@ struct PolicyOutputs {
 // and value 0. `none` ignores the mask.
 enum class Masked : int { skip, zero, none };
 
-// Generalised advantage estimation. Sequence s is [bounds[s], bounds[s + 1]), or row s of equal length where bounds is null.
+// Generalised advantage estimation. Sequence s is [bounds[s], bounds[s + 1]), or row s of `length` where bounds is null.
 template <class Real>
 struct GaeJob {
   const Real *rewards, *values;

@@ -8,8 +8,7 @@
 #ifdef __CUDACC__
 #define RLK_HD __host__ __device__ inline
 #else
-// Forced inline, because a copy left out of line in a file compiled for AVX-512 could be linked into code for an older
-// machine.
+// Forced inline, because a copy that a file for AVX-512 left out of line could be linked into code for another machine.
 #define RLK_HD inline __attribute__((always_inline))
 #endif
 

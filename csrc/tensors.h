@@ -7,7 +7,7 @@
 namespace rlk {
 namespace tensors {
 
-// The types of torch's own tensors, set once when the module of the backend is imported, and the names of what is asked.
+// The types of torch's own tensors, set once when the backend's module is imported, and the names of what is asked.
 struct Known {
   PyTypeObject* kinds[2] = {};
   PyObject *dtype, *shape, *is_cpu, *device, *is_contiguous, *is_neg, *data_ptr;

@@ -49,7 +49,7 @@ struct Batch {
   }
   bool supports(int64_t r, int64_t c) const { return !mask || mask_row(r)[c]; }
 
-  // Copies the targets, because a target becomes an address and another thread may write to the caller's after the check.
+  // Copies the targets, because a target becomes an address and another thread may change the caller's after the check.
   void read_targets(uintptr_t from, int64_t stride, int64_t bytes) {
     targets.resize(size_t(rows));
     const char* at = reinterpret_cast<const char*>(from);
@@ -113,7 +113,7 @@ void token_stats(const Batch&, const StatsOutputs&);
 template <class Real>
 void token_stats_backward(const Batch&, const BackwardInputs&, const Layout& out);
 
-// The objective and the estimator of its penalty, by name. `columns` are addresses of the columns behind the log-probability.
+// The objective and the estimator of its penalty, by name. `columns`: addresses, without that of the log-probability.
 struct PolicyArguments {
   const char* objective;
   const char* kl;  // null: no penalty

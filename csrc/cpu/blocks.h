@@ -1,4 +1,4 @@
-// The parts of a row: blocks that fit the first-level cache, and chunks of a few vectors. Columns that are absent become -inf.
+// The parts of a row: blocks that fit the first-level cache, and chunks of a few vectors. Absent columns become -inf.
 #pragma once
 #include "simd.h"
 

@@ -8,7 +8,8 @@
 namespace rlk {
 namespace {
 
-constexpr int64_t kPart = 4096;  // elements per partial sum, fixed so that the sum does not depend on the number of threads
+// Elements per partial sum. Fixed, so that the sum does not depend on the number of threads.
+constexpr int64_t kPart = 4096;
 
 template <class Real>
 struct Job {

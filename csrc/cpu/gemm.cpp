@@ -1,4 +1,4 @@
-// The blocks of a matmul. Each task owns a rectangle of out, packs its part of a and b slice by slice, and shares no sum.
+// The blocks of a matmul. Each task owns a rectangle of out, packs its part of a and b by slices, and shares no sum.
 #include "gemm.h"
 #include "mode.h"
 
@@ -27,7 +27,7 @@ int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block;
 int64_t whole(int64_t size, int64_t block) { return blocks(size, block) * block; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The cut of out into tasks of at most kMaxRows x kMaxColumns: the size of a task, and the number of them down and across.
+// The cut of out into tasks of at most kMaxRows x kMaxColumns: the size of a task, and their number down and across.
 struct Cut {
   int64_t rows, columns, down, across;
 };
@@ -54,7 +54,7 @@ struct Scratch {
 };
 
 void task(const GemmJob& job, const GemmKernels& kernels, const Cut& cut, const Scratch& size, int64_t at, bool stream, uint32_t* scratch) {
-  // Neighbouring tasks share their part of the longer operand and go through the shorter one, because that stays in the cache.
+  // Neighbouring tasks share their part of the longer operand, because the shorter one stays in the cache.
   const bool rows_first = job.m < job.n;
   const int64_t i = (rows_first ? at % cut.down : at / cut.across) * cut.rows;
   const int64_t j = (rows_first ? at / cut.down : at % cut.across) * cut.columns;

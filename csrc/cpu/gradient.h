@@ -8,7 +8,7 @@ namespace rlk {
 namespace RLK_ISA {
 namespace {
 
-// The numbers of a GradientJob in every lane. kTerms holds kEntropy and kKl where the terms of slope and cross are present.
+// The numbers of a GradientJob in every lane. kTerms holds kEntropy for the term of slope and kKl for that of cross.
 struct Coefficients {
   Exponential exponential;
   Vec row_max, ref_row_max, flat, slope, cross;

@@ -10,7 +10,8 @@
 namespace rlk {
 
 #if defined(__SSE__) || defined(__x86_64__)
-constexpr unsigned kModeBits = 0xe040;  // flushing of subnormal numbers, read and written, and the rounding, without the traps
+// Flushing of subnormal numbers, read and written, and the rounding. Not the traps.
+constexpr unsigned kModeBits = 0xe040;
 RLK_INLINE unsigned long long float_mode() { return _mm_getcsr() & kModeBits; }
 RLK_INLINE void set_float_mode(unsigned long long mode) { _mm_setcsr((_mm_getcsr() & ~kModeBits) | unsigned(mode)); }
 #elif defined(__aarch64__)

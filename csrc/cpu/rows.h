@@ -1,4 +1,4 @@
-// The kernels of one row of logits, behind function pointers, because the instruction set is chosen when the module is loaded.
+// The kernels of one row. Function pointers, because the instruction set is chosen when the module is loaded.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-// A vector of floats in the instruction set that the including file is compiled for, which RLK_ISA names, and its operations.
+// A vector of floats and its operations, in the instruction set that RLK_ISA names.
 #pragma once
 #include <cstdint>
 
@@ -44,7 +44,7 @@ RLK_INLINE Vec all(float x) { return x - Vec{}; }
 
 #if defined(__AVX512F__)
 RLK_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-// The larger operand, and the second one where either is NaN. maxps is not symmetric, and a NaN of the row must survive.
+// The larger operand, or the second one where either is NaN, because a NaN of the row must survive.
 RLK_INLINE Vec larger(Vec bound, Vec x) { return _mm512_max_ps(bound, x); }
 RLK_INLINE Vec nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 RLK_INLINE Vec times_exp2(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
@@ -146,12 +146,12 @@ RLK_INLINE void store_straight(F16* to, Pair x) {
 #endif
 }
 
-// factor exp(d / T) for d <= 0, as 2^n times a polynomial in the rest, where d log2(e) / T = n + rest and |rest| <= 1/2.
+// factor exp(d / T) for d <= 0, as 2^n times a polynomial in the rest. d log2(e) / T = n + rest, with |rest| <= 1/2.
 struct Exponential {
   Vec scale, lowest, c0, c1, c2, c3, c4, c5;
   RLK_INLINE Exponential times(double factor, double temperature) {
     const double scale = 1.4426950408889634 / temperature;
-    // Minimax for 2^rest with the constant term held at 1, so that exp(0) is exactly 1. The largest relative error is 9.2e-8.
+    // Minimax for 2^rest with the constant term held at 1, so that exp(0) is exactly 1. Relative error: at most 9.2e-8.
     return {all(float(scale)), all(float(kLowest / scale)), all(float(factor)), all(float(factor * 0x1.62e42ap-1)),
             all(float(factor * 0x1.ebf9bap-3)), all(float(factor * 0x1.c6b756p-5)), all(float(factor * 0x1.3ceafap-7)),
             all(float(factor * 0x1.5bb99ep-10))};

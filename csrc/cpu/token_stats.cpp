@@ -72,7 +72,7 @@ void token_stats(const Batch& batch, const StatsOutputs& out) {
     const double temperature = batch.temperature_of(r);
     const void *row = batch.row(r), *ref = batch.ref_row(r);
     RowSums q{};
-    // The reference comes first, because its row_max is needed beside the policy's exponentials and its row is then in cache.
+    // The reference comes first, because its row_max is needed beside the policy's exponentials.
     if (ref) {
       q = sums_of_row(batch, kernels, ref, nullptr, 0, r, 0);
       put(out.ref_logp, logp_of(batch, ref, q, r));

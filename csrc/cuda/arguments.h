@@ -1,4 +1,4 @@
-// The arguments of the CUDA kernels that the CPU has otherwise. They hold no CUDA type, so that the bindings need no CUDA header.
+// The arguments of the CUDA kernels that the CPU has otherwise. No CUDA type is here, because the bindings know none.
 #pragma once
 #include "../arguments.h"
 #include "../dispatch.h"
@@ -32,8 +32,8 @@ struct Rows {
   }
 };
 
-// The objective and the estimator of its penalty, by their places in RLK_OBJECTIVES. `columns` are addresses of the columns
-// behind the log-probability.
+// The objective and the estimator of its penalty, by their places in RLK_OBJECTIVES. `columns`: addresses, without that of
+// the log-probability.
 struct PolicyArguments {
   int objective, kl;  // kl -1: no penalty
   uintptr_t columns[kMaxColumns];

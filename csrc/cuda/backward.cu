@@ -1,5 +1,5 @@
-// The launches of token_stats_backward, compiled once per dtype of the logits (-DRLK_DTYPE=f32|bf16|f16) and of their gradient
-// (-DRLK_OUT).
+// The launches of token_stats_backward. Compiled once per dtype of the logits (-DRLK_DTYPE=f32|bf16|f16) and dtype of
+// their gradient (-DRLK_OUT).
 #include "backward.cuh"
 
 #include "launch.h"

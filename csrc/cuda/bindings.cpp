@@ -96,14 +96,24 @@ void policy(const Rows& r, const std::string& objective, const std::vector<uintp
   });
 }
 
+// The arguments that elementwise and weighted_loss have in common.
+template <class S>
+ElementwiseJob<S> elementwise_job(const std::vector<uintptr_t>& columns, const std::vector<double>& params, uintptr_t weight,
+                                  uintptr_t derivative, uintptr_t loss, uintptr_t parts, uintptr_t ticket, long long n) {
+  ElementwiseJob<S> job{};
+  fill(job.columns, columns, [](uintptr_t a) { return pointer<const S>(a); });
+  fill(job.params, params, [](double p) { return S(p); });
+  job.weight = pointer<const S>(weight), job.derivative = pointer<S>(derivative), job.loss = pointer<S>(loss);
+  job.parts = pointer<double>(parts), job.ticket = pointer<unsigned>(ticket), job.n = n;
+  return job;
+}
+
 template <class S>
 void apply(const std::string& objective, const std::vector<uintptr_t>& columns, const std::vector<double>& params, uintptr_t weight,
            uintptr_t value, uintptr_t derivative, uintptr_t loss, uintptr_t parts, uintptr_t ticket, long long n, int device, uintptr_t stream) {
   check_objective(objective, columns.size(), params.size());
-  ElementwiseJob<S> job{{}, {}, pointer<const S>(weight), pointer<S>(value), pointer<S>(derivative), pointer<S>(loss), pointer<double>(parts),
-                        pointer<unsigned>(ticket), n, {}, nullptr, nullptr, S(1), nullptr, false};
-  fill(job.columns, columns, [](uintptr_t a) { return pointer<const S>(a); });
-  fill(job.params, params, [](double p) { return S(p); });
+  ElementwiseJob<S> job = elementwise_job<S>(columns, params, weight, derivative, loss, parts, ticket, n);
+  job.value = pointer<S>(value);
   elementwise<S>(objective.c_str(), job, {device, stream});
 }
 
@@ -112,10 +122,9 @@ void weighted(const std::string& objective, const std::vector<uintptr_t>& column
               const std::vector<double>& params, uintptr_t weight, uintptr_t mask, uintptr_t total, double share, uintptr_t slope, uintptr_t opposite,
               uintptr_t loss, uintptr_t parts, uintptr_t ticket, long long n, int device, uintptr_t stream) {
   check_objective(objective, columns.size(), params.size());
-  ElementwiseJob<S> job{{}, {}, pointer<const S>(weight), nullptr, pointer<S>(slope), pointer<S>(loss), pointer<double>(parts), pointer<unsigned>(ticket), n,
-                        {}, pointer<const unsigned char>(mask), pointer<const int64_t>(total), S(share), pointer<S>(opposite), true};
-  fill(job.columns, columns, [](uintptr_t a) { return pointer<const S>(a); });
-  fill(job.params, params, [](double p) { return S(p); });
+  ElementwiseJob<S> job = elementwise_job<S>(columns, params, weight, slope, loss, parts, ticket, n);
+  job.mask = pointer<const unsigned char>(mask), job.total = pointer<const int64_t>(total), job.share = S(share);
+  job.opposite = pointer<S>(opposite), job.of_loss = true;
   if (minus.size() > 2) throw std::invalid_argument("at most two columns are taken from the first");
   for (size_t k = 0; k < minus.size(); ++k) job.minus[k] = pointer<const S>(minus[k]);
   elementwise<S>(objective.c_str(), job, {device, stream});

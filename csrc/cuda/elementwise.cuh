@@ -7,14 +7,15 @@
 
 namespace rlk {
 
-constexpr int kPart = 1024;  // elements per block, fixed so that the order of the sum depends on the number of elements alone
+// Elements per block. Fixed, so that the order of the sum depends on the number of elements alone.
+constexpr int kPart = 1024;
 
 template <class F, class S, size_t... C, size_t... P>
 __device__ __forceinline__ Term<S> evaluate_at(const ElementwiseJob<S>& job, long long i, std::index_sequence<C...>, std::index_sequence<P...>) {
   return F{}(column<C>(job, i)..., job.params[P]...);
 }
 
-// Asks for two blocks per multiprocessor in fp64, because ptxas otherwise stops at 64 registers, where sapo and discopop spill.
+// Asks for two blocks per multiprocessor in fp64, because ptxas else stops at 64 registers, and sapo and discopop spill.
 template <class F, int C, int P, class S, int BLOCK>
 __global__ void __launch_bounds__(BLOCK, sizeof(S) == 8 ? 2 : 4) elementwise(const ElementwiseJob<S> job) {
   CUDA_DYN_SHARED(double, warps);  // one per warp, four for add_parts, and the flag

@@ -1,5 +1,5 @@
-// The launches of fused_policy, compiled once per dtype of the logits (-DRLK_DTYPE=f32|bf16|f16) and of their gradient
-// (-DRLK_OUT).
+// The launches of fused_policy. Compiled once per dtype of the logits (-DRLK_DTYPE=f32|bf16|f16) and dtype of their
+// gradient (-DRLK_OUT).
 #include "fused_policy.cuh"
 
 #include "launch.h"

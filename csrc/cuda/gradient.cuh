@@ -1,4 +1,4 @@
-// The gradient of the logits of eight columns, from a row's statistics and the upstream gradients of logp, entropy and KL.
+// The gradient of eight logits, from a row's statistics and the upstream gradients of logp, entropy and KL.
 #pragma once
 #include "sums.cuh"
 

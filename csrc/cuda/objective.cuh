@@ -11,7 +11,8 @@ enum ObjectiveId : int {
 #undef RLK_ID
 };
 
-constexpr int kWidest = 4;  // columns and parameters of any objective, constant so that arrays of them stay in registers
+// Columns and parameters of any objective. Constant, so that arrays of them stay in registers.
+constexpr int kWidest = 4;
 
 template <class S>
 __device__ inline Term<S> evaluate_objective(int id, const S (&columns)[kWidest], const S (&params)[kWidest]) {

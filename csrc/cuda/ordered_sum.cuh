@@ -14,7 +14,7 @@ __device__ __forceinline__ double warp_sum(double x) {
   return x;
 }
 
-// Whether this block comes last, in all of its threads. Thread 0 has stored the block's part before. `flag` lies in shared memory.
+// Whether this block comes last. Thread 0 has stored the block's part before. `flag` lies in shared memory.
 __device__ __forceinline__ bool comes_last(unsigned* ticket, unsigned blocks, unsigned* flag) {
   if (threadIdx.x == 0) {
     __threadfence();  // so that the part is visible before the ticket says so

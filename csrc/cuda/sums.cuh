@@ -111,7 +111,7 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// The maximum by the order of the bits, so that it does not depend on who is asked first, not even between the two zeros.
+// The maximum by the order of the bits, so that it does not depend on who is asked first, even between the two zeros.
 __device__ __forceinline__ float warp_max(float x) {
   const int bits = __float_as_int(x), key = bits ^ (bits >> 31 & 0x7fffffff);
   const int best = __reduce_max_sync(0xffffffffu, key);

@@ -1,4 +1,4 @@
-// The launches of token_stats, compiled once per dtype (-DRLK_DTYPE=f32|bf16|f16).
+// The launches of token_stats. Compiled once per dtype of the logits (-DRLK_DTYPE=f32|bf16|f16).
 #include "token_stats.cuh"
 
 #include "launch.h"
