@@ -50,7 +50,7 @@ RLK_INLINE float largest_lane(Vec v) {
 RLK_INLINE float chunks_max(const float* x, int64_t n) {
   Vec m[4] = {all(kNone), all(kNone), all(kNone), all(kNone)};
   for (int64_t c = 0; c < n; c += kChunk)
-    RLK_UNROLL for (int k = 0; k < 4; ++k) m[k] = larger(m[k], read<Vec>(x + c + k * kLanes));
+    RLK_UNROLL_FOR (int k = 0; k < 4; ++k) m[k] = larger(m[k], read<Vec>(x + c + k * kLanes));
   return largest_lane(larger(larger(m[0], m[1]), larger(m[2], m[3])));
 }
 
@@ -64,16 +64,16 @@ RLK_INLINE float chunks_max(const T* x, int64_t n) {
   set_none(none);
   Signed most[kPairs];
   Unsigned least[kPairs];
-  RLK_UNROLL for (int k = 0; k < kPairs; ++k) most[k] = Signed{} + int16_t(-32768), least[k] = Unsigned{} + none.bits;
+  RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k) most[k] = Signed{} + int16_t(-32768), least[k] = Unsigned{} + none.bits;
   for (int64_t c = 0; c < n; c += kChunk)
-    RLK_UNROLL for (int k = 0; k < kPairs; ++k) {
+    RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k) {
       const Unsigned bits = read<Unsigned>(x + c + k * kPair);
       most[k] = (Signed)bits > most[k] ? (Signed)bits : most[k];
       least[k] = bits < least[k] ? bits : least[k];
     }
   int16_t top = -32768;
   uint16_t bottom = none.bits;
-  RLK_UNROLL for (int k = 0; k < kPairs; ++k)
+  RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k)
     for (int i = 0; i < kPair; ++i) {
       top = most[k][i] > top ? most[k][i] : top;
       bottom = least[k][i] < bottom ? least[k][i] : bottom;

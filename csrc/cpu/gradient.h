@@ -17,24 +17,24 @@ struct Coefficients {
 template <unsigned kTerms, bool kStream, class X>
 RLK_INLINE void gradient_chunk(X* out, const X* x, const X* r, const Coefficients& at) {
   Vec d[2 * kPairs], g[2 * kPairs];
-  RLK_UNROLL for (int k = 0; k < kPairs; ++k) {
+  RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k) {
     const Pair v = load_straight(x + k * kPair);
     d[2 * k] = at.exponential.bound(v.a - at.row_max), d[2 * k + 1] = at.exponential.bound(v.b - at.row_max);
   }
   at.exponential(d, g);
   if (kTerms & kKl) {
-    RLK_UNROLL for (int k = 0; k < kPairs; ++k) {
+    RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k) {
       const Pair ref = load_straight(r + k * kPair);
       const Vec rs[2] = {ref.a, ref.b};
-      RLK_UNROLL for (int i = 0; i < 2; ++i) {
+      RLK_UNROLL_FOR (int i = 0; i < 2; ++i) {
         const Vec e = g[2 * k + i], u = d[2 * k + i], rest = fma(at.slope, u, at.cross * (u - (rs[i] - at.ref_row_max)));
         g[2 * k + i] = fma(e, at.flat, e == 0.0f ? Vec{} : e * rest);
       }
     }
   } else if (kTerms & kEntropy) {
-    RLK_UNROLL for (int k = 0; k < 2 * kPairs; ++k) g[k] *= fma(at.slope, d[k], at.flat);
+    RLK_UNROLL_FOR (int k = 0; k < 2 * kPairs; ++k) g[k] *= fma(at.slope, d[k], at.flat);
   }
-  RLK_UNROLL for (int k = 0; k < kPairs; ++k) store_straight<kStream>(out + k * kPair, {g[2 * k], g[2 * k + 1]});
+  RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k) store_straight<kStream>(out + k * kPair, {g[2 * k], g[2 * k + 1]});
 }
 
 template <unsigned kTerms, bool kStream, class X>

@@ -8,4 +8,4 @@
 #endif
 
 #define RLK_INLINE static inline __attribute__((always_inline))
-#define RLK_UNROLL _Pragma("GCC unroll 16")
+#define RLK_UNROLL_FOR _Pragma("GCC unroll 16") for

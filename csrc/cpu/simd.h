@@ -163,14 +163,14 @@ struct Exponential {
   template <int kMany>
   __attribute__((always_inline)) void operator()(const Vec (&d)[kMany], Vec (&e)[kMany]) const {
     Vec n[kMany], rest[kMany];
-    RLK_UNROLL for (int k = 0; k < kMany; ++k) n[k] = nearest(d[k] * scale);
-    RLK_UNROLL for (int k = 0; k < kMany; ++k) rest[k] = fma(d[k], scale, -n[k]);
-    RLK_UNROLL for (int k = 0; k < kMany; ++k) e[k] = fma(c5, rest[k], c4);
-    RLK_UNROLL for (int k = 0; k < kMany; ++k) e[k] = fma(e[k], rest[k], c3);
-    RLK_UNROLL for (int k = 0; k < kMany; ++k) e[k] = fma(e[k], rest[k], c2);
-    RLK_UNROLL for (int k = 0; k < kMany; ++k) e[k] = fma(e[k], rest[k], c1);
-    RLK_UNROLL for (int k = 0; k < kMany; ++k) e[k] = fma(e[k], rest[k], c0);
-    RLK_UNROLL for (int k = 0; k < kMany; ++k) e[k] = times_exp2(e[k], n[k]);
+    RLK_UNROLL_FOR (int k = 0; k < kMany; ++k) n[k] = nearest(d[k] * scale);
+    RLK_UNROLL_FOR (int k = 0; k < kMany; ++k) rest[k] = fma(d[k], scale, -n[k]);
+    RLK_UNROLL_FOR (int k = 0; k < kMany; ++k) e[k] = fma(c5, rest[k], c4);
+    RLK_UNROLL_FOR (int k = 0; k < kMany; ++k) e[k] = fma(e[k], rest[k], c3);
+    RLK_UNROLL_FOR (int k = 0; k < kMany; ++k) e[k] = fma(e[k], rest[k], c2);
+    RLK_UNROLL_FOR (int k = 0; k < kMany; ++k) e[k] = fma(e[k], rest[k], c1);
+    RLK_UNROLL_FOR (int k = 0; k < kMany; ++k) e[k] = fma(e[k], rest[k], c0);
+    RLK_UNROLL_FOR (int k = 0; k < kMany; ++k) e[k] = times_exp2(e[k], n[k]);
   }
 };
 

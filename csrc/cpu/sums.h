@@ -18,12 +18,12 @@ struct BlockSums {
 template <unsigned kWanted, bool kPeak, class X>
 RLK_INLINE void add_chunk(BlockSums& to, const X* x, const X* r, const Exponential& exponential, Vec row_max, Vec ref_row_max) {
   Vec d[2 * kPairs], e[2 * kPairs];
-  RLK_UNROLL for (int k = 0; k < kPairs; ++k) {
+  RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k) {
     const Pair at = load(x + k * kPair);
     d[2 * k] = exponential.bound(at.a - row_max), d[2 * k + 1] = exponential.bound(at.b - row_max);
   }
   exponential(d, e);
-  RLK_UNROLL for (int k = 0; k < 2 * kPairs; ++k) {
+  RLK_UNROLL_FOR (int k = 0; k < 2 * kPairs; ++k) {
     const Vec below = kPeak ? (d[k] == 0.0f ? Vec{} : e[k]) : e[k];
     if (kPeak) to.peaks += d[k] == 0.0f ? all(1.0f) : Vec{};
     to.sum_exp[k] += below;
@@ -31,7 +31,7 @@ RLK_INLINE void add_chunk(BlockSums& to, const X* x, const X* r, const Exponenti
     if (kWanted & kLogSumSq) to.square_sum[k] = fma(below, below, to.square_sum[k]);
   }
   if (kWanted & kKl)
-    RLK_UNROLL for (int k = 0; k < kPairs; ++k) {
+    RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k) {
       // The reference does not matter where p is 0. The divergence is +inf where only q is 0.
       const Pair at = load(r + k * kPair);
       const Vec a = e[2 * k] * (d[2 * k] - (at.a - ref_row_max)), b = e[2 * k + 1] * (d[2 * k + 1] - (at.b - ref_row_max));
@@ -46,7 +46,7 @@ RLK_INLINE void add_block(BlockSums& to, const X* x, const X* r, int64_t n, cons
   for (int64_t c = 0; c < whole; c += kChunk) {
     // Fetches the next block under the arithmetic of this one.
     const char* next = reinterpret_cast<const char*>(x + c) + kBlock * int64_t(sizeof(X));
-    RLK_UNROLL for (int64_t byte = 0; byte < int64_t(kChunk * sizeof(X)); byte += 64) __builtin_prefetch(next + byte);
+    RLK_UNROLL_FOR (int64_t byte = 0; byte < int64_t(kChunk * sizeof(X)); byte += 64) __builtin_prefetch(next + byte);
     add_chunk<kWanted, kPeak>(to, x + c, kWanted & kKl ? r + c : r, exponential, row_max, ref_row_max);
   }
   if (whole == n) return;
