@@ -1,5 +1,5 @@
-// The arguments that both native backends take. All are numbers (addresses, strides, sizes), because native code knows no
-// tensor. Arguments that differ between the backends stand in cpu/arguments.h and cuda/arguments.h.
+// The arguments that both native backends take. All are numbers (addresses, strides, sizes), because native code knows
+// no tensor. Arguments that differ between the backends stand in cpu/arguments.h and cuda/arguments.h.
 #pragma once
 #include "objective_functions.h"
 
@@ -21,7 +21,8 @@ namespace rlk {
 //
 // The CPU kernels sum T z in the place of z. The CUDA kernels sum z in units of log 2.
 
-// The outputs of token_stats beyond logp, row_max and sum_exp, as flags. Their values are those of rlkernels/backends/eager.py.
+// The outputs of token_stats beyond logp, row_max and sum_exp, as flags. Their values are those of
+// rlkernels/backends/eager.py.
 constexpr unsigned kEntropy = 1, kLogSumSq = 2, kMeanLogits = 4, kIsTop1 = 8, kKl = 16;
 
 template <class T>
@@ -47,7 +48,8 @@ struct Layout {
 struct StatsOutputs {
   uintptr_t logp, row_max, sum_exp, entropy, log_sum_sq, mean_logits, is_top1, ref_logp, ref_row_max, ref_sum_exp, kl;
   RLK_HD unsigned wanted() const {
-    return (entropy ? kEntropy : 0) | (log_sum_sq ? kLogSumSq : 0) | (mean_logits ? kMeanLogits : 0) | (is_top1 ? kIsTop1 : 0) | (kl ? kKl : 0);
+    return (entropy ? kEntropy : 0) | (log_sum_sq ? kLogSumSq : 0) | (mean_logits ? kMeanLogits : 0) |
+           (is_top1 ? kIsTop1 : 0) | (kl ? kKl : 0);
   }
 };
 
@@ -56,8 +58,8 @@ struct BackwardInputs {
   uintptr_t dlogp, dentropy, dkl, row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl;
 };
 
-// The statistics of one row as they are stored, rounded to the dtype of the arithmetic. A gradient starts from these and
-// from nothing more exact, so that the fused pass and two separate passes agree in every bit.
+// The statistics of one row as they are stored, rounded to the dtype of the arithmetic. A gradient starts from these
+// and from nothing more exact, so that the fused pass and two separate passes agree in every bit.
 template <class Real>
 struct SavedRow {
   Real row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl;
@@ -79,11 +81,12 @@ struct PolicyOutputs {
   uintptr_t logp, row_max, sum_exp, entropy, dlogp;
 };
 
-// The rule for a dead token between live ones. `skip` carries value and trace over it. `zero` makes it a step with reward
-// and value 0. `none` ignores the mask.
+// The rule for a dead token between live ones. `skip` carries value and trace over it. `zero` makes it a step with
+// reward and value 0. `none` ignores the mask.
 enum class Masked : int { skip, zero, none };
 
-// Generalised advantage estimation. Sequence s is [bounds[s], bounds[s + 1]), or row s of `length` where bounds is null.
+// Generalised advantage estimation. Sequence s is [bounds[s], bounds[s + 1]), or row s of `length` where bounds is
+// null.
 template <class Real>
 struct GaeJob {
   const Real *rewards, *values;

@@ -1,5 +1,5 @@
-// The C++ twins of rlkernels/objectives/functions.py, for host and device. The file is not called math.h, because with -Icsrc
-// it would shadow the system's <math.h>.
+// The C++ twins of rlkernels/objectives/functions.py, for host and device. The file is not called math.h, because with
+// -Icsrc it would shadow the system's <math.h>.
 #pragma once
 #include <cmath>
 #include <cstdint>

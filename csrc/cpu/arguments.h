@@ -27,10 +27,10 @@ struct Batch {
   const void* row(int64_t r) const { return logits.row(r, bytes()); }
   const void* ref_row(int64_t r) const { return ref.address ? ref.row(r, bytes()) : nullptr; }
   int64_t target(int64_t r) const { return targets[size_t(r)]; }
-  const uint8_t* mask_row(int64_t r) const { return mask ? reinterpret_cast<const uint8_t*>(mask) + r * mask_stride : nullptr; }
-  double temperature_of(int64_t r) const {
-    return temperatures.empty() ? temperature : temperatures[size_t(r)];
+  const uint8_t* mask_row(int64_t r) const {
+    return mask ? reinterpret_cast<const uint8_t*>(mask) + r * mask_stride : nullptr;
   }
+  double temperature_of(int64_t r) const { return temperatures.empty() ? temperature : temperatures[size_t(r)]; }
   double value(const void* row, int64_t c) const {
     switch (dtype) {
       case Dtype::f64: return static_cast<const double*>(row)[c];
@@ -59,7 +59,8 @@ struct Batch {
   void read_temperatures(uintptr_t from) {
     temperatures.resize(from ? size_t(rows) : 0);
     for (size_t r = 0; r < temperatures.size(); ++r)
-      temperatures[r] = dtype == Dtype::f64 ? reinterpret_cast<const double*>(from)[r] : double(reinterpret_cast<const float*>(from)[r]);
+      temperatures[r] = dtype == Dtype::f64 ? reinterpret_cast<const double*>(from)[r]
+                                            : double(reinterpret_cast<const float*>(from)[r]);
   }
   // The first row whose target is neither a column nor ignored, or -1.
   int64_t bad_target() const {
@@ -77,8 +78,8 @@ struct Batch {
   }
 };
 
-// Calls f for every row. Rows are handed out in small runs, because dead rows cost nothing and equal shares would not be
-// equal work. A run keeps neighbours in memory on one thread. No bit of a row depends on the thread that takes it.
+// Calls f for every row. Rows are handed out in small runs, because dead rows cost nothing and equal shares would not
+// be equal work. A run keeps neighbours in memory on one thread. No bit of a row depends on the thread that takes it.
 // A small batch stays on the calling thread, because waking another costs more than 64K columns.
 template <class F>
 void for_rows(int64_t rows, int64_t columns, int threads, F f) {
@@ -92,16 +93,17 @@ void for_rows(int64_t rows, int64_t columns, int threads, F f) {
   }
 }
 
-RowSums sums_of_row(const Batch&, const RowKernels&, const void* row, const void* ref, double ref_row_max, int64_t r, unsigned wanted);
+RowSums sums_of_row(const Batch&, const RowKernels&, const void* row, const void* ref, double ref_row_max, int64_t r,
+                    unsigned wanted);
 double logp_of(const Batch&, const void* row, const RowSums&, int64_t r);
 double entropy_of(const RowSums&, double temperature);
 
 template <class Real>
-void write_gradient(const Batch&, const RowKernels&, int64_t r, void* out, const SavedRow<Real>&, const Upstream<double>&,
-                    bool stream);
+void write_gradient(const Batch&, const RowKernels&, int64_t r, void* out, const SavedRow<Real>&,
+                    const Upstream<double>&, bool stream);
 
-// A larger output is stored around the cache, because no cache would hold it until someone reads it and a plain store reads
-// its line first (262 MB copied on a two-core Zen 4: 11.6 ms against 17.4 ms).
+// A larger output is stored around the cache, because no cache would hold it until someone reads it and a plain store
+// reads its line first (262 MB copied on a two-core Zen 4: 11.6 ms against 17.4 ms).
 constexpr int64_t kStreamBytes = int64_t(16) << 20;
 inline bool streams(const Batch& batch, const Layout& out) {
   return out.address != batch.logits.address && batch.rows * batch.columns * batch.bytes() >= kStreamBytes;
@@ -134,11 +136,11 @@ struct OfLoss {
   uintptr_t opposite;    // where the negative of the derivative goes; 0: nowhere
 };
 
-// Evaluates an objective over n elements. An input or output that is absent is null. Returns the weighted sum of the values,
-// which is infinite where Real does not reach.
+// Evaluates an objective over n elements. An input or output that is absent is null. Returns the weighted sum of the
+// values, which is infinite where Real does not reach.
 template <class Real>
-Real elementwise(const char* objective, const uintptr_t* columns, const double* params, const Real* weight, Real* value, Real* derivative,
-                   int64_t n, int threads, const OfLoss* of_loss = nullptr);
+Real elementwise(const char* objective, const uintptr_t* columns, const double* params, const Real* weight, Real* value,
+                 Real* derivative, int64_t n, int threads, const OfLoss* of_loss = nullptr);
 
 template <class Real>
 void gae(const GaeJob<Real>&, int threads);

@@ -54,8 +54,8 @@ RLK_INLINE float chunks_max(const float* x, int64_t n) {
   return largest_lane(larger(larger(m[0], m[1]), larger(m[2], m[3])));
 }
 
-// The same for 16-bit formats, by their bits, which are a sign and a magnitude. The largest value is the largest signed integer
-// where that is positive. It is the smallest unsigned integer where every column is negative.
+// The same for 16-bit formats, by their bits, which are a sign and a magnitude. The largest value is the largest signed
+// integer where that is positive. It is the smallest unsigned integer where every column is negative.
 template <class T>
 RLK_INLINE float chunks_max(const T* x, int64_t n) {
   typedef int16_t Signed __attribute__((vector_size(4 * kLanes)));

@@ -32,9 +32,11 @@ std::mutex guard;
 #if defined(__linux__)
 void* map(int64_t capacity) {
   // Maps a huge page more than needed, so that the block can start at one: 128 page faults for 262 MB and not 65 536.
-  void* const all = mmap(nullptr, size_t(capacity + kHugePage), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* const all =
+      mmap(nullptr, size_t(capacity + kHugePage), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (all == MAP_FAILED) throw std::bad_alloc();
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(all), aligned = (begin + kHugePage - 1) & ~uintptr_t(kHugePage - 1);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(all),
+                  aligned = (begin + kHugePage - 1) & ~uintptr_t(kHugePage - 1);
   if (aligned != begin) munmap(all, aligned - begin);
   munmap(reinterpret_cast<void*>(aligned + uintptr_t(capacity)), begin + kHugePage - aligned);
   void* const data = reinterpret_cast<void*>(aligned);
@@ -46,8 +48,8 @@ void* map(int64_t capacity) {
 void unmap(const Kept& block) {
   if (block.data) munmap(block.data, size_t(block.capacity));
 }
-// Keeps a block that Linux may take the pages of when memory is short. A page that was not taken is written again without a
-// fault.
+// Keeps a block that Linux may take the pages of when memory is short. A page that was not taken is written again
+// without a fault.
 void lend(const Kept& block) {
 #if defined(MADV_FREE)
   (void)madvise(block.data, size_t(block.capacity), MADV_FREE);
@@ -69,8 +71,8 @@ void unmap(const Kept& block) { std::free(block.data); }
 void lend(const Kept&) {}
 #endif
 
-// Gives back as many kept bytes as are about to be touched, because both would be resident otherwise. Only a new block does so
-// and not one that is taken again, because 33 MB that are dropped and touched anew cost 30 ms of a step of 145.
+// Gives back as many kept bytes as are about to be touched, because both would be resident otherwise. Only a new block
+// does so and not one that is taken again, because 33 MB that are dropped and touched anew cost 30 ms of a step of 145.
 void make_room(int64_t bytes) {
   const std::lock_guard<std::mutex> lock(guard);
   for (Kept& block : kept) {
@@ -85,11 +87,13 @@ void make_room(int64_t bytes) {
 Buffer::Buffer(int64_t size) : data_(nullptr), size_(size), capacity_((size + kHugePage - 1) / kHugePage * kHugePage) {
   {
     const std::lock_guard<std::mutex> lock(guard);
-    // Takes the smallest block that is large enough. One more than twice as large is left, because it would hold memory that
-    // nobody asked for.
+    // Takes the smallest block that is large enough. One more than twice as large is left, because it would hold memory
+    // that nobody asked for.
     auto best = kept.end();
     for (auto it = kept.begin(); it != kept.end(); ++it)
-      if (it->capacity >= capacity_ && it->capacity / 2 <= capacity_ && (best == kept.end() || it->capacity < best->capacity)) best = it;
+      if (it->capacity >= capacity_ && it->capacity / 2 <= capacity_ &&
+          (best == kept.end() || it->capacity < best->capacity))
+        best = it;
     if (best != kept.end()) {
       data_ = best->data;
       capacity_ = best->capacity;

@@ -1,5 +1,5 @@
-// Memory for a large gradient. A few freed buffers are kept for the next step, because Linux clears every page that a process
-// touches for the first time. Clearing 262 MB takes as long as computing the gradient that goes there.
+// Memory for a large gradient. A few freed buffers are kept for the next step, because Linux clears every page that a
+// process touches for the first time. Clearing 262 MB takes as long as computing the gradient that goes there.
 #pragma once
 #include <cstdint>
 

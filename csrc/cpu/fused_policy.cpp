@@ -1,5 +1,5 @@
-// The statistics, the objective and the gradient of a row in one visit. The row is read from memory once, because it is still in
-// cache for its gradient.
+// The statistics, the objective and the gradient of a row in one visit. The row is read from memory once, because it is
+// still in cache for its gradient.
 #include <vector>
 
 #include "arguments.h"
@@ -18,7 +18,8 @@ Real fused_policy(const Batch& batch, const PolicyArguments& in, const PolicyOut
   for_rows(batch.rows, batch.columns, batch.threads, [&](int64_t r) {
     const auto get = [r](uintptr_t from) { return from ? pointer<const Real>(from)[r] : Real(0); };
     const auto put = [r](uintptr_t to, Real x) { pointer<Real>(to)[r] = x; };
-    const Real weight = get(in.per_row.weight), entropy_weight = get(in.per_row.entropy_weight), kl_weight = get(in.per_row.kl_weight);
+    const Real weight = get(in.per_row.weight), entropy_weight = get(in.per_row.entropy_weight),
+               kl_weight = get(in.per_row.kl_weight);
     void* to = gradient.address ? gradient.row(r, batch.bytes()) : nullptr;
     if (batch.target(r) == batch.ignore_index || (weight == 0 && entropy_weight == 0 && kl_weight == 0)) {
       for (const uintptr_t at : {out.logp, out.row_max, out.sum_exp, out.entropy, out.dlogp}) put(at, 0);

@@ -8,7 +8,8 @@ void gae(const GaeJob<Real>& job, int threads) {
   const uint8_t* const mask = job.masked == Masked::none ? nullptr : job.mask;
   const int64_t tokens = job.bounds ? job.bounds[job.sequences] : job.sequences * job.length;
   for_rows(job.sequences, job.sequences ? tokens / job.sequences : 0, threads, [=](int64_t s) {
-    const int64_t begin = job.bounds ? job.bounds[s] : s * job.length, end = job.bounds ? job.bounds[s + 1] : begin + job.length;
+    const int64_t begin = job.bounds ? job.bounds[s] : s * job.length,
+                  end = job.bounds ? job.bounds[s + 1] : begin + job.length;
     double trace = 0, next_value = 0;
     for (int64_t t = end - 1; t >= begin; --t) {
       const bool live = !mask || mask[t];

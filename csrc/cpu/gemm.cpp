@@ -12,15 +12,15 @@
 namespace rlk {
 namespace {
 
-// The packed rows of a task fill half a level-2 cache of 1 MiB, beside 48 KiB of packed columns (Zen 4: 256 rows cost 3 to 6 %,
-// and 1024 gain nothing).
+// The packed rows of a task fill half a level-2 cache of 1 MiB, beside 48 KiB of packed columns (Zen 4: 256 rows cost 3
+// to 6 %, and 1024 gain nothing).
 constexpr int64_t kMaxRows = 512, kMaxColumns = 20 * kTileColumns;
 // Words between panels of a. At 8 KiB from one to the next, all panels would share a few sets of the cache.
 constexpr int64_t kApart = 16;
 // Multiplications. A smaller matmul stays on the calling thread, because waking another costs more.
 constexpr int64_t kAlone = 1 << 21;
-// Bytes of out. A larger one is stored around the cache, because no cache holds it until someone reads it (one core: from 203 to
-// 206 GFLOP/s).
+// Bytes of out. A larger one is stored around the cache, because no cache holds it until someone reads it (one core:
+// from 203 to 206 GFLOP/s).
 constexpr int64_t kStream = 16 << 20;
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
@@ -32,8 +32,8 @@ struct Cut {
   int64_t rows, columns, down, across;
 };
 
-// The quickest of the cuts near the coarsest, if the multiplications of a word cost 1/16 cycle and packing a bf16 element half a
-// cycle.
+// The quickest of the cuts near the coarsest, if the multiplications of a word cost 1/16 cycle and packing a bf16
+// element half a cycle.
 Cut cut(const GemmJob& job, int threads) {
   Cut best{};
   double least = 0;
@@ -42,7 +42,8 @@ Cut cut(const GemmJob& job, int threads) {
     for (int64_t c = across; c < across + threads; ++c) {
       Cut x{whole(blocks(job.m, d), kTileRows), whole(blocks(job.n, c), kTileColumns), 0, 0};
       x.down = blocks(job.m, x.rows), x.across = blocks(job.n, x.columns);
-      const double time = double(x.rows * x.columns + 16 * (x.rows + x.columns)) * double(blocks(x.down * x.across, threads));
+      const double time =
+          double(x.rows * x.columns + 16 * (x.rows + x.columns)) * double(blocks(x.down * x.across, threads));
       if (least == 0 || time < least) best = x, least = time;
     }
   return best;
@@ -53,7 +54,8 @@ struct Scratch {
   int64_t a_panel, a, b;
 };
 
-void task(const GemmJob& job, const GemmKernels& kernels, const Cut& cut, const Scratch& size, int64_t at, bool stream, uint32_t* scratch) {
+void task(const GemmJob& job, const GemmKernels& kernels, const Cut& cut, const Scratch& size, int64_t at, bool stream,
+          uint32_t* scratch) {
   // Neighbouring tasks share their part of the longer operand, because the shorter one stays in the cache.
   const bool rows_first = job.m < job.n;
   const int64_t i = (rows_first ? at % cut.down : at / cut.across) * cut.rows;
@@ -66,10 +68,12 @@ void task(const GemmJob& job, const GemmKernels& kernels, const Cut& cut, const 
   const int64_t slice = kSlice * kernels.elements;
   for (int64_t k = 0; k < job.k; k += slice) {
     const int64_t depth = smaller(slice, job.k - k);
-    kernels.pack({start(job.a, i, k), job.a.row, job.a.column, rows, depth, job.a.wide}, {a, 2 * size.a_panel, size.a_panel, kTileRows});
+    kernels.pack({start(job.a, i, k), job.a.row, job.a.column, rows, depth, job.a.wide},
+                 {a, 2 * size.a_panel, size.a_panel, kTileRows});
     for (int64_t c = 0; c < columns; c += kTileColumns) {
       const int64_t width = smaller(kTileColumns, columns - c);
-      kernels.pack({start(job.b, k, j + c), job.b.column, job.b.row, width, depth, job.b.wide}, {b, kLanes, kLanes / 2, kTileColumns});
+      kernels.pack({start(job.b, k, j + c), job.b.column, job.b.row, width, depth, job.b.wide},
+                   {b, kLanes, kLanes / 2, kTileColumns});
       for (int64_t r = 0; r < rows; r += kTileRows)
         kernels.tile({a + r / kTileRows * size.a_panel, b, depth, job.out + (i + r) * job.out_row + j + c, job.out_row,
                       int(smaller(kTileRows, rows - r)), int(width), job.accumulate || k > 0, stream});
@@ -95,7 +99,8 @@ bool gemm_f32_available() { return gemm_f32_kernels().tile != nullptr; }
 void gemm(const GemmJob& job) {
   if (job.m == 0 || job.n == 0) return;
   if (job.k == 0) {
-    for (int64_t i = 0; i < job.m && !job.accumulate; ++i) std::memset(job.out + i * job.out_row, 0, size_t(job.n) * sizeof(float));
+    for (int64_t i = 0; i < job.m && !job.accumulate; ++i)
+      std::memset(job.out + i * job.out_row, 0, size_t(job.n) * sizeof(float));
     return;
   }
   const GemmKernels kernels = job.b.wide ? gemm_f32_kernels() : gemm_kernels();
@@ -107,11 +112,13 @@ void gemm(const GemmJob& job) {
   size.a = whole(plan.rows, kLanes) / kTileRows * size.a_panel;
   const int64_t each = size.a + size.b;
   const bool aligned = (reinterpret_cast<uintptr_t>(job.out) | uintptr_t(job.out_row) * sizeof(float)) % 64 == 0;
-  const bool stream = aligned && !job.accumulate && job.k <= kSlice * kernels.elements && job.m * job.n * int64_t(sizeof(float)) >= kStream;
+  const bool stream = aligned && !job.accumulate && job.k <= kSlice * kernels.elements &&
+                      job.m * job.n * int64_t(sizeof(float)) >= kStream;
   struct Words {
     uint32_t* data;
     ~Words() { ::operator delete(data, std::align_val_t(64)); }
-  } const scratch{static_cast<uint32_t*>(::operator new(size_t(each * threads) * sizeof(uint32_t), std::align_val_t(64)))};
+  } const scratch{
+      static_cast<uint32_t*>(::operator new(size_t(each * threads) * sizeof(uint32_t), std::align_val_t(64)))};
   const auto mode = float_mode();
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

@@ -1,9 +1,10 @@
-// Gives back to a matmul what it loses by rounding the gradient of the logits to bf16, for the elements that hold nearly all of it.
+// Gives back to a matmul what it loses by rounding the gradient of the logits to bf16, for the elements that hold
+// nearly all of it.
 //
-// A row of that gradient sums to 0, so that the target's element is as large as all others together. At most 32 others reach 1/32
-// of it, and the squares of the rest are below 1/16 of its square. Rounding the row costs the gradients as much again as their own
-// one rounding to bf16 (0.16 %). With these elements given back in fp32 it adds less than a twentieth of that. Compiled like
-// gemm_bf16.cpp.
+// A row of that gradient sums to 0, so that the target's element is as large as all others together. At most 32 others
+// reach 1/32 of it, and the squares of the rest are below 1/16 of its square. Rounding the row costs the gradients as
+// much again as their own one rounding to bf16 (0.16 %). With these elements given back in fp32 it adds less than a
+// twentieth of that. Compiled like gemm_bf16.cpp.
 #include "gemm.h"
 #include "mode.h"
 
@@ -84,15 +85,16 @@ void add_rounding(const Rounding& r, Kept* kept) {
       for (int k = 0; k < kept[t].count; ++k)
         add(r.dhidden + t * r.dhidden_row, kept[t].lost[k], r.weight + kept[t].column[k] * r.weight_row, r.width);
     }
-    // Each thread owns some columns of dweight, because two rows may name the same token and their order must not depend on
-    // threads.
+    // Each thread owns some columns of dweight, because two rows may name the same token and their order must not
+    // depend on threads.
     const int64_t slice = r.width ? (r.width + r.threads - 1) / r.threads : 1, width = r.dweight ? r.width : 0;
 #pragma omp for schedule(static)
     for (int64_t j = 0; j < width; j += slice) {
       const int64_t count = r.width - j < slice ? r.width - j : slice;
       for (int64_t t = 0; t < r.rows; ++t)
         for (int k = 0; k < kept[t].count; ++k)
-          add(r.dweight + kept[t].column[k] * r.dweight_row + j, kept[t].lost[k], r.hidden + t * r.hidden_row + j, count);
+          add(r.dweight + kept[t].column[k] * r.dweight_row + j, kept[t].lost[k], r.hidden + t * r.hidden_row + j,
+              count);
     }
   }
 }

@@ -1,9 +1,9 @@
 // The parts of a matmul that depend on the instruction set, written once for words of a pair of bf16 and of one fp32.
 // gemm_bf16.cpp and gemm_f32.cpp include it, and each is compiled for its own instructions.
 //
-// A class `Words` says what a word holds. `elements` is the number of elements of K in a word. `along` makes 16 words of
-// neighbouring elements, and `across` makes 16 words of neighbouring lanes. `one` is an element in its place in a word.
-// `add_product` is the instruction.
+// A class `Words` says what a word holds. `elements` is the number of elements of K in a word. `along` makes 16 words
+// of neighbouring elements, and `across` makes 16 words of neighbouring lanes. `one` is an element in its place in a
+// word. `add_product` is the instruction.
 #pragma once
 #include <immintrin.h>
 
@@ -15,7 +15,9 @@ namespace rlk {
 namespace {
 
 // A mask of the low `count` lanes: none below 0, and all beyond 16.
-RLK_INLINE __mmask16 first16(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : __mmask16((1u << count) - 1); }
+RLK_INLINE __mmask16 first16(int64_t count) {
+  return count >= 16 ? 0xffff : count <= 0 ? 0 : __mmask16((1u << count) - 1);
+}
 
 // Moves element (i, j) of 16 x 16 words to (j, i).
 RLK_INLINE void transpose(__m512i (&x)[16]) {
@@ -32,7 +34,8 @@ RLK_INLINE void transpose(__m512i (&x)[16]) {
   }
   RLK_UNROLL_FOR (int i = 0; i < 4; ++i) {
     const __m512i a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), b = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88), d = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88),
+                  d = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
     y[i] = _mm512_shuffle_i32x4(a, c, 0x88), y[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
     y[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88), y[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
   }
@@ -69,9 +72,9 @@ RLK_INLINE void pack_along(const T* from, const Block& x, const Panels& out) {
     }
 }
 
-// Packs lanes that lie side by side. A few rows of memory are read at a time, each from end to end, because 16 columns of all 512
-// rows and then the next 16 took twice as long (fp32, 32000 columns, Zen 4). Prefetching the next rows saves another 11 %, and
-// 27 % of bf16.
+// Packs lanes that lie side by side. A few rows of memory are read at a time, each from end to end, because 16 columns
+// of all 512 rows and then the next 16 took twice as long (fp32, 32000 columns, Zen 4). Prefetching the next rows saves
+// another 11 %, and 27 % of bf16.
 template <class Words, class T>
 RLK_INLINE void pack_across(const T* from, const Block& x, const Panels& out) {
   constexpr int64_t kTogether = 8, kStep = Words::elements;
@@ -95,7 +98,8 @@ RLK_INLINE void pack_any(const T* from, const Block& x, const Panels& out) {
     for (int64_t k = 0; k < x.depth; k += Words::elements) {
       uint32_t words[kLanes] = {};
       for (int64_t i = 0; i < kLanes && l + i < x.lanes; ++i)
-        for (int64_t j = 0; j < Words::elements && k + j < x.depth; ++j) words[i] |= Words::one(from[(l + i) * x.lane + (k + j) * x.along], j);
+        for (int64_t j = 0; j < Words::elements && k + j < x.depth; ++j)
+          words[i] |= Words::one(from[(l + i) * x.lane + (k + j) * x.along], j);
       put(_mm512_loadu_si512(words), out.to + l / kLanes * out.group + k / Words::elements * out.step, out.half);
     }
 }
@@ -120,7 +124,8 @@ RLK_INLINE void tile_of(const Tile& t) {
   const int64_t words = (t.depth + Words::elements - 1) / Words::elements;
   for (int64_t begin = 0; begin < words; begin += kRun) {
     const int64_t end = begin + kRun < words ? begin + kRun : words;
-    RLK_UNROLL_FOR (int r = 0; r < kTileRows; ++r) RLK_UNROLL_FOR (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_setzero_ps();
+    RLK_UNROLL_FOR (int r = 0; r < kTileRows; ++r)
+      RLK_UNROLL_FOR (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_setzero_ps();
     for (int64_t p = begin; p < end; ++p) {
       __m512i row[kVectors];
       RLK_UNROLL_FOR (int v = 0; v < kVectors; ++v) row[v] = _mm512_load_si512(b + v * kLanes);
@@ -131,10 +136,11 @@ RLK_INLINE void tile_of(const Tile& t) {
       a += kTileRows, b += kTileColumns;
     }
     if (begin > 0)
-      RLK_UNROLL_FOR (int r = 0; r < kTileRows; ++r) RLK_UNROLL_FOR (int v = 0; v < kVectors; ++v)
-        acc[r][v] = _mm512_add_ps(_mm512_load_ps(sums[r] + v * kLanes), acc[r][v]);
-    RLK_UNROLL_FOR (int r = 0; r < kTileRows; ++r) RLK_UNROLL_FOR (int v = 0; v < kVectors; ++v)
-      _mm512_store_ps(sums[r] + v * kLanes, acc[r][v]);
+      RLK_UNROLL_FOR (int r = 0; r < kTileRows; ++r)
+        RLK_UNROLL_FOR (int v = 0; v < kVectors; ++v)
+          acc[r][v] = _mm512_add_ps(_mm512_load_ps(sums[r] + v * kLanes), acc[r][v]);
+    RLK_UNROLL_FOR (int r = 0; r < kTileRows; ++r)
+      RLK_UNROLL_FOR (int v = 0; v < kVectors; ++v) _mm512_store_ps(sums[r] + v * kLanes, acc[r][v]);
   }
   for (int r = 0; r < t.rows; ++r)
     RLK_UNROLL_FOR (int v = 0; v < kVectors; ++v) {

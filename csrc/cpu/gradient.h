@@ -1,5 +1,5 @@
-// The gradient of a row, with recomputed exponentials and one rounding per stored element. A column's result depends on that
-// column and on the statistics alone.
+// The gradient of a row, with recomputed exponentials and one rounding per stored element. A column's result depends on
+// that column and on the statistics alone.
 #pragma once
 #include "blocks.h"
 #include "rows.h"
@@ -27,7 +27,8 @@ RLK_INLINE void gradient_chunk(X* out, const X* x, const X* r, const Coefficient
       const Pair ref = load_straight(r + k * kPair);
       const Vec rs[2] = {ref.a, ref.b};
       RLK_UNROLL_FOR (int i = 0; i < 2; ++i) {
-        const Vec e = g[2 * k + i], u = d[2 * k + i], rest = fma(at.slope, u, at.cross * (u - (rs[i] - at.ref_row_max)));
+        const Vec e = g[2 * k + i], u = d[2 * k + i],
+                  rest = fma(at.slope, u, at.cross * (u - (rs[i] - at.ref_row_max)));
         g[2 * k + i] = fma(e, at.flat, e == 0.0f ? Vec{} : e * rest);
       }
     }
@@ -40,7 +41,8 @@ RLK_INLINE void gradient_chunk(X* out, const X* x, const X* r, const Coefficient
 template <unsigned kTerms, bool kStream, class X>
 RLK_INLINE void gradient_block(X* out, const X* x, const X* r, int64_t n, const Coefficients& at) {
   const int64_t whole = n - n % kChunk;
-  for (int64_t c = 0; c < whole; c += kChunk) gradient_chunk<kTerms, kStream>(out + c, x + c, kTerms & kKl ? r + c : r, at);
+  for (int64_t c = 0; c < whole; c += kChunk)
+    gradient_chunk<kTerms, kStream>(out + c, x + c, kTerms & kKl ? r + c : r, at);
   if (whole == n) return;
   X x_rest[kChunk], r_rest[kChunk], out_rest[kChunk];
   padded(x_rest, x + whole, n - whole);
@@ -56,8 +58,12 @@ template <unsigned kTerms, class X>
 RLK_INLINE Coefficients coefficients(const GradientJob& job) {
   const double flat = canonical(job.flat);
   // Where the flat term stands alone, its factor goes into the polynomial.
-  return {Exponential::times(kTerms ? 1 : flat, job.temperature), all(float(job.row_max)), all(float(job.ref_row_max)), all(float(flat)),
-          all(float(canonical(job.slope))), all(float(canonical(job.cross)))};
+  return {Exponential::times(kTerms ? 1 : flat, job.temperature),
+          all(float(job.row_max)),
+          all(float(job.ref_row_max)),
+          all(float(flat)),
+          all(float(canonical(job.slope))),
+          all(float(canonical(job.cross)))};
 }
 
 template <unsigned kTerms, class X>
@@ -81,7 +87,8 @@ void gradient_of(const GradientJob& job) {
   const Coefficients at = coefficients<kTerms, X>(job);
   if (!job.stream) return gradient_block<kTerms, false>(out, row, ref, job.columns, at);
   // A few columns are stored first, because a streaming store wants an aligned address. No bit depends on that.
-  const int64_t odd = int64_t(-reinterpret_cast<uintptr_t>(out) % 64 / sizeof(X)), head = odd < job.columns ? odd : job.columns;
+  const int64_t odd = int64_t(-reinterpret_cast<uintptr_t>(out) % 64 / sizeof(X)),
+                head = odd < job.columns ? odd : job.columns;
   if (head) gradient_block<kTerms, false>(out, row, ref, head, at);
   gradient_block<kTerms, true>(out + head, row + head, kTerms & kKl ? ref + head : ref, job.columns - head, at);
 #if defined(__x86_64__)

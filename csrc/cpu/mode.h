@@ -1,5 +1,6 @@
-// The floating-point mode of a thread: how it rounds, and whether it flushes subnormal numbers to zero. Every thread of a pool
-// takes over the caller's mode while it works for the caller, because bits would otherwise depend on the thread that took a row.
+// The floating-point mode of a thread: how it rounds, and whether it flushes subnormal numbers to zero. Every thread of
+// a pool takes over the caller's mode while it works for the caller, because bits would otherwise depend on the thread
+// that took a row.
 #pragma once
 #include "inline.h"
 

@@ -9,8 +9,8 @@ namespace rlk {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// The arguments of the sums of one row. `wanted` holds flags of outputs: weighted_sum is formed for kEntropy, square_sum for
-// kLogSumSq, and cross_sum for kKl.
+// The arguments of the sums of one row. `wanted` holds flags of outputs: weighted_sum is formed for kEntropy,
+// square_sum for kLogSumSq, and cross_sum for kKl.
 struct SumsJob {
   const void* row;
   const void* ref;      // kKl: the reference row
@@ -21,8 +21,8 @@ struct SumsJob {
   unsigned wanted;
 };
 
-// The sums of one row, named in ../arguments.h, with T z = x - row_max in the place of z. row_max and sum_exp are NaN where
-// the support holds a NaN, +inf or no finite logit.
+// The sums of one row, named in ../arguments.h, with T z = x - row_max in the place of z. row_max and sum_exp are NaN
+// where the support holds a NaN, +inf or no finite logit.
 struct RowSums {
   double row_max, sum_exp;
   double weighted_sum;  // the sum of e (x - row_max)

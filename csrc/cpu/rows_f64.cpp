@@ -1,5 +1,5 @@
-// The kernels of one row for float64. Plain loops over the C library's exp, because they serve gradcheck and reference runs
-// and not training.
+// The kernels of one row for float64. Plain loops over the C library's exp, because they serve gradcheck and reference
+// runs and not training.
 #include <limits>
 
 #include "rows.h"
@@ -29,7 +29,8 @@ void sums(const SumsJob& job, RowSums& out) {
     out.square_sum += e * e;
     if (job.wanted & kKl) out.cross_sum += e == 0 ? 0 : e * (d - (ref[c] - job.ref_row_max));
   }
-  if (out.row_max == kNone || out.sum_exp != out.sum_exp) out.row_max = out.sum_exp = std::numeric_limits<double>::quiet_NaN();
+  if (out.row_max == kNone || out.sum_exp != out.sum_exp)
+    out.row_max = out.sum_exp = std::numeric_limits<double>::quiet_NaN();
   out.row_max += 0.0;
 }
 

@@ -15,8 +15,8 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-// 2 to this power is exactly 0, also times the largest coefficient of a gradient. scalef reaches the subnormal numbers, so that
-// no larger result is lost.
+// 2 to this power is exactly 0, also times the largest coefficient of a gradient. scalef reaches the subnormal numbers,
+// so that no larger result is lost.
 constexpr float kLowest = -300.0f;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
@@ -62,18 +62,20 @@ RLK_INLINE Vec times_exp2(Vec x, Vec n) {
   return x * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtps_epi32(n + all(127.0f)), 23));
 }
 RLK_INLINE Vec even(Vec a, Vec b) {
-  return (Vec)_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0))), _MM_SHUFFLE(3, 1, 2, 0));
+  return (Vec)_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0))),
+                                    _MM_SHUFFLE(3, 1, 2, 0));
 }
 RLK_INLINE Vec odd(Vec a, Vec b) {
-  return (Vec)_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1))), _MM_SHUFFLE(3, 1, 2, 0));
+  return (Vec)_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1))),
+                                    _MM_SHUFFLE(3, 1, 2, 0));
 }
 #else
 RLK_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 RLK_INLINE Vec larger(Vec bound, Vec x) { return bound > x ? bound : x; }
 RLK_INLINE Vec nearest(Vec x) { return (x + all(12582912.0f)) - all(12582912.0f); }  // 1.5 * 2^23: |x| stays below 2^22
 RLK_INLINE Vec times_exp2(Vec x, Vec n) {
-  // The integer n sits in the low bits of n + 1.5 * 2^23. A NaN gives some power of two, which does no harm because x is then
-  // NaN itself.
+  // The integer n sits in the low bits of n + 1.5 * 2^23. A NaN gives some power of two, which does no harm because x
+  // is then NaN itself.
   const Bits power = ((Bits)(n + all(12582912.0f + 127.0f))) << 23;
   return x * (Vec)power;
 }
@@ -81,8 +83,8 @@ RLK_INLINE Vec even(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }
 RLK_INLINE Vec odd(Vec a, Vec b) { return Vec{a[1], a[3], b[1], b[3]}; }
 #endif
 
-// Two vectors of neighbouring columns, the even ones and the odd ones. One shift or one mask then widens a bf16. The other
-// dtypes are put in the same order, so that a column meets the same lane whatever its dtype.
+// Two vectors of neighbouring columns, the even ones and the odd ones. One shift or one mask then widens a bf16. The
+// other dtypes are put in the same order, so that a column meets the same lane whatever its dtype.
 struct Pair {
   Vec a, b;
 };
@@ -124,15 +126,19 @@ RLK_INLINE void put(T* to, V v) {
 
 // The inverse of load_straight.
 template <bool kStream>
-RLK_INLINE void store_straight(float* to, Pair x) { put<kStream>(to, x.a), put<kStream>(to + kLanes, x.b); }
-// Rounds to nearest even, into the upper half of each lane. The caller keeps NaN canonical (low 16 bits clear), so that the
-// increment never carries out of a NaN.
+RLK_INLINE void store_straight(float* to, Pair x) {
+  put<kStream>(to, x.a), put<kStream>(to + kLanes, x.b);
+}
+// Rounds to nearest even, into the upper half of each lane. The caller keeps NaN canonical (low 16 bits clear), so that
+// the increment never carries out of a NaN.
 RLK_INLINE Bits round_to_bf16(Vec v) {
   const Bits bits = (Bits)v;
   return bits + 0x7fff + ((bits >> 16) & 1);
 }
 template <bool kStream>
-RLK_INLINE void store_straight(Bf16* to, Pair x) { put<kStream>(to, (round_to_bf16(x.a) >> 16) | (round_to_bf16(x.b) & 0xffff0000u)); }
+RLK_INLINE void store_straight(Bf16* to, Pair x) {
+  put<kStream>(to, (round_to_bf16(x.a) >> 16) | (round_to_bf16(x.b) & 0xffff0000u));
+}
 template <bool kStream>
 RLK_INLINE void store_straight(F16* to, Pair x) {
 #if defined(__AVX512F__)
@@ -152,14 +158,19 @@ struct Exponential {
   RLK_INLINE Exponential times(double factor, double temperature) {
     const double scale = 1.4426950408889634 / temperature;
     // Minimax for 2^rest with the constant term held at 1, so that exp(0) is exactly 1. Relative error: at most 9.2e-8.
-    return {all(float(scale)), all(float(kLowest / scale)), all(float(factor)), all(float(factor * 0x1.62e42ap-1)),
-            all(float(factor * 0x1.ebf9bap-3)), all(float(factor * 0x1.c6b756p-5)), all(float(factor * 0x1.3ceafap-7)),
+    return {all(float(scale)),
+            all(float(kLowest / scale)),
+            all(float(factor)),
+            all(float(factor * 0x1.62e42ap-1)),
+            all(float(factor * 0x1.ebf9bap-3)),
+            all(float(factor * 0x1.c6b756p-5)),
+            all(float(factor * 0x1.3ceafap-7)),
             all(float(factor * 0x1.5bb99ep-10))};
   }
   // Makes -inf a finite number whose exponential is exactly 0, so that 0 * (-inf) never arises. NaN stays NaN.
   __attribute__((always_inline)) Vec bound(Vec d) const { return larger(lowest, d); }
-  // Works on several vectors in step, because one chain of a dozen dependent operations after the other would not fit the
-  // scheduler of the processor (Zen 4: 24 cycles for 32 columns one by one).
+  // Works on several vectors in step, because one chain of a dozen dependent operations after the other would not fit
+  // the scheduler of the processor (Zen 4: 24 cycles for 32 columns one by one).
   template <int kMany>
   __attribute__((always_inline)) void operator()(const Vec (&d)[kMany], Vec (&e)[kMany]) const {
     Vec n[kMany], rest[kMany];

@@ -1,6 +1,7 @@
-// The sums over a row. Each block gives its maximum first, then its exponentials, measured from the largest logit so far. Lanes
-// are summed in fp32 inside a block and in double across blocks. A dtype changes how a column is loaded and never the lane that
-// the column is added to, so that the same values give the same bits whatever their dtype, address and stride.
+// The sums over a row. Each block gives its maximum first, then its exponentials, measured from the largest logit so
+// far. Lanes are summed in fp32 inside a block and in double across blocks. A dtype changes how a column is loaded and
+// never the lane that the column is added to, so that the same values give the same bits whatever their dtype, address
+// and stride.
 #pragma once
 #include "blocks.h"
 #include "rows.h"
@@ -13,10 +14,11 @@ struct BlockSums {
   Vec sum_exp[2 * kPairs], weighted_sum[2 * kPairs], square_sum[2 * kPairs], cross_sum[2 * kPairs], peaks;
 };
 
-// kPeak: the block holds the maximum. Its exponential is 1, and is counted and not added, because a lane that holds a 1 forgets
-// what is below 2^-25. That is most of the rest where a token has probability .9999.
+// kPeak: the block holds the maximum. Its exponential is 1, and is counted and not added, because a lane that holds a 1
+// forgets what is below 2^-25. That is most of the rest where a token has probability .9999.
 template <unsigned kWanted, bool kPeak, class X>
-RLK_INLINE void add_chunk(BlockSums& to, const X* x, const X* r, const Exponential& exponential, Vec row_max, Vec ref_row_max) {
+RLK_INLINE void add_chunk(BlockSums& to, const X* x, const X* r, const Exponential& exponential, Vec row_max,
+                          Vec ref_row_max) {
   Vec d[2 * kPairs], e[2 * kPairs];
   RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k) {
     const Pair at = load(x + k * kPair);
@@ -34,14 +36,16 @@ RLK_INLINE void add_chunk(BlockSums& to, const X* x, const X* r, const Exponenti
     RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k) {
       // The reference does not matter where p is 0. The divergence is +inf where only q is 0.
       const Pair at = load(r + k * kPair);
-      const Vec a = e[2 * k] * (d[2 * k] - (at.a - ref_row_max)), b = e[2 * k + 1] * (d[2 * k + 1] - (at.b - ref_row_max));
+      const Vec a = e[2 * k] * (d[2 * k] - (at.a - ref_row_max)),
+                b = e[2 * k + 1] * (d[2 * k + 1] - (at.b - ref_row_max));
       to.cross_sum[2 * k] += e[2 * k] == 0.0f ? Vec{} : a;
       to.cross_sum[2 * k + 1] += e[2 * k + 1] == 0.0f ? Vec{} : b;
     }
 }
 
 template <unsigned kWanted, bool kPeak, class X>
-RLK_INLINE void add_block(BlockSums& to, const X* x, const X* r, int64_t n, const Exponential& exponential, Vec row_max, Vec ref_row_max) {
+RLK_INLINE void add_block(BlockSums& to, const X* x, const X* r, int64_t n, const Exponential& exponential, Vec row_max,
+                          Vec ref_row_max) {
   const int64_t whole = n - n % kChunk;
   for (int64_t c = 0; c < whole; c += kChunk) {
     // Fetches the next block under the arithmetic of this one.
@@ -122,7 +126,8 @@ void row_sums(const SumsJob& job, RowSums& out) {
     if (kWanted & kKl) fold(cross_sum, sums.cross_sum);
   }
   // Adds 0, because it must not show which of the two zeros a row holds first.
-  out = {double(row_max) + 0.0, peaks + add_lanes(sum_exp), add_lanes(weighted_sum), peaks + add_lanes(square_sum), add_lanes(cross_sum)};
+  out = {double(row_max) + 0.0, peaks + add_lanes(sum_exp), add_lanes(weighted_sum), peaks + add_lanes(square_sum),
+         add_lanes(cross_sum)};
   // Asks the sum for a NaN, because it depends on the order of columns whether the maximum met one.
   if (row_max == kNone || out.sum_exp != out.sum_exp) out.row_max = out.sum_exp = __builtin_nan("");
 }

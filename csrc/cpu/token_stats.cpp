@@ -3,8 +3,8 @@
 
 namespace rlk {
 
-RowSums sums_of_row(const Batch& batch, const RowKernels& kernels, const void* row, const void* ref, double ref_row_max, int64_t r,
-                    unsigned wanted) {
+RowSums sums_of_row(const Batch& batch, const RowKernels& kernels, const void* row, const void* ref, double ref_row_max,
+                    int64_t r, unsigned wanted) {
   RowSums sums;
   kernels.sums({row, ref, batch.mask_row(r), batch.columns, batch.temperature_of(r), ref_row_max, wanted}, sums);
   return sums;
@@ -16,7 +16,9 @@ double logp_of(const Batch& batch, const void* row, const RowSums& sums, int64_t
   return (x - sums.row_max) / batch.temperature_of(r) - std::log(sums.sum_exp);
 }
 
-double entropy_of(const RowSums& sums, double temperature) { return std::log(sums.sum_exp) - sums.weighted_sum / sums.sum_exp / temperature; }
+double entropy_of(const RowSums& sums, double temperature) {
+  return std::log(sums.sum_exp) - sums.weighted_sum / sums.sum_exp / temperature;
+}
 
 namespace {
 
@@ -63,8 +65,8 @@ void token_stats(const Batch& batch, const StatsOutputs& out) {
       if (to) pointer<Real>(to)[r] = Real(x);
     };
     if (batch.target(r) == batch.ignore_index) {
-      for (const uintptr_t to : {out.logp, out.row_max, out.sum_exp, out.entropy, out.log_sum_sq, out.mean_logits, out.ref_logp, out.ref_row_max,
-                                 out.ref_sum_exp, out.kl})
+      for (const uintptr_t to : {out.logp, out.row_max, out.sum_exp, out.entropy, out.log_sum_sq, out.mean_logits,
+                                 out.ref_logp, out.ref_row_max, out.ref_sum_exp, out.kl})
         put(to, 0);
       if (out.is_top1) reinterpret_cast<uint8_t*>(out.is_top1)[r] = 0;
       return;

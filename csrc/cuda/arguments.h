@@ -32,8 +32,8 @@ struct Rows {
   }
 };
 
-// The objective and the estimator of its penalty, by their places in RLK_OBJECTIVES. `columns`: addresses, without that of
-// the log-probability.
+// The objective and the estimator of its penalty, by their places in RLK_OBJECTIVES. `columns`: addresses, without that
+// of the log-probability.
 struct PolicyArguments {
   int objective, kl;  // kl -1: no penalty
   uintptr_t columns[kMaxColumns];

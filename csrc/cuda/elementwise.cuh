@@ -1,5 +1,5 @@
-// An objective over columns of numbers in one launch: its values, its derivatives and their weighted sum. The functor is a
-// template argument, so that it is inlined.
+// An objective over columns of numbers in one launch: its values, its derivatives and their weighted sum. The functor
+// is a template argument, so that it is inlined.
 #pragma once
 #include "../column_inputs.h"
 #include "ordered_sum.cuh"
@@ -11,11 +11,13 @@ namespace rlk {
 constexpr int kPart = 1024;
 
 template <class F, class S, size_t... C, size_t... P>
-__device__ __forceinline__ Term<S> evaluate_at(const ElementwiseJob<S>& job, long long i, std::index_sequence<C...>, std::index_sequence<P...>) {
+__device__ __forceinline__ Term<S> evaluate_at(const ElementwiseJob<S>& job, long long i, std::index_sequence<C...>,
+                                               std::index_sequence<P...>) {
   return F{}(column<C>(job, i)..., job.params[P]...);
 }
 
-// Asks for two blocks per multiprocessor in fp64, because ptxas else stops at 64 registers, and sapo and discopop spill.
+// Asks for two blocks per multiprocessor in fp64, because ptxas else stops at 64 registers, and sapo and discopop
+// spill.
 template <class F, int C, int P, class S, int BLOCK>
 __global__ void __launch_bounds__(BLOCK, sizeof(S) == 8 ? 2 : 4) elementwise(const ElementwiseJob<S> job) {
   CUDA_DYN_SHARED(double, warps);  // one per warp, four for add_parts, and the flag

@@ -6,9 +6,9 @@
 
 namespace rlk {
 
-// The number of blocks that share a row. The fewest of which two fit a multiprocessor, so that one row's reduction hides behind
-// another's copies. Else the fewest that hold the row at all, and -1 where none do. A guess from sizes, because nobody has
-// measured it.
+// The number of blocks that share a row. The fewest of which two fit a multiprocessor, so that one row's reduction
+// hides behind another's copies. Else the fewest that hold the row at all, and -1 where none do. A guess from sizes,
+// because nobody has measured it.
 template <class T>
 int choose_cluster(const std::string& name, long long columns, int device) {
   const long long limit = shared_limit(name, device);
@@ -43,6 +43,6 @@ void fused_policy(const Rows& rows, const PolicyArguments& in, const PolicyOutpu
 }
 
 template void fused_policy<Dtype::RLK_DTYPE, Dtype::RLK_OUT>(const Rows&, const PolicyArguments&, const PolicyOutputs&,
-                                                            const LossSum&, const Layout&, Where);
+                                                             const LossSum&, const Layout&, Where);
 
 }  // namespace rlk

@@ -1,8 +1,8 @@
 // The statistics, the objective and the gradient of a row in one launch.
 //
-// kKeep: the row is copied once into the shared memory of its team, and both sweeps read it there. That is one read and one write of
-// device memory. A team is a block, or a cluster of blocks for a row that exceeds one. Without kKeep the second sweep reads the row
-// again, backwards, because the first sweep has left its end in the second-level cache.
+// kKeep: the row is copied once into the shared memory of its team, and both sweeps read it there. That is one read and
+// one write of device memory. A team is a block, or a cluster of blocks for a row that exceeds one. Without kKeep the
+// second sweep reads the row again, backwards, because the first sweep has left its end in the second-level cache.
 #pragma once
 #include "gradient.cuh"
 #include "objective.cuh"
@@ -30,7 +30,9 @@ struct Kept {
 
   // Slot n of this thread. Neighbours in a warp are neighbours in memory.
   __device__ Packed<T>* slot(long long n) const { return slots + n * BLOCK + threadIdx.x; }
-  __device__ static long long column(long long n) { return n / kPerThread * kStripe + (long long)Crew::lane(int(n % kPerThread)) * kGroup; }
+  __device__ static long long column(long long n) {
+    return n / kPerThread * kStripe + (long long)Crew::lane(int(n % kPerThread)) * kGroup;
+  }
 
   // Starts the copy of slot n. It counts as one group of copies even where there is nothing to copy.
   __device__ void fetch(const Row<T>& row, long long n) const {
@@ -67,11 +69,12 @@ struct Kept {
   }
 };
 
-// `Out` is the type of the gradient. The gradient of fp32 logits of a fused head is rounded here to what the head's matmuls take,
-// so that it is written once.
+// `Out` is the type of the gradient. The gradient of fp32 logits of a fused head is rounded here to what the head's
+// matmuls take, so that it is written once.
 template <class T, class Out, int BLOCK, int CLUSTER, bool kKeep>
-__global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(const Rows rows, const PolicyArguments in,
-                                                                               const PolicyOutputs out, const LossSum total, const Layout gradient) {
+__global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK)
+    fused_policy(const Rows rows, const PolicyArguments in, const PolicyOutputs out, const LossSum total,
+                 const Layout gradient) {
   using Crew = Team<BLOCK, CLUSTER>;
   CUDA_DYN_SHARED(float, records);
   double* const adders = reinterpret_cast<double*>(records + kFields * kWarps);
@@ -79,7 +82,8 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(
   const Kept<T, BLOCK, CLUSTER> kept{reinterpret_cast<Packed<T>*>(reinterpret_cast<char*>(records) + kFixedBytes)};
   const long long r = blockIdx.x / CLUSTER, y = rows.target(r);
   const bool leads = Crew::rank() == 0 && threadIdx.x == 0;
-  const float weight = get(in.per_row.weight, r), entropy_weight = get(in.per_row.entropy_weight, r), kl_weight = in.kl < 0 ? 0.0f : get(in.per_row.kl_weight, r);
+  const float weight = get(in.per_row.weight, r), entropy_weight = get(in.per_row.entropy_weight, r),
+              kl_weight = in.kl < 0 ? 0.0f : get(in.per_row.kl_weight, r);
   Out* const to = gradient.address ? gradient.row<Out>(r) : nullptr;
   const long long columns = rows.columns;
   SavedRow<float> state{};
@@ -101,8 +105,8 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(
     if (!rows.holds(y)) s.row_max = s.sum_exp = NAN;
     state.row_max = s.row_max, state.sum_exp = s.sum_exp, state.entropy = entropy_from(s);
     logp = logp_from(logit, s.row_max, s.sum_exp, inverse_temperature);
-    // Every thread evaluates the objective, because that is cheaper than telling the others. Terms of weight 0 are left out by
-    // branch, because 0 * NaN is NaN.
+    // Every thread evaluates the objective, because that is cheaper than telling the others. Terms of weight 0 are left
+    // out by branch, because 0 * NaN is NaN.
     if (weight != 0) {
       float column[kWidest] = {logp}, param[kWidest];
 #pragma unroll
@@ -129,7 +133,8 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(
         const long long column = Kept<T, BLOCK, CLUSTER>::column(n);
         if (column >= columns) continue;
         const Packed<T> x = kKeep ? *kept.slot(n) : load_group<true>(row.logits, column, columns, row.wide);
-        store_group(to, column, columns, wide_out, gradient_packed<T, Out, false>(slope, x, x, row.mask, column, columns, y));
+        store_group(to, column, columns, wide_out,
+                    gradient_packed<T, Out, false>(slope, x, x, row.mask, column, columns, y));
       }
     } else if (to) {
       fill_zero(to, 0, columns, columns, Crew::rank() * BLOCK + int(threadIdx.x), BLOCK * CLUSTER);
@@ -138,7 +143,8 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK) fused_policy(
     fill_zero(to, 0, columns, columns, Crew::rank() * BLOCK + int(threadIdx.x), BLOCK * CLUSTER);
   }
   if (leads) {
-    put(out.logp, r, logp), put(out.row_max, r, state.row_max), put(out.sum_exp, r, state.sum_exp), put(out.entropy, r, state.entropy);
+    put(out.logp, r, logp), put(out.row_max, r, state.row_max), put(out.sum_exp, r, state.sum_exp),
+        put(out.entropy, r, state.entropy);
     put(out.dlogp, r, dlogp);
     pointer<double>(total.losses)[r] = loss;
   }

@@ -1,9 +1,10 @@
-// Generalised advantage estimation as one reverse scan per sequence, in one launch and in double. Sequences have any length and any
-// mask, padded or packed.
+// Generalised advantage estimation as one reverse scan per sequence, in one launch and in double. Sequences have any
+// length and any mask, padded or packed.
 //
-// Walked from the end, a live token turns the state (V_next, A_next) into (V, r - V + gamma V_next + gamma lam A_next). A dead token
-// leaves the state alone ("skip") or is a step with r = V = 0 ("zero"). Such maps compose. A thread composes its own tokens, and
-// warps scan the maps of their threads. The state is carried from warp to warp and from chunk to chunk, in the order of the sequence.
+// Walked from the end, a live token turns the state (V_next, A_next) into (V, r - V + gamma V_next + gamma lam A_next).
+// A dead token leaves the state alone ("skip") or is a step with r = V = 0 ("zero"). Such maps compose. A thread
+// composes its own tokens, and warps scan the maps of their threads. The state is carried from warp to warp and from
+// chunk to chunk, in the order of the sequence.
 #pragma once
 #include "platform.cuh"
 #include "arguments.h"
@@ -22,7 +23,8 @@ struct State {
 
 // The map of a and then b, where a is nearer the end of the sequence.
 __device__ __forceinline__ Map then(const Map& a, const Map& b) {
-  return {a.keep & b.keep, (b.keep ? a.v : 0.0) + b.v, (a.keep ? b.p : 0.0) + b.q * a.p, b.q * a.q, b.p * a.v + b.q * a.s + b.s};
+  return {a.keep & b.keep, (b.keep ? a.v : 0.0) + b.v, (a.keep ? b.p : 0.0) + b.q * a.p, b.q * a.q,
+          b.p * a.v + b.q * a.s + b.s};
 }
 
 __device__ __forceinline__ State apply(const Map& m, const State& x) {
@@ -30,8 +32,9 @@ __device__ __forceinline__ State apply(const Map& m, const State& x) {
 }
 
 __device__ __forceinline__ Map shuffle_up(const Map& m, int distance) {
-  return {__shfl_up_sync(0xffffffffu, m.keep, distance), __shfl_up_sync(0xffffffffu, m.v, distance), __shfl_up_sync(0xffffffffu, m.p, distance),
-          __shfl_up_sync(0xffffffffu, m.q, distance), __shfl_up_sync(0xffffffffu, m.s, distance)};
+  return {__shfl_up_sync(0xffffffffu, m.keep, distance), __shfl_up_sync(0xffffffffu, m.v, distance),
+          __shfl_up_sync(0xffffffffu, m.p, distance), __shfl_up_sync(0xffffffffu, m.q, distance),
+          __shfl_up_sync(0xffffffffu, m.s, distance)};
 }
 
 template <class Real, int BLOCK, int ITEMS>
@@ -58,7 +61,8 @@ __global__ void __launch_bounds__(BLOCK) gae(const GaeJob<Real> job) {
       live[i] = inside && (!job.mask || job.mask[t]);
       reward[i] = live[i] ? double(job.rewards[t]) : 0.0;  // a dead position is not read, because it may hold anything
       value[i] = live[i] ? double(job.values[t]) : 0.0;
-      if (live[i] || (inside && job.masked == Masked::zero)) own = then(own, {0, value[i], job.gamma, decay, reward[i] - value[i]});
+      if (live[i] || (inside && job.masked == Masked::zero))
+        own = then(own, {0, value[i], job.gamma, decay, reward[i] - value[i]});
     }
     Map upto = own;  // of this thread and those before it in the warp
 #pragma unroll

@@ -11,7 +11,8 @@ struct Slope {
 };
 
 // A term whose upstream gradient is 0 is left out and not multiplied, because its statistics may be NaN or absent.
-__device__ __forceinline__ Slope slope_of(const SavedRow<float>& s, const Upstream<float>& up, float inverse_temperature) {
+__device__ __forceinline__ Slope slope_of(const SavedRow<float>& s, const Upstream<float>& up,
+                                          float inverse_temperature) {
   const float log_sum = logf(s.sum_exp), k = inverse_temperature / s.sum_exp;
   Slope to{s.row_max, s.ref_row_max, kLog2E * inverse_temperature, 0, 0, 0, up.logp, 0, inverse_temperature, s.sum_exp};
   if (up.entropy != 0) {
@@ -28,7 +29,8 @@ __device__ __forceinline__ Slope slope_of(const SavedRow<float>& s, const Upstre
 }
 
 template <bool kRef>
-__device__ __forceinline__ void gradient_group(const Slope& at, const float (&x)[kGroup], const float (&r)[kGroup], float (&g)[kGroup]) {
+__device__ __forceinline__ void gradient_group(const Slope& at, const float (&x)[kGroup], const float (&r)[kGroup],
+                                               float (&g)[kGroup]) {
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
     const float t = (x[i] - at.row_max) * at.scale, e = exp2_fast(t);
@@ -41,8 +43,8 @@ __device__ __forceinline__ void gradient_group(const Slope& at, const float (&x)
   }
 }
 
-// The gradient of the target's own column. 1 - p is formed before the one rounding of the store, because a p that is rounded first
-// would be 1.
+// The gradient of the target's own column. 1 - p is formed before the one rounding of the store, because a p that is
+// rounded first would be 1.
 template <bool kRef>
 __device__ __forceinline__ float gradient_of_target(const Slope& at, float x, float r) {
   const float t = (x - at.row_max) * at.scale, e = rlk::exp((x - at.row_max) * at.inverse_temperature);
@@ -53,8 +55,9 @@ __device__ __forceinline__ float gradient_of_target(const Slope& at, float x, fl
 
 // The gradient of eight packed columns. Loads and stores nothing, because the caller decides where a row lies.
 template <class T, class Out, bool kRef>
-__device__ __forceinline__ Packed<Out> gradient_packed(const Slope& at, const Packed<T>& x, const Packed<T>& r, const unsigned char* mask,
-                                                     long long column, long long columns, long long y) {
+__device__ __forceinline__ Packed<Out> gradient_packed(const Slope& at, const Packed<T>& x, const Packed<T>& r,
+                                                       const unsigned char* mask, long long column, long long columns,
+                                                       long long y) {
   float a[kGroup], b[kGroup], g[kGroup];
   unpack(x, a);
   if (kRef) unpack(r, b);

@@ -16,16 +16,21 @@ struct Grid {
 
 inline void check_grid(const char* name, const Grid& grid) {
   if (grid.blocks > 0x7fffffff)  // the limit of axis 0, which is far larger than that of the others
-    throw std::runtime_error(std::string(name) + ": " + std::to_string(grid.blocks) + " blocks in one launch; split the rows");
+    throw std::runtime_error(std::string(name) + ": " + std::to_string(grid.blocks) +
+                             " blocks in one launch; split the rows");
 }
 
 inline const char* dtype_name(Dtype dtype) {
-  return dtype == Dtype::bf16 ? "bfloat16" : dtype == Dtype::f16 ? "float16" : dtype == Dtype::f32 ? "float32" : "float64";
+  return dtype == Dtype::bf16  ? "bfloat16"
+         : dtype == Dtype::f16 ? "float16"
+         : dtype == Dtype::f32 ? "float32"
+                               : "float64";
 }
 
 inline std::string kernel_name(const char* op, Dtype dtype) { return std::string(op) + "<" + dtype_name(dtype) + ">"; }
 inline std::string kernel_name(const char* op, Dtype dtype, Dtype out) {
-  return dtype == out ? kernel_name(op, dtype) : std::string(op) + "<" + dtype_name(dtype) + " to " + dtype_name(out) + ">";
+  return dtype == out ? kernel_name(op, dtype)
+                      : std::string(op) + "<" + dtype_name(dtype) + " to " + dtype_name(out) + ">";
 }
 
 }  // namespace rlk
@@ -72,14 +77,17 @@ inline bool has_clusters(const std::string& name, int device) {
 }
 
 inline void clear_ticket(const std::string& name, uintptr_t ticket, Where where) {
-  check(name, cudaMemsetAsync(reinterpret_cast<void*>(ticket), 0, sizeof(unsigned), reinterpret_cast<cudaStream_t>(where.stream)));
+  check(name, cudaMemsetAsync(reinterpret_cast<void*>(ticket), 0, sizeof(unsigned),
+                              reinterpret_cast<cudaStream_t>(where.stream)));
 }
 
 template <class... Parameters, class... Arguments>
-void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& grid, Where where, Arguments... arguments) {
+void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& grid, Where where,
+            Arguments... arguments) {
   if (grid.blocks == 0) return;  // an empty grid is a launch error
   check_grid(name.c_str(), grid);
-  if (grid.shared > 48 * 1024) check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared)));
+  if (grid.shared > 48 * 1024)
+    check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared)));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(grid.blocks));
   config.blockDim = dim3(unsigned(grid.threads));
@@ -111,8 +119,9 @@ template <class... Parameters, class... Arguments>
 void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& grid, Where, Arguments... arguments) {
   if (grid.blocks == 0) return;
   check_grid(name.c_str(), grid);
-  cuda_host::launch({dim3(unsigned(grid.blocks)), dim3(unsigned(grid.threads)), size_t(grid.shared), unsigned(grid.cluster)},
-                    [=] { kernel(Parameters(arguments)...); });
+  cuda_host::launch(
+      {dim3(unsigned(grid.blocks)), dim3(unsigned(grid.threads)), size_t(grid.shared), unsigned(grid.cluster)},
+      [=] { kernel(Parameters(arguments)...); });
 }
 
 }  // namespace rlk

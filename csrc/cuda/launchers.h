@@ -18,13 +18,14 @@ Choices& choices();
 
 template <Dtype>
 void token_stats(const Rows&, const StatsOutputs&, Where);
-// Logits and their gradient have one dtype, or the logits are fp32. A gradient of another dtype never lies over the logits.
-// unless: the address of one number, or 0. Where that number is exactly 1, nothing is written.
+// Logits and their gradient have one dtype, or the logits are fp32. A gradient of another dtype never lies over the
+// logits. unless: the address of one number, or 0. Where that number is exactly 1, nothing is written.
 template <Dtype, Dtype>
 void token_stats_backward(const Rows&, const BackwardInputs&, uintptr_t unless, const Layout& out, Where);
 // Writes no gradient where gradient.address is 0.
 template <Dtype, Dtype>
-void fused_policy(const Rows&, const PolicyArguments&, const PolicyOutputs&, const LossSum&, const Layout& gradient, Where);
+void fused_policy(const Rows&, const PolicyArguments&, const PolicyOutputs&, const LossSum&, const Layout& gradient,
+                  Where);
 template <class S>
 void elementwise(const char* objective, const ElementwiseJob<S>&, Where);
 template <class Real>

@@ -1,5 +1,5 @@
-// An objective of rows, chosen by its place in RLK_OBJECTIVES. A switch, because it is taken once per row and a row costs as much as
-// a vocabulary.
+// An objective of rows, chosen by its place in RLK_OBJECTIVES. A switch, because it is taken once per row and a row
+// costs as much as a vocabulary.
 #pragma once
 #include "platform.cuh"
 
@@ -17,10 +17,11 @@ constexpr int kWidest = 4;
 template <class S>
 __device__ inline Term<S> evaluate_objective(int id, const S (&columns)[kWidest], const S (&params)[kWidest]) {
   switch (id) {
-#define RLK_CASE(name, n_columns, n_params)                                                                            \
-  case id_##name:                                                                                                      \
-    static_assert(n_columns <= kWidest && n_params <= kWidest, "raise kWidest");                                       \
-    return evaluate<rlk::name, S>(columns, params, std::make_index_sequence<n_columns>{}, std::make_index_sequence<n_params>{});
+#define RLK_CASE(name, n_columns, n_params)                                               \
+  case id_##name:                                                                         \
+    static_assert(n_columns <= kWidest && n_params <= kWidest, "raise kWidest");          \
+    return evaluate<rlk::name, S>(columns, params, std::make_index_sequence<n_columns>{}, \
+                                  std::make_index_sequence<n_params>{});
     RLK_ROW_OBJECTIVES(RLK_CASE)
 #undef RLK_CASE
   }

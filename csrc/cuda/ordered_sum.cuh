@@ -1,5 +1,5 @@
-// A sum over the whole launch without float atomics. Every block leaves its part, and the last block to finish adds the parts in
-// their order.
+// A sum over the whole launch without float atomics. Every block leaves its part, and the last block to finish adds the
+// parts in their order.
 #pragma once
 #include "platform.cuh"
 
@@ -25,8 +25,8 @@ __device__ __forceinline__ bool comes_last(unsigned* ticket, unsigned blocks, un
   return *flag != 0;
 }
 
-// The sum of the parts, in thread 0 of the block: parts k, k + 128, k + 256 ... one after another, then the 128 sums. `warps` holds
-// four doubles.
+// The sum of the parts, in thread 0 of the block: parts k, k + 128, k + 256 ... one after another, then the 128 sums.
+// `warps` holds four doubles.
 __device__ inline double add_parts(const double* parts, long long n, double* warps) {
   const int t = int(threadIdx.x);
   if (t < kAdders) {

@@ -1,6 +1,6 @@
 // CUDA's own headers under nvcc. Elsewhere the header that runs the same source on the CPU is included, which is
-// tests/backends/cuda_backend/tools/cuda_host.h. Kernels use no <<<>>> and no static __shared__, because both must read them
-// unchanged.
+// tests/backends/cuda_backend/tools/cuda_host.h. Kernels use no <<<>>> and no static __shared__, because both must read
+// them unchanged.
 #pragma once
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -17,8 +17,8 @@
 
 namespace rlk {
 
-// 2^x. The only instruction of these kernels that the run on the CPU does not execute. ftz makes 0 of what is below 2^-126 of the
-// row's largest term.
+// 2^x. The only instruction of these kernels that the run on the CPU does not execute. ftz makes 0 of what is below
+// 2^-126 of the row's largest term.
 __device__ __forceinline__ float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
   float y;

@@ -1,9 +1,9 @@
 // The threads of one row, and the reduction over them.
 //
-// A row is always added up by 1024 lanes. Lane l takes the groups l, l + 1024, l + 2048 ... of eight columns, one after another. Then
-// 32 neighbouring lanes are folded, and then the 32 results. A thread serves one lane or several, and the threads are those of one
-// block or of a cluster of blocks. Every kernel, block size and cluster size gives a row the same bits, because none of them changes
-// the lanes. A ratio of log-probabilities from two of them is exactly 1.
+// A row is always added up by 1024 lanes. Lane l takes the groups l, l + 1024, l + 2048 ... of eight columns, one after
+// another. Then 32 neighbouring lanes are folded, and then the 32 results. A thread serves one lane or several, and the
+// threads are those of one block or of a cluster of blocks. Every kernel, block size and cluster size gives a row the
+// same bits, because none of them changes the lanes. A ratio of log-probabilities from two of them is exactly 1.
 #pragma once
 #ifdef __CUDACC__
 #include <cooperative_groups.h>
@@ -38,8 +38,8 @@ struct Team {
   // The number of this thread's k-th lane.
   __device__ static int lane(int k) { return (k * CLUSTER + rank()) * BLOCK + int(threadIdx.x); }
 
-  // A barrier for all threads of the row. After the first one the shared memory of every block may be written, because every block
-  // has started.
+  // A barrier for all threads of the row. After the first one the shared memory of every block may be written, because
+  // every block has started.
   __device__ static void sync() {
 #ifdef RLK_CLUSTERS
     if (CLUSTER > 1) return cooperative_groups::this_cluster().sync();
@@ -47,8 +47,8 @@ struct Team {
     __syncthreads();
   }
 
-  // The sums of the row, in every thread. This is also the barrier between the last read of the row and the first store over it.
-  // Records are pushed to all blocks and not fetched, so that a block may leave when it is done.
+  // The sums of the row, in every thread. This is also the barrier between the last read of the row and the first store
+  // over it. Records are pushed to all blocks and not fetched, so that a block may leave when it is done.
   template <unsigned kSums>
   __device__ static Sums reduce(Sums (&s)[kPerThread], float* records, float scale) {
 #pragma unroll

@@ -1,8 +1,8 @@
 // The sums over one row, how eight columns are added to them, and how the sums of 32 threads become one.
 //
-// The statistics are named in ../arguments.h. Everything is measured from the largest logit so far. The sums are rescaled when that
-// grows. With t = (x - row_max) / T in units of log 2 and e = 2^t, a column of -inf has e = 0 and weighs nothing. A NaN makes the
-// sums NaN, and so does +inf, through inf - inf.
+// The statistics are named in ../arguments.h. Everything is measured from the largest logit so far. The sums are
+// rescaled when that grows. With t = (x - row_max) / T in units of log 2 and e = 2^t, a column of -inf has e = 0 and
+// weighs nothing. A NaN makes the sums NaN, and so does +inf, through inf - inf.
 #pragma once
 #include <cfloat>
 #include <climits>
@@ -11,8 +11,9 @@
 
 namespace rlk {
 
-// The compile-time variants of the sums, beyond row_max and sum_exp. The template argument kSums holds their flags, so that a sum
-// that no output needs costs nothing. They are fewer than the outputs, because every combination is a kernel of its own.
+// The compile-time variants of the sums, beyond row_max and sum_exp. The template argument kSums holds their flags, so
+// that a sum that no output needs costs nothing. They are fewer than the outputs, because every combination is a kernel
+// of its own.
 //   kSumsWeighted   weighted_sum                               for entropy
 //   kSumsExtra      square_sum, logit_sum, count, first_max    for log_sum_sq, mean_logits, is_top1
 //   kSumsReference  ref_row_max, ref_sum_exp, cross_sum        for ref_logp, ref_row_max, ref_sum_exp, kl
@@ -41,8 +42,8 @@ __device__ __forceinline__ void rebase(Sums& s, float to, float ref_to, float sc
   const float gap = fmaxf((s.row_max - to) * scale, kFar), decay = exp2_fast(gap);
   if (kSums & kSumsReference) {
     const float ref_gap = s.ref_row_max == kNone ? 0.0f : (s.ref_row_max - ref_to) * scale;
-    // Chosen by branch, because a column that the reference rules out makes the sum inf. It must vanish with the weight of its
-    // column, and 0 times inf is NaN.
+    // Chosen by branch, because a column that the reference rules out makes the sum inf. It must vanish with the weight
+    // of its column, and 0 times inf is NaN.
     if (s.sum_exp != 0) s.cross_sum = decay == 0 ? 0.0f : decay * fmaf(gap - ref_gap, s.sum_exp, s.cross_sum);
     s.ref_sum_exp *= exp2_fast(fmaxf(ref_gap, kFar));
     s.ref_row_max = ref_to;
@@ -54,8 +55,8 @@ __device__ __forceinline__ void rebase(Sums& s, float to, float ref_to, float sc
 }
 
 template <unsigned kSums>
-__device__ __forceinline__ void add_group(Sums& s, const float (&x)[kGroup], const float (&r)[kGroup], unsigned kept, long long column,
-                                          float scale) {
+__device__ __forceinline__ void add_group(Sums& s, const float (&x)[kGroup], const float (&r)[kGroup], unsigned kept,
+                                          long long column, float scale) {
   const float group_max = largest(x);
   if (kSums & kSumsExtra) {
     int at = 0;
@@ -64,7 +65,8 @@ __device__ __forceinline__ void add_group(Sums& s, const float (&x)[kGroup], con
       if (x[i] == group_max) at = i;
     if (group_max > s.row_max || (s.first_max == INT_MAX && group_max == kNone)) s.first_max = int(column) + at;
   }
-  rebase<kSums>(s, fmaxf(s.row_max, group_max), kSums & kSumsReference ? fmaxf(s.ref_row_max, largest(r)) : 0.0f, scale);
+  rebase<kSums>(s, fmaxf(s.row_max, group_max), kSums & kSumsReference ? fmaxf(s.ref_row_max, largest(r)) : 0.0f,
+                scale);
   float t[kGroup], e[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {

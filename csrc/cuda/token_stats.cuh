@@ -5,7 +5,8 @@
 namespace rlk {
 
 template <class T, unsigned kSums, class Row>
-__device__ __forceinline__ void add_packed(Sums& s, const Packed<T>& x, const Packed<T>& r, long long column, const Row& row) {
+__device__ __forceinline__ void add_packed(Sums& s, const Packed<T>& x, const Packed<T>& r, long long column,
+                                           const Row& row) {
   float a[kGroup], b[kGroup];
   unpack(x, a);
   if (kSums & kSumsReference) unpack(r, b);
@@ -41,21 +42,23 @@ __device__ __forceinline__ Row<T> row_of(const Rows& rows, long long r, float in
 
 template <class T, unsigned kSums, bool kOnce, class Crew>
 __device__ __forceinline__ void sweep(Sums (&s)[Crew::kPerThread], const Row<T>& row) {
-  // Steps whose loads are issued before the arithmetic of the first one begins, so that a thread has 64 bytes in flight. No bit
-  // depends on that number.
+  // Steps whose loads are issued before the arithmetic of the first one begins, so that a thread has 64 bytes in
+  // flight. No bit depends on that number.
   constexpr int kAhead = kSums & kSumsReference || sizeof(T) == 4 ? 1 : 2, kLoads = Crew::kPerThread * kAhead;
   long long start = 0;
   for (; row.wide && start + kAhead * kStripe <= row.columns; start += kAhead * kStripe) {
     Packed<T> x[kLoads], r[kSums & kSumsReference ? kLoads : 1];
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      const long long column = start + k / Crew::kPerThread * kStripe + (long long)Crew::lane(k % Crew::kPerThread) * kGroup;
+      const long long column =
+          start + k / Crew::kPerThread * kStripe + (long long)Crew::lane(k % Crew::kPerThread) * kGroup;
       x[k] = load_whole<kOnce>(row.logits + column);
       if (kSums & kSumsReference) r[k] = load_whole<kOnce>(row.ref + column);
     }
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      const long long column = start + k / Crew::kPerThread * kStripe + (long long)Crew::lane(k % Crew::kPerThread) * kGroup;
+      const long long column =
+          start + k / Crew::kPerThread * kStripe + (long long)Crew::lane(k % Crew::kPerThread) * kGroup;
       add_packed<T, kSums>(s[k % Crew::kPerThread], x[k], r[kSums & kSumsReference ? k : 0], column, row);
     }
   }
@@ -75,16 +78,20 @@ __device__ __forceinline__ void sweep(Sums (&s)[Crew::kPerThread], const Row<T>&
 __device__ __forceinline__ float logp_from(float logit, float row_max, float sum_exp, float inverse_temperature) {
   return (logit - row_max) * inverse_temperature - logf(sum_exp);
 }
-__device__ __forceinline__ float entropy_from(const Sums& s) { return logf(s.sum_exp) - kLn2 * (s.weighted_sum / s.sum_exp); }
+__device__ __forceinline__ float entropy_from(const Sums& s) {
+  return logf(s.sum_exp) - kLn2 * (s.weighted_sum / s.sum_exp);
+}
 
 __device__ inline void zero_outputs(const StatsOutputs& out, long long r) {
-  put(out.logp, r, 0), put(out.row_max, r, 0), put(out.sum_exp, r, 0), put(out.entropy, r, 0), put(out.log_sum_sq, r, 0);
-  put(out.mean_logits, r, 0), put(out.ref_logp, r, 0), put(out.ref_row_max, r, 0), put(out.ref_sum_exp, r, 0), put(out.kl, r, 0);
+  put(out.logp, r, 0), put(out.row_max, r, 0), put(out.sum_exp, r, 0), put(out.entropy, r, 0),
+      put(out.log_sum_sq, r, 0);
+  put(out.mean_logits, r, 0), put(out.ref_logp, r, 0), put(out.ref_row_max, r, 0), put(out.ref_sum_exp, r, 0),
+      put(out.kl, r, 0);
   if (out.is_top1) pointer<unsigned char>(out.is_top1)[r] = 0;
 }
 
 template <class T, unsigned kSums, int BLOCK>
-__global__ void __launch_bounds__(BLOCK, kSums & kSumsExtra || (kSums & kSumsReference && sizeof(T) == 4) ? 1 : 2)
+__global__ void __launch_bounds__(BLOCK, kSums& kSumsExtra || (kSums & kSumsReference && sizeof(T) == 4) ? 1 : 2)
     token_stats(const Rows rows, const StatsOutputs out) {
   using Crew = Team<BLOCK, 1>;
   CUDA_DYN_SHARED(float, records);
@@ -108,10 +115,12 @@ __global__ void __launch_bounds__(BLOCK, kSums & kSumsExtra || (kSums & kSumsRef
   if (kSums & kSumsExtra) {
     put(out.log_sum_sq, r, logf(s.square_sum) - 2 * logf(s.sum_exp));
     put(out.mean_logits, r, s.logit_sum / s.count * inverse_temperature);
-    if (out.is_top1) pointer<unsigned char>(out.is_top1)[r] = s.first_max == y && s.sum_exp < INFINITY;  // false for NaN
+    if (out.is_top1)
+      pointer<unsigned char>(out.is_top1)[r] = s.first_max == y && s.sum_exp < INFINITY;  // false for NaN
   }
   if (kSums & kSumsReference) {
-    put(out.ref_logp, r, logp_from(logit_of(rows, row.ref, row.mask, y), s.ref_row_max, s.ref_sum_exp, inverse_temperature));
+    put(out.ref_logp, r,
+        logp_from(logit_of(rows, row.ref, row.mask, y), s.ref_row_max, s.ref_sum_exp, inverse_temperature));
     put(out.ref_row_max, r, s.ref_row_max);
     put(out.ref_sum_exp, r, s.ref_sum_exp);
     put(out.kl, r, kLn2 * (s.cross_sum / s.sum_exp) - logf(s.sum_exp) + logf(s.ref_sum_exp));

@@ -1,8 +1,8 @@
 // Loads, widens, masks and stores eight neighbouring columns of a row.
 //
-// A thread always takes eight columns that start at a multiple of eight, whatever the address of the row. They come by 16-byte
-// accesses where those are possible, and one by one elsewhere. The bits of a row do not depend on its place in memory, because the
-// columns of a thread do not. A row in bf16 is added up in the order of the same row in fp32.
+// A thread always takes eight columns that start at a multiple of eight, whatever the address of the row. They come by
+// 16-byte accesses where those are possible, and one by one elsewhere. The bits of a row do not depend on its place in
+// memory, because the columns of a thread do not. A row in bf16 is added up in the order of the same row in fp32.
 #pragma once
 #include "platform.cuh"
 #include "arguments.h"
@@ -56,7 +56,9 @@ __device__ __forceinline__ void unpack_pair(unsigned pair, __half, float& low, f
 __device__ __forceinline__ unsigned pack_pair(__nv_bfloat16, float low, float high) {
   return bits_as<unsigned>(__floats2bfloat162_rn(low, high));
 }
-__device__ __forceinline__ unsigned pack_pair(__half, float low, float high) { return bits_as<unsigned>(__floats2half2_rn(low, high)); }
+__device__ __forceinline__ unsigned pack_pair(__half, float low, float high) {
+  return bits_as<unsigned>(__floats2half2_rn(low, high));
+}
 
 template <class T>
 __device__ __forceinline__ void unpack(const Packed<T>& from, float (&x)[kGroup]) {
@@ -71,7 +73,8 @@ __device__ __forceinline__ Packed<float> pack(const float (&x)[kGroup], float) {
 }
 template <class T>
 __device__ __forceinline__ Packed<T> pack(const float (&x)[kGroup], T) {
-  return {{make_uint4(pack_pair(T(), x[0], x[1]), pack_pair(T(), x[2], x[3]), pack_pair(T(), x[4], x[5]), pack_pair(T(), x[6], x[7]))}};
+  return {{make_uint4(pack_pair(T(), x[0], x[1]), pack_pair(T(), x[2], x[3]), pack_pair(T(), x[4], x[5]),
+                      pack_pair(T(), x[6], x[7]))}};
 }
 
 template <class T>
@@ -102,7 +105,8 @@ __device__ __forceinline__ Packed<T> load_group(const T* row, long long column, 
 }
 
 template <class T>
-__device__ __forceinline__ void store_group(T* row, long long column, long long columns, bool wide, const Packed<T>& from) {
+__device__ __forceinline__ void store_group(T* row, long long column, long long columns, bool wide,
+                                            const Packed<T>& from) {
   if (wide && column + kGroup <= columns) {
     uint4* to = reinterpret_cast<uint4*>(row + column);
 #pragma unroll
@@ -142,7 +146,8 @@ __device__ __forceinline__ float logit_of(const Rows& rows, const T* row, const 
 
 // Writes zeros over columns [from, stop) of a row, by the `threads` threads of which this is number `rank`.
 template <class T>
-__device__ __forceinline__ void fill_zero(T* row, long long from, long long stop, long long columns, int rank, int threads) {
+__device__ __forceinline__ void fill_zero(T* row, long long from, long long stop, long long columns, int rank,
+                                          int threads) {
   const bool wide = aligned(row);
   const Packed<T> zero{};
   for (long long column = from + (long long)rank * kGroup; column < stop; column += (long long)threads * kGroup)
@@ -150,7 +155,9 @@ __device__ __forceinline__ void fill_zero(T* row, long long from, long long stop
 }
 
 // Reads and writes one number per row. An address of 0 is an input that is absent, or an output that is not wanted.
-__device__ __forceinline__ float get(uintptr_t from, long long r) { return from ? pointer<const float>(from)[r] : 0.0f; }
+__device__ __forceinline__ float get(uintptr_t from, long long r) {
+  return from ? pointer<const float>(from)[r] : 0.0f;
+}
 __device__ __forceinline__ void put(uintptr_t to, long long r, float x) {
   if (to) pointer<float>(to)[r] = x;
 }
