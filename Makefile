@@ -77,9 +77,12 @@ bench-suite: $(VENV)/.installed
 gpu:
 	$(PYTHON) benchmarks/gpu_run.py $(ARGS)
 
+# .clang-format holds the style, .clang-format-ignore what a program prints.
+NATIVE = $(shell find csrc tests -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
 
 $(VENV)/bin/python:
 	@[ -n "$(PYTHON)" ] || { echo "make: no Python >= 3.10 on PATH; install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
