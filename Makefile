@@ -77,9 +77,12 @@ bench-suite: $(VENV)/.installed
 gpu:
 	$(PYTHON) benchmarks/gpu_run.py $(ARGS)
 
+# .clang-format holds the style, .clang-format-ignore what a program prints.
+NATIVE = $(shell find csrc tests -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
 
 # A source distribution and the wheel made from it, in dist/. The wheel is then used alone, in an environment of its own.
 wheel: $(VENV)/bin/python

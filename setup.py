@@ -36,9 +36,9 @@ SOURCES = [
     "backward",
     "fused_policy",
     "elementwise",
-    "scan",
+    "gae",
     "gemm",
-    "machine",
+    "isa",
     "buffer",
     "bindings",
 ]
@@ -54,7 +54,7 @@ def objects(bf16):
     for name in SOURCES:
         yield name, f"csrc/cpu/{name}.cpp", " ".join(["-DRLK_X86"] * X86 + ["-DRLK_BF16"] * bf16)
     if bf16:
-        for name in ("gemm_bf16", "rounding"):
+        for name in ("gemm_bf16", "gemm_rounding"):
             yield name, f"csrc/cpu/{name}.cpp", BF16
     if X86:
         yield "gemm_f32", "csrc/cpu/gemm_f32.cpp", ISAS["avx512"]

@@ -26,7 +26,7 @@ FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden " + os.
 # Compiled once per dtype, and what writes gradients once per dtype of those too, so that they build side by side.
 DTYPES = ("f32", "bf16", "f16")
 GRADIENTS = (*((d, d) for d in DTYPES), ("f32", "bf16"), ("f32", "f16"))
-ALONE = ("elementwise", "scan")
+ALONE = ("elementwise", "gae")
 
 
 def missing():

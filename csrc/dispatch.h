@@ -1,4 +1,4 @@
-// The switches: which dtype the logits have, and which objective is meant by a name.
+// The dtypes of logits, and the table from the name of an objective to its functor.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -12,9 +12,9 @@ namespace rlk {
 enum class Dtype : int { f32, bf16, f16, f64 };
 inline int64_t item_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
-constexpr int kMaxColumns = 8;  // more than any objective has: columns and parameters of one row sit in arrays of this size
+constexpr int kMaxColumns = 8;  // size of the arrays of columns and of parameters, more than any objective has
 
-// An objective behind a pointer, for callers that evaluate it once per row.
+// An objective behind a function pointer, for callers that evaluate it once per row.
 template <class S>
 struct Objective {
   const char* name;
@@ -34,7 +34,7 @@ Term<S> evaluate(const S* columns, const S* params) {
   return evaluate<F, S>(columns, params, std::make_index_sequence<C>{}, std::make_index_sequence<P>{});
 }
 
-// The objective of that name, or null: then it is a user's, and not compiled in.
+// The objective of that name, or null, because an objective of a user is not compiled in.
 template <class S>
 const Objective<S>* find_objective(const char* name) {
 #define RLK_ROW(name, columns, params) {#name, columns, params, evaluate<rlk::name, S, columns, params>},

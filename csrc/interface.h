@@ -1,5 +1,6 @@
-// What a compiled module and the Python code beside it must agree on: rlkernels/backends/gate.py holds the same text, and refuses a module that
-// holds another. The package's version, and a number to raise with every change of what crosses, or of what a kernel makes of it.
+// The text that a compiled module and the Python code beside it must agree on. rlkernels/backends/gate.py holds it too,
+// and refuses a module that holds another. It is the version of the package and a number. The number rises with every
+// change of the arguments that cross, or of what a kernel makes of them.
 #pragma once
 
 namespace rlk {

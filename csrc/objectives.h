@@ -1,6 +1,6 @@
 // Printed by `python -m rlkernels.objectives.codegen`; a test holds it fresh. Do not edit.
 #pragma once
-#include "scalar.h"
+#include "objective_functions.h"
 
 #define RLK_OBJECTIVES_DIGEST "0a327e0eaa886c56"
 

@@ -1,4 +1,4 @@
-// How a row is cut: blocks that fit the first-level cache, chunks of a few vectors, and what stands in for columns that are not there.
+// The parts of a row: blocks that fit the first-level cache, and chunks of a few vectors. Absent columns become -inf.
 #pragma once
 #include "simd.h"
 
@@ -9,12 +9,12 @@ namespace {
 constexpr int64_t kBlock = 64 * kChunk;  // a lane is added to 64 times in fp32: 16 KiB of floats with AVX-512
 constexpr float kNone = -__builtin_inff();
 
-// A column that counts as nothing: behind the end of a row, or outside the support.
+// Makes x the logit of an absent column, which is behind the end of a row or outside the support.
 RLK_INLINE void set_none(float& x) { x = kNone; }
 RLK_INLINE void set_none(Bf16& x) { x.bits = 0xff80; }
 RLK_INLINE void set_none(F16& x) { x.bits = 0xfc00; }
 
-// Plain selections of bits, which the compiler turns into vectors.
+// Copies x where the mask is set, and `other` elsewhere. A loop over bits, because the compiler turns it into vectors.
 RLK_INLINE void select(float* to, const float* x, float other, const uint8_t* mask, int64_t n) {
   for (int64_t c = 0; c < n; ++c) to[c] = mask[c] ? x[c] : other;
 }
@@ -23,7 +23,7 @@ RLK_INLINE void select(T* to, const T* x, T other, const uint8_t* mask, int64_t 
   for (int64_t c = 0; c < n; ++c) to[c].bits = mask[c] ? x[c].bits : other.bits;
 }
 
-// The support of a block: columns that the mask takes out become -inf here, unread by arithmetic.
+// The support of a block. Columns that the mask takes out become -inf, and no arithmetic reads them.
 template <class T>
 RLK_INLINE const T* stage(T* to, const T* x, const uint8_t* mask, int64_t n) {
   T none;
@@ -32,6 +32,7 @@ RLK_INLINE const T* stage(T* to, const T* x, const uint8_t* mask, int64_t n) {
   return to;
 }
 
+// A chunk from the last n columns of a row.
 template <class T>
 RLK_INLINE const T* padded(T* to, const T* x, int64_t n) {
   for (int64_t c = 0; c < n; ++c) to[c] = x[c];
@@ -45,16 +46,16 @@ RLK_INLINE float largest_lane(Vec v) {
   return m;
 }
 
-// Largest value of whole chunks. A NaN may be lost here: it reaches the sums by itself.
+// The largest value of whole chunks. A NaN may be lost here, because it reaches the sums by itself.
 RLK_INLINE float chunks_max(const float* x, int64_t n) {
   Vec m[4] = {all(kNone), all(kNone), all(kNone), all(kNone)};
   for (int64_t c = 0; c < n; c += kChunk)
-    RLK_UNROLL for (int k = 0; k < 4; ++k) m[k] = larger(m[k], read<Vec>(x + c + k * kLanes));
+    RLK_UNROLL_FOR (int k = 0; k < 4; ++k) m[k] = larger(m[k], read<Vec>(x + c + k * kLanes));
   return largest_lane(larger(larger(m[0], m[1]), larger(m[2], m[3])));
 }
 
-// The same for 16-bit formats by their bits, a sign and a magnitude: the largest of all is the largest signed integer where that is
-// positive, and the smallest unsigned one where every column is negative.
+// The same for 16-bit formats, by their bits, which are a sign and a magnitude. The largest value is the largest signed
+// integer where that is positive. It is the smallest unsigned integer where every column is negative.
 template <class T>
 RLK_INLINE float chunks_max(const T* x, int64_t n) {
   typedef int16_t Signed __attribute__((vector_size(4 * kLanes)));
@@ -63,16 +64,16 @@ RLK_INLINE float chunks_max(const T* x, int64_t n) {
   set_none(none);
   Signed most[kPairs];
   Unsigned least[kPairs];
-  RLK_UNROLL for (int k = 0; k < kPairs; ++k) most[k] = Signed{} + int16_t(-32768), least[k] = Unsigned{} + none.bits;
+  RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k) most[k] = Signed{} + int16_t(-32768), least[k] = Unsigned{} + none.bits;
   for (int64_t c = 0; c < n; c += kChunk)
-    RLK_UNROLL for (int k = 0; k < kPairs; ++k) {
+    RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k) {
       const Unsigned bits = read<Unsigned>(x + c + k * kPair);
       most[k] = (Signed)bits > most[k] ? (Signed)bits : most[k];
       least[k] = bits < least[k] ? bits : least[k];
     }
   int16_t top = -32768;
   uint16_t bottom = none.bits;
-  RLK_UNROLL for (int k = 0; k < kPairs; ++k)
+  RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k)
     for (int i = 0; i < kPair; ++i) {
       top = most[k][i] > top ? most[k][i] : top;
       bottom = least[k][i] < bottom ? least[k][i] : bottom;

@@ -1,3 +1,4 @@
+// The buffers of buffer.h, mapped in huge pages on Linux and allocated elsewhere.
 #include "buffer.h"
 
 #include <cstdlib>
@@ -18,21 +19,24 @@ struct Kept {
   void* data = nullptr;
   int64_t capacity = 0, touched = 0;  // bytes from the start that may have pages
 };
-constexpr size_t kSlots = 3;  // a step of a head frees its logits, the sum of its weight's gradient and, rounded, that gradient
-// The oldest first. Never destroyed: a tensor may outlive this module's statics.
+// One step of a head frees three buffers: its logits, the sum of its weight's gradient, and that gradient rounded.
+constexpr size_t kSlots = 3;
+// The oldest comes first. Never destroyed, because a tensor may outlive the statics of this module.
 std::vector<Kept>& kept = *[] {
   auto* blocks = new std::vector<Kept>;
-  blocks->reserve(kSlots);  // a destructor adds to it, and may not throw
+  blocks->reserve(kSlots);  // because a destructor adds to it and may not throw
   return blocks;
 }();
 std::mutex guard;
 
 #if defined(__linux__)
 void* map(int64_t capacity) {
-  // One page more than needed, so that the rest can start at a page of 2 MiB: 128 page faults for 262 MB instead of 65 536.
-  void* const all = mmap(nullptr, size_t(capacity + kHugePage), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  // Maps a huge page more than needed, so that the block can start at one: 128 page faults for 262 MB and not 65 536.
+  void* const all =
+      mmap(nullptr, size_t(capacity + kHugePage), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (all == MAP_FAILED) throw std::bad_alloc();
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(all), aligned = (begin + kHugePage - 1) & ~uintptr_t(kHugePage - 1);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(all),
+                  aligned = (begin + kHugePage - 1) & ~uintptr_t(kHugePage - 1);
   if (aligned != begin) munmap(all, aligned - begin);
   munmap(reinterpret_cast<void*>(aligned + uintptr_t(capacity)), begin + kHugePage - aligned);
   void* const data = reinterpret_cast<void*>(aligned);
@@ -44,13 +48,14 @@ void* map(int64_t capacity) {
 void unmap(const Kept& block) {
   if (block.data) munmap(block.data, size_t(block.capacity));
 }
-// Kept, but the kernel may take its pages whenever memory is short; what was not taken is written again without a fault.
+// Keeps a block that Linux may take the pages of when memory is short. A page that was not taken is written again
+// without a fault.
 void lend(const Kept& block) {
 #if defined(MADV_FREE)
   (void)madvise(block.data, size_t(block.capacity), MADV_FREE);
 #endif
 }
-// The last of its pages are gone at once, its addresses stay.
+// Gives back the last pages of a block at once. Its addresses stay.
 void drop(Kept& block, int64_t bytes) {
   block.touched -= bytes;
   (void)madvise(static_cast<char*>(block.data) + block.touched, size_t(bytes), MADV_DONTNEED);
@@ -66,8 +71,8 @@ void unmap(const Kept& block) { std::free(block.data); }
 void lend(const Kept&) {}
 #endif
 
-// Before so many new bytes are touched: as many of those kept go back, or both would be resident. Only a new block does it, not one that is taken
-// again: dropped and touched anew in every step, 33 MB cost 30 ms of 145.
+// Gives back as many kept bytes as are about to be touched, because both would be resident otherwise. Only a new block
+// does so and not one that is taken again, because 33 MB that are dropped and touched anew cost 30 ms of a step of 145.
 void make_room(int64_t bytes) {
   const std::lock_guard<std::mutex> lock(guard);
   for (Kept& block : kept) {
@@ -82,10 +87,13 @@ void make_room(int64_t bytes) {
 Buffer::Buffer(int64_t size) : data_(nullptr), size_(size), capacity_((size + kHugePage - 1) / kHugePage * kHugePage) {
   {
     const std::lock_guard<std::mutex> lock(guard);
-    // The smallest that is large enough. One more than twice as large is not tied up: it would hold memory that nobody asked for.
+    // Takes the smallest block that is large enough. One more than twice as large is left, because it would hold memory
+    // that nobody asked for.
     auto best = kept.end();
     for (auto it = kept.begin(); it != kept.end(); ++it)
-      if (it->capacity >= capacity_ && it->capacity / 2 <= capacity_ && (best == kept.end() || it->capacity < best->capacity)) best = it;
+      if (it->capacity >= capacity_ && it->capacity / 2 <= capacity_ &&
+          (best == kept.end() || it->capacity < best->capacity))
+        best = it;
     if (best != kept.end()) {
       data_ = best->data;
       capacity_ = best->capacity;

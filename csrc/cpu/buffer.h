@@ -1,5 +1,5 @@
-// Memory for a large gradient. A few freed ones are kept for the next step: the kernel clears every page that a process touches for the
-// first time, and clearing 262 MB takes as long as computing the gradient that goes there.
+// Memory for a large gradient. A few freed buffers are kept for the next step, because Linux clears every page that a
+// process touches for the first time. Clearing 262 MB takes as long as computing the gradient that goes there.
 #pragma once
 #include <cstdint>
 
@@ -19,7 +19,7 @@ class Buffer {
   int64_t size_, capacity_;
 };
 
-int64_t kept_bytes();  // of what is kept
-void release();        // gives it back
+int64_t kept_bytes();  // size of the buffers that are kept
+void release();        // gives them back to the system
 
 }  // namespace rlk

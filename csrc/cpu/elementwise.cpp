@@ -1,13 +1,15 @@
-// Any objective over columns of state: value, derivative and the weighted sum. The functor is a template argument, inlined in the loop.
+// An objective over columns of numbers: its values, its derivatives and their weighted sum. The functor is a template
+// argument, so that it is inlined in the loop.
 #include <vector>
 
-#include "../columns.h"
-#include "batch.h"
+#include "../column_inputs.h"
+#include "arguments.h"
 
 namespace rlk {
 namespace {
 
-constexpr int64_t kPart = 4096;  // elements per partial sum: fixed, so that the sum does not depend on the number of threads
+// Elements per partial sum. Fixed, so that the sum does not depend on the number of threads.
+constexpr int64_t kPart = 4096;
 
 template <class Real>
 struct Job {
@@ -64,8 +66,8 @@ double run(const Job<Real>& job, int64_t n, int threads) {
 }  // namespace
 
 template <class Real>
-Real elementwise(const char* objective, const uintptr_t* columns, const double* params, const Real* weight, Real* value, Real* derivative,
-                   int64_t n, int threads, const OfLoss* of_loss) {
+Real elementwise(const char* objective, const uintptr_t* columns, const double* params, const Real* weight, Real* value,
+                 Real* derivative, int64_t n, int threads, const OfLoss* of_loss) {
   const Objective<Real>& found = *find_objective<Real>(objective);
   Job<Real> job{{}, {}, weight, value, derivative, {}, nullptr, Real(1), nullptr, of_loss != nullptr};
   if (of_loss) {
@@ -83,7 +85,9 @@ Real elementwise(const char* objective, const uintptr_t* columns, const double* 
   return 0;
 }
 
-template float elementwise(const char*, const uintptr_t*, const double*, const float*, float*, float*, int64_t, int, const OfLoss*);
-template double elementwise(const char*, const uintptr_t*, const double*, const double*, double*, double*, int64_t, int, const OfLoss*);
+template float elementwise(const char*, const uintptr_t*, const double*, const float*, float*, float*, int64_t, int,
+                           const OfLoss*);
+template double elementwise(const char*, const uintptr_t*, const double*, const double*, double*, double*, int64_t, int,
+                            const OfLoss*);
 
 }  // namespace rlk

@@ -1,4 +1,4 @@
-// The words of an fp32 matrix product: the elements themselves.
+// The words of an fp32 matmul, which are the elements themselves.
 #include "gemm_tile.h"
 
 namespace rlk {
@@ -8,9 +8,13 @@ namespace {
 struct Singles {
   static constexpr int64_t elements = 1;
 
-  RLK_INLINE __m512 add_product(__m512 sum, __m512i a, __m512i b) { return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum); }
+  RLK_INLINE __m512 add_product(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+  }
   RLK_INLINE __m512i along(const float* from, int64_t count) { return _mm512_maskz_loadu_epi32(first16(count), from); }
-  RLK_INLINE __m512i across(const float* from, int64_t, __mmask16 lanes, int64_t) { return _mm512_maskz_loadu_epi32(lanes, from); }
+  RLK_INLINE __m512i across(const float* from, int64_t, __mmask16 lanes, int64_t) {
+    return _mm512_maskz_loadu_epi32(lanes, from);
+  }
   RLK_INLINE uint32_t one(float from, int64_t) {
     uint32_t bits;
     __builtin_memcpy(&bits, &from, 4);

@@ -1,5 +1,6 @@
-// How the caller wants sums rounded and subnormal numbers treated. The threads of a pool keep their own ways, and results would depend on which thread
-// took a row: each takes over the caller's for as long as it works for it.
+// The floating-point mode of a thread: how it rounds, and whether it flushes subnormal numbers to zero. Every thread of
+// a pool takes over the caller's mode while it works for the caller, because bits would otherwise depend on the thread
+// that took a row.
 #pragma once
 #include "inline.h"
 
@@ -10,7 +11,8 @@
 namespace rlk {
 
 #if defined(__SSE__) || defined(__x86_64__)
-constexpr unsigned kModeBits = 0xe040;  // subnormal numbers to zero, read and written, and the rounding; not what traps
+// Flushing of subnormal numbers, read and written, and the rounding. Not the traps.
+constexpr unsigned kModeBits = 0xe040;
 RLK_INLINE unsigned long long float_mode() { return _mm_getcsr() & kModeBits; }
 RLK_INLINE void set_float_mode(unsigned long long mode) { _mm_setcsr((_mm_getcsr() & ~kModeBits) | unsigned(mode)); }
 #elif defined(__aarch64__)
@@ -32,7 +34,7 @@ RLK_INLINE void set_float_mode(unsigned long long) {}
 
 namespace {
 
-// Of one thread of a parallel region, from its first line to its last.
+// Sets the mode of one thread of a parallel region, and restores the thread's own at its end.
 struct FloatMode {
   unsigned long long before;
   __attribute__((always_inline)) explicit FloatMode(unsigned long long mode) : before(float_mode()) {

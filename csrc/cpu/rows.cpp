@@ -1,4 +1,4 @@
-// The kernels of one row for every dtype but float64. Compiled once per instruction set, into the namespace RLK_ISA.
+// The kernels of one row for every dtype but float64, compiled once per instruction set into the namespace RLK_ISA.
 #include "gradient.h"
 #include "sums.h"
 

@@ -1,44 +1,45 @@
-// What is done to one row of logits, behind function pointers: the instruction set is chosen when the module is loaded.
+// The kernels of one row. Function pointers, because the instruction set is chosen when the module is loaded.
 #pragma once
 #include <cstdint>
 
+#include "../arguments.h"
 #include "../dispatch.h"
 
 namespace rlk {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// Sums over one row beyond the sum of exponentials, as flags.
-constexpr unsigned kWeighted = 1, kSquares = 2, kCross = 16;
-
+// The arguments of the sums of one row. `wanted` holds flags of outputs: weighted_sum is formed for kEntropy,
+// square_sum for kLogSumSq, and cross_sum for kKl.
 struct SumsJob {
   const void* row;
-  const void* ref;      // kCross: the reference row
+  const void* ref;      // kKl: the reference row
   const uint8_t* mask;  // null, or one byte per column: zero takes the column out of the support
   int64_t columns;
   double temperature;
-  double ref_shift;
+  double ref_row_max;
   unsigned wanted;
 };
 
-// With e = exp((x - shift) / T), shift the largest x of the support; both NaN when there is none, or a NaN, or +inf.
+// The sums of one row, named in ../arguments.h, with T z = x - row_max in the place of z. row_max and sum_exp are NaN
+// where the support holds a NaN, +inf or no finite logit.
 struct RowSums {
-  double shift, sum;
-  double weighted;  // sum of e (x - shift)
-  double squares;   // sum of e^2
-  double cross;     // sum of e ((x - shift) - (r - ref_shift))
+  double row_max, sum_exp;
+  double weighted_sum;  // the sum of e (x - row_max)
+  double square_sum;    // the sum of e^2
+  double cross_sum;     // the sum of e ((x - row_max) - (r - ref_row_max))
 };
 
-// out = e (flat + slope (x - shift) + cross ((x - shift) - (r - ref_shift))), with e as above.
+// out = e (flat + slope (x - row_max) + cross ((x - row_max) - (r - ref_row_max))), with e = exp((x - row_max) / T).
 struct GradientJob {
   const void* row;
   const void* ref;
   const uint8_t* mask;
   void* out;  // may be row
   int64_t columns;
-  double temperature, shift, ref_shift;
+  double temperature, row_max, ref_row_max;
   double flat, slope, cross;
-  bool stream;  // out is large and not read again soon: store around the cache
+  bool stream;  // store around the cache, because out is large and not read again soon
 };
 
 struct RowKernels {
@@ -46,7 +47,7 @@ struct RowKernels {
   void (*gradient)(const GradientJob&);
 };
 
-// rows.cpp, compiled once per instruction set; Dtype::f64 is served by rows_f64.cpp alone.
+// rows.cpp is compiled once per instruction set. rows_f64.cpp alone serves Dtype::f64.
 namespace baseline {
 RowKernels row_kernels(Dtype);
 }

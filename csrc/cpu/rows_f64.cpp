@@ -1,4 +1,5 @@
-// The same for float64: plain loops over the C library's exp. It serves gradcheck and reference runs, not training.
+// The kernels of one row for float64. Plain loops over the C library's exp, because they serve gradcheck and reference
+// runs and not training.
 #include <limits>
 
 #include "rows.h"
@@ -17,19 +18,20 @@ void sums(const SumsJob& job, RowSums& out) {
   out = {kNone, 0, 0, 0, 0};
   for (int64_t c = 0; c < job.columns; ++c) {
     const double x = column(row, job.mask, c);
-    if (x > out.shift) out.shift = x;
+    if (x > out.row_max) out.row_max = x;
   }
   for (int64_t c = 0; c < job.columns; ++c) {
     const double x = column(row, job.mask, c);
     if (x == kNone) continue;
-    const double d = x - out.shift, e = std::exp(d / job.temperature);
-    out.sum += e;
-    out.weighted += e == 0 ? 0 : e * d;
-    out.squares += e * e;
-    if (job.wanted & kCross) out.cross += e == 0 ? 0 : e * (d - (ref[c] - job.ref_shift));
+    const double d = x - out.row_max, e = std::exp(d / job.temperature);
+    out.sum_exp += e;
+    out.weighted_sum += e == 0 ? 0 : e * d;
+    out.square_sum += e * e;
+    if (job.wanted & kKl) out.cross_sum += e == 0 ? 0 : e * (d - (ref[c] - job.ref_row_max));
   }
-  if (out.shift == kNone || out.sum != out.sum) out.shift = out.sum = std::numeric_limits<double>::quiet_NaN();
-  out.shift += 0.0;
+  if (out.row_max == kNone || out.sum_exp != out.sum_exp)
+    out.row_max = out.sum_exp = std::numeric_limits<double>::quiet_NaN();
+  out.row_max += 0.0;
 }
 
 void gradient(const GradientJob& job) {
@@ -37,10 +39,10 @@ void gradient(const GradientJob& job) {
   const double* ref = static_cast<const double*>(job.ref);
   double* out = static_cast<double*>(job.out);
   for (int64_t c = 0; c < job.columns; ++c) {
-    const double d = column(row, job.mask, c) - job.shift, e = std::exp(d / job.temperature);
+    const double d = column(row, job.mask, c) - job.row_max, e = std::exp(d / job.temperature);
     double g = e * job.flat;
     if (job.slope != 0 && e != 0) g += e * job.slope * d;
-    if (job.cross != 0 && e != 0) g += e * job.cross * (d - (ref[c] - job.ref_shift));
+    if (job.cross != 0 && e != 0) g += e * job.cross * (d - (ref[c] - job.ref_row_max));
     out[c] = job.mask && !job.mask[c] ? 0 : g;
   }
 }

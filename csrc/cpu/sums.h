@@ -1,6 +1,7 @@
-// Sums over a row. The block's maximum first, then its exponentials measured from the largest maximum so far; lanes are summed in
-// fp32 inside a block and in double across blocks. A dtype changes how a column is loaded, never the lane it is added to, so the
-// same values give the same bits whatever their dtype, address and stride.
+// The sums over a row. Each block gives its maximum first, then its exponentials, measured from the largest logit so
+// far. Lanes are summed in fp32 inside a block and in double across blocks. A dtype changes how a column is loaded and
+// never the lane that the column is added to, so that the same values give the same bits whatever their dtype, address
+// and stride.
 #pragma once
 #include "blocks.h"
 #include "rows.h"
@@ -10,50 +11,53 @@ namespace RLK_ISA {
 namespace {
 
 struct BlockSums {
-  Vec sum[2 * kPairs], weighted[2 * kPairs], squares[2 * kPairs], cross[2 * kPairs], peaks;
+  Vec sum_exp[2 * kPairs], weighted_sum[2 * kPairs], square_sum[2 * kPairs], cross_sum[2 * kPairs], peaks;
 };
 
-// kPeak: the block holds the maximum. Its exponential is 1 and is counted, not added: beside a 1 a lane forgets what is below 2^-25,
-// which for a token of probability .9999 is most of the rest.
+// kPeak: the block holds the maximum. Its exponential is 1, and is counted and not added, because a lane that holds a 1
+// forgets what is below 2^-25. That is most of the rest where a token has probability .9999.
 template <unsigned kWanted, bool kPeak, class X>
-RLK_INLINE void add_chunk(BlockSums& to, const X* x, const X* r, const Exponential& exponential, Vec base, Vec ref_base) {
+RLK_INLINE void add_chunk(BlockSums& to, const X* x, const X* r, const Exponential& exponential, Vec row_max,
+                          Vec ref_row_max) {
   Vec d[2 * kPairs], e[2 * kPairs];
-  RLK_UNROLL for (int k = 0; k < kPairs; ++k) {
+  RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k) {
     const Pair at = load(x + k * kPair);
-    d[2 * k] = exponential.bound(at.a - base), d[2 * k + 1] = exponential.bound(at.b - base);
+    d[2 * k] = exponential.bound(at.a - row_max), d[2 * k + 1] = exponential.bound(at.b - row_max);
   }
   exponential(d, e);
-  RLK_UNROLL for (int k = 0; k < 2 * kPairs; ++k) {
+  RLK_UNROLL_FOR (int k = 0; k < 2 * kPairs; ++k) {
     const Vec below = kPeak ? (d[k] == 0.0f ? Vec{} : e[k]) : e[k];
     if (kPeak) to.peaks += d[k] == 0.0f ? all(1.0f) : Vec{};
-    to.sum[k] += below;
-    if (kWanted & kWeighted) to.weighted[k] = fma(d[k], e[k], to.weighted[k]);
-    if (kWanted & kSquares) to.squares[k] = fma(below, below, to.squares[k]);
+    to.sum_exp[k] += below;
+    if (kWanted & kEntropy) to.weighted_sum[k] = fma(d[k], e[k], to.weighted_sum[k]);
+    if (kWanted & kLogSumSq) to.square_sum[k] = fma(below, below, to.square_sum[k]);
   }
-  if (kWanted & kCross)
-    RLK_UNROLL for (int k = 0; k < kPairs; ++k) {
-      // Where p is 0 the reference does not matter; where only q is 0 the divergence is +inf.
+  if (kWanted & kKl)
+    RLK_UNROLL_FOR (int k = 0; k < kPairs; ++k) {
+      // The reference does not matter where p is 0. The divergence is +inf where only q is 0.
       const Pair at = load(r + k * kPair);
-      const Vec a = e[2 * k] * (d[2 * k] - (at.a - ref_base)), b = e[2 * k + 1] * (d[2 * k + 1] - (at.b - ref_base));
-      to.cross[2 * k] += e[2 * k] == 0.0f ? Vec{} : a;
-      to.cross[2 * k + 1] += e[2 * k + 1] == 0.0f ? Vec{} : b;
+      const Vec a = e[2 * k] * (d[2 * k] - (at.a - ref_row_max)),
+                b = e[2 * k + 1] * (d[2 * k + 1] - (at.b - ref_row_max));
+      to.cross_sum[2 * k] += e[2 * k] == 0.0f ? Vec{} : a;
+      to.cross_sum[2 * k + 1] += e[2 * k + 1] == 0.0f ? Vec{} : b;
     }
 }
 
 template <unsigned kWanted, bool kPeak, class X>
-RLK_INLINE void add_block(BlockSums& to, const X* x, const X* r, int64_t n, const Exponential& exponential, Vec base, Vec ref_base) {
+RLK_INLINE void add_block(BlockSums& to, const X* x, const X* r, int64_t n, const Exponential& exponential, Vec row_max,
+                          Vec ref_row_max) {
   const int64_t whole = n - n % kChunk;
   for (int64_t c = 0; c < whole; c += kChunk) {
-    // The next block is fetched under the arithmetic of this one.
+    // Fetches the next block under the arithmetic of this one.
     const char* next = reinterpret_cast<const char*>(x + c) + kBlock * int64_t(sizeof(X));
-    RLK_UNROLL for (int64_t byte = 0; byte < int64_t(kChunk * sizeof(X)); byte += 64) __builtin_prefetch(next + byte);
-    add_chunk<kWanted, kPeak>(to, x + c, kWanted & kCross ? r + c : r, exponential, base, ref_base);
+    RLK_UNROLL_FOR (int64_t byte = 0; byte < int64_t(kChunk * sizeof(X)); byte += 64) __builtin_prefetch(next + byte);
+    add_chunk<kWanted, kPeak>(to, x + c, kWanted & kKl ? r + c : r, exponential, row_max, ref_row_max);
   }
   if (whole == n) return;
   X x_rest[kChunk], r_rest[kChunk];
   padded(x_rest, x + whole, n - whole);
-  if (kWanted & kCross) padded(r_rest, r + whole, n - whole);
-  add_chunk<kWanted, kPeak>(to, x_rest, r_rest, exponential, base, ref_base);
+  if (kWanted & kKl) padded(r_rest, r + whole, n - whole);
+  add_chunk<kWanted, kPeak>(to, x_rest, r_rest, exponential, row_max, ref_row_max);
 }
 
 RLK_INLINE void fold(Doubles& total, const Vec (&v)[2 * kPairs]) {
@@ -70,66 +74,70 @@ template <unsigned kWanted, bool kMasked, class X>
 void row_sums(const SumsJob& job, RowSums& out) {
   const X *row = static_cast<const X*>(job.row), *ref = static_cast<const X*>(job.ref);
   const Exponential exponential = Exponential::times(1, job.temperature);
-  Doubles sum{}, weighted{}, squares{}, cross{};
+  Doubles sum_exp{}, weighted_sum{}, square_sum{}, cross_sum{};
   double peaks = 0;
-  float base = kNone, ref_base = kNone;  // the largest so far, of the reference too: the divergence of a row from itself is then exactly 0
+  // The largest logits so far. The reference has its own, so that the divergence of a row from itself is exactly 0.
+  float row_max = kNone, ref_row_max = kNone;
   for (int64_t c = 0; c < job.columns; c += kBlock) {
     const int64_t n = job.columns - c < kBlock ? job.columns - c : kBlock;
     X support[kMasked ? kBlock : 1];
     const X* x = kMasked ? stage(support, row + c, job.mask + c, n) : row + c;
-    const float top = block_max(x, n);
+    const float candidate = block_max(x, n);
     double ref_step = 0;
-    if (kWanted & kCross) {
+    if (kWanted & kKl) {
       X ref_support[kMasked ? kBlock : 1];
-      const float ref_top = block_max(kMasked ? stage(ref_support, ref + c, job.mask + c, n) : ref + c, n);
-      if (ref_top > ref_base) {
-        if (ref_base != kNone) ref_step = double(ref_top) - double(ref_base);  // columns before its first finite one count 0 or infinity
-        ref_base = ref_top;
+      const float ref_candidate = block_max(kMasked ? stage(ref_support, ref + c, job.mask + c, n) : ref + c, n);
+      if (ref_candidate > ref_row_max) {
+        // Columns before the reference's first finite one count 0 or infinity, so that there is nothing to move.
+        if (ref_row_max != kNone) ref_step = double(ref_candidate) - double(ref_row_max);
+        ref_row_max = ref_candidate;
       }
     }
-    if (top > base) {
-      if (base != kNone) {  // before the first finite column there is nothing to rescale
-        const double step = double(base) - double(top), shrink = ::exp(step / job.temperature);
-        sum[0] += peaks;  // they are like any other column now
-        if (kWanted & kSquares) squares[0] += peaks;
+    if (candidate > row_max) {
+      if (row_max != kNone) {  // before the first finite column there is nothing to rescale
+        const double step = double(row_max) - double(candidate), shrink = ::exp(step / job.temperature);
+        sum_exp[0] += peaks;  // they are like any other column now
+        if (kWanted & kLogSumSq) square_sum[0] += peaks;
         peaks = 0;
-        if (kWanted & kWeighted) weighted = shrink * (weighted + step * sum);
-        if (kWanted & kSquares) squares *= shrink * shrink;
-        if (kWanted & kCross) cross = shrink * (cross + (step + ref_step) * sum);
-        sum *= shrink;
+        if (kWanted & kEntropy) weighted_sum = shrink * (weighted_sum + step * sum_exp);
+        if (kWanted & kLogSumSq) square_sum *= shrink * shrink;
+        if (kWanted & kKl) cross_sum = shrink * (cross_sum + (step + ref_step) * sum_exp);
+        sum_exp *= shrink;
       }
-      base = top;
-    } else if ((kWanted & kCross) && ref_step != 0) {
-      cross[0] += ref_step * peaks;
-      cross += ref_step * sum;
+      row_max = candidate;
+    } else if ((kWanted & kKl) && ref_step != 0) {
+      cross_sum[0] += ref_step * peaks;
+      cross_sum += ref_step * sum_exp;
     }
     BlockSums sums{};
-    const Vec from = all(base == kNone ? 0.0f : base);  // (-inf) - (-inf) would be NaN; -inf - 0 counts as nothing
-    const Vec ref_from = all(ref_base == kNone ? 0.0f : ref_base);
-    const X* r = kWanted & kCross ? ref + c : ref;
-    if (top == base) {
+    // -inf - 0 counts as nothing, where (-inf) - (-inf) would be NaN.
+    const Vec from = all(row_max == kNone ? 0.0f : row_max);
+    const Vec ref_from = all(ref_row_max == kNone ? 0.0f : ref_row_max);
+    const X* r = kWanted & kKl ? ref + c : ref;
+    if (candidate == row_max) {
       add_block<kWanted, true>(sums, x, r, n, exponential, from, ref_from);
       peaks += add_lanes(__builtin_convertvector(sums.peaks, Doubles));
     } else {
       add_block<kWanted, false>(sums, x, r, n, exponential, from, ref_from);
     }
-    fold(sum, sums.sum);
-    if (kWanted & kWeighted) fold(weighted, sums.weighted);
-    if (kWanted & kSquares) fold(squares, sums.squares);
-    if (kWanted & kCross) fold(cross, sums.cross);
+    fold(sum_exp, sums.sum_exp);
+    if (kWanted & kEntropy) fold(weighted_sum, sums.weighted_sum);
+    if (kWanted & kLogSumSq) fold(square_sum, sums.square_sum);
+    if (kWanted & kKl) fold(cross_sum, sums.cross_sum);
   }
-  // + 0: which zero is met first in a row of both must not show.
-  out = {double(base) + 0.0, peaks + add_lanes(sum), add_lanes(weighted), peaks + add_lanes(squares), add_lanes(cross)};
-  // A NaN is seen by the sum; whether the maximum met it depends on the order of columns.
-  if (base == kNone || out.sum != out.sum) out.shift = out.sum = __builtin_nan("");
+  // Adds 0, because it must not show which of the two zeros a row holds first.
+  out = {double(row_max) + 0.0, peaks + add_lanes(sum_exp), add_lanes(weighted_sum), peaks + add_lanes(square_sum),
+         add_lanes(cross_sum)};
+  // Asks the sum for a NaN, because it depends on the order of columns whether the maximum met one.
+  if (row_max == kNone || out.sum_exp != out.sum_exp) out.row_max = out.sum_exp = __builtin_nan("");
 }
 
-// Few combinations are compiled: the bare sum and the entropy's are the hot ones, the rest share two.
+// Few combinations are compiled. sum_exp alone and the entropy are the hot ones, and the rest share two.
 template <bool kMasked, class X>
 void sums_of(const SumsJob& job, RowSums& out) {
-  if (job.wanted & kCross) return row_sums<kWeighted | kSquares | kCross, kMasked, X>(job, out);
-  if (job.wanted & kSquares) return row_sums<kWeighted | kSquares, kMasked, X>(job, out);
-  if (job.wanted & kWeighted) return row_sums<kWeighted, kMasked, X>(job, out);
+  if (job.wanted & kKl) return row_sums<kEntropy | kLogSumSq | kKl, kMasked, X>(job, out);
+  if (job.wanted & kLogSumSq) return row_sums<kEntropy | kLogSumSq, kMasked, X>(job, out);
+  if (job.wanted & kEntropy) return row_sums<kEntropy, kMasked, X>(job, out);
   return row_sums<0, kMasked, X>(job, out);
 }
 

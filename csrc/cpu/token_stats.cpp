@@ -1,35 +1,37 @@
-// Row statistics: the sums of rows.cpp turned into log-probability, entropy and the rest, in double, rounded once.
-#include "batch.h"
+// The statistics of a row: log-probability, entropy and the rest, from the sums of rows.cpp in double and rounded once.
+#include "arguments.h"
 
 namespace rlk {
 
-RowSums sums_of_row(const Batch& batch, const RowKernels& kernels, const void* row, const void* ref, double ref_shift, int64_t r,
-                    unsigned wanted) {
+RowSums sums_of_row(const Batch& batch, const RowKernels& kernels, const void* row, const void* ref, double ref_row_max,
+                    int64_t r, unsigned wanted) {
   RowSums sums;
-  kernels.sums({row, ref, batch.mask_row(r), batch.columns, batch.temperature_of(r), ref_shift, wanted}, sums);
+  kernels.sums({row, ref, batch.mask_row(r), batch.columns, batch.temperature_of(r), ref_row_max, wanted}, sums);
   return sums;
 }
 
 double logp_of(const Batch& batch, const void* row, const RowSums& sums, int64_t r) {
   const int64_t y = batch.target(r);
   const double x = batch.supports(r, y) ? batch.value(row, y) : -HUGE_VAL;
-  return (x - sums.shift) / batch.temperature_of(r) - std::log(sums.sum);
+  return (x - sums.row_max) / batch.temperature_of(r) - std::log(sums.sum_exp);
 }
 
-double entropy_of(const RowSums& sums, double temperature) { return std::log(sums.sum) - sums.weighted / sums.sum / temperature; }
+double entropy_of(const RowSums& sums, double temperature) {
+  return std::log(sums.sum_exp) - sums.weighted_sum / sums.sum_exp / temperature;
+}
 
 namespace {
 
-// Is the target the first column that holds the maximum?
+// Whether the target is the first column that holds the maximum.
 bool is_first_maximum(const Batch& batch, const void* row, const RowSums& sums, int64_t r) {
   const int64_t y = batch.target(r);
-  if (!std::isfinite(sums.sum) || !batch.supports(r, y) || batch.value(row, y) != sums.shift) return false;
+  if (!std::isfinite(sums.sum_exp) || !batch.supports(r, y) || batch.value(row, y) != sums.row_max) return false;
   for (int64_t c = 0; c < y; ++c)
-    if (batch.supports(r, c) && batch.value(row, c) == sums.shift) return false;
+    if (batch.supports(r, c) && batch.value(row, c) == sums.row_max) return false;
   return true;
 }
 
-// In eight sums side by side, by column: the order does not depend on the dtype.
+// The mean over the support, in eight sums side by side, so that the order does not depend on the dtype.
 template <class T>
 double mean(const T* row, const uint8_t* mask, int64_t columns) {
   double sums[8] = {};
@@ -57,14 +59,14 @@ double mean_of_row(const Batch& batch, const void* row, int64_t r) {
 template <class Real>
 void token_stats(const Batch& batch, const StatsOutputs& out) {
   const RowKernels kernels = row_kernels(batch.dtype);
-  const unsigned wanted = (out.entropy ? kWeighted : 0) | (out.log_sum_sq ? kSquares : 0) | (out.kl ? kCross : 0);
+  const unsigned wanted = out.wanted();
   for_rows(batch.rows, batch.columns, batch.threads, [&](int64_t r) {
     const auto put = [r](uintptr_t to, double x) {
-      if (to) reals<Real>(to)[r] = Real(x);
+      if (to) pointer<Real>(to)[r] = Real(x);
     };
     if (batch.target(r) == batch.ignore_index) {
-      for (const uintptr_t to : {out.logp, out.shift, out.sum_exp, out.entropy, out.log_sum_sq, out.mean_logits, out.ref_logp, out.ref_shift,
-                                 out.ref_sum_exp, out.kl})
+      for (const uintptr_t to : {out.logp, out.row_max, out.sum_exp, out.entropy, out.log_sum_sq, out.mean_logits,
+                                 out.ref_logp, out.ref_row_max, out.ref_sum_exp, out.kl})
         put(to, 0);
       if (out.is_top1) reinterpret_cast<uint8_t*>(out.is_top1)[r] = 0;
       return;
@@ -72,19 +74,20 @@ void token_stats(const Batch& batch, const StatsOutputs& out) {
     const double temperature = batch.temperature_of(r);
     const void *row = batch.row(r), *ref = batch.ref_row(r);
     RowSums q{};
-    if (ref) {  // first: its shift is needed beside the policy's exponentials, and its row is then still in cache
+    // The reference comes first, because its row_max is needed beside the policy's exponentials.
+    if (ref) {
       q = sums_of_row(batch, kernels, ref, nullptr, 0, r, 0);
       put(out.ref_logp, logp_of(batch, ref, q, r));
-      put(out.ref_shift, q.shift);
-      put(out.ref_sum_exp, q.sum);
+      put(out.ref_row_max, q.row_max);
+      put(out.ref_sum_exp, q.sum_exp);
     }
-    const RowSums p = sums_of_row(batch, kernels, row, ref, q.shift, r, wanted);
+    const RowSums p = sums_of_row(batch, kernels, row, ref, q.row_max, r, wanted);
     put(out.logp, logp_of(batch, row, p, r));
-    put(out.shift, p.shift);
-    put(out.sum_exp, p.sum);
+    put(out.row_max, p.row_max);
+    put(out.sum_exp, p.sum_exp);
     put(out.entropy, entropy_of(p, temperature));
-    put(out.log_sum_sq, std::log(p.squares) - 2 * std::log(p.sum));
-    put(out.kl, p.cross / p.sum / temperature - std::log(p.sum) + std::log(q.sum));
+    put(out.log_sum_sq, std::log(p.square_sum) - 2 * std::log(p.sum_exp));
+    put(out.kl, p.cross_sum / p.sum_exp / temperature - std::log(p.sum_exp) + std::log(q.sum_exp));
     if (out.mean_logits) put(out.mean_logits, mean_of_row(batch, row, r) / temperature);
     if (out.is_top1) reinterpret_cast<uint8_t*>(out.is_top1)[r] = is_first_maximum(batch, row, p, r);
   });

@@ -1,4 +1,4 @@
-// Launches of elementwise, one kernel per objective, and the places of the objectives.
+// The launches of elementwise, one kernel per objective, and the places of the objectives.
 #include "elementwise.cuh"
 
 #include "launch.h"
@@ -13,8 +13,9 @@ void elementwise(const char* objective, const ElementwiseJob<S>& job, Where wher
   const OnDevice guard(name, where.device);
   if (job.ticket) clear_ticket(name, reinterpret_cast<uintptr_t>(job.ticket), where);
   const Grid grid{elementwise_parts(job.n), kBlock, elementwise_shared<kBlock>()};
-#define RLK_RUN(objective_, columns, params) \
-  if (std::strcmp(objective, #objective_) == 0) return launch(name, elementwise<rlk::objective_, columns, params, S, kBlock>, grid, where, job);
+#define RLK_RUN(objective_, columns, params)    \
+  if (std::strcmp(objective, #objective_) == 0) \
+    return launch(name, elementwise<rlk::objective_, columns, params, S, kBlock>, grid, where, job);
   RLK_OBJECTIVES(RLK_RUN)
 #undef RLK_RUN
   throw std::runtime_error(name + ": not compiled in");
@@ -27,7 +28,7 @@ long long elementwise_parts(long long n) { return (n + kPart - 1) / kPart; }
 
 int objective_id(const char* name) {
   int id = 0;
-#define RLK_PLACE(objective, columns, params) \
+#define RLK_PLACE(objective, columns, params)        \
   if (std::strcmp(name, #objective) == 0) return id; \
   ++id;
   RLK_OBJECTIVES(RLK_PLACE)

@@ -1,19 +1,23 @@
-// Any objective over columns of state: value, derivative and the weighted sum in one launch. The functor is a template argument, inlined.
+// An objective over columns of numbers in one launch: its values, its derivatives and their weighted sum. The functor
+// is a template argument, so that it is inlined.
 #pragma once
-#include "../columns.h"
-#include "parts.cuh"
-#include "rows.h"
+#include "../column_inputs.h"
+#include "ordered_sum.cuh"
+#include "arguments.h"
 
 namespace rlk {
 
-constexpr int kPart = 1024;  // elements per block: fixed, so that the order of the sum depends on the number of elements alone
+// Elements per block. Fixed, so that the order of the sum depends on the number of elements alone.
+constexpr int kPart = 1024;
 
 template <class F, class S, size_t... C, size_t... P>
-__device__ __forceinline__ Term<S> evaluate_at(const ElementwiseJob<S>& job, long long i, std::index_sequence<C...>, std::index_sequence<P...>) {
+__device__ __forceinline__ Term<S> evaluate_at(const ElementwiseJob<S>& job, long long i, std::index_sequence<C...>,
+                                               std::index_sequence<P...>) {
   return F{}(column<C>(job, i)..., job.params[P]...);
 }
 
-// Two blocks on an SM in fp64: told nothing, ptxas stops at 64 registers, and sapo and discopop spill.
+// Asks for two blocks per multiprocessor in fp64, because ptxas else stops at 64 registers, and sapo and discopop
+// spill.
 template <class F, int C, int P, class S, int BLOCK>
 __global__ void __launch_bounds__(BLOCK, sizeof(S) == 8 ? 2 : 4) elementwise(const ElementwiseJob<S> job) {
   CUDA_DYN_SHARED(double, warps);  // one per warp, four for add_parts, and the flag
@@ -26,7 +30,7 @@ __global__ void __launch_bounds__(BLOCK, sizeof(S) == 8 ? 2 : 4) elementwise(con
     if (i >= job.n) break;
     const S weight = weight_at(job, factor, i);
     Term<S> term{S(0), S(0)};
-    if (weight != 0) {  // an element of weight 0 is not evaluated: what stands in its columns may be anything
+    if (weight != 0) {  // an element of weight 0 is not evaluated, because its columns may hold anything
       term = evaluate_at<F>(job, i, std::make_index_sequence<C>{}, std::make_index_sequence<P>{});
       sum += double(weight) * double(term.value);
     }

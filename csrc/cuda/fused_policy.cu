@@ -1,12 +1,14 @@
-// Launches of fused_policy; compiled once per dtype of the logits (-DRLK_DTYPE=f32|bf16|f16) and of their gradient (-DRLK_OUT).
+// The launches of fused_policy. Compiled once per dtype of the logits (-DRLK_DTYPE=f32|bf16|f16) and dtype of their
+// gradient (-DRLK_OUT).
 #include "fused_policy.cuh"
 
 #include "launch.h"
 
 namespace rlk {
 
-// Blocks that share a row: the fewest of which two fit a multiprocessor, so that one row's reduction hides behind another's copies; else the
-// fewest that hold the row at all; -1 where none do. Unmeasured: a guess from sizes, to be replaced by a measured table.
+// The number of blocks that share a row. The fewest of which two fit a multiprocessor, so that one row's reduction
+// hides behind another's copies. Else the fewest that hold the row at all, and -1 where none do. A guess from sizes,
+// because nobody has measured it.
 template <class T>
 int choose_cluster(const std::string& name, long long columns, int device) {
   const long long limit = shared_limit(name, device);
@@ -18,17 +20,18 @@ int choose_cluster(const std::string& name, long long columns, int device) {
 }
 
 template <Dtype D, Dtype O>
-void fused_policy(const Rows& rows, const PolicyInputs& in, const PolicyOutputs& out, const Layout& gradient, Where where) {
+void fused_policy(const Rows& rows, const PolicyArguments& in, const PolicyOutputs& out, const LossSum& total,
+                  const Layout& gradient, Where where) {
   using T = typename LogitsOf<D>::type;
   using Out = typename LogitsOf<O>::type;
   const std::string name = kernel_name("fused_policy", D, O);
   const OnDevice guard(name, where.device);
-  clear_ticket(name, out.ticket, where);
+  clear_ticket(name, total.ticket, where);
   const auto run = [&](auto kernel, int block, int cluster, bool keep) {
     const long long shared = kFixedBytes + (keep ? slot_bytes<T>(rows.columns, cluster) : 0);
-    launch(name, kernel, Grid{rows.rows * cluster, block, shared, cluster}, where, rows, in, out, gradient);
+    launch(name, kernel, Grid{rows.rows * cluster, block, shared, cluster}, where, rows, in, out, total, gradient);
   };
-  // Without a gradient nothing is read twice, and nothing need be kept.
+  // Without a gradient no row is kept, because nothing is read twice.
   const int forced = choices().fused_cluster;
   switch (!gradient.address ? -1 : forced ? forced : choose_cluster<T>(name, rows.columns, where.device)) {
     case 1: return run(fused_policy<T, Out, 256, 1, true>, 256, 1, true);
@@ -39,6 +42,7 @@ void fused_policy(const Rows& rows, const PolicyInputs& in, const PolicyOutputs&
   }
 }
 
-template void fused_policy<Dtype::RLK_DTYPE, Dtype::RLK_OUT>(const Rows&, const PolicyInputs&, const PolicyOutputs&, const Layout&, Where);
+template void fused_policy<Dtype::RLK_DTYPE, Dtype::RLK_OUT>(const Rows&, const PolicyArguments&, const PolicyOutputs&,
+                                                             const LossSum&, const Layout&, Where);
 
 }  // namespace rlk

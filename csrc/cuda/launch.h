@@ -1,4 +1,4 @@
-// One launch: on the tensors' device, on the caller's stream, checked, with the kernel's name in the error.
+// A launch on the tensors' device and on the caller's stream. It is checked, and an error names the kernel.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -15,17 +15,22 @@ struct Grid {
 };
 
 inline void check_grid(const char* name, const Grid& grid) {
-  if (grid.blocks > 0x7fffffff)  // 2^31 - 1 blocks lie along axis 0, far more than along the others
-    throw std::runtime_error(std::string(name) + ": " + std::to_string(grid.blocks) + " blocks in one launch; split the rows");
+  if (grid.blocks > 0x7fffffff)  // the limit of axis 0, which is far larger than that of the others
+    throw std::runtime_error(std::string(name) + ": " + std::to_string(grid.blocks) +
+                             " blocks in one launch; split the rows");
 }
 
 inline const char* dtype_name(Dtype dtype) {
-  return dtype == Dtype::bf16 ? "bfloat16" : dtype == Dtype::f16 ? "float16" : dtype == Dtype::f32 ? "float32" : "float64";
+  return dtype == Dtype::bf16  ? "bfloat16"
+         : dtype == Dtype::f16 ? "float16"
+         : dtype == Dtype::f32 ? "float32"
+                               : "float64";
 }
 
 inline std::string kernel_name(const char* op, Dtype dtype) { return std::string(op) + "<" + dtype_name(dtype) + ">"; }
 inline std::string kernel_name(const char* op, Dtype dtype, Dtype out) {
-  return dtype == out ? kernel_name(op, dtype) : std::string(op) + "<" + dtype_name(dtype) + " to " + dtype_name(out) + ">";
+  return dtype == out ? kernel_name(op, dtype)
+                      : std::string(op) + "<" + dtype_name(dtype) + " to " + dtype_name(out) + ">";
 }
 
 }  // namespace rlk
@@ -37,11 +42,11 @@ namespace rlk {
 
 inline void check(const std::string& name, cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // a failed launch must not be reported again by the next caller
+  cudaGetLastError();  // clears the error, because the next caller must not report it again
   throw std::runtime_error(name + ": " + cudaGetErrorString(error));
 }
 
-// The caller's current device is left as it was.
+// Makes a device the current one, and the caller's current one again at the end.
 class OnDevice {
  public:
   OnDevice(const std::string& name, int device) {
@@ -59,7 +64,6 @@ class OnDevice {
   bool changed_ = false;
 };
 
-// Of the current device.
 inline int device_attribute(const std::string& name, cudaDeviceAttr attribute, int device) {
   int value = 0;
   check(name, cudaDeviceGetAttribute(&value, attribute, device));
@@ -73,14 +77,17 @@ inline bool has_clusters(const std::string& name, int device) {
 }
 
 inline void clear_ticket(const std::string& name, uintptr_t ticket, Where where) {
-  check(name, cudaMemsetAsync(reinterpret_cast<void*>(ticket), 0, sizeof(unsigned), reinterpret_cast<cudaStream_t>(where.stream)));
+  check(name, cudaMemsetAsync(reinterpret_cast<void*>(ticket), 0, sizeof(unsigned),
+                              reinterpret_cast<cudaStream_t>(where.stream)));
 }
 
 template <class... Parameters, class... Arguments>
-void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& grid, Where where, Arguments... arguments) {
+void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& grid, Where where,
+            Arguments... arguments) {
   if (grid.blocks == 0) return;  // an empty grid is a launch error
   check_grid(name.c_str(), grid);
-  if (grid.shared > 48 * 1024) check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared)));
+  if (grid.shared > 48 * 1024)
+    check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared)));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(grid.blocks));
   config.blockDim = dim3(unsigned(grid.threads));
@@ -95,7 +102,7 @@ void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& 
 }
 
 }  // namespace rlk
-#else  // the same on the CPU, for the tests
+#else  // the same on the CPU, because the tests run the kernels there
 #include "cuda_host.h"
 
 namespace rlk {
@@ -112,8 +119,9 @@ template <class... Parameters, class... Arguments>
 void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& grid, Where, Arguments... arguments) {
   if (grid.blocks == 0) return;
   check_grid(name.c_str(), grid);
-  cuda_host::launch({dim3(unsigned(grid.blocks)), dim3(unsigned(grid.threads)), size_t(grid.shared), unsigned(grid.cluster)},
-                    [=] { kernel(Parameters(arguments)...); });
+  cuda_host::launch(
+      {dim3(unsigned(grid.blocks)), dim3(unsigned(grid.threads)), size_t(grid.shared), unsigned(grid.cluster)},
+      [=] { kernel(Parameters(arguments)...); });
 }
 
 }  // namespace rlk

@@ -1,4 +1,5 @@
-// An objective of rows named by its place in RLK_OBJECTIVES: a switch, taken once per row, where a row costs as much as a vocabulary.
+// An objective of rows, chosen by its place in RLK_OBJECTIVES. A switch, because it is taken once per row and a row
+// costs as much as a vocabulary.
 #pragma once
 #include "platform.cuh"
 
@@ -10,15 +11,17 @@ enum ObjectiveId : int {
 #undef RLK_ID
 };
 
-constexpr int kWidest = 4;  // columns and parameters of any objective; an array of constant size stays in registers
+// Columns and parameters of any objective. Constant, so that arrays of them stay in registers.
+constexpr int kWidest = 4;
 
 template <class S>
 __device__ inline Term<S> evaluate_objective(int id, const S (&columns)[kWidest], const S (&params)[kWidest]) {
   switch (id) {
-#define RLK_CASE(name, n_columns, n_params)                                                                            \
-  case id_##name:                                                                                                      \
-    static_assert(n_columns <= kWidest && n_params <= kWidest, "raise kWidest");                                       \
-    return evaluate<rlk::name, S>(columns, params, std::make_index_sequence<n_columns>{}, std::make_index_sequence<n_params>{});
+#define RLK_CASE(name, n_columns, n_params)                                               \
+  case id_##name:                                                                         \
+    static_assert(n_columns <= kWidest && n_params <= kWidest, "raise kWidest");          \
+    return evaluate<rlk::name, S>(columns, params, std::make_index_sequence<n_columns>{}, \
+                                  std::make_index_sequence<n_params>{});
     RLK_ROW_OBJECTIVES(RLK_CASE)
 #undef RLK_CASE
   }

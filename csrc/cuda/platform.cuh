@@ -1,5 +1,6 @@
-// CUDA's own headers under nvcc; elsewhere the header that runs the same source on the CPU (tests/backends/cuda_backend/tools/cuda_host.h).
-// Kernels are written so that both read them unchanged: no <<<>>>, no static __shared__, sizes as long long.
+// CUDA's own headers under nvcc. Elsewhere the header that runs the same source on the CPU is included, which is
+// tests/backends/cuda_backend/tools/cuda_host.h. Kernels use no <<<>>> and no static __shared__, because both must read
+// them unchanged.
 #pragma once
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -16,7 +17,8 @@
 
 namespace rlk {
 
-// The only instruction of these kernels that the CPU run does not execute. ftz: what is below 2^-126 of the row's largest term is 0.
+// 2^x. The only instruction of these kernels that the run on the CPU does not execute. ftz makes 0 of what is below
+// 2^-126 of the row's largest term.
 __device__ __forceinline__ float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
   float y;

@@ -1,4 +1,4 @@
-// Launches of token_stats; compiled once per dtype (-DRLK_DTYPE=f32|bf16|f16).
+// The launches of token_stats. Compiled once per dtype of the logits (-DRLK_DTYPE=f32|bf16|f16).
 #include "token_stats.cuh"
 
 #include "launch.h"
@@ -12,13 +12,14 @@ void token_stats(const Rows& rows, const StatsOutputs& out, Where where) {
   const std::string name = kernel_name("token_stats", D);
   const OnDevice guard(name, where.device);
   const auto run = [&](auto kernel) { launch(name, kernel, Grid{rows.rows, kBlock, kRecordBytes}, where, rows, out); };
-  const bool everything = out.log_sum_sq || out.mean_logits || out.is_top1;
+  const unsigned wanted = out.wanted();
+  const bool extra = wanted & (kLogSumSq | kMeanLogits | kIsTop1);
   if (rows.ref.address) {
-    if (everything) return run(token_stats<T, kWeighted | kEverything | kReference, kBlock>);
-    return run(token_stats<T, kWeighted | kReference, kBlock>);
+    if (extra) return run(token_stats<T, kSumsWeighted | kSumsExtra | kSumsReference, kBlock>);
+    return run(token_stats<T, kSumsWeighted | kSumsReference, kBlock>);
   }
-  if (everything) return run(token_stats<T, kWeighted | kEverything, kBlock>);
-  if (out.entropy) return run(token_stats<T, kWeighted, kBlock>);
+  if (extra) return run(token_stats<T, kSumsWeighted | kSumsExtra, kBlock>);
+  if (wanted & kEntropy) return run(token_stats<T, kSumsWeighted, kBlock>);
   return run(token_stats<T, 0, kBlock>);
 }
 

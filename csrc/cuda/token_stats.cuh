@@ -1,24 +1,25 @@
-// Row statistics: one block per row, each logits tensor read once.
+// The statistics of a row, by one block. Each tensor of logits is read once.
 #pragma once
-#include "row.cuh"
+#include "row_threads.cuh"
 
 namespace rlk {
 
-template <class T, unsigned kWhat, class Row>
-__device__ __forceinline__ void add_packed(Sums& s, const Packed<T>& x, const Packed<T>& r, long long column, const Row& row) {
+template <class T, unsigned kSums, class Row>
+__device__ __forceinline__ void add_packed(Sums& s, const Packed<T>& x, const Packed<T>& r, long long column,
+                                           const Row& row) {
   float a[kGroup], b[kGroup];
   unpack(x, a);
-  if (kWhat & kReference) unpack(r, b);
+  if (kSums & kSumsReference) unpack(r, b);
   unsigned kept = 0xffu;
-  if (row.mask || (kWhat & kEverything)) {
+  if (row.mask || (kSums & kSumsExtra)) {
     kept = kept_columns(row.mask, column, row.columns);
     drop_columns(a, kept);
-    if (kWhat & kReference) drop_columns(b, kept);
+    if (kSums & kSumsReference) drop_columns(b, kept);
   }
-  add_group<kWhat>(s, a, b, kept, column, row.scale);
+  add_group<kSums>(s, a, b, kept, column, row.scale);
 }
 
-// One row as a sweep sees it.
+// The row that a sweep reads.
 template <class T>
 struct Row {
   const T *logits, *ref;
@@ -39,23 +40,26 @@ __device__ __forceinline__ Row<T> row_of(const Rows& rows, long long r, float in
   return row;
 }
 
-template <class T, unsigned kWhat, bool kOnce, class Crew>
+template <class T, unsigned kSums, bool kOnce, class Crew>
 __device__ __forceinline__ void sweep(Sums (&s)[Crew::kPerThread], const Row<T>& row) {
-  // Steps whose loads are issued before the arithmetic of the first one begins: 64 bytes in flight per thread. No bit depends on it.
-  constexpr int kAhead = kWhat & kReference || sizeof(T) == 4 ? 1 : 2, kLoads = Crew::kPerThread * kAhead;
+  // Steps whose loads are issued before the arithmetic of the first one begins, so that a thread has 64 bytes in
+  // flight. No bit depends on that number.
+  constexpr int kAhead = kSums & kSumsReference || sizeof(T) == 4 ? 1 : 2, kLoads = Crew::kPerThread * kAhead;
   long long start = 0;
   for (; row.wide && start + kAhead * kStripe <= row.columns; start += kAhead * kStripe) {
-    Packed<T> x[kLoads], r[kWhat & kReference ? kLoads : 1];
+    Packed<T> x[kLoads], r[kSums & kSumsReference ? kLoads : 1];
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      const long long column = start + k / Crew::kPerThread * kStripe + (long long)Crew::lane(k % Crew::kPerThread) * kGroup;
+      const long long column =
+          start + k / Crew::kPerThread * kStripe + (long long)Crew::lane(k % Crew::kPerThread) * kGroup;
       x[k] = load_whole<kOnce>(row.logits + column);
-      if (kWhat & kReference) r[k] = load_whole<kOnce>(row.ref + column);
+      if (kSums & kSumsReference) r[k] = load_whole<kOnce>(row.ref + column);
     }
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      const long long column = start + k / Crew::kPerThread * kStripe + (long long)Crew::lane(k % Crew::kPerThread) * kGroup;
-      add_packed<T, kWhat>(s[k % Crew::kPerThread], x[k], r[kWhat & kReference ? k : 0], column, row);
+      const long long column =
+          start + k / Crew::kPerThread * kStripe + (long long)Crew::lane(k % Crew::kPerThread) * kGroup;
+      add_packed<T, kSums>(s[k % Crew::kPerThread], x[k], r[kSums & kSumsReference ? k : 0], column, row);
     }
   }
 #pragma unroll 1
@@ -65,54 +69,61 @@ __device__ __forceinline__ void sweep(Sums (&s)[Crew::kPerThread], const Row<T>&
       const long long column = start + (long long)Crew::lane(k) * kGroup;
       if (column >= row.columns) continue;
       const Packed<T> x = load_group<kOnce>(row.logits, column, row.columns, row.wide);
-      const Packed<T> r = kWhat & kReference ? load_group<kOnce>(row.ref, column, row.columns, row.wide) : x;
-      add_packed<T, kWhat>(s[k], x, r, column, row);
+      const Packed<T> r = kSums & kSumsReference ? load_group<kOnce>(row.ref, column, row.columns, row.wide) : x;
+      add_packed<T, kSums>(s[k], x, r, column, row);
     }
   }
 }
 
-__device__ __forceinline__ float logp_from(float logit, float shift, float sum, float inverse_temperature) {
-  return (logit - shift) * inverse_temperature - logf(sum);
+__device__ __forceinline__ float logp_from(float logit, float row_max, float sum_exp, float inverse_temperature) {
+  return (logit - row_max) * inverse_temperature - logf(sum_exp);
 }
-__device__ __forceinline__ float entropy_from(const Sums& s) { return logf(s.sum) - kLn2 * (s.weighted / s.sum); }
+__device__ __forceinline__ float entropy_from(const Sums& s) {
+  return logf(s.sum_exp) - kLn2 * (s.weighted_sum / s.sum_exp);
+}
 
 __device__ inline void zero_outputs(const StatsOutputs& out, long long r) {
-  put(out.logp, r, 0), put(out.shift, r, 0), put(out.sum_exp, r, 0), put(out.entropy, r, 0), put(out.log_sum_sq, r, 0);
-  put(out.mean_logits, r, 0), put(out.ref_logp, r, 0), put(out.ref_shift, r, 0), put(out.ref_sum_exp, r, 0), put(out.kl, r, 0);
-  if (out.is_top1) reals<unsigned char>(out.is_top1)[r] = 0;
+  put(out.logp, r, 0), put(out.row_max, r, 0), put(out.sum_exp, r, 0), put(out.entropy, r, 0),
+      put(out.log_sum_sq, r, 0);
+  put(out.mean_logits, r, 0), put(out.ref_logp, r, 0), put(out.ref_row_max, r, 0), put(out.ref_sum_exp, r, 0),
+      put(out.kl, r, 0);
+  if (out.is_top1) pointer<unsigned char>(out.is_top1)[r] = 0;
 }
 
-template <class T, unsigned kWhat, int BLOCK>
-__global__ void __launch_bounds__(BLOCK, kWhat & kEverything || (kWhat & kReference && sizeof(T) == 4) ? 1 : 2)
+template <class T, unsigned kSums, int BLOCK>
+__global__ void __launch_bounds__(BLOCK, kSums& kSumsExtra || (kSums & kSumsReference && sizeof(T) == 4) ? 1 : 2)
     token_stats(const Rows rows, const StatsOutputs out) {
   using Crew = Team<BLOCK, 1>;
   CUDA_DYN_SHARED(float, records);
   const long long r = blockIdx.x, y = rows.target(r);
-  if (y == rows.ignore_index) {  // not read; its outputs are 0
+  if (y == rows.ignore_index) {  // a dead row is not read, and its outputs are 0
     if (threadIdx.x == 0) zero_outputs(out, r);
     return;
   }
   const float inverse_temperature = rows.inverse_temperature_of(r);
   const Row<T> row = row_of<T>(rows, r, inverse_temperature);
   Sums lanes[Crew::kPerThread];
-  sweep<T, kWhat, true, Crew>(lanes, row);
-  Sums s = Crew::template reduce<kWhat>(lanes, records, row.scale);
+  sweep<T, kSums, true, Crew>(lanes, row);
+  Sums s = Crew::template reduce<kSums>(lanes, records, row.scale);
   if (threadIdx.x != 0) return;
-  if (!rows.holds(y)) s.top = s.sum = s.plain = s.ref_top = s.ref_sum = NAN;  // no sync could report it, no neighbour's logit may stand in
-  put(out.logp, r, logp_from(logit_of(rows, row.logits, row.mask, y), s.top, s.sum, inverse_temperature));
-  put(out.shift, r, s.top);
-  put(out.sum_exp, r, s.sum);
-  if (kWhat & kWeighted) put(out.entropy, r, entropy_from(s));
-  if (kWhat & kEverything) {
-    put(out.log_sum_sq, r, logf(s.squares) - 2 * logf(s.sum));
-    put(out.mean_logits, r, s.plain / s.count * inverse_temperature);
-    if (out.is_top1) reals<unsigned char>(out.is_top1)[r] = s.first == y && s.sum < INFINITY;  // false for NaN
+  // NaN for a target outside the vocabulary, because only a host synchronisation could report it.
+  if (!rows.holds(y)) s.row_max = s.sum_exp = s.logit_sum = s.ref_row_max = s.ref_sum_exp = NAN;
+  put(out.logp, r, logp_from(logit_of(rows, row.logits, row.mask, y), s.row_max, s.sum_exp, inverse_temperature));
+  put(out.row_max, r, s.row_max);
+  put(out.sum_exp, r, s.sum_exp);
+  if (kSums & kSumsWeighted) put(out.entropy, r, entropy_from(s));
+  if (kSums & kSumsExtra) {
+    put(out.log_sum_sq, r, logf(s.square_sum) - 2 * logf(s.sum_exp));
+    put(out.mean_logits, r, s.logit_sum / s.count * inverse_temperature);
+    if (out.is_top1)
+      pointer<unsigned char>(out.is_top1)[r] = s.first_max == y && s.sum_exp < INFINITY;  // false for NaN
   }
-  if (kWhat & kReference) {
-    put(out.ref_logp, r, logp_from(logit_of(rows, row.ref, row.mask, y), s.ref_top, s.ref_sum, inverse_temperature));
-    put(out.ref_shift, r, s.ref_top);
-    put(out.ref_sum_exp, r, s.ref_sum);
-    put(out.kl, r, kLn2 * (s.cross / s.sum) - logf(s.sum) + logf(s.ref_sum));
+  if (kSums & kSumsReference) {
+    put(out.ref_logp, r,
+        logp_from(logit_of(rows, row.ref, row.mask, y), s.ref_row_max, s.ref_sum_exp, inverse_temperature));
+    put(out.ref_row_max, r, s.ref_row_max);
+    put(out.ref_sum_exp, r, s.ref_sum_exp);
+    put(out.kl, r, kLn2 * (s.cross_sum / s.sum_exp) - logf(s.sum_exp) + logf(s.ref_sum_exp));
   }
 }
 

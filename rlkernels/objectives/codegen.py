@@ -12,7 +12,7 @@ def header(names=None):
     names = builtin() if names is None else names
     return (
         "// Printed by `python -m rlkernels.objectives.codegen`; a test holds it fresh. Do not edit.\n#pragma "
-        'once\n#include "scalar.h"\n\n'
+        'once\n#include "objective_functions.h"\n\n'
         f'#define RLK_OBJECTIVES_DIGEST "{digest(names)}"\n\n{body(names)}'
     )
 

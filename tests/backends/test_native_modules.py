@@ -17,7 +17,7 @@ from present_backends import native
 
 import rlkernels as rlk
 from rlkernels import ops
-from rlkernels.backends import forced, gate, use_backend
+from rlkernels.backends import eager, forced, gate, use_backend
 from rlkernels.objectives import cxx
 
 ROOT = Path(rlk.__file__).resolve().parents[1]
@@ -56,6 +56,18 @@ def test_python_and_csrc_name_one_interface_and_it_is_that_of_the_version():
     if header.is_file():
         assert f'kInterface = "{gate.INTERFACE}"' in header.read_text()
         assert f'#define RLK_OBJECTIVES_DIGEST "{cxx.digest()}"' in (ROOT / "csrc/objectives.h").read_text()
+
+
+def test_python_csrc_and_triton_have_one_flag_per_wanted_output():
+    flags = {name: getattr(eager, name) for name in ("ENTROPY", "LOG_SUM_SQ", "MEAN_LOGITS", "IS_TOP1", "KL")}
+    header, triton = ROOT / "csrc/arguments.h", ROOT / "rlkernels/backends/triton/row_statistics.py"
+    assert dict(re.findall(r"^(\w+) = tl\.constexpr\((\d+)\)$", triton.read_text(), re.MULTILINE)).items() >= {
+        (name, str(value)) for name, value in flags.items()
+    }
+    if header.is_file():
+        (line,) = re.findall(r"^constexpr unsigned (kEntropy = .*);$", header.read_text(), re.MULTILINE)
+        camel = {name: "k" + name.title().replace("_", "") for name in flags}
+        assert line == ", ".join(f"{camel[name]} = {value}" for name, value in flags.items())
 
 
 @pytest.mark.fault(146)

@@ -15,7 +15,7 @@ FOLDER = ROOT / "build/sanitized"
 COPIED = ("csrc", "rlkernels", "setup.py", "setup_build.py", "setup_cuda.py", "pyproject.toml", "README.md", "LICENSE")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1"
 RUNTIME = ("libasan.so", "libubsan.so", "libstdc++.so.6")
-PLANT = ("csrc/cpu/scan.cpp", "live ? double(rewards[t])", "live ? double(rewards[t + 1])")
+PLANT = ("csrc/cpu/gae.cpp", "live ? double(job.rewards[t])", "live ? double(job.rewards[t + 1])")
 """A file of the copy, and a mistake to plant in it: the old text and the new. The next build takes it out again."""
 
 

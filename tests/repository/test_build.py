@@ -36,7 +36,15 @@ def test_the_module_knows_nothing_of_torch():
 @needs_sources
 @needs_compiler
 def test_the_headers_compile_without_a_warning(tmp_path):
-    for header in ("objectives.h", "dispatch.h", "scalar.h", "columns.h", "cpu/batch.h", "cpu/gemm.h"):
+    for header in (
+        "objectives.h",
+        "dispatch.h",
+        "objective_functions.h",
+        "column_inputs.h",
+        "arguments.h",
+        "cpu/arguments.h",
+        "cpu/gemm.h",
+    ):
         unit = tmp_path / "unit.cpp"
         unit.write_text(f'#include "{header}"\nint main() {{}}\n')
         run(
@@ -159,12 +167,12 @@ def test_the_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
         f"-DRLK_ISA={isa}",
         *ISA_FLAGS[isa],
     ]
-    names = ["rows", "rows_f64", "token_stats", "backward", "fused_policy", "elementwise", "scan", "gemm"]
+    names = ["rows", "rows_f64", "token_stats", "backward", "fused_policy", "elementwise", "gae", "gemm"]
     if cpu_matmul.fp32_available():
         names += ["gemm_f32"]
     if cpu_matmul.available():
         flags += ["-DRLK_BF16", "-mavx512bf16"]
-        names += ["gemm_bf16", "rounding"]
+        names += ["gemm_bf16", "gemm_rounding"]
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() {}\n")
     if run([CXX, *flags, probe, "-o", tmp_path / "probe"], check=False).returncode != 0:

@@ -16,14 +16,14 @@ def row_gradient(
     stop,
     mask,
     inv_temperature,
-    shift,
-    total,
+    row_max,
+    sum_exp,
     entropy,
     dlogp,
     dentropy,
     dkl,
-    ref_shift,
-    ref_log_total,
+    ref_row_max,
+    ref_log_sum_exp,
     kl,
     MASKED: tl.constexpr,
     ENTROPY_TERM: tl.constexpr,
@@ -33,20 +33,20 @@ def row_gradient(
     """``dlogits`` of columns ``[start, stop)``: ``dlogp (1[v=y] - p) - dentropy p (log p + H) + dkl p (log p - log q -
     KL)``, over T.
 
-    Away from the target this is ``-e (flat + slope z)`` with ``e = exp2(z) = p total``; the target's element is written
-    last, by itself. Walked backwards: in the one-pass kernel the last tiles are the ones that the first sweep left in
-    the cache.
+    Away from the target this is ``-e (flat + slope z)`` with ``e = exp2(z) = p sum_exp``. The target's element is
+    written last, by itself. The tiles are walked backwards, because in the one-pass kernel the first sweep has left the
+    last tiles in the cache.
     """
     scale = inv_temperature * LOG2E
-    log_total = tl.log(total)
-    share = inv_temperature / total
-    flat = dlogp * share
+    log_sum_exp = tl.log(sum_exp)
+    per_sum = inv_temperature / sum_exp
+    flat = dlogp * per_sum
     slope = flat
     if ENTROPY_TERM:
-        flat += dentropy * (entropy - log_total) * share
-        slope = dentropy * LN2 * share
-    pull = dkl * share
-    level = ref_log_total - log_total - kl
+        flat += dentropy * (entropy - log_sum_exp) * per_sum
+        slope = dentropy * LN2 * per_sum
+    pull = dkl * per_sum
+    kl_offset = ref_log_sum_exp - log_sum_exp - kl
     own = (target >= start) & (target < stop)
     at_target = _at_target(
         row,
@@ -56,15 +56,15 @@ def row_gradient(
         stop,
         mask,
         inv_temperature,
-        shift,
-        total,
-        log_total,
+        row_max,
+        sum_exp,
+        log_sum_exp,
         entropy,
         dlogp,
         dentropy,
         dkl,
-        ref_shift,
-        ref_log_total,
+        ref_row_max,
+        ref_log_sum_exp,
         kl,
         MASKED,
         ENTROPY_TERM,
@@ -86,12 +86,12 @@ def row_gradient(
                 mask,
                 scale,
                 inv_temperature,
-                shift,
+                row_max,
                 flat,
                 slope,
                 pull,
-                level,
-                ref_shift,
+                kl_offset,
+                ref_row_max,
                 False,
                 MASKED,
                 ENTROPY_TERM,
@@ -107,12 +107,12 @@ def row_gradient(
                 mask,
                 scale,
                 inv_temperature,
-                shift,
+                row_max,
                 flat,
                 slope,
                 pull,
-                level,
-                ref_shift,
+                kl_offset,
+                ref_row_max,
                 True,
                 MASKED,
                 ENTROPY_TERM,
@@ -131,29 +131,29 @@ def _at_target(
     stop,
     mask,
     inv_temperature,
-    shift,
-    total,
-    log_total,
+    row_max,
+    sum_exp,
+    log_sum_exp,
     entropy,
     dlogp,
     dentropy,
     dkl,
-    ref_shift,
-    ref_log_total,
+    ref_row_max,
+    ref_log_sum_exp,
     kl,
     MASKED: tl.constexpr,
     ENTROPY_TERM: tl.constexpr,
     KL_TERM: tl.constexpr,
 ):
     # fp32 until the one rounding of the store: p rounded to bf16 first is 100 % off in the true class at p = 0.9995.
-    centred = (target_logit(row, target, start, stop, mask, MASKED) - shift) * inv_temperature
-    p = tl.exp2(centred * LOG2E) / total
-    log_p = tl.maximum(centred, FAR) - log_total
+    centred = (target_logit(row, target, start, stop, mask, MASKED) - row_max) * inv_temperature
+    p = tl.exp2(centred * LOG2E) / sum_exp
+    log_p = tl.maximum(centred, FAR) - log_sum_exp
     grad = dlogp * (1.0 - p)
     if ENTROPY_TERM:
         grad -= dentropy * (p * (log_p + entropy))
     if KL_TERM:
-        log_q = (target_logit(ref, target, start, stop, mask, MASKED) - ref_shift) * inv_temperature - ref_log_total
+        log_q = (target_logit(ref, target, start, stop, mask, MASKED) - ref_row_max) * inv_temperature - ref_log_sum_exp
         grad += tl.where(p == 0.0, 0.0, dkl * (p * (log_p - log_q - kl)))
     return grad * inv_temperature
 
@@ -168,27 +168,27 @@ def _store(
     mask,
     scale,
     inv_temperature,
-    shift,
+    row_max,
     flat,
     slope,
     pull,
-    level,
-    ref_shift,
+    kl_offset,
+    ref_row_max,
     TAIL: tl.constexpr,
     MASKED: tl.constexpr,
     ENTROPY_TERM: tl.constexpr,
     KL_TERM: tl.constexpr,
 ):
     keep = kept_columns(mask, v, stop, TAIL, MASKED)
-    z = (read(row, v, stop, keep, TAIL, MASKED, "evict_first") - shift) * scale
+    z = (read(row, v, stop, keep, TAIL, MASKED, "evict_first") - row_max) * scale
     e = tl.exp2(z)
     if ENTROPY_TERM:
         grad = -e * (flat + slope * tl.maximum(z, FAR))
     else:
         grad = -e * flat
     if KL_TERM:
-        log_q = (read(ref, v, stop, keep, TAIL, MASKED, "evict_first") - ref_shift) * inv_temperature
-        grad += tl.where(e == 0.0, 0.0, e * pull * (z * LN2 + level - log_q))
+        log_q = (read(ref, v, stop, keep, TAIL, MASKED, "evict_first") - ref_row_max) * inv_temperature
+        grad += tl.where(e == 0.0, 0.0, e * pull * (z * LN2 + kl_offset - log_q))
     if MASKED:
         grad = tl.where(keep, grad, 0.0)
     grad = grad.to(out.dtype.element_ty)

@@ -70,15 +70,15 @@ def token_stats(
     mask_stride,
     vocab,
     logp_ptr,
-    shift_ptr,
-    total_ptr,
+    row_max_ptr,
+    sum_exp_ptr,
     entropy_ptr,
-    squares_ptr,
-    mean_ptr,
-    top1_ptr,
+    log_sum_sq_ptr,
+    mean_logits_ptr,
+    is_top1_ptr,
     ref_logp_ptr,
-    ref_shift_ptr,
-    ref_total_ptr,
+    ref_row_max_ptr,
+    ref_sum_exp_ptr,
     kl_ptr,
     WANTED: tl.constexpr,
     PER_ROW: tl.constexpr,
@@ -94,22 +94,22 @@ def token_stats(
     target = tl.load(targets_ptr + token * target_stride).to(tl.int64)
     if target == ignore_index:
         tl.store(logp_ptr + token, 0.0)
-        tl.store(shift_ptr + token, 0.0)
-        tl.store(total_ptr + token, 0.0)
+        tl.store(row_max_ptr + token, 0.0)
+        tl.store(sum_exp_ptr + token, 0.0)
         if ENTROPY & WANTED:
             tl.store(entropy_ptr + token, 0.0)
         if LOG_SUM_SQ & WANTED:
-            tl.store(squares_ptr + token, 0.0)
+            tl.store(log_sum_sq_ptr + token, 0.0)
         if MEAN_LOGITS & WANTED:
-            tl.store(mean_ptr + token, 0.0)
+            tl.store(mean_logits_ptr + token, 0.0)
         if IS_TOP1 & WANTED:
-            tl.store(top1_ptr + token, 0)
+            tl.store(is_top1_ptr + token, 0)
         if KL & WANTED:
             tl.store(kl_ptr + token, 0.0)
         if REF:
             tl.store(ref_logp_ptr + token, 0.0)
-            tl.store(ref_shift_ptr + token, 0.0)
-            tl.store(ref_total_ptr + token, 0.0)
+            tl.store(ref_row_max_ptr + token, 0.0)
+            tl.store(ref_sum_exp_ptr + token, 0.0)
     else:
         row = place(logits_ptr, token, outer, inner, level, ALIGN)
         ref = row
@@ -117,34 +117,34 @@ def token_stats(
             ref = place(ref_ptr, token, ref_outer, ref_inner, level, ALIGN)
         mask = mask_ptr + token * mask_stride
         inv = _inverse_temperature(temperature, temperature_ptr, token, PER_ROW)
-        shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross = row_stats(
-            row, ref, vocab, mask, inv, WANTED, MASKED, REF, REAL, LANES, AHEAD, "evict_first"
-        )
-        log_total = tl.log(total)
+        sums = row_stats(row, ref, vocab, mask, inv, WANTED, MASKED, REF, REAL, LANES, AHEAD, "evict_first")
+        row_max, sum_exp, weighted_sum, square_sum, logit_sum, count, first_max = sums[:7]
+        ref_row_max, ref_sum_exp, cross_sum = sums[7:]
+        log_sum_exp = tl.log(sum_exp)
         x = target_logit(row, target, 0, vocab, mask, MASKED)
         outside = (target < 0) | (target >= vocab)  # met on an accelerator only: NaN there, no address formed from it
         nan = float("nan")
-        tl.store(logp_ptr + token, (x - shift) * inv - log_total)
-        tl.store(shift_ptr + token, tl.where(outside, nan, shift))
-        tl.store(total_ptr + token, tl.where(outside, nan, total))
+        tl.store(logp_ptr + token, (x - row_max) * inv - log_sum_exp)
+        tl.store(row_max_ptr + token, tl.where(outside, nan, row_max))
+        tl.store(sum_exp_ptr + token, tl.where(outside, nan, sum_exp))
         if ENTROPY & WANTED:
-            tl.store(entropy_ptr + token, tl.where(outside, nan, log_total - moment / total))
+            tl.store(entropy_ptr + token, tl.where(outside, nan, log_sum_exp - weighted_sum / sum_exp))
         if LOG_SUM_SQ & WANTED:
-            tl.store(squares_ptr + token, tl.where(outside, nan, tl.log(squares) - 2.0 * log_total))
+            tl.store(log_sum_sq_ptr + token, tl.where(outside, nan, tl.log(square_sum) - 2.0 * log_sum_exp))
         if MEAN_LOGITS & WANTED:
-            tl.store(mean_ptr + token, tl.where(outside, nan, plain / kept * inv))
+            tl.store(mean_logits_ptr + token, tl.where(outside, nan, logit_sum / count * inv))
         if IS_TOP1 & WANTED:
-            tl.store(top1_ptr + token, ((first == target) & (total == total)).to(tl.int8))
+            tl.store(is_top1_ptr + token, ((first_max == target) & (sum_exp == sum_exp)).to(tl.int8))
         if REF:
-            ref_log_total = tl.log(ref_total)
+            ref_log_sum_exp = tl.log(ref_sum_exp)
             tl.store(
                 ref_logp_ptr + token,
-                (target_logit(ref, target, 0, vocab, mask, MASKED) - ref_shift) * inv - ref_log_total,
+                (target_logit(ref, target, 0, vocab, mask, MASKED) - ref_row_max) * inv - ref_log_sum_exp,
             )
-            tl.store(ref_shift_ptr + token, tl.where(outside, nan, ref_shift))
-            tl.store(ref_total_ptr + token, tl.where(outside, nan, ref_total))
+            tl.store(ref_row_max_ptr + token, tl.where(outside, nan, ref_row_max))
+            tl.store(ref_sum_exp_ptr + token, tl.where(outside, nan, ref_sum_exp))
             if KL & WANTED:
-                tl.store(kl_ptr + token, tl.where(outside, nan, cross / total - log_total + ref_log_total))
+                tl.store(kl_ptr + token, tl.where(outside, nan, cross_sum / sum_exp - log_sum_exp + ref_log_sum_exp))
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED + ["slice_tiles", "unless_ptr", "guarded"])
@@ -167,11 +167,11 @@ def token_stats_backward(
     mask_ptr,
     mask_stride,
     vocab,
-    shift_ptr,
-    total_ptr,
+    row_max_ptr,
+    sum_exp_ptr,
     entropy_ptr,
-    ref_shift_ptr,
-    ref_total_ptr,
+    ref_row_max_ptr,
+    ref_sum_exp_ptr,
     kl_ptr,
     out_ptr,
     out_outer: tl.int64,
@@ -220,15 +220,15 @@ def token_stats_backward(
         ref = row
         inv = _inverse_temperature(temperature, temperature_ptr, token, PER_ROW)
         entropy = zero
-        ref_shift = zero
-        ref_log_total = zero
+        ref_row_max = zero
+        ref_log_sum_exp = zero
         kl = zero
         if ENTROPY_TERM:
             entropy = tl.load(entropy_ptr + token)
         if KL_TERM:
             ref = place(ref_ptr, token, ref_outer, ref_inner, level, ALIGN)
-            ref_shift = tl.load(ref_shift_ptr + token)
-            ref_log_total = tl.log(tl.load(ref_total_ptr + token))
+            ref_row_max = tl.load(ref_row_max_ptr + token)
+            ref_log_sum_exp = tl.log(tl.load(ref_sum_exp_ptr + token))
             kl = tl.load(kl_ptr + token)
         row_gradient(
             row,
@@ -239,14 +239,14 @@ def token_stats_backward(
             stop,
             mask,
             inv,
-            tl.load(shift_ptr + token),
-            tl.load(total_ptr + token),
+            tl.load(row_max_ptr + token),
+            tl.load(sum_exp_ptr + token),
             entropy,
             dlogp,
             dentropy,
             dkl,
-            ref_shift,
-            ref_log_total,
+            ref_row_max,
+            ref_log_sum_exp,
             kl,
             MASKED,
             ENTROPY_TERM,
@@ -280,8 +280,8 @@ def fused_policy(
     kl_weight_ptr,
     loss_ptr,
     logp_ptr,
-    shift_ptr,
-    total_ptr,
+    row_max_ptr,
+    sum_exp_ptr,
     entropy_ptr,
     dlogp_ptr,
     out_ptr,
@@ -314,8 +314,8 @@ def fused_policy(
     if (target == ignore_index) | ((weight == 0.0) & (entropy_weight == 0.0) & (kl_weight == 0.0)):
         tl.store(loss_ptr + token, 0.0)
         tl.store(logp_ptr + token, 0.0)
-        tl.store(shift_ptr + token, 0.0)
-        tl.store(total_ptr + token, 0.0)
+        tl.store(row_max_ptr + token, 0.0)
+        tl.store(sum_exp_ptr + token, 0.0)
         tl.store(entropy_ptr + token, 0.0)
         tl.store(dlogp_ptr + token, 0.0)
         if WITH_GRAD:
@@ -326,13 +326,13 @@ def fused_policy(
         inv = _inverse_temperature(temperature, temperature_ptr, token, PER_ROW)
         # Read before the sweeps: in place, the second one overwrites it.
         x = target_logit(row, target, 0, vocab, mask, MASKED)
-        shift, total, moment, _, _, _, _, _, _, _ = row_stats(
+        row_max, sum_exp, weighted_sum = row_stats(
             row, row, vocab, mask, inv, ENTROPY, MASKED, False, REAL, LANES, AHEAD, "evict_last"
-        )
-        total = tl.where((target < 0) | (target >= vocab), float("nan"), total)
-        log_total = tl.log(total)
-        logp = (x - shift) * inv - log_total
-        entropy = log_total - moment / total
+        )[:3]
+        sum_exp = tl.where((target < 0) | (target >= vocab), float("nan"), sum_exp)
+        log_sum_exp = tl.log(sum_exp)
+        logp = (x - row_max) * inv - log_sum_exp
+        entropy = log_sum_exp - weighted_sum / sum_exp
         loss = tl.zeros((), REAL)
         dlogp = loss
         if weight != 0.0:
@@ -352,8 +352,8 @@ def fused_policy(
                 loss -= entropy_weight * entropy
         tl.store(loss_ptr + token, loss)
         tl.store(logp_ptr + token, logp)
-        tl.store(shift_ptr + token, shift)
-        tl.store(total_ptr + token, total)
+        tl.store(row_max_ptr + token, row_max)
+        tl.store(sum_exp_ptr + token, sum_exp)
         tl.store(entropy_ptr + token, entropy)
         tl.store(dlogp_ptr + token, dlogp)
         if WITH_GRAD:
@@ -374,8 +374,8 @@ def fused_policy(
                     vocab,
                     mask,
                     inv,
-                    shift,
-                    total,
+                    row_max,
+                    sum_exp,
                     entropy,
                     push,
                     -entropy_weight,

@@ -1,10 +1,22 @@
-"""Device functions over one row of logits: its statistics in one read, its gradient in one read and one write.
+"""Device functions over one row of logits: the statistics of the row in one read.
 
-A row is walked in tiles of ``LANES`` x 8 columns, full ones without a mask, then one masked tail: a mask inside the
-loop turns 128-bit loads into 16-bit ones. Each lane keeps its own running maximum and sums; a lane's columns sit in one
-thread, so the loop has no barrier. Lanes meet once, at the end. All sums follow trees of pairs: the bits of a row
-depend on ``LANES`` alone, not on warps or on the layout that the compiler gives a dtype. Exponentials are powers of
-two, ``exp(x / T) = exp2(x scale)``: one multiplication per column less.
+The statistics under one name each, as in ``csrc/arguments.h``. Columns outside the support count nowhere, and T is the
+temperature.
+
+* ``row_max``: the largest logit x. Everything is measured from it, because exp(x / T) alone would overflow.
+* ``sum_exp``: the sum of e = exp(z), with the centred logit z = (x - row_max) / T.
+* ``weighted_sum``: the sum of e z. entropy = log sum_exp - weighted_sum / sum_exp.
+* ``square_sum``: the sum of e^2. log_sum_sq = log square_sum - 2 log sum_exp.
+* ``logit_sum``, ``count``: the sum of x and the number of columns. mean_logits = logit_sum / count / T.
+* ``first_max``: the first column that holds ``row_max``. is_top1 = (first_max is the target).
+* ``ref_row_max``, ``ref_sum_exp``: ``row_max`` and ``sum_exp`` of the row of the reference.
+* ``cross_sum``: the sum of e (z - ref_z). kl = cross_sum / sum_exp - log sum_exp + log ref_sum_exp.
+
+A row is walked in tiles of ``LANES`` x 8 columns. Full tiles have no mask, because a mask inside the loop turns 128-bit
+loads into 16-bit ones. One masked tail follows. Each lane keeps its own running maximum and sums. The loop has no
+barrier, because a lane's columns sit in one thread. Lanes meet once, at the end. All sums follow trees of pairs, so
+that the bits of a row depend on ``LANES`` alone, not on warps or on the layout that the compiler gives a dtype. Lanes
+hold z in units of log 2, because ``exp(x / T) = exp2(x scale)`` is one multiplication per column less.
 """
 
 import triton
@@ -99,70 +111,62 @@ def _moved(old, new, scale):
 
 
 @triton.jit
-def _rescale_kl(cross, total, gap, ref_gap, decay):
-    # A cross term of inf (the reference excludes a column that the policy has) must not meet a decay of 0, nor a gap of
-    # inf a total of 0. The reference's gap is not held at ``FAR``: where the policy stayed, all of it counts (at T =
-    # 0.01 a KL was 41 % too
-    # small).
-    return tl.where((decay == 0.0) | (total == 0.0), 0.0, decay * (cross + (gap - ref_gap) * total))
+def _rescale_kl(cross_sum, sum_exp, gap, ref_gap, decay):
+    # A cross term is inf where the reference excludes a column that the policy has. It must not meet a decay of 0,
+    # and a gap of inf must not meet a sum of 0. The reference's gap is not held at ``FAR``, because all of it counts
+    # where the policy stayed (at T = 0.01 a KL was 41 % too small).
+    return tl.where((decay == 0.0) | (sum_exp == 0.0), 0.0, decay * (cross_sum + (gap - ref_gap) * sum_exp))
 
 
 @triton.jit
 def _add(
-    x,
-    r,
-    v,
-    keep,
-    vocab,
-    scale,
-    shift,
-    total,
-    moment,
-    squares,
-    plain,
-    kept,
-    first,
-    ref_shift,
-    ref_total,
-    cross,
-    TAIL: tl.constexpr,
-    WANTED: tl.constexpr,
-    MASKED: tl.constexpr,
-    REF: tl.constexpr,
+    x, r, v, keep, vocab, scale, sums, TAIL: tl.constexpr, WANTED: tl.constexpr, MASKED: tl.constexpr, REF: tl.constexpr
 ):
-    """One tile joins the lanes' sums."""
-    top = tl.max(x, 1)
+    """The lanes' sums after one more tile. ``sums``: in the order of ``row_stats``."""
+    row_max, sum_exp, weighted_sum, square_sum, logit_sum, count, first_max, ref_row_max, ref_sum_exp, cross_sum = sums
+    tile_max = tl.max(x, 1)
     if IS_TOP1 & WANTED:
-        here = tl.min(tl.where(x == top[:, None], v, vocab), 1)
-        first = tl.where(top > shift, here, first)
-    new = tl.maximum(shift, top)  # may drop a NaN: the sums carry it
-    gap, decay = _moved(shift, new, scale)
-    centred = (x - new[:, None]) * scale
+        here = tl.min(tl.where(x == tile_max[:, None], v, vocab), 1)
+        first_max = tl.where(tile_max > row_max, here, first_max)
+    new_max = tl.maximum(row_max, tile_max)  # may drop a NaN: the sums carry it
+    gap, decay = _moved(row_max, new_max, scale)
+    centred = (x - new_max[:, None]) * scale
     e = tl.exp2(centred)
     if REF:
-        ref_new = tl.maximum(ref_shift, tl.max(r, 1))
-        ref_gap = (ref_shift - ref_new) * scale
+        ref_new_max = tl.maximum(ref_row_max, tl.max(r, 1))
+        ref_gap = (ref_row_max - ref_new_max) * scale
         ref_decay = tl.exp2(ref_gap)
-        ref_centred = (r - ref_new[:, None]) * scale
-        ref_total = ref_decay * ref_total + lane_sum(tl.exp2(ref_centred))
-        ref_shift = ref_new
+        ref_centred = (r - ref_new_max[:, None]) * scale
+        ref_sum_exp = ref_decay * ref_sum_exp + lane_sum(tl.exp2(ref_centred))
+        ref_row_max = ref_new_max
         if KL & WANTED:
-            cross = _rescale_kl(cross, total, gap, ref_gap, decay) + lane_sum(
+            cross_sum = _rescale_kl(cross_sum, sum_exp, gap, ref_gap, decay) + lane_sum(
                 tl.where(e == 0.0, 0.0, e * (centred - ref_centred))
             )
     if ENTROPY & WANTED:
-        moment = decay * (moment + gap * total) + lane_sum(e * tl.maximum(centred, FAR))
+        weighted_sum = decay * (weighted_sum + gap * sum_exp) + lane_sum(e * tl.maximum(centred, FAR))
     if LOG_SUM_SQ & WANTED:
-        squares = decay * decay * squares + lane_sum(e * e)
+        square_sum = decay * decay * square_sum + lane_sum(e * e)
     if MEAN_LOGITS & WANTED:
         if TAIL or MASKED:
-            plain += lane_sum(tl.where(keep, x, 0.0))
+            logit_sum += lane_sum(tl.where(keep, x, 0.0))
         else:
-            plain += lane_sum(x)
+            logit_sum += lane_sum(x)
         if MASKED:
-            kept += lane_sum(keep.to(x.dtype))
-    total = decay * total + lane_sum(e)
-    return new, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross
+            count += lane_sum(keep.to(x.dtype))
+    sum_exp = decay * sum_exp + lane_sum(e)
+    return (
+        new_max,
+        sum_exp,
+        weighted_sum,
+        square_sum,
+        logit_sum,
+        count,
+        first_max,
+        ref_row_max,
+        ref_sum_exp,
+        cross_sum,
+    )
 
 
 @triton.jit
@@ -180,28 +184,18 @@ def row_stats(
     AHEAD: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """Sums of one row: ``(shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross)``.
+    """Statistics of one row: ``(row_max, sum_exp, weighted_sum, square_sum, logit_sum, count, first_max, ref_row_max,
+    ref_sum_exp, cross_sum)``.
 
-    ``total = sum e``, ``e = exp((x - shift) / T)``; ``moment = sum e (x - shift) / T``; ``squares = sum e^2``;
-    ``plain`` sums x over the support, ``kept`` counts it; ``first`` is the first column that holds the maximum;
-    ``cross`` sums e times the difference of the two centred logits. ``AHEAD`` tiles are loaded before the first is
-    used.
+    ``AHEAD`` tiles are loaded before the first of them is used.
     """
     scale = inv_temperature * LOG2E
     # The lowest finite number, not -inf: no difference is then -inf - -inf, and a row of it alone is still a row.
     lowest = tl.full((LANES,), -3.4028234663852886e38, tl.float32)
     if REAL == tl.float64:
         lowest = tl.full((LANES,), -1.7976931348623157e308, tl.float64)
-    shift = lowest
-    total = tl.zeros((LANES,), REAL)
-    moment = total
-    squares = total
-    plain = total
-    kept = total
-    first = tl.zeros((LANES,), tl.int32) + vocab
-    ref_shift = lowest
-    ref_total = total
-    cross = total
+    zero = tl.zeros((LANES,), REAL)
+    sums = (lowest, zero, zero, zero, zero, zero, tl.zeros((LANES,), tl.int32) + vocab, lowest, zero, zero)
     BLOCK: tl.constexpr = LANES * PER
     whole = vocab // BLOCK * BLOCK
     group = vocab // (AHEAD * BLOCK) * (AHEAD * BLOCK)
@@ -217,28 +211,7 @@ def row_stats(
             tiles = tiles + ((v, keep, x, r),)
         for k in tl.static_range(AHEAD):
             v, keep, x, r = tiles[k]
-            shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross = _add(
-                x,
-                r,
-                v,
-                keep,
-                vocab,
-                scale,
-                shift,
-                total,
-                moment,
-                squares,
-                plain,
-                kept,
-                first,
-                ref_shift,
-                ref_total,
-                cross,
-                False,
-                WANTED,
-                MASKED,
-                REF,
-            )
+            sums = _add(x, r, v, keep, vocab, scale, sums, False, WANTED, MASKED, REF)
     if AHEAD > 1:
         for start in range(group, whole, BLOCK):
             v = columns(start, LANES)
@@ -247,28 +220,7 @@ def row_stats(
             r = x
             if REF:
                 r = read(ref, v, vocab, keep, False, MASKED, EVICT)
-            shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross = _add(
-                x,
-                r,
-                v,
-                keep,
-                vocab,
-                scale,
-                shift,
-                total,
-                moment,
-                squares,
-                plain,
-                kept,
-                first,
-                ref_shift,
-                ref_total,
-                cross,
-                False,
-                WANTED,
-                MASKED,
-                REF,
-            )
+            sums = _add(x, r, v, keep, vocab, scale, sums, False, WANTED, MASKED, REF)
     if whole < vocab:
         v = columns(whole, LANES)
         keep = kept_columns(mask, v, vocab, True, MASKED)
@@ -276,106 +228,56 @@ def row_stats(
         r = x
         if REF:
             r = read(ref, v, vocab, keep, True, MASKED, EVICT)
-        shift, total, moment, squares, plain, kept, first, ref_shift, ref_total, cross = _add(
-            x,
-            r,
-            v,
-            keep,
-            vocab,
-            scale,
-            shift,
-            total,
-            moment,
-            squares,
-            plain,
-            kept,
-            first,
-            ref_shift,
-            ref_total,
-            cross,
-            True,
-            WANTED,
-            MASKED,
-            REF,
-        )
-    return _meet(
-        vocab,
-        scale,
-        shift,
-        total,
-        moment,
-        squares,
-        plain,
-        kept,
-        first,
-        ref_shift,
-        ref_total,
-        cross,
-        WANTED,
-        MASKED,
-        REF,
-    )
+        sums = _add(x, r, v, keep, vocab, scale, sums, True, WANTED, MASKED, REF)
+    return _meet(vocab, scale, sums, WANTED, MASKED, REF)
 
 
 @triton.jit
-def _meet(
-    vocab,
-    scale,
-    shift,
-    total,
-    moment,
-    squares,
-    plain,
-    kept,
-    first,
-    ref_shift,
-    ref_total,
-    cross,
-    WANTED: tl.constexpr,
-    MASKED: tl.constexpr,
-    REF: tl.constexpr,
-):
-    """The lanes' sums become the row's."""
-    top = tl.max(shift, 0)
-    gap, decay = _moved(shift, top, scale)
-    ref_top = top
-    row_ref_total = top
-    row_cross = top
+def _meet(vocab, scale, sums, WANTED: tl.constexpr, MASKED: tl.constexpr, REF: tl.constexpr):
+    """The row's statistics from its lanes' sums."""
+    lane_max, lane_sum_exp, lane_weighted_sum, lane_square_sum, lane_logit_sum, lane_count, lane_first_max = sums[:7]
+    lane_ref_max, lane_ref_sum_exp, lane_cross_sum = sums[7:]
+    row_max = tl.max(lane_max, 0)
+    gap, decay = _moved(lane_max, row_max, scale)
+    ref_row_max = row_max
+    ref_sum_exp = row_max
+    cross_sum = row_max
     if REF:
-        ref_top = tl.max(ref_shift, 0)
-        ref_gap = (ref_shift - ref_top) * scale
+        ref_row_max = tl.max(lane_ref_max, 0)
+        ref_gap = (lane_ref_max - ref_row_max) * scale
         ref_decay = tl.exp2(ref_gap)
-        row_ref_total = sum_lanes(ref_decay * ref_total)
-        row_ref_total = tl.where(row_ref_total == 0.0, float("nan"), row_ref_total)
+        ref_sum_exp = sum_lanes(ref_decay * lane_ref_sum_exp)
+        ref_sum_exp = tl.where(ref_sum_exp == 0.0, float("nan"), ref_sum_exp)
         if KL & WANTED:
-            row_cross = sum_lanes(_rescale_kl(cross, total, gap, ref_gap, decay)) * LN2
-    row_moment = top
+            cross_sum = sum_lanes(_rescale_kl(lane_cross_sum, lane_sum_exp, gap, ref_gap, decay)) * LN2
+    weighted_sum = row_max
     if ENTROPY & WANTED:
-        row_moment = sum_lanes(decay * (moment + gap * total)) * LN2
-    row_squares = top
+        weighted_sum = sum_lanes(decay * (lane_weighted_sum + gap * lane_sum_exp)) * LN2
+    square_sum = row_max
     if LOG_SUM_SQ & WANTED:
-        row_squares = sum_lanes(decay * decay * squares)
-    row_plain = top
-    row_kept = tl.zeros((), top.dtype) + vocab
+        square_sum = sum_lanes(decay * decay * lane_square_sum)
+    logit_sum = row_max
+    count = tl.zeros((), row_max.dtype) + vocab
     if MEAN_LOGITS & WANTED:
-        row_plain = sum_lanes(plain)
+        logit_sum = sum_lanes(lane_logit_sum)
         if MASKED:
-            row_kept = sum_lanes(kept)
+            count = sum_lanes(lane_count)
     if IS_TOP1 & WANTED:
-        first = tl.where(shift == top, first, vocab)
-    row_total = sum_lanes(decay * total)
-    row_total = tl.where(row_total == 0.0, float("nan"), row_total)  # no finite logit: NaN, as eager
+        lane_first_max = tl.where(lane_max == row_max, lane_first_max, vocab)
+    sum_exp = sum_lanes(decay * lane_sum_exp)
+    sum_exp = tl.where(sum_exp == 0.0, float("nan"), sum_exp)  # no finite logit: NaN, as eager
+    first_max = tl.min(lane_first_max, 0)
     return (
-        top,
-        row_total,
-        row_moment,
-        row_squares,
-        row_plain,
-        row_kept,
-        tl.min(first, 0),
-        ref_top,
-        row_ref_total,
-        row_cross,
+        row_max,
+        sum_exp,
+        weighted_sum,
+        square_sum,
+        logit_sum,
+        count,
+        first_max,
+        ref_row_max,
+        ref_sum_exp,
+        cross_sum,
     )
 
 

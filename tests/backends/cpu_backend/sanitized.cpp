@@ -1,15 +1,17 @@
-// Every kernel of the CPU backend on buffers of exactly the size it needs, for the address and undefined-behaviour sanitizers.
-// test_build.py compiles this with the sources of csrc/cpu, for the instruction set RLK_ISA.
+// Every kernel of the CPU backend on buffers of exactly the size it needs, for the address and undefined-behaviour
+// sanitizers. test_build.py compiles this with the sources of csrc/cpu, for the instruction set RLK_ISA.
 #include <cstdio>
 #include <memory>
 #include <vector>
 
-#include "cpu/batch.h"
+#include "cpu/arguments.h"
 #include "cpu/gemm.h"
 
 using namespace rlk;
 
-RowKernels rlk::row_kernels(Dtype dtype) { return dtype == Dtype::f64 ? row_kernels_f64() : RLK_ISA::row_kernels(dtype); }
+RowKernels rlk::row_kernels(Dtype dtype) {
+  return dtype == Dtype::f64 ? row_kernels_f64() : RLK_ISA::row_kernels(dtype);
+}
 
 GemmKernels rlk::gemm_kernels() {
 #if defined(RLK_BF16)
@@ -70,17 +72,21 @@ void rows(Dtype dtype, int64_t vocab, bool masked, bool with_ref) {
   b.read_targets(address(targets), 1, 4), b.read_temperatures(address(ones));
   if (masked) b.mask = address(mask), b.mask_stride = vocab;
   const uintptr_t none = 0;
-  token_stats<Real>(b, {address(s[0]), address(s[1]), address(s[2]), address(s[3]), address(s[4]), address(s[5]), address(top),
-                        with_ref ? address(s[6]) : none, with_ref ? address(s[7]) : none, with_ref ? address(s[8]) : none,
-                        with_ref ? address(s[9]) : none});
+  token_stats<Real>(b, {address(s[0]), address(s[1]), address(s[2]), address(s[3]), address(s[4]), address(s[5]),
+                        address(top), with_ref ? address(s[6]) : none, with_ref ? address(s[7]) : none,
+                        with_ref ? address(s[8]) : none, with_ref ? address(s[9]) : none});
   const Layout fresh{address(out), vocab, 0, 1};
-  token_stats_backward<Real>(b, {address(ones), address(ones), with_ref ? address(ones) : none, address(s[1]), address(s[2]), address(s[3]),
-                                 address(s[7]), address(s[8]), address(s[9])}, fresh);
+  token_stats_backward<Real>(b,
+                             {address(ones), address(ones), with_ref ? address(ones) : none, address(s[1]),
+                              address(s[2]), address(s[3]), address(s[7]), address(s[8]), address(s[9])},
+                             fresh);
   const uintptr_t columns[] = {address(ones), address(ones)};
   const double params[] = {0.2, 0.2};
-  fused_policy<Real>(b, {"ppo_clip", "k3", columns, params, address(ones), address(ones), address(ones), address(ones)},
+  fused_policy<Real>(b,
+                     {"ppo_clip", "k3", columns, params, {address(ones), address(ones), address(ones), address(ones)}},
                      {address(s[0]), address(s[1]), address(s[2]), address(s[3]), address(s[4])}, fresh);
-  token_stats_backward<Real>(b, {address(ones), none, none, address(s[1]), address(s[2]), address(s[3]), none, none, none}, b.logits);
+  token_stats_backward<Real>(
+      b, {address(ones), none, none, address(s[1]), address(s[2]), address(s[3]), none, none, none}, b.logits);
 }
 
 template <class Real>
@@ -94,8 +100,8 @@ void lists(int64_t n) {
   const OfLoss of_loss{{address(x), address(x)}, mask.get(), &total, 0.5, address(value)};
   elementwise<Real>("pairwise", columns, params, nullptr, nullptr, derivative.get(), n, 2, &of_loss);
   const int64_t bounds[] = {0, n / 2, n / 2, n};
-  gae<Real>(x.get(), x.get(), mask.get(), bounds, 3, 0, 0.9, 0.9, Masked::skip, value.get(), derivative.get(), 2);
-  gae<Real>(x.get(), x.get(), mask.get(), nullptr, 1, n, 0.9, 0.9, Masked::zero, value.get(), derivative.get(), 2);
+  gae<Real>({x.get(), x.get(), mask.get(), bounds, 3, 0, 0.9, 0.9, Masked::skip, value.get(), derivative.get()}, 2);
+  gae<Real>({x.get(), x.get(), mask.get(), nullptr, 1, n, 0.9, 0.9, Masked::zero, value.get(), derivative.get()}, 2);
 }
 
 // A matrix of ones: row-major, column-major, or with every other element of it left out.
@@ -103,7 +109,12 @@ struct Ones {
   std::unique_ptr<unsigned char[]> block;
   Operand operand;
   Ones(int64_t rows, int64_t columns, int layout, bool wide) {
-    const int64_t row = layout == 0 ? columns : layout == 1 ? 1 : 2 * columns, column = layout == 0 ? 1 : layout == 1 ? rows : 2;
+    const int64_t row = layout == 0   ? columns
+                        : layout == 1 ? 1
+                                      : 2 * columns,
+                  column = layout == 0   ? 1
+                           : layout == 1 ? rows
+                                         : 2;
     const int64_t count = (rows - 1) * row + (columns - 1) * column + 1;
     block = filled<unsigned char>(count * (wide ? 4 : 2), 0);
     for (int64_t i = wide ? 2 : 0; i < count * (wide ? 4 : 2); i += wide ? 4 : 2) block[i] = 0x80, block[i + 1] = 0x3f;
@@ -111,7 +122,8 @@ struct Ones {
   }
 };
 
-// out = a b + a b of ones, in rows that lie 3 elements apart: true where every element is 2 k and nothing between the rows has changed.
+// out = a b + a b of ones, in rows that lie 3 elements apart: true where every element is 2 k and nothing between the
+// rows has changed.
 bool product(int64_t m, int64_t n, int64_t k, int layout, bool wide_a, bool wide_b) {
   const Ones a(m, k, layout, wide_a), b(k, n, (layout + m) % 3, wide_b);
   const auto out = filled<float>(m * (n + 3) - 3, 0.5f);
@@ -124,12 +136,14 @@ bool product(int64_t m, int64_t n, int64_t k, int layout, bool wide_a, bool wide
 #if defined(RLK_BF16)
 // Rows of one large element each, the last one of many: what rounding took from them comes back into both gradients.
 bool repaired(int64_t rows, int64_t columns, int64_t width) {
-  const auto d = filled<float>(rows * columns, 0.0f), dhidden = filled<float>(rows * width, 0.0f), dweight = filled<float>(columns * width, 0.0f);
+  const auto d = filled<float>(rows * columns, 0.0f), dhidden = filled<float>(rows * width, 0.0f),
+             dweight = filled<float>(columns * width, 0.0f);
   for (int64_t t = 0; t < rows; ++t) d[t * columns + t % columns] = 1.001f;
   for (int64_t v = 0; v < columns; ++v) d[(rows - 1) * columns + v] = 1.001f;
   const auto one = filled<uint16_t>((rows + columns) * width, 0x3f80);
   const auto kept = filled<Kept>(rows, Kept{});
-  avx512_bf16::add_rounding({rows, columns, width, d.get(), columns, one.get(), width, one.get(), width, dhidden.get(), width, dweight.get(), width, 2},
+  avx512_bf16::add_rounding({rows, columns, width, d.get(), columns, one.get(), width, one.get(), width, dhidden.get(),
+                             width, dweight.get(), width, 2},
                             kept.get());
   const float lost = 1.001f - 1.0f;
   float first = 0;  // what column 0 got: from every row that has its element there, and from the last
@@ -146,7 +160,8 @@ bool repaired(int64_t rows, int64_t columns, int64_t width) {
 int main() {
   for (const int64_t vocab : {1, 3, 65, 1023, 4097})
     for (const int options : {0, 1, 2, 3}) {
-      for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) rows<float>(dtype, vocab, options & 1, options & 2);
+      for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16})
+        rows<float>(dtype, vocab, options & 1, options & 2);
       rows<double>(Dtype::f64, vocab, options & 1, options & 2);
     }
   for (const int64_t n : {0, 1, 4097, 9000}) lists<float>(n), lists<double>(n);

@@ -1,5 +1,6 @@
-// The kernels whose threads talk to one another, as a program: the row that a cluster of blocks keeps in shared memory, the sums over rows,
-// the scan. A sanitizer that must be there before the process starts cannot be loaded into Python. Prints a hash of every result.
+// The kernels whose threads talk to one another, as a program: the row that a cluster of blocks keeps in shared memory,
+// the sums over rows, the scan. A sanitizer that must be there before the process starts cannot be loaded into Python.
+// Prints a hash of every result.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -35,7 +36,8 @@ std::vector<float> drawn(long long n, unsigned seed) {
 }
 
 void policy(long long rows, long long columns, int team) {
-  std::vector<float> x = drawn(rows * columns, 1), out(x.size()), old = drawn(rows, 2), advantage = drawn(rows, 3), weight(size_t(rows), 0.5f);
+  std::vector<float> x = drawn(rows * columns, 1), out(x.size()), old = drawn(rows, 2), advantage = drawn(rows, 3),
+                     weight(size_t(rows), 0.5f);
   x[0] = -INFINITY;
   std::vector<int64_t> targets(static_cast<size_t>(rows));
   for (long long r = 0; r < rows; ++r) targets[size_t(r)] = r == 1 ? -100 : columns - 1 - r;
@@ -45,16 +47,17 @@ void policy(long long rows, long long columns, int team) {
   std::vector<double> losses(size_t(rows) + 1);
   std::vector<float> loss(1);
   Rows at_rows;
-  at_rows.rows = rows, at_rows.columns = columns, at_rows.logits = {at(x), columns, 0, 1}, at_rows.targets = at(targets);
+  at_rows.rows = rows, at_rows.columns = columns, at_rows.logits = {at(x), columns, 0, 1},
+  at_rows.targets = at(targets);
   at_rows.inverse_temperature = 1.25f, at_rows.mask = at(mask), at_rows.mask_stride = columns;
-  PolicyInputs in{};
+  PolicyArguments in{};
   in.objective = objective_id("ppo_clip"), in.kl = objective_id("k3");
   in.columns[0] = at(old), in.columns[1] = at(advantage), in.params[0] = 0.2f, in.params[1] = 0.3f;
-  in.weight = in.entropy_weight = in.kl_weight = at(weight), in.ref_logp = at(advantage);
-  const PolicyOutputs to{at(found[0]), at(found[1]), at(found[2]), at(found[3]), at(found[4]),
-                         at(losses),   at(losses) + 8 * uintptr_t(rows), at(loss)};
+  in.per_row = {at(weight), at(weight), at(advantage), at(weight)};
+  const PolicyOutputs to{at(found[0]), at(found[1]), at(found[2]), at(found[3]), at(found[4])};
+  const LossSum total{at(losses), at(losses) + 8 * uintptr_t(rows), at(loss)};
   choices().fused_cluster = team;
-  fused_policy<Dtype::f32, Dtype::f32>(at_rows, in, to, {at(out), columns, 0, 1}, {});
+  fused_policy<Dtype::f32, Dtype::f32>(at_rows, in, to, total, {at(out), columns, 0, 1}, {});
   Hash hash;
   for (const auto& column : found) hash.add(column);
   hash.add(out), hash.add(loss);
@@ -66,8 +69,10 @@ void list(long long n) {
   const long long count = elementwise_parts(n);
   std::vector<double> parts(size_t(count) + 1);
   ElementwiseJob<float> job{};
-  job.columns[0] = x.data(), job.weight = weight.data(), job.value = value.data(), job.derivative = derivative.data(), job.loss = loss.data();
-  job.parts = parts.data(), job.ticket = count > 1 ? reinterpret_cast<unsigned*>(parts.data() + count) : nullptr, job.n = n;
+  job.columns[0] = x.data(), job.weight = weight.data(), job.value = value.data(), job.derivative = derivative.data(),
+  job.loss = loss.data();
+  job.parts = parts.data(), job.ticket = count > 1 ? reinterpret_cast<unsigned*>(parts.data() + count) : nullptr,
+  job.n = n;
   elementwise<float>("pairwise", job, {});
   Hash hash;
   hash.add(value), hash.add(derivative), hash.add(loss);
@@ -75,10 +80,12 @@ void list(long long n) {
 }
 
 void scan(long long length, Masked masked) {
-  std::vector<float> rewards = drawn(2 * length, 6), values = drawn(2 * length, 7), advantages(rewards.size()), returns(rewards.size());
+  std::vector<float> rewards = drawn(2 * length, 6), values = drawn(2 * length, 7), advantages(rewards.size()),
+                     returns(rewards.size());
   std::vector<unsigned char> mask(rewards.size(), 1);
   for (size_t i = 0; i < mask.size(); i += 3) mask[i] = 0;
-  GaeJob<float> job{rewards.data(), values.data(), mask.data(), nullptr, 2, length, 0.99, 0.95, masked, advantages.data(), returns.data()};
+  GaeJob<float> job{rewards.data(), values.data(), mask.data(),       nullptr,       2, length, 0.99,
+                    0.95,           masked,        advantages.data(), returns.data()};
   gae<float>(job, {});
   Hash hash;
   hash.add(advantages), hash.add(returns);

@@ -67,7 +67,8 @@ def test_every_team_of_blocks_gives_one_answer(expected):
 
 
 @pytest.mark.parametrize(
-    "file, barrier", [("row.cuh", "    sync();\n    Sums all"), ("scan.cuh", "    __syncthreads();\n    State state")]
+    "file, barrier",
+    [("row_threads.cuh", "    sync();\n    Sums all"), ("gae.cuh", "    __syncthreads();\n    State state")],
 )
 def test_a_missing_barrier_of_a_cluster_or_a_block_is_reported(file, barrier, folder, tmp_path):
     needs("tsan", tmp_path)

@@ -1,10 +1,12 @@
-// A sum over the whole launch without float atomics: every block leaves its part, the last block to finish adds the parts in their order.
+// A sum over the whole launch without float atomics. Every block leaves its part, and the last block to finish adds the
+// parts in their order.
 #pragma once
 #include "platform.cuh"
 
 namespace rlk {
 
-constexpr int kAdders = 128;  // threads that add the parts, whatever the block size: the order depends on the number of parts alone
+// Threads that add the parts, whatever the block size, so that the order depends on the number of parts alone.
+constexpr int kAdders = 128;
 
 __device__ __forceinline__ double warp_sum(double x) {
 #pragma unroll
@@ -12,22 +14,23 @@ __device__ __forceinline__ double warp_sum(double x) {
   return x;
 }
 
-// True in every thread of the block that comes last. Thread 0 has stored the block's part before. `flag` lies in shared memory.
+// Whether this block comes last. Thread 0 has stored the block's part before. `flag` lies in shared memory.
 __device__ __forceinline__ bool comes_last(unsigned* ticket, unsigned blocks, unsigned* flag) {
   if (threadIdx.x == 0) {
-    __threadfence();  // the part is visible before the ticket says so
+    __threadfence();  // so that the part is visible before the ticket says so
     *flag = atomicAdd(ticket, 1u) == blocks - 1;
-    __threadfence();  // and the parts of the others are read after it
+    __threadfence();  // so that the parts of the others are read after it
   }
   __syncthreads();
   return *flag != 0;
 }
 
-// In thread 0 of the block: parts k, k + 128, k + 256 ... one after another, then the 128 sums. `warps` holds four doubles.
+// The sum of the parts, in thread 0 of the block: parts k, k + 128, k + 256 ... one after another, then the 128 sums.
+// `warps` holds four doubles.
 __device__ inline double add_parts(const double* parts, long long n, double* warps) {
   const int t = int(threadIdx.x);
   if (t < kAdders) {
-    constexpr int kMore = 8;  // loads in flight: a part comes from the second-level cache
+    constexpr int kMore = 8;  // loads in flight, because a part comes from the second-level cache
     double sum = 0;
     for (long long k = t; k < n; k += kMore * kAdders) {
       double part[kMore];

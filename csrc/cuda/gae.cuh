@@ -1,15 +1,17 @@
-// Generalised advantage estimation as one reverse scan per sequence: any length, masks and packed batches, one launch, double inside.
+// Generalised advantage estimation as one reverse scan per sequence, in one launch and in double. Sequences have any
+// length and any mask, padded or packed.
 //
-// Walked from the end, a live token turns the state (V_next, A_next) into (V, r - V + gamma V_next + gamma lam A_next); a dead one leaves
-// it alone ("skip") or is a step with r = V = 0 ("zero"). Such maps compose: a thread composes its own tokens, warps scan the maps of
-// their threads, and the state is carried from warp to warp and from chunk to chunk in the order of the sequence.
+// Walked from the end, a live token turns the state (V_next, A_next) into (V, r - V + gamma V_next + gamma lam A_next).
+// A dead token leaves the state alone ("skip") or is a step with r = V = 0 ("zero"). Such maps compose. A thread
+// composes its own tokens, and warps scan the maps of their threads. The state is carried from warp to warp and from
+// chunk to chunk, in the order of the sequence.
 #pragma once
 #include "platform.cuh"
-#include "rows.h"
+#include "arguments.h"
 
 namespace rlk {
 
-// V' = (keep ? V : 0) + v,  A' = p V + q A + s
+// The map V' = (keep ? V : 0) + v,  A' = p V + q A + s.
 struct Map {
   int keep = 1;
   double v = 0, p = 0, q = 1, s = 0;
@@ -19,8 +21,10 @@ struct State {
   double value = 0, trace = 0;
 };
 
-__device__ __forceinline__ Map then(const Map& a, const Map& b) {  // a nearer the end
-  return {a.keep & b.keep, (b.keep ? a.v : 0.0) + b.v, (a.keep ? b.p : 0.0) + b.q * a.p, b.q * a.q, b.p * a.v + b.q * a.s + b.s};
+// The map of a and then b, where a is nearer the end of the sequence.
+__device__ __forceinline__ Map then(const Map& a, const Map& b) {
+  return {a.keep & b.keep, (b.keep ? a.v : 0.0) + b.v, (a.keep ? b.p : 0.0) + b.q * a.p, b.q * a.q,
+          b.p * a.v + b.q * a.s + b.s};
 }
 
 __device__ __forceinline__ State apply(const Map& m, const State& x) {
@@ -28,14 +32,16 @@ __device__ __forceinline__ State apply(const Map& m, const State& x) {
 }
 
 __device__ __forceinline__ Map shuffle_up(const Map& m, int distance) {
-  return {__shfl_up_sync(0xffffffffu, m.keep, distance), __shfl_up_sync(0xffffffffu, m.v, distance), __shfl_up_sync(0xffffffffu, m.p, distance),
-          __shfl_up_sync(0xffffffffu, m.q, distance), __shfl_up_sync(0xffffffffu, m.s, distance)};
+  return {__shfl_up_sync(0xffffffffu, m.keep, distance), __shfl_up_sync(0xffffffffu, m.v, distance),
+          __shfl_up_sync(0xffffffffu, m.p, distance), __shfl_up_sync(0xffffffffu, m.q, distance),
+          __shfl_up_sync(0xffffffffu, m.s, distance)};
 }
 
 template <class Real, int BLOCK, int ITEMS>
 __global__ void __launch_bounds__(BLOCK) gae(const GaeJob<Real> job) {
   constexpr int kScanWarps = BLOCK / 32;
-  CUDA_DYN_SHARED(Map, totals);  // of the warps; two sets, used in turn, so that one barrier per chunk is enough
+  // The maps of the warps. Two sets are used in turn, so that one barrier per chunk is enough.
+  CUDA_DYN_SHARED(Map, totals);
   const long long sequence = blockIdx.x;
   const long long begin = job.bounds ? job.bounds[sequence] : sequence * job.length;
   const long long end = job.bounds ? job.bounds[sequence + 1] : begin + job.length;
@@ -53,9 +59,10 @@ __global__ void __launch_bounds__(BLOCK) gae(const GaeJob<Real> job) {
       const long long t = mine - i;
       const bool inside = t >= begin;
       live[i] = inside && (!job.mask || job.mask[t]);
-      reward[i] = live[i] ? double(job.rewards[t]) : 0.0;  // what stands at a dead position is not read: it may be anything
+      reward[i] = live[i] ? double(job.rewards[t]) : 0.0;  // a dead position is not read, because it may hold anything
       value[i] = live[i] ? double(job.values[t]) : 0.0;
-      if (live[i] || (inside && job.masked == Masked::zero)) own = then(own, {0, value[i], job.gamma, decay, reward[i] - value[i]});
+      if (live[i] || (inside && job.masked == Masked::zero))
+        own = then(own, {0, value[i], job.gamma, decay, reward[i] - value[i]});
     }
     Map upto = own;  // of this thread and those before it in the warp
 #pragma unroll
@@ -90,7 +97,7 @@ __global__ void __launch_bounds__(BLOCK) gae(const GaeJob<Real> job) {
 }
 
 template <int BLOCK>
-constexpr int scan_shared() {
+constexpr int gae_shared() {
   return 2 * BLOCK / 32 * int(sizeof(Map));
 }
 

@@ -1,8 +1,8 @@
-// The instruction set: chosen once, when the module is loaded.
+// The instruction set, chosen once when the module is loaded, and the kernels that belong to it.
 #include <cstdlib>
 #include <vector>
 
-#include "batch.h"
+#include "arguments.h"
 #include "gemm.h"
 
 #if defined(RLK_X86)
@@ -40,8 +40,8 @@ Isa choose() {
 
 const Isa kIsa = choose();
 
-// Asked of the processor itself: not every compiler that has the instructions knows their name in __builtin_cpu_supports. That the system
-// saves the registers is part of what "avx512f" means.
+// Asks the processor itself, because not every compiler that has the instructions knows their name in
+// __builtin_cpu_supports. The system saves the registers wherever that reports "avx512f".
 bool has_bf16() {
 #if defined(RLK_BF16)
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -53,7 +53,8 @@ bool has_bf16() {
 
 const bool kBf16 = has_bf16();
 
-// MKL, torch's product on x86, is written for Intel's processors: on two cores of Zen 4 it reaches 158 to 196 GFLOP/s, ours 194 to 204.
+// MKL is torch's matmul on x86, and is written for Intel's processors. On two cores of Zen 4 it reaches 158 to 196
+// GFLOP/s, and ours 194 to 204.
 bool made_by_amd() {
 #if defined(RLK_X86)
   unsigned a = 0, b = 0, c = 0, d = 0;

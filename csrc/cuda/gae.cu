@@ -1,5 +1,5 @@
-// Launches of gae.
-#include "scan.cuh"
+// The launches of gae.
+#include "gae.cuh"
 
 #include "launch.h"
 
@@ -9,7 +9,7 @@ template <class Real>
 void gae(const GaeJob<Real>& job, Where where) {
   constexpr int kBlock = 256, kItems = 8;
   const OnDevice guard("gae", where.device);
-  launch("gae", gae<Real, kBlock, kItems>, Grid{job.sequences, kBlock, scan_shared<kBlock>()}, where, job);
+  launch("gae", gae<Real, kBlock, kItems>, Grid{job.sequences, kBlock, gae_shared<kBlock>()}, where, job);
 }
 
 template void gae(const GaeJob<float>&, Where);

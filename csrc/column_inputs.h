@@ -1,10 +1,10 @@
-// One element of a sum over columns, on both backends: what `job` reads for the first column, and what the element weighs.
+// The inputs of one element of a sum over columns, on both backends: its columns and its weight.
 #pragma once
-#include "scalar.h"
+#include "objective_functions.h"
 
 namespace rlk {
 
-// The first column is the difference of several.
+// Element i of column C. The first column may be a difference, of which job.minus holds what is taken away.
 template <size_t C, class Job>
 RLK_HD auto column(const Job& job, long long i) {
   auto x = job.columns[C][i];
@@ -13,7 +13,7 @@ RLK_HD auto column(const Job& job, long long i) {
   return x;
 }
 
-// 0 of a dead element, whatever the factor: with no live element it is infinite.
+// The weight of element i. A dead element weighs 0 by branch, because the factor is infinite where no element is live.
 template <class Job, class S>
 RLK_HD S weight_at(const Job& job, S factor, long long i) {
   if (job.mask) return job.mask[i] ? factor : S(0);

@@ -1,11 +1,11 @@
-// Eight neighbouring columns of a row: how they are loaded, widened, masked and stored.
+// Loads, widens, masks and stores eight neighbouring columns of a row.
 //
-// A thread always takes eight columns that start at a multiple of eight, whatever the address of the row: where 16-byte accesses are
-// possible they are used, elsewhere the same columns come one by one. So the bits of a row do not depend on where it lies in memory,
-// and a row in bf16 is added up in the order of the same row in fp32.
+// A thread always takes eight columns that start at a multiple of eight, whatever the address of the row. They come by
+// 16-byte accesses where those are possible, and one by one elsewhere. The bits of a row do not depend on its place in
+// memory, because the columns of a thread do not. A row in bf16 is added up in the order of the same row in fp32.
 #pragma once
 #include "platform.cuh"
-#include "rows.h"
+#include "arguments.h"
 
 namespace rlk {
 
@@ -56,7 +56,9 @@ __device__ __forceinline__ void unpack_pair(unsigned pair, __half, float& low, f
 __device__ __forceinline__ unsigned pack_pair(__nv_bfloat16, float low, float high) {
   return bits_as<unsigned>(__floats2bfloat162_rn(low, high));
 }
-__device__ __forceinline__ unsigned pack_pair(__half, float low, float high) { return bits_as<unsigned>(__floats2half2_rn(low, high)); }
+__device__ __forceinline__ unsigned pack_pair(__half, float low, float high) {
+  return bits_as<unsigned>(__floats2half2_rn(low, high));
+}
 
 template <class T>
 __device__ __forceinline__ void unpack(const Packed<T>& from, float (&x)[kGroup]) {
@@ -65,13 +67,14 @@ __device__ __forceinline__ void unpack(const Packed<T>& from, float (&x)[kGroup]
   for (int k = 0; k < 4; ++k) unpack_pair(w[k], T(), x[2 * k], x[2 * k + 1]);
 }
 
-// The one rounding of what is stored.
+// Rounds eight columns to the dtype that is stored.
 __device__ __forceinline__ Packed<float> pack(const float (&x)[kGroup], float) {
   return {{bits_as<uint4>(make_float4(x[0], x[1], x[2], x[3])), bits_as<uint4>(make_float4(x[4], x[5], x[6], x[7]))}};
 }
 template <class T>
 __device__ __forceinline__ Packed<T> pack(const float (&x)[kGroup], T) {
-  return {{make_uint4(pack_pair(T(), x[0], x[1]), pack_pair(T(), x[2], x[3]), pack_pair(T(), x[4], x[5]), pack_pair(T(), x[6], x[7]))}};
+  return {{make_uint4(pack_pair(T(), x[0], x[1]), pack_pair(T(), x[2], x[3]), pack_pair(T(), x[4], x[5]),
+                      pack_pair(T(), x[6], x[7]))}};
 }
 
 template <class T>
@@ -79,7 +82,7 @@ __device__ __forceinline__ bool aligned(const T* row) {
   return reinterpret_cast<uintptr_t>(row) % 16 == 0;
 }
 
-// kOnce: no one reads it again soon, so it need not stay in the caches.
+// kOnce: the columns need not stay in the caches, because no one reads them again soon.
 template <bool kOnce, class T>
 __device__ __forceinline__ Packed<T> load_whole(const T* at) {
   const uint4* from = reinterpret_cast<const uint4*>(at);
@@ -89,7 +92,7 @@ __device__ __forceinline__ Packed<T> load_whole(const T* at) {
   return to;
 }
 
-// Columns past the end are -inf: they weigh nothing.
+// Loads eight columns. Those past the end are -inf, because they must weigh nothing.
 template <bool kOnce, class T>
 __device__ __forceinline__ Packed<T> load_group(const T* row, long long column, long long columns, bool wide) {
   if (wide && column + kGroup <= columns) return load_whole<kOnce>(row + column);
@@ -102,7 +105,8 @@ __device__ __forceinline__ Packed<T> load_group(const T* row, long long column, 
 }
 
 template <class T>
-__device__ __forceinline__ void store_group(T* row, long long column, long long columns, bool wide, const Packed<T>& from) {
+__device__ __forceinline__ void store_group(T* row, long long column, long long columns, bool wide,
+                                            const Packed<T>& from) {
   if (wide && column + kGroup <= columns) {
     uint4* to = reinterpret_cast<uint4*>(row + column);
 #pragma unroll
@@ -116,7 +120,7 @@ __device__ __forceinline__ void store_group(T* row, long long column, long long 
     if (column + i < columns) row[column + i] = item[i];
 }
 
-// One bit per column: inside the row, and in the support.
+// One bit per column, set where the column is inside the row and in the support.
 __device__ __forceinline__ unsigned kept_columns(const unsigned char* mask, long long column, long long columns) {
   const long long left = columns - column;
   const unsigned inside = left >= kGroup ? 0xffu : left <= 0 ? 0u : (1u << left) - 1u;
@@ -133,26 +137,29 @@ __device__ __forceinline__ void drop_columns(float (&x)[kGroup], unsigned kept) 
   for (int i = 0; i < kGroup; ++i) x[i] = kept >> i & 1 ? x[i] : -INFINITY;
 }
 
-// The logit of column y: NaN outside the row, and no address formed from it; -inf outside the support.
+// The logit of column y. It is NaN outside the row, where no address is formed, and -inf outside the support.
 template <class T>
 __device__ __forceinline__ float logit_of(const Rows& rows, const T* row, const unsigned char* mask, long long y) {
   if (!rows.holds(y)) return NAN;
   return mask && !mask[y] ? -INFINITY : as_float(row[y]);
 }
 
-// Zeros over columns [from, stop) of a row, by the `threads` threads of which this is number `rank`.
+// Writes zeros over columns [from, stop) of a row, by the `threads` threads of which this is number `rank`.
 template <class T>
-__device__ __forceinline__ void fill_zero(T* row, long long from, long long stop, long long columns, int rank, int threads) {
+__device__ __forceinline__ void fill_zero(T* row, long long from, long long stop, long long columns, int rank,
+                                          int threads) {
   const bool wide = aligned(row);
   const Packed<T> zero{};
   for (long long column = from + (long long)rank * kGroup; column < stop; column += (long long)threads * kGroup)
     store_group(row, column, columns, wide, zero);
 }
 
-// One number per row; an address of 0 is one that was not given, or not asked for.
-__device__ __forceinline__ float get(uintptr_t from, long long r) { return from ? reals<const float>(from)[r] : 0.0f; }
+// Reads and writes one number per row. An address of 0 is an input that is absent, or an output that is not wanted.
+__device__ __forceinline__ float get(uintptr_t from, long long r) {
+  return from ? pointer<const float>(from)[r] : 0.0f;
+}
 __device__ __forceinline__ void put(uintptr_t to, long long r, float x) {
-  if (to) reals<float>(to)[r] = x;
+  if (to) pointer<float>(to)[r] = x;
 }
 
 }  // namespace rlk

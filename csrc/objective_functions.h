@@ -1,4 +1,5 @@
-// The C++ twins of rlkernels/objectives/functions.py, for host and device. Not named math.h: with -Icsrc it would shadow the system's <math.h>.
+// The C++ twins of rlkernels/objectives/functions.py, for host and device. The file is not called math.h, because with
+// -Icsrc it would shadow the system's <math.h>.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -7,13 +8,13 @@
 #ifdef __CUDACC__
 #define RLK_HD __host__ __device__ inline
 #else
-// Forced: a copy left out of line in a file compiled for AVX-512 could be linked into code for an older machine.
+// Forced inline, because a copy that a file for AVX-512 left out of line could be linked into code for another machine.
 #define RLK_HD inline __attribute__((always_inline))
 #endif
 
 namespace rlk {
 
-// What an objective returns: its value and the derivative with respect to its first column.
+// The result of an objective: its value and the derivative with respect to its first column.
 template <class S>
 struct Term {
   S value, derivative;
@@ -33,7 +34,7 @@ RLK_HD S where(bool condition, S a, S b) {
   return condition ? a : b;
 }
 
-// Comparisons, not fmin and fmax: those return the operand that is not NaN.
+// Compares instead of calling fmin and fmax, because those return the operand that is not NaN.
 template <class S>
 RLK_HD S clip(S x, S low, S high) {
   return x < low ? low : x > high ? high : x;
@@ -44,13 +45,13 @@ RLK_HD S sigmoid(S x) {
   return S(1) / (S(1) + rlk::exp(-x));
 }
 
-// min(x, 0) - log(1 + e^-|x|): exp never overflows, and log1p keeps the tail.
+// min(x, 0) - log(1 + e^-|x|), because this exp never overflows and log1p keeps the tail.
 template <class S>
 RLK_HD S log_sigmoid(S x) {
   return (x > S(0) ? S(0) : x) - rlk::log1p(rlk::exp(x > S(0) ? -x : x));
 }
 
-// The two 16-bit formats as bits. Conversions round to nearest even, keep NaN and reach every subnormal.
+// The two 16-bit formats as bits. Conversions round to nearest even, keep NaN and reach every subnormal number.
 struct Bf16 {
   uint16_t bits;
 };
