@@ -197,9 +197,12 @@ def test_import_adds_less_than_100_ms_to_torch(tmp_path):
     # Processor time, best of five: the cost of the import, not of what else the machine is doing (46 ms alone, 114 ms of wall time
     # beside two busy processes on two cores). The first one compiles, since an installed package is compiled, too.
     compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": tmp_path}
+    # Collected before: a pass over all of torch's objects is due sooner or later, and takes 87 ms where it falls into our import (Python 3.13, torch 2.14).
     code = """
+        import gc
         import time
         import torch
+        gc.collect()
         start = time.process_time()
         import rlkernels
         print(time.process_time() - start)
