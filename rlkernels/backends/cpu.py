@@ -142,7 +142,7 @@ def _kernel(kernels, what, first):
     """The kernel over columns of this dtype."""
     if not first.is_cpu:
         raise RuntimeError(f"backend 'cpu' got {what} on {first.device}; move them, or leave use_backend")
-    return column_kernel("cpu", what, first.dtype, kernels)
+    return kernels.get(first.dtype) or column_kernel("cpu", what, first.dtype, kernels)
 
 
 def _rows(caller, rows):

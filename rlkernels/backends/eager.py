@@ -125,8 +125,8 @@ def token_stats(rows, wanted):
     def per_row(values):
         return torch.where(live, torch.where(out_of_range, math.nan, values), 0.0)
 
-    absent = x.new_empty(0)
-    entropy = log_sum_sq = mean_logits = ref_logp = ref_row_max = ref_sum_exp = kl = absent
+    # A tensor each, because the outputs of a registered op must not share memory, were it none.
+    entropy, log_sum_sq, mean_logits, ref_logp, ref_row_max, ref_sum_exp, kl = (x.new_empty(0) for _ in range(7))
     is_top1 = x.new_empty(0, dtype=torch.bool)
     if wanted & ENTROPY:
         entropy = per_row(log_sum - torch.where(e == 0, 0.0, e * centred).sum(-1) / sum_exp)

@@ -1,4 +1,4 @@
-"""What the two compiled backends share: their arguments as they cross to native code."""
+"""The arguments of the two compiled backends as they cross to native code."""
 
 import torch
 

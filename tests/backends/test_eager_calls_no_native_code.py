@@ -16,7 +16,7 @@ from written_results import written
 
 import rlkernels as rlk
 from rlkernels import ops
-from rlkernels.backends import cpu
+from rlkernels.backends import cpu, cpu_memory
 
 pytestmark = native
 LARGE = {"every tensor is large": 0, "as it is": None}
@@ -63,7 +63,7 @@ def test_eager_calls_no_native_code_and_gives_the_results_of_a_process_without_i
     name, large, trap, without_the_module, monkeypatch
 ):
     if LARGE[large] is not None:
-        monkeypatch.setattr(cpu, "LARGE", LARGE[large])
+        monkeypatch.setattr(cpu_memory, "LARGE", LARGE[large])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -113,7 +113,7 @@ def test_the_matmuls_and_the_memory_of_a_head_are_trapped_by_themselves(name, dt
     if name == "gemm" and not cpu._cpu.gemm_f32_preferred():
         pytest.skip("the matmuls of a head are torch's on this processor")
     monkeypatch.setattr(cpu._cpu, name, _raising(name))
-    monkeypatch.setattr(cpu, "LARGE", 0)
+    monkeypatch.setattr(cpu_memory, "LARGE", 0)
     d = {k: x.to(dtype) if k in ("hidden", "weight", "bias") else x for k, x in data().items()}
     operands = d["hidden"], d["weight"], d["targets"]
     with pytest.raises(NativeCode, match=name):
