@@ -1,30 +1,26 @@
-"""Policy and value losses over log-probabilities and over logits.
+"""The policy loss over log-probabilities, and the ratio term that policy losses share.
 
 The objective is an argument by name, and so is the aggregation: no loss here is written for one of them.
 """
 
 import torch
 
-from rlkernels import checks, ops
-from rlkernels.backends.protocol import PolicyInputs, real_dtype
+from rlkernels import checks
+from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.logits_layout import dense, flatten_logits
+from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import (
-    ROW,
     Share,
     check_terms,
-    column,
     every_token,
-    live_tokens,
     of_sums,
     resolve,
     share_of,
     some_tokens,
     state,
-    term_weights,
 )
 from rlkernels.losses.policy_metrics import policy_metrics
-from rlkernels.losses.weighted_sum import parameters, weighted_sum
+from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.sequences import means, spread, sums
 from rlkernels.tracing import product, replaced
 
@@ -121,179 +117,6 @@ def policy_loss(
     return loss, policy_metrics(
         logp, columns, every_token(logprobs, live), ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens
     )
-
-
-def logits_policy_loss(
-    logits,
-    targets,
-    old_logprobs,
-    advantages,
-    mask=None,
-    *,
-    temperature=1.0,
-    ignore_index=-100,
-    vocab_mask=None,
-    objective="ppo_clip",
-    aggregation="token-mean",
-    weights=None,
-    ref_logprobs=None,
-    kl="k3",
-    kl_coef=0.0,
-    entropy_coef=0.0,
-    cu_seqlens=None,
-    ratio_level="token",
-    normalizers=None,
-    inplace_backward=False,
-    return_metrics=False,
-    **params,
-):
-    r"""``policy_loss`` straight from logits: statistics, objective and the gradient with respect to the logits in one
-    pass over each row.
-
-    The row of a token of weight 0 is never read, nor its target and temperature: any id will do. Sequence-level ratios
-    need every row before any gradient: they take the two passes of ``token_stats``.
-
-    Args:
-        logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; ``old_logprobs`` and
-            ``ref_logprobs`` under the same temperature and mask.
-        inplace_backward: the backward writes the gradient over ``logits``; nothing of their size is allocated.
-        the rest: as for ``policy_loss``; the entropy is that of the row.
-
-    Returns:
-        Scalar, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, dict)``.
-
-    Raises:
-        TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs`` and ``policy_loss``.
-    """
-    caller = "logits_policy_loss"
-    flat = flatten_logits(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
-    ignore_index = flat.rows.ignore_index
-    if not flat.shape:
-        raise ValueError(
-            f"{caller}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
-        )
-    entry, values = resolve(caller, objective, params, logits)
-    targets = checks_tokens.holding(caller, targets, ignore_index)
-    like = targets.new_empty(targets.shape, dtype=flat.real)
-    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
-    columns = state(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
-    penalty, bonus = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
-    scored = targets != ignore_index
-    live = scored if mask is None else live_tokens(caller, like, mask) & scored
-    if ratio_level != "token":
-        flat = flat.without(~live)
-        stats = ops.token_stats(flat.rows, ops.ENTROPY, inplace_backward, ops.serving("token_stats", logits))
-        try:
-            return policy_loss(
-                stats.logp.view(flat.shape),
-                old_logprobs,
-                advantages,
-                live,
-                objective=objective,
-                aggregation=aggregation,
-                weights=weights,
-                ref_logprobs=ref_logprobs,
-                kl=kl,
-                kl_coef=kl_coef,
-                entropy=stats.entropy.view(flat.shape),
-                entropy_coef=entropy_coef,
-                cu_seqlens=cu_seqlens,
-                ratio_level=ratio_level,
-                normalizers=normalizers,
-                return_metrics=return_metrics,
-                **params,
-            )
-        except checks.NAMED as error:
-            if type(error) not in checks.NAMED:
-                raise
-            raise checks.named(error, "policy_loss") from error
-    everywhere = mask is None and weights is None and not isinstance(flat.rows.temperature, torch.Tensor)
-    weights = term_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
-    flat = flat if everywhere else flat.without(weights == 0)
-    # A second tensor of the logits' size is made in the forward only caller the backward is sure to take it over.
-    with_grad = (
-        torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
-    )
-    policy = PolicyInputs(
-        objective,
-        [flat.per_row(c) for c in columns],
-        parameters(values),
-        flat.per_row(weights),
-        None if bonus is None else flat.per_row(weights * bonus),
-        None if penalty is None else kl,
-        None if penalty is None else flat.per_row(ref_logprobs),
-        None if penalty is None else flat.per_row(weights * penalty),
-    )
-    of_rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
-    if not return_metrics:
-        return of_rows.loss
-    shape = flat.shape
-    read = live & (weights != 0)  # a row of weight 0 is not read, and has no metrics
-    logp, entropy = of_rows.logp.view(shape), of_rows.entropy.view(shape)
-    return of_rows.loss, policy_metrics(logp, columns, read, ref_logprobs, kl, entropy, entry, values)
-
-
-def value_loss(
-    values,
-    old_values,
-    returns,
-    mask=None,
-    *,
-    clip_range=None,
-    aggregation="token-mean",
-    weights=None,
-    cu_seqlens=None,
-    normalizers=None,
-    return_metrics=False,
-):
-    r"""Value-function loss: ``1/2 sum_t w_t (V_t - R_t)^2``.
-
-    With ``clip_range = c`` it is the larger of that and the clipped error,
-    ``1/2 sum_t w_t max((V_t - R_t)^2, (V_old_t + clip(V_t - V_old_t, -c, c) - R_t)^2)``.
-
-    Args:
-        values, old_values, returns: ``[B, L]`` or packed ``[T]``; ``old_values`` is not looked at without
-            ``clip_range``. Only ``values`` get a gradient.
-        mask, aggregation, weights, cu_seqlens, normalizers: as for ``policy_loss``.
-
-    Returns:
-        Scalar, fp32 (fp64 for fp64 values); with ``return_metrics``, ``(loss, {"clip_fraction": ..., "error": ...})``:
-        the live tokens that moved by more than ``c`` and whose clipped error is the larger one, and the mean squared
-        error.
-
-    Raises:
-        ValueError: shapes that do not match, ``clip_range`` not positive.
-
-    Schulman et al. 2017, arXiv:1707.06347, eq. 9; clipping and the half: OpenAI Baselines (ppo2).
-    """
-    caller = "value_loss"
-    checks.floating(caller, "values", values)
-    checks.no_forward_ad(caller, values)
-    cu_seqlens = checks_tokens.rows(caller, "values", values, cu_seqlens)
-    inputs = {"returns": returns} if clip_range is None else {"old_values": old_values, "returns": returns}
-    for name, x in inputs.items():
-        column(caller, name, x, values)
-    if clip_range is not None:
-        clip_range = checks.coefficient(checks.positive, caller, "clip_range", clip_range, values)
-    live = some_tokens(caller, values, mask)
-    share = share_of(caller, values, live, aggregation, weights, cu_seqlens, normalizers)
-    prediction = dense(values, real_dtype(values.dtype))
-    objective, parameters = ("value_plain", ()) if clip_range is None else ("value_clip", (clip_range,))
-    loss = run(objective, prediction, list(inputs.values()), parameters, share)
-    if not return_metrics:
-        return loss
-    live = every_token(values, live)
-    with torch.no_grad():
-        count = live.sum().clamp(min=1)
-        free = prediction - returns
-        metrics = {"error": torch.where(live, free * free, 0.0).sum() / count}
-        if clip_range is not None:
-            gap = prediction - old_values
-            # In the loss's own form, because old + clip(gap) rounds away from the value inside the clip.
-            held = free + (gap.clamp(-clip_range, clip_range) - gap)
-            clipped = live & (gap.abs() > clip_range) & (held * held > free * free)
-            metrics["clip_fraction"] = clipped.sum().to(prediction.dtype) / count
-    return loss, metrics
 
 
 def run(objective, first, others, params, share):

@@ -16,6 +16,7 @@ ASKED = {
     "advantages/group.py": (GROUPS,),
     "advantages/gae.py": (ADVANTAGES, "test_whitening.py"),
     "losses/policy.py": (TRUTH, MASKING, LOSSES),
+    "losses/logits_policy.py": (TRUTH, MASKING, LOSSES),
     "losses/policy_arguments.py": (LOSSES, MASKING, TRUTH),
     **{f"ops/{name}.py": (AUTOGRAD, LAYOUTS, TRUTH) for name in ("rows", "policy", "columns")},
     "objectives/policy.py": (OBJECTIVES, TRUTH),
@@ -257,7 +258,7 @@ MUTANTS = (
     ),
     _m(
         "an ignored target is live",
-        "losses/policy.py",
+        "losses/logits_policy.py",
         "live = scored if mask is None else live_tokens(caller, like, mask) & scored",
         "live = live_tokens(caller, like, mask)",
         25,
