@@ -19,6 +19,8 @@ Temperature: TypeAlias = float | Annotated[Tensor, "[...], [B], [B, 1] or []"]
 HiddenStates: TypeAlias = Annotated[Tensor, "[..., H]"]
 HeadWeight: TypeAlias = Annotated[Tensor, "[V, H]"]
 HeadBias: TypeAlias = Annotated[Tensor, "[V]"]
+RewardHeadWeight: TypeAlias = Annotated[Tensor, "[1, H]"]
+RewardHeadBias: TypeAlias = Annotated[Tensor, "[1]"]
 
 PerToken: TypeAlias = Annotated[Tensor, "[B, L], or packed [N]"]
 PerSequence: TypeAlias = Annotated[Tensor, "[B], or [S] of a packed batch"]

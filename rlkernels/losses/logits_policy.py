@@ -1,5 +1,7 @@
 """A policy loss straight from logits: statistics, objective and gradient in one pass over each row."""
 
+from typing import Literal, overload
+
 import torch
 
 from rlkernels import checks, ops
@@ -10,32 +12,130 @@ from rlkernels.losses.policy import policy_loss
 from rlkernels.losses.policy_arguments import ROW, check_terms, live_tokens, resolve, state, term_weights
 from rlkernels.losses.policy_metrics import policy_metrics
 from rlkernels.losses.weighted_sum import parameters
+from rlkernels.types import (
+    KL,
+    Aggregation,
+    Logits,
+    Mask,
+    Metrics,
+    Normalizers,
+    Number,
+    Offsets,
+    PerToken,
+    PerTokenOrSequence,
+    RatioLevel,
+    Scalar,
+    Targets,
+    Temperature,
+    VocabMask,
+)
+
+
+@overload
+def logits_policy_loss(
+    logits: Logits,
+    targets: Targets,
+    old_logprobs: PerToken | None,
+    advantages: PerTokenOrSequence,
+    mask: Mask | None = None,
+    *,
+    temperature: Temperature = 1.0,
+    ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
+    objective: str = "ppo_clip",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    ref_logprobs: PerToken | None = None,
+    kl: KL = "k3",
+    kl_coef: Number = 0.0,
+    entropy_coef: Number = 0.0,
+    cu_seqlens: Offsets | None = None,
+    ratio_level: RatioLevel = "token",
+    normalizers: Normalizers | None = None,
+    inplace_backward: bool = False,
+    return_metrics: Literal[False] = False,
+    **params: Number,
+) -> Scalar: ...
+
+
+@overload
+def logits_policy_loss(
+    logits: Logits,
+    targets: Targets,
+    old_logprobs: PerToken | None,
+    advantages: PerTokenOrSequence,
+    mask: Mask | None = None,
+    *,
+    temperature: Temperature = 1.0,
+    ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
+    objective: str = "ppo_clip",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    ref_logprobs: PerToken | None = None,
+    kl: KL = "k3",
+    kl_coef: Number = 0.0,
+    entropy_coef: Number = 0.0,
+    cu_seqlens: Offsets | None = None,
+    ratio_level: RatioLevel = "token",
+    normalizers: Normalizers | None = None,
+    inplace_backward: bool = False,
+    return_metrics: Literal[True],
+    **params: Number,
+) -> tuple[Scalar, Metrics]: ...
+
+
+@overload
+def logits_policy_loss(
+    logits: Logits,
+    targets: Targets,
+    old_logprobs: PerToken | None,
+    advantages: PerTokenOrSequence,
+    mask: Mask | None = None,
+    *,
+    temperature: Temperature = 1.0,
+    ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
+    objective: str = "ppo_clip",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    ref_logprobs: PerToken | None = None,
+    kl: KL = "k3",
+    kl_coef: Number = 0.0,
+    entropy_coef: Number = 0.0,
+    cu_seqlens: Offsets | None = None,
+    ratio_level: RatioLevel = "token",
+    normalizers: Normalizers | None = None,
+    inplace_backward: bool = False,
+    return_metrics: bool,
+    **params: Number,
+) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
 def logits_policy_loss(
-    logits,
-    targets,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logits: Logits,
+    targets: Targets,
+    old_logprobs: PerToken | None,
+    advantages: PerTokenOrSequence,
+    mask: Mask | None = None,
     *,
-    temperature=1.0,
-    ignore_index=-100,
-    vocab_mask=None,
-    objective="ppo_clip",
-    aggregation="token-mean",
-    weights=None,
-    ref_logprobs=None,
-    kl="k3",
-    kl_coef=0.0,
-    entropy_coef=0.0,
-    cu_seqlens=None,
-    ratio_level="token",
-    normalizers=None,
-    inplace_backward=False,
-    return_metrics=False,
-    **params,
-):
+    temperature: Temperature = 1.0,
+    ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
+    objective: str = "ppo_clip",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    ref_logprobs: PerToken | None = None,
+    kl: KL = "k3",
+    kl_coef: Number = 0.0,
+    entropy_coef: Number = 0.0,
+    cu_seqlens: Offsets | None = None,
+    ratio_level: RatioLevel = "token",
+    normalizers: Normalizers | None = None,
+    inplace_backward: bool = False,
+    return_metrics: bool = False,
+    **params: Number,
+) -> Scalar | tuple[Scalar, Metrics]:
     r"""``policy_loss`` straight from logits: statistics, objective and the gradient with respect to the logits in one
     pass over each row.
 

@@ -3,7 +3,10 @@
 The objective is an argument by name, and so is the aggregation: no loss here is written for one of them.
 """
 
+from typing import Literal, overload
+
 import torch
+from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.backends.protocol import real_dtype
@@ -20,31 +23,113 @@ from rlkernels.losses.policy_arguments import (
     state,
 )
 from rlkernels.losses.policy_metrics import policy_metrics
-from rlkernels.losses.weighted_sum import weighted_sum
+from rlkernels.losses.weighted_sum import Params, weighted_sum
 from rlkernels.sequences import means, spread, sums
 from rlkernels.tracing import product, replaced
+from rlkernels.types import (
+    KL,
+    Aggregation,
+    Mask,
+    Metrics,
+    Normalizers,
+    Number,
+    Offsets,
+    PerToken,
+    PerTokenOrSequence,
+    RatioLevel,
+    Scalar,
+)
+
+
+@overload
+def policy_loss(
+    logprobs: PerToken,
+    old_logprobs: PerToken | None,
+    advantages: PerTokenOrSequence,
+    mask: Mask | None = None,
+    *,
+    objective: str = "ppo_clip",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    ref_logprobs: PerToken | None = None,
+    kl: KL = "k3",
+    kl_coef: Number = 0.0,
+    entropy: PerToken | None = None,
+    entropy_coef: Number = 0.0,
+    cu_seqlens: Offsets | None = None,
+    ratio_level: RatioLevel = "token",
+    normalizers: Normalizers | None = None,
+    return_metrics: Literal[False] = False,
+    **params: Number,
+) -> Scalar: ...
+
+
+@overload
+def policy_loss(
+    logprobs: PerToken,
+    old_logprobs: PerToken | None,
+    advantages: PerTokenOrSequence,
+    mask: Mask | None = None,
+    *,
+    objective: str = "ppo_clip",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    ref_logprobs: PerToken | None = None,
+    kl: KL = "k3",
+    kl_coef: Number = 0.0,
+    entropy: PerToken | None = None,
+    entropy_coef: Number = 0.0,
+    cu_seqlens: Offsets | None = None,
+    ratio_level: RatioLevel = "token",
+    normalizers: Normalizers | None = None,
+    return_metrics: Literal[True],
+    **params: Number,
+) -> tuple[Scalar, Metrics]: ...
+
+
+@overload
+def policy_loss(
+    logprobs: PerToken,
+    old_logprobs: PerToken | None,
+    advantages: PerTokenOrSequence,
+    mask: Mask | None = None,
+    *,
+    objective: str = "ppo_clip",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    ref_logprobs: PerToken | None = None,
+    kl: KL = "k3",
+    kl_coef: Number = 0.0,
+    entropy: PerToken | None = None,
+    entropy_coef: Number = 0.0,
+    cu_seqlens: Offsets | None = None,
+    ratio_level: RatioLevel = "token",
+    normalizers: Normalizers | None = None,
+    return_metrics: bool,
+    **params: Number,
+) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
 def policy_loss(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logprobs: PerToken,
+    old_logprobs: PerToken | None,
+    advantages: PerTokenOrSequence,
+    mask: Mask | None = None,
     *,
-    objective="ppo_clip",
-    aggregation="token-mean",
-    weights=None,
-    ref_logprobs=None,
-    kl="k3",
-    kl_coef=0.0,
-    entropy=None,
-    entropy_coef=0.0,
-    cu_seqlens=None,
-    ratio_level="token",
-    normalizers=None,
-    return_metrics=False,
-    **params,
-):
+    objective: str = "ppo_clip",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    ref_logprobs: PerToken | None = None,
+    kl: KL = "k3",
+    kl_coef: Number = 0.0,
+    entropy: PerToken | None = None,
+    entropy_coef: Number = 0.0,
+    cu_seqlens: Offsets | None = None,
+    ratio_level: RatioLevel = "token",
+    normalizers: Normalizers | None = None,
+    return_metrics: bool = False,
+    **params: Number,
+) -> Scalar | tuple[Scalar, Metrics]:
     r"""A policy objective over log-probabilities, with a KL and an entropy term.
 
     One launch per term, and one to count the tokens of a masked mean.
@@ -119,7 +204,7 @@ def policy_loss(
     )
 
 
-def run(objective, first, others, params, share):
+def run(objective: str, first: Tensor, others: list[Tensor], params: Params, share: Share) -> Tensor:
     """Computes the weighted sum of an objective; ``first`` is the column that carries the gradient."""
     others = [dense(x.detach() if x.requires_grad else x, first.dtype) for x in others]
     weight = share.weight
@@ -128,7 +213,7 @@ def run(objective, first, others, params, share):
     return weighted_sum(objective, first, others, params, weight, share.total, share.share)
 
 
-def times(coefficient, objective, first, others, share):
+def times(coefficient: Number, objective: str, first: Tensor, others: list[Tensor], share: Share) -> Tensor:
     """Computes ``coefficient`` times the weighted sum of an objective.
 
     A number becomes a factor of the share. A tensor multiplies the sum.
@@ -139,7 +224,17 @@ def times(coefficient, objective, first, others, share):
     return run(objective, first, others, (), share) * coefficient.to(first.dtype, copy=True)
 
 
-def ratio_term(caller, objective, logp, columns, params, share, live, cu_seqlens, level):
+def ratio_term(
+    caller: str,
+    objective: str,
+    logp: Tensor,
+    columns: list[Tensor],
+    params: Params,
+    share: Share,
+    live: Tensor | None,
+    cu_seqlens: Tensor | None,
+    level: RatioLevel,
+) -> Tensor:
     """Computes the weighted sum of a policy objective whose ratio is that of a token or of a sequence."""
     if level == "token":
         return run(objective, logp, columns, params, share)

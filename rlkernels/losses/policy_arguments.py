@@ -1,15 +1,17 @@
 """The arguments of a policy loss, checked: its objective, its columns, its live tokens and the weight of each token."""
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
+from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.aggregation import token_mean, weights_for
 from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.objectives import OBJECTIVES
+from rlkernels.objectives import OBJECTIVES, Objective
 from rlkernels.sequences import per_token
+from rlkernels.types import KL, Aggregation, Mask, Normalizers, Number, PerToken, PerTokenOrSequence, RatioLevel
 
 DEFAULTS = {
     "ppo_clip": {"clip_low": 0.2, "clip_high": 0.2},
@@ -22,10 +24,10 @@ CISPO's bounds are not among them, because three conventions are in use.
 """
 ROW = "the entropy of its row"
 """Stands for the entropy of each row of logits, which such a loss computes itself."""
-RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
+RATIO_LEVELS, KLS = get_args(RatioLevel), get_args(KL)
 
 
-def resolve(caller, objective, params, like):
+def resolve(caller: str, objective: str, params: dict[str, Number], like: Tensor) -> tuple[Objective, list[Number]]:
     """Returns the registered objective and the values of its parameters, in the objective's order.
 
     ``like``: a tensor on the device of the data.
@@ -36,7 +38,7 @@ def resolve(caller, objective, params, like):
     return entry, checks.params(caller, objective, entry, params, DEFAULTS, like)
 
 
-def _is_policy(entry):
+def _is_policy(entry: Objective) -> bool:
     """Tells whether an objective has the columns of a policy objective."""
     # One without an advantage is refused, because it would ignore the caller's in silence.
     return entry.columns[0] == "logp" and "advantage" in entry.columns
@@ -49,17 +51,17 @@ class Share(NamedTuple):
     None for 1.
     """
 
-    weight: torch.Tensor | None
-    total: torch.Tensor | None = None
-    share: float = 1.0
+    weight: Tensor | None
+    total: Tensor | None = None
+    share: Number = 1.0
 
 
-def live_tokens(caller, like, mask):
+def live_tokens(caller: str, like: Tensor, mask: Mask | None) -> Tensor:
     """Checks a mask and returns it as bool, shaped like ``like``; without one every token is live."""
     return every_token(like, some_tokens(caller, like, mask))
 
 
-def every_token(like, live):
+def every_token(like: Tensor, live: Tensor | None) -> Tensor:
     """Returns the mask ``live`` of ``some_tokens``, or a mask of all tokens where that is None."""
     return (
         torch.ones_like(like, dtype=torch.bool, requires_grad=False, memory_format=torch.contiguous_format)
@@ -68,7 +70,7 @@ def every_token(like, live):
     )
 
 
-def some_tokens(caller, like, mask):
+def some_tokens(caller: str, like: Tensor, mask: Mask | None) -> Tensor | None:
     """Checks a mask and returns it as bool; None without a mask, where every token is live."""
     checks.mask(caller, mask, like.shape)
     checks.one_device(caller, "logprobs", like, mask=mask)
@@ -76,12 +78,22 @@ def some_tokens(caller, like, mask):
     return mask if mask is None else mask.contiguous() if mask.dtype == torch.bool else (mask != 0).contiguous()
 
 
-def _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
+def _is_token_mean(
+    aggregation: Aggregation, weights: PerToken | None, cu_seqlens: Tensor | None, normalizers: Normalizers | None
+) -> bool:
     """Tells whether the weights are those of a plain mean over the live tokens."""
     return weights is None and aggregation == "token-mean" and not normalizers and cu_seqlens is None
 
 
-def state(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level):
+def state(
+    caller: str,
+    entry: Objective,
+    like: Tensor,
+    old_logprobs: PerToken | None,
+    advantages: PerTokenOrSequence,
+    cu_seqlens: Tensor | None,
+    ratio_level: RatioLevel,
+) -> list[Tensor]:
     """Returns the columns that the objective takes after ``logp``, shaped like the log-probabilities ``like``."""
     checks.choice(caller, "ratio_level", ratio_level, RATIO_LEVELS)
     if ratio_level != "token" and "old_logp" not in entry.columns:
@@ -106,7 +118,7 @@ def state(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level
     return columns
 
 
-def column(caller, name, x, like, like_name="logprobs"):
+def column(caller: str, name: str, x: Tensor | None, like: Tensor, like_name: str = "logprobs") -> Tensor:
     """Returns an input without gradient, refused unless it is shaped like ``like``."""
     checks.floating(caller, name, x)
     checks.shape(caller, name, x, like.shape)
@@ -115,12 +127,20 @@ def column(caller, name, x, like, like_name="logprobs"):
     return x
 
 
-def of_sums(aggregation, weights):
+def of_sums(aggregation: Aggregation, weights: PerToken | None) -> Aggregation:
     """Returns the aggregation of one loss per sequence: ``"token-mean"`` becomes the mean over sequences."""
     return "seq-mean" if aggregation == "token-mean" and weights is None else aggregation
 
 
-def term_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers):
+def term_weights(
+    caller: str,
+    like: Tensor,
+    live: Tensor,
+    aggregation: Aggregation,
+    weights: PerToken | None,
+    cu_seqlens: Tensor | None,
+    normalizers: Normalizers | None,
+) -> Tensor:
     """Returns the weight of each token, 0 for a dead one.
 
     All terms of a loss (objective, KL, entropy) have the same weights, because each must be the same whether a batch
@@ -144,7 +164,15 @@ def term_weights(caller, like, live, aggregation, weights, cu_seqlens, normalize
     return weights
 
 
-def share_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers):
+def share_of(
+    caller: str,
+    like: Tensor,
+    live: Tensor | None,
+    aggregation: Aggregation,
+    weights: PerToken | None,
+    cu_seqlens: Tensor | None,
+    normalizers: Normalizers | None,
+) -> Share:
     """Returns ``term_weights`` in the form of a ``Share``; ``live``: the mask of ``some_tokens``, or None.
 
     The share of a plain mean is the mask and its count, because the launch of the loss can divide by the count.
@@ -155,7 +183,7 @@ def share_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers):
     return Share(term_weights(caller, like, every_token(like, live), aggregation, weights, cu_seqlens, normalizers))
 
 
-def present(coefficient):
+def present(coefficient: Number) -> bool:
     """Tells whether a term takes part in a loss.
 
     A tensor may hold a 0, which only the device knows. Its term is computed and weighs nothing.
@@ -163,19 +191,27 @@ def present(coefficient):
     return isinstance(coefficient, torch.Tensor) or coefficient != 0
 
 
-def _coefficient(caller, name, x, like):
+def _coefficient(caller: str, name: str, x: Number, like: Tensor) -> Number | None:
     """Returns a coefficient as a number or a tensor, None where its term takes no part."""
     if type(x) is not float or x != 0:
         x = checks.coefficient(checks.finite, caller, name, x, like)
     return x if present(x) else None
 
 
-def check_terms(caller, like, ref_logprobs, kl, kl_coef, entropy, entropy_coef):
+def check_terms(
+    caller: str,
+    like: Tensor,
+    ref_logprobs: PerToken | None,
+    kl: KL,
+    kl_coef: Number,
+    entropy: PerToken | str | None,
+    entropy_coef: Number,
+) -> tuple[Number | None, Number | None]:
     """Checks the KL and the entropy term; returns their two coefficients, None where a term takes no part.
 
     ``entropy``: the caller's entropies, or ``ROW`` for those of the rows of logits.
     """
-    checks.choice(caller, "kl", kl, ("k1", "k2", "k3"))
+    checks.choice(caller, "kl", kl, KLS)
     kl_coef, entropy_coef = (
         _coefficient(caller, "kl_coef", kl_coef, like),
         _coefficient(caller, "entropy_coef", entropy_coef, like),

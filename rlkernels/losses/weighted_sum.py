@@ -4,12 +4,20 @@ Parameters are numbers, or tensors of shape ``()`` that the host does not read. 
 plain torch, in a few launches more, because kernels take numbers alone.
 """
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
+from torch import Tensor
 
 from rlkernels import ops
+from rlkernels.types import Number
+
+Params: TypeAlias = Sequence[Number] | Tensor
+"""The parameters of an objective, in its order; one tensor holds all of them."""
 
 
-def parameters(values):
+def parameters(values: Params) -> tuple[Number, ...] | Tensor:
     """Returns parameters as a tuple of numbers, or as one float64 tensor where one of them is a tensor.
 
     That tensor is on the device of the parameters that are not on the CPU. A tensor of all parameters stays as it is.
@@ -35,7 +43,15 @@ def parameters(values):
     )
 
 
-def weighted_sum(objective, first, others, params, weight, total, share):
+def weighted_sum(
+    objective: str,
+    first: Tensor,
+    others: list[Tensor],
+    params: Params,
+    weight: Tensor | None,
+    total: Tensor | None,
+    share: Number,
+) -> Tensor:
     """Computes ``sum_i w_i l(first_i, others_i)``, differentiable in ``first``; ``w`` as in ``ops.weighted_loss``."""
     first = first.contiguous()
     return ops.weighted_loss(
@@ -52,7 +68,7 @@ def weighted_sum(objective, first, others, params, weight, total, share):
     )[0]
 
 
-def each(objective, x, params, weight):
+def each(objective: str, x: Tensor, params: Params, weight: Tensor | None) -> Tensor:
     """Computes ``l(x_i)``, differentiable; the value is 0 and has no gradient where ``weight`` is 0."""
     x = x.contiguous()
     return ops.elementwise(objective, x, [], parameters(params), weight, ops.serving("elementwise", x))[1]
