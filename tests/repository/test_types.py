@@ -18,7 +18,7 @@ import rlkernels
 from rlkernels import types
 from rlkernels.advantages import gae, group
 from rlkernels.aggregation import AGGREGATIONS
-from rlkernels.backends import KNOWN, protocol
+from rlkernels.backends import KNOWN, OPS, protocol
 from rlkernels.backends import native as native_backends
 from rlkernels.checks import ROW_KLS
 from rlkernels.checks.tokens import RESERVED
@@ -34,17 +34,17 @@ FUNCTIONS = {
     for name, f in vars(rlkernels).items()
     if name in rlkernels.__all__ and inspect.isfunction(f) and not f.__module__.startswith("rlkernels.linear")
 }
-"""The public functions, but for the linear ones, which take their keywords through one wrapper."""
+"""The public functions, but for the linear ones, which are not annotated."""
 FURTHER = {
     "use_backend": rlkernels.use_backend.__init__,
     "trl.patch": trl.patch,
     "trl.unpatch": trl.unpatch,
     "trl.status": trl.status,
     **{f"objectives.{name}": f for name, f in functions.FUNCTIONS.items()},
-    **{f"protocol.{name}": f for name, f in vars(protocol).items() if inspect.isfunction(f)},
-    **{
-        f"BackendModule.{name}": f for name, f in vars(protocol.BackendModule).items() if name in rlkernels.backends.OPS
-    },
+    **{f"protocol.{f.__name__}": f for f in (protocol.real_dtype, protocol.presence, protocol.check_rows)},
+    "protocol.column_kernel": protocol.column_kernel,
+    "protocol.RowStats.empty": protocol.RowStats.empty,
+    **{f"BackendModule.{name}": getattr(protocol.BackendModule, name) for name in OPS},
 }
 WITH_METRICS = [name for name, f in FUNCTIONS.items() if "return_metrics" in inspect.signature(f).parameters]
 TABLES = {
