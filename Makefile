@@ -83,6 +83,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
+	$(VENV)/bin/mypy
 
 # A source distribution and the wheel made from it, in dist/. The wheel is then used alone, in an environment of its own.
 wheel: $(VENV)/bin/python

@@ -16,7 +16,8 @@ from rlkernels.linear.preference_loss import linear_dpo_loss, linear_unpaired_pr
 from rlkernels.linear.sft_loss import linear_sft_loss
 from rlkernels.linear.token_stats import linear_token_logprobs, linear_token_stats
 from rlkernels.logprobs import TokenStats, token_logprobs, token_stats
-from rlkernels.losses.policy import logits_policy_loss, policy_loss
+from rlkernels.losses.logits_policy import logits_policy_loss
+from rlkernels.losses.policy import policy_loss
 from rlkernels.losses.preference import dpo_loss, length_desensitized_weights
 from rlkernels.losses.reward_model import pairwise_reward_loss, reward_scores
 from rlkernels.losses.sft import logprobs_sft_loss, sft_loss

@@ -4,13 +4,15 @@ The weights follow from the mask and the normalisers. The library owns no normal
 ranks are arguments, Python numbers or tensors of shape ``()``.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.sequences import groups_of, result_dtype, segment_ids, token_counts
+from rlkernels.sequences import Groups, groups_of, result_dtype, segment_ids, token_counts
+from rlkernels.types import Aggregation, Mask, Number, Offsets, PerSequence, PerToken, Scalar
 
 
 class _Rows(NamedTuple):
@@ -27,13 +29,13 @@ class _Rows(NamedTuple):
     group_tokens: torch.Tensor | None = None
     group_rows: torch.Tensor | None = None
 
-    def all_tokens(self):
+    def all_tokens(self) -> Number:
         return self.tokens.sum() if self.batch_num_tokens is None else self.batch_num_tokens
 
-    def all_rows(self):
+    def all_rows(self) -> Number:
         return self.tokens.shape[0] if self.num_sequences is None else self.num_sequences
 
-    def counted(self, tokens):
+    def counted(self, tokens: Tensor) -> Number:
         """Returns the divisor of a mean over rows or groups, of which entry ``i`` holds ``tokens[i]`` live tokens.
 
         This is ``num_sequences`` where the caller passed it, else the number of entries with a live token.
@@ -42,43 +44,43 @@ class _Rows(NamedTuple):
             return self.num_sequences
         return (tokens > 0).sum().double()
 
-    def rows(self):
+    def rows(self) -> Number:
         return self.all_rows() if self.count_empty else self.counted(self.tokens)
 
 
-def _inverse(x):
+def _inverse(x: Number) -> Number:
     """Returns ``1 / x``, or 0 where ``x`` is 0, because a mean over nothing must not weigh NaN."""
     if isinstance(x, torch.Tensor):
         return torch.where(x > 0, 1.0 / x.double(), 0.0)
     return 1.0 / x if x > 0 else 0.0
 
 
-def _token_mean(rows):
+def _token_mean(rows: _Rows) -> Number:
     return _inverse(rows.all_tokens())
 
 
-def _token_sum(rows):
+def _token_sum(rows: _Rows) -> Number:
     return 1.0
 
 
-def _row_mean_of_token_means(rows):
+def _row_mean_of_token_means(rows: _Rows) -> Number:
     return _inverse(rows.tokens) * _inverse(rows.rows())
 
 
-def _row_mean_of_token_sums(rows):
+def _row_mean_of_token_sums(rows: _Rows) -> Number:
     return _inverse(rows.rows())
 
 
-def _row_mean_of_token_sums_over_horizon(rows):
+def _row_mean_of_token_sums_over_horizon(rows: _Rows) -> Number:
     horizon = rows.length if rows.horizon is None else rows.horizon
     return _inverse(rows.rows()) * _inverse(horizon)
 
 
-def _fixed_horizon(rows):
+def _fixed_horizon(rows: _Rows) -> Number:
     return _inverse(rows.all_rows()) * _inverse(rows.horizon)
 
 
-def _groups(rows, ids):
+def _groups(rows: _Rows, ids: Tensor) -> tuple[Groups, Tensor, Number]:
     """Returns the groups of equal ``ids``, the live tokens of each row's group, and the divisor of a mean of groups."""
     groups = groups_of(ids.reshape(-1))
     tokens = groups.reduce(rows.tokens)
@@ -87,17 +89,17 @@ def _groups(rows, ids):
     return groups, of_row, rows.counted(present)
 
 
-def _prompt_mean(rows):
+def _prompt_mean(rows: _Rows) -> Number:
     _, tokens, number = _groups(rows, rows.group_ids)
     return _inverse(tokens) * _inverse(number)
 
 
-def _rollout_mean(rows):
+def _rollout_mean(rows: _Rows) -> Number:
     _, tokens, _ = _groups(rows, rows.rollout_ids)
     return _inverse(tokens) * _inverse(rows.all_rows())
 
 
-def _group_mean(rows):
+def _group_mean(rows: _Rows) -> Number:
     groups, _, number = _groups(rows, rows.group_ids)
     counts = torch.ones_like(rows.tokens) if rows.count_empty else (rows.tokens > 0).double()
     of_row = groups.reduce_each(counts) if rows.group_rows is None else rows.group_rows.reshape(-1)
@@ -105,9 +107,9 @@ def _group_mean(rows):
 
 
 class _Mode(NamedTuple):
-    weight: object
-    required: tuple = ()
-    optional: tuple = ()
+    weight: Any  # a function of _Rows
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     needs_rows: bool = True  # False: also defined on [N] without cu_seqlens, where every element is a row of its own
 
 
@@ -131,17 +133,17 @@ AGGREGATIONS = tuple(_MODES)
 
 
 def weights_for(
-    caller,
-    mask,
-    mode,
+    caller: str,
+    mask: Tensor,
+    mode: Aggregation,
     *,
-    cu_seqlens=None,
-    count_empty_rows=False,
-    dp_size=1,
-    scale=1.0,
-    dtype=torch.float32,
-    **normalizers,
-):
+    cu_seqlens: Tensor | None = None,
+    count_empty_rows: bool = False,
+    dp_size: Number = 1,
+    scale: Number = 1.0,
+    dtype: torch.dtype = torch.float32,
+    **normalizers: Number | None,
+) -> Tensor:
     """Computes ``token_weights`` for the public function ``caller``, whose name stands in front of every error.
 
     ``cu_seqlens``: offsets that ``checks.tokens.rows`` has checked, or None.
@@ -188,7 +190,7 @@ def weights_for(
     return torch.where(live, weight, 0.0).to(dtype)
 
 
-def token_mean(caller, live, dtype):
+def token_mean(caller: str, live: Tensor, dtype: torch.dtype) -> Tensor:
     """Computes the weights of a mean over the bool ``live``, without normalisers and offsets.
 
     The result is that of ``weights_for``, in 12 us instead of 40.
@@ -199,22 +201,22 @@ def token_mean(caller, live, dtype):
 
 
 def token_weights(
-    mask,
-    mode="token-mean",
+    mask: Mask,
+    mode: Aggregation = "token-mean",
     *,
-    cu_seqlens=None,
-    batch_num_tokens=None,
-    num_sequences=None,
-    horizon=None,
-    group_ids=None,
-    rollout_ids=None,
-    group_tokens=None,
-    group_rows=None,
-    count_empty_rows=False,
-    dp_size=1,
-    scale=1.0,
-    dtype=torch.float32,
-):
+    cu_seqlens: Offsets | None = None,
+    batch_num_tokens: Number | None = None,
+    num_sequences: Number | None = None,
+    horizon: Number | None = None,
+    group_ids: PerSequence | None = None,
+    rollout_ids: PerSequence | None = None,
+    group_tokens: PerSequence | None = None,
+    group_rows: PerSequence | None = None,
+    count_empty_rows: bool = False,
+    dp_size: Number = 1,
+    scale: Number = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     r"""The weights ``w`` that make an aggregation of per-token losses ``l`` the sum ``sum_t w_t l_t``; 0 on dead
     tokens.
 
@@ -285,7 +287,24 @@ def token_weights(
     )
 
 
-def aggregate(values, mask=None, mode="token-mean", *, cu_seqlens=None, **normalizers):
+def aggregate(
+    values: PerToken,
+    mask: Mask | None = None,
+    mode: Aggregation = "token-mean",
+    *,
+    cu_seqlens: Offsets | None = None,
+    batch_num_tokens: Number | None = None,
+    num_sequences: Number | None = None,
+    horizon: Number | None = None,
+    group_ids: PerSequence | None = None,
+    rollout_ids: PerSequence | None = None,
+    group_tokens: PerSequence | None = None,
+    group_rows: PerSequence | None = None,
+    count_empty_rows: bool = False,
+    dp_size: Number = 1,
+    scale: Number = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Scalar:
     r"""Aggregates per-token losses to one number, differentiable in ``values``.
 
     ``sum_t w_t l_t``, ``w`` as ``token_weights`` gives it; a dead token touches neither value nor gradient, whatever it
@@ -293,7 +312,7 @@ def aggregate(values, mask=None, mode="token-mean", *, cu_seqlens=None, **normal
 
     Args:
         values: ``l``, shaped like ``mask``; any float dtype.
-        normalizers: the keywords of ``token_weights``.
+        the rest: as for ``token_weights``; ``dtype`` is that of the weights.
 
     Returns:
         a scalar: float32, float64 for float64. No live token: 0 with zero gradients.
@@ -308,17 +327,29 @@ def aggregate(values, mask=None, mode="token-mean", *, cu_seqlens=None, **normal
     checks.floating("aggregate", "values", values)
     checks.mask("aggregate", mask, values.shape)
     checks.one_device("aggregate", "values", values, mask=mask)
-    for name in checks_tokens.RESERVED[:2]:
-        if name in normalizers:
-            raise TypeError(f"aggregate: takes no {name!r}")
     mask = (
         torch.ones_like(values, dtype=torch.bool, memory_format=torch.contiguous_format)
         if mask is None
         else mask.contiguous()
     )
-    normalizers.setdefault("dtype", torch.float64)
     cu_seqlens = checks_tokens.rows("aggregate", "mask", mask, cu_seqlens)
-    weights = weights_for("aggregate", mask, mode, cu_seqlens=cu_seqlens, **normalizers)
+    weights = weights_for(
+        "aggregate",
+        mask,
+        mode,
+        cu_seqlens=cu_seqlens,
+        batch_num_tokens=batch_num_tokens,
+        num_sequences=num_sequences,
+        horizon=horizon,
+        group_ids=group_ids,
+        rollout_ids=rollout_ids,
+        group_tokens=group_tokens,
+        group_rows=group_rows,
+        count_empty_rows=count_empty_rows,
+        dp_size=dp_size,
+        scale=scale,
+        dtype=dtype,
+    )
     # Contiguous, because torch adds in the order of memory.
     live_values = torch.where(mask != 0, values, 0.0).double().contiguous()
     return (weights * live_values).sum().to(result_dtype(values))

@@ -6,11 +6,13 @@ Ops take logits ``[T, V]`` or ``[B, L, V]``, and everything else as ``[T]``.
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.backends.protocol import RowBatch, real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.tracing import replaced
+from rlkernels.types import Logits, Targets, Temperature, VocabMask
 
 
 class FlatLogits(NamedTuple):
@@ -23,7 +25,7 @@ class FlatLogits(NamedTuple):
     shape: torch.Size
     real: torch.dtype
 
-    def without(self, dead):
+    def without(self, dead: Tensor) -> "FlatLogits":
         """Returns the same rows, of which those that are ``dead`` (bool, any shape) are ignored.
 
         A dead row gets the target ``ignore_index`` and the temperature 1, so that nobody looks at what it held.
@@ -32,7 +34,7 @@ class FlatLogits(NamedTuple):
         targets = or_ignored(dead, rows.targets, rows.ignore_index)
         return replaced(self, rows=replaced(rows, targets=targets, temperature=or_one(dead, rows.temperature)))
 
-    def per_row(self, x):
+    def per_row(self, x: Tensor | None) -> Tensor | None:
         """A per-row tensor as a contiguous ``[T]`` of the arithmetic's dtype; None stays None."""
         if x is None:
             return None
@@ -40,13 +42,13 @@ class FlatLogits(NamedTuple):
         return x if x.dim() == 1 else x.view(-1)
 
 
-def or_ignored(dead, targets, ignore_index):
+def or_ignored(dead: Tensor, targets: Targets, ignore_index: int) -> Tensor:
     """Replaces the target of each dead token by ``ignore_index``, whatever id it is."""
     narrow = targets.dtype == torch.int32 and not -(2**31) <= ignore_index < 2**31
     return (targets.long() if narrow else targets).masked_fill(dead, ignore_index)  # takes 4 us less than torch.where
 
 
-def or_one(dead, temperature):
+def or_one(dead: Tensor, temperature: Temperature) -> Temperature:
     """Replaces the temperature of each dead token by 1; a number for all tokens stays as it is."""
     return (
         temperature.masked_fill(dead, 1.0)
@@ -55,7 +57,7 @@ def or_one(dead, temperature):
     )
 
 
-def dense(x, dtype):
+def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns ``x`` contiguous and in ``dtype``.
 
     This is ``x`` itself where possible, because a conversion that does nothing costs 1 us, and its node in the backward
@@ -64,7 +66,7 @@ def dense(x, dtype):
     return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
-def matrix(logits):
+def matrix(logits: Logits) -> Tensor:
     """Brings logits to at most three dimensions and a unit last stride.
 
     Logits such as ``logits[:, :-1]`` pass without a copy.
@@ -77,7 +79,15 @@ def matrix(logits):
     return logits if logits.dim() <= 3 else logits.flatten(0, -3)
 
 
-def flatten_logits(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward=False):
+def flatten_logits(
+    caller: str,
+    logits: Logits,
+    targets: Targets,
+    temperature: Temperature,
+    ignore_index: int,
+    vocab_mask: VocabMask | None,
+    inplace_backward: bool = False,
+) -> FlatLogits:
     """Checks the arguments that every function over logits shares and lays them out."""
     checks.logits(caller, logits)
     shape = logits.shape[:-1]

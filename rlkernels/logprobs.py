@@ -3,10 +3,13 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from rlkernels import checks, ops
+from rlkernels.backends.protocol import RowStats
 from rlkernels.logits_layout import flatten_logits, matrix
 from rlkernels.tracing import replaced
+from rlkernels.types import Logits, Outputs, RowKL, Targets, Temperature, VocabMask
 
 
 class TokenStats(NamedTuple):
@@ -26,7 +29,15 @@ class TokenStats(NamedTuple):
     kl: torch.Tensor | None = None
 
 
-def token_logprobs(logits, targets, *, temperature=1.0, ignore_index=-100, vocab_mask=None, inplace_backward=False):
+def token_logprobs(
+    logits: Logits,
+    targets: Targets,
+    *,
+    temperature: Temperature = 1.0,
+    ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
     r"""Log-probability of each target token under a softmax over the vocabulary, in one pass over the row.
 
     ``log pi(y) = z_y - log sum_v exp(z_v)``, ``z = logits / temperature``, computed from the row maximum in fp32.
@@ -58,17 +69,17 @@ def token_logprobs(logits, targets, *, temperature=1.0, ignore_index=-100, vocab
 
 
 def token_stats(
-    logits,
-    targets,
+    logits: Logits,
+    targets: Targets,
     *,
-    temperature=1.0,
-    ignore_index=-100,
-    vocab_mask=None,
-    ref_logits=None,
-    kl=None,
-    outputs=("entropy",),
-    inplace_backward=False,
-):
+    temperature: Temperature = 1.0,
+    ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
+    ref_logits: Logits | None = None,
+    kl: RowKL | None = None,
+    outputs: Outputs = ("entropy",),
+    inplace_backward: bool = False,
+) -> TokenStats:
     r"""Log-probability, logsumexp and the wanted statistics of each row, of one model or of two, in one pass over the
     row(s).
 
@@ -106,12 +117,14 @@ def token_stats(
     return collect(stats, flat.shape, rows.temperature, outputs, ref_logits is not None, kl)
 
 
-def shaped(x, shape):
+def shaped(x: Tensor, shape: torch.Size) -> Tensor:
     """Returns ``x`` in the caller's shape; ``x`` itself where it has that shape, because a view costs an operation."""
     return x if x.shape == shape else x.view(shape)
 
 
-def collect(stats, shape, temperature, outputs, reference, kl):
+def collect(
+    stats: RowStats, shape: torch.Size, temperature: Temperature, outputs: Outputs, reference: bool, kl: RowKL | None
+) -> TokenStats:
     """``RowStats`` as the ``TokenStats`` that were asked for, of the caller's shape."""
     # A number stays on the CPU: copying it to the device would make the host wait. sum_exp is 0 in ignored rows alone.
     logsumexp = torch.where(stats.sum_exp == 0, 0.0, stats.row_max / temperature + stats.sum_exp.log())

@@ -12,20 +12,23 @@ accelerator offsets are not read (unless ``RLKERNELS_CHECK=1``): wrong ones give
 outside of the tokens.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
+from rlkernels.types import Mask, Offsets, PerSequence, PerToken, Spans
 
 
-def result_dtype(*tensors):
+def result_dtype(*tensors: Tensor) -> torch.dtype:
     """Returns the dtype of the arithmetic: float64 where one of the tensors has it, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def segment_ids(offsets, tokens):
+def segment_ids(offsets: Tensor, tokens: int) -> Tensor:
     """Returns, for each of ``tokens`` packed tokens, the index of its sequence.
 
     ``offsets``: as ``checks.tokens.segments`` returns them.
@@ -36,7 +39,7 @@ def segment_ids(offsets, tokens):
     return ids.clamp(max=max(ends.shape[0] - 1, 0))
 
 
-def segment_reduce(values, offsets, how="sum", initial=0.0):
+def segment_reduce(values: Tensor, offsets: Tensor, how: str = "sum", initial: float = 0.0) -> Tensor:
     """Reduces each segment in a fixed order, without atomics.
 
     NaN stays in its segment, whereas a difference of prefix sums would spread it. ``offsets`` must come from
@@ -46,22 +49,22 @@ def segment_reduce(values, offsets, how="sum", initial=0.0):
     return torch.segment_reduce(values.contiguous(), how, offsets=offsets, axis=0, unsafe=True, initial=initial)
 
 
-def token_counts(live, offsets=None):
+def token_counts(live: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Counts the live tokens of each sequence, in float64: exact up to ``2**53``."""
     return live.sum(-1).double() if offsets is None else segment_reduce(live.double(), offsets)
 
 
-def sums(values, live, offsets):
+def sums(values: Tensor, live: Tensor, offsets: Tensor | None) -> Tensor:
     """Computes ``sequence_sums`` of checked arguments; ``live``: bool."""
     return _sums(live, values, offsets).to(result_dtype(values))
 
 
-def means(values, live, offsets):
+def means(values: Tensor, live: Tensor, offsets: Tensor | None) -> Tensor:
     """Computes ``sequence_means`` of checked arguments; ``live``: bool."""
     return (_sums(live, values, offsets) / token_counts(live, offsets).clamp(min=1.0)).to(result_dtype(values))
 
 
-def spread(values, live, offsets):
+def spread(values: Tensor, live: Tensor, offsets: Tensor | None) -> Tensor:
     """Computes ``broadcast_to_tokens`` of checked arguments; ``live``: bool."""
     wide = values.double()
     # Indexing, not gather, because the backward of indexing sorts, and that of gather adds by atomics.
@@ -69,7 +72,7 @@ def spread(values, live, offsets):
     return torch.where(live, wide, 0.0).to(result_dtype(values))
 
 
-def per_token(caller, name, x, like, offsets):
+def per_token(caller: str, name: str, x: Tensor, like: Tensor, offsets: Tensor | None) -> Tensor:
     """Expands ``x`` from one number per sequence to one per token.
 
     One per sequence is ``[S, 1]`` or ``[S]`` of a packed batch, ``[B, 1]`` or ``[B]`` of a padded one. An ``x`` of any
@@ -97,12 +100,14 @@ def per_token(caller, name, x, like, offsets):
     return x[segment_ids(offsets, tokens)]
 
 
-def _one_token_each(offsets):
+def _one_token_each(offsets: Tensor) -> bool:
     """Tells whether the host knows that every sequence is one token long."""
     return checks.host_reads(offsets) and bool((offsets.diff() == 1).all())
 
 
-def _checked(caller, values, mask, cu_seqlens):
+def _checked(
+    caller: str, values: Tensor, mask: Mask | None, cu_seqlens: Offsets | None
+) -> tuple[Tensor, Tensor | None]:
     """Checks the arguments of the public functions; returns the mask as bool, and the offsets."""
     checks.floating(caller, "values", values)
     offsets = checks_tokens.rows(caller, "values", values, cu_seqlens)
@@ -115,13 +120,13 @@ def _checked(caller, values, mask, cu_seqlens):
     ) if mask is None else mask != 0, offsets
 
 
-def _sums(live, values, offsets):
+def _sums(live: Tensor, values: Tensor, offsets: Tensor | None) -> Tensor:
     # Contiguous, because torch adds in the order of memory.
     live_values = torch.where(live, values, 0.0).double().contiguous()
     return live_values.sum(-1) if offsets is None else segment_reduce(live_values, offsets)
 
 
-def sequence_sums(values, mask=None, cu_seqlens=None):
+def sequence_sums(values: PerToken, mask: Mask | None = None, cu_seqlens: Offsets | None = None) -> PerSequence:
     r"""Sums of each sequence over its live tokens, differentiable.
 
     ``s_i = sum_t m_it x_it``.
@@ -145,7 +150,7 @@ def sequence_sums(values, mask=None, cu_seqlens=None):
     return sums(values, *_checked("sequence_sums", values, mask, cu_seqlens))
 
 
-def sequence_means(values, mask=None, cu_seqlens=None):
+def sequence_means(values: PerToken, mask: Mask | None = None, cu_seqlens: Offsets | None = None) -> PerSequence:
     r"""Means of each sequence over its live tokens, differentiable.
 
     ``s_i = (1/n_i) sum_t m_it x_it``,  ``n_i = sum_t m_it``. The mean of ``logprobs - old_logprobs`` is the log of
@@ -171,7 +176,7 @@ def sequence_means(values, mask=None, cu_seqlens=None):
     return means(values, *_checked("sequence_means", values, mask, cu_seqlens))
 
 
-def broadcast_to_tokens(values, mask, cu_seqlens=None):
+def broadcast_to_tokens(values: PerSequence, mask: Mask, cu_seqlens: Offsets | None = None) -> PerToken:
     r"""Gives every live token the value of its sequence, differentiable; dead tokens get 0.
 
     Args:
@@ -198,7 +203,7 @@ def broadcast_to_tokens(values, mask, cu_seqlens=None):
     return spread(values, mask != 0, offsets)
 
 
-def spans_to_mask(spans, length, *, shift=True):
+def spans_to_mask(spans: Spans, length: int, *, shift: bool = True) -> Tensor:
     r"""Mask of the positions that the policy sampled, from the token spans ``[start, end)`` recorded while it sampled.
 
     Args:
@@ -237,7 +242,7 @@ def spans_to_mask(spans, length, *, shift=True):
     return ((token >= spans[..., :1]) & (token < spans[..., 1:])).any(-2)
 
 
-def _integers(caller, spans):
+def _integers(caller: str, spans: Spans) -> Tensor:
     if not isinstance(spans, torch.Tensor):
         try:
             spans = torch.tensor(spans)
@@ -252,7 +257,7 @@ def _integers(caller, spans):
     return spans.long()
 
 
-def last_live_index(mask, shape, device=None):
+def last_live_index(mask: Mask | None, shape: Sequence[int], device: torch.device | None = None) -> Tensor:
     """Returns the column of the last live token of each row of a mask ``[B, L]``.
 
     It is ``L - 1`` for a row without a live token, and for every row where there is no mask.
@@ -272,19 +277,19 @@ class Groups(NamedTuple):
     """
 
     order: torch.Tensor  # [N] elements, group by group
-    index: torch.Tensor  # [N] group of each element
+    index: torch.Tensor  # type: ignore[assignment]  # [N] group of each element; tuples have a method of that name
     cu_seqlens: torch.Tensor  # [N + 1] ends of the groups within ``order``
 
-    def reduce(self, values, how="sum", initial=0.0):
+    def reduce(self, values: Tensor, how: str = "sum", initial: float = 0.0) -> Tensor:
         """Reduces ``values`` ``[N]`` to one number per group, ``[N]``."""
         return segment_reduce(values[self.order], self.cu_seqlens, how, initial)
 
-    def reduce_each(self, values, how="sum", initial=0.0):
+    def reduce_each(self, values: Tensor, how: str = "sum", initial: float = 0.0) -> Tensor:
         """Reduces ``values`` ``[N]`` per group and hands the result to every element of the group, ``[N]``."""
         return self.reduce(values, how, initial)[self.index]
 
 
-def groups_of(ids):
+def groups_of(ids: Tensor) -> Groups:
     """Sorts the elements into groups of equal ``ids`` ``[N]``, which may stand in any order."""
     ordered, order = torch.sort(ids, stable=True)
     index = torch.cumsum(torch.diff(ordered, prepend=ordered[:1]) != 0, 0)

@@ -3,17 +3,31 @@
 Advantages of whole responses within a group are in ``rlkernels.advantages.group``.
 """
 
+from typing import get_args
+
 import torch
+from torch import Tensor
 
 from rlkernels import checks, ops
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
 from rlkernels.sequences import result_dtype, segment_ids
+from rlkernels.types import Mask, Masked, Number, Offsets, PerSequence, PerToken
 
-MASKED = ("skip", "zero", "none")
+MASKED = get_args(Masked)
 
 
-def gae(rewards, values, mask=None, *, gamma=1.0, lam=0.95, masked="skip", cu_seqlens=None, bootstrap_values=None):
+def gae(
+    rewards: PerToken,
+    values: PerToken,
+    mask: Mask | None = None,
+    *,
+    gamma: Number = 1.0,
+    lam: Number = 0.95,
+    masked: Masked = "skip",
+    cu_seqlens: Offsets | None = None,
+    bootstrap_values: PerSequence | None = None,
+) -> tuple[PerToken, PerToken]:
     r"""Generalised advantage estimation by one reverse scan.
 
     ``A_t = d_t + gamma lam A_{t+1}``,  ``d_t = r_t + gamma V_{t+1} - V_t``,  ``R_t = A_t + V_t``; after the last live
@@ -69,7 +83,14 @@ def gae(rewards, values, mask=None, *, gamma=1.0, lam=0.95, masked="skip", cu_se
     return _scan(rewards, values, live, offsets, gamma, lam, masked)
 
 
-def discounted_returns(rewards, mask=None, *, gamma=1.0, masked="skip", cu_seqlens=None):
+def discounted_returns(
+    rewards: PerToken,
+    mask: Mask | None = None,
+    *,
+    gamma: Number = 1.0,
+    masked: Masked = "skip",
+    cu_seqlens: Offsets | None = None,
+) -> PerToken:
     r"""Discounted sum of the rewards from each token to the end of its sequence.
 
     ``G_t = r_t + gamma G_{t+1}``.
@@ -103,7 +124,9 @@ def discounted_returns(rewards, mask=None, *, gamma=1.0, masked="skip", cu_seqle
     return _scan(rewards, torch.zeros_like(rewards), live, offsets, gamma, 1.0, masked)[1]
 
 
-def _checked(caller, rewards, mask, masked, cu_seqlens):
+def _checked(
+    caller: str, rewards: PerToken, mask: Mask | None, masked: Masked, cu_seqlens: Offsets | None
+) -> tuple[Tensor | None, Tensor | None]:
     """Checks the arguments that both scans share; returns the mask as bool, and the offsets."""
     checks.choice(caller, "masked", masked, MASKED)
     checks_tokens.layout(caller, "rewards", rewards, cu_seqlens)
@@ -113,7 +136,15 @@ def _checked(caller, rewards, mask, masked, cu_seqlens):
     return None if mask is None else mask != 0, offsets
 
 
-def _scan(rewards, values, live, offsets, gamma, lam, masked):
+def _scan(
+    rewards: PerToken,
+    values: Tensor,
+    live: Tensor | None,
+    offsets: Tensor | None,
+    gamma: float,
+    lam: float,
+    masked: Masked,
+) -> tuple[Tensor, Tensor]:
     """Runs the scan of GAE; returns advantages and returns."""
     live = None if live is None else live.contiguous()
     return ops.gae(
@@ -121,7 +152,7 @@ def _scan(rewards, values, live, offsets, gamma, lam, masked):
     )
 
 
-def _bootstrap(rewards, gains, live, offsets):
+def _bootstrap(rewards: PerToken, gains: Tensor, live: Tensor | None, offsets: Tensor | None) -> Tensor:
     """Adds ``gains``, one per sequence, to the reward of the sequence's last live token.
 
     GAE sees nothing of the state behind a cut but ``r + gamma V_next``, so that ``gamma V_next`` may be part of ``r``.

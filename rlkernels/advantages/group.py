@@ -1,16 +1,29 @@
 """Advantages of whole responses, each against the others that answer the same prompt."""
 
+from collections.abc import Callable
+from typing import get_args
+
 import torch
+from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.sequences import groups_of, result_dtype
+from rlkernels.types import Baseline, Mask, Number, PerResponse, Scale
 
-BASELINES = ("mean", "leave-one-out", "length-mean", "batch-mean", None)
-SCALES = ("std", "batch-std", "mean", None)
+BASELINES, SCALES = get_args(Baseline), get_args(Scale)
 
 
-def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e-6, unbiased=True, lengths=None):
+def group_advantages(
+    rewards: PerResponse,
+    group_ids: PerResponse,
+    *,
+    baseline: Baseline = "mean",
+    scale: Scale = "std",
+    eps: Number = 1e-6,
+    unbiased: bool = True,
+    lengths: PerResponse | None = None,
+) -> PerResponse:
     r"""Advantage of each response within its group: the reward less a baseline, over a scale.
 
     ``A_i = (R_i - b_i) / (s_i + eps)``, with sums over the ``n`` scorable responses ``j`` of the group of ``i``:
@@ -100,7 +113,7 @@ def group_advantages(rewards, group_ids, *, baseline="mean", scale="std", eps=1e
     return torch.where(scored & ~alone, centred, 0.0).to(result_dtype(rewards))
 
 
-def _refuse(caller, name, x, bad, needed):
+def _refuse(caller: str, name: str, x: Tensor, bad: Tensor, needed: str) -> None:
     """Raises ValueError for the first entry that is ``bad``, where the host may read it.
 
     ``needed``: the words for what ``x`` must hold.
@@ -110,7 +123,7 @@ def _refuse(caller, name, x, bad, needed):
         raise ValueError(f"{caller}: {name} holds {x[at].item()} at entry {at}; it needs {needed}")
 
 
-def _reduce_all(values, how="sum", initial=0.0):
+def _reduce_all(values: Tensor, how: str = "sum", initial: float = 0.0) -> Tensor:
     """Reduces all values to one number, as ``Groups.reduce_each`` reduces those of a group."""
     if values.numel() == 0:
         return values
@@ -123,7 +136,7 @@ class _Population:
     They are measured from the smallest one, because equal rewards are then exactly 0 and stay so.
     """
 
-    def __init__(self, wide, scored, reduce):
+    def __init__(self, wide: Tensor, scored: Tensor, reduce: Callable[..., Tensor]) -> None:
         self.scored, self.reduce = scored, reduce
         self.count = reduce(scored.double())
         lowest = reduce(torch.where(scored, wide, torch.inf), "min", torch.inf)
@@ -132,16 +145,16 @@ class _Population:
         self.centre = reduce(self.offset) / self.count.clamp(min=1)
         self.gap = torch.where(scored, self.offset - self.centre, 0.0)
 
-    def spread(self, fewer):
+    def spread(self, fewer: int) -> Tensor:
         return (self.reduce(self.gap * self.gap) / (self.count - fewer).clamp(min=1)).sqrt()
 
-    def weighted_mean(self, weights):
+    def weighted_mean(self, weights: Tensor) -> Tensor:
         weights = torch.where(self.scored, weights, 0.0)
         total = self.reduce(weights)
         return torch.where(total == 0, 0.0, self.reduce(weights * self.offset) / torch.where(total == 0, 1.0, total))
 
 
-def broadcast_advantages(row_advantages, is_last_step, trajectory_ids):
+def broadcast_advantages(row_advantages: Tensor, is_last_step: Mask, trajectory_ids: Tensor) -> Tensor:
     r"""Gives every row of a trajectory, a rollout of several rows, the advantage of its last step.
 
     Args:

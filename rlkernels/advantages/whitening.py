@@ -1,13 +1,19 @@
 """Whitening: advantages of zero mean and unit variance."""
 
+from typing import get_args
+
 import torch
+from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.sequences import result_dtype
+from rlkernels.types import EpsMode, Mask, Number
+
+EPS_MODES = get_args(EpsMode)
 
 
-def _dimensions(caller, dim, count):
+def _dimensions(caller: str, dim: int | tuple[int, ...] | list[int], count: int) -> tuple[int, ...]:
     """Returns ``dim``, one dimension or several, as a tuple; refuses what does not name dimensions of ``x``."""
     dims = tuple(checks.integer(caller, "dim", axis) for axis in (dim if isinstance(dim, (tuple, list)) else (dim,)))
     if any(not -count <= axis < count for axis in dims) or len({axis % count for axis in dims}) < len(dims):
@@ -17,7 +23,16 @@ def _dimensions(caller, dim, count):
     return dims
 
 
-def masked_whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, eps_mode="add", dim=None):
+def masked_whiten(
+    x: Tensor,
+    mask: Mask | None = None,
+    *,
+    shift_mean: bool = True,
+    unbiased: bool = True,
+    eps: Number = 1e-8,
+    eps_mode: EpsMode = "add",
+    dim: int | tuple[int, ...] | list[int] | None = None,
+) -> Tensor:
     r"""Zero mean and unit variance over live elements; dead ones return 0.
 
     ``y = (x - mean) / sqrt(var + eps)``, or ``/ sqrt(max(var, eps))`` with ``eps_mode="clamp"``;  ``var = sum (x -
@@ -49,7 +64,7 @@ def masked_whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, eps
     checks.floating(caller, "x", x)
     checks.mask(caller, mask, x.shape)
     checks.one_device(caller, "x", x, mask=mask)
-    checks.choice(caller, "eps_mode", eps_mode, ("add", "clamp"))
+    checks.choice(caller, "eps_mode", eps_mode, EPS_MODES)
     eps = checks_tokens.not_negative(caller, "eps", eps, x)
     live = (
         torch.ones_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
@@ -58,7 +73,7 @@ def masked_whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, eps
     )
     dim = tuple(range(x.dim())) if dim is None else _dimensions(caller, dim, x.dim())
 
-    def mean(values, fewer=0):
+    def mean(values: Tensor, fewer: int = 0) -> Tensor:
         # sum, not nansum, because the caller must see a NaN in a live element.
         return values.sum(dim, keepdim=True) / (live.sum(dim, keepdim=True) - fewer).clamp(min=1)
 

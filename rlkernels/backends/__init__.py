@@ -5,42 +5,45 @@ import importlib
 import importlib.util
 import os
 import warnings
+from typing import Any, get_args
 
 import torch
 
 from rlkernels.backends import context, cpu, cuda, eager
 from rlkernels.backends.context import forced as forced
 from rlkernels.backends.measured_order import preferred
+from rlkernels.types import Availability, Backend
 
 OPS = ("token_stats", "token_stats_backward", "fused_policy", "elementwise", "weighted_loss", "gae")
-KNOWN = ("eager", "cpu", "triton", "cuda")
+KNOWN = get_args(Backend)
 DEVICES = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager"), "xpu": ("triton", "eager"), "meta": ("eager",)}
 """Device type to the backends that can serve it, first choice first; ``measured_order.TABLE`` overrides the order where
 something was measured.
 """
 
 
-class _Modules(dict):
+class _Modules(dict[str, Any]):
     """Name to module. Triton's is imported when it first serves: ``import rlkernels`` must not load Triton."""
 
-    def __missing__(self, name):
+    def __missing__(self, name: str) -> Any:
         self[name] = importlib.import_module(f"rlkernels.backends.{name}")
         return self[name]
 
 
 BACKENDS = _Modules(eager=eager, cpu=cpu, cuda=cuda)
 _said = False  # that CPU tensors are served without native code
-_present = set()  # accelerator backends that have been found: looking for Triton and a GPU again costs 30 us per call
+# Accelerator backends that have been found: looking for Triton and a GPU again costs 30 us per call.
+_present: set[str] = set()
 
 
-def interpreted():
+def interpreted() -> bool:
     """Tell whether Triton runs kernels on CPU tensors (``TRITON_INTERPRET=1``), which is how they are proven without a
     GPU.
     """
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def absent(name):
+def absent(name: str) -> str | None:
     """Why backend ``name`` cannot be used here, or None where it can."""
     if name == "triton":
         found = importlib.util.find_spec("triton")
@@ -55,7 +58,7 @@ def absent(name):
     return None if present else reason
 
 
-def _say_once(reason):
+def _say_once(reason: str | None) -> None:
     """Warns in the first native-less call of a process: it is right, and slow without a word.
 
     Not where native code was switched off.
@@ -74,7 +77,9 @@ def _say_once(reason):
         )
 
 
-def serving(op, device, dtype=None, vocab=None, *, aloud=True):
+def serving(
+    op: str, device: str, dtype: torch.dtype | None = None, vocab: int | None = None, *, aloud: bool = True
+) -> str:
     """The backend that serves ``op`` on a device type, by the table of measurements where it has an entry for dtype and
     vocabulary.
 
@@ -126,13 +131,13 @@ class use_backend(contextlib.ContextDecorator):
         RuntimeError: the backend is absent here; the message says why.
     """
 
-    def __init__(self, name):
+    def __init__(self, name: Backend) -> None:
         self.name = name
 
-    def _recreate_cm(self):  # of a decorated function: one for each call
+    def _recreate_cm(self) -> "use_backend":  # of a decorated function: one for each call
         return use_backend(self.name)
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         if self.name not in KNOWN:
             raise ValueError(f"use_backend: backend must be one of {', '.join(KNOWN)}; got {self.name!r}")
         reason = absent(self.name)
@@ -143,14 +148,14 @@ class use_backend(contextlib.ContextDecorator):
         else:
             context.enter(self)
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if torch.compiler.is_dynamo_compiling():
             context.trace(self.outside)
         else:
             context.leave(self)
 
 
-def available_backends():
+def available_backends() -> Availability:
     """Tell which backend serves which op on which device here, and the reason where a backend is absent.
 
     Returns:

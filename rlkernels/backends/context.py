@@ -4,14 +4,16 @@ choice to itself.
 
 import contextvars
 import threading
+from typing import Any
 
 import torch
 
-_choices = contextvars.ContextVar("rlkernels.use_backend", default=())  # instances of use_backend; the last one counts
+# Instances of use_backend; the last one counts.
+_choices: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("rlkernels.use_backend", default=())
 _traced = threading.local()  # the last one of this thread: Dynamo cannot trace a context variable
 
 
-def forced():
+def forced() -> str | None:
     """The backend that ``use_backend`` has chosen here, or None."""
     if torch.compiler.is_dynamo_compiling():
         return getattr(_traced, "name", None)
@@ -19,12 +21,12 @@ def forced():
     return choices[-1].name if choices else None
 
 
-def enter(choice):
+def enter(choice: Any) -> None:
     _choices.set((*_choices.get(), choice))
     _traced.name = choice.name
 
 
-def leave(choice):
+def leave(choice: Any) -> None:
     """Takes away this choice and no other: a generator may end after one that was made while it was suspended."""
     choices = list(_choices.get())
     for k in reversed(range(len(choices))):
@@ -35,7 +37,7 @@ def leave(choice):
     _traced.name = choices[-1].name if choices else None
 
 
-def trace(name):
+def trace(name: str | None) -> str | None:
     """Sets what Dynamo sees, and returns what it saw."""
     before = getattr(_traced, "name", None)
     _traced.name = name

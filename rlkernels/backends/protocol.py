@@ -1,25 +1,21 @@
 """The protocol of a backend: what its functions take and return, and what several backends share.
 
-A backend is a module with these functions. Logits are ``[T, V]`` or ``[B, L, V]`` with unit last stride; everything
-else of a row is ``[T]``, in the dtype ``real_dtype(logits.dtype)``. Sums have a fixed order.
-
-* ``token_stats(rows, wanted) -> RowStats``
-* ``token_stats_backward(upstream, rows, saved, out=None, unless=None) -> dlogits``. ``out``: memory that takes the
-  gradient. ``unless``: a number on the device, which no host reads; where it is exactly 1, ``out`` stays as it is.
-* ``fused_policy(rows, policy, with_grad, out) -> PolicyRows``
-* ``elementwise(objective, columns, params, weight) -> (loss, value, derivative)``
-* ``weighted_loss(objective, first, minus, others, params, weight, total, share) -> (loss, slopes)``
-* ``gae(rewards, values, mask, cu_seqlens, gamma, lam, masked) -> (advantages, returns)``
-
+A backend is a module with the functions of ``BackendModule``. Logits are ``[T, V]`` or ``[B, L, V]`` with unit last
+stride; everything else of a row is ``[T]``, in the dtype ``real_dtype(logits.dtype)``. Sums have a fixed order.
 ``eager`` is their definition in plain torch. Everything in this module is free of kernels.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from rlkernels.checks import COLDEST, HOTTEST
+from rlkernels.types import Masked
+
+Kernel = TypeVar("Kernel")
+Params: TypeAlias = tuple[float, ...] | list[float] | Tensor
+"""The numbers of an objective, in its order; one float64 tensor where the host may not read them."""
 
 ENTROPY, LOG_SUM_SQ, MEAN_LOGITS, IS_TOP1, KL = 1, 2, 4, 8, 16
 """Bits of ``wanted``: the statistics of a row that are made only where they are asked for."""
@@ -71,7 +67,7 @@ class RowStats(NamedTuple):
     kl: Tensor
 
     @classmethod
-    def empty(cls, like, count, wanted, reference):
+    def empty(cls, like: Tensor, count: int, wanted: int, reference: bool) -> "RowStats":
         """Memory for the statistics of ``count`` rows, on the device of ``like`` and, but for ``is_top1``, in its
         dtype.
         """
@@ -86,7 +82,7 @@ TOP1 = RowStats._fields.index("is_top1")
 """The one field that is bool."""
 
 
-def presence(wanted, reference):
+def presence(wanted: int, reference: bool) -> tuple[int, ...]:
     """For each field of ``RowStats`` whether it is made: true or false, as any Python number is."""
     return (
         True,
@@ -131,8 +127,8 @@ class PolicyInputs(NamedTuple):
     """
 
     objective: str
-    columns: list
-    params: list
+    columns: list[Tensor]
+    params: Params
     weight: Tensor
     entropy_weight: Tensor | None = None
     kl: str | None = None
@@ -154,7 +150,63 @@ class PolicyRows(NamedTuple):
     dlogp: Tensor
 
 
-def column_kernel(backend, what, dtype, kernels):
+class BackendModule(Protocol):
+    """The functions of a backend."""
+
+    def token_stats(self, rows: RowBatch, wanted: int) -> RowStats: ...
+
+    def token_stats_backward(
+        self,
+        upstream: Upstream,
+        rows: RowBatch,
+        saved: SavedRows,
+        out: Tensor | None = None,
+        unless: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the gradient of the logits.
+
+        ``out``: memory that takes it. ``unless``: a number on the device, which no host reads; where it is exactly 1,
+        ``out`` stays as it is.
+        """
+        ...
+
+    def fused_policy(self, rows: RowBatch, policy: PolicyInputs, with_grad: bool, out: Tensor | None) -> PolicyRows: ...
+
+    def elementwise(
+        self, objective: str, columns: list[Tensor], params: Params, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the weighted sum, and each element's value and derivative."""
+        ...
+
+    def weighted_loss(
+        self,
+        objective: str,
+        first: Tensor,
+        minus: Tensor | None,
+        others: list[Tensor],
+        params: Params,
+        weight: Tensor | None,
+        total: Tensor | None,
+        share: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the loss of ``first - minus - others[0]`` and so on, and the slopes of its columns."""
+        ...
+
+    def gae(
+        self,
+        rewards: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        gamma: float,
+        lam: float,
+        masked: Masked,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns advantages and returns."""
+        ...
+
+
+def column_kernel(backend: str, what: str, dtype: torch.dtype, kernels: dict[torch.dtype, Kernel]) -> Kernel:
     """The kernel of a backend over columns of this dtype; ``kernels``: dtype to kernel.
 
     Raises:
@@ -168,7 +220,9 @@ def column_kernel(backend, what, dtype, kernels):
     return kernel
 
 
-def check_rows(targets, vocab, ignore_index, temperature, caller=None):
+def check_rows(
+    targets: Tensor, vocab: int, ignore_index: int, temperature: float | Tensor, caller: str | None = None
+) -> None:
     """Refuses targets and temperatures of live rows that no kernel can take. On a CPU only, because elsewhere the host
     would wait for the device.
 

@@ -6,12 +6,14 @@ one, ``name``, is the name of the argument.
 
 import math
 import os
+from typing import get_args
 
 import torch
 
 from rlkernels.checks.names import NAMED, choice, known_names, named, several
 from rlkernels.checks.numbers import finite, flag, integer, interval, positive, positive_integer, real
 from rlkernels.tracing import has_values
+from rlkernels.types import RowKL
 
 # The checks of numbers and names, which callers reach through this module, too.
 __all__ = [
@@ -39,6 +41,7 @@ KEPT_ELSEWHERE = (
     "a tensor subclass that keeps its data in other tensors; pass a plain tensor, such as its "
     "dequantize(), to_local() or full_tensor()"
 )
+ROW_KLS = get_args(RowKL)
 COLDEST, HOTTEST = 2.0**-40, 2.0**40
 """The limits of a temperature ``T``, because the gradient of an entropy holds ``1/T**2`` in fp32.
 
@@ -249,7 +252,7 @@ def no_gradient(caller, **tensors):
 def reference(caller, x, logits_, kl):
     """Refuses ``ref_logits`` that do not match ``logits``, and a ``kl`` that is unknown or lacks them."""
     if kl is not None:
-        choice(caller, "kl", kl, ("k1", "k2", "k3", "exact"))
+        choice(caller, "kl", kl, ROW_KLS)
         if x is None:
             raise ValueError(f"{caller}: kl={kl!r} needs ref_logits")
     if x is None:

@@ -14,7 +14,7 @@ class Ledger:
     ``strict``: an input outside our domain raises; otherwise it is handed to the original and counted.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.strict = True
         self.calls: Counter[str] = Counter()
         self.delegations: Counter[tuple[str, str]] = Counter()

@@ -17,11 +17,14 @@ The attributes are private, so each is replaced only when its signature is a kno
 
 import importlib
 import threading
+from collections.abc import Callable
+from typing import Any, get_args
 
 from rlkernels.integrations import _patching, _trl_functions
 from rlkernels.integrations._patching import PatchReport, PatchStatus, Plan
+from rlkernels.types import TrlLevel
 
-LEVELS = ("fused", "logits", "pairs")
+LEVELS = tuple(name for name in get_args(TrlLevel) if name != "all")
 SERIES = ("1.15", "1.16")
 
 HEAD = (
@@ -46,7 +49,7 @@ _plans: dict[str, Plan] = {}
 _lock = threading.RLock()
 
 
-def patch(level: str = "all", strict: bool = True) -> PatchReport:
+def patch(level: TrlLevel = "all", strict: bool = True) -> PatchReport:
     """Puts our kernels into TRL's seams.
 
     Works before and after TRL's trainers are imported or constructed; twice is once.
@@ -70,17 +73,17 @@ def patch(level: str = "all", strict: bool = True) -> PatchReport:
         raise ValueError(f"level must be one of {(*LEVELS, 'all')}, got {level!r}")
     with _lock:
         host = _host(strict)
-        plans, skipped = {}, []
+        plans: dict[str, Plan] = {}
+        skipped: list[str] = []
         for name in LEVELS if level == "all" else (level,):
-            plan = _plans.get(name)
-            if plan is None:
-                plan = _PLANNERS[name](host)
+            known = _plans.get(name)
+            if known is not None:
+                _require_ours(host, known)
+            planned = _PLANNERS[name](host) if known is None else known
+            if isinstance(planned, str):
+                skipped.append(planned)
             else:
-                _require_ours(host, plan)
-            if isinstance(plan, str):
-                skipped.append(plan)
-            else:
-                plans[name] = plan
+                plans[name] = planned
         # Every check has passed: from here on nothing can refuse, so a refusal never leaves half of the seams replaced.
         if not _plans:
             _ledger.clear()
@@ -172,7 +175,7 @@ def _plan_fused(host: str) -> Plan:
         # TRL 1.15 without Triton leaves the seam empty and cannot train; the only signature left to check is that of
         # its one user.
         _patching.require_signature(host, "add_fused_lm_head", utils.add_fused_lm_head, HEAD_USER)
-        sites = (site,)
+        sites: tuple[tuple[Any, str], ...] = (site,)
     else:
         _require_own(host, site, "trl.kernels.chunked_logprob", "TRL's own")
         _patching.require_signature(
@@ -214,4 +217,4 @@ def _plan_pairs(host: str) -> Plan:
     return Plan(_patching.Namespace("nn", original, _ledger, functional=functional), (site,))
 
 
-_PLANNERS = {"fused": _plan_fused, "logits": _plan_logits, "pairs": _plan_pairs}
+_PLANNERS: dict[str, Callable[[str], Plan | str]] = {"fused": _plan_fused, "logits": _plan_logits, "pairs": _plan_pairs}

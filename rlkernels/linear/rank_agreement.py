@@ -13,6 +13,8 @@ import inspect
 import math
 import struct
 import zlib
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -54,7 +56,10 @@ def _gather(mine, group, ranks, **options):
     return everyone, gather(everyone, mine, group=group, **options)
 
 
-def same_on_every_rank(function):
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def same_on_every_rank(function: Function) -> Function:
     """Makes a ``linear_*`` function compare its arguments over its ``process_group``.
 
     What one rank raises, every rank raises.
@@ -75,7 +80,7 @@ def same_on_every_rank(function):
                 now.facts = _arguments(signature.bind(*arguments, **options))
             return function(*arguments, **options)
 
-    return call
+    return call  # type: ignore[return-value]
 
 
 def check_member(caller, group):

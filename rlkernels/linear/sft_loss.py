@@ -1,5 +1,7 @@
 """Supervised fine-tuning from hidden states and the lm_head to the scalar, without ``[T, V]`` logits."""
 
+from typing import Literal, overload
+
 import torch
 
 from rlkernels import checks, ops
@@ -11,35 +13,139 @@ from rlkernels.linear.token_stats import head_logprobs
 from rlkernels.losses.sft import KINDS, sft_metrics, sft_weights
 from rlkernels.losses.token_weights import TokenWeights, live_tokens
 from rlkernels.losses.weighted_sum import weighted_sum
+from rlkernels.types import (
+    Aggregation,
+    HeadBias,
+    HeadWeight,
+    HiddenStates,
+    Mask,
+    Metrics,
+    Normalizers,
+    Number,
+    Offsets,
+    PerToken,
+    PerTokenOrSequence,
+    Scalar,
+    SftKind,
+    Targets,
+    Temperature,
+)
+
+
+@overload
+def linear_sft_loss(
+    hidden: HiddenStates,
+    weight: HeadWeight,
+    targets: Targets,
+    mask: Mask | None = None,
+    *,
+    bias: HeadBias | None = None,
+    temperature: Temperature = 1.0,
+    softcap: Number | None = None,
+    logit_scale: Number = 1.0,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype = torch.float32,
+    chunk_tokens: int | None = None,
+    logits_budget: int | None = None,
+    max_live_tokens: int | None = None,
+    valid_vocab: int | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+    kind: SftKind = "nll",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    sample_weights: PerTokenOrSequence | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    return_metrics: Literal[False] = False,
+) -> Scalar: ...
+
+
+@overload
+def linear_sft_loss(
+    hidden: HiddenStates,
+    weight: HeadWeight,
+    targets: Targets,
+    mask: Mask | None = None,
+    *,
+    bias: HeadBias | None = None,
+    temperature: Temperature = 1.0,
+    softcap: Number | None = None,
+    logit_scale: Number = 1.0,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype = torch.float32,
+    chunk_tokens: int | None = None,
+    logits_budget: int | None = None,
+    max_live_tokens: int | None = None,
+    valid_vocab: int | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+    kind: SftKind = "nll",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    sample_weights: PerTokenOrSequence | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    return_metrics: Literal[True],
+) -> tuple[Scalar, Metrics]: ...
+
+
+@overload
+def linear_sft_loss(
+    hidden: HiddenStates,
+    weight: HeadWeight,
+    targets: Targets,
+    mask: Mask | None = None,
+    *,
+    bias: HeadBias | None = None,
+    temperature: Temperature = 1.0,
+    softcap: Number | None = None,
+    logit_scale: Number = 1.0,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype = torch.float32,
+    chunk_tokens: int | None = None,
+    logits_budget: int | None = None,
+    max_live_tokens: int | None = None,
+    valid_vocab: int | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+    kind: SftKind = "nll",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    sample_weights: PerTokenOrSequence | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    return_metrics: bool,
+) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
 @same_on_every_rank
 def linear_sft_loss(
-    hidden,
-    weight,
-    targets,
-    mask=None,
+    hidden: HiddenStates,
+    weight: HeadWeight,
+    targets: Targets,
+    mask: Mask | None = None,
     *,
-    bias=None,
-    temperature=1.0,
-    softcap=None,
-    logit_scale=1.0,
-    ignore_index=-100,
-    logits_dtype=torch.float32,
-    chunk_tokens=None,
-    logits_budget=None,
-    max_live_tokens=None,
-    valid_vocab=None,
-    process_group=None,
-    vocab_start=None,
-    kind="nll",
-    aggregation="token-mean",
-    weights=None,
-    sample_weights=None,
-    cu_seqlens=None,
-    normalizers=None,
-    return_metrics=False,
-):
+    bias: HeadBias | None = None,
+    temperature: Temperature = 1.0,
+    softcap: Number | None = None,
+    logit_scale: Number = 1.0,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype = torch.float32,
+    chunk_tokens: int | None = None,
+    logits_budget: int | None = None,
+    max_live_tokens: int | None = None,
+    valid_vocab: int | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+    kind: SftKind = "nll",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    sample_weights: PerTokenOrSequence | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    return_metrics: bool = False,
+) -> Scalar | tuple[Scalar, Metrics]:
     r"""``sft_loss`` from hidden states and the lm_head, without ``[T, V]`` logits.
 
     Three matmuls, because the gradient is made in the forward.

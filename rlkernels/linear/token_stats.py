@@ -17,28 +17,29 @@ from rlkernels.linear.gradients import Gradients
 from rlkernels.linear.head import OPERANDS, TENSORS, HeadOptions, LinearHead, linear_head, without_autocast
 from rlkernels.linear.projection import HeadProjection
 from rlkernels.linear.rank_agreement import meeting, pattern, ranks_compare, same_on_every_rank
-from rlkernels.logprobs import collect
+from rlkernels.logprobs import TokenStats, collect
+from rlkernels.types import HeadBias, HeadWeight, HiddenStates, Number, Outputs, PerToken, Targets, Temperature
 
 
 @same_on_every_rank
 def linear_token_logprobs(
-    hidden,
-    weight,
-    targets,
+    hidden: HiddenStates,
+    weight: HeadWeight,
+    targets: Targets,
     *,
-    bias=None,
-    temperature=1.0,
-    softcap=None,
-    logit_scale=1.0,
-    ignore_index=-100,
-    logits_dtype=torch.float32,
-    chunk_tokens=None,
-    logits_budget=None,
-    max_live_tokens=None,
-    valid_vocab=None,
-    process_group=None,
-    vocab_start=None,
-):
+    bias: HeadBias | None = None,
+    temperature: Temperature = 1.0,
+    softcap: Number | None = None,
+    logit_scale: Number = 1.0,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype = torch.float32,
+    chunk_tokens: int | None = None,
+    logits_budget: int | None = None,
+    max_live_tokens: int | None = None,
+    valid_vocab: int | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+) -> PerToken:
     r"""Log-probability of each target from hidden states and the lm_head, without ever holding ``[T, V]`` logits.
 
     ``token_logprobs`` of ``z / temperature``, ``z = softcap tanh(u / softcap)`` (``z = u`` without), ``u = logit_scale
@@ -95,24 +96,24 @@ def linear_token_logprobs(
 
 @same_on_every_rank
 def linear_token_stats(
-    hidden,
-    weight,
-    targets,
+    hidden: HiddenStates,
+    weight: HeadWeight,
+    targets: Targets,
     *,
-    bias=None,
-    temperature=1.0,
-    softcap=None,
-    logit_scale=1.0,
-    ignore_index=-100,
-    logits_dtype=torch.float32,
-    chunk_tokens=None,
-    logits_budget=None,
-    max_live_tokens=None,
-    valid_vocab=None,
-    process_group=None,
-    vocab_start=None,
-    outputs=("entropy",),
-):
+    bias: HeadBias | None = None,
+    temperature: Temperature = 1.0,
+    softcap: Number | None = None,
+    logit_scale: Number = 1.0,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype = torch.float32,
+    chunk_tokens: int | None = None,
+    logits_budget: int | None = None,
+    max_live_tokens: int | None = None,
+    valid_vocab: int | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+    outputs: Outputs = ("entropy",),
+) -> TokenStats:
     r"""``token_stats`` from hidden states and the lm_head, without ever holding ``[T, V]`` logits.
 
     Args:

@@ -1,49 +1,131 @@
-"""Policy losses over log-probabilities and over logits.
+"""The policy loss over log-probabilities, and the ratio term that policy losses share.
 
 The objective is an argument by name, and so is the aggregation: no loss here is written for one of them.
 """
 
-import torch
+from typing import Literal, overload
 
-from rlkernels import checks, ops
-from rlkernels.backends.protocol import PolicyInputs, real_dtype
+from torch import Tensor
+
+from rlkernels import checks
+from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.logits_layout import dense, flatten_logits
-from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve
+from rlkernels.logits_layout import dense
+from rlkernels.losses.policy_arguments import check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
 from rlkernels.losses.token_weights import (
     TokenWeights,
     aggregation_of_sequences,
     full_mask,
     live_mask,
-    live_tokens,
-    loss_weights,
     token_weights_of,
 )
-from rlkernels.losses.weighted_sum import parameters, scaled_sum, weighted_sum
+from rlkernels.losses.weighted_sum import Params, scaled_sum, weighted_sum
 from rlkernels.sequences import means, spread, sums
+from rlkernels.types import (
+    KL,
+    Aggregation,
+    Mask,
+    Metrics,
+    Normalizers,
+    Number,
+    Offsets,
+    PerToken,
+    PerTokenOrSequence,
+    RatioLevel,
+    Scalar,
+)
+
+
+@overload
+def policy_loss(
+    logprobs: PerToken,
+    old_logprobs: PerToken | None,
+    advantages: PerTokenOrSequence,
+    mask: Mask | None = None,
+    *,
+    objective: str = "ppo_clip",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    ref_logprobs: PerToken | None = None,
+    kl: KL = "k3",
+    kl_coef: Number = 0.0,
+    entropy: PerToken | None = None,
+    entropy_coef: Number = 0.0,
+    cu_seqlens: Offsets | None = None,
+    ratio_level: RatioLevel = "token",
+    normalizers: Normalizers | None = None,
+    return_metrics: Literal[False] = False,
+    **params: Number,
+) -> Scalar: ...
+
+
+@overload
+def policy_loss(
+    logprobs: PerToken,
+    old_logprobs: PerToken | None,
+    advantages: PerTokenOrSequence,
+    mask: Mask | None = None,
+    *,
+    objective: str = "ppo_clip",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    ref_logprobs: PerToken | None = None,
+    kl: KL = "k3",
+    kl_coef: Number = 0.0,
+    entropy: PerToken | None = None,
+    entropy_coef: Number = 0.0,
+    cu_seqlens: Offsets | None = None,
+    ratio_level: RatioLevel = "token",
+    normalizers: Normalizers | None = None,
+    return_metrics: Literal[True],
+    **params: Number,
+) -> tuple[Scalar, Metrics]: ...
+
+
+@overload
+def policy_loss(
+    logprobs: PerToken,
+    old_logprobs: PerToken | None,
+    advantages: PerTokenOrSequence,
+    mask: Mask | None = None,
+    *,
+    objective: str = "ppo_clip",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    ref_logprobs: PerToken | None = None,
+    kl: KL = "k3",
+    kl_coef: Number = 0.0,
+    entropy: PerToken | None = None,
+    entropy_coef: Number = 0.0,
+    cu_seqlens: Offsets | None = None,
+    ratio_level: RatioLevel = "token",
+    normalizers: Normalizers | None = None,
+    return_metrics: bool,
+    **params: Number,
+) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
 def policy_loss(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask=None,
+    logprobs: PerToken,
+    old_logprobs: PerToken | None,
+    advantages: PerTokenOrSequence,
+    mask: Mask | None = None,
     *,
-    objective="ppo_clip",
-    aggregation="token-mean",
-    weights=None,
-    ref_logprobs=None,
-    kl="k3",
-    kl_coef=0.0,
-    entropy=None,
-    entropy_coef=0.0,
-    cu_seqlens=None,
-    ratio_level="token",
-    normalizers=None,
-    return_metrics=False,
-    **params,
-):
+    objective: str = "ppo_clip",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    ref_logprobs: PerToken | None = None,
+    kl: KL = "k3",
+    kl_coef: Number = 0.0,
+    entropy: PerToken | None = None,
+    entropy_coef: Number = 0.0,
+    cu_seqlens: Offsets | None = None,
+    ratio_level: RatioLevel = "token",
+    normalizers: Normalizers | None = None,
+    return_metrics: bool = False,
+    **params: Number,
+) -> Scalar | tuple[Scalar, Metrics]:
     r"""A policy objective over log-probabilities, with a KL and an entropy term.
 
     One launch per term, and one to count the tokens of a masked mean.
@@ -118,117 +200,17 @@ def policy_loss(
     )
 
 
-def logits_policy_loss(
-    logits,
-    targets,
-    old_logprobs,
-    advantages,
-    mask=None,
-    *,
-    temperature=1.0,
-    ignore_index=-100,
-    vocab_mask=None,
-    objective="ppo_clip",
-    aggregation="token-mean",
-    weights=None,
-    ref_logprobs=None,
-    kl="k3",
-    kl_coef=0.0,
-    entropy_coef=0.0,
-    cu_seqlens=None,
-    ratio_level="token",
-    normalizers=None,
-    inplace_backward=False,
-    return_metrics=False,
-    **params,
-):
-    r"""``policy_loss`` straight from logits: statistics, objective and the gradient with respect to the logits in one
-    pass over each row.
-
-    The row of a token of weight 0 is never read, nor its target and temperature: any id will do. Sequence-level ratios
-    need every row before any gradient: they take the two passes of ``token_stats``.
-
-    Args:
-        logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; ``old_logprobs`` and
-            ``ref_logprobs`` under the same temperature and mask.
-        inplace_backward: the backward writes the gradient over ``logits``; nothing of their size is allocated.
-        the rest: as for ``policy_loss``; the entropy is that of the row.
-
-    Returns:
-        Scalar, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, dict)``.
-
-    Raises:
-        TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs`` and ``policy_loss``.
-    """
-    caller = "logits_policy_loss"
-    flat = flatten_logits(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
-    ignore_index = flat.rows.ignore_index
-    if not flat.shape:
-        raise ValueError(
-            f"{caller}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
-        )
-    entry, values = resolve(caller, objective, params, logits)
-    targets = checks_tokens.holding(caller, targets, ignore_index)
-    like = targets.new_empty(targets.shape, dtype=flat.real)
-    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
-    columns = objective_columns(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
-    penalty, bonus = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
-    scored = targets != ignore_index
-    live = scored if mask is None else live_tokens(caller, like, mask) & scored
-    if ratio_level != "token":
-        flat = flat.without(~live)
-        stats = ops.token_stats(flat.rows, ops.ENTROPY, inplace_backward, ops.serving("token_stats", logits))
-        try:
-            return policy_loss(
-                stats.logp.view(flat.shape),
-                old_logprobs,
-                advantages,
-                live,
-                objective=objective,
-                aggregation=aggregation,
-                weights=weights,
-                ref_logprobs=ref_logprobs,
-                kl=kl,
-                kl_coef=kl_coef,
-                entropy=stats.entropy.view(flat.shape),
-                entropy_coef=entropy_coef,
-                cu_seqlens=cu_seqlens,
-                ratio_level=ratio_level,
-                normalizers=normalizers,
-                return_metrics=return_metrics,
-                **params,
-            )
-        except checks.NAMED as error:
-            if type(error) not in checks.NAMED:
-                raise
-            raise checks.named(error, "policy_loss") from error
-    everywhere = mask is None and weights is None and not isinstance(flat.rows.temperature, torch.Tensor)
-    weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
-    flat = flat if everywhere else flat.without(weights == 0)
-    # A second tensor of the logits' size is made in the forward only caller the backward is sure to take it over.
-    with_grad = (
-        torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
-    )
-    policy = PolicyInputs(
-        objective,
-        [flat.per_row(c) for c in columns],
-        parameters(values),
-        flat.per_row(weights),
-        None if bonus is None else flat.per_row(weights * bonus),
-        None if penalty is None else kl,
-        None if penalty is None else flat.per_row(ref_logprobs),
-        None if penalty is None else flat.per_row(weights * penalty),
-    )
-    of_rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
-    if not return_metrics:
-        return of_rows.loss
-    shape = flat.shape
-    read = live & (weights != 0)  # a row of weight 0 is not read, and has no metrics
-    logp, entropy = of_rows.logp.view(shape), of_rows.entropy.view(shape)
-    return of_rows.loss, policy_metrics(logp, columns, read, ref_logprobs, kl, entropy, entry, values)
-
-
-def ratio_term(caller, objective, logp, columns, params, weights, live, cu_seqlens, level):
+def ratio_term(
+    caller: str,
+    objective: str,
+    logp: Tensor,
+    columns: list[Tensor],
+    params: Params,
+    weights: TokenWeights,
+    live: Tensor | None,
+    cu_seqlens: Tensor | None,
+    level: RatioLevel,
+) -> Tensor:
     """Computes the weighted sum of a policy objective whose ratio is that of a token or of a sequence."""
     if level == "token":
         return weighted_sum(objective, logp, columns, params, weights)

@@ -1,10 +1,14 @@
 """The arguments of a policy loss, checked: its objective, its columns, its KL and entropy terms."""
 
+from typing import get_args
+
 import torch
+from torch import Tensor
 
 from rlkernels import checks
-from rlkernels.objectives import OBJECTIVES
+from rlkernels.objectives import OBJECTIVES, Objective
 from rlkernels.sequences import per_token
+from rlkernels.types import KL, Number, PerToken, PerTokenOrSequence, RatioLevel
 
 DEFAULTS = {
     "ppo_clip": {"clip_low": 0.2, "clip_high": 0.2},
@@ -17,10 +21,10 @@ CISPO's bounds are not among them, because three conventions are in use.
 """
 ROW = "the entropy of its row"
 """Stands for the entropy of each row of logits, which such a loss computes itself."""
-RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
+RATIO_LEVELS, KLS = get_args(RatioLevel), get_args(KL)
 
 
-def resolve(caller, objective, params, like):
+def resolve(caller: str, objective: str, params: dict[str, Number], like: Tensor) -> tuple[Objective, list[Number]]:
     """Returns the registered objective and the values of its parameters, in the objective's order.
 
     ``like``: a tensor on the device of the data.
@@ -31,13 +35,21 @@ def resolve(caller, objective, params, like):
     return entry, checks.params(caller, objective, entry, params, DEFAULTS, like)
 
 
-def _is_policy(entry):
+def _is_policy(entry: Objective) -> bool:
     """Tells whether an objective has the columns of a policy objective."""
     # One without an advantage is refused, because it would ignore the caller's in silence.
     return entry.columns[0] == "logp" and "advantage" in entry.columns
 
 
-def objective_columns(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level):
+def objective_columns(
+    caller: str,
+    entry: Objective,
+    like: Tensor,
+    old_logprobs: PerToken | None,
+    advantages: PerTokenOrSequence,
+    cu_seqlens: Tensor | None,
+    ratio_level: RatioLevel,
+) -> list[Tensor]:
     """Returns the columns that the objective takes after ``logp``, shaped like the log-probabilities ``like``."""
     checks.choice(caller, "ratio_level", ratio_level, RATIO_LEVELS)
     if ratio_level != "token" and "old_logp" not in entry.columns:
@@ -62,7 +74,7 @@ def objective_columns(caller, entry, like, old_logprobs, advantages, cu_seqlens,
     return columns
 
 
-def column(caller, name, x, like, like_name="logprobs"):
+def column(caller: str, name: str, x: Tensor | None, like: Tensor, like_name: str = "logprobs") -> Tensor:
     """Returns an input without gradient, refused unless it is shaped like ``like``."""
     checks.floating(caller, name, x)
     checks.shape(caller, name, x, like.shape)
@@ -71,7 +83,7 @@ def column(caller, name, x, like, like_name="logprobs"):
     return x
 
 
-def present(coefficient):
+def present(coefficient: Number) -> bool:
     """Tells whether a term takes part in a loss.
 
     A tensor may hold a 0, which only the device knows. Its term is computed and weighs nothing.
@@ -79,19 +91,27 @@ def present(coefficient):
     return isinstance(coefficient, torch.Tensor) or coefficient != 0
 
 
-def _coefficient(caller, name, x, like):
+def _coefficient(caller: str, name: str, x: Number, like: Tensor) -> Number | None:
     """Returns a coefficient as a number or a tensor, None where its term takes no part."""
     if type(x) is not float or x != 0:
         x = checks.coefficient(checks.finite, caller, name, x, like)
     return x if present(x) else None
 
 
-def check_terms(caller, like, ref_logprobs, kl, kl_coef, entropy, entropy_coef):
+def check_terms(
+    caller: str,
+    like: Tensor,
+    ref_logprobs: PerToken | None,
+    kl: KL,
+    kl_coef: Number,
+    entropy: PerToken | str | None,
+    entropy_coef: Number,
+) -> tuple[Number | None, Number | None]:
     """Checks the KL and the entropy term; returns their two coefficients, None where a term takes no part.
 
     ``entropy``: the caller's entropies, or ``ROW`` for those of the rows of logits.
     """
-    checks.choice(caller, "kl", kl, ("k1", "k2", "k3"))
+    checks.choice(caller, "kl", kl, KLS)
     kl_coef, entropy_coef = (
         _coefficient(caller, "kl_coef", kl_coef, like),
         _coefficient(caller, "entropy_coef", entropy_coef, like),

@@ -1,8 +1,11 @@
 """Metrics that a trainer plots beside a policy loss: masked, detached, and without a host synchronisation."""
 
 import torch
+from torch import Tensor
 
+from rlkernels.objectives import Objective
 from rlkernels.sequences import means, spread, sums
+from rlkernels.types import KL, Metrics, Number, RatioLevel
 
 OF_THE_RATIO = ("cispo",)
 """The objectives that clip the ratio itself.
@@ -13,8 +16,17 @@ The others take the smaller of two surrogates, and the sign of the advantage dec
 
 @torch.no_grad()
 def policy_metrics(
-    logprobs, columns, live, ref_logprobs, kl, entropy, entry, params, ratio_level="token", cu_seqlens=None
-):
+    logprobs: Tensor,
+    columns: list[Tensor],
+    live: Tensor,
+    ref_logprobs: Tensor | None,
+    kl: KL,
+    entropy: Tensor | None,
+    entry: Objective,
+    params: list[Number],
+    ratio_level: RatioLevel = "token",
+    cu_seqlens: Tensor | None = None,
+) -> Metrics:
     """Computes means over live tokens: ``ppo_kl``, ``approx_kl``, ``ratio``, clip fractions, ``kl``, ``entropy``.
 
     ``ppo_kl`` is k1 of the old against the new policy, and ``approx_kl`` is their k2. Ratio and clip fractions belong
@@ -27,12 +39,12 @@ def policy_metrics(
     """
     count = live.sum().clamp(min=1)
 
-    def mean(x):
+    def mean(x: Tensor) -> Tensor:
         return torch.where(live, x, 0.0).sum() / count
 
     known = dict(zip(entry.columns[1:], columns, strict=True))
     settings = dict(zip(entry.params, params, strict=True))
-    metrics = {}
+    metrics: Metrics = {}
     if "old_logp" in known:
         gap = logprobs.detach() - known["old_logp"]
         drift = gap

@@ -1,18 +1,30 @@
 """Losses of preference pairs, from the log-probabilities of whole answers."""
 
+from collections.abc import Iterable
+from typing import Literal, overload
+
 import torch
+from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import column
-from rlkernels.losses.preference_options import preference_options
-from rlkernels.losses.preference_types import Pairs
+from rlkernels.losses.preference_options import PreferenceOptions, preference_options
+from rlkernels.losses.preference_types import Pairs, Term
 from rlkernels.losses.token_weights import TokenWeights
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.tracing import product
+from rlkernels.types import FDivergence, LossTypes, LossWeights, Mask, Metrics, Number, PerPair, Scalar
 
 
-def pair_losses(caller, chosen, rejected, ref_chosen, ref_rejected, options):
+def pair_losses(
+    caller: str,
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
+    options: PreferenceOptions,
+) -> Tensor:
     """Computes the loss of each pair times its weight, ``[B]``.
 
     It is differentiable in ``chosen`` and ``rejected``, the sums of log-probabilities, ``[B]``. Where
@@ -22,10 +34,11 @@ def pair_losses(caller, chosen, rejected, ref_chosen, ref_rejected, options):
     pairs, total = _pairs(caller, chosen, rejected, ref_chosen, ref_rejected, options), 0.0
     for coefficient, objective, x, params in pairs.terms():
         total = total + coefficient * pairs.scored(objective, x, *params)
-    return total if options.pair_weights is None else total * options.pair_weights
+    # type: ignore, because mypy cannot know that a mixture has a term.
+    return total if options.pair_weights is None else total * options.pair_weights  # type: ignore[return-value]
 
 
-def common_dtype(*logps):
+def common_dtype(*logps: Tensor | None) -> torch.dtype:
     """Returns the dtype of the arithmetic: float64 where one of the log-probabilities has it, else float32.
 
     A float64 one is never rounded, because that would lose the digits for which somebody made it float64.
@@ -33,7 +46,7 @@ def common_dtype(*logps):
     return torch.float64 if torch.float64 in [getattr(x, "dtype", None) for x in logps] else torch.float32
 
 
-def per_answer(caller, name, x):
+def per_answer(caller: str, name: str, x: Tensor) -> None:
     """Refuses log-probabilities of tokens, because they would pass for those of as many answers."""
     if x.dim() > 1:
         raise ValueError(
@@ -41,7 +54,9 @@ def per_answer(caller, name, x):
         )
 
 
-def references_there(caller, ref_chosen, ref_rejected, options):
+def references_there(
+    caller: str, ref_chosen: Tensor | None, ref_rejected: Tensor | None, options: PreferenceOptions
+) -> dict[str, Tensor | None]:
     """Returns the references by the name of their argument.
 
     Refuses one without the other, and none where a loss needs them.
@@ -55,39 +70,124 @@ def references_there(caller, ref_chosen, ref_rejected, options):
     return references
 
 
-def _pairs(caller, chosen, rejected, ref_chosen, ref_rejected, options):
+def _pairs(
+    caller: str,
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
+    options: PreferenceOptions,
+) -> Pairs:
     """Returns the pairs in the form in which they enter the loss; a reference is None where no loss looks at it."""
     real = common_dtype(chosen, rejected, ref_chosen, ref_rejected)
     for name, x in references_there(caller, ref_chosen, ref_rejected, options).items():
         if x is not None:
             column(caller, name, x, chosen, "chosen_logps")
     both = (None if x is None else dense(x, real) for x in (chosen, rejected, ref_chosen, ref_rejected))
-    return Pairs(*both, options)
+    return Pairs(*both, options)  # type: ignore[call-arg]  # four of them
+
+
+@overload
+def dpo_loss(
+    chosen_logps: PerPair,
+    rejected_logps: PerPair,
+    ref_chosen_logps: PerPair | None = None,
+    ref_rejected_logps: PerPair | None = None,
+    *,
+    beta: Number = 0.1,
+    loss_type: LossTypes = "sigmoid",
+    loss_weights: LossWeights | None = None,
+    label_smoothing: Number = 0.0,
+    reference_free: bool = False,
+    f_divergence: FDivergence = "reverse_kl",
+    alpha: Number | None = None,
+    length_normalized: bool = False,
+    simpo_gamma: Number | None = None,
+    alphapo_alpha: Number = 0.0,
+    discopop_tau: Number | None = None,
+    cpo_alpha: Number | None = None,
+    chosen_lengths: PerPair | None = None,
+    rejected_lengths: PerPair | None = None,
+    pair_weights: PerPair | None = None,
+    return_metrics: Literal[False] = False,
+) -> Scalar: ...
+
+
+@overload
+def dpo_loss(
+    chosen_logps: PerPair,
+    rejected_logps: PerPair,
+    ref_chosen_logps: PerPair | None = None,
+    ref_rejected_logps: PerPair | None = None,
+    *,
+    beta: Number = 0.1,
+    loss_type: LossTypes = "sigmoid",
+    loss_weights: LossWeights | None = None,
+    label_smoothing: Number = 0.0,
+    reference_free: bool = False,
+    f_divergence: FDivergence = "reverse_kl",
+    alpha: Number | None = None,
+    length_normalized: bool = False,
+    simpo_gamma: Number | None = None,
+    alphapo_alpha: Number = 0.0,
+    discopop_tau: Number | None = None,
+    cpo_alpha: Number | None = None,
+    chosen_lengths: PerPair | None = None,
+    rejected_lengths: PerPair | None = None,
+    pair_weights: PerPair | None = None,
+    return_metrics: Literal[True],
+) -> tuple[Scalar, Metrics]: ...
+
+
+@overload
+def dpo_loss(
+    chosen_logps: PerPair,
+    rejected_logps: PerPair,
+    ref_chosen_logps: PerPair | None = None,
+    ref_rejected_logps: PerPair | None = None,
+    *,
+    beta: Number = 0.1,
+    loss_type: LossTypes = "sigmoid",
+    loss_weights: LossWeights | None = None,
+    label_smoothing: Number = 0.0,
+    reference_free: bool = False,
+    f_divergence: FDivergence = "reverse_kl",
+    alpha: Number | None = None,
+    length_normalized: bool = False,
+    simpo_gamma: Number | None = None,
+    alphapo_alpha: Number = 0.0,
+    discopop_tau: Number | None = None,
+    cpo_alpha: Number | None = None,
+    chosen_lengths: PerPair | None = None,
+    rejected_lengths: PerPair | None = None,
+    pair_weights: PerPair | None = None,
+    return_metrics: bool,
+) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
 def dpo_loss(
-    chosen_logps,
-    rejected_logps,
-    ref_chosen_logps=None,
-    ref_rejected_logps=None,
+    chosen_logps: PerPair,
+    rejected_logps: PerPair,
+    ref_chosen_logps: PerPair | None = None,
+    ref_rejected_logps: PerPair | None = None,
     *,
-    beta=0.1,
-    loss_type="sigmoid",
-    loss_weights=None,
-    label_smoothing=0.0,
-    reference_free=False,
-    f_divergence="reverse_kl",
-    alpha=None,
-    length_normalized=False,
-    simpo_gamma=None,
-    alphapo_alpha=0.0,
-    discopop_tau=None,
-    cpo_alpha=None,
-    chosen_lengths=None,
-    rejected_lengths=None,
-    pair_weights=None,
-    return_metrics=False,
-):
+    beta: Number = 0.1,
+    loss_type: LossTypes = "sigmoid",
+    loss_weights: LossWeights | None = None,
+    label_smoothing: Number = 0.0,
+    reference_free: bool = False,
+    f_divergence: FDivergence = "reverse_kl",
+    alpha: Number | None = None,
+    length_normalized: bool = False,
+    simpo_gamma: Number | None = None,
+    alphapo_alpha: Number = 0.0,
+    discopop_tau: Number | None = None,
+    cpo_alpha: Number | None = None,
+    chosen_lengths: PerPair | None = None,
+    rejected_lengths: PerPair | None = None,
+    pair_weights: PerPair | None = None,
+    return_metrics: bool = False,
+) -> Scalar | tuple[Scalar, Metrics]:
     r"""Direct preference optimisation and its relatives, from the summed log-probabilities of pairs: one launch a term.
 
     ``mean_i w_i sum_k c_k l_k(pair_i)``. With ``rho = logp - ref``, ``S = f(rho)``, ``D = S_c - S_r``, ``b = beta``,
@@ -174,7 +274,7 @@ def dpo_loss(
     return (loss, _metrics(pairs, ref_chosen_logps, ref_rejected_logps)) if return_metrics else loss
 
 
-def weighted_terms(terms, weights, share):
+def weighted_terms(terms: Iterable[Term], weights: Tensor | None, share: float) -> Tensor:
     """Sums ``share * weight * coefficient * objective`` over rows and terms; one launch per term."""
     total = None
     for coefficient, objective, x, params in terms:
@@ -192,7 +292,7 @@ def weighted_terms(terms, weights, share):
     return total
 
 
-def length_desensitized_weights(chosen_mask, rejected_mask, ld_alpha):
+def length_desensitized_weights(chosen_mask: Mask, rejected_mask: Mask, ld_alpha: Number) -> tuple[Tensor, Tensor]:
     r"""Weights per token that keep DPO from rewarding length: 1 up to the length of the pair's shorter answer,
     ``ld_alpha`` beyond.
 
@@ -225,14 +325,14 @@ def length_desensitized_weights(chosen_mask, rejected_mask, ld_alpha):
     live = [x != 0 for x in masks.values()]
     shared = torch.minimum(*(x.sum(-1, keepdim=True) for x in live))
     zeros = [x.new_zeros(x.shape, dtype=torch.float32) for x in live]
-    return tuple(
+    return tuple(  # type: ignore[return-value]  # two of them
         torch.where(x, torch.where(x.cumsum(-1) <= shared, zero + 1.0, zero + ld_alpha), zero)
         for x, zero in zip(live, zeros, strict=True)
     )
 
 
 @torch.no_grad()
-def _metrics(pairs, ref_chosen, ref_rejected):
+def _metrics(pairs: Pairs, ref_chosen: Tensor | None, ref_rejected: Tensor | None) -> Metrics:
     """Computes means over the pairs whose weight is not 0."""
     options = pairs.options
     live = (
@@ -242,7 +342,7 @@ def _metrics(pairs, ref_chosen, ref_rejected):
     )
     count = live.sum().clamp(min=1)
 
-    def mean(x):
+    def mean(x: Tensor) -> Tensor:
         return torch.where(live, x, 0.0).sum() / count
 
     scores = pairs.policy

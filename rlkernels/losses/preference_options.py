@@ -3,12 +3,14 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import column, present
 from rlkernels.losses.preference_types import KINDS, Kind
 from rlkernels.tracing import replaced
+from rlkernels.types import FDivergence, LossTypes, LossWeights, Number, PerPair
 
 F_DIVERGENCES = {"reverse_kl": 1.0, "forward_kl": 0.0, "js_divergence": 1.0, "alpha_divergence": 0.5}
 """From the name of an f-divergence to its alpha; that of ``"alpha_divergence"`` is a default."""
@@ -22,32 +24,32 @@ class PreferenceOptions(NamedTuple):
 
     names: tuple[str, ...]
     kinds: tuple[Kind, ...]
-    loss_weights: tuple[float, ...]
-    beta: float
-    label_smoothing: float
+    loss_weights: tuple[Number, ...]
+    beta: Number
+    label_smoothing: Number
     reference_free: bool
     f_divergence: str
-    alpha: float
+    alpha: Number
     length_normalized: bool
-    simpo_gamma: float
-    alphapo_alpha: float
-    discopop_tau: float
-    cpo_alpha: float | None
+    simpo_gamma: Number
+    alphapo_alpha: Number
+    discopop_tau: Number
+    cpo_alpha: Number | None
     lengths: tuple[torch.Tensor, torch.Tensor] | None = None  # of the chosen and the rejected answers, at least 1
     empty: torch.Tensor | None = None  # pairs with an answer of no tokens, where there are lengths
     # The number of pairs in the batch over the tokens of its chosen answers, also in a part of the batch.
     pairs_per_token: torch.Tensor | None = None
     pair_weights: torch.Tensor | None = None
 
-    def separable(self):
+    def separable(self) -> bool:
         """Tells whether the loss of each pair depends on that pair alone, so that a batch may be cut into parts."""
         return all(kind.separable for kind in self.kinds)
 
-    def needs_reference(self):
+    def needs_reference(self) -> bool:
         """Tells whether a loss of the mixture looks at the references."""
         return not self.reference_free and any(kind.reference for kind in self.kinds)
 
-    def part(self, start, end):
+    def part(self, start: int, end: int) -> "PreferenceOptions":
         """Returns the options of the pairs ``[start, end)`` of the batch."""
         lengths = None if self.lengths is None else tuple(x[start:end] for x in self.lengths)
         empty, weights = (None if x is None else x[start:end] for x in (self.empty, self.pair_weights))
@@ -55,25 +57,25 @@ class PreferenceOptions(NamedTuple):
 
 
 def preference_options(
-    caller,
-    like,
+    caller: str,
+    like: Tensor,
     *,
-    beta=0.1,
-    loss_type="sigmoid",
-    loss_weights=None,
-    label_smoothing=0.0,
-    reference_free=False,
-    f_divergence="reverse_kl",
-    alpha=None,
-    length_normalized=False,
-    simpo_gamma=None,
-    alphapo_alpha=0.0,
-    discopop_tau=None,
-    cpo_alpha=None,
-    chosen_lengths=None,
-    rejected_lengths=None,
-    pair_weights=None,
-):
+    beta: Number = 0.1,
+    loss_type: LossTypes = "sigmoid",
+    loss_weights: LossWeights | None = None,
+    label_smoothing: Number = 0.0,
+    reference_free: bool = False,
+    f_divergence: FDivergence = "reverse_kl",
+    alpha: Number | None = None,
+    length_normalized: bool = False,
+    simpo_gamma: Number | None = None,
+    alphapo_alpha: Number = 0.0,
+    discopop_tau: Number | None = None,
+    cpo_alpha: Number | None = None,
+    chosen_lengths: PerPair | None = None,
+    rejected_lengths: PerPair | None = None,
+    pair_weights: PerPair | None = None,
+) -> PreferenceOptions:
     """Checks the options of ``dpo_loss``. ``like``: a tensor ``[B]`` of the dtype and device of the losses."""
     names = (loss_type,) if isinstance(loss_type, str) else checks.several(caller, "loss_type", loss_type)
     for name in names:
@@ -118,7 +120,7 @@ def preference_options(
     return _tensors(caller, options, like, chosen_lengths, rejected_lengths, pair_weights)
 
 
-def _numbers(caller, options, like):
+def _numbers(caller: str, options: PreferenceOptions, like: Tensor) -> PreferenceOptions:
     """Checks the numbers among the options; returns the options with each as a Python number, or a tensor of one."""
     number = checks.coefficient
     numbers = {
@@ -140,7 +142,7 @@ def _numbers(caller, options, like):
     return replaced(options, **changed) if changed else options
 
 
-def _check_use(caller, options, **passed):
+def _check_use(caller: str, options: PreferenceOptions, **passed: bool) -> None:
     """Refuses an option that no loss of the mixture takes, and a divergence that some of them do not take.
 
     ``passed``: the name of each option to whether the caller passed it.
@@ -151,7 +153,14 @@ def _check_use(caller, options, **passed):
             raise ValueError(f"{caller}: loss_type {_listed(options.names)} takes no {option}; leave it out")
 
 
-def _tensors(caller, options, like, chosen_lengths, rejected_lengths, pair_weights):
+def _tensors(
+    caller: str,
+    options: PreferenceOptions,
+    like: Tensor,
+    chosen_lengths: PerPair | None,
+    rejected_lengths: PerPair | None,
+    pair_weights: PerPair | None,
+) -> PreferenceOptions:
     """Checks lengths and weights of pairs; returns the options with what the losses need of them."""
     if pair_weights is not None:
         column(caller, "pair_weights", pair_weights, like, "chosen_logps")
@@ -189,5 +198,5 @@ def _tensors(caller, options, like, chosen_lengths, rejected_lengths, pair_weigh
     )
 
 
-def _listed(names):
+def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(map(repr, names))

@@ -1,29 +1,47 @@
 """The terms of each preference loss: a table from its name to objectives of one number per pair."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 
 from rlkernels.losses.policy_arguments import present
 from rlkernels.losses.weighted_sum import each
+from rlkernels.types import Number
+
+if TYPE_CHECKING:  # because the options are made from the table below
+    from rlkernels.losses.preference_options import PreferenceOptions
+
+Both: TypeAlias = tuple[Tensor, Tensor] | list[Tensor]
+"""A number per chosen answer, and one per rejected answer."""
+Term: TypeAlias = tuple[Number, str, Tensor, tuple[Number, ...]]
+"""A coefficient, the name of an objective, numbers per pair, and the objective's parameters."""
+Terms: TypeAlias = Callable[["Pairs", "PreferenceOptions"], list[Term]]
 
 
 class Pairs:
     """The numbers per pair that the losses look at, ``[B]``: log-ratios, scores of them, and margins between scores."""
 
-    def __init__(self, chosen, rejected, ref_chosen, ref_rejected, options):
+    def __init__(
+        self,
+        chosen: Tensor,
+        rejected: Tensor,
+        ref_chosen: Tensor | None,
+        ref_rejected: Tensor | None,
+        options: "PreferenceOptions",
+    ) -> None:
         self.policy, self.options = (chosen, rejected), options
         self.references = [None if options.reference_free else x for x in (ref_chosen, ref_rejected)]
         self.log_ratios = [
             logp if ref is None else logp - ref for logp, ref in zip(self.policy, self.references, strict=True)
         ]
 
-    def scored(self, objective, x, *params):
+    def scored(self, objective: str, x: Tensor, *params: Number) -> Tensor:
         """Computes an objective's value, differentiable; 0 without a gradient for a pair of weight 0."""
         return each(objective, x, params, self.options.pair_weights)
 
-    def diverged(self, scores, alpha):
+    def diverged(self, scores: Both, alpha: Number) -> Both:
         """Computes scores under an alpha-divergence.
 
         At ``alpha = 1`` that is the reverse KL, whose score is the log-ratio itself.
@@ -33,11 +51,11 @@ class Pairs:
         other = torch.where(alpha == 1.0, 0.0, alpha)
         return [torch.where(alpha == 1.0, x, self.scored("alpha_divergence", x, other)) for x in scores]
 
-    def averages(self, both):
+    def averages(self, both: Both) -> Both:
         """Divides a number per chosen and per rejected answer by the answers' lengths."""
         return [x / n for x, n in zip(both, self.options.lengths, strict=True)]
 
-    def margin(self, averaged):
+    def margin(self, averaged: bool) -> Tensor:
         """Computes ``S_c - S_r``, ``S = f(log-ratio)``, each divided by the answer's length where ``averaged``."""
         js = self.options.f_divergence == "js_divergence"
         scores = (
@@ -48,19 +66,19 @@ class Pairs:
         chosen, rejected = self.averages(scores) if averaged else scores
         return chosen - rejected
 
-    def policy_scores(self, averaged):
+    def policy_scores(self, averaged: bool) -> Both:
         """Computes the scores of losses without a reference: log-probabilities, or averages per token.
 
         AlphaPO transforms them where its alpha is not 0.
         """
         return self.diverged(self.averages(self.policy) if averaged else self.policy, 1.0 - self.options.alphapo_alpha)
 
-    def policy_margin(self, averaged):
+    def policy_margin(self, averaged: bool) -> Tensor:
         """Computes the difference of ``policy_scores``."""
         chosen, rejected = self.policy_scores(averaged)
         return chosen - rejected
 
-    def odds(self):
+    def odds(self) -> Tensor:
         """Computes the log of the odds ratio, from averages per token.
 
         It is 0 for a pair with an empty answer, and for a pair of two certain answers.
@@ -70,7 +88,7 @@ class Pairs:
         equal = self.options.empty | (chosen == torch.inf) & (rejected == torch.inf)
         return torch.where(equal, 0.0, chosen - rejected)
 
-    def terms(self):
+    def terms(self) -> Iterator[Term]:
         """Yields every term of every loss in the mixture.
 
         A term is its coefficient, the name of its objective, numbers per pair, and the objective's parameters.
@@ -79,7 +97,7 @@ class Pairs:
             # Not 1.0 times beta, because in torch 2.11 a product of two numbers is a constant of the graph, so that
             # every beta would have a graph of its own.
             plain = not isinstance(weight, torch.Tensor) and weight == 1.0
-            yield from (
+            yield from (  # type: ignore[misc]  # mypy loses the types of *rest
                 (coefficient if plain else weight * coefficient, *rest)
                 for coefficient, *rest in kind.terms(self, self.options)
             )
@@ -92,52 +110,52 @@ class Pairs:
 # some losses add, is in ``Pairs.terms``.
 
 
-def _none(p, o):
+def _none(p: Pairs, o: "PreferenceOptions") -> list[Term]:
     return []
 
 
-def _margin(objective, *names, averaged=False):
+def _margin(objective: str, *names: str, averaged: bool = False) -> Terms:
     return lambda p, o: [
         (1.0, objective, p.margin(averaged or o.length_normalized), tuple(getattr(o, name) for name in names))
     ]
 
 
-def _policy(objective, *names):
+def _policy(objective: str, *names: str) -> Terms:
     return lambda p, o: [
         (1.0, objective, p.policy_margin(o.length_normalized), tuple(getattr(o, name) for name in names))
     ]
 
 
-def _simpo(p, o):
+def _simpo(p: Pairs, o: "PreferenceOptions") -> list[Term]:
     return [(1.0, "dpo_sigmoid", p.policy_margin(True) - o.simpo_gamma / o.beta, (o.beta, o.label_smoothing))]
 
 
-def _nca(p, o):
+def _nca(p: Pairs, o: "PreferenceOptions") -> list[Term]:
     chosen, rejected = p.log_ratios
     return [
         (weight, "dpo_sigmoid", x, (o.beta, 0.0)) for weight, x in ((1.0, chosen), (0.5, -chosen), (0.5, -rejected))
     ]
 
 
-def _bco(p, o):
+def _bco(p: Pairs, o: "PreferenceOptions") -> list[Term]:
     chosen, rejected = p.log_ratios
     return [(1.0, "dpo_sigmoid", x, (o.beta, 0.0)) for x in (chosen, -rejected)]
 
 
-def _up_and_down(objective):
-    def terms(p, o):
+def _up_and_down(objective: str) -> Terms:
+    def terms(p: Pairs, o: "PreferenceOptions") -> list[Term]:
         chosen, rejected = p.log_ratios
         return [(1.0, objective, chosen, (o.beta,)), (1.0, objective, -rejected, (o.beta,))]
 
     return terms
 
 
-def _apo_down(p, o):
+def _apo_down(p: Pairs, o: "PreferenceOptions") -> list[Term]:
     chosen, rejected = p.log_ratios
     return [(1.0, "kto", -chosen, (o.beta,)), (1.0, "kto", chosen - rejected, (o.beta,))]
 
 
-def _aot(p, o):
+def _aot(p: Pairs, o: "PreferenceOptions") -> list[Term]:
     (chosen, rejected), (ref_chosen, ref_rejected) = p.policy, p.references
     gap = (chosen - rejected).flatten().sort().values
     if ref_chosen is not None:
@@ -145,23 +163,23 @@ def _aot(p, o):
     return [(1.0, "dpo_sigmoid", gap, (o.beta, o.label_smoothing))]
 
 
-def _aot_unpaired(p, o):
+def _aot_unpaired(p: Pairs, o: "PreferenceOptions") -> list[Term]:
     chosen, rejected = (x.flatten().sort().values for x in p.log_ratios)
     return [(1.0, "dpo_sigmoid", chosen - rejected, (o.beta, o.label_smoothing))]
 
 
-def _odds_ratio(p, o):
+def _odds_ratio(p: Pairs, o: "PreferenceOptions") -> list[Term]:
     return [(o.beta, "pairwise", p.odds(), ())]
 
 
-def _orpo(p, o):
+def _orpo(p: Pairs, o: "PreferenceOptions") -> list[Term]:
     return [(1.0, "nll", p.averages(p.policy)[0], ()), *_odds_ratio(p, o)]
 
 
 class Kind(NamedTuple):
     """A loss type: its terms, and the further inputs that it takes besides ``beta`` and the log-probabilities."""
 
-    terms: Callable
+    terms: Terms
     takes: tuple[str, ...] = ()  # further options
     averages: bool = False  # always of averages per token
     reference: bool = True
@@ -170,7 +188,7 @@ class Kind(NamedTuple):
     # option replaces it.
     likelihood: float = 0.0
 
-    def likelihood_coefficient(self, options):
+    def likelihood_coefficient(self, options: "PreferenceOptions") -> Number:
         """Returns the coefficient of the likelihood of the chosen answers."""
         return options.cpo_alpha if options.cpo_alpha is not None and "cpo_alpha" in self.takes else self.likelihood
 

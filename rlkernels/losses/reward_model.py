@@ -1,6 +1,7 @@
 """Reward models: the pairwise loss, and the head that reads one hidden state per sequence."""
 
 import torch
+from torch import Tensor
 
 from rlkernels import checks, ops
 from rlkernels.backends.protocol import real_dtype
@@ -8,9 +9,22 @@ from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import present
 from rlkernels.sequences import last_live_index
+from rlkernels.types import (
+    HiddenStates,
+    Mask,
+    Number,
+    Offsets,
+    PerPair,
+    PerSequence,
+    RewardHeadBias,
+    RewardHeadWeight,
+    Scalar,
+)
 
 
-def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
+def pairwise_reward_loss(
+    chosen: PerPair, rejected: PerPair, *, margin: PerPair | None = None, center_coef: Number = 0.0
+) -> Scalar:
     r"""Bradley-Terry loss of a reward model.
 
     One launch each way for fp32 scores without centring.
@@ -64,7 +78,14 @@ def pairwise_reward_loss(chosen, rejected, *, margin=None, center_coef=0.0):
     return loss + ((total * total).sum() / max(total.numel(), 1) * center_coef).to(real)
 
 
-def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=None):
+def reward_scores(
+    hidden: HiddenStates,
+    weight: RewardHeadWeight,
+    *,
+    attention_mask: Mask | None = None,
+    cu_seqlens: Offsets | None = None,
+    bias: RewardHeadBias | None = None,
+) -> PerSequence:
     r"""Score of each sequence from the hidden state of its last token: ``h_end . w (+ b)``; reads ``B`` rows, not ``B
     L``.
 
@@ -125,7 +146,7 @@ def reward_scores(hidden, weight, *, attention_mask=None, cu_seqlens=None, bias=
     return scores if empty is None else torch.where(empty, 0.0, scores)
 
 
-def _packed_ends(caller, hidden, cu_seqlens):
+def _packed_ends(caller: str, hidden: Tensor, cu_seqlens: Offsets) -> tuple[Tensor, Tensor | None]:
     """Returns the row of each sequence's last token, and a mask of the empty sequences, whose rows are 0.
 
     The mask is None where values are read, because an empty sequence has raised there.

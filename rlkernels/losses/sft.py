@@ -1,6 +1,9 @@
 """Supervised fine-tuning: the weighted likelihood of target tokens, from their log-probabilities or from logits."""
 
+from typing import Literal, get_args, overload
+
 import torch
+from torch import Tensor
 
 from rlkernels import checks, ops
 from rlkernels.backends.protocol import PolicyInputs, real_dtype
@@ -9,22 +12,82 @@ from rlkernels.logits_layout import dense, flatten_logits
 from rlkernels.losses.policy_arguments import column
 from rlkernels.losses.token_weights import live_tokens, loss_weights
 from rlkernels.sequences import per_token
+from rlkernels.types import (
+    Aggregation,
+    Logits,
+    Mask,
+    Metrics,
+    Normalizers,
+    Offsets,
+    PerToken,
+    PerTokenOrSequence,
+    Scalar,
+    SftKind,
+    Targets,
+    Temperature,
+    VocabMask,
+)
 
-KINDS = ("nll", "dft")
+KINDS = get_args(SftKind)
+
+
+@overload
+def logprobs_sft_loss(
+    logprobs: PerToken,
+    mask: Mask | None = None,
+    *,
+    kind: SftKind = "nll",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    sample_weights: PerTokenOrSequence | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    return_metrics: Literal[False] = False,
+) -> Scalar: ...
+
+
+@overload
+def logprobs_sft_loss(
+    logprobs: PerToken,
+    mask: Mask | None = None,
+    *,
+    kind: SftKind = "nll",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    sample_weights: PerTokenOrSequence | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    return_metrics: Literal[True],
+) -> tuple[Scalar, Metrics]: ...
+
+
+@overload
+def logprobs_sft_loss(
+    logprobs: PerToken,
+    mask: Mask | None = None,
+    *,
+    kind: SftKind = "nll",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    sample_weights: PerTokenOrSequence | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    return_metrics: bool,
+) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
 def logprobs_sft_loss(
-    logprobs,
-    mask=None,
+    logprobs: PerToken,
+    mask: Mask | None = None,
     *,
-    kind="nll",
-    aggregation="token-mean",
-    weights=None,
-    sample_weights=None,
-    cu_seqlens=None,
-    normalizers=None,
-    return_metrics=False,
-):
+    kind: SftKind = "nll",
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    sample_weights: PerTokenOrSequence | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    return_metrics: bool = False,
+) -> Scalar | tuple[Scalar, Metrics]:
     r"""``sft_loss`` from the log-probabilities of the targets: value and derivative in one launch.
 
     ``sum_t w_t v_t l(logp_t)``, ``l = -logp`` (``"nll"``) or ``-sg[exp(logp)] logp`` (``"dft"``).
@@ -57,23 +120,83 @@ def logprobs_sft_loss(
     return (loss, sft_metrics(logp, weights)) if return_metrics else loss
 
 
+@overload
 def sft_loss(
-    logits,
-    targets,
-    mask=None,
+    logits: Logits,
+    targets: Targets,
+    mask: Mask | None = None,
     *,
-    kind="nll",
-    temperature=1.0,
-    ignore_index=-100,
-    vocab_mask=None,
-    aggregation="token-mean",
-    weights=None,
-    sample_weights=None,
-    cu_seqlens=None,
-    normalizers=None,
-    inplace_backward=False,
-    return_metrics=False,
-):
+    kind: SftKind = "nll",
+    temperature: Temperature = 1.0,
+    ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    sample_weights: PerTokenOrSequence | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    inplace_backward: bool = False,
+    return_metrics: Literal[False] = False,
+) -> Scalar: ...
+
+
+@overload
+def sft_loss(
+    logits: Logits,
+    targets: Targets,
+    mask: Mask | None = None,
+    *,
+    kind: SftKind = "nll",
+    temperature: Temperature = 1.0,
+    ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    sample_weights: PerTokenOrSequence | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    inplace_backward: bool = False,
+    return_metrics: Literal[True],
+) -> tuple[Scalar, Metrics]: ...
+
+
+@overload
+def sft_loss(
+    logits: Logits,
+    targets: Targets,
+    mask: Mask | None = None,
+    *,
+    kind: SftKind = "nll",
+    temperature: Temperature = 1.0,
+    ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    sample_weights: PerTokenOrSequence | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    inplace_backward: bool = False,
+    return_metrics: bool,
+) -> Scalar | tuple[Scalar, Metrics]: ...
+
+
+def sft_loss(
+    logits: Logits,
+    targets: Targets,
+    mask: Mask | None = None,
+    *,
+    kind: SftKind = "nll",
+    temperature: Temperature = 1.0,
+    ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    sample_weights: PerTokenOrSequence | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    inplace_backward: bool = False,
+    return_metrics: bool = False,
+) -> Scalar | tuple[Scalar, Metrics]:
     r"""Likelihood of target tokens, from logits: loss and gradient of the logits in one pass over each row.
 
     ``sum_t w_t v_t l(log pi(y_t))``, ``w`` the aggregation's weights, ``v`` the ``sample_weights``. Row ``t`` of the
@@ -135,7 +258,16 @@ def sft_loss(
     return of_rows.loss, {**sft_metrics(of_rows.logp, weights), "entropy": _mean(of_rows.entropy, weights)}
 
 
-def sft_weights(caller, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers):
+def sft_weights(
+    caller: str,
+    like: Tensor,
+    live: Tensor,
+    aggregation: Aggregation,
+    weights: PerToken | None,
+    sample_weights: PerTokenOrSequence | None,
+    cu_seqlens: Tensor | None,
+    normalizers: Normalizers | None,
+) -> Tensor:
     """Returns the weight of each token: that of the aggregation times that of its sample."""
     weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
     if sample_weights is None:
@@ -146,12 +278,12 @@ def sft_weights(caller, like, live, aggregation, weights, sample_weights, cu_seq
 
 
 @torch.no_grad()
-def sft_metrics(logp, weights):
+def sft_metrics(logp: Tensor, weights: Tensor) -> Metrics:
     """Computes the mean NLL and the mean probability of the tokens whose weight is not 0."""
     return {"nll": _mean(-logp, weights), "probability": _mean(logp.exp(), weights)}
 
 
-def _mean(x, weights):
+def _mean(x: Tensor, weights: Tensor) -> Tensor:
     """Computes the mean over the tokens that were read, which are those whose weight is not 0."""
     read = weights != 0
     return torch.where(read, x.detach(), 0.0).sum() / read.sum().clamp(min=1)

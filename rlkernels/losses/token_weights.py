@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.aggregation import token_mean, weights_for
@@ -10,6 +11,7 @@ from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.losses.policy_arguments import column
 from rlkernels.tracing import product, replaced
+from rlkernels.types import Aggregation, Mask, Normalizers, Number, PerToken
 
 
 class TokenWeights(NamedTuple):
@@ -18,21 +20,21 @@ class TokenWeights(NamedTuple):
     ``values``: a float tensor, a bool mask (1 or 0), or None for 1 everywhere. ``count``: a tensor, or None for 1.
     """
 
-    values: torch.Tensor | None
-    count: torch.Tensor | None = None
-    scale: float = 1.0
+    values: Tensor | None
+    count: Tensor | None = None
+    scale: Number = 1.0
 
-    def scaled(self, factor):
+    def scaled(self, factor: Number) -> "TokenWeights":
         """Returns the same weights times a number."""
         return replaced(self, scale=product(self.scale, factor))
 
 
-def live_tokens(caller, like, mask):
+def live_tokens(caller: str, like: Tensor, mask: Mask | None) -> Tensor:
     """Checks a mask and returns it as bool, shaped like ``like``; without one every token is live."""
     return full_mask(like, live_mask(caller, like, mask))
 
 
-def full_mask(like, live):
+def full_mask(like: Tensor, live: Tensor | None) -> Tensor:
     """Returns the mask ``live`` of ``live_mask``, or a mask of all tokens where that is None."""
     return (
         torch.ones_like(like, dtype=torch.bool, requires_grad=False, memory_format=torch.contiguous_format)
@@ -41,7 +43,7 @@ def full_mask(like, live):
     )
 
 
-def live_mask(caller, like, mask):
+def live_mask(caller: str, like: Tensor, mask: Mask | None) -> Tensor | None:
     """Checks a mask and returns it as bool; None without a mask, where every token is live."""
     checks.mask(caller, mask, like.shape)
     checks.one_device(caller, "logprobs", like, mask=mask)
@@ -49,17 +51,27 @@ def live_mask(caller, like, mask):
     return mask if mask is None else mask.contiguous() if mask.dtype == torch.bool else (mask != 0).contiguous()
 
 
-def _is_token_mean(aggregation, weights, cu_seqlens, normalizers):
+def _is_token_mean(
+    aggregation: Aggregation, weights: PerToken | None, cu_seqlens: Tensor | None, normalizers: Normalizers | None
+) -> bool:
     """Tells whether the weights are those of a plain mean over the live tokens."""
     return weights is None and aggregation == "token-mean" and not normalizers and cu_seqlens is None
 
 
-def aggregation_of_sequences(aggregation, weights):
+def aggregation_of_sequences(aggregation: Aggregation, weights: PerToken | None) -> Aggregation:
     """Returns the aggregation of one loss per sequence: ``"token-mean"`` becomes the mean over sequences."""
     return "seq-mean" if aggregation == "token-mean" and weights is None else aggregation
 
 
-def loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers):
+def loss_weights(
+    caller: str,
+    like: Tensor,
+    live: Tensor,
+    aggregation: Aggregation,
+    weights: PerToken | None,
+    cu_seqlens: Tensor | None,
+    normalizers: Normalizers | None,
+) -> Tensor:
     """Returns the weight of each token, 0 for a dead one.
 
     All terms of a loss (objective, KL, entropy) have the same weights, because each must be the same whether a batch
@@ -83,7 +95,15 @@ def loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalize
     return weights
 
 
-def token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers):
+def token_weights_of(
+    caller: str,
+    like: Tensor,
+    live: Tensor | None,
+    aggregation: Aggregation,
+    weights: PerToken | None,
+    cu_seqlens: Tensor | None,
+    normalizers: Normalizers | None,
+) -> TokenWeights:
     """Returns the weights of a loss as ``TokenWeights``; ``live``: the mask of ``some_tokens``, or None.
 
     Those of a plain mean are the mask and its count, because the launch of the loss can divide by the count.

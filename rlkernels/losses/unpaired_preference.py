@@ -1,15 +1,17 @@
 """Losses of answers that were judged one by one, from their log-probabilities: KTO, APO-zero, BCO."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args, overload
 
 import torch
+from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.losses.policy_arguments import column
 from rlkernels.losses.preference import common_dtype, per_answer, weighted_terms
 from rlkernels.losses.weighted_sum import each
+from rlkernels.types import Metrics, Number, PerAnswer, Scalar, UnpairedLossType
 
-LOSS_TYPES = ("kto", "apo_zero_unpaired", "bco", "kto_paired_batch")
+LOSS_TYPES = get_args(UnpairedLossType)
 
 
 class UnpairedOptions(NamedTuple):
@@ -19,29 +21,29 @@ class UnpairedOptions(NamedTuple):
     """
 
     loss_type: str
-    beta: float
-    desirable_weight: float
-    undesirable_weight: float
-    baseline: torch.Tensor | float
+    beta: Number
+    desirable_weight: Number
+    undesirable_weight: Number
+    baseline: Number
 
-    def separable(self):
+    def separable(self) -> bool:
         """Tells whether the loss of each answer depends on that answer alone, so that a batch may be cut into parts."""
         return self.loss_type != "kto_paired_batch"
 
 
 def unpaired_options(
-    caller,
-    like,
+    caller: str,
+    like: Tensor,
     *,
-    loss_type="kto",
-    beta=0.1,
-    desirable_weight=1.0,
-    undesirable_weight=1.0,
-    kl=None,
-    kl_logps=None,
-    ref_kl_logps=None,
-    delta=None,
-):
+    loss_type: UnpairedLossType = "kto",
+    beta: Number = 0.1,
+    desirable_weight: Number = 1.0,
+    undesirable_weight: Number = 1.0,
+    kl: Number | None = None,
+    kl_logps: PerAnswer | None = None,
+    ref_kl_logps: PerAnswer | None = None,
+    delta: Number | None = None,
+) -> UnpairedOptions:
     """Checks the options; ``like``: a tensor of the dtype and device of the losses."""
     checks.choice(caller, "loss_type", loss_type, LOSS_TYPES)
     beta = checks.coefficient(checks.positive, caller, "beta", beta, like)
@@ -68,7 +70,7 @@ def unpaired_options(
     return UnpairedOptions(loss_type, beta, desirable_weight, undesirable_weight, baseline)
 
 
-def _number(caller, name, x, like):
+def _number(caller: str, name: str, x: Number | None, like: Tensor) -> Number:
     """Returns a float, or a tensor of one number, for which the host does not wait."""
     if x is None:
         what = "kl, or kl_logps and ref_kl_logps" if name == "kl" else name
@@ -85,7 +87,9 @@ def _number(caller, name, x, like):
     return number
 
 
-def _kl(caller, kl, kl_logps, ref_kl_logps, like):
+def _kl(
+    caller: str, kl: Number | None, kl_logps: PerAnswer | None, ref_kl_logps: PerAnswer | None, like: Tensor
+) -> Tensor:
     """Estimates the KL by the mean log-ratio of answers to other prompts, at least 0."""
     if kl is not None or kl_logps is None or ref_kl_logps is None:
         raise ValueError(
@@ -100,7 +104,9 @@ def _kl(caller, kl, kl_logps, ref_kl_logps, like):
     return (drift.sum() / max(drift.numel(), 1)).clamp(min=0.0)
 
 
-def sequence_losses(caller, logps, ref_logps, desirable, options):
+def sequence_losses(
+    caller: str, logps: PerAnswer, ref_logps: PerAnswer, desirable: PerAnswer, options: UnpairedOptions
+) -> Tensor:
     """Computes the loss of each answer times the weight of its class, ``[N]``.
 
     It is differentiable in ``logps``, the sums of log-probabilities, ``[N]``.
@@ -110,7 +116,7 @@ def sequence_losses(caller, logps, ref_logps, desirable, options):
     return each(objective, margin, params, weights) * weights  # 0 in a class of weight 0, whatever it holds
 
 
-def class_weights(desirable, options, dtype):
+def class_weights(desirable: PerAnswer, options: UnpairedOptions, dtype: torch.dtype) -> Tensor:
     """Returns the weight of each answer's class, ``[N]``."""
     # zeros + a number, because torch.where of two numbers would be of torch's default dtype.
     zeros = desirable.new_zeros(desirable.shape, dtype=dtype)
@@ -119,7 +125,9 @@ def class_weights(desirable, options, dtype):
     )
 
 
-def _margins(caller, logps, ref_logps, desirable, options):
+def _margins(
+    caller: str, logps: PerAnswer, ref_logps: PerAnswer, desirable: PerAnswer, options: UnpairedOptions
+) -> tuple[Tensor, str, tuple[Number, ...]]:
     """Returns one number per answer, which the loss wants large, the name of its objective, and the parameters."""
     checks.floating(caller, "logps", logps)
     column(caller, "ref_logps", ref_logps, logps, "logps")
@@ -140,21 +148,75 @@ def _margins(caller, logps, ref_logps, desirable, options):
     return torch.where(good, log_ratio, -log_ratio), "kto", (options.beta,)
 
 
+@overload
 def unpaired_preference_loss(
-    logps,
-    ref_logps,
-    desirable,
+    logps: PerAnswer,
+    ref_logps: PerAnswer,
+    desirable: PerAnswer,
     *,
-    loss_type="kto",
-    beta=0.1,
-    desirable_weight=1.0,
-    undesirable_weight=1.0,
-    kl=None,
-    kl_logps=None,
-    ref_kl_logps=None,
-    delta=None,
-    return_metrics=False,
-):
+    loss_type: UnpairedLossType = "kto",
+    beta: Number = 0.1,
+    desirable_weight: Number = 1.0,
+    undesirable_weight: Number = 1.0,
+    kl: Number | None = None,
+    kl_logps: PerAnswer | None = None,
+    ref_kl_logps: PerAnswer | None = None,
+    delta: Number | None = None,
+    return_metrics: Literal[False] = False,
+) -> Scalar: ...
+
+
+@overload
+def unpaired_preference_loss(
+    logps: PerAnswer,
+    ref_logps: PerAnswer,
+    desirable: PerAnswer,
+    *,
+    loss_type: UnpairedLossType = "kto",
+    beta: Number = 0.1,
+    desirable_weight: Number = 1.0,
+    undesirable_weight: Number = 1.0,
+    kl: Number | None = None,
+    kl_logps: PerAnswer | None = None,
+    ref_kl_logps: PerAnswer | None = None,
+    delta: Number | None = None,
+    return_metrics: Literal[True],
+) -> tuple[Scalar, Metrics]: ...
+
+
+@overload
+def unpaired_preference_loss(
+    logps: PerAnswer,
+    ref_logps: PerAnswer,
+    desirable: PerAnswer,
+    *,
+    loss_type: UnpairedLossType = "kto",
+    beta: Number = 0.1,
+    desirable_weight: Number = 1.0,
+    undesirable_weight: Number = 1.0,
+    kl: Number | None = None,
+    kl_logps: PerAnswer | None = None,
+    ref_kl_logps: PerAnswer | None = None,
+    delta: Number | None = None,
+    return_metrics: bool,
+) -> Scalar | tuple[Scalar, Metrics]: ...
+
+
+def unpaired_preference_loss(
+    logps: PerAnswer,
+    ref_logps: PerAnswer,
+    desirable: PerAnswer,
+    *,
+    loss_type: UnpairedLossType = "kto",
+    beta: Number = 0.1,
+    desirable_weight: Number = 1.0,
+    undesirable_weight: Number = 1.0,
+    kl: Number | None = None,
+    kl_logps: PerAnswer | None = None,
+    ref_kl_logps: PerAnswer | None = None,
+    delta: Number | None = None,
+    return_metrics: bool = False,
+) -> Scalar | tuple[Scalar, Metrics]:
     r"""Losses of answers that are desirable or not, without pairs: value and derivative in one launch.
 
     The mean over all answers of ``w l``. With ``rho = logp - ref``, ``b = beta``, ``s`` the logistic function:

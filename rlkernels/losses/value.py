@@ -1,4 +1,6 @@
-"""The loss of a value function."""
+"""The loss of a value function, plain or clipped."""
+
+from typing import Literal, overload
 
 import torch
 
@@ -9,21 +11,70 @@ from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import column
 from rlkernels.losses.token_weights import full_mask, live_mask, token_weights_of
 from rlkernels.losses.weighted_sum import weighted_sum
+from rlkernels.types import Aggregation, Mask, Metrics, Normalizers, Number, Offsets, PerToken, Scalar
+
+
+@overload
+def value_loss(
+    values: PerToken,
+    old_values: PerToken | None,
+    returns: PerToken,
+    mask: Mask | None = None,
+    *,
+    clip_range: Number | None = None,
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    return_metrics: Literal[False] = False,
+) -> Scalar: ...
+
+
+@overload
+def value_loss(
+    values: PerToken,
+    old_values: PerToken | None,
+    returns: PerToken,
+    mask: Mask | None = None,
+    *,
+    clip_range: Number | None = None,
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    return_metrics: Literal[True],
+) -> tuple[Scalar, Metrics]: ...
+
+
+@overload
+def value_loss(
+    values: PerToken,
+    old_values: PerToken | None,
+    returns: PerToken,
+    mask: Mask | None = None,
+    *,
+    clip_range: Number | None = None,
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    return_metrics: bool,
+) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
 def value_loss(
-    values,
-    old_values,
-    returns,
-    mask=None,
+    values: PerToken,
+    old_values: PerToken | None,
+    returns: PerToken,
+    mask: Mask | None = None,
     *,
-    clip_range=None,
-    aggregation="token-mean",
-    weights=None,
-    cu_seqlens=None,
-    normalizers=None,
-    return_metrics=False,
-):
+    clip_range: Number | None = None,
+    aggregation: Aggregation = "token-mean",
+    weights: PerToken | None = None,
+    cu_seqlens: Offsets | None = None,
+    normalizers: Normalizers | None = None,
+    return_metrics: bool = False,
+) -> Scalar | tuple[Scalar, Metrics]:
     r"""Value-function loss: ``1/2 sum_t w_t (V_t - R_t)^2``.
 
     With ``clip_range = c`` it is the larger of that and the clipped error,

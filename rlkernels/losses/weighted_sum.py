@@ -4,13 +4,22 @@ Parameters are numbers, or tensors of shape ``()`` that the host does not read. 
 plain torch, in a few launches more, because kernels take numbers alone.
 """
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
+from torch import Tensor
 
 from rlkernels import ops
 from rlkernels.logits_layout import dense
+from rlkernels.losses.token_weights import TokenWeights
+from rlkernels.types import Number
+
+Params: TypeAlias = Sequence[Number] | Tensor
+"""The parameters of an objective, in its order; one tensor holds all of them."""
 
 
-def parameters(values):
+def parameters(values: Params) -> tuple[Number, ...] | Tensor:
     """Returns parameters as a tuple of numbers, or as one float64 tensor where one of them is a tensor.
 
     That tensor is on the device of the parameters that are not on the CPU. A tensor of all parameters stays as it is.
@@ -36,8 +45,8 @@ def parameters(values):
     )
 
 
-def weighted_sum(objective, first, others, params, weights):
-    """Computes ``sum_i w_i l(first_i, others_i)``, differentiable in ``first``; ``weights``: TokenWeights."""
+def weighted_sum(objective: str, first: Tensor, others: list[Tensor], params: Params, weights: TokenWeights) -> Tensor:
+    """Computes ``sum_i w_i l(first_i, others_i)``, differentiable in ``first``."""
     others = [dense(x.detach() if x.requires_grad else x, first.dtype) for x in others]
     values = weights.values
     if values is not None:
@@ -49,7 +58,9 @@ def weighted_sum(objective, first, others, params, weights):
     )[0]
 
 
-def scaled_sum(coefficient, objective, first, others, weights):
+def scaled_sum(
+    coefficient: Number, objective: str, first: Tensor, others: list[Tensor], weights: TokenWeights
+) -> Tensor:
     """Computes ``coefficient`` times the weighted sum of an objective without parameters.
 
     A number becomes a factor of the weights. A tensor multiplies the sum.
@@ -60,7 +71,7 @@ def scaled_sum(coefficient, objective, first, others, weights):
     return weighted_sum(objective, first, others, (), weights) * coefficient.to(first.dtype, copy=True)
 
 
-def each(objective, x, params, weight):
+def each(objective: str, x: Tensor, params: Params, weight: Tensor | None) -> Tensor:
     """Computes ``l(x_i)``, differentiable; the value is 0 and has no gradient where ``weight`` is 0."""
     x = x.contiguous()
     return ops.elementwise(objective, x, [], parameters(params), weight, ops.serving("elementwise", x))[1]

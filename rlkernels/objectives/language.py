@@ -10,7 +10,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 from rlkernels.objectives import functions
 
@@ -60,9 +60,18 @@ class Objective(NamedTuple):
 
 
 OBJECTIVES: dict[str, Objective] = {}
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def objective(function=None, *, columns=None):
+@overload
+def objective(function: Function, *, columns: int | None = None) -> Function: ...
+
+
+@overload
+def objective(function: None = None, *, columns: int | None = None) -> Callable[[Function], Function]: ...
+
+
+def objective(function: Any = None, *, columns: int | None = None) -> Any:
     """Registers ``function`` and returns it unchanged, so that a call runs it on torch's tensors.
 
     Args:

@@ -17,7 +17,7 @@ DOUBLE_BACKWARD = (
 )
 
 _library = torch.library.Library("rlkernels", "DEF")
-_calls = Counter()
+_calls: Counter[tuple[str, str]] = Counter()
 
 
 def calls():

@@ -72,7 +72,8 @@ def aggregate(trial):
     draw = trial.draw
     batch, mode = Batch(draw), draw.choice(MODES)
     normalizers, x = draw_normalizers(draw, mode, batch), values_of(draw, batch)
-    got = trial.call("aggregate", x, batch.mask, mode, **batch.packing(), **normalizers)
+    given = draw.choice(({}, {"dtype": torch.float64}))
+    got = trial.call("aggregate", x, batch.mask, mode, **batch.packing(), **normalizers, **given)
     truth_of, weights = wide(x), true_weights(mode, batch, normalizers)
     terms = weights * torch.where(batch.live, truth_of, 0.0)
     check(trial, f"aggregate by {mode}", got, terms.sum(), terms.detach().abs().sum(), x, truth_of)

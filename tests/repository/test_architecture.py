@@ -26,7 +26,7 @@ CODE = [
 ] + BUILD
 
 LAYERS = [
-    {"tracing"},
+    {"types", "tracing"},
     {"checks"},
     {"objectives"},
     {"backends", "sequences"},
@@ -40,7 +40,7 @@ LAYERS = [
     {"cli"},
 ]
 """Lowest first. A module imports from layers below its own, and a package from itself."""
-WITHOUT_OPS = {"tracing", "checks", "objectives", "sequences", "aggregation"}
+WITHOUT_OPS = {"types", "tracing", "checks", "objectives", "sequences", "aggregation"}
 COMPILED = {"_cpu": "backends/cpu_module.py", "_cuda": "backends/cuda.py"}
 
 

@@ -17,6 +17,7 @@ ASKED = {
     "advantages/gae.py": (ADVANTAGES,),
     "advantages/whitening.py": ("test_whitening.py",),
     "losses/policy.py": (TRUTH, MASKING, LOSSES),
+    "losses/logits_policy.py": (TRUTH, MASKING, LOSSES),
     "losses/policy_arguments.py": (LOSSES, MASKING, TRUTH),
     "losses/token_weights.py": (LOSSES, MASKING, TRUTH),
     "losses/value.py": (TRUTH, MASKING, LOSSES),
@@ -260,7 +261,7 @@ MUTANTS = (
     ),
     _m(
         "an ignored target is live",
-        "losses/policy.py",
+        "losses/logits_policy.py",
         "live = scored if mask is None else live_tokens(caller, like, mask) & scored",
         "live = live_tokens(caller, like, mask)",
         25,

@@ -1,0 +1,114 @@
+"""The types of public arguments: tensors with their shapes, and the names that an argument takes.
+
+A shape stands beside ``Tensor`` for the reader, because no type checker looks at it. The names are what the checks
+accept, too: a table of theirs is made from ``get_args`` of a ``Literal`` here, or is compared with it by a test. An
+objective is a ``str``, because users register their own.
+"""
+
+from typing import Annotated, Any, Literal, TypeAlias, TypedDict
+
+from torch import Tensor
+
+Number: TypeAlias = float | Tensor
+"""A number, or a tensor of shape ``()``."""
+
+Logits: TypeAlias = Annotated[Tensor, "[..., V]"]
+VocabMask: TypeAlias = Annotated[Tensor, "[V] or [..., V], bool: True keeps a column"]
+Targets: TypeAlias = Annotated[Tensor, "[...], int32 or int64"]
+Temperature: TypeAlias = float | Annotated[Tensor, "[...], [B], [B, 1] or []"]
+HiddenStates: TypeAlias = Annotated[Tensor, "[..., H]"]
+HeadWeight: TypeAlias = Annotated[Tensor, "[V, H]"]
+HeadBias: TypeAlias = Annotated[Tensor, "[V]"]
+RewardHeadWeight: TypeAlias = Annotated[Tensor, "[1, H]"]
+RewardHeadBias: TypeAlias = Annotated[Tensor, "[1]"]
+
+PerToken: TypeAlias = Annotated[Tensor, "[B, L], or packed [N]"]
+PerSequence: TypeAlias = Annotated[Tensor, "[B], or [S] of a packed batch"]
+PerTokenOrSequence: TypeAlias = Annotated[Tensor, "[B, L] or [N]; or [B], [B, 1], [S], [S, 1]"]
+PerResponse: TypeAlias = Annotated[Tensor, "[N], one per response"]
+PerPair: TypeAlias = Annotated[Tensor, "[B], one per pair"]
+PerAnswer: TypeAlias = Annotated[Tensor, "[N], one per answer"]
+Scalar: TypeAlias = Annotated[Tensor, "[]"]
+Mask: TypeAlias = Annotated[Tensor, "live tokens: bool, integers (not 0), or floats that are 0 and 1"]
+Offsets: TypeAlias = Annotated[Tensor, "[S + 1], int32 or int64"] | list[int] | tuple[int, ...]
+Spans: TypeAlias = Annotated[Tensor, "[..., K, 2], integers"] | list[Any] | tuple[Any, ...]
+Metrics: TypeAlias = dict[str, Tensor]
+"""Detached tensors of shape ``()`` by their names."""
+
+RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_token", "sequence_sum"]
+KL: TypeAlias = Literal["k1", "k2", "k3"]
+RowKL: TypeAlias = Literal["k1", "k2", "k3", "exact"]
+"""The KL of ``token_stats``, which sees whole rows."""
+Output: TypeAlias = Literal["entropy", "log_sum_sq_probs", "mean_logits", "is_top1"]
+Outputs: TypeAlias = tuple[Output, ...] | list[Output] | set[Output] | frozenset[Output]
+Aggregation: TypeAlias = Literal[
+    "token-mean",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "token-sum",
+    "fixed-horizon",
+    "global-token-mean",
+    "prompt-mean",
+    "rollout-mean",
+    "seq-mean",
+    "group-mean",
+]
+SftKind: TypeAlias = Literal["nll", "dft"]
+LossType: TypeAlias = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+    "cpo",
+    "cpo_hinge",
+    "cpo_ipo",
+    "simpo",
+    "orpo",
+    "orpo_odds_ratio",
+]
+LossTypes: TypeAlias = LossType | tuple[LossType, ...] | list[LossType]
+"""One loss of pairs, or those of a mixture."""
+LossWeights: TypeAlias = tuple[Number, ...] | list[float] | list[Number]
+FDivergence: TypeAlias = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+UnpairedLossType: TypeAlias = Literal["kto", "apo_zero_unpaired", "bco", "kto_paired_batch"]
+Masked: TypeAlias = Literal["skip", "zero", "none"]
+"""The step of a dead token between live ones, in GAE and in discounted returns."""
+Baseline: TypeAlias = Literal["mean", "leave-one-out", "length-mean", "batch-mean", None]
+Scale: TypeAlias = Literal["std", "batch-std", "mean", None]
+EpsMode: TypeAlias = Literal["add", "clamp"]
+Backend: TypeAlias = Literal["eager", "cpu", "triton", "cuda"]
+TrlLevel: TypeAlias = Literal["all", "fused", "logits", "pairs"]
+
+
+class Normalizers(TypedDict, total=False):
+    """The keywords of ``token_weights`` that a loss hands on."""
+
+    batch_num_tokens: Number
+    num_sequences: Number
+    horizon: Number
+    group_ids: Tensor
+    rollout_ids: Tensor
+    group_tokens: Tensor
+    group_rows: Tensor
+    count_empty_rows: bool
+    dp_size: Number
+    scale: Number
+
+
+class Availability(TypedDict):
+    """The answer of ``available_backends``."""
+
+    serves: dict[str, dict[str, str]]
+    absent: dict[str, str]

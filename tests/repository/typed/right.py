@@ -1,0 +1,82 @@
+"""A user's script that a strict type checker passes: the public functions with the arguments that they are made for."""
+
+import torch
+from torch import Tensor
+
+import rlkernels as rlk
+from rlkernels.objectives import exp, where
+from rlkernels.types import Aggregation, Normalizers
+
+
+@rlk.objective
+def bounded(logp: Tensor, old_logp: Tensor, advantage: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    r"""``-min(rho, bound) A``. A bound on the ratio alone, without a paper."""
+    ratio = exp(logp - old_logp)
+    return -where(bound < ratio, bound, ratio) * advantage, -where(bound < ratio, 0.0, ratio) * advantage
+
+
+logits = torch.randn(2, 3, 5, requires_grad=True)
+targets = torch.tensor([[0, 1, 2], [3, 4, 0]])
+mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+rewards = torch.tensor([1.0, 0.0])
+group_ids = torch.tensor([7, 7])
+
+stats = rlk.token_stats(
+    logits, targets, temperature=0.7, outputs=("entropy", "is_top1"), kl="exact", ref_logits=logits.detach()
+)
+kl: Tensor | None = stats.kl
+old: Tensor = rlk.token_logprobs(logits, targets).detach()
+advantages: Tensor = rlk.group_advantages(rewards, group_ids, baseline="leave-one-out", scale=None)
+
+loss: Tensor = rlk.policy_loss(stats.logprobs, old, advantages, mask, clip_high=0.28, kl_coef=0.01, ref_logprobs=old)
+loss = rlk.policy_loss(stats.logprobs, old, advantages, mask, objective="bounded", bound=torch.tensor(1.2))
+loss = rlk.policy_loss(
+    stats.logprobs, old, advantages, ratio_level="sequence", aggregation="fixed-horizon", normalizers={"horizon": 3}
+)
+loss, metrics = rlk.logits_policy_loss(logits, targets, old, advantages, mask, entropy_coef=0.01, return_metrics=True)
+ratio: Tensor = metrics["ratio"]
+for wanted in (True, False):
+    found = rlk.value_loss(stats.logprobs, old, old, mask, clip_range=0.2, return_metrics=wanted)
+    loss = found[0] if isinstance(found, tuple) else found
+(gradient,) = torch.autograd.grad(loss, logits)
+
+totals: Normalizers = {"batch_num_tokens": torch.tensor(5), "dp_size": 2}
+mode: Aggregation = "global-token-mean"
+loss = rlk.sft_loss(logits, targets, mask, kind="dft", aggregation=mode, normalizers=totals)
+loss, metrics = rlk.logprobs_sft_loss(old, mask, sample_weights=rewards, return_metrics=True)
+weights: Tensor = rlk.token_weights(mask, "prompt-mean", group_ids=group_ids, scale=0.5)
+one: Tensor = rlk.aggregate(old, mask, "seq-mean-token-mean", num_sequences=2)
+sums: Tensor = rlk.sequence_sums(torch.ones(4), cu_seqlens=[0, 1, 4])
+per_token: Tensor = rlk.broadcast_to_tokens(rlk.sequence_means(old, mask), mask)
+spans: Tensor = rlk.spans_to_mask([[1, 2]], 4)
+
+loss = rlk.dpo_loss(
+    rewards, -rewards, rewards, rewards, loss_type=("sigmoid", "ipo"), loss_weights=(1.0, 0.5), beta=0.2
+)
+loss, metrics = rlk.dpo_loss(rewards, -rewards, reference_free=True, return_metrics=True)
+loss = rlk.unpaired_preference_loss(rewards, rewards, rewards > 0, loss_type="bco", delta=torch.tensor(0.1))
+loss = rlk.pairwise_reward_loss(rewards, -rewards, center_coef=0.01)
+scores: Tensor = rlk.reward_scores(torch.ones(2, 3, 4), torch.ones(1, 4), attention_mask=mask)
+shorter, longer = rlk.length_desensitized_weights(mask, mask, 0.5)
+
+head, states = torch.ones(8, 4), torch.ones(2, 3, 4)
+head_logprobs: Tensor = rlk.linear_token_logprobs(states, head, targets, logits_dtype=torch.float32, chunk_tokens=2)
+loss = rlk.linear_policy_loss(states, head, targets, old, old, mask, clip_low=0.1, ratio_level="sequence")
+loss, metrics = rlk.linear_sft_loss(states, head, targets, kind="dft", return_metrics=True)
+loss = rlk.linear_dpo_loss(states, head, targets, reference_free=True, loss_type="simpo")
+
+gained, returns = rlk.gae(old, old, mask, gamma=0.99, lam=0.95, masked="zero", bootstrap_values=rewards)
+discounted: Tensor = rlk.discounted_returns(old, mask, gamma=0.9)
+white: Tensor = rlk.masked_whiten(gained, mask, eps_mode="clamp", dim=(0, 1))
+
+
+@rlk.use_backend("eager")
+def entropy(x: Tensor, ids: Tensor) -> Tensor:
+    found = rlk.token_stats(x, ids).entropy
+    assert found is not None
+    return found
+
+
+with rlk.use_backend("eager"):
+    total: Tensor = entropy(logits, targets).sum()
+serves: dict[str, str] = rlk.available_backends()["serves"]["cpu"]
