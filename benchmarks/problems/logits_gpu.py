@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlkernels.cli import bench_problem
-from rlkernels.cli.bench_problem import ENTROPY_COEF
+from benchmarks.problems import logits as logits_problem
+from benchmarks.problems.logits import ENTROPY_COEF
 
 SEQUENCES = 8
 """The rows of a batch are so many sequences of equal length: some peers take [B, L + 1, V] and one advantage per
@@ -69,7 +69,7 @@ def make(
     sequence.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
-    x = draw(tokens, vocab, bench_problem.DTYPES[dtype], device, generator)
+    x = draw(tokens, vocab, logits_problem.DTYPES[dtype], device, generator)
     targets = torch.randint(vocab, (tokens,), generator=generator, device=device)
     even = torch.arange(0, tokens, 2, device=device)
     x[even, targets[even]] = 20.0
@@ -78,7 +78,7 @@ def make(
     sequence = torch.arange(tokens, device=device) * SEQUENCES // tokens
     rows = torch.unique(torch.linspace(0, tokens - 1, min(CHECKED, tokens)).long()).to(device)
     logp = torch.cat(
-        [bench_problem.log_softmax_gather(a, b) for a, b in zip(x.split(PIECE), targets.split(PIECE), strict=True)]
+        [logits_problem.log_softmax_gather(a, b) for a, b in zip(x.split(PIECE), targets.split(PIECE), strict=True)]
     )
     count = copies_needed(x.numel() * x.element_size(), cache)
     references = []
@@ -134,8 +134,8 @@ def truth(problem: Problem) -> Truth:
     y, mine = problem.targets[rows], [c[rows] for c in columns]
     x = problem.logits[rows].double().requires_grad_()
     logp, entropy = stats64(x, y)
-    terms = bench_problem.policy_terms(logp, entropy, *mine)
-    plain = bench_problem.policy_terms(logp, torch.zeros_like(entropy), *mine)
+    terms = logits_problem.policy_terms(logp, entropy, *mine)
+    plain = logits_problem.policy_terms(logp, torch.zeros_like(entropy), *mine)
 
     def gradient(outputs: Tensor | tuple, upstream: object = None) -> Tensor:
         return torch.autograd.grad(outputs, x, upstream, retain_graph=True)[0]
@@ -150,7 +150,7 @@ def truth(problem: Problem) -> Truth:
     )
     for index in torch.arange(tokens, device=x.device).split(PIECE):
         piece = stats64(problem.logits[index], problem.targets[index])
-        found.loss += bench_problem.policy_terms(*piece, *(c[index] for c in columns)).sum() / tokens
+        found.loss += logits_problem.policy_terms(*piece, *(c[index] for c in columns)).sum() / tokens
     if problem.ref_copies:
         outputs = kl_composition(x, problem.ref_copies[0][rows].double(), y)
         found.ref_logp, found.kl = outputs[2].detach(), outputs[3].detach()

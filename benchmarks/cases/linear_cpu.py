@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rlkernels
-from rlkernels.cli import bench_gpu_peers, bench_linear_problem
-from rlkernels.cli.bench_cases import EAGER, OURS, Case
-from rlkernels.cli.bench_gpu_peers import PEERS
-from rlkernels.cli.bench_linear_problem import Judge, Problem, full_logits, ppo, products, products_check
-from rlkernels.cli.bench_problem import CLIP_HIGH, CLIP_LOW
-from rlkernels.cli.bench_timing import Contender
+from benchmarks import peers as peer_libraries
+from benchmarks.cases.logits_cpu import EAGER, OURS, Case
+from benchmarks.peers import PEERS
+from benchmarks.problems import linear as linear_problem
+from benchmarks.problems.linear import Judge, Problem, full_logits, ppo, products, products_check
+from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW
+from benchmarks.timing.cpu import Contender
 
 HALF, TRL, LIGER = f"{OURS}, half of the tokens masked", PEERS["trl_chunked"].name, PEERS["liger_chunked"].name
 BETA, ANSWER, CHUNK = 0.1, 128, 256
@@ -145,7 +146,7 @@ def dpo(p: Problem, dtype: str, peers: dict[str, Callable]) -> LinearCase:
     """Answers of equal length; a reference that is near, so that no pair is decided."""
     length = min(ANSWER, p.shape[0] // 2)
     pairs = p.shape[0] // length // 2
-    part = bench_linear_problem.first(p, 2 * pairs * length)
+    part = linear_problem.first(p, 2 * pairs * length)
 
     def sums(logp: Tensor) -> tuple[Tensor, Tensor]:
         total = logp.view(2 * pairs, length).sum(1)
@@ -173,7 +174,7 @@ def dpo(p: Problem, dtype: str, peers: dict[str, Callable]) -> LinearCase:
         score = trl_logprobs(peers["trl_chunked"], part.targets)
         entries[TRL] = lambda h, w: loss(score(h, w)[0])
     # A sum over an answer in fp32 is known to so much, whoever forms it.
-    slack = BETA * 4 * bench_linear_problem.EPS * max(s.abs().max().item() for s in near)
+    slack = BETA * 4 * linear_problem.EPS * max(s.abs().max().item() for s in near)
     return build("linear_dpo_loss", part, dtype, 3, Judge(part, loss, slack=slack), entries)
 
 
@@ -202,7 +203,7 @@ def peers() -> tuple[dict[str, Callable], list[str]]:
     """Fused heads of other libraries that run on a CPU, and one line for each that is not here."""
     found, remarks = {}, []
     for key in ("trl_chunked", "liger_chunked"):
-        function, line = bench_gpu_peers.load(key)
+        function, line = peer_libraries.load(key)
         if function is None:
             remarks.append(line)
         else:

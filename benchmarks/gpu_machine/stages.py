@@ -1,4 +1,4 @@
-"""The stages of ``gpu_run.py``: each is a child process or a few, with a time limit, whose outcome is plain data."""
+"""The stages of ``run.py``: each is a child process or a few, with a time limit, whose outcome is plain data."""
 
 import json
 import os
@@ -12,7 +12,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import ROOT
+
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TAIL = 4000
 FIGURES = "figures.json"
@@ -266,7 +267,7 @@ def sanitize(context):
 
 
 def bench(context):
-    """``rlkernels bench --device cuda`` with peers; its JSON grows case by case.
+    """``python -m benchmarks --device cuda`` with peers; its JSON grows case by case.
 
     Once more without peers where one of them lost the device.
     """
@@ -278,8 +279,7 @@ def bench(context):
         command = [
             sys.executable,
             "-m",
-            "rlkernels.cli",
-            "bench",
+            "benchmarks",
             "--device",
             "cuda",
             "--plain",

@@ -6,11 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlkernels.cli import bench_gpu_cases as cases_
-from rlkernels.cli import bench_gpu_linear, machine, tables
-from rlkernels.cli.bench_gpu_cases import EAGER, IN_PLACE, ONE_LAUNCH, Case
-from rlkernels.cli.bench_gpu_peers import PEERS
-from rlkernels.cli.bench_gpu_timing import Entry, Roofline, summary
+from benchmarks.cases import linear_gpu
+from benchmarks.cases import logits_gpu as cases_
+from benchmarks.cases.logits_gpu import EAGER, IN_PLACE, ONE_LAUNCH, Case
+from benchmarks.peers import PEERS
+from benchmarks.timing.gpu import Entry, Roofline, summary
+from rlkernels.cli import machine, tables
 
 NUMBERS_DIFFER = {
     "logp": 1e-2,
@@ -230,11 +231,11 @@ def goals(cases: Sequence[dict]) -> list[dict[str, object]]:
 
     def beside_gradients(c: dict) -> float | None:
         e, (tokens, hidden, vocab) = _entry(c, "rlkernels auto"), c["shape"]
-        if tokens < bench_gpu_linear.LONG or e is None or e["peak_bytes"] is None:
+        if tokens < linear_gpu.LONG or e is None or e["peak_bytes"] is None:
             return None
         return (e["peak_bytes"] - 4 * hidden * (tokens + vocab)) / 2**30
 
-    policy, three, four = "linear_policy_loss", *(bench_gpu_linear.PRODUCTS.format(n) for n in (3, 4))
+    policy, three, four = "linear_policy_loss", *(linear_gpu.PRODUCTS.format(n) for n in (3, 4))
     rows = [
         ("token_stats forward, share of read bandwidth", [1 / v for v in of_floor(cases_.STATS)], 0.92, True),
         ("token_stats forward, times faster than TRL's kernel", ratios(cases_.STATS, "TRL kernel"), 1.2, True),
@@ -283,7 +284,7 @@ def goals(cases: Sequence[dict]) -> list[dict[str, object]]:
             for key, bound in (("trl_chunked", 1.4), ("liger_chunked", 2.0), ("verl_chunked", 2.0))
         ),
         (
-            f"{policy} at {bench_gpu_linear.LONG} tokens, GiB beside inputs and fp32 gradients",
+            f"{policy} at {linear_gpu.LONG} tokens, GiB beside inputs and fp32 gradients",
             prefixed(policy, beside_gradients),
             1.5,
             False,

@@ -1,4 +1,4 @@
-"""The cost model of docs/scaling.md: ``python benchmarks/scaling_model.py`` prints the tables there.
+"""The cost model of docs/scaling.md: ``python benchmarks/scaling/cost_model.py`` prints the tables there.
 
 Computed, not measured.
 """

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import rlkernels
-from rlkernels.cli import bench_problem
-from rlkernels.cli.bench_problem import CLIP_HIGH, CLIP_LOW, ENTROPY_COEF, KL_COEF, Problem, Truth
-from rlkernels.cli.bench_timing import Contender
+from benchmarks.problems import logits as logits_problem
+from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, ENTROPY_COEF, KL_COEF, Problem, Truth
+from benchmarks.timing.cpu import Contender
 
 FORWARD = "token_logprobs forward"
 BOTH = "token_logprobs forward+backward"
@@ -104,7 +104,7 @@ def differentiated(function: Callable[[Tensor], Tensor], upstream: Tensor | None
 
 
 def forward(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
-    eager = bench_problem.log_softmax_gather
+    eager = logits_problem.log_softmax_gather
     entries = {OURS: rlkernels.token_logprobs, EAGER: eager, COMPILED: compiled(eager)}
     if "selective_log_softmax" in peers:
         entries[TRL] = peers["selective_log_softmax"]
@@ -129,8 +129,8 @@ def both(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
     entries = [
         contender(OURS, rlkernels.token_logprobs),
         contender(IN_PLACE, in_place, restored),
-        contender(EAGER, bench_problem.log_softmax_gather),
-        contender(COMPILED, compiled(bench_problem.log_softmax_gather)),
+        contender(EAGER, logits_problem.log_softmax_gather),
+        contender(COMPILED, compiled(logits_problem.log_softmax_gather)),
     ]
     if "selective_log_softmax" in peers:
         entries.append(contender(TRL, peers["selective_log_softmax"]))
@@ -143,7 +143,7 @@ def our_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def statistics(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
-    entries = {OURS: our_stats, EAGER: bench_problem.stats, COMPILED: compiled(bench_problem.stats)}
+    entries = {OURS: our_stats, EAGER: logits_problem.stats, COMPILED: compiled(logits_problem.stats)}
     if {"selective_log_softmax", "entropy_from_logits"} <= peers.keys():
         entries[TRL] = lambda x, y: (peers["selective_log_softmax"](x, y), peers["entropy_from_logits"](x))
     return reading(STATS, problem, entries, lambda outputs: judge.stats(*outputs))
@@ -200,8 +200,8 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
                 moved=2 * problem.bytes,
                 ours=True,
             ),
-            contender(EAGER, torch_loss(bench_problem.policy)),
-            contender(COMPILED, torch_loss(compiled(bench_problem.policy))),
+            contender(EAGER, torch_loss(logits_problem.policy)),
+            contender(COMPILED, torch_loss(compiled(logits_problem.policy))),
         ],
     )
 

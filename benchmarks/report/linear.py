@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from rlkernels.cli import bench_linear_cases, tables
-from rlkernels.cli.bench_cases import EAGER, OURS
-from rlkernels.cli.bench_linear_cases import HALF, TRL, LinearCase
-from rlkernels.cli.bench_report import Target, megabytes, ratio, without_empty_columns
-from rlkernels.cli.bench_timing import Contender
+from benchmarks.cases import linear_cpu
+from benchmarks.cases.linear_cpu import HALF, TRL, LinearCase
+from benchmarks.cases.logits_cpu import EAGER, OURS
+from benchmarks.report.cpu import Target, megabytes, ratio, without_empty_columns
+from benchmarks.timing.cpu import Contender
+from rlkernels.cli import tables
 
 TOKENS, HIDDEN, VOCABULARIES = (512, 2048), 512, (32000, 128256)
 """The shapes for which the figures to reach are stated; both dtypes."""
@@ -35,7 +36,7 @@ def beyond_gradients(case: LinearCase, contender: Contender) -> int | None:
 
 
 def row(case: LinearCase, c: Contender) -> list[str]:
-    base, bare = case.named(OURS), case.named(bench_linear_cases.floor(case.products))
+    base, bare = case.named(OURS), case.named(linear_cpu.floor(case.products))
     low, high = c.quartiles
     return [
         c.name,
@@ -56,7 +57,7 @@ def targets(case: LinearCase, budget: int) -> list[Target]:
         return []
     peak = beyond_gradients(case, case.named(OURS))
     return [
-        Target("time over three bare products", ratio(case, OURS, bench_linear_cases.floor(3)), 1.25, False),
+        Target("time over three bare products", ratio(case, OURS, linear_cpu.floor(3)), 1.25, False),
         Target("times faster than torch eager", ratio(case, EAGER, OURS), 1.3, True),
         Target(f"times faster than {TRL}", ratio(case, TRL, OURS), 2.4, True),
         Target(

@@ -4,7 +4,7 @@ Needs torch and Triton in the Python that runs it; installs nothing and uses no 
 stage leaves ``<stage>.json`` and its logs as it ends, and ``--out/<gpu>.json`` with a table is rewritten after each: an
 interrupted run keeps what it has.
 
-    python benchmarks/gpu_run.py --out benchmarks/results --stages build,tests,sanitize,bench
+    python benchmarks/gpu_machine/run.py --out benchmarks/results --stages build,tests,sanitize,bench
 
 Exit status: 0, 1 if a build, test, checker or answer failed, 2 without a device, 130 when interrupted. A figure that is
 not reached is no failure.
@@ -21,8 +21,11 @@ import time
 import traceback
 from pathlib import Path
 
-import gpu_stages
-from gpu_stages import ROOT, STAGES, Context, Interrupted
+if not __package__:  # run as a file: its folder is on the path, and not the root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import ROOT
+from benchmarks.gpu_machine.stages import FIGURES, STAGES, Context, Interrupted, probe
 
 TOTAL = 515.0
 """Seconds of all stages: nine minutes, less the look for a device and the ends of children that ran out of time."""
@@ -91,7 +94,7 @@ def verdict(outcome):
 
 def finish(out, device, outcomes, commit, names):
     """The merged results, and the table that a person reads."""
-    figures = out / device.slug / gpu_stages.FIGURES
+    figures = out / device.slug / FIGURES
     measured = json.loads(figures.read_text()) if figures.is_file() and "bench" in outcomes else None
     save(
         out / f"{device.slug}.json",
@@ -203,9 +206,9 @@ def main(argv=None):
     parser.add_argument("--test-args", default="", help="further arguments of pytest, as one string: '-k runtime'")
     args = parser.parse_args(argv)
     try:
-        device = gpu_stages.probe()
+        device = probe()
     except (RuntimeError, OSError, ValueError) as error:
-        print(f"gpu_run: {error}", file=sys.stderr)
+        print(f"gpu_machine: {error}", file=sys.stderr)
         return 2
 
     def stop(number, frame):

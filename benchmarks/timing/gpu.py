@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkernels.cli.bench_gpu_device import host_seconds
+from benchmarks.timing.device import host_seconds
 
 LEAST, MOST = 5, 400
 """Runs of a contender in one protocol, whatever the seconds say."""

@@ -1,10 +1,9 @@
-"""``rlkernels bench``: our kernels beside torch and other libraries, in one run on equal threads, judged against
+"""``python -m benchmarks``: our kernels beside torch and other libraries, in one run on equal threads, judged against
 float64.
 """
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,21 +11,27 @@ from pathlib import Path
 import torch
 
 import rlkernels
-from rlkernels.cli import (
-    bench_cases,
-    bench_gpu,
-    bench_gpu_linear,
-    bench_host,
-    bench_linear,
-    bench_problem,
-    bench_report,
-    bench_timing,
-    machine,
-)
-from rlkernels.cli.bench_cases import Case
+from benchmarks import run_gpu, run_linear, subject
+from benchmarks.cases import host_cost, linear_gpu, logits_cpu
+from benchmarks.cases.logits_cpu import Case
+from benchmarks.problems import logits as logits_problem
+from benchmarks.report import cpu as cpu_report
+from benchmarks.timing import cpu as cpu_timing
+from rlkernels.cli import machine
 
 QUICK = {"tokens": 128, "vocab": 32000, "rounds": 5}
 FULL = {"tokens": 1024, "vocab": 128256, "rounds": 9}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0 success, 1 a wrong answer, 2 usage or no device, 3 the device was
+    lost, 130 interrupted.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Speed, memory and error of the kernels on this machine."
+    )
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,35 +44,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         type=positive,
-        help=f"rows of logits (default {FULL['tokens']}; cuda: {' and '.join(map(str, bench_gpu.ROWS))})",
+        help=f"rows of logits (default {FULL['tokens']}; cuda: {' and '.join(map(str, run_gpu.ROWS))})",
     )
     parser.add_argument(
         "--vocab",
         type=positive,
-        help=f"columns of logits (default {FULL['vocab']}; cuda: {', '.join(map(str, bench_gpu.VOCABULARIES))})",
+        help=f"columns of logits (default {FULL['vocab']}; cuda: {', '.join(map(str, run_gpu.VOCABULARIES))})",
     )
     parser.add_argument(
         "--dtype",
-        choices=sorted(bench_problem.DTYPES),
+        choices=sorted(logits_problem.DTYPES),
         help="dtype of the logits (default bf16) or of the fused head's operands (default fp32 and bf16; cuda: bf16)",
     )
     parser.add_argument(
         "--hidden",
         type=positive,
-        help=f"features of the hidden states, for the fused head (default {bench_linear.HIDDEN}; cuda: "
-        f"{bench_gpu_linear.HIDDEN})",
+        help=f"features of the hidden states, for the fused head (default {run_linear.HIDDEN}; cuda: "
+        f"{linear_gpu.HIDDEN})",
     )
     parser.add_argument(
         "--rounds",
         type=positive,
         help=f"timed runs of each contender on the CPU (default {FULL['rounds']}, for the fused head "
-        f"{bench_linear.ROUNDS})",
+        f"{run_linear.ROUNDS})",
     )
     parser.add_argument(
         "--case",
-        choices=sorted({*bench_cases.CASES, bench_host.NAME, *bench_linear.NAMES, *bench_gpu.NAMES}),
+        choices=sorted({*logits_cpu.CASES, host_cost.NAME, *run_linear.NAMES, *run_gpu.NAMES}),
         action="append",
-        help=f"measure only this case; may be repeated; {bench_linear.ALL}: the fused head, on all of its shapes",
+        help=f"measure only this case; may be repeated; {run_linear.ALL}: the fused head, on all of its shapes",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
@@ -123,20 +128,21 @@ def run(args: argparse.Namespace) -> int:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            tell("rlkernels bench: --plot needs matplotlib; install it with: pip install 'rlkernels[bench]'")
+            tell("benchmarks: --plot needs matplotlib; install it with: pip install 'rlkernels[bench]'")
             return 2
-    known = [*bench_cases.CASES, bench_host.NAME, *bench_linear.NAMES] if args.device == "cpu" else bench_gpu.NAMES
+    known = [*logits_cpu.CASES, host_cost.NAME, *run_linear.NAMES] if args.device == "cpu" else run_gpu.NAMES
     unknown = [name for name in args.case or [] if name not in known]
     if unknown:
-        tell(f"rlkernels bench: --device {args.device} has no case {unknown[0]!r}; it has: {', '.join(known)}")
+        tell(f"benchmarks: --device {args.device} has no case {unknown[0]!r}; it has: {', '.join(known)}")
         return 2
     if args.device == "cuda":
-        return bench_gpu.run(args)
+        return run_gpu.run(args)
+    print(subject.line())
     size = {key: getattr(args, key) or (QUICK if args.quick else FULL)[key] for key in FULL}
     try:
-        return measure_linear(args) if bench_linear.only(args.case) else measure(args, **size)
+        return measure_linear(args) if run_linear.only(args.case) else measure(args, **size)
     except KeyboardInterrupt:
-        tell("rlkernels bench: interrupted")
+        tell("benchmarks: interrupted")
         return 130
 
 
@@ -156,42 +162,42 @@ def conditions() -> list[str]:
 
 def measure(args: argparse.Namespace, tokens: int, vocab: int, rounds: int) -> int:
     remarks, dtype = conditions(), args.dtype or "bf16"
-    problem = bench_problem.make(tokens, vocab, dtype)
+    problem = logits_problem.make(tokens, vocab, dtype)
     cache = machine.last_level_cache()
     if cache and problem.bytes < 4 * cache:
         remarks.append("the logits are smaller than four last-level caches: these are times with a warm cache")
     what = f"{dtype} logits [{tokens}, {vocab}], {problem.bytes / 2**20:.0f} MiB, {torch.get_num_threads()} threads"
-    tell(f"rlkernels bench: {what}, {rounds} rounds")
-    judge = bench_cases.Judge(problem, bench_problem.truth(problem))
+    tell(f"benchmarks: {what}, {rounds} rounds")
+    judge = logits_cpu.Judge(problem, logits_problem.truth(problem))
     peers: dict[str, Callable] = {}
     if not args.no_peers:
-        peers, missing = bench_cases.peers()
+        peers, missing = logits_cpu.peers()
         remarks += missing
-    reader = bench_timing.reader(args.quick)
+    reader = cpu_timing.reader(args.quick)
     cases = {}
-    wanted = args.case or [*bench_cases.CASES, bench_host.NAME]
-    for name in (n for n in wanted if n in bench_cases.CASES):
-        case = bench_cases.CASES[name](problem, judge, peers)
+    wanted = args.case or [*logits_cpu.CASES, host_cost.NAME]
+    for name in (n for n in wanted if n in logits_cpu.CASES):
+        case = logits_cpu.CASES[name](problem, judge, peers)
         tell(f"  {name}: {', '.join(c.name for c in case.contenders)}")
         remarks += ready(case, args)
-        bench_timing.race([*case.contenders, reader], rounds, warmup=1)
+        cpu_timing.race([*case.contenders, reader], rounds, warmup=1)
         cases[name] = case
     if not cases:
-        bench_timing.race([reader], rounds, warmup=1)
-    goals = bench_report.targets(cases, problem.bytes)
-    bench_report.show(list(cases.values()), reader, goals, (tokens, vocab, dtype), args.plain)
-    host = bench_host.measure(rounds) if bench_host.NAME in wanted else []
+        cpu_timing.race([reader], rounds, warmup=1)
+    goals = cpu_report.targets(cases, problem.bytes)
+    cpu_report.show(list(cases.values()), reader, goals, (tokens, vocab, dtype), args.plain)
+    host = host_cost.measure(rounds) if host_cost.NAME in wanted else []
     if host:
-        bench_host.show(host, args.plain)
-    linear = bench_linear.measure(args, ready, tell)
+        host_cost.show(host, args.plain)
+    linear = run_linear.measure(args, ready, tell)
     linear.show(args.plain)
-    faults = bench_cases.wrong(list(cases.values()), judge) + bench_host.wrong(host) + linear.faults
+    faults = logits_cpu.wrong(list(cases.values()), judge) + host_cost.wrong(host) + linear.faults
     figures = {
         "shape": [tokens, vocab],
         "dtype": dtype,
         "rounds": rounds,
         "checked_rows": problem.rows.tolist(),
-        **bench_report.record(list(cases.values()), reader, goals),
+        **cpu_report.record(list(cases.values()), reader, goals),
         "host": host,
         "linear": linear.record(),
     }
@@ -202,8 +208,8 @@ def measure_linear(args: argparse.Namespace) -> int:
     """The fused head alone: no logits are drawn."""
     remarks = conditions()
     what = f"fused head, {torch.get_num_threads()} threads"
-    tell(f"rlkernels bench: {what}")
-    linear = bench_linear.measure(args, ready, tell)
+    tell(f"benchmarks: {what}")
+    linear = run_linear.measure(args, ready, tell)
     linear.show(args.plain)
     return conclude(args, remarks + linear.remarks, linear.faults, linear.cases, {"linear": linear.record()}, what)
 
@@ -221,9 +227,9 @@ def conclude(
         print(f"note: {remark}")
     for fault in faults:
         print(f"WRONG: {fault}")
-    where = machine.describe()
+    where = subject.describe()
     commit = where["sources"]["commit"] or "unknown commit"
-    command = shlex.join(["rlkernels", *sys.argv[1:]])
+    command = subject.command()
     if where["sources"]["dirty"]:
         commit += ", dirty"
     print(
@@ -239,9 +245,9 @@ def conclude(
             "faults": faults,
             "remarks": remarks,
         }
-        bench_report.save(args.json, {**head, **figures})
+        cpu_report.save(args.json, {**head, **figures})
     if args.plot and cases:
-        bench_report.plot(args.plot, cases, f"{what}, {where['processor']}")
+        cpu_report.plot(args.plot, cases, f"{what}, {where['processor']}")
     return 1 if faults else 0
 
 
@@ -249,12 +255,12 @@ def ready(case: Case, args: argparse.Namespace) -> list[str]:
     """Compiles, checks and weighs every contender outside the clock; drops those that fail, with one line for each."""
     remarks = []
     for contender in list(case.contenders):
-        if contender.name == bench_cases.COMPILED and args.no_compile:
+        if contender.name == logits_cpu.COMPILED and args.no_compile:
             case.contenders.remove(contender)
             continue
         try:
-            bench_timing.first_run(contender)
-            bench_timing.memory(contender)
+            cpu_timing.first_run(contender)
+            cpu_timing.memory(contender)
         except Exception as error:  # a contender that fails is shown with its reason; ours may not fail
             if contender.ours:
                 raise
@@ -262,3 +268,7 @@ def ready(case: Case, args: argparse.Namespace) -> list[str]:
             case.contenders.remove(contender)
             remarks.append(f"{case.name}: {contender.name} not measured: {lines[0]}")
     return remarks
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rlkernels
-from rlkernels.cli.bench_gpu_cases import COMPILED, EAGER, Case, compiled, on, ours, without_grad
-from rlkernels.cli.bench_gpu_peers import PEERS
-from rlkernels.cli.bench_gpu_problem import copies_needed
-from rlkernels.cli.bench_gpu_timing import Entry
-from rlkernels.cli.bench_problem import CLIP_HIGH, CLIP_LOW
+from benchmarks.cases.logits_gpu import COMPILED, EAGER, Case, compiled, on, ours, without_grad
+from benchmarks.peers import PEERS
+from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW
+from benchmarks.problems.logits_gpu import copies_needed
+from benchmarks.timing.gpu import Entry
 
 PAIRS = 4096
 BETA, GAMMA, LAM = 0.1, 0.99, 0.95

@@ -15,8 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from benchmarks.timing.gpu import first_line
 from rlkernels.cli import machine
-from rlkernels.cli.bench_gpu_timing import first_line
 
 
 @dataclass(frozen=True)

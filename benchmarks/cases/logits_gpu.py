@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 import rlkernels
+from benchmarks import peers as peer_libraries
+from benchmarks.peers import PEERS
+from benchmarks.problems import logits as logits_problem
+from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, ENTROPY_COEF, KL_COEF
+from benchmarks.problems.logits_gpu import SEQUENCES, Judge, Problem, kl_composition, two_upstream
+from benchmarks.timing.device import backend
+from benchmarks.timing.gpu import Entry, Roofline
 from rlkernels import ops
 from rlkernels.backends import DEVICES, absent
-from rlkernels.cli import bench_gpu_peers, bench_problem
-from rlkernels.cli.bench_gpu_device import backend
-from rlkernels.cli.bench_gpu_peers import PEERS
-from rlkernels.cli.bench_gpu_problem import SEQUENCES, Judge, Problem, kl_composition, two_upstream
-from rlkernels.cli.bench_gpu_timing import Entry, Roofline
-from rlkernels.cli.bench_problem import CLIP_HIGH, CLIP_LOW, ENTROPY_COEF, KL_COEF
 
 STATS = "token_stats (entropy) forward"
 LOGP = "token_logprobs forward+backward"
@@ -143,15 +144,15 @@ def statistics(problem: Problem, judge: Judge, peers: dict[str, Callable], compi
     if "trl" in peers:
         entries.append(entry(PEERS["trl"].name, lambda x: peers["trl"](x, y)))
     scratch = Scratch(problem)
-    for label, (remark, function, writes) in bench_gpu_peers.cross_entropies(peers).items():
+    for label, (remark, function, writes) in peer_libraries.cross_entropies(peers).items():
         remark = "; ".join(filter(None, ("log-probability only", remark)))
         made = entry(label, lambda x, f=function: f(x, y), lambda logp: judge.row(logp=logp), remark=remark)
         if writes:
             made.prepare, made.run = scratch, without_grad(lambda leaf, f=function: f(leaf.detach(), y))
         entries.append(made)
-    entries.append(entry(EAGER, lambda x: bench_problem.stats(x, y)))
+    entries.append(entry(EAGER, lambda x: logits_problem.stats(x, y)))
     if compile_too:
-        fast = compiled(bench_problem.stats)
+        fast = compiled(logits_problem.stats)
         entries.append(entry(COMPILED, lambda x: fast(x, y)))
     return case(STATS, problem, judge, entries, "1R", 1, 0)
 
@@ -174,11 +175,11 @@ def logprobs(problem: Problem, judge: Judge, peers: dict[str, Callable], compile
         entries.append(entry(label + IN_PLACE, on(name, in_place), scratch, ours=True))
     if "trl" in peers:
         entries.append(entry(PEERS["trl"].name, lambda x, t: peers["trl"](x, t)[0], remark="entropy too"))
-    for label, (remark, function, writes) in bench_gpu_peers.cross_entropies(peers).items():
+    for label, (remark, function, writes) in peer_libraries.cross_entropies(peers).items():
         entries.append(entry(label, function, scratch if writes else problem.leaf, remark=remark))
-    entries.append(entry(EAGER, bench_problem.log_softmax_gather))
+    entries.append(entry(EAGER, logits_problem.log_softmax_gather))
     if compile_too:
-        entries.append(entry(COMPILED, compiled(bench_problem.log_softmax_gather)))
+        entries.append(entry(COMPILED, compiled(logits_problem.log_softmax_gather)))
     return case(LOGP, problem, judge, entries, "2R+1W", 2, 1)
 
 
@@ -252,12 +253,12 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_t
 
     if length > 1 and tokens % SEQUENCES == 0:
         if "liger_grpo" in peers:
-            run = bench_gpu_peers.liger_policy(peers["liger_grpo"], problem, CLIP_LOW, CLIP_HIGH, KL_COEF, SEQUENCES)
+            run = peer_libraries.liger_policy(peers["liger_grpo"], problem, CLIP_LOW, CLIP_HIGH, KL_COEF, SEQUENCES)
             entries.append(
                 entry(PEERS["liger_grpo"].name, run, scratch, without_entropy, remark=PEERS["liger_grpo"].remark)
             )
         if "fla_grpo" in peers:
-            run = bench_gpu_peers.fla_policy(peers["fla_grpo"], problem, KL_COEF, SEQUENCES)
+            run = peer_libraries.fla_policy(peers["fla_grpo"], problem, KL_COEF, SEQUENCES)
             entries.append(
                 entry(PEERS["fla_grpo"].name, run, problem.leaf, lambda outputs: {}, remark=PEERS["fla_grpo"].remark)
             )
@@ -265,12 +266,12 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_t
         entries.append(
             entry(
                 PEERS["trl"].name + " and torch",
-                lambda leaf: bench_problem.policy_terms(*peers["trl"](leaf, y), *columns).mean(),
+                lambda leaf: logits_problem.policy_terms(*peers["trl"](leaf, y), *columns).mean(),
             )
         )
-    entries.append(entry(EAGER, lambda leaf: bench_problem.policy(leaf, y, *columns)))
+    entries.append(entry(EAGER, lambda leaf: logits_problem.policy(leaf, y, *columns)))
     if compile_too:
-        fast = compiled(bench_problem.policy)
+        fast = compiled(logits_problem.policy)
         entries.append(entry(COMPILED, lambda leaf: fast(leaf, y, *columns)))
     return case(POLICY, problem, judge, entries, "1R+1W", 1, 1)
 

@@ -1,7 +1,6 @@
-"""``rlkernels bench --device cuda``: every case on the grid of shapes, each saved as it ends."""
+"""``python -m benchmarks --device cuda``: every case on the grid of shapes, each saved as it ends."""
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -11,19 +10,16 @@ from pathlib import Path
 import torch
 
 import rlkernels
-from rlkernels.cli import (
-    bench_gpu_linear,
-    bench_gpu_peers,
-    bench_gpu_plots,
-    bench_gpu_problem,
-    bench_gpu_report,
-    bench_gpu_small,
-    bench_linear_problem,
-    machine,
-)
-from rlkernels.cli.bench_gpu_cases import CASES, WITH_REFERENCE, Case
-from rlkernels.cli.bench_gpu_device import Cuda
-from rlkernels.cli.bench_gpu_timing import DeviceLost, Roofline, first_line, race, ready, roofline
+from benchmarks import peers as peer_libraries
+from benchmarks import subject
+from benchmarks.cases import columns_gpu, linear_gpu
+from benchmarks.cases.logits_gpu import CASES, WITH_REFERENCE, Case
+from benchmarks.problems import linear as linear_problem
+from benchmarks.problems import logits_gpu as gpu_problem
+from benchmarks.report import gpu as gpu_report
+from benchmarks.report import plots
+from benchmarks.timing.device import Cuda
+from benchmarks.timing.gpu import DeviceLost, Roofline, first_line, race, ready, roofline
 
 VOCABULARIES, ROWS = (151936, 128256, 32000, 262144), (8192, 2048)
 QUICK_VOCABULARIES, QUICK_ROWS = (151936, 32000), (2048,)
@@ -32,7 +28,7 @@ HEADLINE = (8192, 151936)
 is taken.
 """
 SMALL = ("policy_loss", "pairwise_reward_loss", "dpo_loss", "gae")
-NAMES = (*CASES, *SMALL, bench_gpu_linear.ALL, *bench_gpu_linear.NAMES)
+NAMES = (*CASES, *SMALL, linear_gpu.ALL, *linear_gpu.NAMES)
 
 
 def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
@@ -48,15 +44,12 @@ def small_cases(
     """Makers of the small cases; ``scale`` divides their sizes, for tests."""
     d = device.device
     makers: list[tuple[str, Callable[[], Case]]] = [
-        ("policy_loss", lambda: bench_gpu_small.policy_loss(d, compile_too, (64, 2048 // scale))),
-        ("pairwise_reward_loss", lambda: bench_gpu_small.pairwise(d, compile_too)),
-        ("dpo_loss", lambda: bench_gpu_small.dpo(d, compile_too)),
+        ("policy_loss", lambda: columns_gpu.policy_loss(d, compile_too, (64, 2048 // scale))),
+        ("pairwise_reward_loss", lambda: columns_gpu.pairwise(d, compile_too)),
+        ("dpo_loss", lambda: columns_gpu.dpo(d, compile_too)),
         *(
-            (
-                "gae",
-                lambda s=s: bench_gpu_small.gae(d, (s[0] // min(scale, 32), s[1] // scale), peers, device.cache_bytes),
-            )
-            for s in bench_gpu_small.SCANS
+            ("gae", lambda s=s: columns_gpu.gae(d, (s[0] // min(scale, 32), s[1] // scale), peers, device.cache_bytes))
+            for s in columns_gpu.SCANS
         ),
     ]
     return [(name, make) for name, make in makers if name in wanted]
@@ -67,7 +60,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, device: object, started: float) -> None:
         self.args, self.device, self.started = args, device, started
-        self.peers, self.remarks = ({}, []) if args.no_peers else bench_gpu_peers.available(args.flash_attn)
+        self.peers, self.remarks = ({}, []) if args.no_peers else peer_libraries.available(args.flash_attn)
         self.remarks += [
             (f"backend {name}: absent: {reason}")
             for name, reason in rlkernels.available_backends()["absent"].items()
@@ -82,10 +75,10 @@ class Run:
         self.roof = roofline(self.device, min(self.seconds, 0.5), **options)
         serves = rlkernels.available_backends()["serves"].get(self.device.device.type, {})
         self.data = {
-            "command": shlex.join(["rlkernels", *sys.argv[1:]]),
+            "command": subject.command(),
             "device": self.device.describe(),
-            "machine": machine.describe(),
-            "sources": bench_gpu_report.sources(self.args.commit),
+            "machine": subject.describe(),
+            "sources": gpu_report.sources(self.args.commit),
             "dtype": self.args.dtype,
             "seconds_per_entry": self.seconds,
             "roofline": asdict(self.roof),
@@ -103,9 +96,9 @@ class Run:
         return self.args.budget is not None and time.monotonic() - self.started > self.args.budget
 
     def save(self) -> None:
-        self.data["goals"] = bench_gpu_report.goals(self.data["cases"])
+        self.data["goals"] = gpu_report.goals(self.data["cases"])
         if self.args.json:
-            bench_gpu_report.save(self.args.json, self.data)
+            gpu_report.save(self.args.json, self.data)
 
     def measure(self, make: Callable[[], Case], what: str, count: bool) -> None:
         """One case, saved as it ends. A case that fails is a line, not the end of the run."""
@@ -118,7 +111,7 @@ class Run:
             case = make()
             ready(self.device, case.entries, count)
             race(self.device, case.entries, case.buffers, self.seconds, self.flush)
-            found = bench_gpu_report.record(case, self.roof, self.device.state())
+            found = gpu_report.record(case, self.roof, self.device.state())
         except DeviceLost as error:
             self.data["not_measured"].append(f"{what} and all that follows: {error}")
             self.save()
@@ -128,7 +121,7 @@ class Run:
             tell(f"  {self.data['not_measured'][-1]}")
         else:
             self.data["cases"].append({**found, "took_s": time.monotonic() - start})
-            bench_gpu_report.show(found, self.args.plain)
+            gpu_report.show(found, self.args.plain)
         self.save()
         self.device.release()
 
@@ -146,10 +139,10 @@ class Run:
             self.data["not_measured"] += [f"{n} {what}: the budget of {self.args.budget:g} s was spent" for n in names]
             return
         try:
-            problem = bench_gpu_problem.make(
+            problem = gpu_problem.make(
                 self.device.device, tokens, vocab, self.args.dtype, self.device.cache_bytes, with_reference
             )
-            judge = bench_gpu_problem.Judge(problem)
+            judge = gpu_problem.Judge(problem)
         except RuntimeError as error:  # too large for this device
             self.data["not_measured"] += [f"{n} {what}: {first_line(error)}" for n in names]
             return
@@ -167,7 +160,7 @@ class Run:
             self.data["not_measured"] += [f"{n} {what}: the budget of {self.args.budget:g} s was spent" for n in names]
             return
         try:
-            problem = bench_linear_problem.make(self.device.device, *shape, self.args.dtype)
+            problem = linear_problem.make(self.device.device, *shape, self.args.dtype)
         except RuntimeError as error:  # too large for this device
             self.data["not_measured"] += [f"{n} {what}: {first_line(error)}" for n in names]
             return
@@ -175,9 +168,7 @@ class Run:
         compile_too = not self.args.no_compile and headline
         for name in names:
             self.measure(
-                lambda name=name: bench_gpu_linear.CASES[name](problem, self.peers, compile_too),
-                f"{name} {what}",
-                headline,
+                lambda name=name: linear_gpu.CASES[name](problem, self.peers, compile_too), f"{name} {what}", headline
             )
 
     @property
@@ -201,11 +192,12 @@ def run(args: argparse.Namespace, device: object | None = None, small: int = 1, 
     args.dtype = args.dtype or "bf16"
     if device is None:
         if not torch.cuda.is_available():
-            tell("rlkernels bench: --device cuda needs a CUDA device that torch can see; none is visible")
+            tell("benchmarks: --device cuda needs a CUDA device that torch can see; none is visible")
             return 2
         device = Cuda()
     state = Run(args, device, started)
-    tell(f"rlkernels bench: {device.name}, {args.dtype}, {state.seconds:g} s per entry")
+    tell(f"benchmarks: {device.name}, {args.dtype}, {state.seconds:g} s per entry")
+    print(subject.line())
     for line in state.remarks:
         print(f"note: {line}")
     state.begin(**options)
@@ -222,21 +214,21 @@ def run(args: argparse.Namespace, device: object | None = None, small: int = 1, 
         state.logits_cases(*first, wanted, True)
         for name, make in small_cases(device, state.peers, not args.no_compile, wanted, small):
             state.measure(make, name, True)
-        for position, (shape, names) in enumerate(bench_gpu_linear.plan(args, wanted, small)):
+        for position, (shape, names) in enumerate(linear_gpu.plan(args, wanted, small)):
             state.linear_cases(shape, names, position == 0)
         for shape in grid:
             if shape != first:
                 state.logits_cases(*shape, wanted, False)
         state.data["complete"] = True
     except KeyboardInterrupt:
-        tell("rlkernels bench: interrupted; the cases that ended are kept")
+        tell("benchmarks: interrupted; the cases that ended are kept")
         state.save()
         return 130
     except DeviceLost as error:
-        tell(f"rlkernels bench: {error}; the cases that ended are kept, --no-peers leaves other libraries out")
+        tell(f"benchmarks: {error}; the cases that ended are kept, --no-peers leaves other libraries out")
         return 3
     state.save()
-    bench_gpu_report.show_goals(state.data["goals"], args.plain)
+    gpu_report.show_goals(state.data["goals"], args.plain)
     for line in state.data["not_measured"]:
         print(f"note: not measured: {line}")
     draw(args, state.data)
@@ -250,7 +242,7 @@ def draw(args: argparse.Namespace, data: dict) -> None:
     if folder is None:
         return
     try:
-        for path in bench_gpu_plots.draw(data, folder):
+        for path in plots.draw(data, folder):
             tell(f"  wrote {path.name}")
     except ImportError as error:
-        tell(f"rlkernels bench: no pictures: {error}; install matplotlib")
+        tell(f"benchmarks: no pictures: {error}; install matplotlib")

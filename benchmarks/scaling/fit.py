@@ -1,10 +1,12 @@
 """A test of whether the fused head's time is linear in tokens and vocabulary here: ``time = a + b T V H``, fitted and
 judged.
 
-``python benchmarks/scaling.py [--quick] [--dtype fp32|bf16] [--threads N] [--busy]``. ``linear_policy_loss`` forward
-and backward over a grid of ``T`` and ``V``; points in turn, the fastest of all rounds (what other processes take only
-adds). The largest point is left out of the fit and predicted by it. The bare products are timed in the same turns, into
-memory that is there already: ``b`` in units of theirs says what everything around them costs.
+``python benchmarks/scaling/fit.py [--quick] [--dtype fp32|bf16] [--threads N] [--busy]``
+
+``linear_policy_loss`` forward and backward over a grid of ``T`` and ``V``; points in turn, the fastest of all rounds
+(what other processes take only adds). The largest point is left out of the fit and predicted by it. The bare products
+are timed in the same turns, into memory that is there already: ``b`` in units of theirs says what everything around
+them costs.
 """
 
 import argparse

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rlkernels
+from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW
 from rlkernels.cli import tables
-from rlkernels.cli.bench_problem import CLIP_HIGH, CLIP_LOW
 
 NAME = "host cost per call"
 CALLS = 200

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlkernels.cli import bench_cases, tables
-from rlkernels.cli.bench_cases import COMPILED, EAGER, IN_PLACE, OURS, PASS_BACKWARD, PASS_FORWARD, Case
-from rlkernels.cli.bench_timing import Contender
+from benchmarks.cases import logits_cpu
+from benchmarks.cases.logits_cpu import COMPILED, EAGER, IN_PLACE, OURS, PASS_BACKWARD, PASS_FORWARD, Case
+from benchmarks.timing.cpu import Contender
+from rlkernels.cli import tables
 
 REFERENCE_SHAPE = (1024, 128256, "bf16")
 """The shape for which the targets are stated."""
@@ -35,7 +36,7 @@ def ratio(case: Case | None, over: str, under: str) -> float | None:
 
 
 def targets(cases: dict[str, Case], logits_bytes: int) -> list[Target]:
-    forward, both, policy = (cases.get(name) for name in (bench_cases.FORWARD, bench_cases.BOTH, bench_cases.POLICY))
+    forward, both, policy = (cases.get(name) for name in (logits_cpu.FORWARD, logits_cpu.BOTH, logits_cpu.POLICY))
     in_place = both.named(IN_PLACE) if both else None
     parts = [policy.named(n) if policy else None for n in (OURS, PASS_FORWARD, PASS_BACKWARD)]
     fused = parts[0].median / (parts[1].median + parts[2].median) if all(parts) else None

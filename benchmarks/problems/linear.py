@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from rlkernels.cli.bench_problem import CLIP_HIGH, CLIP_LOW, DTYPES, ENTROPY_COEF
+from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, DTYPES, ENTROPY_COEF
 
 CHECKED_ROWS, CHECKED_COLUMNS = 8, 32
 PIECE = 2**24

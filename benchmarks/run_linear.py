@@ -1,4 +1,4 @@
-"""``rlkernels bench --case linear``: the fused head on a CPU beside its bare products, full logits and
+"""``python -m benchmarks --case linear``: the fused head on a CPU beside its bare products, full logits and
 other libraries.
 """
 
@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks.cases import linear_cpu
+from benchmarks.cases.linear_cpu import CASES, LinearCase
+from benchmarks.problems import linear as linear_problem
+from benchmarks.report import linear as linear_report
+from benchmarks.report.linear import HIDDEN, TOKENS, VOCABULARIES
+from benchmarks.timing import cpu as cpu_timing
 from rlkernels.backends import cpu
-from rlkernels.cli import bench_linear_cases, bench_linear_problem, bench_linear_report, bench_timing
-from rlkernels.cli.bench_linear_cases import CASES, LinearCase
-from rlkernels.cli.bench_linear_report import HIDDEN, TOKENS, VOCABULARIES
 from rlkernels.linear.chunking import budget_bytes
 
 ALL = "linear"
@@ -31,10 +34,10 @@ class Measured:
 
     def show(self, plain: bool) -> None:
         if self.cases:
-            bench_linear_report.show(self.cases, self.budget, plain)
+            linear_report.show(self.cases, self.budget, plain)
 
     def record(self) -> dict[str, object]:
-        return bench_linear_report.record(self.cases, self.budget)
+        return linear_report.record(self.cases, self.budget)
 
 
 def plan(args: argparse.Namespace) -> list[tuple[tuple[int, int, int], str, list[str]]]:
@@ -76,14 +79,14 @@ def measure(args: argparse.Namespace, ready: Ready, tell: Callable[[str], None])
     measured, wanted = Measured(budget_bytes(None, "cpu")), plan(args)
     peers: dict[str, Callable] = {}
     if wanted and not args.no_peers:
-        peers, missing = bench_linear_cases.peers()
+        peers, missing = linear_cpu.peers()
         measured.remarks += missing
     if wanted and not args.case and not (args.quick or args.tokens or args.vocab):
         measured.remarks.append(
-            f"the fused head was measured on one shape; on all of them: rlkernels bench --device cpu --case {ALL}"
+            f"the fused head was measured on one shape; on all of them: python -m benchmarks --device cpu --case {ALL}"
         )
     for shape, dtype, names in wanted:
-        problem = bench_linear_problem.make(torch.device("cpu"), *shape, dtype)
+        problem = linear_problem.make(torch.device("cpu"), *shape, dtype)
         for name in names:
             if name == "linear_dpo_loss" and shape[0] < 2:
                 measured.remarks.append(f"{name}: not measured: a pair has two tokens at least")
@@ -91,9 +94,9 @@ def measure(args: argparse.Namespace, ready: Ready, tell: Callable[[str], None])
             case = CASES[name](problem, dtype, peers)
             tell(f"  {case.name}: {', '.join(c.name for c in case.contenders)}")
             measured.remarks += ready(case, args)
-            measured.faults += bench_linear_cases.wrong(case)
+            measured.faults += linear_cpu.wrong(case)
             # The runs that checked and weighed have warmed up.
-            bench_timing.race(case.contenders, args.rounds or ROUNDS, warmup=0)
+            cpu_timing.race(case.contenders, args.rounds or ROUNDS, warmup=0)
             measured.cases.append(forgotten(case))
         if cpu.available()[0]:
             cpu.release_memory()

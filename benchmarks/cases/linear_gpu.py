@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rlkernels
-from rlkernels.cli.bench_gpu_cases import COMPILED, EAGER, Case, compiled, on, ours
-from rlkernels.cli.bench_gpu_peers import PEERS
-from rlkernels.cli.bench_gpu_timing import Entry
-from rlkernels.cli.bench_linear_cases import differentiated, liger_policy, trl_logprobs
-from rlkernels.cli.bench_linear_problem import Judge, Problem, full_logits, ppo, products, products_check
-from rlkernels.cli.bench_problem import CLIP_HIGH, CLIP_LOW
+from benchmarks.cases.linear_cpu import differentiated, liger_policy, trl_logprobs
+from benchmarks.cases.logits_gpu import COMPILED, EAGER, Case, compiled, on, ours
+from benchmarks.peers import PEERS
+from benchmarks.problems.linear import Judge, Problem, full_logits, ppo, products, products_check
+from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW
+from benchmarks.timing.gpu import Entry
 
 ALL = "linear"
 NAMES = ("linear_policy_loss", "linear_token_stats", "linear_token_logprobs")
