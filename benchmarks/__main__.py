@@ -13,7 +13,7 @@ import torch
 import rlkernels
 from benchmarks import run_gpu, run_linear, subject
 from benchmarks.cases import host_cost, linear_gpu, logits_cpu
-from benchmarks.cases.logits_cpu import Case
+from benchmarks.cases.case import COMPILED, Case, wrong
 from benchmarks.problems import logits as logits_problem
 from benchmarks.report import cpu as cpu_report
 from benchmarks.timing import cpu as cpu_timing
@@ -191,7 +191,7 @@ def measure(args: argparse.Namespace, tokens: int, vocab: int, rounds: int) -> i
         host_cost.show(host, args.plain)
     linear = run_linear.measure(args, ready, tell)
     linear.show(args.plain)
-    faults = logits_cpu.wrong(list(cases.values()), judge) + host_cost.wrong(host) + linear.faults
+    faults = [fault for case in cases.values() for fault in wrong(case)] + host_cost.wrong(host) + linear.faults
     figures = {
         "shape": [tokens, vocab],
         "dtype": dtype,
@@ -255,7 +255,7 @@ def ready(case: Case, args: argparse.Namespace) -> list[str]:
     """Compiles, checks and weighs every contender outside the clock; drops those that fail, with one line for each."""
     remarks = []
     for contender in list(case.contenders):
-        if contender.name == logits_cpu.COMPILED and args.no_compile:
+        if contender.name == COMPILED and args.no_compile:
             case.contenders.remove(contender)
             continue
         try:

@@ -13,7 +13,8 @@ import rlkernels
 from benchmarks import peers as peer_libraries
 from benchmarks import subject
 from benchmarks.cases import columns_gpu, linear_gpu
-from benchmarks.cases.logits_gpu import CASES, WITH_REFERENCE, Case
+from benchmarks.cases.case import Case
+from benchmarks.cases.logits_gpu import CASES, WITH_REFERENCE
 from benchmarks.problems import linear as linear_problem
 from benchmarks.problems import logits_gpu as gpu_problem
 from benchmarks.report import gpu as gpu_report
@@ -109,8 +110,8 @@ class Run:
         start = time.monotonic()
         try:
             case = make()
-            ready(self.device, case.entries, count)
-            race(self.device, case.entries, case.buffers, self.seconds, self.flush)
+            ready(self.device, case.contenders, count)
+            race(self.device, case.contenders, case.buffers, self.seconds, self.flush)
             found = gpu_report.record(case, self.roof, self.device.state())
         except DeviceLost as error:
             self.data["not_measured"].append(f"{what} and all that follows: {error}")

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.cases import linear_cpu
-from benchmarks.cases.linear_cpu import CASES, LinearCase
+from benchmarks.cases.case import Case, wrong
+from benchmarks.cases.linear_cpu import CASES
 from benchmarks.problems import linear as linear_problem
 from benchmarks.report import linear as linear_report
 from benchmarks.report.linear import HIDDEN, TOKENS, VOCABULARIES
@@ -28,7 +29,7 @@ class Measured:
     """``budget``: bytes of logits that a chunk of ours may take in this run."""
 
     budget: int
-    cases: list[LinearCase] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -68,7 +69,7 @@ def plan(args: argparse.Namespace) -> list[tuple[tuple[int, int, int], str, list
     return found
 
 
-Ready = Callable[[LinearCase, argparse.Namespace], list[str]]
+Ready = Callable[[Case, argparse.Namespace], list[str]]
 
 
 def measure(args: argparse.Namespace, ready: Ready, tell: Callable[[str], None]) -> Measured:
@@ -94,7 +95,7 @@ def measure(args: argparse.Namespace, ready: Ready, tell: Callable[[str], None])
             case = CASES[name](problem, dtype, peers)
             tell(f"  {case.name}: {', '.join(c.name for c in case.contenders)}")
             measured.remarks += ready(case, args)
-            measured.faults += linear_cpu.wrong(case)
+            measured.faults += wrong(case)
             # The runs that checked and weighed have warmed up.
             cpu_timing.race(case.contenders, args.rounds or ROUNDS, warmup=0)
             measured.cases.append(forgotten(case))
@@ -103,9 +104,8 @@ def measure(args: argparse.Namespace, ready: Ready, tell: Callable[[str], None])
     return measured
 
 
-def forgotten(case: LinearCase) -> LinearCase:
+def forgotten(case: Case) -> Case:
     """The figures without the tensors: eight problems at once would be more than a small machine has."""
-    case.judges = {}
     for c in case.contenders:
         c.run, c.prepare, c.check = _spent, _spent, _spent
     return case

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rlkernels
-from benchmarks.cases.logits_gpu import COMPILED, EAGER, Case, compiled, on, ours, without_grad
+from benchmarks.cases.case import COMPILED, EAGER, Case, compiled, differentiated, on, ours, without_grad
 from benchmarks.peers import PEERS
 from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW
 from benchmarks.problems.logits_gpu import copies_needed
-from benchmarks.timing.gpu import Entry
+from benchmarks.timing.contender import Contender
 
 PAIRS = 4096
 BETA, GAMMA, LAM = 0.1, 0.99, 0.95
@@ -34,11 +34,6 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected).norm() / expected.norm()).item()
 
 
-def with_gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    loss = function(*leaves)
-    return loss, list(torch.autograd.grad(loss, leaves))
-
-
 def scalar_case(
     name: str,
     ours_loss: Callable,
@@ -48,7 +43,7 @@ def scalar_case(
     moved: tuple[int, int],
 ) -> Case:
     """A loss over small columns, forward and backward: ``inputs`` get gradients; both functions take them in order."""
-    wide_loss, wide_grads = with_gradients(torch_loss, [x.double().requires_grad_() for x in inputs])
+    wide_loss, wide_grads = differentiated(torch_loss)([x.double().requires_grad_() for x in inputs])
 
     def check(outputs: tuple) -> dict[str, float]:
         return {
@@ -57,13 +52,9 @@ def scalar_case(
             "rounding": EPS,
         }
 
-    def entry(label: str, function: Callable, **rest: object) -> Entry:
-        return Entry(
-            label,
-            lambda leaves: with_gradients(function, leaves),
-            lambda _: [x.detach().requires_grad_() for x in inputs],
-            check,
-            **rest,
+    def entry(label: str, function: Callable, **rest: object) -> Contender:
+        return Contender(
+            label, differentiated(function), lambda _: [x.detach().requires_grad_() for x in inputs], check, **rest
         )
 
     entries = [
@@ -74,7 +65,7 @@ def scalar_case(
     if compile_too:
         entries.append(entry(COMPILED, compiled(torch_loss)))
     slack = {"loss": 2e-6 * max(1.0, abs(wide_loss.item()))}
-    return Case(name, entries, "columns", *moved, slack, 1, tuple(inputs[0].shape))
+    return Case(name, entries, slack, tuple(inputs[0].shape), "columns", *moved)
 
 
 def policy_loss(device: torch.device, compile_too: bool, shape: tuple[int, int] = (64, 2048)) -> Case:
@@ -163,8 +154,8 @@ def gae(device: torch.device, shape: tuple[int, int], peers: dict[str, Callable]
     def check(outputs: tuple) -> dict[str, float]:
         return {"advantage": compare(outputs[0], expected[0]), "return": compare(outputs[1], expected[1])}
 
-    def entry(label: str, function: Callable, judged: Callable = check, **rest: object) -> Entry:
-        return Entry(label, without_grad(lambda s: function(*s)), lambda buffer: sets[buffer % count], judged, **rest)
+    def entry(label: str, function: Callable, judged: Callable = check, **rest: object) -> Contender:
+        return Contender(label, without_grad(function), lambda buffer: sets[buffer % count], judged, **rest)
 
     def fused(r: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         return rlkernels.gae(r, v, m, gamma=GAMMA, lam=LAM)
@@ -185,6 +176,5 @@ def gae(device: torch.device, shape: tuple[int, int], peers: dict[str, Callable]
         name: 4 * EPS * max(1.0, x.abs().max().item())
         for name, x in zip(("advantage", "return"), expected, strict=True)
     }
-    return Case(
-        gae_name(shape), entries, "2R+2W fp32, mask", 9 * rewards.numel(), 8 * rewards.numel(), slack, count, shape
-    )
+    moved = 9 * rewards.numel(), 8 * rewards.numel()
+    return Case(gae_name(shape), entries, slack, shape, "2R+2W fp32, mask", *moved, buffers=count)

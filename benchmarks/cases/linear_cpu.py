@@ -1,7 +1,6 @@
 """The measured cases of the fused head on a CPU: who computes what from hidden states and the head."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +8,12 @@ from torch import Tensor
 
 import rlkernels
 from benchmarks import peers as peer_libraries
-from benchmarks.cases.logits_cpu import EAGER, OURS, Case
+from benchmarks.cases.case import EAGER, OURS, Case, differentiated
 from benchmarks.peers import PEERS
 from benchmarks.problems import linear as linear_problem
 from benchmarks.problems.linear import Judge, Problem, full_logits, ppo, products, products_check
 from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW
-from benchmarks.timing.cpu import Contender
+from benchmarks.timing.contender import Contender
 
 HALF, TRL, LIGER = f"{OURS}, half of the tokens masked", PEERS["trl_chunked"].name, PEERS["liger_chunked"].name
 BETA, ANSWER, CHUNK = 0.1, 128, 256
@@ -25,51 +24,33 @@ def floor(count: int) -> str:
     return f"{count} bare products"
 
 
-@dataclass
-class LinearCase(Case):
-    """``products``: how many of ``2 T H V`` operations the work takes at least; ``half``: judges the
-    half-masked call.
-    """
-
-    kind: str = ""
-    dtype: str = ""
-    shape: tuple[int, int, int] = (0, 0, 0)
-    products: int = 3
-    judges: dict[str, Judge] = field(default_factory=dict)
-
-    @property
-    def operations(self) -> int:
-        tokens, hidden, vocab = self.shape
-        return 2 * self.products * tokens * hidden * vocab
-
-    @property
-    def gradient_bytes(self) -> int:
-        """The two gradients as they are summed, in fp32."""
-        tokens, hidden, vocab = self.shape
-        return 4 * hidden * (tokens + vocab)
-
-
-def differentiated(function: Callable[[Tensor, Tensor], object], upstream: object = None) -> Callable:
-    """Forward and backward through ``torch.autograd.grad``: no copy into ``.grad`` hides or adds an allocation."""
-
-    def run(leaves: tuple[Tensor, Tensor]) -> tuple:
-        outputs = function(*leaves)
-        return outputs, torch.autograd.grad(outputs, leaves, upstream)
-
-    return run
+def gradient_bytes(shape: tuple[int, int, int]) -> int:
+    """The two gradients of a head as they are summed, in fp32."""
+    tokens, hidden, vocab = shape
+    return 4 * hidden * (tokens + vocab)
 
 
 def build(
     kind: str, p: Problem, dtype: str, count: int, judge: Judge, entries: dict[str, Callable], upstream: object = None
-) -> LinearCase:
+) -> Case:
     """``entries``: functions of ``(hidden, weight)``; every product that they cannot avoid is timed beside them."""
+    tokens, hidden, vocab = p.shape
     contenders = [Contender(floor(count), products(p, count), check=products_check(p))]
     contenders += [
-        Contender(name, differentiated(f, upstream), lambda: p.leaves, judge, ours=name == OURS)
+        Contender(name, differentiated(f, upstream), lambda _: p.leaves, judge, ours=name == OURS)
         for name, f in entries.items()
     ]
-    name = f"{kind} forward+backward, {dtype} {list(p.shape)}"
-    return LinearCase(name, contenders, kind, dtype, p.shape, count, {c.name: judge for c in contenders if c.ours})
+    return Case(
+        f"{kind} forward+backward, {dtype} {list(p.shape)}",
+        contenders,
+        judge.slack,
+        p.shape,
+        flops=2 * count * tokens * hidden * vocab,
+        beside_torch=dtype == "fp32",
+        kind=kind,
+        dtype=dtype,
+        products=count,
+    )
 
 
 def trl_logprobs(
@@ -103,7 +84,7 @@ def liger_policy(loss: type, p: Problem) -> Callable[[Tensor, Tensor], Tensor]:
     return run
 
 
-def policy(p: Problem, dtype: str, peers: dict[str, Callable]) -> LinearCase:
+def policy(p: Problem, dtype: str, peers: dict[str, Callable]) -> Case:
     columns = p.old_logprobs, p.advantages
 
     def ours(h: Tensor, w: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -120,13 +101,12 @@ def policy(p: Problem, dtype: str, peers: dict[str, Callable]) -> LinearCase:
         entries[LIGER] = liger_policy(peers["liger_chunked"], p)
     case = build("linear_policy_loss", p, dtype, 3, Judge(p, lambda logp: ppo(logp, *columns).mean()), entries)
     judge = Judge(p, lambda logp: torch.where(p.half, ppo(logp, *columns), 0.0).sum() / p.half.sum())
-    half = Contender(HALF, differentiated(lambda h, w: ours(h, w, p.half)), lambda: p.leaves, judge, ours=True)
-    case.contenders.insert(2, half)
-    case.judges[HALF] = judge
+    run = differentiated(lambda h, w: ours(h, w, p.half))
+    case.contenders.insert(2, Contender(HALF, run, lambda _: p.leaves, judge, ours=True, slack=judge.slack))
     return case
 
 
-def statistics(p: Problem, dtype: str, peers: dict[str, Callable]) -> LinearCase:
+def statistics(p: Problem, dtype: str, peers: dict[str, Callable]) -> Case:
     def ours(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         found = rlkernels.linear_token_stats(h, w, p.targets)
         return found.logprobs, found.entropy
@@ -142,7 +122,7 @@ def statistics(p: Problem, dtype: str, peers: dict[str, Callable]) -> LinearCase
     return build("linear_token_stats", p, dtype, 4, Judge(p, None, p.dentropy), entries, (p.dlogp, p.dentropy))
 
 
-def dpo(p: Problem, dtype: str, peers: dict[str, Callable]) -> LinearCase:
+def dpo(p: Problem, dtype: str, peers: dict[str, Callable]) -> Case:
     """Answers of equal length; a reference that is near, so that no pair is decided."""
     length = min(ANSWER, p.shape[0] // 2)
     pairs = p.shape[0] // length // 2
@@ -178,7 +158,7 @@ def dpo(p: Problem, dtype: str, peers: dict[str, Callable]) -> LinearCase:
     return build("linear_dpo_loss", part, dtype, 3, Judge(part, loss, slack=slack), entries)
 
 
-def sft(p: Problem, dtype: str, peers: dict[str, Callable]) -> LinearCase:
+def sft(p: Problem, dtype: str, peers: dict[str, Callable]) -> Case:
     entries, (tokens, hidden, _) = {OURS: lambda h, w: rlkernels.linear_sft_loss(h, w, p.targets)}, p.shape
     if hasattr(F, "linear_cross_entropy"):
         entries[TORCH] = lambda h, w: F.linear_cross_entropy(h, w, p.targets)
@@ -191,7 +171,7 @@ def sft(p: Problem, dtype: str, peers: dict[str, Callable]) -> LinearCase:
     return build("linear_sft_loss", p, dtype, 3, Judge(p, lambda logp: -logp.mean()), entries)
 
 
-CASES: dict[str, Callable[[Problem, str, dict[str, Callable]], LinearCase]] = {
+CASES: dict[str, Callable[[Problem, str, dict[str, Callable]], Case]] = {
     "linear_policy_loss": policy,
     "linear_token_stats": statistics,
     "linear_dpo_loss": dpo,
@@ -209,27 +189,3 @@ def peers() -> tuple[dict[str, Callable], list[str]]:
         else:
             found[key] = function
     return found, remarks
-
-
-def wrong(case: LinearCase) -> list[str]:
-    """Each answer of ours outside the error policy; empty when all are right.
-
-    A row quantity or a loss may err by the case's slack, in fp32 also twice as far as torch's full logits do; a
-    gradient 5 % more than one rounding to its dtype, plus the slack.
-    """
-    faults, eager = [], case.named(EAGER)
-    torch_errors = eager.errors if eager and case.dtype == "fp32" else {}
-    for name, judge in case.judges.items():
-        errors = case.named(name).errors
-        for quantity, error in errors.items():
-            if quantity.endswith(" rounding"):
-                continue
-            once = errors.get(f"{quantity} rounding")
-            bound = (
-                judge.slack[quantity] + 2 * torch_errors.get(quantity, 0.0)
-                if once is None
-                else 1.05 * once + judge.slack["gradient"]
-            )
-            if not error <= bound:
-                faults.append(f"{case.name}, {name}: error of {quantity} is {error:.3g}, allowed is {bound:.3g}")
-    return faults

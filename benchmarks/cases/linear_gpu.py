@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rlkernels
-from benchmarks.cases.linear_cpu import differentiated, liger_policy, trl_logprobs
-from benchmarks.cases.logits_gpu import COMPILED, EAGER, Case, compiled, on, ours
+from benchmarks.cases.case import COMPILED, EAGER, Case, compiled, differentiated, on, ours
+from benchmarks.cases.linear_cpu import liger_policy, trl_logprobs
 from benchmarks.peers import PEERS
 from benchmarks.problems.linear import Judge, Problem, full_logits, ppo, products, products_check
 from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW
-from benchmarks.timing.gpu import Entry
+from benchmarks.timing.contender import Contender
 
 ALL = "linear"
 NAMES = ("linear_policy_loss", "linear_token_stats", "linear_token_logprobs")
@@ -96,27 +96,27 @@ def build(
     ``torch.autograd.grad``.
     """
 
-    def entry(label: str, function: Callable, **rest: object) -> Entry:
-        return Entry(label, differentiated(function, upstream), lambda _: p.leaves, judge, **rest)
+    def entry(label: str, function: Callable, **rest: object) -> Contender:
+        return Contender(label, differentiated(function, upstream), lambda _: p.leaves, judge, **rest)
 
     entries = [
-        Entry(PRODUCTS.format(count), products(p, count), check=products_check(p), remark="the floor of this run")
+        Contender(PRODUCTS.format(count), products(p, count), check=products_check(p), remark="the floor of this run")
     ]
     entries += [entry(label, on(backend, fused), ours=True) for label, backend in ours(p.hidden.device.type).items()]
     entries += [entry(label, function, remark=remark(label)) for label, function in others.items()]
     tokens, hidden, vocab = p.shape
     moved = p.hidden.element_size() * hidden * (tokens + vocab)
-    slack = {name: bound for name, bound in judge.slack.items() if name != "gradient"}
     return Case(
         f"{kind} {list(p.shape)} forward+backward",
         entries,
+        judge.slack,
+        p.shape,
         PRODUCTS.format(count),
         moved,
         moved,
-        slack,
-        1,
-        p.shape,
         2 * count * tokens * hidden * vocab,
+        # Matrix units take the gradient of the logits rounded once before.
+        roundings=1.5,
     )
 
 

@@ -1,38 +1,23 @@
 """The measured cases: what is computed, by whom, and how each answer is judged."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import rlkernels
+from benchmarks.cases.case import COMPILED, EAGER, IN_PLACE, OURS, Case, compiled, differentiated, without_grad
 from benchmarks.problems import logits as logits_problem
 from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, ENTROPY_COEF, KL_COEF, Problem, Truth
-from benchmarks.timing.cpu import Contender
+from benchmarks.timing.contender import Contender
 
 FORWARD = "token_logprobs forward"
 BOTH = "token_logprobs forward+backward"
 STATS = "token_stats (entropy) forward"
 POLICY = "logits_policy_loss forward+backward"
 
-OURS, IN_PLACE, EAGER, COMPILED, TRL = (
-    "rlkernels",
-    "rlkernels, in place",
-    "torch eager",
-    "torch.compile",
-    "TRL (torch path)",
-)
+OUR_IN_PLACE, TRL = OURS + IN_PLACE, "TRL (torch path)"
 PASS_FORWARD, PASS_BACKWARD = "token_stats forward", "token_stats backward"
-
-
-@dataclass
-class Case:
-    name: str
-    contenders: list[Contender]
-
-    def named(self, name: str) -> Contender | None:
-        return next((c for c in self.contenders if c.name == name), None)
 
 
 class Judge:
@@ -65,42 +50,21 @@ class Judge:
         }
 
     def both(self, outputs: tuple[Tensor, Tensor]) -> dict[str, float]:
-        return {**self.logp(outputs[0]), **self.gradient(outputs[1], self.truth.dlogits_logp)}
+        return {**self.logp(outputs[0]), **self.gradient(*outputs[1], self.truth.dlogits_logp)}
 
     def policy(self, outputs: tuple[Tensor, Tensor]) -> dict[str, float]:
         loss = {"loss": (outputs[0].detach().double() - self.truth.loss).abs().item()}
-        return {**loss, **self.gradient(outputs[1], self.truth.dlogits_policy)}
+        return {**loss, **self.gradient(*outputs[1], self.truth.dlogits_policy)}
 
 
-def compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
-def reading(name: str, problem: Problem, entries: dict[str, Callable], check: Callable) -> Case:
+def reading(name: str, problem: Problem, judge: Judge, entries: dict[str, Callable], check: Callable) -> Case:
     """A case of functions of ``(logits, targets)`` without a gradient: they read the logits once."""
-
-    def without_grad(function: Callable) -> Callable:
-        def run(_: None) -> object:
-            with torch.no_grad():
-                return function(problem.logits, problem.targets)
-
-        return run
-
     return Case(
         name,
-        [Contender(n, without_grad(f), check=check, moved=problem.bytes, ours=n == OURS) for n, f in entries.items()],
+        [Contender(n, without_grad(f), problem.inputs, check, ours=n == OURS) for n, f in entries.items()],
+        judge.slack,
+        reads=problem.bytes,
     )
-
-
-def differentiated(function: Callable[[Tensor], Tensor], upstream: Tensor | None = None) -> Callable:
-    """Forward and backward through ``torch.autograd.grad``: no copy into ``.grad`` hides or adds an allocation."""
-
-    def run(leaf: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = function(leaf)
-        (grad,) = torch.autograd.grad(outputs, leaf, upstream)
-        return outputs, grad
-
-    return run
 
 
 def forward(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
@@ -108,33 +72,33 @@ def forward(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
     entries = {OURS: rlkernels.token_logprobs, EAGER: eager, COMPILED: compiled(eager)}
     if "selective_log_softmax" in peers:
         entries[TRL] = peers["selective_log_softmax"]
-    return reading(FORWARD, problem, entries, judge.logp)
+    return reading(FORWARD, problem, judge, entries, judge.logp)
 
 
 def both(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
-    y, g, moved = problem.targets, problem.dlogp, 3 * problem.bytes
+    y, g = problem.targets, problem.dlogp
     work = problem.logits.clone()
 
-    def restored() -> Tensor:
+    def restored(_: int) -> tuple[Tensor]:
         # No leaf: the values of a leaf may not be given up, those of what a model computed may.
-        return work.detach().copy_(problem.leaf)
+        return (work.detach().copy_(problem.leaf),)
 
     def in_place(logits: Tensor, targets: Tensor) -> Tensor:
         return rlkernels.token_logprobs(logits, targets, inplace_backward=True)
 
-    def contender(name: str, function: Callable, prepare: Callable[[], Tensor] = lambda: problem.leaf) -> Contender:
+    def contender(name: str, function: Callable, prepare: Callable[[int], tuple[Tensor]] = problem.leaves) -> Contender:
         run = differentiated(lambda leaf: function(leaf, y), g)
-        return Contender(name, run, prepare, judge.both, moved, ours=name in (OURS, IN_PLACE))
+        return Contender(name, run, prepare, judge.both, ours=name in (OURS, OUR_IN_PLACE))
 
     entries = [
         contender(OURS, rlkernels.token_logprobs),
-        contender(IN_PLACE, in_place, restored),
+        contender(OUR_IN_PLACE, in_place, restored),
         contender(EAGER, logits_problem.log_softmax_gather),
         contender(COMPILED, compiled(logits_problem.log_softmax_gather)),
     ]
     if "selective_log_softmax" in peers:
         entries.append(contender(TRL, peers["selective_log_softmax"]))
-    return Case(BOTH, entries)
+    return Case(BOTH, entries, judge.slack, reads=2 * problem.bytes, writes=problem.bytes)
 
 
 def our_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +110,7 @@ def statistics(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Ca
     entries = {OURS: our_stats, EAGER: logits_problem.stats, COMPILED: compiled(logits_problem.stats)}
     if {"selective_log_softmax", "entropy_from_logits"} <= peers.keys():
         entries[TRL] = lambda x, y: (peers["selective_log_softmax"](x, y), peers["entropy_from_logits"](x))
-    return reading(STATS, problem, entries, lambda outputs: judge.stats(*outputs))
+    return reading(STATS, problem, judge, entries, lambda outputs: judge.stats(*outputs))
 
 
 def policy(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
@@ -172,14 +136,12 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
 
     upstream = (problem.dlogp, -ENTROPY_COEF * torch.ones_like(problem.dlogp))
 
-    def graph() -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def graph(_: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         leaf = problem.leaf
         return leaf, our_stats(leaf, y)
 
     def contender(name: str, function: Callable[[Tensor], Tensor]) -> Contender:
-        return Contender(
-            name, differentiated(function), lambda: problem.leaf, judge.policy, 2 * problem.bytes, ours=name == OURS
-        )
+        return Contender(name, differentiated(function), problem.leaves, judge.policy, ours=name == OURS)
 
     return Case(
         POLICY,
@@ -187,22 +149,19 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
             contender(OURS, ours),
             Contender(
                 PASS_FORWARD,
-                lambda leaf: our_stats(leaf, y),
-                lambda: problem.leaf,
+                lambda leaves: our_stats(*leaves, y),
+                problem.leaves,
                 lambda o: judge.stats(*o),
                 problem.bytes,
                 ours=True,
             ),
-            Contender(
-                PASS_BACKWARD,
-                lambda s: torch.autograd.grad(s[1], s[0], upstream),
-                graph,
-                moved=2 * problem.bytes,
-                ours=True,
-            ),
+            Contender(PASS_BACKWARD, lambda s: torch.autograd.grad(s[1], s[0], upstream), graph, ours=True),
             contender(EAGER, torch_loss(logits_problem.policy)),
             contender(COMPILED, torch_loss(compiled(logits_problem.policy))),
         ],
+        judge.slack,
+        reads=problem.bytes,
+        writes=problem.bytes,
     )
 
 
@@ -231,25 +190,3 @@ def peers() -> tuple[dict[str, Callable], list[str]]:
     else:
         remarks.append("Liger: not measured: from logits it has Triton kernels only, which need a GPU")
     return found, remarks
-
-
-def wrong(cases: Sequence[Case], judge: Judge) -> list[str]:
-    """Each answer of ours that lies outside the error policy; empty when all are right.
-
-    A row quantity may err twice as far as torch's fp32 path does, plus 4 units of fp32; a gradient 5 % more than the
-    one rounding to its dtype; a loss twice as far as torch's plus 2e-6.
-    """
-    faults = []
-    for case in cases:
-        eager = case.named(EAGER)
-        for c in (c for c in case.contenders if c.ours):
-            for quantity, error in c.errors.items():
-                if quantity == "rounding":
-                    continue
-                if quantity == "gradient":
-                    bound = 1.05 * c.errors["rounding"] + 4e-6
-                else:
-                    bound = 2 * (eager.errors.get(quantity, 0.0) if eager else 0.0) + judge.slack[quantity]
-                if not error <= bound:
-                    faults.append(f"{case.name}, {c.name}: error of {quantity} is {error:.3g}, allowed is {bound:.3g}")
-    return faults

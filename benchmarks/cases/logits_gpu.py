@@ -1,21 +1,19 @@
 """The measured cases over logits: what is computed, by whom, which floor holds, and how each answer is judged."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 import rlkernels
 from benchmarks import peers as peer_libraries
+from benchmarks.cases.case import COMPILED, EAGER, IN_PLACE, Case, compiled, differentiated, on, ours, without_grad
 from benchmarks.peers import PEERS
 from benchmarks.problems import logits as logits_problem
 from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, ENTROPY_COEF, KL_COEF
 from benchmarks.problems.logits_gpu import SEQUENCES, Judge, Problem, kl_composition, two_upstream
-from benchmarks.timing.device import backend
-from benchmarks.timing.gpu import Entry, Roofline
+from benchmarks.timing.contender import Contender
 from rlkernels import ops
-from rlkernels.backends import DEVICES, absent
 
 STATS = "token_stats (entropy) forward"
 LOGP = "token_logprobs forward+backward"
@@ -23,89 +21,23 @@ POLICY = "logits_policy_loss forward+backward"
 TWO = "two models: logprob, entropy, exact KL, forward"
 TWO_BOTH = "two models: logprob, entropy, exact KL, forward+backward"
 
-EAGER, COMPILED = "torch eager", "torch.compile"
-IN_PLACE, ONE_LAUNCH = ", in place", ", op with the gradient in the forward"
-
-
-@dataclass
-class Case:
-    """``reads`` and ``writes``: bytes that the work must move at least, ``flops``: products and sums in it; ``passes``:
-    the same in words.
-    """
-
-    name: str
-    entries: list[Entry]
-    passes: str
-    reads: int
-    writes: int
-    slack: dict[str, float] = field(default_factory=dict)
-    buffers: int = 1
-    shape: tuple[int, ...] = ()
-    flops: int = 0
-
-    def named(self, name: str) -> Entry | None:
-        return next((e for e in self.entries if e.name == name and not e.failed), None)
-
-    def floor(self, roof: Roofline) -> float:
-        """Seconds that this work takes at least on the device whose roofline was measured."""
-        return max(roof.floor(self.reads, self.writes), self.flops / roof.matmul)
-
-
-def ours(device_type: str) -> dict[str, str]:
-    """Label to the backend that is forced; ``auto`` forces none and is what a caller gets."""
-    present = [name for name in DEVICES[device_type] if name != "eager" and absent(name) is None]
-    return {"rlkernels auto": "auto", **{f"rlkernels {name}": name for name in present}}
-
-
-def compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
-def on(name: str, function: Callable) -> Callable:
-    """``function`` with backend ``name`` serving. The backward keeps the backend of its forward."""
-    if name == "auto":
-        return function
-
-    def run(*arguments: object) -> object:
-        with backend(name):
-            return function(*arguments)
-
-    return run
-
-
-def differentiated(function: Callable[[Tensor], object], upstream: object = None) -> Callable[[Tensor], tuple]:
-    """Forward and backward through ``torch.autograd.grad``: no copy into ``.grad`` is timed or counted."""
-
-    def run(leaf: Tensor) -> tuple:
-        outputs = function(leaf)
-        (grad,) = torch.autograd.grad(outputs, leaf, upstream)
-        return outputs, grad
-
-    return run
-
-
-def without_grad(function: Callable[[int], object]) -> Callable[[int], object]:
-    def run(state: object) -> object:
-        with torch.no_grad():
-            return function(state)
-
-    return run
+ONE_LAUNCH = ", op with the gradient in the forward"
 
 
 class Scratch:
     """A copy of the logits for those that write over them, restored before each run, outside the clock.
 
-    Shared by the entries of a case.
+    Shared by the contenders of a case.
     """
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.work = problem, None
 
-    def __call__(self, buffer: int) -> Tensor:
+    def __call__(self, buffer: int) -> tuple[Tensor]:
         if self.work is None:
             self.work = torch.empty_like(self.problem.logits)
         # No leaf: the values of a leaf may not be given up, those of what a model computed may.
-        return self.work.detach().copy_(self.problem.leaf(buffer))
+        return (self.work.detach().copy_(self.problem.leaf(buffer)),)
 
 
 def row_slack(judge: Judge) -> dict[str, float]:
@@ -118,10 +50,18 @@ def row_slack(judge: Judge) -> dict[str, float]:
     return found
 
 
-def case(name: str, problem: Problem, judge: Judge, entries: list[Entry], passes: str, reads: int, writes: int) -> Case:
-    size = problem.bytes
+def case(
+    name: str, problem: Problem, judge: Judge, entries: list[Contender], passes: str, reads: int, writes: int
+) -> Case:
     return Case(
-        name, entries, passes, reads * size, writes * size, row_slack(judge), len(problem.copies), problem.shape
+        name,
+        entries,
+        row_slack(judge),
+        problem.shape,
+        passes,
+        reads * problem.bytes,
+        writes * problem.bytes,
+        buffers=len(problem.copies),
     )
 
 
@@ -135,10 +75,8 @@ def statistics(problem: Problem, judge: Judge, peers: dict[str, Callable], compi
         found = rlkernels.token_stats(x, y, outputs=("entropy",))
         return found.logprobs, found.entropy
 
-    def entry(label: str, function: Callable, check: Callable = both, **rest: object) -> Entry:
-        return Entry(
-            label, without_grad(lambda buffer: function(problem.copies[buffer])), lambda buffer: buffer, check, **rest
-        )
+    def entry(label: str, function: Callable, check: Callable = both, **rest: object) -> Contender:
+        return Contender(label, without_grad(function), lambda buffer: (problem.copies[buffer],), check, **rest)
 
     entries = [entry(label, on(name, our_stats), ours=True) for label, name in ours(problem.logits.device.type).items()]
     if "trl" in peers:
@@ -161,10 +99,10 @@ def logprobs(problem: Problem, judge: Judge, peers: dict[str, Callable], compile
     y, g, scratch = problem.targets, problem.dlogp, Scratch(problem)
 
     def check(outputs: tuple) -> dict[str, float]:
-        return {**judge.row(logp=outputs[0]), **judge.gradient(outputs[1], "dlogp")}
+        return {**judge.row(logp=outputs[0]), **judge.gradient(*outputs[1], "dlogp")}
 
-    def entry(label: str, function: Callable, prepare: Callable = problem.leaf, **rest: object) -> Entry:
-        return Entry(label, differentiated(lambda leaf: function(leaf, y), g), prepare, check, **rest)
+    def entry(label: str, function: Callable, prepare: Callable = problem.leaves, **rest: object) -> Contender:
+        return Contender(label, differentiated(lambda leaf: function(leaf, y), g), prepare, check, **rest)
 
     def in_place(logits: Tensor, targets: Tensor) -> Tensor:
         return rlkernels.token_logprobs(logits, targets, inplace_backward=True)
@@ -176,7 +114,7 @@ def logprobs(problem: Problem, judge: Judge, peers: dict[str, Callable], compile
     if "trl" in peers:
         entries.append(entry(PEERS["trl"].name, lambda x, t: peers["trl"](x, t)[0], remark="entropy too"))
     for label, (remark, function, writes) in peer_libraries.cross_entropies(peers).items():
-        entries.append(entry(label, function, scratch if writes else problem.leaf, remark=remark))
+        entries.append(entry(label, function, scratch if writes else problem.leaves, remark=remark))
     entries.append(entry(EAGER, logits_problem.log_softmax_gather))
     if compile_too:
         entries.append(entry(COMPILED, compiled(logits_problem.log_softmax_gather)))
@@ -188,7 +126,7 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_t
     columns = (problem.old_logprobs, problem.ref_logprobs, problem.advantages)
 
     def check(outputs: tuple) -> dict[str, float]:
-        return {**judge.loss(outputs[0]), **judge.gradient(outputs[1], "dpolicy")}
+        return {**judge.loss(outputs[0]), **judge.gradient(*outputs[1], "dpolicy")}
 
     def our_loss(leaf: Tensor, inplace: bool = False) -> Tensor:
         return rlkernels.logits_policy_loss(
@@ -207,20 +145,21 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_t
         )
 
     def entry(
-        label: str, function: Callable, prepare: Callable = problem.leaf, judged: Callable = check, **rest: object
-    ) -> Entry:
-        return Entry(label, differentiated(function), prepare, judged, **rest)
+        label: str, function: Callable, prepare: Callable = problem.leaves, judged: Callable = check, **rest: object
+    ) -> Contender:
+        return Contender(label, differentiated(function), prepare, judged, **rest)
 
     share = torch.full_like(problem.old_logprobs, 1.0 / tokens)
     bonus, penalty = share * ENTROPY_COEF, share * KL_COEF
     old_and_advantage, one, params = [columns[0], columns[2]], ops.number(1.0), ops.numbers((CLIP_LOW, CLIP_HIGH))
 
-    def one_launch(name: str) -> Callable[[int], tuple]:
+    def one_launch(name: str) -> Callable[[tuple[Tensor]], tuple]:
         serving = ops.serving("fused_policy", problem.logits) if name == "auto" else name
-        return without_grad(
-            lambda buffer: ops.fused_policy(
+
+        def run(logits: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+            loss, grad = ops.fused_policy(
                 "ppo_clip",
-                problem.copies[buffer],
+                logits,
                 y,
                 one,
                 -100,
@@ -236,20 +175,24 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_t
                 False,
                 serving,
             )[:2]
-        )
+            return loss, (grad,)
+
+        return without_grad(run)
 
     entries = []
     for label, name in ours(problem.logits.device.type).items():
         entries.append(entry(label, on(name, our_loss), ours=True))
         entries.append(entry(label + IN_PLACE, on(name, lambda logits: our_loss(logits, True)), scratch, ours=True))
-        entries.append(Entry(label + ONE_LAUNCH, one_launch(name), lambda buffer: buffer, check, ours=True))
+        entries.append(
+            Contender(label + ONE_LAUNCH, one_launch(name), lambda buffer: (problem.copies[buffer],), check, ours=True)
+        )
     # The gradient of a mean over fewer rows, without the entropy term; rows that end a sequence are not in it.
     length = tokens // SEQUENCES
     inside = (judge.rows + 1) % max(length, 1) != 0
     scale = length / (length - 1) if length > 1 else 1.0
 
     def without_entropy(outputs: tuple) -> dict[str, float]:
-        return judge.gradient(outputs[1], "dpolicy_without_entropy", inside, scale)
+        return judge.gradient(*outputs[1], "dpolicy_without_entropy", inside, scale)
 
     if length > 1 and tokens % SEQUENCES == 0:
         if "liger_grpo" in peers:
@@ -260,7 +203,7 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_t
         if "fla_grpo" in peers:
             run = peer_libraries.fla_policy(peers["fla_grpo"], problem, KL_COEF, SEQUENCES)
             entries.append(
-                entry(PEERS["fla_grpo"].name, run, problem.leaf, lambda outputs: {}, remark=PEERS["fla_grpo"].remark)
+                entry(PEERS["fla_grpo"].name, run, problem.leaves, lambda outputs: {}, remark=PEERS["fla_grpo"].remark)
             )
     if "trl" in peers:
         entries.append(
@@ -288,17 +231,17 @@ def two_models(
         found = rlkernels.token_stats(x, y, ref_logits=ref, kl="exact", outputs=("entropy",))
         return found.logprobs, found.entropy, found.ref_logprobs, found.kl
 
-    def entry(label: str, function: Callable, **rest: object) -> Entry:
+    def entry(label: str, function: Callable, **rest: object) -> Contender:
         if not backward:
-            run = without_grad(lambda buffer: function(problem.copies[buffer], problem.ref_copies[buffer]))
-            return Entry(label, run, lambda buffer: buffer, rows, **rest)
+            inputs = list(zip(problem.copies, problem.ref_copies, strict=True))
+            return Contender(label, without_grad(function), inputs.__getitem__, rows, **rest)
 
         def both(state: tuple) -> tuple:
             leaf, ref = state
             outputs = function(leaf, ref)
             return outputs, torch.autograd.grad((outputs[0], outputs[1], outputs[3]), leaf, upstream)[0]
 
-        return Entry(
+        return Contender(
             label,
             both,
             lambda buffer: (problem.leaf(buffer), problem.ref_copies[buffer]),

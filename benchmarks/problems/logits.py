@@ -27,6 +27,12 @@ class Problem:
     def leaf(self) -> Tensor:
         return self.logits.detach().requires_grad_()
 
+    def inputs(self, _: int = 0) -> tuple[Tensor, Tensor]:
+        return self.logits, self.targets
+
+    def leaves(self, _: int = 0) -> tuple[Tensor]:
+        return (self.leaf,)
+
     @property
     def bytes(self) -> int:
         """One pass over the logits."""

@@ -48,6 +48,9 @@ class Problem:
     def leaf(self, buffer: int) -> Tensor:
         return self.copies[buffer % len(self.copies)].detach().requires_grad_()
 
+    def leaves(self, buffer: int) -> tuple[Tensor]:
+        return (self.leaf(buffer),)
+
 
 def copies_needed(size: int, cache: int, most: int = 64) -> int:
     """Buffers of ``size`` bytes that make four caches in total."""

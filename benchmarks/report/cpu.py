@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.cases import logits_cpu
-from benchmarks.cases.logits_cpu import COMPILED, EAGER, IN_PLACE, OURS, PASS_BACKWARD, PASS_FORWARD, Case
-from benchmarks.timing.cpu import Contender
+from benchmarks.cases.case import COMPILED, EAGER, OURS, Case
+from benchmarks.cases.logits_cpu import OUR_IN_PLACE, PASS_BACKWARD, PASS_FORWARD
+from benchmarks.timing.contender import Contender
 from rlkernels.cli import tables
 
 REFERENCE_SHAPE = (1024, 128256, "bf16")
@@ -37,7 +38,7 @@ def ratio(case: Case | None, over: str, under: str) -> float | None:
 
 def targets(cases: dict[str, Case], logits_bytes: int) -> list[Target]:
     forward, both, policy = (cases.get(name) for name in (logits_cpu.FORWARD, logits_cpu.BOTH, logits_cpu.POLICY))
-    in_place = both.named(IN_PLACE) if both else None
+    in_place = both.named(OUR_IN_PLACE) if both else None
     parts = [policy.named(n) if policy else None for n in (OURS, PASS_FORWARD, PASS_BACKWARD)]
     fused = parts[0].median / (parts[1].median + parts[2].median) if all(parts) else None
     peak = None

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from benchmarks.cases import linear_gpu
 from benchmarks.cases import logits_gpu as cases_
-from benchmarks.cases.logits_gpu import EAGER, IN_PLACE, ONE_LAUNCH, Case
+from benchmarks.cases.case import EAGER, IN_PLACE, Case, wrong
+from benchmarks.cases.logits_gpu import ONE_LAUNCH
 from benchmarks.peers import PEERS
-from benchmarks.timing.gpu import Entry, Roofline, summary
+from benchmarks.timing.contender import Contender, summary
+from benchmarks.timing.gpu import Roofline
 from rlkernels.cli import machine, tables
 
 NUMBERS_DIFFER = {
@@ -27,37 +29,7 @@ NUMBERS_DIFFER = {
 """Errors above which a peer is said to compute something else (or in 16 bits)."""
 
 
-def faults(case: Case) -> list[str]:
-    """Faults of our own entries; empty when all is right.
-
-    A row quantity may err twice as far as torch's fp32 path, plus the case's slack; a gradient 5 % more than the one
-    rounding to its dtype. One that comes out of a product half as much again: matrix units take the gradient of the
-    logits rounded once before.
-    """
-    eager = case.named(EAGER)
-    found = []
-    for e in (e for e in case.entries if e.ours):
-        if e.failed:
-            found.append(f"{case.name} {list(case.shape)}, {e.name}: failed: {e.remark}")
-            continue
-        for quantity, error in e.errors.items():
-            if f"{quantity} rounding" in e.errors:
-                bound = 1.5 * e.errors[f"{quantity} rounding"] + 4e-6
-            elif quantity == "gradient":
-                bound = 1.05 * e.errors["rounding"] + 4e-6
-            elif quantity in case.slack:
-                bound = 2 * (eager.errors.get(quantity, 0.0) if eager else 0.0) + case.slack[quantity]
-            else:
-                continue
-            if not error <= bound:
-                found.append(
-                    f"{case.name} {list(case.shape)}, {e.name}: error of {quantity} is {error:.3g}, allowed "
-                    f"is {bound:.3g}"
-                )
-    return found
-
-
-def remark(entry: Entry) -> str:
+def remark(entry: Contender) -> str:
     """The peer's own remark, and whether its numbers are those asked for."""
     differs = [q for q, bound in NUMBERS_DIFFER.items() if not entry.errors.get(q, 0.0) <= bound]
     if not entry.errors.get("gradient", 0.0) <= 5 * entry.errors.get("rounding", 0.0) + 1e-3:
@@ -74,14 +46,14 @@ def record(case: Case, roof: Roofline, state: dict[str, str] | None = None) -> d
     """One case as plain data."""
     floor = case.floor(roof)
 
-    def plain(e: Entry) -> dict[str, object]:
+    def plain(e: Contender) -> dict[str, object]:
         found = {
             "name": e.name,
             "ours": e.ours,
             "failed": e.failed,
             "remark": remark(e),
             "first_call_s": e.first_call_s,
-            "hot": summary(e.hot),
+            "hot": summary(e.samples),
             "cold": summary(e.cold),
             "errors": e.errors,
             "peak_bytes": e.peak_bytes,
@@ -89,7 +61,7 @@ def record(case: Case, roof: Roofline, state: dict[str, str] | None = None) -> d
             "host_s": e.host_s,
             "graph_s": e.graph_s,
         }
-        if e.hot:
+        if e.samples:
             found.update(
                 bytes_per_s=(case.reads + case.writes) / e.median,
                 flops_per_s=case.flops / e.median,
@@ -107,8 +79,8 @@ def record(case: Case, roof: Roofline, state: dict[str, str] | None = None) -> d
         "floor_s": floor,
         "buffers": case.buffers,
         "state": state or {},
-        "faults": faults(case),
-        "entries": [plain(e) for e in case.entries],
+        "faults": wrong(case, f"{case.name} {list(case.shape)}"),
+        "entries": [plain(c) for c in case.contenders],
     }
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from benchmarks.cases import linear_cpu
-from benchmarks.cases.linear_cpu import HALF, TRL, LinearCase
-from benchmarks.cases.logits_cpu import EAGER, OURS
+from benchmarks.cases.case import EAGER, OURS, Case
+from benchmarks.cases.linear_cpu import HALF, TRL, gradient_bytes
 from benchmarks.report.cpu import Target, megabytes, ratio, without_empty_columns
-from benchmarks.timing.cpu import Contender
+from benchmarks.timing.contender import Contender
 from rlkernels.cli import tables
 
 TOKENS, HIDDEN, VOCABULARIES = (512, 2048), 512, (32000, 128256)
@@ -25,17 +25,17 @@ HEADER = [
 ]
 
 
-def stated(case: LinearCase) -> bool:
+def stated(case: Case) -> bool:
     tokens, hidden, vocab = case.shape
     return tokens in TOKENS and hidden == HIDDEN and vocab in VOCABULARIES and case.dtype in ("fp32", "bf16")
 
 
-def beyond_gradients(case: LinearCase, contender: Contender) -> int | None:
+def beyond_gradients(case: Case, contender: Contender) -> int | None:
     """Peak bytes beside inputs and gradients; the gradients as ours are summed, in fp32."""
-    return None if contender.extra_bytes is None else max(0, contender.extra_bytes - case.gradient_bytes)
+    return None if contender.extra_bytes is None else max(0, contender.extra_bytes - gradient_bytes(case.shape))
 
 
-def row(case: LinearCase, c: Contender) -> list[str]:
+def row(case: Case, c: Contender) -> list[str]:
     base, bare = case.named(OURS), case.named(linear_cpu.floor(case.products))
     low, high = c.quartiles
     return [
@@ -44,14 +44,14 @@ def row(case: LinearCase, c: Contender) -> list[str]:
         f"{1e3 * low:.2f}-{1e3 * high:.2f}",
         f"{c.median / base.median:.2f}",
         f"{c.median / bare.median:.2f}",
-        f"{case.operations / c.median / 1e9:.0f}",
+        f"{case.flops / c.median / 1e9:.0f}",
         megabytes(c.extra_bytes),
         megabytes(beyond_gradients(case, c)),
         *(f"{c.errors[q]:.1e}" if q in c.errors else "-" for q in QUANTITIES),
     ]
 
 
-def targets(case: LinearCase, budget: int) -> list[Target]:
+def targets(case: Case, budget: int) -> list[Target]:
     """Figures to reach of ``linear_policy_loss`` on one shape; empty for another case."""
     if case.kind != "linear_policy_loss":
         return []
@@ -70,13 +70,13 @@ def targets(case: LinearCase, budget: int) -> list[Target]:
     ]
 
 
-def cell(case: LinearCase, goal: Target) -> str:
+def cell(case: Case, goal: Target) -> str:
     if goal.met is None:
         return "not measured"
     return f"{goal.value:.3g} {'other shape' if not stated(case) else 'met' if goal.met else 'NOT MET'}"
 
 
-def show(cases: Sequence[LinearCase], budget: int, plain: bool) -> None:
+def show(cases: Sequence[Case], budget: int, plain: bool) -> None:
     """Prints a table per case, then the figures to reach, a line per shape."""
     for case in cases:
         tables.show(case.name, *without_empty_columns(HEADER, [row(case, c) for c in case.contenders]), plain=plain)
@@ -103,24 +103,24 @@ def show(cases: Sequence[LinearCase], budget: int, plain: bool) -> None:
         )
 
 
-def record(cases: Sequence[LinearCase], budget: int) -> dict[str, object]:
+def record(cases: Sequence[Case], budget: int) -> dict[str, object]:
     """The figures as plain data."""
 
-    def entry(case: LinearCase, c: Contender) -> dict[str, object]:
+    def entry(case: Case, c: Contender) -> dict[str, object]:
         return {
             "name": c.name,
             "ours": c.ours,
             "median_s": c.median,
             "quartiles_s": list(c.quartiles),
             "samples_s": c.samples,
-            "flops_per_s": case.operations / c.median,
+            "flops_per_s": case.flops / c.median,
             "peak_bytes": c.peak_bytes,
             "resident_bytes": c.resident_bytes,
             "beyond_gradients_bytes": beyond_gradients(case, c),
             "errors": c.errors,
         }
 
-    def goal(case: LinearCase, g: Target) -> dict[str, object]:
+    def goal(case: Case, g: Target) -> dict[str, object]:
         return {
             "text": g.text,
             "bound": g.bound,
@@ -139,8 +139,8 @@ def record(cases: Sequence[LinearCase], budget: int) -> dict[str, object]:
                 "dtype": case.dtype,
                 "shape": list(case.shape),
                 "products": case.products,
-                "operations": case.operations,
-                "gradient_bytes": case.gradient_bytes,
+                "operations": case.flops,
+                "gradient_bytes": gradient_bytes(case.shape),
                 "contenders": [entry(case, c) for c in case.contenders],
                 "targets": [goal(case, g) for g in targets(case, budget)],
             }

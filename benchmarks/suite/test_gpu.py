@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from benchmarks.cases import logits_gpu
+from benchmarks.cases.case import EAGER, wrong
 from benchmarks.problems import logits_gpu as gpu_problem
-from benchmarks.report import gpu as gpu_report
 from benchmarks.timing import gpu as gpu_timing
 
 SHAPE = (2048, 151936)
-NAMES = ("rlkernels auto", "rlkernels triton", "rlkernels cuda", logits_gpu.EAGER)
+NAMES = ("rlkernels auto", "rlkernels triton", "rlkernels cuda", EAGER)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
 
@@ -36,17 +36,17 @@ def problem():
 @pytest.mark.parametrize("name", logits_gpu.CASES)
 def test_speed(benchmark, name, who):
     case = logits_gpu.CASES[name](*problem(), {}, False)
-    case.entries = [e for e in case.entries if e.name in (who, logits_gpu.EAGER)]
-    gpu_timing.ready(device(), case.entries, False)
-    entry = case.named(who)
-    if entry is None:
+    case.contenders = [c for c in case.contenders if c.name in (who, EAGER)]
+    gpu_timing.ready(device(), case.contenders, False)
+    contender = case.named(who)
+    if contender is None:
         pytest.skip(f"{who} does not serve here")
-    assert not gpu_report.faults(case)
+    assert not wrong(case)
 
     def once(state):
-        entry.run(state)
+        contender.run(state)
         device().synchronize()
 
     benchmark.group = f"{name}, {list(SHAPE)}"
-    benchmark.extra_info.update(errors=entry.errors, moved_bytes=case.reads + case.writes)
-    benchmark.pedantic(once, setup=lambda: ((entry.prepare(0),), {}), rounds=30, warmup_rounds=5)
+    benchmark.extra_info.update(errors=contender.errors, moved_bytes=contender.moved)
+    benchmark.pedantic(once, setup=lambda: ((contender.prepare(0),), {}), rounds=30, warmup_rounds=5)

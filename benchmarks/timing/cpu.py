@@ -3,62 +3,16 @@
 import contextlib
 import gc
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from benchmarks.timing.contender import Contender
 from rlkernels.backends import cpu
 from rlkernels.cli import machine
-
-
-@dataclass
-class Contender:
-    """Something that is timed.
-
-    Attributes:
-        run: the timed call; receives what ``prepare`` returned.
-        prepare: called before each run, outside the clock.
-        check: outputs of a run to ``{quantity: error against float64}``; it raises nothing.
-        moved: bytes that this work must move at least; GB/s are counted with it for every contender of the case.
-    """
-
-    name: str
-    run: Callable[[Any], Any]
-    prepare: Callable[[], Any] = lambda: None
-    check: Callable[[Any], dict[str, float]] = lambda outputs: {}
-    moved: int = 0
-    samples: list[float] = field(default_factory=list)
-    errors: dict[str, float] = field(default_factory=dict)
-    peak_bytes: int | None = None
-    resident_bytes: int | None = None
-    ours: bool = False
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        if len(self.samples) < 2:
-            return self.samples[0], self.samples[0]
-        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
-        return low, high
-
-    @property
-    def extra_bytes(self) -> int | None:
-        """The larger of the two measures of memory, None where neither was taken."""
-        return max((b for b in (self.peak_bytes, self.resident_bytes) if b is not None), default=None)
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes per second at the median."""
-        return self.moved / self.median
 
 
 def race(contenders: Sequence[Contender], rounds: int, warmup: int = 2) -> None:
@@ -77,7 +31,7 @@ def once(contender: Contender) -> float:
 
     The outputs are freed after the clock has stopped: they are needed by whoever asked for them.
     """
-    state = contender.prepare()
+    state = contender.prepare(0)
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -93,7 +47,7 @@ def once(contender: Contender) -> float:
 
 def first_run(contender: Contender) -> None:
     """One run outside the clock: builds what is built lazily, then errors against float64."""
-    contender.errors = contender.check(contender.run(contender.prepare()))
+    contender.errors = contender.check(contender.run(contender.prepare(0)))
 
 
 @contextlib.contextmanager
@@ -118,7 +72,7 @@ def memory(contender: Contender) -> None:
     ``profile_memory``); ``resident_bytes`` is the growth of the process's resident set (Linux), which also sees memory
     that a kernel takes behind torch's back.
     """
-    state = contender.prepare()
+    state = contender.prepare(0)
     with (
         silent(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
@@ -135,7 +89,7 @@ def memory(contender: Contender) -> None:
 
 
 def _resident_growth(contender: Contender) -> int | None:
-    state = contender.prepare()
+    state = contender.prepare(0)
     if cpu.available()[0]:
         cpu.release_memory()  # a gradient kept from the run before would hide that this one needs its own
     try:

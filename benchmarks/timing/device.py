@@ -3,7 +3,6 @@
 Tests put a fake one in its place.
 """
 
-import contextlib
 import re
 import shutil
 import subprocess
@@ -148,15 +147,3 @@ def host_seconds(
         del outputs, state
     device.synchronize()
     return sorted(times)[len(times) // 2]
-
-
-@contextlib.contextmanager
-def backend(name: str):
-    """``use_backend``, where a backend is named; the automatic choice where it is not."""
-    import rlkernels
-
-    if name == "auto":
-        yield
-    else:
-        with rlkernels.use_backend(name):
-            yield

@@ -11,9 +11,11 @@ from benchmarks import __main__ as command
 from benchmarks import run_linear
 from benchmarks.__main__ import main
 from benchmarks.cases import host_cost, logits_cpu
+from benchmarks.cases.case import EAGER, OURS, Case
 from benchmarks.problems import logits as logits_problem
 from benchmarks.report import cpu as cpu_report
 from benchmarks.timing import cpu as cpu_timing
+from benchmarks.timing.contender import Contender
 from rlkernels.cli import machine
 
 TINY = ["--device", "cpu", "--quick", "--tokens", "6", "--vocab", "515", "--rounds", "3", "--no-compile", "--no-peers"]
@@ -73,7 +75,7 @@ def test_bench_writes_every_figure_it_prints(capsys, tmp_path):
 
 def test_bench_counts_the_memory_of_a_run():
     megabyte = torch.zeros(2**20, dtype=torch.uint8)
-    contender = cpu_timing.Contender("copies twice, frees one", lambda _: (megabyte + 1) + megabyte)
+    contender = Contender("copies twice, frees one", lambda _: (megabyte + 1) + megabyte)
     cpu_timing.memory(contender)
     assert 2 * 2**20 <= contender.peak_bytes < 2.1 * 2**20
 
@@ -81,7 +83,7 @@ def test_bench_counts_the_memory_of_a_run():
 def test_bench_in_place_backward_takes_no_memory_of_the_size_of_the_logits():
     problem = logits_problem.make(32, 4099, "bf16")
     case = logits_cpu.both(problem, logits_cpu.Judge(problem, logits_problem.truth(problem)), {})
-    plain, in_place = case.named(logits_cpu.OURS), case.named(logits_cpu.IN_PLACE)
+    plain, in_place = case.named(OURS), case.named(logits_cpu.OUR_IN_PLACE)
     for contender in (plain, in_place):
         cpu_timing.first_run(contender)
         cpu_timing.memory(contender)
@@ -154,7 +156,7 @@ def test_bench_refuses_a_count_below_one(capsys):
 
 def test_a_race_alternates_its_contenders():
     order = []
-    contenders = [cpu_timing.Contender(name, lambda _, name=name: order.append(name)) for name in "AB"]
+    contenders = [Contender(name, lambda _, name=name: order.append(name)) for name in "AB"]
     cpu_timing.race(contenders, rounds=3, warmup=0)
     assert "".join(order) == "ABABAB"
     assert all(len(c.samples) == 3 for c in contenders)
@@ -163,32 +165,26 @@ def test_a_race_alternates_its_contenders():
 def test_a_race_keeps_preparation_outside_the_clock():
     prepared = []
 
-    def prepare():
+    def prepare(buffer):
         import time
 
         time.sleep(0.05)
         prepared.append(True)
 
-    contender = cpu_timing.Contender("slow to prepare", lambda _: None, prepare)
+    contender = Contender("slow to prepare", lambda _: None, prepare)
     cpu_timing.race([contender], rounds=2, warmup=1)
     assert len(prepared) == 3 and max(contender.samples) < 0.04
 
 
 def test_targets_compare_medians_of_the_same_run():
     def contender(name, seconds, **rest):
-        return cpu_timing.Contender(name, lambda _: None, samples=[seconds, seconds, 100.0], **rest)
+        return Contender(name, lambda _: None, samples=[seconds, seconds, 100.0], **rest)
 
-    in_place = contender(logits_cpu.IN_PLACE, 1.0, peak_bytes=5, resident_bytes=50)
-    both = logits_cpu.Case(
-        logits_cpu.BOTH, [contender(logits_cpu.OURS, 1.0), in_place, contender(logits_cpu.EAGER, 14.0)]
-    )
-    policy = logits_cpu.Case(
+    in_place = contender(logits_cpu.OUR_IN_PLACE, 1.0, peak_bytes=5, resident_bytes=50)
+    both = Case(logits_cpu.BOTH, [contender(OURS, 1.0), in_place, contender(EAGER, 14.0)])
+    policy = Case(
         logits_cpu.POLICY,
-        [
-            contender(logits_cpu.OURS, 3.0),
-            contender(logits_cpu.PASS_FORWARD, 1.0),
-            contender(logits_cpu.PASS_BACKWARD, 3.0),
-        ],
+        [contender(OURS, 3.0), contender(logits_cpu.PASS_FORWARD, 1.0), contender(logits_cpu.PASS_BACKWARD, 3.0)],
     )
     goals = cpu_report.targets({logits_cpu.BOTH: both, logits_cpu.POLICY: policy}, logits_bytes=1000)
     assert [(g.value, g.met) for g in goals] == [

@@ -15,13 +15,14 @@ from benchmarks import __main__ as command
 from benchmarks import run_gpu
 from benchmarks.__main__ import main
 from benchmarks.cases import columns_gpu, logits_gpu
+from benchmarks.cases.case import EAGER, Case
 from benchmarks.cases.linear_gpu import NAMES as LINEAR
 from benchmarks.problems import logits_gpu as gpu_problem
 from benchmarks.report import gpu as gpu_report
 from benchmarks.report import plots
 from benchmarks.timing import device as gpu_device
 from benchmarks.timing import gpu as timing
-from benchmarks.timing.gpu import Entry
+from benchmarks.timing.contender import Contender
 
 
 class Device:
@@ -70,7 +71,7 @@ def entry(device, name, cost, log=None, **rest):
         if log is not None:
             log.append((name, state))
 
-    return Entry(name, run, lambda buffer: buffer, **rest)
+    return Contender(name, run, lambda buffer: buffer, **rest)
 
 
 def arguments(*more):
@@ -101,7 +102,7 @@ def run(*more, device=None):
 def test_the_race_alternates_and_takes_the_next_buffer_each_time():
     device, log = Device(), []
     entries = [entry(device, name, 0.01, log) for name in "AB"]
-    timing._rounds(device, entries, "hot", 3, 0.05, lambda: None)
+    timing._rounds(device, entries, "samples", 3, 0.05, lambda: None)
     assert "".join(name for name, _ in log) == "AB" * timing.LEAST
     assert [buffer for _, buffer in log] == [k % 3 for k in range(2 * timing.LEAST)]
 
@@ -109,16 +110,16 @@ def test_the_race_alternates_and_takes_the_next_buffer_each_time():
 def test_a_fast_entry_runs_until_its_seconds_are_over_and_no_more_than_the_most():
     device = Device()
     slow, fast, endless = entry(device, "slow", 1.0), entry(device, "fast", 0.01), entry(device, "endless", 0.0)
-    timing._rounds(device, [slow, fast, endless], "hot", 1, 0.5, lambda: None)
-    assert len(slow.hot) == timing.LEAST and len(endless.hot) == timing.MOST
-    assert 0.5 <= sum(fast.hot) < 0.7
+    timing._rounds(device, [slow, fast, endless], "samples", 1, 0.5, lambda: None)
+    assert len(slow.samples) == timing.LEAST and len(endless.samples) == timing.MOST
+    assert 0.5 <= sum(fast.samples) < 0.7
 
 
 def test_cold_runs_find_an_empty_queue_and_an_overwritten_cache_outside_the_clock():
     device, flush = Device(), torch.ones(8, dtype=torch.uint8)
     e = entry(device, "A", 0.01)
     timing.race(device, [e], 1, 0.02, flush)
-    assert len(e.hot) == timing.LEAST and len(e.cold) == timing.LEAST
+    assert len(e.samples) == timing.LEAST and len(e.cold) == timing.LEAST
     assert flush.sum() == 0 and device.synchronized > timing.LEAST
     assert statistics.median(e.cold) == pytest.approx(0.01 + 1e-4)
 
@@ -186,9 +187,9 @@ def test_the_hosts_time_is_from_call_to_return_on_an_empty_queue():
 def test_a_floor_is_the_larger_of_moving_and_computing():
     roof = timing.Roofline(read=100.0, copy=80.0, matmul=10.0)
     assert roof.reading == 100.0 and timing.Roofline(50.0, 80.0, 1.0).reading == 80.0
-    assert logits_gpu.Case("", [], "", 200, 0).floor(roof) == 2.0
-    assert logits_gpu.Case("", [], "", 80, 80).floor(roof) == 2.0
-    assert logits_gpu.Case("", [], "", 80, 80, flops=50).floor(roof) == 5.0
+    assert Case("", [], reads=200).floor(roof) == 2.0
+    assert Case("", [], reads=80, writes=80).floor(roof) == 2.0
+    assert Case("", [], reads=80, writes=80, flops=50).floor(roof) == 5.0
 
 
 def test_the_command_writes_every_case_judges_it_and_draws(tmp_path, capsys, monkeypatch):
@@ -206,7 +207,7 @@ def test_the_command_writes_every_case_judges_it_and_draws(tmp_path, capsys, mon
     assert measured == [*wanted[:4], "policy_loss", "pairwise_reward_loss", "dpo_loss", "gae", "gae", *LINEAR]
     for case in data["cases"]:
         assert case["faults"] == [] and case["floor_s"] > 0 and case["state"]["driver_version"] == "1.2"
-        assert {e["name"] for e in case["entries"]} >= {"rlkernels auto", logits_gpu.EAGER}
+        assert {e["name"] for e in case["entries"]} >= {"rlkernels auto", EAGER}
         for e in case["entries"]:
             assert (
                 not e["failed"]
@@ -244,7 +245,7 @@ def test_one_of_ours_that_fails_is_a_fault_and_the_others_are_measured(monkeypat
     assert run("--case", "gae", "--json", str(file)) == 1
     case = json.loads(file.read_text())["cases"][0]
     assert any("failed: RuntimeError: no kernel image" in f and "second line" not in f for f in case["faults"])
-    assert next(e for e in case["entries"] if e["name"] == logits_gpu.EAGER)["hot"]
+    assert next(e for e in case["entries"] if e["name"] == EAGER)["hot"]
 
 
 def test_an_interrupted_run_keeps_the_cases_that_ended(monkeypatch, tmp_path):
@@ -279,7 +280,7 @@ def test_a_peer_that_loses_the_device_ends_the_run_with_what_it_has(monkeypatch,
             device.lost = True
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-        case.entries.append(Entry("bad peer", illegal))
+        case.contenders.append(Contender("bad peer", illegal))
         return case
 
     monkeypatch.setattr(columns_gpu, "dpo", with_a_bad_peer)
@@ -291,13 +292,13 @@ def test_a_peer_that_loses_the_device_ends_the_run_with_what_it_has(monkeypatch,
 
 def test_peers_that_err_or_fail_are_shown_with_a_remark():
     good, coarse = (
-        Entry("p", None, errors={"logp": 1e-5, "gradient": 2e-3, "rounding": 1.6e-3}),
-        Entry("p", None, errors={"logp": 0.05}),
+        Contender("p", None, errors={"logp": 1e-5, "gradient": 2e-3, "rounding": 1.6e-3}),
+        Contender("p", None, errors={"logp": 0.05}),
     )
     assert gpu_report.remark(good) == "" and gpu_report.remark(coarse) == "other numbers: logp 5.0e-02"
-    assert "nan" in gpu_report.remark(Entry("p", None, errors={"logp": float("nan")}))
+    assert "nan" in gpu_report.remark(Contender("p", None, errors={"logp": float("nan")}))
     failed = gpu_report.record(
-        logits_gpu.Case("c", [Entry("p", None, failed=True, remark="out of memory")], "1R", 1, 0),
+        Case("c", [Contender("p", None, failed=True, remark="out of memory")], passes="1R", reads=1),
         timing.Roofline(1, 1, 1),
     )["entries"][0]
     assert gpu_report.row(failed, 1.0)[-1] == "out of memory"

@@ -14,6 +14,7 @@ from test_bench_gpu import Device
 
 from benchmarks import peers as peer_libraries
 from benchmarks.cases import linear_gpu, logits_gpu
+from benchmarks.cases.case import wrong
 from benchmarks.peers import PEERS
 from benchmarks.problems import linear as linear_problem
 from benchmarks.problems import logits as logits_problem
@@ -184,15 +185,15 @@ def test_every_peer_of_the_right_formula_is_found_right_on_every_buffer(name, ju
     problem, judge = judged
     before = [c.clone() for c in problem.copies]
     case = logits_gpu.CASES[name](problem, judge, STAND_INS, False)
-    gpu_timing.ready(Device(), case.entries, False)
-    peers = {e.name: e for e in case.entries if not e.ours}
+    gpu_timing.ready(Device(), case.contenders, False)
+    peers = {e.name: e for e in case.contenders if not e.ours}
     expected = {
         logits_gpu.STATS: {"TRL kernel", "Liger CE", "flash-attn CE", "QuACK CE", "fla CE", "verl", "torch eager"},
         logits_gpu.LOGP: {"TRL kernel", "Liger CE", "flash-attn CE", "QuACK CE", "fla CE", "verl", "torch eager"},
         logits_gpu.POLICY: {"TRL kernel and torch", "Liger GRPO", "fla GRPO", "torch eager"},
     }[name]
     assert set(peers) == expected
-    for e in case.entries:
+    for e in case.contenders:
         assert not e.failed and "other numbers" not in gpu_report.remark(e), (e.name, e.remark, e.errors)
         if e.name != "fla GRPO":
             assert e.errors, e.name
@@ -200,14 +201,14 @@ def test_every_peer_of_the_right_formula_is_found_right_on_every_buffer(name, ju
             again = e.check(e.run(e.prepare(buffer)))
             assert again == e.errors, f"{e.name}: buffer {buffer} gives other errors"
     assert all(torch.equal(a, b) for a, b in zip(problem.copies, before, strict=True)), "a buffer was written"
-    assert gpu_report.faults(case) == []
+    assert wrong(case) == []
 
 
 def test_a_wrong_gradient_of_a_peer_is_remarked(judged):
     problem, judge = judged
     wrong = {"liger_grpo": lambda *a, **k: grpo(*a, **{**k, "beta": 0.5})}
     case = logits_gpu.policy(problem, judge, wrong, False)
-    gpu_timing.ready(Device(), case.entries, False)
+    gpu_timing.ready(Device(), case.contenders, False)
     assert "other numbers: gradient" in gpu_report.remark(case.named("Liger GRPO"))
 
 
@@ -277,15 +278,15 @@ HEADS = {
 def test_every_fused_head_of_the_right_formula_is_found_right(name, absent):
     problem = linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
     case = linear_gpu.CASES[name](problem, HEADS, False)
-    gpu_timing.ready(Device(), case.entries, False)
+    gpu_timing.ready(Device(), case.contenders, False)
     own = [PEERS[key].name for key in HEADS if PEERS[key].name not in absent]
-    assert {e.name for e in case.entries if e.remark != "the floor of this run"} >= {
+    assert {e.name for e in case.contenders if e.remark != "the floor of this run"} >= {
         *own,
         "torch eager",
         "rlkernels auto",
     }
-    assert not absent & {e.name for e in case.entries}
-    for e in case.entries:
+    assert not absent & {e.name for e in case.contenders}
+    for e in case.contenders:
         assert not e.failed and e.errors, (e.name, e.remark)
         if e.name in own:  # they work in fp32: one rounding of the gradient is all that they lose
             assert all(e.errors[q] < 1e-5 for q in ("loss", "logp", "entropy") if q in e.errors), (e.name, e.errors)
@@ -293,14 +294,14 @@ def test_every_fused_head_of_the_right_formula_is_found_right(name, absent):
                 e.name,
                 e.errors,
             )
-    assert gpu_report.faults(case) == []
+    assert wrong(case) == []
     assert case.flops == 2 * (3 if name == "linear_policy_loss" else 4) * 16 * 32 * 259
 
 
 def test_at_the_longest_batch_nothing_that_holds_all_logits_runs(monkeypatch):
     problem = linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
     monkeypatch.setattr(linear_gpu, "LONG", 16)
-    names = {e.name for e in linear_gpu.policy(problem, HEADS, False).entries}
+    names = {e.name for e in linear_gpu.policy(problem, HEADS, False).contenders}
     assert (
         "torch eager" not in names
         and "F.linear_cross_entropy" not in names
@@ -311,7 +312,7 @@ def test_at_the_longest_batch_nothing_that_holds_all_logits_runs(monkeypatch):
 def test_a_gradient_of_ours_off_by_two_roundings_is_a_fault():
     problem = linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
     case = linear_gpu.policy(problem, {}, False)
-    gpu_timing.ready(Device(), case.entries, False)
-    mine = next(e for e in case.entries if e.ours)
+    gpu_timing.ready(Device(), case.contenders, False)
+    mine = next(e for e in case.contenders if e.ours)
     mine.errors["dweight"] = 2 * mine.errors["dweight rounding"]
-    assert [f.split(": ")[1].split(" is")[0] for f in gpu_report.faults(case)] == ["error of dweight"]
+    assert [f.split(": ")[1].split(" is")[0] for f in wrong(case)] == ["error of dweight"]

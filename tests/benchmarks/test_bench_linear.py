@@ -14,12 +14,13 @@ from benchmarks import __main__ as command
 from benchmarks import run_linear
 from benchmarks.__main__ import main
 from benchmarks.cases import linear_cpu, linear_gpu, logits_cpu
-from benchmarks.cases.linear_cpu import CASES, EAGER, HALF, OURS, TRL
+from benchmarks.cases.case import EAGER, OURS, Case, wrong
+from benchmarks.cases.linear_cpu import CASES, HALF, TRL, gradient_bytes
 from benchmarks.problems import linear as linear_problem
 from benchmarks.report import gpu as gpu_report
 from benchmarks.report import linear as linear_report
 from benchmarks.timing import cpu as cpu_timing
-from benchmarks.timing.cpu import Contender
+from benchmarks.timing.contender import Contender
 from rlkernels.cli import machine
 from rlkernels.linear.matmul import BLOCK_BYTES, Widened, products
 
@@ -76,8 +77,8 @@ def test_every_contender_computes_what_is_asked_and_ours_within_the_policy(name,
         assert all(e < coarse for q, e in contender.errors.items() if q in ("product", "dhidden", "dweight")), told
         assert contender.errors.get("loss", 0.0) < (0.1 if dtype == "bf16" else 1e-5), told
     assert floor.errors and case.named(OURS).errors.keys() >= {"dhidden", "dweight"}
-    assert linear_cpu.wrong(case) == []
-    assert case.operations == 2 * case.products * 32 * 1031 * case.shape[0] and case.gradient_bytes == 4 * 32 * (
+    assert wrong(case) == []
+    assert case.flops == 2 * case.products * 32 * 1031 * case.shape[0] and gradient_bytes(case.shape) == 4 * 32 * (
         case.shape[0] + 1031
     )
     assert (TRL in [c.name for c in case.contenders]) == ("trl_chunked" in peers and name != "linear_sft_loss")
@@ -92,7 +93,7 @@ def test_what_ours_holds_beside_the_gradients_stays_within_the_budget(monkeypatc
             cpu_timing.memory(case.named(name))
         # Where the weight is widened, a block of it lies beside the logits.
         block = min(BLOCK_BYTES, 4 * 8192 * 64) if isinstance(products(problem.weight, torch.float32), Widened) else 0
-        assert case.named(OURS).peak_bytes - case.gradient_bytes - block <= 1.05 * 2**22
+        assert case.named(OURS).peak_bytes - gradient_bytes(case.shape) - block <= 1.05 * 2**22
         assert linear_report.beyond_gradients(case, case.named(EAGER)) > 2 * 2**22
 
 
@@ -177,7 +178,7 @@ def timed(name, seconds, **rest):
 def test_figures_to_reach_compare_medians_and_leave_the_gradients_out():
     ours = timed(OURS, 1.2, peak_bytes=100, resident_bytes=4 * 512 * (512 + 32000) + 90)
     contenders = [timed(FLOOR, 1.0), ours, timed(HALF, 0.9), timed(EAGER, 1.5)]
-    case = linear_cpu.LinearCase("c", contenders, "linear_policy_loss", "bf16", (512, 512, 32000))
+    case = Case("c", contenders, shape=(512, 512, 32000), kind="linear_policy_loss", dtype="bf16", products=3)
     goals = linear_report.targets(case, 100)
     assert [g.value for g in goals] == [
         pytest.approx(1.2),
@@ -199,9 +200,10 @@ def test_figures_to_reach_compare_medians_and_leave_the_gradients_out():
 
 def test_a_measured_case_keeps_figures_and_no_tensors(small):
     case = run_linear.forgotten(linear_cpu.policy(*small, {}))
-    assert case.judges == {}
-    with pytest.raises(RuntimeError, match="its tensors are gone; make the case again"):
-        case.contenders[0].run(None)
+    for contender in case.contenders:
+        for spent in (contender.run, contender.prepare, contender.check):
+            with pytest.raises(RuntimeError, match="its tensors are gone; make the case again"):
+                spent(None)
 
 
 def gpu_plan(*arguments):
