@@ -13,7 +13,8 @@ import torch
 import rlkernels
 from benchmarks import run_gpu, run_linear, subject
 from benchmarks.cases import host_cost, linear_gpu, logits_cpu
-from benchmarks.cases.case import COMPILED, Case, wrong
+from benchmarks.cases.case import COMPILED, Case
+from benchmarks.judge import wrong
 from benchmarks.problems import logits as logits_problem
 from benchmarks.report import cpu as cpu_report
 from benchmarks.timing import cpu as cpu_timing
@@ -162,13 +163,13 @@ def conditions() -> list[str]:
 
 def measure(args: argparse.Namespace, tokens: int, vocab: int, rounds: int) -> int:
     remarks, dtype = conditions(), args.dtype or "bf16"
-    problem = logits_problem.make(tokens, vocab, dtype)
+    problem = logits_problem.make(torch.device("cpu"), tokens, vocab, dtype)
     cache = machine.last_level_cache()
     if cache and problem.bytes < 4 * cache:
         remarks.append("the logits are smaller than four last-level caches: these are times with a warm cache")
     what = f"{dtype} logits [{tokens}, {vocab}], {problem.bytes / 2**20:.0f} MiB, {torch.get_num_threads()} threads"
     tell(f"benchmarks: {what}, {rounds} rounds")
-    judge = logits_cpu.Judge(problem, logits_problem.truth(problem))
+    judge = logits_problem.judge(problem)
     peers: dict[str, Callable] = {}
     if not args.no_peers:
         peers, missing = logits_cpu.peers()

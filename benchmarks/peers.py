@@ -238,9 +238,10 @@ def sequences(x: Tensor, count: int) -> Tensor:
 
 
 def liger_policy(
-    function: Callable, problem, clip_low: float, clip_high: float, kl_coef: float, count: int
+    function: Callable, problem, clip_low: float, clip_high: float, kl_coef: float
 ) -> Callable[[Tensor], Tensor]:
     """Liger's GRPO loss on the rows of ours: ``[B, L + 1, V]``, token mean, everything alive."""
+    count = problem.sequences
     ids, old, ref = (
         sequences(c, count)[:, :-1].contiguous() for c in (problem.targets, problem.old_logprobs, problem.ref_logprobs)
     )
@@ -268,7 +269,8 @@ def liger_policy(
     return run
 
 
-def fla_policy(function: Callable, problem, kl_coef: float, count: int) -> Callable[[Tensor], Tensor]:
+def fla_policy(function: Callable, problem, kl_coef: float) -> Callable[[Tensor], Tensor]:
+    count = problem.sequences
     ids, ref = (sequences(c, count)[:, :-1].contiguous() for c in (problem.targets, problem.ref_logprobs))
     advantages, mask = sequences(problem.advantages, count)[:, 0].contiguous(), torch.ones_like(ids)
     return lambda leaf: function(

@@ -12,11 +12,11 @@ import torch
 import rlkernels
 from benchmarks import peers as peer_libraries
 from benchmarks import subject
-from benchmarks.cases import columns_gpu, linear_gpu
+from benchmarks.cases import columns_gpu, linear_gpu, logits_gpu
 from benchmarks.cases.case import Case
 from benchmarks.cases.logits_gpu import CASES, WITH_REFERENCE
 from benchmarks.problems import linear as linear_problem
-from benchmarks.problems import logits_gpu as gpu_problem
+from benchmarks.problems.logits import judge as judge_of
 from benchmarks.report import gpu as gpu_report
 from benchmarks.report import plots
 from benchmarks.timing.device import Cuda
@@ -140,10 +140,10 @@ class Run:
             self.data["not_measured"] += [f"{n} {what}: the budget of {self.args.budget:g} s was spent" for n in names]
             return
         try:
-            problem = gpu_problem.make(
+            problem = logits_gpu.make(
                 self.device.device, tokens, vocab, self.args.dtype, self.device.cache_bytes, with_reference
             )
-            judge = gpu_problem.Judge(problem)
+            judge = judge_of(problem)
         except RuntimeError as error:  # too large for this device
             self.data["not_measured"] += [f"{n} {what}: {first_line(error)}" for n in names]
             return

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.cases import linear_cpu
-from benchmarks.cases.case import Case, wrong
+from benchmarks.cases.case import Case
 from benchmarks.cases.linear_cpu import CASES
+from benchmarks.judge import wrong
 from benchmarks.problems import linear as linear_problem
 from benchmarks.report import linear as linear_report
 from benchmarks.report.linear import HIDDEN, TOKENS, VOCABULARIES

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 OURS, EAGER, COMPILED = "rlkernels", "torch eager", "torch.compile"
 IN_PLACE = ", in place"
-GRADIENT_SLACK = 4e-6
-"""How far a gradient may err beside its rounding, where a case says nothing else."""
 
 
 @dataclass
@@ -59,35 +57,6 @@ class Case:
     def floor(self, roof: "Roofline") -> float:
         """Seconds that this work takes at least on the device whose roofline was measured."""
         return max(roof.floor(self.reads, self.writes), self.flops / roof.matmul)
-
-
-def wrong(case: Case, title: str = "") -> list[str]:
-    """Each answer of ours outside the error policy, and each of ours that failed; empty when all is right.
-
-    A row quantity or a loss may err by the slack, and besides twice as far as torch's fp32 path where
-    ``beside_torch``. A gradient may err ``roundings`` times as far as its one rounding to its dtype, plus the slack.
-
-    Args:
-        title: names the case; default its name.
-    """
-    title, eager, found = title or case.name, case.named(EAGER), []
-    theirs = eager.errors if eager and case.beside_torch else {}
-    for c in (c for c in case.contenders if c.ours):
-        if c.failed:
-            found.append(f"{title}, {c.name}: failed: {c.remark}")
-            continue
-        slack = {"gradient": GRADIENT_SLACK, **case.slack, **c.slack}
-        for quantity, error in c.errors.items():
-            if quantity.endswith("rounding"):
-                continue
-            once = c.errors.get("rounding" if quantity == "gradient" else f"{quantity} rounding")
-            if once is None:
-                bound = 2 * theirs.get(quantity, 0.0) + slack[quantity]
-            else:
-                bound = case.roundings * once + slack["gradient"]
-            if not error <= bound:
-                found.append(f"{title}, {c.name}: error of {quantity} is {error:.3g}, allowed is {bound:.3g}")
-    return found
 
 
 def compiled(function: Callable) -> Callable:

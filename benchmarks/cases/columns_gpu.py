@@ -8,30 +8,19 @@ from torch import Tensor
 
 import rlkernels
 from benchmarks.cases.case import COMPILED, EAGER, Case, compiled, differentiated, on, ours, without_grad
+from benchmarks.judge import EPS, Judge, relative
 from benchmarks.peers import PEERS
-from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW
-from benchmarks.problems.logits_gpu import copies_needed
+from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, copies_needed
 from benchmarks.timing.contender import Contender
 
 PAIRS = 4096
 BETA, GAMMA, LAM = 0.1, 0.99, 0.95
 SCANS = ((64, 4096), (8192, 2048))
-EPS = torch.finfo(torch.float32).eps
 
 
 def draws(device: torch.device, count: int, *shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator(device=device).manual_seed(seed)
     return torch.randn(count, *shape, generator=generator, device=device)
-
-
-def compare(got: Tensor, expected: Tensor) -> float:
-    """Largest error."""
-    return (got.detach().double() - expected).abs().max().item()
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    """Frobenius error over the norm."""
-    return ((got.double() - expected).norm() / expected.norm()).item()
 
 
 def scalar_case(
@@ -45,12 +34,11 @@ def scalar_case(
     """A loss over small columns, forward and backward: ``inputs`` get gradients; both functions take them in order."""
     wide_loss, wide_grads = differentiated(torch_loss)([x.double().requires_grad_() for x in inputs])
 
+    judge = Judge({"loss": wide_loss.detach()})
+
     def check(outputs: tuple) -> dict[str, float]:
-        return {
-            "loss": compare(outputs[0], wide_loss.detach()),
-            "gradient": max(map(relative, outputs[1], wide_grads)),
-            "rounding": EPS,
-        }
+        gradient = max(map(relative, outputs[1], wide_grads))
+        return {"loss": judge.value("loss", outputs[0]), "gradient": gradient, "rounding": EPS}
 
     def entry(label: str, function: Callable, **rest: object) -> Contender:
         return Contender(
@@ -64,8 +52,7 @@ def scalar_case(
     entries.append(entry(EAGER, torch_loss, graph=True))
     if compile_too:
         entries.append(entry(COMPILED, compiled(torch_loss)))
-    slack = {"loss": 2e-6 * max(1.0, abs(wide_loss.item()))}
-    return Case(name, entries, slack, tuple(inputs[0].shape), "columns", *moved)
+    return Case(name, entries, judge.slack, tuple(inputs[0].shape), "columns", *moved)
 
 
 def policy_loss(device: torch.device, compile_too: bool, shape: tuple[int, int] = (64, 2048)) -> Case:
@@ -151,8 +138,9 @@ def gae(device: torch.device, shape: tuple[int, int], peers: dict[str, Callable]
     count = copies_needed(17 * rewards.numel(), cache)
     sets = [(rewards, values, mask), *((rewards.clone(), values.clone(), mask.clone()) for _ in range(count - 1))]
 
-    def check(outputs: tuple) -> dict[str, float]:
-        return {"advantage": compare(outputs[0], expected[0]), "return": compare(outputs[1], expected[1])}
+    judge = Judge({"advantage": expected[0], "return": expected[1]})
+
+    check = judge.check("advantage", "return")
 
     def entry(label: str, function: Callable, judged: Callable = check, **rest: object) -> Contender:
         return Contender(label, without_grad(function), lambda buffer: sets[buffer % count], judged, **rest)
@@ -172,9 +160,5 @@ def gae(device: torch.device, shape: tuple[int, int], peers: dict[str, Callable]
             )
         )
     entries.append(entry(EAGER, gae_loop, remark="the trainers' loop"))
-    slack = {
-        name: 4 * EPS * max(1.0, x.abs().max().item())
-        for name, x in zip(("advantage", "return"), expected, strict=True)
-    }
     moved = 9 * rewards.numel(), 8 * rewards.numel()
-    return Case(gae_name(shape), entries, slack, shape, "2R+2W fp32, mask", *moved, buffers=count)
+    return Case(gae_name(shape), entries, judge.slack, shape, "2R+2W fp32, mask", *moved, buffers=count)

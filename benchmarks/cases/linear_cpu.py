@@ -9,9 +9,11 @@ from torch import Tensor
 import rlkernels
 from benchmarks import peers as peer_libraries
 from benchmarks.cases.case import EAGER, OURS, Case, differentiated
+from benchmarks.judge import EPS, Judge
 from benchmarks.peers import PEERS
 from benchmarks.problems import linear as linear_problem
-from benchmarks.problems.linear import Judge, Problem, full_logits, ppo, products, products_check
+from benchmarks.problems.linear import Problem, full_logits, ppo, products, products_check
+from benchmarks.problems.linear import judge as judge_of
 from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW
 from benchmarks.timing.contender import Contender
 
@@ -37,7 +39,7 @@ def build(
     tokens, hidden, vocab = p.shape
     contenders = [Contender(floor(count), products(p, count), check=products_check(p))]
     contenders += [
-        Contender(name, differentiated(f, upstream), lambda _: p.leaves, judge, ours=name == OURS)
+        Contender(name, differentiated(f, upstream), p.leaves, judge.everything, ours=name == OURS)
         for name, f in entries.items()
     ]
     return Case(
@@ -99,10 +101,10 @@ def policy(p: Problem, dtype: str, peers: dict[str, Callable]) -> Case:
         entries[TRL] = torch_loss(lambda h, w: score(h, w)[0])
     if "liger_chunked" in peers:
         entries[LIGER] = liger_policy(peers["liger_chunked"], p)
-    case = build("linear_policy_loss", p, dtype, 3, Judge(p, lambda logp: ppo(logp, *columns).mean()), entries)
-    judge = Judge(p, lambda logp: torch.where(p.half, ppo(logp, *columns), 0.0).sum() / p.half.sum())
+    case = build("linear_policy_loss", p, dtype, 3, judge_of(p, lambda logp: ppo(logp, *columns).mean()), entries)
+    judge = judge_of(p, lambda logp: torch.where(p.half, ppo(logp, *columns), 0.0).sum() / p.half.sum())
     run = differentiated(lambda h, w: ours(h, w, p.half))
-    case.contenders.insert(2, Contender(HALF, run, lambda _: p.leaves, judge, ours=True, slack=judge.slack))
+    case.contenders.insert(2, Contender(HALF, run, p.leaves, judge.everything, ours=True, slack=judge.slack))
     return case
 
 
@@ -119,7 +121,7 @@ def statistics(p: Problem, dtype: str, peers: dict[str, Callable]) -> Case:
     if "trl_chunked" in peers:
         score = trl_logprobs(peers["trl_chunked"], p.targets, ("entropy",))
         entries[TRL] = lambda h, w: score(h, w)[:2]
-    return build("linear_token_stats", p, dtype, 4, Judge(p, None, p.dentropy), entries, (p.dlogp, p.dentropy))
+    return build("linear_token_stats", p, dtype, 4, judge_of(p, dentropy=p.dentropy), entries, (p.dlogp, p.dentropy))
 
 
 def dpo(p: Problem, dtype: str, peers: dict[str, Callable]) -> Case:
@@ -154,8 +156,8 @@ def dpo(p: Problem, dtype: str, peers: dict[str, Callable]) -> Case:
         score = trl_logprobs(peers["trl_chunked"], part.targets)
         entries[TRL] = lambda h, w: loss(score(h, w)[0])
     # A sum over an answer in fp32 is known to so much, whoever forms it.
-    slack = BETA * 4 * linear_problem.EPS * max(s.abs().max().item() for s in near)
-    return build("linear_dpo_loss", part, dtype, 3, Judge(part, loss, slack=slack), entries)
+    slack = BETA * 4 * EPS * max(s.abs().max().item() for s in near)
+    return build("linear_dpo_loss", part, dtype, 3, judge_of(part, loss, further=slack), entries)
 
 
 def sft(p: Problem, dtype: str, peers: dict[str, Callable]) -> Case:
@@ -168,7 +170,7 @@ def sft(p: Problem, dtype: str, peers: dict[str, Callable]) -> Case:
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
         entries[TORCH_CHUNKED] = lambda h, w: F.linear_cross_entropy(h, w, p.targets, options=options)
     entries[EAGER] = lambda h, w: -full_logits(h, w, p.targets).mean()
-    return build("linear_sft_loss", p, dtype, 3, Judge(p, lambda logp: -logp.mean()), entries)
+    return build("linear_sft_loss", p, dtype, 3, judge_of(p, lambda logp: -logp.mean()), entries)
 
 
 CASES: dict[str, Callable[[Problem, str, dict[str, Callable]], Case]] = {

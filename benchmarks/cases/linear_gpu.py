@@ -10,8 +10,10 @@ from torch import Tensor
 import rlkernels
 from benchmarks.cases.case import COMPILED, EAGER, Case, compiled, differentiated, on, ours
 from benchmarks.cases.linear_cpu import liger_policy, trl_logprobs
+from benchmarks.judge import Judge
 from benchmarks.peers import PEERS
-from benchmarks.problems.linear import Judge, Problem, full_logits, ppo, products, products_check
+from benchmarks.problems.linear import Problem, full_logits, ppo, products, products_check
+from benchmarks.problems.linear import judge as judge_of
 from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW
 from benchmarks.timing.contender import Contender
 
@@ -97,7 +99,7 @@ def build(
     """
 
     def entry(label: str, function: Callable, **rest: object) -> Contender:
-        return Contender(label, differentiated(function, upstream), lambda _: p.leaves, judge, **rest)
+        return Contender(label, differentiated(function, upstream), p.leaves, judge.everything, **rest)
 
     entries = [
         Contender(PRODUCTS.format(count), products(p, count), check=products_check(p), remark="the floor of this run")
@@ -144,7 +146,7 @@ def policy(p: Problem, peers: dict[str, Callable], compile_too: bool) -> Case:
     if "liger_chunked" in peers:
         others[PEERS["liger_chunked"].name] = liger_policy(peers["liger_chunked"], p)
     others[EAGER] = lambda h, w: loss(full_logits(h, w, p.targets))
-    return build("linear_policy_loss", p, Judge(p, loss), 3, fused, without_full_logits(p, others))
+    return build("linear_policy_loss", p, judge_of(p, loss), 3, fused, without_full_logits(p, others))
 
 
 def statistics(p: Problem, peers: dict[str, Callable], compile_too: bool) -> Case:
@@ -156,7 +158,7 @@ def statistics(p: Problem, peers: dict[str, Callable], compile_too: bool) -> Cas
     return build(
         "linear_token_stats",
         p,
-        Judge(p, None, p.dentropy),
+        judge_of(p, dentropy=p.dentropy),
         4,
         fused,
         without_full_logits(p, others),
@@ -178,7 +180,7 @@ def logprobs(p: Problem, peers: dict[str, Callable], compile_too: bool) -> Case:
     def fused(h: Tensor, w: Tensor) -> Tensor:
         return rlkernels.linear_token_logprobs(h, w, p.targets)
 
-    return build("linear_token_logprobs", p, Judge(p, None), 4, fused, without_full_logits(p, others), p.dlogp)
+    return build("linear_token_logprobs", p, judge_of(p), 4, fused, without_full_logits(p, others), p.dlogp)
 
 
 CASES: dict[str, Callable[[Problem, dict[str, Callable], bool], Case]] = dict(

@@ -7,8 +7,9 @@ from torch import Tensor
 
 import rlkernels
 from benchmarks.cases.case import COMPILED, EAGER, IN_PLACE, OURS, Case, compiled, differentiated, without_grad
+from benchmarks.judge import Judge
 from benchmarks.problems import logits as logits_problem
-from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, ENTROPY_COEF, KL_COEF, Problem, Truth
+from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, ENTROPY_COEF, KL_COEF, Problem
 from benchmarks.timing.contender import Contender
 
 FORWARD = "token_logprobs forward"
@@ -18,43 +19,6 @@ POLICY = "logits_policy_loss forward+backward"
 
 OUR_IN_PLACE, TRL = OURS + IN_PLACE, "TRL (torch path)"
 PASS_FORWARD, PASS_BACKWARD = "token_stats forward", "token_stats backward"
-
-
-class Judge:
-    """Errors against float64 on the checked rows: the largest of a row quantity, Frobenius relative of a gradient."""
-
-    def __init__(self, problem: Problem, truth: Truth) -> None:
-        self.rows, self.truth = problem.rows, truth
-        four = 4 * torch.finfo(torch.float32).eps
-        self.slack = {
-            "logp": four * max(1.0, truth.logp.abs().max().item()),
-            "entropy": four * max(1.0, truth.entropy.abs().max().item()),
-            "loss": 2e-6 * max(1.0, truth.loss.abs().item()),
-        }
-
-    def logp(self, logp: Tensor) -> dict[str, float]:
-        return {"logp": (logp.detach()[self.rows].double() - self.truth.logp).abs().max().item()}
-
-    def stats(self, logp: Tensor, entropy: Tensor) -> dict[str, float]:
-        return {
-            **self.logp(logp),
-            "entropy": (entropy.detach()[self.rows].double() - self.truth.entropy).abs().max().item(),
-        }
-
-    def gradient(self, grad: Tensor, expected: Tensor) -> dict[str, float]:
-        got, rounded = grad[self.rows].double(), expected.to(grad.dtype).double()
-        scale = expected.norm()
-        return {
-            "gradient": ((got - expected).norm() / scale).item(),
-            "rounding": ((rounded - expected).norm() / scale).item(),
-        }
-
-    def both(self, outputs: tuple[Tensor, Tensor]) -> dict[str, float]:
-        return {**self.logp(outputs[0]), **self.gradient(*outputs[1], self.truth.dlogits_logp)}
-
-    def policy(self, outputs: tuple[Tensor, Tensor]) -> dict[str, float]:
-        loss = {"loss": (outputs[0].detach().double() - self.truth.loss).abs().item()}
-        return {**loss, **self.gradient(*outputs[1], self.truth.dlogits_policy)}
 
 
 def reading(name: str, problem: Problem, judge: Judge, entries: dict[str, Callable], check: Callable) -> Case:
@@ -72,7 +36,7 @@ def forward(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
     entries = {OURS: rlkernels.token_logprobs, EAGER: eager, COMPILED: compiled(eager)}
     if "selective_log_softmax" in peers:
         entries[TRL] = peers["selective_log_softmax"]
-    return reading(FORWARD, problem, judge, entries, judge.logp)
+    return reading(FORWARD, problem, judge, entries, judge.check("logp"))
 
 
 def both(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
@@ -81,14 +45,16 @@ def both(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
 
     def restored(_: int) -> tuple[Tensor]:
         # No leaf: the values of a leaf may not be given up, those of what a model computed may.
-        return (work.detach().copy_(problem.leaf),)
+        return (work.detach().copy_(problem.leaf()),)
 
     def in_place(logits: Tensor, targets: Tensor) -> Tensor:
         return rlkernels.token_logprobs(logits, targets, inplace_backward=True)
 
     def contender(name: str, function: Callable, prepare: Callable[[int], tuple[Tensor]] = problem.leaves) -> Contender:
         run = differentiated(lambda leaf: function(leaf, y), g)
-        return Contender(name, run, prepare, judge.both, ours=name in (OURS, OUR_IN_PLACE))
+        return Contender(
+            name, run, prepare, judge.check("logp", gradients=("dlogp",)), ours=name in (OURS, OUR_IN_PLACE)
+        )
 
     entries = [
         contender(OURS, rlkernels.token_logprobs),
@@ -110,11 +76,11 @@ def statistics(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Ca
     entries = {OURS: our_stats, EAGER: logits_problem.stats, COMPILED: compiled(logits_problem.stats)}
     if {"selective_log_softmax", "entropy_from_logits"} <= peers.keys():
         entries[TRL] = lambda x, y: (peers["selective_log_softmax"](x, y), peers["entropy_from_logits"](x))
-    return reading(STATS, problem, judge, entries, lambda outputs: judge.stats(*outputs))
+    return reading(STATS, problem, judge, entries, judge.check("logp", "entropy"))
 
 
 def policy(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
-    y, columns = problem.targets, (problem.old_logprobs, problem.ref_logprobs, problem.advantages)
+    y, columns = problem.targets, problem.columns
 
     def ours(leaf: Tensor) -> Tensor:
         return rlkernels.logits_policy_loss(
@@ -137,11 +103,17 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
     upstream = (problem.dlogp, -ENTROPY_COEF * torch.ones_like(problem.dlogp))
 
     def graph(_: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        leaf = problem.leaf
+        leaf = problem.leaf()
         return leaf, our_stats(leaf, y)
 
     def contender(name: str, function: Callable[[Tensor], Tensor]) -> Contender:
-        return Contender(name, differentiated(function), problem.leaves, judge.policy, ours=name == OURS)
+        return Contender(
+            name,
+            differentiated(function),
+            problem.leaves,
+            judge.check("loss", gradients=("dpolicy",)),
+            ours=name == OURS,
+        )
 
     return Case(
         POLICY,
@@ -151,7 +123,7 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable]) -> Case:
                 PASS_FORWARD,
                 lambda leaves: our_stats(*leaves, y),
                 problem.leaves,
-                lambda o: judge.stats(*o),
+                judge.check("logp", "entropy"),
                 problem.bytes,
                 ours=True,
             ),

@@ -8,10 +8,10 @@ from torch import Tensor
 import rlkernels
 from benchmarks import peers as peer_libraries
 from benchmarks.cases.case import COMPILED, EAGER, IN_PLACE, Case, compiled, differentiated, on, ours, without_grad
+from benchmarks.judge import Judge
 from benchmarks.peers import PEERS
 from benchmarks.problems import logits as logits_problem
-from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, ENTROPY_COEF, KL_COEF
-from benchmarks.problems.logits_gpu import SEQUENCES, Judge, Problem, kl_composition, two_upstream
+from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, ENTROPY_COEF, KL_COEF, Problem, kl_composition, two_upstream
 from benchmarks.timing.contender import Contender
 from rlkernels import ops
 
@@ -21,7 +21,18 @@ POLICY = "logits_policy_loss forward+backward"
 TWO = "two models: logprob, entropy, exact KL, forward"
 TWO_BOTH = "two models: logprob, entropy, exact KL, forward+backward"
 
+SEQUENCES = 8
+"""The rows of a batch are so many sequences of equal length: some peers take [B, L + 1, V] and one advantage per
+sequence.
+"""
+CHECKED = 16
 ONE_LAUNCH = ", op with the gradient in the forward"
+
+
+def make(device: torch.device, tokens: int, vocab: int, dtype: str, cache: int, reference: bool = False) -> Problem:
+    return logits_problem.make(
+        device, tokens, vocab, dtype, cache=cache, reference=reference, sequences=SEQUENCES, checked=CHECKED
+    )
 
 
 class Scratch:
@@ -40,23 +51,13 @@ class Scratch:
         return (self.work.detach().copy_(self.problem.leaf(buffer)),)
 
 
-def row_slack(judge: Judge) -> dict[str, float]:
-    """``4 eps32 max(1, |R|)`` of each row quantity, ``2e-6 max(1, |R|)`` of the loss."""
-    four, found = 4 * torch.finfo(torch.float32).eps, {"loss": 2e-6 * max(1.0, abs(judge.truth.loss.item()))}
-    for name in ("logp", "entropy", "ref_logp", "kl"):
-        value = getattr(judge.truth, name)
-        if value is not None:
-            found[name] = four * max(1.0, value.abs().max().item())
-    return found
-
-
 def case(
     name: str, problem: Problem, judge: Judge, entries: list[Contender], passes: str, reads: int, writes: int
 ) -> Case:
     return Case(
         name,
         entries,
-        row_slack(judge),
+        judge.slack,
         problem.shape,
         passes,
         reads * problem.bytes,
@@ -68,8 +69,7 @@ def case(
 def statistics(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_too: bool) -> Case:
     y = problem.targets
 
-    def both(outputs: tuple) -> dict[str, float]:
-        return judge.row(logp=outputs[0], entropy=outputs[1])
+    both = judge.check("logp", "entropy")
 
     def our_stats(x: Tensor) -> tuple[Tensor, Tensor]:
         found = rlkernels.token_stats(x, y, outputs=("entropy",))
@@ -84,7 +84,7 @@ def statistics(problem: Problem, judge: Judge, peers: dict[str, Callable], compi
     scratch = Scratch(problem)
     for label, (remark, function, writes) in peer_libraries.cross_entropies(peers).items():
         remark = "; ".join(filter(None, ("log-probability only", remark)))
-        made = entry(label, lambda x, f=function: f(x, y), lambda logp: judge.row(logp=logp), remark=remark)
+        made = entry(label, lambda x, f=function: f(x, y), judge.check("logp"), remark=remark)
         if writes:
             made.prepare, made.run = scratch, without_grad(lambda leaf, f=function: f(leaf.detach(), y))
         entries.append(made)
@@ -98,8 +98,7 @@ def statistics(problem: Problem, judge: Judge, peers: dict[str, Callable], compi
 def logprobs(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_too: bool) -> Case:
     y, g, scratch = problem.targets, problem.dlogp, Scratch(problem)
 
-    def check(outputs: tuple) -> dict[str, float]:
-        return {**judge.row(logp=outputs[0]), **judge.gradient(*outputs[1], "dlogp")}
+    check = judge.check("logp", gradients=("dlogp",))
 
     def entry(label: str, function: Callable, prepare: Callable = problem.leaves, **rest: object) -> Contender:
         return Contender(label, differentiated(lambda leaf: function(leaf, y), g), prepare, check, **rest)
@@ -123,10 +122,9 @@ def logprobs(problem: Problem, judge: Judge, peers: dict[str, Callable], compile
 
 def policy(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_too: bool) -> Case:
     y, tokens, scratch = problem.targets, problem.targets.numel(), Scratch(problem)
-    columns = (problem.old_logprobs, problem.ref_logprobs, problem.advantages)
+    columns = problem.columns
 
-    def check(outputs: tuple) -> dict[str, float]:
-        return {**judge.loss(outputs[0]), **judge.gradient(*outputs[1], "dpolicy")}
+    check = judge.check("loss", gradients=("dpolicy",))
 
     def our_loss(leaf: Tensor, inplace: bool = False) -> Tensor:
         return rlkernels.logits_policy_loss(
@@ -186,22 +184,13 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_t
         entries.append(
             Contender(label + ONE_LAUNCH, one_launch(name), lambda buffer: (problem.copies[buffer],), check, ours=True)
         )
-    # The gradient of a mean over fewer rows, without the entropy term; rows that end a sequence are not in it.
-    length = tokens // SEQUENCES
-    inside = (judge.rows + 1) % max(length, 1) != 0
-    scale = length / (length - 1) if length > 1 else 1.0
-
-    def without_entropy(outputs: tuple) -> dict[str, float]:
-        return judge.gradient(*outputs[1], "dpolicy_without_entropy", inside, scale)
-
-    if length > 1 and tokens % SEQUENCES == 0:
+    if "dgrpo" in judge.gradients:
         if "liger_grpo" in peers:
-            run = peer_libraries.liger_policy(peers["liger_grpo"], problem, CLIP_LOW, CLIP_HIGH, KL_COEF, SEQUENCES)
-            entries.append(
-                entry(PEERS["liger_grpo"].name, run, scratch, without_entropy, remark=PEERS["liger_grpo"].remark)
-            )
+            run = peer_libraries.liger_policy(peers["liger_grpo"], problem, CLIP_LOW, CLIP_HIGH, KL_COEF)
+            judged, remark = judge.check(gradients=("dgrpo",)), PEERS["liger_grpo"].remark
+            entries.append(entry(PEERS["liger_grpo"].name, run, scratch, judged, remark=remark))
         if "fla_grpo" in peers:
-            run = peer_libraries.fla_policy(peers["fla_grpo"], problem, KL_COEF, SEQUENCES)
+            run = peer_libraries.fla_policy(peers["fla_grpo"], problem, KL_COEF)
             entries.append(
                 entry(PEERS["fla_grpo"].name, run, problem.leaves, lambda outputs: {}, remark=PEERS["fla_grpo"].remark)
             )
@@ -224,8 +213,7 @@ def two_models(
 ) -> Case:
     y, upstream = problem.targets, two_upstream(problem)
 
-    def rows(outputs: tuple) -> dict[str, float]:
-        return judge.row(logp=outputs[0], entropy=outputs[1], ref_logp=outputs[2], kl=outputs[3])
+    rows = ("logp", "entropy", "ref_logp", "kl")
 
     def our_stats(x: Tensor, ref: Tensor) -> tuple:
         found = rlkernels.token_stats(x, y, ref_logits=ref, kl="exact", outputs=("entropy",))
@@ -234,18 +222,18 @@ def two_models(
     def entry(label: str, function: Callable, **rest: object) -> Contender:
         if not backward:
             inputs = list(zip(problem.copies, problem.ref_copies, strict=True))
-            return Contender(label, without_grad(function), inputs.__getitem__, rows, **rest)
+            return Contender(label, without_grad(function), inputs.__getitem__, judge.check(*rows), **rest)
 
         def both(state: tuple) -> tuple:
             leaf, ref = state
             outputs = function(leaf, ref)
-            return outputs, torch.autograd.grad((outputs[0], outputs[1], outputs[3]), leaf, upstream)[0]
+            return outputs, torch.autograd.grad((outputs[0], outputs[1], outputs[3]), (leaf,), upstream)
 
         return Contender(
             label,
             both,
             lambda buffer: (problem.leaf(buffer), problem.ref_copies[buffer]),
-            lambda o: {**rows(o[0]), **judge.gradient(o[1], "dtwo")},
+            judge.check(*rows, gradients=("dtwo",)),
             **rest,
         )
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, DTYPES, ENTROPY_COEF
+from benchmarks.judge import Judge, relative
+from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, DTYPES, ENTROPY_COEF, log_softmax_gather
 
 CHECKED_ROWS, CHECKED_COLUMNS = 8, 32
 PIECE = 2**24
 """Logits of a float64 piece: 128 MiB."""
-EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass
@@ -35,13 +35,16 @@ class Problem:
     columns: Tensor
     truth: "Truth"
 
-    @property
-    def leaves(self) -> tuple[Tensor, Tensor]:
+    def leaves(self, buffer: int = 0) -> tuple[Tensor, Tensor]:
         return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return (*self.hidden.shape, self.weight.shape[0])
+
+    @property
+    def dtype(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.weight.dtype)
 
     @property
     def dentropy(self) -> Tensor:
@@ -158,14 +161,12 @@ def products(p: Problem, count: int = 3) -> Callable[[object], tuple[Tensor, Ten
 
 def products_check(p: Problem) -> Callable[[tuple[Tensor, Tensor]], dict[str, float]]:
     """Error of the first result of ``products`` on the checked rows: the floor does the work that it stands for."""
-    some, expected = (
-        p.hidden[p.rows].double(),
-        torch.zeros(len(p.rows), p.hidden.shape[1], dtype=torch.float64, device=p.hidden.device),
-    )
+    some = p.hidden[p.rows].double()
+    expected = torch.zeros_like(some)
     for block in _blocks(p.weight.shape[0], len(p.rows)):
         columns = p.weight[block].double()
         expected += some @ columns.T @ columns
-    return lambda outputs: {"product": ((outputs[0][p.rows].double() - expected).norm() / expected.norm()).item()}
+    return lambda outputs: {"product": relative(outputs[0][p.rows], expected)}
 
 
 def ppo(logp: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -176,56 +177,26 @@ def ppo(logp: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
 
 def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of the target with the logits of all tokens at once, as trainers write it."""
-    return torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, targets[:, None])[:, 0]
+    return log_softmax_gather(hidden @ weight.T, targets)
 
 
-class Judge:
-    """Errors against float64: the largest of a row quantity, absolute of a loss, relative (Frobenius) of a gradient on
-    its sample.
+def judge(
+    p: Problem, loss: Callable[[Tensor], Tensor] | None = None, dentropy: Tensor | None = None, further: float = 0.0
+) -> Judge:
+    """The judge of a loss, or of the statistics themselves with the problem's upstream gradients.
 
-    Attributes:
-        slack: what each error may be beside the one rounding of a gradient to its dtype. Given: what the loss loses to
-            its fp32 sums.
+    Args:
+        loss: takes log-probabilities ``[T]``.
+        dentropy: the gradient that arrives at the entropy; None: the entropy is not asked for.
+        further: how far the loss and the gradients may err for what the loss loses to its fp32 sums.
     """
-
-    def __init__(
-        self,
-        problem: Problem,
-        loss: Callable[[Tensor], Tensor] | None,
-        dentropy: Tensor | None = None,
-        slack: float = 0.0,
-    ) -> None:
-        """``loss`` takes log-probabilities ``[T]``; None: the statistics themselves, with the problem's upstream
-        gradients.
-        """
-        self.problem, self.loss = problem, None
-        dlogp = problem.dlogp
-        if loss is not None:
-            leaf = problem.truth.logp.clone().requires_grad_()
-            self.loss = loss(leaf)
-            (dlogp,) = torch.autograd.grad(self.loss, leaf)
-        self.expected = gradients(problem, dlogp, dentropy)
-        four = 4 * EPS
-        self.slack = {
-            name: four * max(1.0, getattr(problem.truth, name).abs().max().item()) for name in ("logp", "entropy")
-        }
-        self.slack["gradient"] = 4e-6 + slack
-        self.slack["loss"] = 2e-6 * max(1.0, abs(self.loss.item())) + slack if loss is not None else 0.0
-
-    def __call__(self, outputs: tuple[object, tuple[Tensor, Tensor]]) -> dict[str, float]:
-        found, grads = outputs
-        if self.loss is not None:
-            errors = {"loss": (found.detach().double() - self.loss.detach()).abs().item()}
-        else:
-            found = found if isinstance(found, tuple) else (found,)
-            errors = {
-                name: (x.detach().double() - getattr(self.problem.truth, name)).abs().max().item()
-                for name, x in zip(("logp", "entropy"), found, strict=False)
-                if x is not None
-            }
-        where = self.problem.rows, self.problem.columns
-        for name, grad, index, expected in zip(("dhidden", "dweight"), grads, where, self.expected, strict=True):
-            once = expected.to(grad.dtype).double()
-            errors[name] = ((grad[index].double() - expected).norm() / expected.norm()).item()
-            errors[f"{name} rounding"] = ((once - expected).norm() / expected.norm()).item()
-        return errors
+    values, dlogp = {"logp": p.truth.logp}, p.dlogp
+    if dentropy is not None:
+        values["entropy"] = p.truth.entropy
+    if loss is not None:
+        leaf = p.truth.logp.clone().requires_grad_()
+        expected = loss(leaf)
+        (dlogp,) = torch.autograd.grad(expected, leaf)
+        values = {"loss": expected.detach()}
+    dhidden, dweight = gradients(p, dlogp, dentropy)
+    return Judge(values, {"dhidden": (p.rows, dhidden), "dweight": (p.columns, dweight)}, further=further)

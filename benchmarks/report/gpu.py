@@ -8,8 +8,9 @@ from pathlib import Path
 
 from benchmarks.cases import linear_gpu
 from benchmarks.cases import logits_gpu as cases_
-from benchmarks.cases.case import EAGER, IN_PLACE, Case, wrong
+from benchmarks.cases.case import EAGER, IN_PLACE, Case
 from benchmarks.cases.logits_gpu import ONE_LAUNCH
+from benchmarks.judge import wrong
 from benchmarks.peers import PEERS
 from benchmarks.timing.contender import Contender, summary
 from benchmarks.timing.gpu import Roofline

@@ -11,11 +11,13 @@ import torch
 
 import rlkernels
 from benchmarks.cases import linear_cpu, logits_cpu
-from benchmarks.cases.case import COMPILED, EAGER, OURS, wrong
+from benchmarks.cases.case import COMPILED, EAGER, OURS
+from benchmarks.judge import wrong
 from benchmarks.problems import linear as linear_problem
 from benchmarks.problems import logits as logits_problem
 from benchmarks.timing import cpu as cpu_timing
 
+CPU = torch.device("cpu")
 # One batch below and one above the last-level cache of common machines; a vocabulary that no block divides.
 SHAPES = {"16 x 32000": (16, 32000), "512 x 50257": (512, 50257)}
 CONTENDERS = {
@@ -38,8 +40,8 @@ FUSED = [
 
 @functools.cache
 def problem(shape):
-    made = logits_problem.make(*SHAPES[shape], "bf16")
-    return made, logits_cpu.Judge(made, logits_problem.truth(made))
+    made = logits_problem.make(CPU, *SHAPES[shape], "bf16")
+    return made, logits_problem.judge(made)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -66,7 +68,7 @@ def test_speed(benchmark, name, who, shape):
 
 @functools.cache
 def head(shape, dtype):
-    return linear_problem.make(torch.device("cpu"), *HEADS[shape], dtype)
+    return linear_problem.make(CPU, *HEADS[shape], dtype)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

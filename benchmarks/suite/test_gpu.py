@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from benchmarks.cases import logits_gpu
-from benchmarks.cases.case import EAGER, wrong
-from benchmarks.problems import logits_gpu as gpu_problem
+from benchmarks.cases.case import EAGER
+from benchmarks.judge import wrong
+from benchmarks.problems.logits import judge
 from benchmarks.timing import gpu as gpu_timing
 
 SHAPE = (2048, 151936)
@@ -28,8 +29,8 @@ def device():
 
 @functools.cache
 def problem():
-    made = gpu_problem.make(device().device, *SHAPE, "bf16", device().cache_bytes, reference=True)
-    return made, gpu_problem.Judge(made)
+    made = logits_gpu.make(device().device, *SHAPE, "bf16", device().cache_bytes, reference=True)
+    return made, judge(made)
 
 
 @pytest.mark.parametrize("who", NAMES)

@@ -81,8 +81,8 @@ def test_bench_counts_the_memory_of_a_run():
 
 
 def test_bench_in_place_backward_takes_no_memory_of_the_size_of_the_logits():
-    problem = logits_problem.make(32, 4099, "bf16")
-    case = logits_cpu.both(problem, logits_cpu.Judge(problem, logits_problem.truth(problem)), {})
+    problem = logits_problem.make(torch.device("cpu"), 32, 4099, "bf16")
+    case = logits_cpu.both(problem, logits_problem.judge(problem), {})
     plain, in_place = case.named(OURS), case.named(logits_cpu.OUR_IN_PLACE)
     for contender in (plain, in_place):
         cpu_timing.first_run(contender)

@@ -17,7 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.cases import columns_gpu, logits_gpu
 from benchmarks.cases.case import EAGER, Case
 from benchmarks.cases.linear_gpu import NAMES as LINEAR
-from benchmarks.problems import logits_gpu as gpu_problem
+from benchmarks.problems.logits import copies_needed
 from benchmarks.report import gpu as gpu_report
 from benchmarks.report import plots
 from benchmarks.timing import device as gpu_device
@@ -125,9 +125,9 @@ def test_cold_runs_find_an_empty_queue_and_an_overwritten_cache_outside_the_cloc
 
 
 def test_buffers_are_four_caches_in_total():
-    assert gpu_problem.copies_needed(2048 * 32000 * 2, 50 * 2**20) == 2
-    assert gpu_problem.copies_needed(8192 * 151936 * 2, 50 * 2**20) == 1
-    assert gpu_problem.copies_needed(17 * 64 * 4096, 50 * 2**20) == 48
+    assert copies_needed(2048 * 32000 * 2, 50 * 2**20) == 2
+    assert copies_needed(8192 * 151936 * 2, 50 * 2**20) == 1
+    assert copies_needed(17 * 64 * 4096, 50 * 2**20) == 48
 
 
 def test_launches_are_counted_by_kind_without_the_profilers_own_ranges():

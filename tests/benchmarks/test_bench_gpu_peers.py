@@ -14,11 +14,10 @@ from test_bench_gpu import Device
 
 from benchmarks import peers as peer_libraries
 from benchmarks.cases import linear_gpu, logits_gpu
-from benchmarks.cases.case import wrong
+from benchmarks.judge import wrong
 from benchmarks.peers import PEERS
 from benchmarks.problems import linear as linear_problem
 from benchmarks.problems import logits as logits_problem
-from benchmarks.problems import logits_gpu as gpu_problem
 from benchmarks.report import gpu as gpu_report
 from benchmarks.timing import gpu as gpu_timing
 
@@ -176,8 +175,8 @@ STAND_INS = {
 
 @pytest.fixture(scope="module")
 def judged():
-    problem = gpu_problem.make(torch.device("cpu"), 32, 257, "bf16", 2**12)
-    return problem, gpu_problem.Judge(problem)
+    problem = logits_gpu.make(torch.device("cpu"), 32, 257, "bf16", 2**12)
+    return problem, logits_problem.judge(problem)
 
 
 @pytest.mark.parametrize("name", (logits_gpu.STATS, logits_gpu.LOGP, logits_gpu.POLICY))

@@ -14,8 +14,9 @@ from benchmarks import __main__ as command
 from benchmarks import run_linear
 from benchmarks.__main__ import main
 from benchmarks.cases import linear_cpu, linear_gpu, logits_cpu
-from benchmarks.cases.case import EAGER, OURS, Case, wrong
+from benchmarks.cases.case import EAGER, OURS, Case
 from benchmarks.cases.linear_cpu import CASES, HALF, TRL, gradient_bytes
+from benchmarks.judge import wrong
 from benchmarks.problems import linear as linear_problem
 from benchmarks.report import gpu as gpu_report
 from benchmarks.report import linear as linear_report
