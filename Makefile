@@ -68,14 +68,14 @@ fuzz-sanitized: $(VENV)/.installed
 	$(FUZZ) --sanitized --seeds 0 1000 $(ARGS)
 
 bench: $(VENV)/.installed
-	$(VENV)/bin/rlkernels bench --device cpu $(ARGS)
+	$(VENV)/bin/python -m benchmarks --device cpu $(ARGS)
 
 bench-suite: $(VENV)/.installed
-	$(VENV)/bin/pytest benchmarks --benchmark-only -p no:xdist $(ARGS)
+	$(VENV)/bin/pytest benchmarks/suite --benchmark-only -p no:xdist $(ARGS)
 
 # On a CUDA machine whose Python has torch and Triton already: no virtual environment, no network, under nine minutes.
 gpu:
-	$(PYTHON) benchmarks/gpu_run.py $(ARGS)
+	$(PYTHON) benchmarks/gpu_machine/run.py $(ARGS)
 
 # .clang-format holds the style, .clang-format-ignore what a program prints.
 NATIVE = $(shell find csrc tests -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))

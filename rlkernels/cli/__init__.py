@@ -11,7 +11,6 @@ COMMANDS = {
     "demo": "train three real TRL trainers on the standard library's documentation, stock and with our kernels, and "
     "compare",
     "doctor": "which backend serves what on this machine, and why one is absent",
-    "bench": "speed, memory and error of the kernels on this machine",
 }
 
 

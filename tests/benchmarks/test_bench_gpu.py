@@ -1,4 +1,4 @@
-"""``rlkernels bench --device cuda`` on a stand-in for the device: the protocol, the judge, the file that grows, and
+"""``python -m benchmarks --device cuda`` on a stand-in for the device: the protocol, the judge, the file that grows and
 what is told.
 """
 
@@ -11,20 +11,18 @@ import pytest
 import torch
 
 import rlkernels
-from rlkernels.cli import (
-    bench,
-    bench_gpu,
-    bench_gpu_cases,
-    bench_gpu_device,
-    bench_gpu_plots,
-    bench_gpu_problem,
-    bench_gpu_report,
-    bench_gpu_small,
-    main,
-)
-from rlkernels.cli import bench_gpu_timing as timing
-from rlkernels.cli.bench_gpu_linear import NAMES as LINEAR
-from rlkernels.cli.bench_gpu_timing import Entry
+from benchmarks import __main__ as command
+from benchmarks import run_gpu
+from benchmarks.__main__ import main
+from benchmarks.cases import columns_gpu, logits_gpu
+from benchmarks.cases.case import EAGER, Case
+from benchmarks.cases.linear_gpu import NAMES as LINEAR
+from benchmarks.problems.logits import copies_needed
+from benchmarks.report import gpu as gpu_report
+from benchmarks.report import plots
+from benchmarks.timing import device as gpu_device
+from benchmarks.timing import gpu as timing
+from benchmarks.timing.contender import Contender
 
 
 class Device:
@@ -73,12 +71,12 @@ def entry(device, name, cost, log=None, **rest):
         if log is not None:
             log.append((name, state))
 
-    return Entry(name, run, lambda buffer: buffer, **rest)
+    return Contender(name, run, lambda buffer: buffer, **rest)
 
 
 def arguments(*more):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    command.add_arguments(parser)
     return parser.parse_args(
         [
             "--device",
@@ -98,13 +96,13 @@ def arguments(*more):
 
 
 def run(*more, device=None):
-    return bench_gpu.run(arguments(*more), device or Device(), small=128, size=2**14, side=16)
+    return run_gpu.run(arguments(*more), device or Device(), small=128, size=2**14, side=16)
 
 
 def test_the_race_alternates_and_takes_the_next_buffer_each_time():
     device, log = Device(), []
     entries = [entry(device, name, 0.01, log) for name in "AB"]
-    timing._rounds(device, entries, "hot", 3, 0.05, lambda: None)
+    timing._rounds(device, entries, "samples", 3, 0.05, lambda: None)
     assert "".join(name for name, _ in log) == "AB" * timing.LEAST
     assert [buffer for _, buffer in log] == [k % 3 for k in range(2 * timing.LEAST)]
 
@@ -112,24 +110,24 @@ def test_the_race_alternates_and_takes_the_next_buffer_each_time():
 def test_a_fast_entry_runs_until_its_seconds_are_over_and_no_more_than_the_most():
     device = Device()
     slow, fast, endless = entry(device, "slow", 1.0), entry(device, "fast", 0.01), entry(device, "endless", 0.0)
-    timing._rounds(device, [slow, fast, endless], "hot", 1, 0.5, lambda: None)
-    assert len(slow.hot) == timing.LEAST and len(endless.hot) == timing.MOST
-    assert 0.5 <= sum(fast.hot) < 0.7
+    timing._rounds(device, [slow, fast, endless], "samples", 1, 0.5, lambda: None)
+    assert len(slow.samples) == timing.LEAST and len(endless.samples) == timing.MOST
+    assert 0.5 <= sum(fast.samples) < 0.7
 
 
 def test_cold_runs_find_an_empty_queue_and_an_overwritten_cache_outside_the_clock():
     device, flush = Device(), torch.ones(8, dtype=torch.uint8)
     e = entry(device, "A", 0.01)
     timing.race(device, [e], 1, 0.02, flush)
-    assert len(e.hot) == timing.LEAST and len(e.cold) == timing.LEAST
+    assert len(e.samples) == timing.LEAST and len(e.cold) == timing.LEAST
     assert flush.sum() == 0 and device.synchronized > timing.LEAST
     assert statistics.median(e.cold) == pytest.approx(0.01 + 1e-4)
 
 
 def test_buffers_are_four_caches_in_total():
-    assert bench_gpu_problem.copies_needed(2048 * 32000 * 2, 50 * 2**20) == 2
-    assert bench_gpu_problem.copies_needed(8192 * 151936 * 2, 50 * 2**20) == 1
-    assert bench_gpu_problem.copies_needed(17 * 64 * 4096, 50 * 2**20) == 48
+    assert copies_needed(2048 * 32000 * 2, 50 * 2**20) == 2
+    assert copies_needed(8192 * 151936 * 2, 50 * 2**20) == 1
+    assert copies_needed(17 * 64 * 4096, 50 * 2**20) == 48
 
 
 def test_launches_are_counted_by_kind_without_the_profilers_own_ranges():
@@ -140,8 +138,8 @@ def test_launches_are_counted_by_kind_without_the_profilers_own_ranges():
         "vectorized_elementwise",
         "## Call CompiledFxGraph abc ##",
     ]
-    assert bench_gpu_device.count_launches(names) == {"kernels": 2, "copies": 1, "fills": 1}
-    assert bench_gpu_device.count_launches([]) is None
+    assert gpu_device.count_launches(names) == {"kernels": 2, "copies": 1, "fills": 1}
+    assert gpu_device.count_launches([]) is None
 
 
 def test_driver_and_clocks_are_read_from_one_line_of_the_tool(tmp_path, monkeypatch):
@@ -149,7 +147,7 @@ def test_driver_and_clocks_are_read_from_one_line_of_the_tool(tmp_path, monkeypa
     tool.write_text("#!/bin/sh\necho '580.159.04, 1980, 3201, 1980, 412.5, 700.00, 41'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert bench_gpu_device.smi(0) == {
+    assert gpu_device.smi(0) == {
         "driver_version": "580.159.04",
         "clocks.sm": "1980",
         "clocks.mem": "3201",
@@ -159,13 +157,13 @@ def test_driver_and_clocks_are_read_from_one_line_of_the_tool(tmp_path, monkeypa
         "temperature.gpu": "41",
     }
     tool.write_text("#!/bin/sh\nexit 9\n")
-    assert bench_gpu_device.smi(0) == {}
+    assert gpu_device.smi(0) == {}
     tool.unlink()
-    assert bench_gpu_device.smi(0) == {}
+    assert gpu_device.smi(0) == {}
 
 
 def test_the_peak_is_what_the_allocator_held_above_its_level_before(monkeypatch):
-    cuda, level = object.__new__(bench_gpu_device.Cuda), {"now": 100, "most": 900}
+    cuda, level = object.__new__(gpu_device.Cuda), {"now": 100, "most": 900}
     cuda.device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: level.update(most=level["now"]))
@@ -182,30 +180,23 @@ def test_the_hosts_time_is_from_call_to_return_on_an_empty_queue():
         time.sleep(0.02)
         order.append("prepared")
 
-    took = bench_gpu_device.host_seconds(device, lambda state: order.append("ran"), prepare, runs=3)
+    took = gpu_device.host_seconds(device, lambda state: order.append("ran"), prepare, runs=3)
     assert order[:6] == ["prepared", "synchronized", "ran"] * 2 and took < 0.01
 
 
 def test_a_floor_is_the_larger_of_moving_and_computing():
     roof = timing.Roofline(read=100.0, copy=80.0, matmul=10.0)
     assert roof.reading == 100.0 and timing.Roofline(50.0, 80.0, 1.0).reading == 80.0
-    assert bench_gpu_cases.Case("", [], "", 200, 0).floor(roof) == 2.0
-    assert bench_gpu_cases.Case("", [], "", 80, 80).floor(roof) == 2.0
-    assert bench_gpu_cases.Case("", [], "", 80, 80, flops=50).floor(roof) == 5.0
+    assert Case("", [], reads=200).floor(roof) == 2.0
+    assert Case("", [], reads=80, writes=80).floor(roof) == 2.0
+    assert Case("", [], reads=80, writes=80, flops=50).floor(roof) == 5.0
 
 
 def test_the_command_writes_every_case_judges_it_and_draws(tmp_path, capsys, monkeypatch):
     # Once, not thirty times.
     monkeypatch.setattr(timing, "host_seconds", lambda device, run, prepare: len([run(prepare(0))]) * 1e-5)
     file = tmp_path / "bench.json"
-    wanted = [
-        bench_gpu_cases.STATS,
-        bench_gpu_cases.LOGP,
-        bench_gpu_cases.POLICY,
-        bench_gpu_cases.TWO_BOTH,
-        *bench_gpu.SMALL,
-        *LINEAR,
-    ]
+    wanted = [logits_gpu.STATS, logits_gpu.LOGP, logits_gpu.POLICY, logits_gpu.TWO_BOTH, *run_gpu.SMALL, *LINEAR]
     pictures = ["--plot", str(tmp_path / "pictures")] if bench_gpu_plots_work() else []
     assert (
         run("--json", str(file), "--commit", "abc", *pictures, *(x for name in wanted for x in ("--case", name))) == 0
@@ -216,7 +207,7 @@ def test_the_command_writes_every_case_judges_it_and_draws(tmp_path, capsys, mon
     assert measured == [*wanted[:4], "policy_loss", "pairwise_reward_loss", "dpo_loss", "gae", "gae", *LINEAR]
     for case in data["cases"]:
         assert case["faults"] == [] and case["floor_s"] > 0 and case["state"]["driver_version"] == "1.2"
-        assert {e["name"] for e in case["entries"]} >= {"rlkernels auto", bench_gpu_cases.EAGER}
+        assert {e["name"] for e in case["entries"]} >= {"rlkernels auto", EAGER}
         for e in case["entries"]:
             assert (
                 not e["failed"]
@@ -240,7 +231,7 @@ def bench_gpu_plots_work():
 def test_one_percent_of_error_fails_the_command(monkeypatch, capsys):
     true = rlkernels.token_logprobs
     monkeypatch.setattr(rlkernels, "token_logprobs", lambda *a, **k: true(*a, **k) * 1.01)
-    assert run("--case", bench_gpu_cases.LOGP) == 1
+    assert run("--case", logits_gpu.LOGP) == 1
     printed = capsys.readouterr().out
     assert "rlkernels auto: error of logp" in printed and "rlkernels auto: error of gradient" in printed
 
@@ -254,14 +245,14 @@ def test_one_of_ours_that_fails_is_a_fault_and_the_others_are_measured(monkeypat
     assert run("--case", "gae", "--json", str(file)) == 1
     case = json.loads(file.read_text())["cases"][0]
     assert any("failed: RuntimeError: no kernel image" in f and "second line" not in f for f in case["faults"])
-    assert next(e for e in case["entries"] if e["name"] == bench_gpu_cases.EAGER)["hot"]
+    assert next(e for e in case["entries"] if e["name"] == EAGER)["hot"]
 
 
 def test_an_interrupted_run_keeps_the_cases_that_ended(monkeypatch, tmp_path):
     def interrupted(*a, **k):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench_gpu_small, "dpo", interrupted)
+    monkeypatch.setattr(columns_gpu, "dpo", interrupted)
     file = tmp_path / "bench.json"
     assert run("--case", "pairwise_reward_loss", "--case", "dpo_loss", "--json", str(file)) == 130
     data = json.loads(file.read_text())
@@ -271,16 +262,16 @@ def test_an_interrupted_run_keeps_the_cases_that_ended(monkeypatch, tmp_path):
 
 def test_a_spent_budget_leaves_cases_out_by_name(tmp_path):
     file = tmp_path / "bench.json"
-    run("--budget", "0.000001", "--case", bench_gpu_cases.STATS, "--case", "dpo_loss", "--json", str(file))
+    run("--budget", "0.000001", "--case", logits_gpu.STATS, "--case", "dpo_loss", "--json", str(file))
     data = json.loads(file.read_text())
     assert data["cases"] == [] and [line.split(":")[0] for line in data["not_measured"]] == [
-        f"{bench_gpu_cases.STATS} [32, 131]",
+        f"{logits_gpu.STATS} [32, 131]",
         "dpo_loss",
     ]
 
 
 def test_a_peer_that_loses_the_device_ends_the_run_with_what_it_has(monkeypatch, tmp_path):
-    device, make = Device(), bench_gpu_small.dpo
+    device, make = Device(), columns_gpu.dpo
 
     def with_a_bad_peer(*a, **k):
         case = make(*a, **k)
@@ -289,10 +280,10 @@ def test_a_peer_that_loses_the_device_ends_the_run_with_what_it_has(monkeypatch,
             device.lost = True
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-        case.entries.append(Entry("bad peer", illegal))
+        case.contenders.append(Contender("bad peer", illegal))
         return case
 
-    monkeypatch.setattr(bench_gpu_small, "dpo", with_a_bad_peer)
+    monkeypatch.setattr(columns_gpu, "dpo", with_a_bad_peer)
     file = tmp_path / "bench.json"
     assert run("--case", "pairwise_reward_loss", "--case", "dpo_loss", "--json", str(file), device=device) == 3
     data = json.loads(file.read_text())
@@ -301,16 +292,16 @@ def test_a_peer_that_loses_the_device_ends_the_run_with_what_it_has(monkeypatch,
 
 def test_peers_that_err_or_fail_are_shown_with_a_remark():
     good, coarse = (
-        Entry("p", None, errors={"logp": 1e-5, "gradient": 2e-3, "rounding": 1.6e-3}),
-        Entry("p", None, errors={"logp": 0.05}),
+        Contender("p", None, errors={"logp": 1e-5, "gradient": 2e-3, "rounding": 1.6e-3}),
+        Contender("p", None, errors={"logp": 0.05}),
     )
-    assert bench_gpu_report.remark(good) == "" and bench_gpu_report.remark(coarse) == "other numbers: logp 5.0e-02"
-    assert "nan" in bench_gpu_report.remark(Entry("p", None, errors={"logp": float("nan")}))
-    failed = bench_gpu_report.record(
-        bench_gpu_cases.Case("c", [Entry("p", None, failed=True, remark="out of memory")], "1R", 1, 0),
+    assert gpu_report.remark(good) == "" and gpu_report.remark(coarse) == "other numbers: logp 5.0e-02"
+    assert "nan" in gpu_report.remark(Contender("p", None, errors={"logp": float("nan")}))
+    failed = gpu_report.record(
+        Case("c", [Contender("p", None, failed=True, remark="out of memory")], passes="1R", reads=1),
         timing.Roofline(1, 1, 1),
     )["entries"][0]
-    assert bench_gpu_report.row(failed, 1.0)[-1] == "out of memory"
+    assert gpu_report.row(failed, 1.0)[-1] == "out of memory"
 
 
 def case_record(name, shape, times, floor, launches=None):
@@ -329,7 +320,7 @@ def case_record(name, shape, times, floor, launches=None):
 
 def test_goals_take_the_worst_shape_and_say_what_was_not_measured():
     cases = [
-        case_record(bench_gpu_cases.STATS, [8192, v], {"rlkernels auto": 1.0, "TRL kernel": trl}, 0.95)
+        case_record(logits_gpu.STATS, [8192, v], {"rlkernels auto": 1.0, "TRL kernel": trl}, 0.95)
         for v, trl in ((1, 1.5), (2, 1.1))
     ]
     cases.append(
@@ -341,7 +332,7 @@ def test_goals_take_the_worst_shape_and_say_what_was_not_measured():
             {"kernels": 3, "copies": 0, "fills": 0},
         )
     )
-    found = {g["text"]: (g["worst"], g["met"]) for g in bench_gpu_report.goals(cases)}
+    found = {g["text"]: (g["worst"], g["met"]) for g in gpu_report.goals(cases)}
     assert found["token_stats forward, share of read bandwidth"] == (pytest.approx(0.95), True)
     assert found["token_stats forward, times faster than TRL's kernel"] == (1.1, False)
     assert found["policy_loss, times faster than torch eager"] == (12.0, True) and found[
@@ -352,7 +343,7 @@ def test_goals_take_the_worst_shape_and_say_what_was_not_measured():
 
 def test_the_loop_of_the_trainers_is_the_recurrence():
     r, v = torch.tensor([[0.0, 7.0, 1.0]]), torch.tensor([[0.5, 9.0, 0.5]])
-    advantages, returns = bench_gpu_small.gae_loop(r, v, torch.tensor([[True, False, True]]), 1.0, 1.0)
+    advantages, returns = columns_gpu.gae_loop(r, v, torch.tensor([[True, False, True]]), 1.0, 1.0)
     assert advantages.tolist() == [[0.5, 0.0, 0.5]] and returns.tolist() == [[1.0, 0.0, 1.0]]
 
 
@@ -372,7 +363,7 @@ def test_pictures_are_drawn_from_the_json_alone(tmp_path):
         }
         for s in grid
     ]
-    drawn = bench_gpu_plots.draw({"cases": cases, "device": {"name": "x"}, "dtype": "bf16"}, tmp_path)
+    drawn = plots.draw({"cases": cases, "device": {"name": "x"}, "dtype": "bf16"}, tmp_path)
     assert sorted(p.name for p in drawn) == ["against_rows.png", "against_vocabulary.png", "roofline.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in drawn)
 
@@ -380,10 +371,10 @@ def test_pictures_are_drawn_from_the_json_alone(tmp_path):
 def test_without_a_device_the_command_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("a CUDA device is visible")
-    assert main(["bench", "--device", "cuda", "--quick"]) == 2
+    assert main(["--device", "cuda", "--quick"]) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
 
 
 def test_a_case_of_the_other_device_is_refused_by_name(capsys):
-    assert main(["bench", "--device", "cpu", "--case", "gae"]) == 2
+    assert main(["--device", "cpu", "--case", "gae"]) == 2
     assert "--device cpu has no case 'gae'" in capsys.readouterr().err

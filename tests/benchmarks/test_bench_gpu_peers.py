@@ -12,17 +12,14 @@ import torch
 import torch.nn.functional as F
 from test_bench_gpu import Device
 
-from rlkernels.cli import (
-    bench_gpu_cases,
-    bench_gpu_linear,
-    bench_gpu_peers,
-    bench_gpu_problem,
-    bench_gpu_report,
-    bench_gpu_timing,
-    bench_linear_problem,
-    bench_problem,
-)
-from rlkernels.cli.bench_gpu_peers import PEERS
+from benchmarks import peers as peer_libraries
+from benchmarks.cases import linear_gpu, logits_gpu
+from benchmarks.judge import wrong
+from benchmarks.peers import PEERS
+from benchmarks.problems import linear as linear_problem
+from benchmarks.problems import logits as logits_problem
+from benchmarks.report import gpu as gpu_report
+from benchmarks.timing import gpu as gpu_timing
 
 
 def source_of(module):
@@ -83,7 +80,7 @@ def test_a_peer_whose_parameter_was_renamed_is_reported_and_not_called(monkeypat
     module.cross_entropy = lambda x, labels, reduction="mean": None
     monkeypatch.setitem(sys.modules, "quack", type(sys)("quack"))
     monkeypatch.setitem(sys.modules, "quack.cross_entropy", module)
-    function, line = bench_gpu_peers.load("quack")
+    function, line = peer_libraries.load("quack")
     assert function is None and line == (
         "QuACK CE: not measured: cross_entropy takes no target; it takes x, labels, reduction"
     )
@@ -91,7 +88,7 @@ def test_a_peer_whose_parameter_was_renamed_is_reported_and_not_called(monkeypat
 
 def test_an_absent_peer_and_one_that_breaks_at_import_are_one_line_each(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    found, lines = bench_gpu_peers.available()
+    found, lines = peer_libraries.available()
     assert len(lines) == len(PEERS) and "liger_ce" not in found
     assert all("\n" not in line for line in lines)
     assert any(line.startswith("Liger CE: not measured: ModuleNotFoundError") for line in lines)
@@ -100,7 +97,7 @@ def test_an_absent_peer_and_one_that_breaks_at_import_are_one_line_each(monkeypa
 def test_flash_attentions_file_is_loaded_by_its_path(tmp_path):
     file = tmp_path / "cross_entropy.py"
     file.write_text("def cross_entropy_loss(logits, labels, logit_scale=1.0):\n    return 'losses', 'z'\n")
-    function, line = bench_gpu_peers.load("flash", file)
+    function, line = peer_libraries.load("flash", file)
     assert function(1, 2) == ("losses", "z") and line.startswith("flash-attn CE: flash-attn")
 
 
@@ -156,7 +153,7 @@ def grpo(
 
 
 def logprob_and_entropy(logits, index, temperature=1.0, row_mask=None):
-    return bench_problem.stats(logits, index)
+    return logits_problem.stats(logits, index)
 
 
 def on_policy(logits, ref_logp, input_ids, advantages, beta=0.1, completion_mask=None, save_kl=False, inplace=False):
@@ -178,40 +175,40 @@ STAND_INS = {
 
 @pytest.fixture(scope="module")
 def judged():
-    problem = bench_gpu_problem.make(torch.device("cpu"), 32, 257, "bf16", 2**12)
-    return problem, bench_gpu_problem.Judge(problem)
+    problem = logits_gpu.make(torch.device("cpu"), 32, 257, "bf16", 2**12)
+    return problem, logits_problem.judge(problem)
 
 
-@pytest.mark.parametrize("name", (bench_gpu_cases.STATS, bench_gpu_cases.LOGP, bench_gpu_cases.POLICY))
+@pytest.mark.parametrize("name", (logits_gpu.STATS, logits_gpu.LOGP, logits_gpu.POLICY))
 def test_every_peer_of_the_right_formula_is_found_right_on_every_buffer(name, judged):
     problem, judge = judged
     before = [c.clone() for c in problem.copies]
-    case = bench_gpu_cases.CASES[name](problem, judge, STAND_INS, False)
-    bench_gpu_timing.ready(Device(), case.entries, False)
-    peers = {e.name: e for e in case.entries if not e.ours}
+    case = logits_gpu.CASES[name](problem, judge, STAND_INS, False)
+    gpu_timing.ready(Device(), case.contenders, False)
+    peers = {e.name: e for e in case.contenders if not e.ours}
     expected = {
-        bench_gpu_cases.STATS: {"TRL kernel", "Liger CE", "flash-attn CE", "QuACK CE", "fla CE", "verl", "torch eager"},
-        bench_gpu_cases.LOGP: {"TRL kernel", "Liger CE", "flash-attn CE", "QuACK CE", "fla CE", "verl", "torch eager"},
-        bench_gpu_cases.POLICY: {"TRL kernel and torch", "Liger GRPO", "fla GRPO", "torch eager"},
+        logits_gpu.STATS: {"TRL kernel", "Liger CE", "flash-attn CE", "QuACK CE", "fla CE", "verl", "torch eager"},
+        logits_gpu.LOGP: {"TRL kernel", "Liger CE", "flash-attn CE", "QuACK CE", "fla CE", "verl", "torch eager"},
+        logits_gpu.POLICY: {"TRL kernel and torch", "Liger GRPO", "fla GRPO", "torch eager"},
     }[name]
     assert set(peers) == expected
-    for e in case.entries:
-        assert not e.failed and "other numbers" not in bench_gpu_report.remark(e), (e.name, e.remark, e.errors)
+    for e in case.contenders:
+        assert not e.failed and "other numbers" not in gpu_report.remark(e), (e.name, e.remark, e.errors)
         if e.name != "fla GRPO":
             assert e.errors, e.name
         for buffer in range(case.buffers):
             again = e.check(e.run(e.prepare(buffer)))
             assert again == e.errors, f"{e.name}: buffer {buffer} gives other errors"
     assert all(torch.equal(a, b) for a, b in zip(problem.copies, before, strict=True)), "a buffer was written"
-    assert bench_gpu_report.faults(case) == []
+    assert wrong(case) == []
 
 
 def test_a_wrong_gradient_of_a_peer_is_remarked(judged):
     problem, judge = judged
     wrong = {"liger_grpo": lambda *a, **k: grpo(*a, **{**k, "beta": 0.5})}
-    case = bench_gpu_cases.policy(problem, judge, wrong, False)
-    bench_gpu_timing.ready(Device(), case.entries, False)
-    assert "other numbers: gradient" in bench_gpu_report.remark(case.named("Liger GRPO"))
+    case = logits_gpu.policy(problem, judge, wrong, False)
+    gpu_timing.ready(Device(), case.contenders, False)
+    assert "other numbers: gradient" in gpu_report.remark(case.named("Liger GRPO"))
 
 
 def head(hidden, weight, targets):
@@ -219,7 +216,7 @@ def head(hidden, weight, targets):
 
 
 def head_stats(hidden, weight, targets):
-    return bench_problem.stats(hidden.float() @ weight.float().T, targets)
+    return logits_problem.stats(hidden.float() @ weight.float().T, targets)
 
 
 def tiled(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
@@ -278,17 +275,17 @@ HEADS = {
     ],
 )
 def test_every_fused_head_of_the_right_formula_is_found_right(name, absent):
-    problem = bench_linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
-    case = bench_gpu_linear.CASES[name](problem, HEADS, False)
-    bench_gpu_timing.ready(Device(), case.entries, False)
+    problem = linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
+    case = linear_gpu.CASES[name](problem, HEADS, False)
+    gpu_timing.ready(Device(), case.contenders, False)
     own = [PEERS[key].name for key in HEADS if PEERS[key].name not in absent]
-    assert {e.name for e in case.entries if e.remark != "the floor of this run"} >= {
+    assert {e.name for e in case.contenders if e.remark != "the floor of this run"} >= {
         *own,
         "torch eager",
         "rlkernels auto",
     }
-    assert not absent & {e.name for e in case.entries}
-    for e in case.entries:
+    assert not absent & {e.name for e in case.contenders}
+    for e in case.contenders:
         assert not e.failed and e.errors, (e.name, e.remark)
         if e.name in own:  # they work in fp32: one rounding of the gradient is all that they lose
             assert all(e.errors[q] < 1e-5 for q in ("loss", "logp", "entropy") if q in e.errors), (e.name, e.errors)
@@ -296,14 +293,14 @@ def test_every_fused_head_of_the_right_formula_is_found_right(name, absent):
                 e.name,
                 e.errors,
             )
-    assert bench_gpu_report.faults(case) == []
+    assert wrong(case) == []
     assert case.flops == 2 * (3 if name == "linear_policy_loss" else 4) * 16 * 32 * 259
 
 
 def test_at_the_longest_batch_nothing_that_holds_all_logits_runs(monkeypatch):
-    problem = bench_linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
-    monkeypatch.setattr(bench_gpu_linear, "LONG", 16)
-    names = {e.name for e in bench_gpu_linear.policy(problem, HEADS, False).entries}
+    problem = linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
+    monkeypatch.setattr(linear_gpu, "LONG", 16)
+    names = {e.name for e in linear_gpu.policy(problem, HEADS, False).contenders}
     assert (
         "torch eager" not in names
         and "F.linear_cross_entropy" not in names
@@ -312,9 +309,9 @@ def test_at_the_longest_batch_nothing_that_holds_all_logits_runs(monkeypatch):
 
 
 def test_a_gradient_of_ours_off_by_two_roundings_is_a_fault():
-    problem = bench_linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
-    case = bench_gpu_linear.policy(problem, {}, False)
-    bench_gpu_timing.ready(Device(), case.entries, False)
-    mine = next(e for e in case.entries if e.ours)
+    problem = linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
+    case = linear_gpu.policy(problem, {}, False)
+    gpu_timing.ready(Device(), case.contenders, False)
+    mine = next(e for e in case.contenders if e.ours)
     mine.errors["dweight"] = 2 * mine.errors["dweight rounding"]
-    assert [f.split(": ")[1].split(" is")[0] for f in bench_gpu_report.faults(case)] == ["error of dweight"]
+    assert [f.split(": ")[1].split(" is")[0] for f in wrong(case)] == ["error of dweight"]

@@ -1,4 +1,4 @@
-"""The fused head's cases of ``rlkernels bench``: their truth, their judge, the shapes that are run, and
+"""The fused head's cases of ``python -m benchmarks``: their truth, their judge, the shapes that are run, and
 what is told.
 """
 
@@ -10,44 +10,42 @@ import pytest
 import torch
 
 import rlkernels
-from rlkernels.cli import (
-    bench,
-    bench_cases,
-    bench_gpu_linear,
-    bench_gpu_report,
-    bench_linear,
-    bench_linear_cases,
-    bench_linear_problem,
-    bench_linear_report,
-    bench_timing,
-    machine,
-    main,
-)
-from rlkernels.cli.bench_linear_cases import CASES, EAGER, HALF, OURS, TRL
-from rlkernels.cli.bench_timing import Contender
+from benchmarks import __main__ as command
+from benchmarks import run_linear
+from benchmarks.__main__ import main
+from benchmarks.cases import linear_cpu, linear_gpu, logits_cpu
+from benchmarks.cases.case import EAGER, OURS, Case
+from benchmarks.cases.linear_cpu import CASES, HALF, TRL, gradient_bytes
+from benchmarks.judge import wrong
+from benchmarks.problems import linear as linear_problem
+from benchmarks.report import gpu as gpu_report
+from benchmarks.report import linear as linear_report
+from benchmarks.timing import cpu as cpu_timing
+from benchmarks.timing.contender import Contender
+from rlkernels.cli import machine
 from rlkernels.linear.matmul import BLOCK_BYTES, BlockedFp32Matmul, matmul_for
 
 CPU = torch.device("cpu")
-TINY = ["bench", "--device", "cpu", "--tokens", "8", "--hidden", "16", "--vocab", "131", "--rounds", "3", "--plain"]
-FLOOR = bench_linear_cases.floor(3)
+TINY = ["--device", "cpu", "--tokens", "8", "--hidden", "16", "--vocab", "131", "--rounds", "3", "--plain"]
+FLOOR = linear_cpu.floor(3)
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def small(request):
-    return bench_linear_problem.make(CPU, 24, 32, 1031, request.param), request.param
+    return linear_problem.make(CPU, 24, 32, 1031, request.param), request.param
 
 
 def test_the_truth_is_torchs_in_float64_whatever_the_blocks(small, monkeypatch):
     problem, _ = small
-    monkeypatch.setattr(bench_linear_problem, "PIECE", 24 * 100)  # 1031 columns: eleven blocks, the last a part of one
-    found = bench_linear_problem.truth(problem.hidden, problem.weight, problem.targets)
+    monkeypatch.setattr(linear_problem, "PIECE", 24 * 100)  # 1031 columns: eleven blocks, the last a part of one
+    found = linear_problem.truth(problem.hidden, problem.weight, problem.targets)
     leaves = [x.double().requires_grad_() for x in (problem.hidden, problem.weight)]
     logps = torch.log_softmax(leaves[0] @ leaves[1].T, -1)
     logp, entropy = logps.gather(1, problem.targets[:, None])[:, 0], -(logps.exp() * logps).sum(1)
     torch.testing.assert_close(found.logp, logp.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.entropy, entropy.detach(), rtol=1e-12, atol=1e-12)
     expected = torch.autograd.grad((logp, entropy), leaves, (problem.dlogp.double(), problem.dentropy.double()))
-    got = bench_linear_problem.gradients(problem, problem.dlogp, problem.dentropy)
+    got = linear_problem.gradients(problem, problem.dlogp, problem.dentropy)
     torch.testing.assert_close(got[0], expected[0][problem.rows], rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(got[1], expected[1][problem.columns], rtol=1e-11, atol=1e-13)
 
@@ -55,7 +53,7 @@ def test_the_truth_is_torchs_in_float64_whatever_the_blocks(small, monkeypatch):
 def test_no_token_of_the_problem_may_skip_a_product(small):
     problem, _ = small
     leaf = problem.truth.logp.clone().requires_grad_()
-    (dlogp,) = torch.autograd.grad(bench_linear_problem.ppo(leaf, problem.old_logprobs, problem.advantages).sum(), leaf)
+    (dlogp,) = torch.autograd.grad(linear_problem.ppo(leaf, problem.old_logprobs, problem.advantages).sum(), leaf)
     assert (dlogp != 0).all() and (problem.dlogp != 0).all()
     certain = problem.truth.logp > -1
     assert (
@@ -69,19 +67,19 @@ def test_no_token_of_the_problem_may_skip_a_product(small):
 @pytest.mark.parametrize("name", CASES)
 def test_every_contender_computes_what_is_asked_and_ours_within_the_policy(name, small):
     problem, dtype = small
-    peers, _ = bench_linear_cases.peers()
+    peers, _ = linear_cpu.peers()
     case = CASES[name](problem, dtype, peers)
-    floor = case.named(bench_linear_cases.floor(case.products))
+    floor = case.named(linear_cpu.floor(case.products))
     for contender in case.contenders:
-        bench_timing.first_run(contender)
+        cpu_timing.first_run(contender)
         assert contender.errors, contender.name
         coarse = 1e-2 if dtype == "bf16" else 1e-5
         told = contender.name, contender.errors
         assert all(e < coarse for q, e in contender.errors.items() if q in ("product", "dhidden", "dweight")), told
         assert contender.errors.get("loss", 0.0) < (0.1 if dtype == "bf16" else 1e-5), told
     assert floor.errors and case.named(OURS).errors.keys() >= {"dhidden", "dweight"}
-    assert bench_linear_cases.wrong(case) == []
-    assert case.operations == 2 * case.products * 32 * 1031 * case.shape[0] and case.gradient_bytes == 4 * 32 * (
+    assert wrong(case) == []
+    assert case.flops == 2 * case.products * 32 * 1031 * case.shape[0] and gradient_bytes(case.shape) == 4 * 32 * (
         case.shape[0] + 1031
     )
     assert (TRL in [c.name for c in case.contenders]) == ("trl_chunked" in peers and name != "linear_sft_loss")
@@ -90,15 +88,15 @@ def test_every_contender_computes_what_is_asked_and_ours_within_the_policy(name,
 def test_what_ours_holds_beside_the_gradients_stays_within_the_budget(monkeypatch):
     monkeypatch.setenv("RLKERNELS_LOGITS_BUDGET", str(2**22))  # a quarter of the logits
     for dtype in ("fp32", "bf16"):
-        problem = bench_linear_problem.make(CPU, 512, 64, 8192, dtype)
-        case = bench_linear_cases.policy(problem, dtype, {})
+        problem = linear_problem.make(CPU, 512, 64, 8192, dtype)
+        case = linear_cpu.policy(problem, dtype, {})
         for name in (OURS, EAGER):
-            bench_timing.memory(case.named(name))
+            cpu_timing.memory(case.named(name))
         # Where the weight is widened, a block of it lies beside the logits.
         one = matmul_for(problem.weight, torch.float32, "cpu")
         block = min(BLOCK_BYTES, 4 * 8192 * 64) if isinstance(one, BlockedFp32Matmul) else 0
-        assert case.named(OURS).peak_bytes - case.gradient_bytes - block <= 1.05 * 2**22
-        assert bench_linear_report.beyond_gradients(case, case.named(EAGER)) > 2 * 2**22
+        assert case.named(OURS).peak_bytes - gradient_bytes(case.shape) - block <= 1.05 * 2**22
+        assert linear_report.beyond_gradients(case, case.named(EAGER)) > 2 * 2**22
 
 
 @pytest.mark.parametrize("name", ["linear_policy_loss", "linear_sft_loss"])
@@ -140,7 +138,7 @@ def test_a_peer_that_is_absent_or_fails_is_one_line(monkeypatch, capsys):
 
     for module in ("liger_kernel", "liger_kernel.chunked_loss"):
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(bench_linear_cases, "full_logits", fails)
+    monkeypatch.setattr(linear_cpu, "full_logits", fails)
     assert main([*TINY, "--dtype", "fp32", "--case", "linear_policy_loss"]) == 0
     printed = capsys.readouterr().out
     assert "note: Liger chunked GRPO: not measured: ModuleNotFoundError" in printed
@@ -155,15 +153,15 @@ def test_a_peer_that_is_absent_or_fails_is_one_line(monkeypatch, capsys):
 
 def plan(*arguments):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench_linear.plan(parser.parse_args(list(arguments)))
+    command.add_arguments(parser)
+    return run_linear.plan(parser.parse_args(list(arguments)))
 
 
 def test_without_a_name_one_shape_is_measured_and_by_name_all_of_them():
     every = list(CASES)
     assert plan() == [((512, 512, 32000), "fp32", every), ((512, 512, 32000), "bf16", every)]
     assert plan("--quick", "--dtype", "bf16") == [((64, 128, 8192), "bf16", every)]
-    assert plan("--case", bench_cases.FORWARD) == []
+    assert plan("--case", logits_cpu.FORWARD) == []
     grid = plan("--case", "linear")
     assert [shape for shape, dtype, _ in grid if dtype == "bf16"] == [
         (t, 512, v) for t in (512, 2048) for v in (32000, 128256)
@@ -182,8 +180,8 @@ def timed(name, seconds, **rest):
 def test_figures_to_reach_compare_medians_and_leave_the_gradients_out():
     ours = timed(OURS, 1.2, peak_bytes=100, resident_bytes=4 * 512 * (512 + 32000) + 90)
     contenders = [timed(FLOOR, 1.0), ours, timed(HALF, 0.9), timed(EAGER, 1.5)]
-    case = bench_linear_cases.LinearCase("c", contenders, "linear_policy_loss", "bf16", (512, 512, 32000))
-    goals = bench_linear_report.targets(case, 100)
+    case = Case("c", contenders, shape=(512, 512, 32000), kind="linear_policy_loss", dtype="bf16", products=3)
+    goals = linear_report.targets(case, 100)
     assert [g.value for g in goals] == [
         pytest.approx(1.2),
         pytest.approx(1.25),
@@ -191,7 +189,7 @@ def test_figures_to_reach_compare_medians_and_leave_the_gradients_out():
         pytest.approx(0.9),
         pytest.approx(0.75),
     ]
-    assert [bench_linear_report.cell(case, g) for g in goals] == [
+    assert [linear_report.cell(case, g) for g in goals] == [
         "1.2 met",
         "1.25 NOT MET",
         "not measured",
@@ -199,25 +197,26 @@ def test_figures_to_reach_compare_medians_and_leave_the_gradients_out():
         "0.75 NOT MET",
     ]
     case.shape = (512, 512, 31999)
-    assert bench_linear_report.cell(case, goals[1]) == "1.25 other shape"
+    assert linear_report.cell(case, goals[1]) == "1.25 other shape"
 
 
 def test_a_measured_case_keeps_figures_and_no_tensors(small):
-    case = bench_linear.forgotten(bench_linear_cases.policy(*small, {}))
-    assert case.judges == {}
-    with pytest.raises(RuntimeError, match="its tensors are gone; make the case again"):
-        case.contenders[0].run(None)
+    case = run_linear.forgotten(linear_cpu.policy(*small, {}))
+    for contender in case.contenders:
+        for spent in (contender.run, contender.prepare, contender.check):
+            with pytest.raises(RuntimeError, match="its tensors are gone; make the case again"):
+                spent(None)
 
 
 def gpu_plan(*arguments):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    command.add_arguments(parser)
     args = parser.parse_args(["--device", "cuda", *arguments])
-    return bench_gpu_linear.plan(args, args.case or list(bench_gpu_linear.NAMES) + ["linear"])
+    return linear_gpu.plan(args, args.case or list(linear_gpu.NAMES) + ["linear"])
 
 
 def test_on_a_gpu_the_headline_is_one_shape_and_the_longest_batch():
-    first, rest = list(bench_gpu_linear.NAMES), list(bench_gpu_linear.NAMES[:2])
+    first, rest = list(linear_gpu.NAMES), list(linear_gpu.NAMES[:2])
     assert gpu_plan("--headline") == [((4096, 4096, 151936), first), ((32768, 4096, 151936), rest[:1])]
     assert gpu_plan("--quick") == [((4096, 4096, 151936), first)]
     grid = gpu_plan()
@@ -248,7 +247,7 @@ def test_figures_of_the_gpu_are_shares_of_the_products_of_the_same_run():
         found("linear_policy_loss", 32768, {"3 cuBLAS products": 7.0, "rlkernels auto": 8.0}, gradients + 2**30),
         found("linear_token_stats", 4096, {"4 cuBLAS products": 0.8, "rlkernels auto": 1.0}),
     ]
-    goals = {g["text"]: (g["worst"], g["met"]) for g in bench_gpu_report.goals(cases)}
+    goals = {g["text"]: (g["worst"], g["met"]) for g in gpu_report.goals(cases)}
     assert goals["linear_policy_loss forward+backward, share of 3 cuBLAS products"] == (0.875, False)
     assert goals["linear_token_stats forward+backward, share of 4 cuBLAS products"] == (0.8, False)
     assert goals["linear_policy_loss, times faster than TRL chunked"] == (1.5, True)

@@ -2,7 +2,6 @@
 finished.
 """
 
-import importlib
 import json
 import os
 import signal
@@ -16,16 +15,18 @@ import pytest
 import torch
 from paths import ROOT
 
-
-@pytest.fixture
-def driver(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("gpu_run")
+from benchmarks.gpu_machine import run
+from benchmarks.gpu_machine import stages as gpu_stages
 
 
 @pytest.fixture
-def stages(driver):
-    return importlib.import_module("gpu_stages")
+def driver():
+    return run
+
+
+@pytest.fixture
+def stages():
+    return gpu_stages
 
 
 def results(folder, stages):
@@ -244,8 +245,9 @@ def test_the_stages_fit_into_nine_minutes(driver, stages):
 def test_without_a_device_the_command_says_which_python_sees_none(stages):
     if torch.cuda.is_available():
         pytest.skip("a CUDA device is visible")
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "gpu_run.py")], capture_output=True, text=True)
-    assert done.returncode == 2 and sys.executable in done.stderr and "no CUDA device" in done.stderr
+    for command in ([str(ROOT / "benchmarks/gpu_machine/run.py")], ["-m", "benchmarks.gpu_machine.run"]):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2 and sys.executable in done.stderr and "no CUDA device" in done.stderr
 
 
 def test_an_unknown_stage_is_refused(driver, capsys):

@@ -8,8 +8,8 @@ import pytest
 import subprocesses
 from paths import ROOT
 
-SCALING = runpy.run_path(str(ROOT / "benchmarks/scaling.py"))
-MODEL = runpy.run_path(str(ROOT / "benchmarks/scaling_model.py"))
+SCALING = runpy.run_path(str(ROOT / "benchmarks/scaling/fit.py"))
+MODEL = runpy.run_path(str(ROOT / "benchmarks/scaling/cost_model.py"))
 PAGE = ROOT / "docs/scaling.md"
 Case, Machine = MODEL["Case"], MODEL["Machine"]
 
@@ -32,7 +32,7 @@ def test_an_outlier_is_reported_with_its_sign():
 
 
 def test_the_quick_run_prints_a_fit_that_grows_with_tokens_times_vocabulary():
-    done = subprocesses.child(ROOT / "benchmarks/scaling.py", "--quick", OMP_NUM_THREADS="1")
+    done = subprocesses.child(ROOT / "benchmarks/scaling/fit.py", "--quick", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-2000:]
     found = re.search(
         r"fit: time = (-?[\d.]+) ms \+ ([\d.]+) ps x T V H, R\^2 (-?[\d.]+), largest deviation "
@@ -54,7 +54,7 @@ def test_the_quick_run_prints_a_fit_that_grows_with_tokens_times_vocabulary():
 
 def test_the_tables_of_the_page_are_those_of_the_model():
     assert MODEL["table"](MODEL["CASES"], Machine()) in PAGE.read_text(), (
-        "run: python benchmarks/scaling_model.py, and paste it into docs/scaling.md"
+        "run: python benchmarks/scaling/cost_model.py, and paste it into docs/scaling.md"
     )
 
 

@@ -87,6 +87,12 @@ def test_a_module_imports_only_from_the_layers_below_it(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_package_imports_nothing_that_lies_beside_it(path):
+    found = {module.split(".")[0] for module, _ in imports(parse(path))} & {"benchmarks", "examples", "tests"}
+    assert not found, f"{name_of(path)} imports {found}, which no wheel holds"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_compiled_modules_and_triton_are_imported_by_their_backend_alone(path):
     me = path.relative_to(PACKAGE).as_posix()
     for module, _ in imports(parse(path)):

@@ -7,6 +7,7 @@ import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from source_trees import CXX, ROOT, copy, environment, needs_compiler, needs_sources, run
@@ -78,6 +79,7 @@ def test_every_functor_is_instantiated_without_a_warning(tmp_path):
 def test_without_a_compiler_the_install_succeeds_and_says_what_is_absent(source, tmp_path):
     empty = tmp_path / "no programs here"
     empty.mkdir()
+    copytree(ROOT / "benchmarks", source / "benchmarks")  # beside the package, and not to be in the wheel
     run(
         [
             sys.executable,
@@ -101,6 +103,7 @@ def test_without_a_compiler_the_install_succeeds_and_says_what_is_absent(source,
         archive.extractall(tmp_path / "installed")
     assert "rlkernels/py.typed" in names and "rlkernels/backends/cpu.py" in names
     assert not [name for name in names if name.endswith(".so")]
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"rlkernels"}
     # An editable install of this tree would lend its own _cpu to the one under test.
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if not getattr(f, '__module__', "

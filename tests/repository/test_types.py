@@ -29,11 +29,7 @@ from rlkernels.objectives import functions, kl
 from rlkernels.ops import FLAGS
 
 TYPED = ROOT / "tests/repository/typed"
-FUNCTIONS = {
-    name: f
-    for name, f in vars(rlkernels).items()
-    if name in rlkernels.__all__ and inspect.isfunction(f)
-}
+FUNCTIONS = {name: f for name, f in vars(rlkernels).items() if name in rlkernels.__all__ and inspect.isfunction(f)}
 FURTHER = {
     "use_backend": rlkernels.use_backend.__init__,
     "trl.patch": trl.patch,

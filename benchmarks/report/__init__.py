@@ -1,0 +1,1 @@
+"""Tables, targets, JSON and pictures of a run."""

@@ -1,0 +1,249 @@
+"""``python -m benchmarks --device cuda``: every case on the grid of shapes, each saved as it ends."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import rlkernels
+from benchmarks import peers as peer_libraries
+from benchmarks import subject
+from benchmarks.cases import columns_gpu, linear_gpu, logits_gpu
+from benchmarks.cases.case import Case
+from benchmarks.cases.logits_gpu import CASES, WITH_REFERENCE
+from benchmarks.problems import linear as linear_problem
+from benchmarks.problems.logits import judge as judge_of
+from benchmarks.report import gpu as gpu_report
+from benchmarks.report import plots
+from benchmarks.timing.device import Cuda
+from benchmarks.timing.gpu import DeviceLost, Roofline, first_line, race, ready, roofline
+
+VOCABULARIES, ROWS = (151936, 128256, 32000, 262144), (8192, 2048)
+QUICK_VOCABULARIES, QUICK_ROWS = (151936, 32000), (2048,)
+HEADLINE = (8192, 151936)
+"""The shape that is measured first, and the only one where torch.compile runs, launches are counted and the host's time
+is taken.
+"""
+SMALL = ("policy_loss", "pairwise_reward_loss", "dpo_loss", "gae")
+NAMES = (*CASES, *SMALL, linear_gpu.ALL, *linear_gpu.NAMES)
+
+
+def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """``(tokens, vocab)``, the headline first: a run that is cut short has measured what matters."""
+    vocabularies = [args.vocab] if args.vocab else QUICK_VOCABULARIES if args.quick else VOCABULARIES
+    tokens = [args.tokens] if args.tokens else QUICK_ROWS if args.quick else ROWS
+    return [(t, v) for t in tokens for v in vocabularies]
+
+
+def small_cases(
+    device: object, peers: dict[str, Callable], compile_too: bool, wanted: list[str], scale: int = 1
+) -> list[tuple[str, Callable]]:
+    """Makers of the small cases; ``scale`` divides their sizes, for tests."""
+    d = device.device
+    makers: list[tuple[str, Callable[[], Case]]] = [
+        ("policy_loss", lambda: columns_gpu.policy_loss(d, compile_too, (64, 2048 // scale))),
+        ("pairwise_reward_loss", lambda: columns_gpu.pairwise(d, compile_too)),
+        ("dpo_loss", lambda: columns_gpu.dpo(d, compile_too)),
+        *(
+            ("gae", lambda s=s: columns_gpu.gae(d, (s[0] // min(scale, 32), s[1] // scale), peers, device.cache_bytes))
+            for s in columns_gpu.SCANS
+        ),
+    ]
+    return [(name, make) for name, make in makers if name in wanted]
+
+
+class Run:
+    """Device, roofline, peers and the growing JSON of one command."""
+
+    def __init__(self, args: argparse.Namespace, device: object, started: float) -> None:
+        self.args, self.device, self.started = args, device, started
+        self.peers, self.remarks = ({}, []) if args.no_peers else peer_libraries.available(args.flash_attn)
+        self.remarks += [
+            (f"backend {name}: absent: {reason}")
+            for name, reason in rlkernels.available_backends()["absent"].items()
+            if name != "cpu"
+        ]
+        self.seconds = args.seconds or (0.1 if args.quick else 1.0)
+        self.flush = torch.empty(2 * device.cache_bytes, dtype=torch.uint8, device=device.device)
+        self.roof: Roofline | None = None
+        self.data: dict[str, object] = {}
+
+    def begin(self, **options: int) -> None:
+        self.roof = roofline(self.device, min(self.seconds, 0.5), **options)
+        serves = rlkernels.available_backends()["serves"].get(self.device.device.type, {})
+        self.data = {
+            "command": subject.command(),
+            "device": self.device.describe(),
+            "machine": subject.describe(),
+            "sources": gpu_report.sources(self.args.commit),
+            "dtype": self.args.dtype,
+            "seconds_per_entry": self.seconds,
+            "roofline": asdict(self.roof),
+            "serves": serves,
+            "peers_and_backends": self.remarks,
+            "cases": [],
+            "not_measured": [],
+            "goals": [],
+            "complete": False,
+        }
+        self.save()
+
+    @property
+    def over(self) -> bool:
+        return self.args.budget is not None and time.monotonic() - self.started > self.args.budget
+
+    def save(self) -> None:
+        self.data["goals"] = gpu_report.goals(self.data["cases"])
+        if self.args.json:
+            gpu_report.save(self.args.json, self.data)
+
+    def measure(self, make: Callable[[], Case], what: str, count: bool) -> None:
+        """One case, saved as it ends. A case that fails is a line, not the end of the run."""
+        if self.over:
+            self.data["not_measured"].append(f"{what}: the budget of {self.args.budget:g} s was spent")
+            self.save()
+            return
+        start = time.monotonic()
+        try:
+            case = make()
+            ready(self.device, case.contenders, count)
+            race(self.device, case.contenders, case.buffers, self.seconds, self.flush)
+            found = gpu_report.record(case, self.roof, self.device.state())
+        except DeviceLost as error:
+            self.data["not_measured"].append(f"{what} and all that follows: {error}")
+            self.save()
+            raise
+        except Exception as error:
+            self.data["not_measured"].append(f"{what}: {first_line(error)}")
+            tell(f"  {self.data['not_measured'][-1]}")
+        else:
+            self.data["cases"].append({**found, "took_s": time.monotonic() - start})
+            gpu_report.show(found, self.args.plain)
+        self.save()
+        self.device.release()
+
+    def logits_cases(self, tokens: int, vocab: int, wanted: list[str], headline: bool) -> None:
+        """All cases over one batch of logits; the batch with a reference is made apart, being twice the size."""
+        for with_reference in (False, True):
+            names = [n for n in CASES if n in wanted and (n in WITH_REFERENCE) is with_reference]
+            if names:
+                self.batch(tokens, vocab, names, with_reference, headline)
+                self.device.release()
+
+    def batch(self, tokens: int, vocab: int, names: list[str], with_reference: bool, headline: bool) -> None:
+        what = f"[{tokens}, {vocab}]"
+        if self.over:
+            self.data["not_measured"] += [f"{n} {what}: the budget of {self.args.budget:g} s was spent" for n in names]
+            return
+        try:
+            problem = logits_gpu.make(
+                self.device.device, tokens, vocab, self.args.dtype, self.device.cache_bytes, with_reference
+            )
+            judge = judge_of(problem)
+        except RuntimeError as error:  # too large for this device
+            self.data["not_measured"] += [f"{n} {what}: {first_line(error)}" for n in names]
+            return
+        self.device.release()
+        compile_too = not self.args.no_compile and (headline or self.args.compile_all)
+        for name in names:
+            self.measure(
+                lambda name=name: CASES[name](problem, judge, self.peers, compile_too), f"{name} {what}", headline
+            )
+
+    def linear_cases(self, shape: tuple[int, int, int], names: list[str], headline: bool) -> None:
+        """The fused head on one shape; launches are counted and torch.compile runs on the first."""
+        what = str(list(shape))
+        if self.over:
+            self.data["not_measured"] += [f"{n} {what}: the budget of {self.args.budget:g} s was spent" for n in names]
+            return
+        try:
+            problem = linear_problem.make(self.device.device, *shape, self.args.dtype)
+        except RuntimeError as error:  # too large for this device
+            self.data["not_measured"] += [f"{n} {what}: {first_line(error)}" for n in names]
+            return
+        self.device.release()
+        compile_too = not self.args.no_compile and headline
+        for name in names:
+            self.measure(
+                lambda name=name: linear_gpu.CASES[name](problem, self.peers, compile_too), f"{name} {what}", headline
+            )
+
+    @property
+    def faults(self) -> list[str]:
+        return [f for c in self.data["cases"] for f in c["faults"]]
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(args: argparse.Namespace, device: object | None = None, small: int = 1, **options: int) -> int:
+    """Measures and prints; 1 if an answer of ours is wrong or one of ours failed, 2 without a device, 3 if the device
+    was lost, else 0 whatever the speed.
+
+    Args:
+        device, small, options: a stand-in for the device, a divisor of the small cases' sizes and the roofline's sizes,
+            for tests.
+    """
+    started = time.monotonic()
+    args.dtype = args.dtype or "bf16"
+    if device is None:
+        if not torch.cuda.is_available():
+            tell("benchmarks: --device cuda needs a CUDA device that torch can see; none is visible")
+            return 2
+        device = Cuda()
+    state = Run(args, device, started)
+    tell(f"benchmarks: {device.name}, {args.dtype}, {state.seconds:g} s per entry")
+    print(subject.line())
+    for line in state.remarks:
+        print(f"note: {line}")
+    state.begin(**options)
+    roof = state.roof
+    print(
+        f"roofline of this run: read {roof.read / 1e9:.0f} GB/s ({roof.read_by}), copy {roof.copy / 1e9:.0f} GB/s, "
+        "bf16 product "
+        f"{roof.matmul / 1e12:.0f} TFLOP/s"
+    )
+    wanted = args.case or list(NAMES)
+    grid = shapes(args)
+    first = HEADLINE if HEADLINE in grid else grid[0]
+    try:
+        state.logits_cases(*first, wanted, True)
+        for name, make in small_cases(device, state.peers, not args.no_compile, wanted, small):
+            state.measure(make, name, True)
+        for position, (shape, names) in enumerate(linear_gpu.plan(args, wanted, small)):
+            state.linear_cases(shape, names, position == 0)
+        for shape in grid:
+            if shape != first:
+                state.logits_cases(*shape, wanted, False)
+        state.data["complete"] = True
+    except KeyboardInterrupt:
+        tell("benchmarks: interrupted; the cases that ended are kept")
+        state.save()
+        return 130
+    except DeviceLost as error:
+        tell(f"benchmarks: {error}; the cases that ended are kept, --no-peers leaves other libraries out")
+        return 3
+    state.save()
+    gpu_report.show_goals(state.data["goals"], args.plain)
+    for line in state.data["not_measured"]:
+        print(f"note: not measured: {line}")
+    draw(args, state.data)
+    commit = state.data["sources"]["commit"] or "unknown commit"
+    print(f"\n{device.name}, torch {torch.__version__}, {commit}, seed 0: {state.data['command']}")
+    return 1 if state.faults else 0
+
+
+def draw(args: argparse.Namespace, data: dict) -> None:
+    folder: Path | None = args.plot
+    if folder is None:
+        return
+    try:
+        for path in plots.draw(data, folder):
+            tell(f"  wrote {path.name}")
+    except ImportError as error:
+        tell(f"benchmarks: no pictures: {error}; install matplotlib")

@@ -1,0 +1,144 @@
+"""The cost model of docs/scaling.md: ``python benchmarks/scaling/cost_model.py`` prints the tables there.
+
+Computed, not measured.
+"""
+
+from typing import NamedTuple
+
+
+class Machine(NamedTuple):
+    """FLOP/s of a bf16 product and bytes/s of memory as measured on an H200 by others; of the link and a collective's
+    start, assumed.
+    """
+
+    flops: float = 790e12
+    memory: float = 4.3e12
+    link: float = 350e9
+    latency: float = 20e-6
+
+
+class Case(NamedTuple):
+    """``tokens``: live ones, of all ranks together. ``sharded``: the vocabulary over the ranks, else the tokens."""
+
+    tokens: int
+    vocab: int
+    hidden: int = 4096
+    ranks: int = 8
+    sharded: bool = False
+    budget: int = 2**30
+    numbers: int = 5  # per token and rank in the forward's collective: with entropy
+
+    @property
+    def rows(self):
+        """Tokens that a rank multiplies."""
+        return self.tokens if self.sharded else self.tokens // self.ranks
+
+    @property
+    def columns(self):
+        return -(-self.vocab // self.ranks) if self.sharded else self.vocab
+
+    @property
+    def chunk(self):
+        """Rows per chunk: fp32 logits and their bf16 gradient, 6 bytes, within the budget."""
+        return min(self.rows, max(16, self.budget // (6 * (self.columns + 16)) // 16 * 16))
+
+    @property
+    def chunks(self):
+        return -(-self.rows // self.chunk)
+
+
+def seconds(case, on):
+    """Parts of one forward and backward of ``linear_policy_loss``, in bf16, on each rank."""
+    h, v, t, n = case.hidden, case.columns, case.rows, case.ranks
+    share = (n - 1) / n
+    # Written, read (twice: the ranks meet in between), rounded as the gradient, read by two products.
+    row_bytes = (18 if case.sharded else 14) * t * v
+    parts = {
+        "products": 6 * t * h * v / on.flops,
+        "logits": row_bytes / on.memory,
+        "weight": case.chunks
+        * (8 + 4)
+        * h
+        * v
+        / on.memory,  # fp32 sum read and written, the weight read by two products
+    }
+    if case.sharded:
+        parts["forward link"] = case.chunks * on.latency + 4 * case.numbers * (n - 1) * t / on.link
+        parts["backward link"] = on.latency + 2 * share * 4 * h * t / on.link
+    else:
+        parts["forward link"] = on.latency + share * 2 * h * v / on.link  # FSDP gathers the head once ...
+        parts["backward link"] = on.latency + share * 2 * h * v / on.link  # ... and scatters its gradient
+    return parts
+
+
+def gigabytes(case):
+    """Bytes of each rank at the peak: when the gradients are cast to the dtype of what they belong to."""
+    h, v, t = case.hidden, case.columns, case.rows
+    return {
+        "weight": 2 * h * v / 1e9,
+        "its gradient": (4 + 2) * h * v / 1e9,
+        "hidden": 2 * h * t / 1e9,
+        "its gradient ": (4 + 2) * h * t / 1e9,
+        "budget": min(case.budget, 6 * (v + 16) * case.chunk) / 1e9,
+    }
+
+
+def break_even(vocab, gathers=2, hidden_is_there=True):
+    """Tokens per step of all ranks from which on a vocabulary-parallel head sends more than FSDP does for a dense one.
+
+    FSDP: ``gathers`` transfers of ``2 H V`` bytes (the head once or twice, its gradient once). Sharded: ``8 H`` per
+    token, the sum of the fp32 gradient of the hidden states, and ``2 H`` where these have to be gathered first.
+    """
+    return gathers * 2 * vocab / (8 if hidden_is_there else 10)
+
+
+def table(cases, on):
+    """Markdown."""
+    names = (
+        "tokens",
+        "V",
+        "head",
+        "budget GiB",
+        "rows per chunk",
+        "products ms",
+        "logits ms",
+        "weight ms",
+        "link ms",
+        "together ms",
+        "memory GB",
+        "logits, whole, GB",
+    )
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for case in cases:
+        parts, memory = seconds(case, on), gigabytes(case)
+        link = parts["forward link"] + parts["backward link"]
+        low = max(parts["products"], parts["logits"] + parts["weight"])
+        high = parts["products"] + parts["logits"] + parts["weight"]
+        whole = 6 * case.rows * case.columns / 1e9
+        cells = (
+            f"{case.tokens:,}",
+            case.vocab,
+            ("vocabulary over ranks") if case.sharded else ("tokens over ranks"),
+            case.budget // 2**30,
+            f"{case.chunk:,}",
+            f"{parts['products'] * 1e3:.1f}",
+            f"{parts['logits'] * 1e3:.1f}",
+            f"{parts['weight'] * 1e3:.1f}",
+            f"{link * 1e3:.1f}",
+            f"{(low + link) * 1e3:.0f} to {(high + link) * 1e3:.0f}",
+            f"{sum(memory.values()):.1f}",
+            f"{whole:.1f}",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+CASES = [
+    Case(tokens, vocab, sharded=sharded, budget=budget)
+    for tokens in (65536, 2**20)
+    for vocab in (128256, 151936)
+    for sharded, budget in ((False, 2**30), (False, 2**32), (True, 2**30))
+]
+
+if __name__ == "__main__":
+    print(table(CASES, Machine()))

@@ -1,0 +1,1 @@
+"""Clocks, peaks of memory, and the speeds of the machine."""
