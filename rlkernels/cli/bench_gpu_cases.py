@@ -217,7 +217,7 @@ def policy(problem: Problem, judge: Judge, peers: dict[str, Callable], compile_t
     def one_launch(name: str) -> Callable[[int], tuple]:
         serving = ops.serving("fused_policy", problem.logits) if name == "auto" else name
         return without_grad(
-            lambda buffer: ops.fused_policy(
+            lambda buffer: ops.fused_policy_op(
                 "ppo_clip",
                 problem.copies[buffer],
                 y,
