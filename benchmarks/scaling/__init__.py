@@ -1,1 +1,1 @@
-"""How time grows with tokens and vocabulary: a fit of measurements, and a model of what has not been measured."""
+"""The growth of time with tokens and vocabulary: a fit of measurements, and a model of what is not measured."""
