@@ -82,8 +82,8 @@ def test_a_batch_keeps_the_targets_and_temperatures_that_it_looked_at(monkeypatc
     targets, temperature = targets.clamp(min=0), torch.rand(5) + 0.5
     want, inner = Flat(cpu).token_stats(x, targets, temperature, -100, None, None, 0), cpu._batch
 
-    def batch(logits, targets, temperature, *rest):
-        made = inner(logits, targets, temperature, *rest)
+    def batch(rows):
+        made = inner(rows)
         targets.fill_(2**40)
         temperature.fill_(-1.0)
         return made

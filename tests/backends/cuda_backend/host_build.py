@@ -87,5 +87,5 @@ def load(path):
 def install(backend, module, patch=setattr):
     """Makes ``rlkernels.backends.cuda`` call ``module`` on CPU tensors: there is no device and no stream to name."""
     patch(backend, "_cuda", module)
-    patch(backend, "_where", lambda tensor: (0, 0))
+    patch(backend, "_stream", lambda tensor: (0, 0))
     return backend

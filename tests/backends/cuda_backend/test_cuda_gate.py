@@ -9,7 +9,7 @@ from op_calls import LAYOUTS, NAMES, at, check_layout, op_calls, places, put, re
 from reference import draw_rows
 from row_calls import gradient, run, same
 
-from rlkernels import ops
+from rlkernels import tracing
 
 
 @pytest.mark.fault(120)
@@ -86,9 +86,10 @@ def called(backend, op, given):
     """The backend's own function with the arguments of the op."""
     *given, _ = given
     given = [
-        ops.value(x) if isinstance(x, torch.Tensor) and x.dtype == torch.float64 and x.dim() == 0 else x for x in given
+        tracing.value(x) if isinstance(x, torch.Tensor) and x.dtype == torch.float64 and x.dim() == 0 else x
+        for x in given
     ]
-    given = [ops.values(x) if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x for x in given]
+    given = [tracing.values(x) if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x for x in given]
     if op == "token_stats":
         given = given[:7]
     elif op == "token_stats_backward":

@@ -75,7 +75,7 @@ def test_a_launch_names_the_device_and_the_stream_of_its_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda d: SimpleNamespace(cuda_stream=77) if d == 1 else None)
     for raw in (None, {1: 77}.get):  # a torch without the private function, and one with it
         monkeypatch.setattr(cuda, "_raw_stream", raw)
-        assert cuda._where(SimpleNamespace(device=device)) == (1, 77)
+        assert cuda._stream(SimpleNamespace(device=device)) == (1, 77)
 
 
 def test_the_compiled_objectives_are_those_of_the_header(host_module):
@@ -99,7 +99,7 @@ needs_module = pytest.mark.skipif(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
 @pytest.mark.parametrize("name", CALLS)
 def test_without_a_driver_the_module_loads_and_the_error_names_the_kernel(monkeypatch, name):
-    monkeypatch.setattr(cuda, "_where", lambda tensor: (0, 0))
+    monkeypatch.setattr(cuda, "_stream", lambda tensor: (0, 0))
     with pytest.raises(RuntimeError, match=f"^{name}(<\\w+>)?: .*(driver|device)"):
         CALLS[name]()
 

@@ -12,6 +12,7 @@ from reference import assert_gradient, draw_rows, gradient_allowance, same_bits,
 from row_calls import same
 
 from rlkernels.objectives import OBJECTIVES, objective
+from rlkernels.ops import policy
 
 TEAMS = (-1, 1, 2, 4, 8)  # two sweeps over device memory; a row in the shared memory of so many blocks
 PARAMS = {
@@ -387,7 +388,7 @@ def test_a_users_objective_runs_through_the_two_native_passes(backend):
 
 @pytest.mark.fault(31, 84)
 def test_the_gradient_of_the_forward_meets_any_upstream_gradient_without_the_host(public, dtype, monkeypatch):
-    monkeypatch.setattr(public.ops, "_known_to_be_one", lambda x: False)  # as on a device: the kernel reads it
+    monkeypatch.setattr(policy, "known_to_be_one", lambda x: False)  # as on a device: the kernel reads it
     x, targets, _, columns, *_ = problem(1031, dtype, seed=14)
     leaf = x.requires_grad_()
 

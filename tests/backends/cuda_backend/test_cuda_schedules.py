@@ -2,7 +2,6 @@
 outside of a tensor.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import host_build
 import one_of_each
 import pytest
+import subprocesses
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +44,9 @@ def test_no_kernel_reads_or_writes_outside_its_tensors_and_shared_memory(pytestc
     if not all(Path(path).is_absolute() for path in runtime):
         pytest.skip("the C++ compiler has no sanitizer runtime")
     module = host_build.build(pytestconfig.cache.mkdir("cuda_host"), "asan")
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": " ".join(runtime),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = subprocesses.environment(
+        LD_PRELOAD=" ".join(runtime), ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0", OMP_NUM_THREADS="1"
+    )
     done = subprocess.run(
         [sys.executable, one_of_each.__file__, module, "random:2"],
         env=environment,
