@@ -1,4 +1,4 @@
-"""Faults of FAULTS.md 1 and 4 that concern where rows of logits lie: addresses, layouts, strides, blocks, no rows and
+"""Faults that concern where rows of logits lie: addresses, layouts, strides, blocks, no rows and
 many.
 """
 

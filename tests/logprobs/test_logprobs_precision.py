@@ -1,4 +1,4 @@
-"""Faults of FAULTS.md 1 and 4 that concern what is computed of a row of logits: its precision and its meaning."""
+"""Faults that concern what is computed of a row of logits: its precision and its meaning."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Faults of FAULTS.md 4 that concern special values in rows of logits: infinities, NaN, and columns that a model
+"""Faults that concern special values in rows of logits: infinities, NaN, and columns that a model
 excludes.
 """
 

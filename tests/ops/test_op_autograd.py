@@ -1,4 +1,4 @@
-"""Faults of FAULTS.md 2: gradients and their owners."""
+"""Faults of gradients and of their owners."""
 
 import pytest
 import torch
