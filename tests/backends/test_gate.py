@@ -37,7 +37,7 @@ def test_the_gate_alone_takes_addresses():
                 "to_dlpack",
             ):
                 found.setdefault(name, set()).add(path.name)
-    assert found == {"data_ptr": {"gate.py"}, "frombuffer": {"cpu.py"}}  # the second one: of our own buffers
+    assert found == {"data_ptr": {"gate.py"}, "frombuffer": {"cpu_memory.py"}}  # the second one: of our own buffers
 
 
 @native
