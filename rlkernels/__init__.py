@@ -12,9 +12,10 @@ from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
 from rlkernels.linear.policy_loss import linear_policy_loss
-from rlkernels.linear.preference_loss import linear_dpo_loss, linear_unpaired_preference_loss
+from rlkernels.linear.preference_loss import linear_dpo_loss
 from rlkernels.linear.sft_loss import linear_sft_loss
 from rlkernels.linear.token_stats import linear_token_logprobs, linear_token_stats
+from rlkernels.linear.unpaired_preference_loss import linear_unpaired_preference_loss
 from rlkernels.logprobs import TokenStats, token_logprobs, token_stats
 from rlkernels.losses.logits_policy import logits_policy_loss
 from rlkernels.losses.policy import policy_loss

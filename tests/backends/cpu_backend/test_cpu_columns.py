@@ -369,7 +369,9 @@ def test_eager_and_native_agree_where_a_target_is_outside_the_support():
     )
     assert (alone == 0).all()
     both = [
-        b.token_stats_backward(dlogp, dentropy, None, x, y, 1.0, -100, mask, None, *s[1:4], None, None, None, None)
+        Flat(b).token_stats_backward(
+            dlogp, dentropy, None, x, y, 1.0, -100, mask, None, *s[1:4], None, None, None, None
+        )
         for b in (cpu, eager)
     ]
     torch.testing.assert_close(*both, rtol=1e-5, atol=1e-7)
