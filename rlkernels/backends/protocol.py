@@ -72,9 +72,9 @@ class RowStats(NamedTuple):
         dtype.
         """
         present = presence(wanted, reference)
-        memory = [like.new_empty(count if p else 0) for p in present[:TOP1]]
-        memory.append(like.new_empty(count if present[TOP1] else 0, dtype=torch.bool))
-        memory += [like.new_empty(count if p else 0) for p in present[TOP1 + 1 :]]
+        nothing = like.new_empty(0)  # one for all that is absent, because seven more cost 5 us
+        memory = [like.new_empty(count) if p else nothing for p in present]
+        memory[TOP1] = like.new_empty(count if present[TOP1] else 0, dtype=torch.bool)
         return tuple.__new__(cls, memory)  # 0.3 us less than the constructor
 
 

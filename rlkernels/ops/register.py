@@ -36,16 +36,17 @@ def run(op, backend, *arguments):
         raise checks.named(error, op, op) from error
 
 
-def define(name, schema, implementation, fake, formula=None, setup=None):
+def define(name, schema, implementation, fake, formula=None, setup=None, dispatched=None):
     """Registers an op with its fake and, unless it mutates, its autograd formula.
 
-    Without one, a derivative of it is an error.
+    Without one, a derivative of it is an error. ``dispatched``: the implementation for torch's dispatcher, where that
+    must differ.
 
     The result is what to call; its ``op`` is the registered op. A tensor argument that is a number may be given as a
     float, one that is a row of numbers as a tuple of them.
     """
     _library.define(f"{name}{schema}")
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, dispatched or implementation, "CompositeExplicitAutograd")
     # The gate of the backends carries out a pending negation; torch's own way fails for an op that returns nothing.
     _library.impl(name, torch.library.fallthrough_kernel, "Negative")
     torch.library.register_fake(f"rlkernels::{name}", fake, lib=_library)

@@ -26,6 +26,12 @@ def _token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_log
     return register.run("token_stats", backend, rows, wanted)
 
 
+def _dispatched_token_stats(*arguments):
+    """The same with an empty tensor of its own for each absent output, because an op's outputs must not be aliases."""
+    first, *rest = _token_stats(*arguments)
+    return first, *(x if x.numel() else torch.empty_like(x) for x in rest)
+
+
 def token_stats_fake(logits, targets, temperature, ignore_index, vocab_mask, ref_logits, wanted, inplace, backend):
     like = logits.new_empty(0, dtype=real_dtype(logits.dtype))
     present = presence(wanted, ref_logits is not None)
@@ -121,6 +127,7 @@ token_stats_op = register.define(
     token_stats_fake,
     _gradient,
     _setup,
+    _dispatched_token_stats,
 )
 token_stats_backward = register.define(
     "token_stats_backward",
