@@ -13,10 +13,11 @@ import torch
 import rlkernels
 from benchmarks import run_gpu, run_linear, subject
 from benchmarks.cases import host_cost, linear_gpu, logits_cpu
-from benchmarks.cases.case import COMPILED, Case
+from benchmarks.cases.case import Case
 from benchmarks.judge import wrong
 from benchmarks.problems import logits as logits_problem
 from benchmarks.report import cpu as cpu_report
+from benchmarks.report.target import save
 from benchmarks.timing import cpu as cpu_timing
 from rlkernels.cli import machine
 
@@ -36,73 +37,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="the device to measure")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="a small shape and few rounds: shows that it runs, gives no figures to quote",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=positive,
-        help=f"rows of logits (default {FULL['tokens']}; cuda: {' and '.join(map(str, run_gpu.ROWS))})",
-    )
-    parser.add_argument(
-        "--vocab",
-        type=positive,
-        help=f"columns of logits (default {FULL['vocab']}; cuda: {', '.join(map(str, run_gpu.VOCABULARIES))})",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=sorted(logits_problem.DTYPES),
-        help="dtype of the logits (default bf16) or of the fused head's operands (default fp32 and bf16; cuda: bf16)",
-    )
-    parser.add_argument(
-        "--hidden",
-        type=positive,
-        help=f"features of the hidden states, for the fused head (default {run_linear.HIDDEN}; cuda: "
-        f"{linear_gpu.HIDDEN})",
-    )
-    parser.add_argument(
-        "--rounds",
-        type=positive,
-        help=f"timed runs of each contender on the CPU (default {FULL['rounds']}, for the fused head "
-        f"{run_linear.ROUNDS})",
-    )
-    parser.add_argument(
-        "--case",
-        choices=sorted({*logits_cpu.CASES, host_cost.NAME, *run_linear.NAMES, *run_gpu.NAMES}),
-        action="append",
-        help=f"measure only this case; may be repeated; {run_linear.ALL}: the fused head, on all of its shapes",
-    )
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
-    cuda = parser.add_argument_group(
-        "cuda", "further options of --device cuda; --json is rewritten as each case ends, --plot names a folder"
-    )
-    cuda.add_argument(
-        "--seconds", type=seconds, help="hot time of each contender and shape (default 1; for figures to publish 3)"
-    )
-    cuda.add_argument("--budget", type=seconds, help="start no case after so many seconds; what was left out is listed")
-    cuda.add_argument(
-        "--compile-all",
-        action="store_true",
-        help="measure torch.compile on every shape, not on the first alone: minutes more",
-    )
-    cuda.add_argument(
-        "--headline",
-        action="store_true",
-        help="of the fused head one shape and the longest alone: a part of an hour's grid",
-    )
-    cuda.add_argument(
-        "--flash-attn", type=Path, metavar="FILE", help="flash-attn's Triton cross entropy, loaded from this file"
-    )
-    cuda.add_argument("--commit", help="the commit to record where the checkout came without its history")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write every sample, the machine and the sources' digests"
-    )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of the medians (needs matplotlib)")
-    parser.add_argument("--plain", action="store_true", help="plain text even where rich is installed")
+    add = parser.add_argument
+    rows, columns = " and ".join(map(str, run_gpu.ROWS)), ", ".join(map(str, run_gpu.VOCABULARIES))
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="the device to measure")
+    sentence = "a small shape and few rounds: shows that it runs, gives no figures to quote"
+    add("--quick", action="store_true", help=sentence)
+    add("--tokens", type=positive, help=f"rows of logits (default {FULL['tokens']}; cuda: {rows})")
+    add("--vocab", type=positive, help=f"columns of logits (default {FULL['vocab']}; cuda: {columns})")
+    sentence = "dtype of the logits (default bf16) or of the fused head's operands (default fp32 and bf16; cuda: bf16)"
+    add("--dtype", choices=sorted(logits_problem.DTYPES), help=sentence)
+    defaults = f"(default {run_linear.HIDDEN}; cuda: {linear_gpu.HIDDEN})"
+    add("--hidden", type=positive, help=f"features of the hidden states, for the fused head {defaults}")
+    defaults = f"(default {FULL['rounds']}, for the fused head {run_linear.ROUNDS})"
+    add("--rounds", type=positive, help=f"timed runs of each contender on the CPU {defaults}")
+    names = sorted({*logits_cpu.CASES, host_cost.NAME, *run_linear.NAMES, *run_gpu.NAMES})
+    sentence = f"measure only this case; may be repeated; {run_linear.ALL}: the fused head, on all of its shapes"
+    add("--case", choices=names, action="append", help=sentence)
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--no-peers", action="store_true", help="leave other libraries out")
+    sentence = "further options of --device cuda; --json is rewritten as each case ends, --plot names a folder"
+    cuda = parser.add_argument_group("cuda", sentence).add_argument
+    sentence = "hot time of each contender and shape (default 1; for figures to publish 3)"
+    cuda("--seconds", type=seconds, help=sentence)
+    cuda("--budget", type=seconds, help="start no case after so many seconds; what was left out is listed")
+    sentence = "measure torch.compile on every shape, not on the first alone: minutes more"
+    cuda("--compile-all", action="store_true", help=sentence)
+    sentence = "of the fused head one shape and the longest alone: a part of an hour's grid"
+    cuda("--headline", action="store_true", help=sentence)
+    sentence = "flash-attn's Triton cross entropy, loaded from this file"
+    cuda("--flash-attn", type=Path, metavar="FILE", help=sentence)
+    cuda("--commit", help="the commit to record where the checkout came without its history")
+    add("--json", type=Path, metavar="FILE", help="write every sample, the machine and the sources' digests")
+    add("--plot", type=Path, metavar="FILE", help="write a picture of the medians (needs matplotlib)")
+    add("--plain", action="store_true", help="plain text even where rich is installed")
 
 
 def positive(text: str) -> int:
@@ -175,12 +142,13 @@ def measure(args: argparse.Namespace, tokens: int, vocab: int, rounds: int) -> i
         peers, missing = logits_cpu.peers()
         remarks += missing
     reader = cpu_timing.reader(args.quick)
+    lineup = logits_cpu.lineup(peers, not args.no_compile)
     cases = {}
     wanted = args.case or [*logits_cpu.CASES, host_cost.NAME]
     for name in (n for n in wanted if n in logits_cpu.CASES):
-        case = logits_cpu.CASES[name](problem, judge, peers)
+        case = logits_cpu.CASES[name](problem, judge, lineup)
         tell(f"  {name}: {', '.join(c.name for c in case.contenders)}")
-        remarks += ready(case, args)
+        remarks += ready(case)
         cpu_timing.race([*case.contenders, reader], rounds, warmup=1)
         cases[name] = case
     if not cases:
@@ -192,7 +160,7 @@ def measure(args: argparse.Namespace, tokens: int, vocab: int, rounds: int) -> i
         host_cost.show(host, args.plain)
     linear = run_linear.measure(args, ready, tell)
     linear.show(args.plain)
-    faults = [fault for case in cases.values() for fault in wrong(case)] + host_cost.wrong(host) + linear.faults
+    faults = [fault for case in cases.values() for fault in wrong(case)] + host_cost.inexact(host) + linear.faults
     figures = {
         "shape": [tokens, vocab],
         "dtype": dtype,
@@ -246,19 +214,16 @@ def conclude(
             "faults": faults,
             "remarks": remarks,
         }
-        cpu_report.save(args.json, {**head, **figures})
+        save(args.json, {**head, **figures})
     if args.plot and cases:
         cpu_report.plot(args.plot, cases, f"{what}, {where['processor']}")
     return 1 if faults else 0
 
 
-def ready(case: Case, args: argparse.Namespace) -> list[str]:
+def ready(case: Case) -> list[str]:
     """Compiles, checks and weighs every contender outside the clock; drops those that fail, with one line for each."""
     remarks = []
     for contender in list(case.contenders):
-        if contender.name == COMPILED and args.no_compile:
-            case.contenders.remove(contender)
-            continue
         try:
             cpu_timing.first_run(contender)
             cpu_timing.memory(contender)

@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from benchmarks.lineup import Lineup, Score, backends_of
+from benchmarks.problems.logits import Problem
 from benchmarks.timing.gpu import first_line
 from rlkernels.cli import machine
 
@@ -24,7 +26,7 @@ class Peer:
     """A function of another library.
 
     Attributes:
-        parameters: the names that a call of ours passes by name, or by position in this order.
+        takes: the parameters that a call of ours passes by name, or by position in this order.
         package: its distribution, for the version.
         remark: what it does otherwise than asked; printed beside its time.
     """
@@ -33,34 +35,25 @@ class Peer:
     package: str
     module: str
     attribute: str
-    parameters: tuple[str, ...]
+    takes: str
     remark: str = ""
+
+    @property
+    def parameters(self) -> list[str]:
+        return self.takes.split()
 
 
 PEERS = {
     "trl": Peer(
-        "TRL kernel", "trl", "trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy", ("logits", "index")
+        "TRL kernel", "trl", "trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy", "logits index"
     ),
     "liger_grpo": Peer(
         "Liger GRPO",
         "liger-kernel",
         "liger_kernel.transformers.grpo_loss",
         "triton_grpo_loss",
-        (
-            "logits",
-            "old_logp",
-            "ref_logp",
-            "completion_ids",
-            "advantages",
-            "completion_mask",
-            "temperature",
-            "beta",
-            "eps_low",
-            "eps_high",
-            "inplace",
-            "loss_type",
-            "reduce",
-        ),
+        "logits old_logp ref_logp completion_ids advantages completion_mask temperature beta eps_low eps_high inplace "
+        "loss_type reduce",
         "no entropy bonus; the last row of each sequence is left out",
     ),
     "liger_ce": Peer(
@@ -68,33 +61,31 @@ PEERS = {
         "liger-kernel",
         "liger_kernel.transformers.functional",
         "liger_cross_entropy",
-        ("input", "target", "reduction"),
+        "input target reduction",
         "writes the gradient over its input in the forward",
     ),
     "flash": Peer(
-        "flash-attn CE", "flash-attn", "flash_attn.ops.triton.cross_entropy", "cross_entropy_loss", ("logits", "labels")
+        "flash-attn CE", "flash-attn", "flash_attn.ops.triton.cross_entropy", "cross_entropy_loss", "logits labels"
     ),
-    "quack": Peer("QuACK CE", "quack-kernels", "quack.cross_entropy", "cross_entropy", ("x", "target", "reduction")),
-    "fla_ce": Peer(
-        "fla CE", "fla-core", "fla.modules.fused_cross_entropy.ops", "cross_entropy_loss", ("logits", "target")
-    ),
+    "quack": Peer("QuACK CE", "quack-kernels", "quack.cross_entropy", "cross_entropy", "x target reduction"),
+    "fla_ce": Peer("fla CE", "fla-core", "fla.modules.fused_cross_entropy.ops", "cross_entropy_loss", "logits target"),
     "fla_grpo": Peer(
         "fla GRPO",
         "fla-core",
         "fla.modules.grpo",
         "fused_grpo_loss",
-        ("logits", "ref_logp", "input_ids", "advantages", "beta", "completion_mask"),
+        "logits ref_logp input_ids advantages beta completion_mask",
         "on-policy only: no ratio, no clip; the last row of each sequence is left out",
     ),
     "verl": Peer(
-        "verl", "verl", "verl.utils.torch_functional", "logprobs_from_logits", ("logits", "labels", "inplace_backward")
+        "verl", "verl", "verl.utils.torch_functional", "logprobs_from_logits", "logits labels inplace_backward"
     ),
     "verl_linear": Peer(
         "verl linear",
         "verl",
         "verl.utils.kernel.linear_cross_entropy",
         "LinearCrossEntropy",
-        ("hidden", "weight", "labels", "temperature", "reduction"),
+        "hidden weight labels temperature reduction",
         "entropy too",
     ),
     "trl_chunked": Peer(
@@ -102,31 +93,21 @@ PEERS = {
         "trl",
         "trl.kernels",
         "ChunkedLogProbFunction",
-        (
-            "hidden",
-            "weight",
-            "bias",
-            "targets",
-            "temperature",
-            "chunk_size",
-            "final_logit_softcapping",
-            "logit_scale",
-            "outputs",
-        ),
+        "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs",
     ),
     "liger_chunked": Peer(
         "Liger chunked GRPO",
         "liger-kernel",
         "liger_kernel.chunked_loss",
         "LigerFusedLinearGRPOLoss",
-        ("_input", "lin_weight", "selected_token_ids", "attention_mask", "advantages", "old_per_token_logps"),
+        "_input lin_weight selected_token_ids attention_mask advantages old_per_token_logps",
     ),
     "liger_sm90": Peer(
         "Liger scaled CE",
         "liger-kernel",
         "liger_kernel.ops",
         "LigerFusedLinearScaledCrossEntropyFunction",
-        ("_input", "weight", "target", "temperature", "ignore_index", "m_tiles_per_cluster", "return_entropy"),
+        "_input weight target temperature ignore_index m_tiles_per_cluster return_entropy",
         "its fused kernel on compute capability 9.0 alone, chunks of torch elsewhere",
     ),
     "verl_chunked": Peer(
@@ -134,7 +115,7 @@ PEERS = {
         "verl",
         "verl.utils.experimental.torch_functional",
         "FusedLinearForPPO",
-        ("hidden_states", "vocab_weights", "input_ids", "temperature"),
+        "hidden_states vocab_weights input_ids temperature",
         "entropy too",
     ),
     "cce": Peer(
@@ -142,7 +123,7 @@ PEERS = {
         "cut-cross-entropy",
         "cut_cross_entropy",
         "linear_cross_entropy",
-        ("e", "c", "targets", "reduction"),
+        "e c targets reduction",
         "drops small gradients",
     ),
     "rl_triton": Peer(
@@ -150,7 +131,7 @@ PEERS = {
         "rl-triton",
         "rl_triton",
         "compute_gae",
-        ("rewards", "values", "terminateds", "gamma", "lambda_"),
+        "rewards values terminateds gamma lambda_",
         "no token mask: other numbers",
     ),
 }
@@ -208,28 +189,30 @@ def available(flash_attn: Path | None = None) -> tuple[dict[str, Callable], list
     return found, lines
 
 
-def cross_entropies(peers: dict[str, Callable]) -> dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor], bool]]:
-    """Label, log-probability of the target as a differentiable function of ``(logits [T, V], targets [T])``, and
-    whether it may write over them.
-    """
+def lineup(device_type: str, peers: dict[str, Callable], compile_too: bool) -> Lineup:
+    """All backends of an accelerator beside these functions of other libraries."""
+    return Lineup(backends_of(device_type), peers, scores(peers), compile_too)
 
-    def negative(function: Callable, **options: object) -> Callable[[Tensor, Tensor], Tensor]:
+
+def scores(peers: dict[str, Callable]) -> list[Score]:
+    """The log-probabilities of the targets that these libraries compute from logits."""
+
+    def negative(key: str, **options: object) -> Callable[[Tensor, Tensor], Tensor]:
         def run(x: Tensor, y: Tensor) -> Tensor:
-            outputs = function(x, y, **options)
+            outputs = peers[key](x, y, **options)
             return -(outputs[0] if isinstance(outputs, tuple) else outputs)
 
         return run
 
-    built = {
-        "liger_ce": (lambda f: negative(f, reduction="none"), True),
-        "flash": (lambda f: negative(f), False),
-        "quack": (lambda f: negative(f, reduction="none"), False),
-        "fla_ce": (lambda f: negative(f), False),
-        "verl": (lambda f: lambda x, y: f(x, y, inplace_backward=False), False),
-    }
-    return {
-        PEERS[k].name: (PEERS[k].remark, make(peers[k]), writes) for k, (make, writes) in built.items() if k in peers
-    }
+    rowwise = {"reduction": "none"}
+    found = {"trl": Score(PEERS["trl"].name, stats=peers["trl"])} if "trl" in peers else {}
+    for key, options in {"liger_ce": rowwise, "flash": {}, "quack": rowwise, "fla_ce": {}}.items():
+        if key in peers:
+            name, remark = PEERS[key].name, PEERS[key].remark
+            found[key] = Score(name, negative(key, **options), writes=key == "liger_ce", remark=remark)
+    if "verl" in peers:
+        found["verl"] = Score(PEERS["verl"].name, lambda x, y: peers["verl"](x, y, inplace_backward=False))
+    return list(found.values())
 
 
 def sequences(x: Tensor, count: int) -> Tensor:
@@ -238,8 +221,8 @@ def sequences(x: Tensor, count: int) -> Tensor:
 
 
 def liger_policy(
-    function: Callable, problem, clip_low: float, clip_high: float, kl_coef: float
-) -> Callable[[Tensor], Tensor]:
+    function: Callable, problem: Problem, clip_low: float, clip_high: float, kl_coef: float
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Liger's GRPO loss on the rows of ours: ``[B, L + 1, V]``, token mean, everything alive."""
     count = problem.sequences
     ids, old, ref = (
@@ -248,7 +231,7 @@ def liger_policy(
     advantages = sequences(problem.advantages, count)[:, 0].contiguous()
     mask = torch.ones_like(ids)
 
-    def run(leaf: Tensor) -> Tensor:
+    def run(leaf: Tensor, targets: Tensor) -> Tensor:
         loss, _ = function(
             sequences(leaf, count),
             old,
@@ -269,10 +252,14 @@ def liger_policy(
     return run
 
 
-def fla_policy(function: Callable, problem, kl_coef: float) -> Callable[[Tensor], Tensor]:
+def fla_policy(function: Callable, problem: Problem, kl_coef: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """fla's GRPO loss on the rows of ours, as Liger's."""
     count = problem.sequences
     ids, ref = (sequences(c, count)[:, :-1].contiguous() for c in (problem.targets, problem.ref_logprobs))
     advantages, mask = sequences(problem.advantages, count)[:, 0].contiguous(), torch.ones_like(ids)
-    return lambda leaf: function(
-        sequences(leaf, count), ref, ids, advantages, beta=kl_coef, completion_mask=mask
-    ).mean()
+
+    def run(leaf: Tensor, targets: Tensor) -> Tensor:
+        logits = sequences(leaf, count)
+        return function(logits, ref, ids, advantages, beta=kl_coef, completion_mask=mask).mean()
+
+    return run

@@ -10,15 +10,17 @@ from pathlib import Path
 import torch
 
 import rlkernels
-from benchmarks import peers as peer_libraries
+from benchmarks import peers as libraries
 from benchmarks import subject
 from benchmarks.cases import columns_gpu, linear_gpu, logits_gpu
 from benchmarks.cases.case import Case
 from benchmarks.cases.logits_gpu import CASES, WITH_REFERENCE
-from benchmarks.problems import linear as linear_problem
-from benchmarks.problems.logits import judge as judge_of
+from benchmarks.lineup import Lineup
+from benchmarks.problems import linear as linear_problems
+from benchmarks.problems import logits as logits_problems
 from benchmarks.report import gpu as gpu_report
 from benchmarks.report import plots
+from benchmarks.report.target import save
 from benchmarks.timing.device import Cuda
 from benchmarks.timing.gpu import DeviceLost, Roofline, first_line, race, ready, roofline
 
@@ -40,18 +42,16 @@ def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def small_cases(
-    device: object, peers: dict[str, Callable], compile_too: bool, wanted: list[str], scale: int = 1
-) -> list[tuple[str, Callable]]:
+    device: object, lineup: Lineup, wanted: list[str], scale: int = 1
+) -> list[tuple[str, Callable[[], Case]]]:
     """Makers of the small cases; ``scale`` divides their sizes, for tests."""
-    d = device.device
+    d, cache, columns = device.device, device.cache_bytes, (64, 2048 // scale)
+    scans = [(rows // min(scale, 32), length // scale) for rows, length in columns_gpu.SCANS]
     makers: list[tuple[str, Callable[[], Case]]] = [
-        ("policy_loss", lambda: columns_gpu.policy_loss(d, compile_too, (64, 2048 // scale))),
-        ("pairwise_reward_loss", lambda: columns_gpu.pairwise(d, compile_too)),
-        ("dpo_loss", lambda: columns_gpu.dpo(d, compile_too)),
-        *(
-            ("gae", lambda s=s: columns_gpu.gae(d, (s[0] // min(scale, 32), s[1] // scale), peers, device.cache_bytes))
-            for s in columns_gpu.SCANS
-        ),
+        ("policy_loss", lambda: columns_gpu.policy_loss(d, lineup, columns)),
+        ("pairwise_reward_loss", lambda: columns_gpu.pairwise(d, lineup)),
+        ("dpo_loss", lambda: columns_gpu.dpo(d, lineup)),
+        *(("gae", lambda scan=scan: columns_gpu.gae(d, lineup, scan, cache)) for scan in scans),
     ]
     return [(name, make) for name, make in makers if name in wanted]
 
@@ -61,7 +61,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, device: object, started: float) -> None:
         self.args, self.device, self.started = args, device, started
-        self.peers, self.remarks = ({}, []) if args.no_peers else peer_libraries.available(args.flash_attn)
+        self.peers, self.remarks = ({}, []) if args.no_peers else libraries.available(args.flash_attn)
         self.remarks += [
             (f"backend {name}: absent: {reason}")
             for name, reason in rlkernels.available_backends()["absent"].items()
@@ -99,7 +99,7 @@ class Run:
     def save(self) -> None:
         self.data["goals"] = gpu_report.goals(self.data["cases"])
         if self.args.json:
-            gpu_report.save(self.args.json, self.data)
+            save(self.args.json, self.data)
 
     def measure(self, make: Callable[[], Case], what: str, count: bool) -> None:
         """One case, saved as it ends. A case that fails is a line, not the end of the run."""
@@ -126,51 +126,53 @@ class Run:
         self.save()
         self.device.release()
 
+    def lineup(self, compile_too: bool) -> Lineup:
+        return libraries.lineup(self.device.device.type, self.peers, compile_too and not self.args.no_compile)
+
     def logits_cases(self, tokens: int, vocab: int, wanted: list[str], headline: bool) -> None:
         """All cases over one batch of logits; the batch with a reference is made apart, being twice the size."""
         for with_reference in (False, True):
             names = [n for n in CASES if n in wanted and (n in WITH_REFERENCE) is with_reference]
-            if names:
-                self.batch(tokens, vocab, names, with_reference, headline)
-                self.device.release()
 
-    def batch(self, tokens: int, vocab: int, names: list[str], with_reference: bool, headline: bool) -> None:
-        what = f"[{tokens}, {vocab}]"
-        if self.over:
-            self.data["not_measured"] += [f"{n} {what}: the budget of {self.args.budget:g} s was spent" for n in names]
-            return
-        try:
-            problem = logits_gpu.make(
-                self.device.device, tokens, vocab, self.args.dtype, self.device.cache_bytes, with_reference
-            )
-            judge = judge_of(problem)
-        except RuntimeError as error:  # too large for this device
-            self.data["not_measured"] += [f"{n} {what}: {first_line(error)}" for n in names]
-            return
-        self.device.release()
-        compile_too = not self.args.no_compile and (headline or self.args.compile_all)
-        for name in names:
-            self.measure(
-                lambda name=name: CASES[name](problem, judge, self.peers, compile_too), f"{name} {what}", headline
-            )
+            def drawn(with_reference: bool = with_reference) -> Callable[[str, Lineup], Case]:
+                shape, cache = (tokens, vocab, self.args.dtype), self.device.cache_bytes
+                problem = logits_gpu.problem_of(self.device.device, *shape, cache, with_reference)
+                judge = logits_problems.judge(problem)
+                return lambda name, lineup: CASES[name](problem, judge, lineup)
+
+            if names:
+                self.batch(names, f"[{tokens}, {vocab}]", drawn, headline, headline or self.args.compile_all)
+                self.device.release()
 
     def linear_cases(self, shape: tuple[int, int, int], names: list[str], headline: bool) -> None:
         """The fused head on one shape; launches are counted and torch.compile runs on the first."""
-        what = str(list(shape))
+
+        def drawn() -> Callable[[str, Lineup], Case]:
+            problem = linear_problems.make(self.device.device, *shape, self.args.dtype)
+            return lambda name, lineup: linear_gpu.CASES[name](problem, lineup)
+
+        self.batch(names, str(list(shape)), drawn, headline, headline)
+
+    def batch(
+        self,
+        names: list[str],
+        what: str,
+        drawn: Callable[[], Callable[[str, Lineup], Case]],
+        count: bool,
+        compile_too: bool,
+    ) -> None:
+        """Cases over one problem, which is freed behind them."""
         if self.over:
             self.data["not_measured"] += [f"{n} {what}: the budget of {self.args.budget:g} s was spent" for n in names]
             return
         try:
-            problem = linear_problem.make(self.device.device, *shape, self.args.dtype)
+            case_of = drawn()
         except RuntimeError as error:  # too large for this device
             self.data["not_measured"] += [f"{n} {what}: {first_line(error)}" for n in names]
             return
         self.device.release()
-        compile_too = not self.args.no_compile and headline
         for name in names:
-            self.measure(
-                lambda name=name: linear_gpu.CASES[name](problem, self.peers, compile_too), f"{name} {what}", headline
-            )
+            self.measure(lambda name=name: case_of(name, self.lineup(compile_too)), f"{name} {what}", count)
 
     @property
     def faults(self) -> list[str]:
@@ -213,7 +215,7 @@ def run(args: argparse.Namespace, device: object | None = None, small: int = 1, 
     first = HEADLINE if HEADLINE in grid else grid[0]
     try:
         state.logits_cases(*first, wanted, True)
-        for name, make in small_cases(device, state.peers, not args.no_compile, wanted, small):
+        for name, make in small_cases(device, state.lineup(True), wanted, small):
             state.measure(make, name, True)
         for position, (shape, names) in enumerate(linear_gpu.plan(args, wanted, small)):
             state.linear_cases(shape, names, position == 0)

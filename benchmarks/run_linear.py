@@ -10,8 +10,10 @@ import torch
 
 from benchmarks.cases import linear_cpu
 from benchmarks.cases.case import Case
+from benchmarks.cases.linear import ALL
 from benchmarks.cases.linear_cpu import CASES
 from benchmarks.judge import wrong
+from benchmarks.lineup import Lineup
 from benchmarks.problems import linear as linear_problem
 from benchmarks.report import linear as linear_report
 from benchmarks.report.linear import HIDDEN, TOKENS, VOCABULARIES
@@ -19,7 +21,6 @@ from benchmarks.timing import cpu as cpu_timing
 from rlkernels.backends import cpu, cpu_memory
 from rlkernels.linear.chunking import budget_bytes
 
-ALL = "linear"
 NAMES = (ALL, *CASES)
 QUICK_TOKENS, QUICK_HIDDEN, QUICK_VOCABULARY = 64, 128, 8192
 ROUNDS = 5
@@ -70,7 +71,7 @@ def plan(args: argparse.Namespace) -> list[tuple[tuple[int, int, int], str, list
     return found
 
 
-Ready = Callable[[Case, argparse.Namespace], list[str]]
+Ready = Callable[[Case], list[str]]
 
 
 def measure(args: argparse.Namespace, ready: Ready, tell: Callable[[str], None]) -> Measured:
@@ -93,9 +94,9 @@ def measure(args: argparse.Namespace, ready: Ready, tell: Callable[[str], None])
             if name == "linear_dpo_loss" and shape[0] < 2:
                 measured.remarks.append(f"{name}: not measured: a pair has two tokens at least")
                 continue
-            case = CASES[name](problem, dtype, peers)
+            case = CASES[name](problem, Lineup(peers=peers))
             tell(f"  {case.name}: {', '.join(c.name for c in case.contenders)}")
-            measured.remarks += ready(case, args)
+            measured.remarks += ready(case)
             measured.faults += wrong(case)
             # The runs that checked and weighed have warmed up.
             cpu_timing.race(case.contenders, args.rounds or ROUNDS, warmup=0)

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import rlkernels
 from benchmarks.timing.contender import Contender
-from rlkernels.backends import DEVICES, absent
 
 if TYPE_CHECKING:
     from benchmarks.timing.gpu import Roofline
@@ -59,10 +57,6 @@ class Case:
         return max(roof.floor(self.reads, self.writes), self.flops / roof.matmul)
 
 
-def compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
 def differentiated(function: Callable, upstream: object = None) -> Callable[[Sequence], tuple]:
     """Forward and backward of a function of leaves: ``(outputs, gradients)``.
 
@@ -82,23 +76,5 @@ def without_grad(function: Callable) -> Callable[[Sequence], Any]:
     def run(inputs: Sequence) -> Any:
         with torch.no_grad():
             return function(*inputs)
-
-    return run
-
-
-def ours(device_type: str) -> dict[str, str]:
-    """Label to the backend that is forced; ``auto`` forces none and is what a caller gets."""
-    present = [name for name in DEVICES[device_type] if name != "eager" and absent(name) is None]
-    return {"rlkernels auto": "auto", **{f"rlkernels {name}": name for name in present}}
-
-
-def on(name: str, function: Callable) -> Callable:
-    """``function`` with backend ``name`` serving. The backward keeps the backend of its forward."""
-    if name == "auto":
-        return function
-
-    def run(*arguments: object) -> object:
-        with rlkernels.use_backend(name):
-            return function(*arguments)
 
     return run

@@ -13,7 +13,6 @@ not reached is no failure.
 import argparse
 import datetime
 import json
-import os
 import platform
 import signal
 import sys
@@ -26,17 +25,10 @@ if not __package__:  # run as a file: its folder is on the path, and not the roo
 
 from benchmarks import ROOT
 from benchmarks.gpu_machine.stages import FIGURES, STAGES, Context, Interrupted, probe
+from benchmarks.report.target import of_record, save
 
 TOTAL = 515.0
 """Seconds of all stages: nine minutes, less the look for a device and the ends of children that ran out of time."""
-
-
-def save(path, data):
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(part, path)
 
 
 def run_stages(names, stages, device, out, total_s=TOTAL, commit=None, extra=None, clock=time.monotonic):
@@ -161,9 +153,8 @@ def table(device, outcomes, measured):
         "figures to reach, the worst of the measured shapes",
     ]
     for g in measured["goals"]:
-        met = "not measured" if g["met"] is None else "met" if g["met"] else "NOT MET"
-        worst = "-" if g["worst"] is None else f"{g['worst']:.3g}"
-        lines.append(f"    {g['text']:80}{'>=' if g['at_least'] else '<='} {g['bound']:<6g}{worst:>10}  {met}")
+        goal = of_record(g)
+        lines.append(f"    {goal.text:80}{goal.limit:9}{goal.number:>10}  {goal.verdict()}")
     for case in measured["cases"]:
         lines += ["", f"{case['name']} {case['shape']}: floor {1e3 * case['floor_s']:.4g} ms ({case['passes']})"]
         for e in case["entries"]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.judge import Judge, relative
-from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, DTYPES, ENTROPY_COEF, log_softmax_gather
+from benchmarks.problems.logits import DTYPES, ENTROPY_COEF, log_softmax_gather
 
 CHECKED_ROWS, CHECKED_COLUMNS = 8, 32
 PIECE = 2**24
@@ -167,12 +167,6 @@ def products_check(p: Problem) -> Callable[[tuple[Tensor, Tensor]], dict[str, fl
         columns = p.weight[block].double()
         expected += some @ columns.T @ columns
     return lambda outputs: {"product": relative(outputs[0][p.rows], expected)}
-
-
-def ppo(logp: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """The clipped objective of each token, as trainers write it."""
-    ratio = (logp - old_logprobs).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1.0 - CLIP_LOW, 1.0 + CLIP_HIGH) * advantages)
 
 
 def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -146,12 +146,21 @@ def kl_composition(logits: Tensor, ref_logits: Tensor, targets: Tensor) -> tuple
     return log_p.gather(1, y)[:, 0], -(p * log_p).sum(-1), log_q.gather(1, y)[:, 0], (p * (log_p - log_q)).sum(-1)
 
 
+def ppo(logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
+    """The clipped objective of each token, as trainers write it."""
+    ratio = (logp - old_logp).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1.0 - CLIP_LOW, 1.0 + CLIP_HIGH) * advantage)
+
+
+def masked_ppo(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
+    """Its mean over the tokens of a mask."""
+    return torch.where(mask, ppo(logp, old_logp, advantage), 0.0).sum() / mask.sum()
+
+
 def policy_terms(logp: Tensor, entropy: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Tensor) -> Tensor:
     """PPO with two clip bounds, k3 against the reference and an entropy bonus, per token."""
-    ratio = (logp - old_logp).exp()
-    surrogate = -torch.minimum(ratio * advantage, ratio.clamp(1.0 - CLIP_LOW, 1.0 + CLIP_HIGH) * advantage)
     gap = ref_logp - logp
-    return surrogate + KL_COEF * (gap.expm1() - gap) - ENTROPY_COEF * entropy
+    return ppo(logp, old_logp, advantage) + KL_COEF * (gap.expm1() - gap) - ENTROPY_COEF * entropy
 
 
 def policy(logits: Tensor, targets: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Tensor) -> Tensor:

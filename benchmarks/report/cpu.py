@@ -1,33 +1,25 @@
-"""The report of a run: targets, table, JSON and plot."""
+"""The report of a run on a CPU: targets, table, JSON and plot."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.cases import logits_cpu
-from benchmarks.cases.case import COMPILED, EAGER, OURS, Case
-from benchmarks.cases.logits_cpu import OUR_IN_PLACE, PASS_BACKWARD, PASS_FORWARD
+from benchmarks.cases.case import COMPILED, EAGER, IN_PLACE, OURS, Case
+from benchmarks.cases.logits import FORWARD, LOGPROBS, POLICY
+from benchmarks.cases.logits_cpu import PASS_BACKWARD, PASS_FORWARD
+from benchmarks.report.target import Target
 from benchmarks.timing.contender import Contender
 from rlkernels.cli import tables
 
 REFERENCE_SHAPE = (1024, 128256, "bf16")
 """The shape for which the targets are stated."""
-
-
-@dataclass
-class Target:
-    text: str
-    value: float | None
-    bound: float
-    at_least: bool
-
-    @property
-    def met(self) -> bool | None:
-        """Tell whether the bound is met; None where a side of the comparison was not measured."""
-        if self.value is None:
-            return None
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
+QUANTITIES = ("logp", "entropy", "loss", "gradient")
+HEADER = ["", "median ms", "quartiles", "x ours", "GB/s", "% of read", "extra MB"]
+HEADER += [f"{quantity} err" for quantity in ("logp", "entropy", "loss", "grad")]
+LEGEND = """\
+GB/s: bytes that the work must move at least, over the median. extra MB: the larger of the peak of torch's allocator
+(torch.profiler) and the growth of the resident set, each above its level at the start, in a run of its own. Errors:
+against float64 on a few rows, the largest; of a gradient, relative (Frobenius), its one rounding to the dtype of the
+logits included."""
 
 
 def ratio(case: Case | None, over: str, under: str) -> float | None:
@@ -37,8 +29,8 @@ def ratio(case: Case | None, over: str, under: str) -> float | None:
 
 
 def targets(cases: dict[str, Case], logits_bytes: int) -> list[Target]:
-    forward, both, policy = (cases.get(name) for name in (logits_cpu.FORWARD, logits_cpu.BOTH, logits_cpu.POLICY))
-    in_place = both.named(OUR_IN_PLACE) if both else None
+    forward, both, policy = (cases.get(name) for name in (FORWARD, LOGPROBS, POLICY))
+    in_place = both.named(OURS + IN_PLACE) if both else None
     parts = [policy.named(n) if policy else None for n in (OURS, PASS_FORWARD, PASS_BACKWARD)]
     fused = parts[0].median / (parts[1].median + parts[2].median) if all(parts) else None
     peak = None
@@ -58,42 +50,26 @@ def megabytes(size: int | None) -> str:
     return "-" if size is None else f"{size / 1e6:.1f}"
 
 
-def row(case: Case, contender: Contender, read_bandwidth: float) -> list[str]:
-    low, high = contender.quartiles
-    ours = case.named(OURS)
-    errors = [
-        f"{contender.errors[q]:.1e}" if q in contender.errors else "-" for q in ("logp", "entropy", "loss", "gradient")
-    ]
-    return [
-        contender.name,
-        f"{1e3 * contender.median:.2f}",
-        f"{1e3 * low:.2f}-{1e3 * high:.2f}",
-        f"{contender.median / ours.median:.2f}",
-        f"{contender.bandwidth / 1e9:.1f}",
-        f"{100 * contender.bandwidth / read_bandwidth:.0f}",
-        megabytes(contender.extra_bytes),
-        *errors,
-    ]
+def times(case: Case, c: Contender) -> list[str]:
+    """The cells of a contender's name, its time, and its time over ours."""
+    low, high = c.quartiles
+    ours = case.named(OURS).median
+    return [c.name, f"{1e3 * c.median:.2f}", f"{1e3 * low:.2f}-{1e3 * high:.2f}", f"{c.median / ours:.2f}"]
 
 
-HEADER = [
-    "",
-    "median ms",
-    "quartiles",
-    "x ours",
-    "GB/s",
-    "% of read",
-    "extra MB",
-    "logp err",
-    "entropy err",
-    "loss err",
-    "grad err",
-]
+def errors(c: Contender, quantities: Iterable[str]) -> list[str]:
+    return [f"{c.errors[q]:.1e}" if q in c.errors else "-" for q in quantities]
 
 
-def without_empty_columns(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+def row(case: Case, c: Contender, read_bandwidth: float) -> list[str]:
+    speeds = f"{c.bandwidth / 1e9:.1f}", f"{100 * c.bandwidth / read_bandwidth:.0f}"
+    return [*times(case, c), *speeds, megabytes(c.extra_bytes), *errors(c, QUANTITIES)]
+
+
+def show_case(case: Case, header: list[str], rows: list[list[str]], plain: bool) -> None:
+    """Prints the table of a case without its empty columns."""
     kept = [c for c in range(len(header)) if c == 0 or any(row[c] != "-" for row in rows)]
-    return [header[c] for c in kept], [[row[c] for c in kept] for row in rows]
+    tables.show(case.name, [header[c] for c in kept], [[row[c] for c in kept] for row in rows], plain=plain)
 
 
 def show(
@@ -101,75 +77,42 @@ def show(
 ) -> None:
     """Prints a table per case, then the targets."""
     for case in cases:
-        tables.show(
-            case.name,
-            *without_empty_columns(HEADER, [row(case, c, reader.bandwidth) for c in case.contenders]),
-            plain=plain,
-        )
+        show_case(case, HEADER, [row(case, c, reader.bandwidth) for c in case.contenders], plain)
     low, high = (reader.moved / s / 1e9 for s in reversed(reader.quartiles))
     print(
         f"\nread bandwidth of this machine in this run: {reader.bandwidth / 1e9:.1f} GB/s (quartiles "
-        f"{low:.1f}-{high:.1f}), "
-        f"{reader.name}, {reader.moved / 2**20:.0f} MiB"
-    )
-    print(
-        "GB/s: bytes that the work must move at least, over the median. extra MB: the larger of the peak of torch's "
-        "allocator"
-    )
-    print(
-        "(torch.profiler) and the growth of the resident set, each above its level at the start, in a run of its "
-        "own. Errors: against"
-    )
-    print(
-        "float64 on a few rows, the largest; of a gradient, relative (Frobenius), its one rounding to the dtype of "
-        "the logits included."
+        f"{low:.1f}-{high:.1f}), {reader.name}, {reader.moved / 2**20:.0f} MiB\n{LEGEND}"
     )
     named = f"{REFERENCE_SHAPE[2]} [{REFERENCE_SHAPE[0]}, {REFERENCE_SHAPE[1]}]"
-    rows = []
-    for goal in goals:
-        verdict = (
-            "not measured"
-            if goal.met is None
-            else "other shape"
-            if shape != REFERENCE_SHAPE
-            else "met"
-            if goal.met
-            else "NOT MET"
-        )
-        value = "-" if goal.value is None else f"{goal.value:.3g}"
-        rows.append([goal.text, f"{'>=' if goal.at_least else '<='} {goal.bound:g}", value, verdict])
+    rows = [[goal.text, goal.limit, goal.number, goal.verdict(shape == REFERENCE_SHAPE)] for goal in goals]
     tables.show(f"Targets, stated for {named}", ["target", "bound", "this run", "verdict"], rows, plain=plain)
+
+
+def figures(c: Contender) -> dict[str, object]:
+    """A contender as plain data."""
+    return {
+        "name": c.name,
+        "median_s": c.median,
+        "quartiles_s": list(c.quartiles),
+        "samples_s": c.samples,
+        "peak_bytes": c.peak_bytes,
+        "resident_bytes": c.resident_bytes,
+        "errors": c.errors,
+    }
 
 
 def record(cases: Sequence[Case], reader: Contender, goals: Sequence[Target]) -> dict[str, object]:
     """The figures as plain data."""
 
     def entry(c: Contender) -> dict[str, object]:
-        return {
-            "name": c.name,
-            "median_s": c.median,
-            "quartiles_s": list(c.quartiles),
-            "samples_s": c.samples,
-            "moved_bytes": c.moved,
-            "bytes_per_s": c.bandwidth,
-            "fraction_of_read": c.bandwidth / reader.bandwidth,
-            "peak_bytes": c.peak_bytes,
-            "resident_bytes": c.resident_bytes,
-            "errors": c.errors,
-        }
+        share = {"bytes_per_s": c.bandwidth, "fraction_of_read": c.bandwidth / reader.bandwidth}
+        return {**figures(c), "moved_bytes": c.moved, **share}
 
     return {
         "read_bandwidth": entry(reader),
         "cases": [{"name": case.name, "contenders": [entry(c) for c in case.contenders]} for case in cases],
-        "targets": [
-            {"text": g.text, "bound": g.bound, "at_least": g.at_least, "value": g.value, "met": g.met} for g in goals
-        ],
+        "targets": [goal.record() for goal in goals],
     }
-
-
-def save(path: Path, data: dict[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def plot(path: Path, cases: Sequence[Case], title: str) -> None:
@@ -182,9 +125,8 @@ def plot(path: Path, cases: Sequence[Case], title: str) -> None:
         names = [c.name for c in case.contenders]
         medians = [1e3 * c.median for c in case.contenders]
         spread = [[1e3 * abs(c.median - c.quartiles[side]) for c in case.contenders] for side in (0, 1)]
-        bars = panel.barh(
-            names, medians, xerr=spread, color=["#1f77b4" if c.ours else "#b0b0b0" for c in case.contenders]
-        )
+        colours = ["#1f77b4" if c.ours else "#b0b0b0" for c in case.contenders]
+        bars = panel.barh(names, medians, xerr=spread, color=colours)
         panel.bar_label(bars, [f"{m:.1f}" for m in medians], padding=4)
         panel.margins(x=0.12)
         panel.invert_yaxis()

@@ -1,73 +1,48 @@
 """The report of a run on an accelerator: faults, goals, tables and the JSON that is rewritten as each case ends."""
 
 import hashlib
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.cases import linear_gpu
-from benchmarks.cases import logits_gpu as cases_
 from benchmarks.cases.case import EAGER, IN_PLACE, Case
-from benchmarks.cases.logits_gpu import ONE_LAUNCH
+from benchmarks.cases.linear import gradient_bytes
+from benchmarks.cases.linear_gpu import LONG, NAMES, PRODUCTS
+from benchmarks.cases.logits import POLICY, STATS
+from benchmarks.cases.logits_gpu import ONE_LAUNCH, TWO
 from benchmarks.judge import wrong
 from benchmarks.peers import PEERS
+from benchmarks.report.target import Target, of_record
 from benchmarks.timing.contender import Contender, summary
 from benchmarks.timing.gpu import Roofline
 from rlkernels.cli import machine, tables
 
-NUMBERS_DIFFER = {
-    "logp": 1e-2,
-    "entropy": 1e-2,
-    "kl": 1e-2,
-    "ref_logp": 1e-2,
-    "loss": 1e-2,
-    "advantage": 1e-2,
-    "return": 1e-2,
-    "dhidden": 0.1,
-    "dweight": 0.1,
-}
+AUTO = "rlkernels auto"
+MEASURED = ("first_call_s", "peak_bytes", "host_s", "graph_s")
+NUMBERS_DIFFER = dict.fromkeys(("logp", "entropy", "kl", "ref_logp", "loss", "advantage", "return"), 1e-2)
+NUMBERS_DIFFER |= {"dhidden": 0.1, "dweight": 0.1}
 """Errors above which a peer is said to compute something else (or in 16 bits)."""
 
 
-def remark(entry: Contender) -> str:
+def remark(c: Contender) -> str:
     """The peer's own remark, and whether its numbers are those asked for."""
-    differs = [q for q, bound in NUMBERS_DIFFER.items() if not entry.errors.get(q, 0.0) <= bound]
-    if not entry.errors.get("gradient", 0.0) <= 5 * entry.errors.get("rounding", 0.0) + 1e-3:
+    differs = [q for q, bound in NUMBERS_DIFFER.items() if not c.errors.get(q, 0.0) <= bound]
+    if not c.errors.get("gradient", 0.0) <= 5 * c.errors.get("rounding", 0.0) + 1e-3:
         differs.append("gradient")
-    told = (
-        ""
-        if entry.ours or not differs
-        else "other numbers: " + ", ".join(f"{q} {entry.errors[q]:.1e}" for q in differs)
-    )
-    return "; ".join(filter(None, (entry.remark, told)))
+    if c.ours or not differs:
+        return c.remark
+    told = "other numbers: " + ", ".join(f"{q} {c.errors[q]:.1e}" for q in differs)
+    return "; ".join(filter(None, (c.remark, told)))
 
 
 def record(case: Case, roof: Roofline, state: dict[str, str] | None = None) -> dict[str, object]:
     """One case as plain data."""
     floor = case.floor(roof)
 
-    def plain(e: Contender) -> dict[str, object]:
-        found = {
-            "name": e.name,
-            "ours": e.ours,
-            "failed": e.failed,
-            "remark": remark(e),
-            "first_call_s": e.first_call_s,
-            "hot": summary(e.samples),
-            "cold": summary(e.cold),
-            "errors": e.errors,
-            "peak_bytes": e.peak_bytes,
-            "launches": e.launches,
-            "host_s": e.host_s,
-            "graph_s": e.graph_s,
-        }
-        if e.samples:
-            found.update(
-                bytes_per_s=(case.reads + case.writes) / e.median,
-                flops_per_s=case.flops / e.median,
-                of_floor=floor / e.median,
-            )
+    def plain(c: Contender) -> dict[str, object]:
+        found = {key: getattr(c, key) for key in ("name", "ours", "failed", "errors", "launches", *MEASURED)}
+        found |= {"remark": remark(c), "hot": summary(c.samples), "cold": summary(c.cold)}
+        if c.samples:
+            found |= {"bytes_per_s": c.bandwidth, "flops_per_s": case.flops / c.median, "of_floor": floor / c.median}
         return found
 
     return {
@@ -83,14 +58,6 @@ def record(case: Case, roof: Roofline, state: dict[str, str] | None = None) -> d
         "faults": wrong(case, f"{case.name} {list(case.shape)}"),
         "entries": [plain(c) for c in case.contenders],
     }
-
-
-def save(path: Path, data: dict[str, object]) -> None:
-    """Whole or not at all: an interrupted run keeps the file of the case before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(part, path)
 
 
 def sources(commit: str | None) -> dict[str, object]:
@@ -109,21 +76,8 @@ def sources(commit: str | None) -> dict[str, object]:
     return found
 
 
-HEADER = [
-    "",
-    "hot ms",
-    "quartiles",
-    "cold ms",
-    "x ours",
-    "GB/s",
-    "% of floor",
-    "peak MiB",
-    "launches",
-    "host us",
-    "graph us",
-    "error",
-    "remark",
-]
+HEADER = ["", "hot ms", "quartiles", "cold ms", "x ours", "GB/s", "% of floor", "peak MiB"]
+HEADER += ["launches", "host us", "graph us", "error", "remark"]
 
 
 def row(entry: dict, base: float | None) -> list[str]:
@@ -149,139 +103,105 @@ def row(entry: dict, base: float | None) -> list[str]:
     ]
 
 
-def base_of(found: dict) -> float | None:
-    """The time that "x ours" divides by: the automatic choice."""
-    return next((e["hot"]["median_s"] for e in found["entries"] if e["name"] == "rlkernels auto" and e["hot"]), None)
-
-
 def show(found: dict, plain: bool) -> None:
-    """The table of a case, from its record."""
-    base, floor = base_of(found), found["floor_s"]
-    title = f"{found['name']} {found['shape']}, floor {1e3 * floor:.4g} ms ({found['passes']})"
+    """The table of a case, from its record; "x ours" divides by the automatic choice."""
+    ours = _entry(found, AUTO)
+    base = ours["hot"]["median_s"] if ours else None
+    title = f"{found['name']} {found['shape']}, floor {1e3 * found['floor_s']:.4g} ms ({found['passes']})"
     tables.show(title, HEADER, [row(e, base) for e in found["entries"]], plain=plain)
     for fault in found["faults"]:
         print(f"WRONG: {fault}")
-
-
-def _find(cases: Sequence[dict], name: str, tokens: int | None = None) -> list[dict]:
-    return [c for c in cases if c["name"] == name and (tokens is None or c["shape"][0] == tokens)]
 
 
 def _entry(case: dict, name: str) -> dict | None:
     return next((e for e in case["entries"] if e["name"] == name and e["hot"]), None)
 
 
-def _ratio(case: dict, over: str, under: str = "rlkernels auto") -> float | None:
-    top, bottom = _entry(case, over), _entry(case, under)
-    return top["hot"]["median_s"] / bottom["hot"]["median_s"] if top and bottom else None
+Reader = Callable[[dict], float | None]
+"""A function of the record of a case; None where it was not measured there."""
+
+
+def faster_than(name: str) -> Reader:
+    """Times that ours is faster than another entry."""
+
+    def read(case: dict) -> float | None:
+        ours, theirs = _entry(case, AUTO), _entry(case, name)
+        return theirs["hot"]["median_s"] / ours["hot"]["median_s"] if ours and theirs else None
+
+    return read
+
+
+def of_ours(get: Callable[[dict, dict], float | None], suffix: str = "") -> Reader:
+    """What ``get`` says of our entry and its case."""
+
+    def read(case: dict) -> float | None:
+        entry = _entry(case, AUTO + suffix)
+        return None if entry is None else get(entry, case)
+
+    return read
+
+
+def launches(entry: dict, case: dict) -> int | None:
+    return None if entry["launches"] is None else sum(entry["launches"].values())
+
+
+def beyond_logits(entry: dict, case: dict) -> float | None:
+    return None if entry["peak_bytes"] is None else entry["peak_bytes"] / max(case["reads_bytes"], 1)
+
+
+def beyond_gradients(entry: dict, case: dict) -> float | None:
+    """GiB at the longest batch."""
+    if case["shape"][0] < LONG or entry["peak_bytes"] is None:
+        return None
+    return (entry["peak_bytes"] - gradient_bytes(case["shape"])) / 2**30
 
 
 def goals(cases: Sequence[dict]) -> list[dict[str, object]]:
     """The figures to reach (bf16, every measured shape): each with the worst value over the shapes, None where nothing
     was measured.
     """
-
-    def of_floor(name: str, suffix: str = "") -> list[float]:
-        return [1 / e["of_floor"] for c in _find(cases, name) if (e := _entry(c, "rlkernels auto" + suffix))]
-
-    def ratios(name: str, over: str) -> list[float]:
-        return [r for c in _find(cases, name) if (r := _ratio(c, over)) is not None]
-
-    def prefixed(prefix: str, get) -> list[float]:
-        return [v for c in cases if c["name"].startswith(prefix) and (v := get(c)) is not None]
-
-    def launches(c: dict) -> int | None:
-        e = _entry(c, "rlkernels auto")
-        return None if e is None or e["launches"] is None else sum(e["launches"].values())
-
-    def extra(c: dict) -> float | None:
-        e = _entry(c, "rlkernels auto" + IN_PLACE)
-        return None if e is None or e["peak_bytes"] is None else e["peak_bytes"] / max(c["reads_bytes"], 1)
-
-    def time_of_floor(c: dict) -> float | None:
-        e = _entry(c, "rlkernels auto")
-        return None if e is None else e["of_floor"]
-
-    def beside_gradients(c: dict) -> float | None:
-        e, (tokens, hidden, vocab) = _entry(c, "rlkernels auto"), c["shape"]
-        if tokens < linear_gpu.LONG or e is None or e["peak_bytes"] is None:
-            return None
-        return (e["peak_bytes"] - 4 * hidden * (tokens + vocab)) / 2**30
-
-    policy, three, four = "linear_policy_loss", *(linear_gpu.PRODUCTS.format(n) for n in (3, 4))
-    rows = [
-        ("token_stats forward, share of read bandwidth", [1 / v for v in of_floor(cases_.STATS)], 0.92, True),
-        ("token_stats forward, times faster than TRL's kernel", ratios(cases_.STATS, "TRL kernel"), 1.2, True),
-        ("token_stats forward, times faster than QuACK's CE", ratios(cases_.STATS, "QuACK CE"), 1.0, True),
-        ("logits_policy_loss, time over the 1R+1W floor", of_floor(cases_.POLICY), 1.15, False),
-        (
-            "logits_policy_loss, its op with the gradient in the forward, over the floor",
-            of_floor(cases_.POLICY, ONE_LAUNCH),
-            1.15,
-            False,
-        ),
-        ("logits_policy_loss, times faster than Liger GRPO", ratios(cases_.POLICY, "Liger GRPO"), 2.0, True),
-        ("logits_policy_loss, times faster than torch eager", ratios(cases_.POLICY, EAGER), 8.0, True),
-        (
-            "logits_policy_loss in place, memory beyond the logits as a share of them",
-            [v for c in _find(cases, cases_.POLICY) if (v := extra(c)) is not None],
-            0.01,
-            False,
-        ),
-        ("two models forward, time over the 2R floor", of_floor(cases_.TWO), 1.15, False),
-        ("two models forward, times faster than the torch composition", ratios(cases_.TWO, EAGER), 4.0, True),
-        ("policy_loss, times faster than torch eager", prefixed("policy_loss", lambda c: _ratio(c, EAGER)), 10.0, True),
-        ("policy_loss, launches forward+backward", prefixed("policy_loss", launches), 3, False),
-        ("pairwise_reward_loss, launches forward+backward", prefixed("pairwise", launches), 2, False),
-        (
-            "gae [64, 4096], times faster than the trainers' loop",
-            prefixed("gae [64, 4096]", lambda c: _ratio(c, EAGER)),
-            1000.0,
-            True,
-        ),
-        ("gae [8192, 2048], share of bandwidth", prefixed("gae [8192, 2048]", time_of_floor), 0.6, True),
-        (f"{policy} forward+backward, share of {three}", prefixed(policy, lambda c: _ratio(c, three)), 0.88, True),
-        (
-            f"linear_token_stats forward+backward, share of {four}",
-            prefixed("linear_token_stats", lambda c: _ratio(c, four)),
-            0.85,
-            True,
-        ),
-        *(
-            (
-                f"{policy}, times faster than {PEERS[key].name}",
-                prefixed(policy, lambda c, key=key: _ratio(c, PEERS[key].name)),
-                bound,
-                True,
-            )
-            for key, bound in (("trl_chunked", 1.4), ("liger_chunked", 2.0), ("verl_chunked", 2.0))
-        ),
-        (
-            f"{policy} at {linear_gpu.LONG} tokens, GiB beside inputs and fp32 gradients",
-            prefixed(policy, beside_gradients),
-            1.5,
-            False,
-        ),
+    policy, statistics, three, four = *NAMES[:2], PRODUCTS.format(3), PRODUCTS.format(4)
+    share, over_floor = of_ours(lambda e, c: e["of_floor"]), of_ours(lambda e, c: 1 / e["of_floor"])
+    one_launch, count = of_ours(lambda e, c: 1 / e["of_floor"], ONE_LAUNCH), of_ours(launches)
+    in_place, long = of_ours(beyond_logits, IN_PLACE), of_ours(beyond_gradients)
+    loss, eager, peers = "logits_policy_loss", faster_than(EAGER), ("trl_chunked", "liger_chunked", "verl_chunked")
+    trl, liger, verl = (PEERS[key].name for key in peers)
+    rows: list[tuple[str, str, Reader, float, bool]] = [
+        ("token_stats forward, share of read bandwidth", STATS, share, 0.92, True),
+        ("token_stats forward, times faster than TRL's kernel", STATS, faster_than("TRL kernel"), 1.2, True),
+        ("token_stats forward, times faster than QuACK's CE", STATS, faster_than("QuACK CE"), 1.0, True),
+        (f"{loss}, time over the 1R+1W floor", POLICY, over_floor, 1.15, False),
+        (f"{loss}, its op with the gradient in the forward, over the floor", POLICY, one_launch, 1.15, False),
+        (f"{loss}, times faster than Liger GRPO", POLICY, faster_than("Liger GRPO"), 2.0, True),
+        (f"{loss}, times faster than torch eager", POLICY, eager, 8.0, True),
+        (f"{loss} in place, memory beyond the logits as a share of them", POLICY, in_place, 0.01, False),
+        ("two models forward, time over the 2R floor", TWO, over_floor, 1.15, False),
+        ("two models forward, times faster than the torch composition", TWO, eager, 4.0, True),
+        ("policy_loss, times faster than torch eager", "policy_loss", eager, 10.0, True),
+        ("policy_loss, launches forward+backward", "policy_loss", count, 3, False),
+        ("pairwise_reward_loss, launches forward+backward", "pairwise_reward_loss", count, 2, False),
+        ("gae [64, 4096], times faster than the trainers' loop", "gae [64, 4096]", eager, 1000.0, True),
+        ("gae [8192, 2048], share of bandwidth", "gae [8192, 2048]", share, 0.6, True),
+        (f"{policy} forward+backward, share of {three}", policy, faster_than(three), 0.88, True),
+        (f"{statistics} forward+backward, share of {four}", statistics, faster_than(four), 0.85, True),
+        (f"{policy}, times faster than {trl}", policy, faster_than(trl), 1.4, True),
+        (f"{policy}, times faster than {liger}", policy, faster_than(liger), 2.0, True),
+        (f"{policy}, times faster than {verl}", policy, faster_than(verl), 2.0, True),
+        (f"{policy} at {LONG} tokens, GiB beside inputs and fp32 gradients", policy, long, 1.5, False),
     ]
     found = []
-    for text, values, bound, at_least in rows:
-        value = (min(values) if at_least else max(values)) if values else None
-        met = None if value is None else value >= bound if at_least else value <= bound
-        found.append(
-            {"text": text, "bound": bound, "at_least": at_least, "worst": value, "cases": len(values), "met": met}
-        )
+    for text, name, read, bound, at_least in rows:
+        mine = [case for case in cases if case["name"] == name or case["name"].startswith(f"{name} [")]
+        values = [value for case in mine if (value := read(case)) is not None]
+        worst = (min if at_least else max)(values, default=None)
+        found.append({**Target(text, worst, bound, at_least).record("worst"), "cases": len(values)})
     return found
 
 
 def show_goals(found: Sequence[dict], plain: bool) -> None:
     rows = []
-    for g in found:
-        verdict = "not measured" if g["met"] is None else "met" if g["met"] else "NOT MET"
-        worst = "-" if g["worst"] is None else f"{g['worst']:.3g}"
-        rows.append([g["text"], f"{'>=' if g['at_least'] else '<='} {g['bound']:g}", worst, str(g["cases"]), verdict])
-    tables.show(
-        "Figures to reach, the worst of the measured shapes",
-        ["figure", "bound", "worst", "cases", "verdict"],
-        rows,
-        plain=plain,
-    )
+    for goal in found:
+        target = of_record(goal)
+        rows.append([target.text, target.limit, target.number, str(goal["cases"]), target.verdict()])
+    header = ["figure", "bound", "worst", "cases", "verdict"]
+    tables.show("Figures to reach, the worst of the measured shapes", header, rows, plain=plain)

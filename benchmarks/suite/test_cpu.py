@@ -11,8 +11,10 @@ import torch
 
 import rlkernels
 from benchmarks.cases import linear_cpu, logits_cpu
-from benchmarks.cases.case import COMPILED, EAGER, OURS
+from benchmarks.cases.case import COMPILED, EAGER, IN_PLACE, OURS
+from benchmarks.cases.logits import FORWARD, LOGPROBS, POLICY, STATS
 from benchmarks.judge import wrong
+from benchmarks.lineup import Lineup
 from benchmarks.problems import linear as linear_problem
 from benchmarks.problems import logits as logits_problem
 from benchmarks.timing import cpu as cpu_timing
@@ -21,10 +23,10 @@ CPU = torch.device("cpu")
 # One batch below and one above the last-level cache of common machines; a vocabulary that no block divides.
 SHAPES = {"16 x 32000": (16, 32000), "512 x 50257": (512, 50257)}
 CONTENDERS = {
-    logits_cpu.FORWARD: [OURS, EAGER, COMPILED],
-    logits_cpu.BOTH: [OURS, logits_cpu.OUR_IN_PLACE, EAGER, COMPILED],
-    logits_cpu.STATS: [OURS, EAGER, COMPILED],
-    logits_cpu.POLICY: [OURS, logits_cpu.PASS_FORWARD, logits_cpu.PASS_BACKWARD, EAGER, COMPILED],
+    FORWARD: [OURS, EAGER, COMPILED],
+    LOGPROBS: [OURS, OURS + IN_PLACE, EAGER, COMPILED],
+    STATS: [OURS, EAGER, COMPILED],
+    POLICY: [OURS, logits_cpu.PASS_FORWARD, logits_cpu.PASS_BACKWARD, EAGER, COMPILED],
 }
 
 # One chunk of logits for every case; for one of them two by the default budget, and a vocabulary that no block divides.
@@ -50,7 +52,7 @@ def test_speed(benchmark, name, who, shape):
     if who.startswith("rlkernels") and "cpu" in rlkernels.available_backends()["absent"]:
         pytest.skip(f"cpu backend: {rlkernels.available_backends()['absent']['cpu']}")
     made, judge = problem(shape)
-    case = logits_cpu.CASES[name](made, judge, {})
+    case = logits_cpu.CASES[name](made, judge, logits_cpu.lineup({}, True))
     contender = case.named(who)
     try:
         cpu_timing.first_run(contender)
@@ -74,7 +76,7 @@ def head(shape, dtype):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(("name", "who", "shape"), FUSED)
 def test_speed_of_the_fused_head(benchmark, name, who, shape, dtype):
-    case = linear_cpu.CASES[name](head(shape, dtype), dtype, {})
+    case = linear_cpu.CASES[name](head(shape, dtype), Lineup())
     contender = case.named(who)
     if contender.ours:
         cpu_timing.first_run(case.named(EAGER))

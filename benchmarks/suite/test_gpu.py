@@ -12,6 +12,7 @@ import torch
 from benchmarks.cases import logits_gpu
 from benchmarks.cases.case import EAGER
 from benchmarks.judge import wrong
+from benchmarks.peers import lineup
 from benchmarks.problems.logits import judge
 from benchmarks.timing import gpu as gpu_timing
 
@@ -29,14 +30,14 @@ def device():
 
 @functools.cache
 def problem():
-    made = logits_gpu.make(device().device, *SHAPE, "bf16", device().cache_bytes, reference=True)
+    made = logits_gpu.problem_of(device().device, *SHAPE, "bf16", device().cache_bytes, reference=True)
     return made, judge(made)
 
 
 @pytest.mark.parametrize("who", NAMES)
 @pytest.mark.parametrize("name", logits_gpu.CASES)
 def test_speed(benchmark, name, who):
-    case = logits_gpu.CASES[name](*problem(), {}, False)
+    case = logits_gpu.CASES[name](*problem(), lineup("cuda", {}, False))
     case.contenders = [c for c in case.contenders if c.name in (who, EAGER)]
     gpu_timing.ready(device(), case.contenders, False)
     contender = case.named(who)

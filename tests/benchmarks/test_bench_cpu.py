@@ -8,10 +8,12 @@ import torch
 
 import rlkernels
 from benchmarks import __main__ as command
-from benchmarks import run_linear
+from benchmarks import lineup, run_linear
 from benchmarks.__main__ import main
 from benchmarks.cases import host_cost, logits_cpu
-from benchmarks.cases.case import EAGER, OURS, Case
+from benchmarks.cases.case import EAGER, IN_PLACE, OURS, Case
+from benchmarks.cases.logits import FORWARD, LOGPROBS, POLICY
+from benchmarks.lineup import Lineup
 from benchmarks.problems import logits as logits_problem
 from benchmarks.report import cpu as cpu_report
 from benchmarks.timing import cpu as cpu_timing
@@ -82,8 +84,8 @@ def test_bench_counts_the_memory_of_a_run():
 
 def test_bench_in_place_backward_takes_no_memory_of_the_size_of_the_logits():
     problem = logits_problem.make(torch.device("cpu"), 32, 4099, "bf16")
-    case = logits_cpu.both(problem, logits_problem.judge(problem), {})
-    plain, in_place = case.named(OURS), case.named(logits_cpu.OUR_IN_PLACE)
+    case = logits_cpu.CASES[LOGPROBS](problem, logits_problem.judge(problem), Lineup())
+    plain, in_place = case.named(OURS), case.named(OURS + IN_PLACE)
     for contender in (plain, in_place):
         cpu_timing.first_run(contender)
         cpu_timing.memory(contender)
@@ -96,7 +98,7 @@ def test_bench_in_place_backward_takes_no_memory_of_the_size_of_the_logits():
 def test_bench_fails_when_an_answer_is_one_percent_wrong(monkeypatch, capsys):
     true = rlkernels.token_logprobs
     monkeypatch.setattr(rlkernels, "token_logprobs", lambda *a, **k: true(*a, **k) * 1.01)
-    assert main([*TINY, "--case", logits_cpu.FORWARD, "--case", logits_cpu.BOTH]) == 1
+    assert main([*TINY, "--case", FORWARD, "--case", LOGPROBS]) == 1
     printed = capsys.readouterr().out
     assert "WRONG: token_logprobs forward, rlkernels: error of logp" in printed
     assert "WRONG: token_logprobs forward+backward, rlkernels: error of gradient" in printed
@@ -116,9 +118,9 @@ def test_bench_shows_a_competitor_that_fails_as_one_line(monkeypatch, capsys):
 
         return run
 
-    monkeypatch.setattr(logits_cpu, "compiled", no_compiler)
+    monkeypatch.setattr(lineup, "compiled", no_compiler)
     arguments = [a for a in TINY if a != "--no-compile"]
-    assert main([*arguments, "--case", logits_cpu.FORWARD]) == 0
+    assert main([*arguments, "--case", FORWARD]) == 0
     printed = capsys.readouterr().out
     assert "note: token_logprobs forward: torch.compile not measured: no C++ compiler\n" in printed
     assert "second line" not in printed
@@ -180,13 +182,13 @@ def test_targets_compare_medians_of_the_same_run():
     def contender(name, seconds, **rest):
         return Contender(name, lambda _: None, samples=[seconds, seconds, 100.0], **rest)
 
-    in_place = contender(logits_cpu.OUR_IN_PLACE, 1.0, peak_bytes=5, resident_bytes=50)
-    both = Case(logits_cpu.BOTH, [contender(OURS, 1.0), in_place, contender(EAGER, 14.0)])
+    in_place = contender(OURS + IN_PLACE, 1.0, peak_bytes=5, resident_bytes=50)
+    both = Case(LOGPROBS, [contender(OURS, 1.0), in_place, contender(EAGER, 14.0)])
     policy = Case(
-        logits_cpu.POLICY,
+        POLICY,
         [contender(OURS, 3.0), contender(logits_cpu.PASS_FORWARD, 1.0), contender(logits_cpu.PASS_BACKWARD, 3.0)],
     )
-    goals = cpu_report.targets({logits_cpu.BOTH: both, logits_cpu.POLICY: policy}, logits_bytes=1000)
+    goals = cpu_report.targets({LOGPROBS: both, POLICY: policy}, logits_bytes=1000)
     assert [(g.value, g.met) for g in goals] == [
         (None, None),
         (None, None),

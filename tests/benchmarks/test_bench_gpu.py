@@ -14,7 +14,7 @@ import rlkernels
 from benchmarks import __main__ as command
 from benchmarks import run_gpu
 from benchmarks.__main__ import main
-from benchmarks.cases import columns_gpu, logits_gpu
+from benchmarks.cases import columns_gpu, logits, logits_gpu
 from benchmarks.cases.case import EAGER, Case
 from benchmarks.cases.linear_gpu import NAMES as LINEAR
 from benchmarks.problems.logits import copies_needed
@@ -196,7 +196,7 @@ def test_the_command_writes_every_case_judges_it_and_draws(tmp_path, capsys, mon
     # Once, not thirty times.
     monkeypatch.setattr(timing, "host_seconds", lambda device, run, prepare: len([run(prepare(0))]) * 1e-5)
     file = tmp_path / "bench.json"
-    wanted = [logits_gpu.STATS, logits_gpu.LOGP, logits_gpu.POLICY, logits_gpu.TWO_BOTH, *run_gpu.SMALL, *LINEAR]
+    wanted = [logits.STATS, logits.LOGPROBS, logits.POLICY, logits_gpu.TWO_BOTH, *run_gpu.SMALL, *LINEAR]
     pictures = ["--plot", str(tmp_path / "pictures")] if bench_gpu_plots_work() else []
     assert (
         run("--json", str(file), "--commit", "abc", *pictures, *(x for name in wanted for x in ("--case", name))) == 0
@@ -231,7 +231,7 @@ def bench_gpu_plots_work():
 def test_one_percent_of_error_fails_the_command(monkeypatch, capsys):
     true = rlkernels.token_logprobs
     monkeypatch.setattr(rlkernels, "token_logprobs", lambda *a, **k: true(*a, **k) * 1.01)
-    assert run("--case", logits_gpu.LOGP) == 1
+    assert run("--case", logits.LOGPROBS) == 1
     printed = capsys.readouterr().out
     assert "rlkernels auto: error of logp" in printed and "rlkernels auto: error of gradient" in printed
 
@@ -262,10 +262,10 @@ def test_an_interrupted_run_keeps_the_cases_that_ended(monkeypatch, tmp_path):
 
 def test_a_spent_budget_leaves_cases_out_by_name(tmp_path):
     file = tmp_path / "bench.json"
-    run("--budget", "0.000001", "--case", logits_gpu.STATS, "--case", "dpo_loss", "--json", str(file))
+    run("--budget", "0.000001", "--case", logits.STATS, "--case", "dpo_loss", "--json", str(file))
     data = json.loads(file.read_text())
     assert data["cases"] == [] and [line.split(":")[0] for line in data["not_measured"]] == [
-        f"{logits_gpu.STATS} [32, 131]",
+        f"{logits.STATS} [32, 131]",
         "dpo_loss",
     ]
 
@@ -320,7 +320,7 @@ def case_record(name, shape, times, floor, launches=None):
 
 def test_goals_take_the_worst_shape_and_say_what_was_not_measured():
     cases = [
-        case_record(logits_gpu.STATS, [8192, v], {"rlkernels auto": 1.0, "TRL kernel": trl}, 0.95)
+        case_record(logits.STATS, [8192, v], {"rlkernels auto": 1.0, "TRL kernel": trl}, 0.95)
         for v, trl in ((1, 1.5), (2, 1.1))
     ]
     cases.append(

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from test_bench_gpu import Device
 
-from benchmarks import peers as peer_libraries
-from benchmarks.cases import linear_gpu, logits_gpu
+from benchmarks import peers as libraries
+from benchmarks.cases import linear_gpu, logits, logits_gpu
 from benchmarks.judge import wrong
 from benchmarks.peers import PEERS
 from benchmarks.problems import linear as linear_problem
@@ -80,7 +80,7 @@ def test_a_peer_whose_parameter_was_renamed_is_reported_and_not_called(monkeypat
     module.cross_entropy = lambda x, labels, reduction="mean": None
     monkeypatch.setitem(sys.modules, "quack", type(sys)("quack"))
     monkeypatch.setitem(sys.modules, "quack.cross_entropy", module)
-    function, line = peer_libraries.load("quack")
+    function, line = libraries.load("quack")
     assert function is None and line == (
         "QuACK CE: not measured: cross_entropy takes no target; it takes x, labels, reduction"
     )
@@ -88,7 +88,7 @@ def test_a_peer_whose_parameter_was_renamed_is_reported_and_not_called(monkeypat
 
 def test_an_absent_peer_and_one_that_breaks_at_import_are_one_line_each(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    found, lines = peer_libraries.available()
+    found, lines = libraries.available()
     assert len(lines) == len(PEERS) and "liger_ce" not in found
     assert all("\n" not in line for line in lines)
     assert any(line.startswith("Liger CE: not measured: ModuleNotFoundError") for line in lines)
@@ -97,7 +97,7 @@ def test_an_absent_peer_and_one_that_breaks_at_import_are_one_line_each(monkeypa
 def test_flash_attentions_file_is_loaded_by_its_path(tmp_path):
     file = tmp_path / "cross_entropy.py"
     file.write_text("def cross_entropy_loss(logits, labels, logit_scale=1.0):\n    return 'losses', 'z'\n")
-    function, line = peer_libraries.load("flash", file)
+    function, line = libraries.load("flash", file)
     assert function(1, 2) == ("losses", "z") and line.startswith("flash-attn CE: flash-attn")
 
 
@@ -173,23 +173,27 @@ STAND_INS = {
 }
 
 
+def lineup(peers):
+    return libraries.lineup("cpu", peers, False)
+
+
 @pytest.fixture(scope="module")
 def judged():
-    problem = logits_gpu.make(torch.device("cpu"), 32, 257, "bf16", 2**12)
+    problem = logits_gpu.problem_of(torch.device("cpu"), 32, 257, "bf16", 2**12)
     return problem, logits_problem.judge(problem)
 
 
-@pytest.mark.parametrize("name", (logits_gpu.STATS, logits_gpu.LOGP, logits_gpu.POLICY))
+@pytest.mark.parametrize("name", (logits.STATS, logits.LOGPROBS, logits.POLICY))
 def test_every_peer_of_the_right_formula_is_found_right_on_every_buffer(name, judged):
     problem, judge = judged
     before = [c.clone() for c in problem.copies]
-    case = logits_gpu.CASES[name](problem, judge, STAND_INS, False)
+    case = logits_gpu.CASES[name](problem, judge, lineup(STAND_INS))
     gpu_timing.ready(Device(), case.contenders, False)
     peers = {e.name: e for e in case.contenders if not e.ours}
     expected = {
-        logits_gpu.STATS: {"TRL kernel", "Liger CE", "flash-attn CE", "QuACK CE", "fla CE", "verl", "torch eager"},
-        logits_gpu.LOGP: {"TRL kernel", "Liger CE", "flash-attn CE", "QuACK CE", "fla CE", "verl", "torch eager"},
-        logits_gpu.POLICY: {"TRL kernel and torch", "Liger GRPO", "fla GRPO", "torch eager"},
+        logits.STATS: {"TRL kernel", "Liger CE", "flash-attn CE", "QuACK CE", "fla CE", "verl", "torch eager"},
+        logits.LOGPROBS: {"TRL kernel", "Liger CE", "flash-attn CE", "QuACK CE", "fla CE", "verl", "torch eager"},
+        logits.POLICY: {"TRL kernel and torch", "Liger GRPO", "fla GRPO", "torch eager"},
     }[name]
     assert set(peers) == expected
     for e in case.contenders:
@@ -206,7 +210,7 @@ def test_every_peer_of_the_right_formula_is_found_right_on_every_buffer(name, ju
 def test_a_wrong_gradient_of_a_peer_is_remarked(judged):
     problem, judge = judged
     wrong = {"liger_grpo": lambda *a, **k: grpo(*a, **{**k, "beta": 0.5})}
-    case = logits_gpu.policy(problem, judge, wrong, False)
+    case = logits_gpu.policy(problem, judge, lineup(wrong))
     gpu_timing.ready(Device(), case.contenders, False)
     assert "other numbers: gradient" in gpu_report.remark(case.named("Liger GRPO"))
 
@@ -276,7 +280,7 @@ HEADS = {
 )
 def test_every_fused_head_of_the_right_formula_is_found_right(name, absent):
     problem = linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
-    case = linear_gpu.CASES[name](problem, HEADS, False)
+    case = linear_gpu.CASES[name](problem, lineup(HEADS))
     gpu_timing.ready(Device(), case.contenders, False)
     own = [PEERS[key].name for key in HEADS if PEERS[key].name not in absent]
     assert {e.name for e in case.contenders if e.remark != "the floor of this run"} >= {
@@ -300,7 +304,7 @@ def test_every_fused_head_of_the_right_formula_is_found_right(name, absent):
 def test_at_the_longest_batch_nothing_that_holds_all_logits_runs(monkeypatch):
     problem = linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
     monkeypatch.setattr(linear_gpu, "LONG", 16)
-    names = {e.name for e in linear_gpu.policy(problem, HEADS, False).contenders}
+    names = {e.name for e in linear_gpu.policy(problem, lineup(HEADS)).contenders}
     assert (
         "torch eager" not in names
         and "F.linear_cross_entropy" not in names
@@ -310,7 +314,7 @@ def test_at_the_longest_batch_nothing_that_holds_all_logits_runs(monkeypatch):
 
 def test_a_gradient_of_ours_off_by_two_roundings_is_a_fault():
     problem = linear_problem.make(torch.device("cpu"), 16, 32, 259, "bf16")
-    case = linear_gpu.policy(problem, {}, False)
+    case = linear_gpu.policy(problem, lineup({}))
     gpu_timing.ready(Device(), case.contenders, False)
     mine = next(e for e in case.contenders if e.ours)
     mine.errors["dweight"] = 2 * mine.errors["dweight rounding"]

@@ -13,11 +13,15 @@ import rlkernels
 from benchmarks import __main__ as command
 from benchmarks import run_linear
 from benchmarks.__main__ import main
-from benchmarks.cases import linear_cpu, linear_gpu, logits_cpu
+from benchmarks.cases import linear, linear_cpu, linear_gpu
 from benchmarks.cases.case import EAGER, OURS, Case
-from benchmarks.cases.linear_cpu import CASES, HALF, TRL, gradient_bytes
+from benchmarks.cases.linear import gradient_bytes
+from benchmarks.cases.linear_cpu import CASES, HALF, TRL
+from benchmarks.cases.logits import FORWARD
 from benchmarks.judge import wrong
+from benchmarks.lineup import Lineup
 from benchmarks.problems import linear as linear_problem
+from benchmarks.problems import logits as logits_problem
 from benchmarks.report import gpu as gpu_report
 from benchmarks.report import linear as linear_report
 from benchmarks.timing import cpu as cpu_timing
@@ -53,7 +57,7 @@ def test_the_truth_is_torchs_in_float64_whatever_the_blocks(small, monkeypatch):
 def test_no_token_of_the_problem_may_skip_a_product(small):
     problem, _ = small
     leaf = problem.truth.logp.clone().requires_grad_()
-    (dlogp,) = torch.autograd.grad(linear_problem.ppo(leaf, problem.old_logprobs, problem.advantages).sum(), leaf)
+    (dlogp,) = torch.autograd.grad(logits_problem.ppo(leaf, problem.old_logprobs, problem.advantages).sum(), leaf)
     assert (dlogp != 0).all() and (problem.dlogp != 0).all()
     certain = problem.truth.logp > -1
     assert (
@@ -68,7 +72,7 @@ def test_no_token_of_the_problem_may_skip_a_product(small):
 def test_every_contender_computes_what_is_asked_and_ours_within_the_policy(name, small):
     problem, dtype = small
     peers, _ = linear_cpu.peers()
-    case = CASES[name](problem, dtype, peers)
+    case = CASES[name](problem, Lineup(peers=peers))
     floor = case.named(linear_cpu.floor(case.products))
     for contender in case.contenders:
         cpu_timing.first_run(contender)
@@ -89,7 +93,7 @@ def test_what_ours_holds_beside_the_gradients_stays_within_the_budget(monkeypatc
     monkeypatch.setenv("RLKERNELS_LOGITS_BUDGET", str(2**22))  # a quarter of the logits
     for dtype in ("fp32", "bf16"):
         problem = linear_problem.make(CPU, 512, 64, 8192, dtype)
-        case = linear_cpu.policy(problem, dtype, {})
+        case = linear_cpu.policy(problem, Lineup())
         for name in (OURS, EAGER):
             cpu_timing.memory(case.named(name))
         # Where the weight is widened, a block of it lies beside the logits.
@@ -138,7 +142,7 @@ def test_a_peer_that_is_absent_or_fails_is_one_line(monkeypatch, capsys):
 
     for module in ("liger_kernel", "liger_kernel.chunked_loss"):
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(linear_cpu, "full_logits", fails)
+    monkeypatch.setattr(linear, "full_logits", fails)
     assert main([*TINY, "--dtype", "fp32", "--case", "linear_policy_loss"]) == 0
     printed = capsys.readouterr().out
     assert "note: Liger chunked GRPO: not measured: ModuleNotFoundError" in printed
@@ -161,7 +165,7 @@ def test_without_a_name_one_shape_is_measured_and_by_name_all_of_them():
     every = list(CASES)
     assert plan() == [((512, 512, 32000), "fp32", every), ((512, 512, 32000), "bf16", every)]
     assert plan("--quick", "--dtype", "bf16") == [((64, 128, 8192), "bf16", every)]
-    assert plan("--case", logits_cpu.FORWARD) == []
+    assert plan("--case", FORWARD) == []
     grid = plan("--case", "linear")
     assert [shape for shape, dtype, _ in grid if dtype == "bf16"] == [
         (t, 512, v) for t in (512, 2048) for v in (32000, 128256)
@@ -201,7 +205,7 @@ def test_figures_to_reach_compare_medians_and_leave_the_gradients_out():
 
 
 def test_a_measured_case_keeps_figures_and_no_tensors(small):
-    case = run_linear.forgotten(linear_cpu.policy(*small, {}))
+    case = run_linear.forgotten(linear_cpu.policy(small[0], Lineup()))
     for contender in case.contenders:
         for spent in (contender.run, contender.prepare, contender.check):
             with pytest.raises(RuntimeError, match="its tensors are gone; make the case again"):
