@@ -132,7 +132,7 @@ def faster_than(name: str) -> Reader:
 
 
 def of_ours(get: Callable[[dict, dict], float | None], suffix: str = "") -> Reader:
-    """What ``get`` says of our entry and its case."""
+    """Returns what ``get`` says of our entry and its case."""
 
     def read(case: dict) -> float | None:
         entry = _entry(case, AUTO + suffix)
