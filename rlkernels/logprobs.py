@@ -17,6 +17,10 @@ class TokenStats(NamedTuple):
 
     ``logprobs``, ``entropy`` and ``kl`` are differentiable with respect to the logits. Float fields are fp32 (fp64 for
     fp64 logits).
+
+    Example:
+        >>> token_stats(torch.zeros(1, 4), torch.tensor([2])).logsumexp
+        tensor([1.3863])
     """
 
     logprobs: torch.Tensor
@@ -62,6 +66,10 @@ def token_logprobs(
         IndexError: on the CPU, a target outside ``[0, V)`` that is not ``ignore_index``.
         RuntimeError: tensors on several devices; ``inplace_backward`` on a leaf, a view of a leaf, or overlapping
             memory.
+
+    Example:
+        >>> token_logprobs(torch.tensor([[0.0, 1.0], [2.0, 2.0]]), torch.tensor([1, 0]))
+        tensor([-0.3133, -0.6931])
     """
     flat = flatten_logits("token_logprobs", logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
     stats = ops.token_stats(flat.rows, 0, inplace_backward, ops.serving("token_stats", logits))
@@ -99,6 +107,11 @@ def token_stats(
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs``; an unknown output or estimator.
+
+    Example:
+        >>> stats = token_stats(torch.zeros(1, 4), torch.tensor([2]), outputs=("entropy", "is_top1"))
+        >>> stats.logprobs, stats.entropy, stats.is_top1
+        (tensor([-1.3863]), tensor([1.3863]), tensor([False]))
 
     Schulman 2020, "Approximating KL divergence".
     """

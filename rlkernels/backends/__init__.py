@@ -129,6 +129,12 @@ class use_backend(contextlib.ContextDecorator):
     Raises:
         ValueError: ``name`` is not a backend.
         RuntimeError: the backend is absent here; the message says why.
+
+    Example:
+        >>> import rlkernels
+        >>> with use_backend("eager"):
+        ...     rlkernels.token_logprobs(torch.zeros(1, 4), torch.tensor([2]))
+        tensor([-1.3863])
     """
 
     def __init__(self, name: Backend) -> None:
@@ -162,6 +168,10 @@ def available_backends() -> Availability:
         ``{"serves": {device: {op: backend}}, "absent": {backend: reason}}``, for the devices ``cpu`` and, where torch
             sees one, ``cuda`` or ``xpu``;
         for bf16 logits of a vocabulary of 131072, where the choice depends on that.
+
+    Example:
+        >>> available_backends()["serves"]["cpu"]["gae"] in ("cpu", "eager")
+        True
     """
     devices = ["cpu"]
     devices += [d for d in ("cuda", "xpu") if getattr(torch, d).is_available()]

@@ -212,6 +212,12 @@ def linear_policy_loss(
 
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``policy_loss``.
+
+    Example:
+        >>> hidden, weight = torch.zeros(1, 2, 3, requires_grad=True), torch.ones(4, 3)
+        >>> old = torch.full((1, 2), 0.25).log()
+        >>> round(linear_policy_loss(hidden, weight, torch.tensor([[3, 0]]), old, torch.tensor([2.0])).item(), 4)
+        -2.0
     """
     caller = "linear_policy_loss"
     options: HeadOptions = {

@@ -219,6 +219,12 @@ def linear_dpo_loss(
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``dpo_loss``; an odd number of answers.
 
+    Example:
+        >>> hidden, weight = torch.zeros(2, 3, 2), torch.ones(4, 2)
+        >>> targets = torch.tensor([[1, 2, 3], [3, 0, -100]])
+        >>> round(linear_dpo_loss(hidden, weight, targets, reference_free=True).item(), 4)
+        0.7649
+
     Rafailov et al. 2023, arXiv:2305.18290; the others: see ``dpo_loss``.
     """
     caller = "linear_dpo_loss"

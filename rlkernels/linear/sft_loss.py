@@ -164,6 +164,10 @@ def linear_sft_loss(
 
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``sft_loss``.
+
+    Example:
+        >>> round(linear_sft_loss(torch.ones(1, 2, 3), torch.zeros(4, 3), torch.tensor([[3, -100]])).item(), 4)
+        1.3863
     """
     caller = "linear_sft_loss"
     options: HeadOptions = {

@@ -75,6 +75,11 @@ def linear_token_logprobs(
         IndexError: on the CPU, a target outside ``[0, V)`` that is not ``ignore_index``.
         RuntimeError: on the CPU, or with ``RLKERNELS_CHECK=1``, ranks of ``process_group`` that differ in anything but
             their shard, or of which one has raised: on every rank.
+
+    Example:
+        >>> hidden, weight = torch.eye(2), torch.tensor([[0.0, 2.0], [1.0, 2.0]])
+        >>> linear_token_logprobs(hidden, weight, torch.tensor([1, 0]))
+        tensor([-0.3133, -0.6931])
     """
     caller = "linear_token_logprobs"
     options: HeadOptions = {
@@ -124,6 +129,10 @@ def linear_token_stats(
 
     Raises:
         TypeError, ValueError, IndexError: as for ``linear_token_logprobs``; an unknown output.
+
+    Example:
+        >>> linear_token_stats(torch.ones(1, 2), torch.zeros(4, 2), torch.tensor([3])).entropy
+        tensor([1.3863])
     """
     caller = "linear_token_stats"
     checks.outputs(caller, outputs, ops.FLAGS)

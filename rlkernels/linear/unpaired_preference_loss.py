@@ -190,6 +190,14 @@ def linear_unpaired_preference_loss(
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``unpaired_preference_loss``.
 
+    Example:
+        >>> hidden, weight = torch.zeros(2, 3, 2), torch.ones(4, 2)
+        >>> targets = torch.tensor([[1, 2, 3], [3, 0, -100]])
+        >>> reference, desirable = torch.tensor([-4.0, -3.0]), torch.tensor([True, False])
+        >>> loss = linear_unpaired_preference_loss(hidden, weight, targets, reference, desirable, kl=0.0)
+        >>> round(loss.item(), 4)
+        0.5048
+
     Ethayarajh et al. 2024, arXiv:2402.01306 (KTO); the others: see ``unpaired_preference_loss``.
     """
     caller = "linear_unpaired_preference_loss"

@@ -154,6 +154,14 @@ def logits_policy_loss(
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs`` and ``policy_loss``.
+
+    Example:
+        >>> logits = torch.zeros(1, 2, 4, requires_grad=True)
+        >>> old = torch.full((1, 2), 0.25).log()
+        >>> loss = logits_policy_loss(logits, torch.tensor([[3, 0]]), old, torch.tensor([2.0]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4), logits.grad[0, 0]
+        (-2.0, tensor([ 0.2500,  0.2500,  0.2500, -0.7500]))
     """
     caller = "logits_policy_loss"
     flat = flatten_logits(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)

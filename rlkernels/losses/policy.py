@@ -170,6 +170,14 @@ def policy_loss(
             a CPU (elsewhere with ``RLKERNELS_CHECK=1``) a float mask of other values than 0 and 1.
         TypeError: a parameter that the objective does not take, or one it needs.
 
+    Example:
+        >>> logprobs = torch.tensor([[-1.0, -2.0, -0.5]], requires_grad=True)
+        >>> old, advantages = torch.tensor([[-1.0, -2.5, -0.5]]), torch.tensor([1.0])
+        >>> loss = policy_loss(logprobs, old, advantages, torch.tensor([[1, 1, 0]]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4), logprobs.grad
+        (-1.1, tensor([[-0.5000, -0.0000,  0.0000]]))
+
     Schulman et al. 2017, arXiv:1707.06347 (PPO); Shao et al. 2024, arXiv:2402.03300 (GRPO); Zheng et al. 2025,
     arXiv:2507.18071 (GSPO).
     """

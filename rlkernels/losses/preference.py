@@ -240,6 +240,12 @@ def dpo_loss(
         ValueError: an option out of range, unknown, or not looked at by the loss; unequal numbers of pairs; a reference
             or lengths missing; log-probabilities of tokens, ``[B, L]``; on a CPU lengths below 0.
 
+    Example:
+        >>> chosen, rejected = torch.tensor([-10.0, -12.0]), torch.tensor([-11.0, -11.0])
+        >>> reference = torch.tensor([-11.0, -11.0])
+        >>> round(dpo_loss(chosen, rejected, reference, reference, beta=1.0).item(), 4)
+        0.8133
+
     Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing: Mitchell 2023; the others: see their objectives, and
     Xu et al. 2024, arXiv:2401.08417 (CPO), Meng et al. 2024, arXiv:2405.14734 (SimPO), Melnyk et al. 2024,
     arXiv:2406.05882 (AOT), Zhou et al. 2024, arXiv:2406.11827 (WPO), Chen et al. 2024, arXiv:2402.05369 (NCA), Wu et

@@ -43,6 +43,13 @@ def pairwise_reward_loss(
     Raises:
         ValueError: unequal numbers of pairs.
 
+    Example:
+        >>> chosen = torch.tensor([1.0, 0.0], requires_grad=True)
+        >>> loss = pairwise_reward_loss(chosen, torch.tensor([0.0, 0.0]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4), chosen.grad
+        (0.5032, tensor([-0.1345, -0.2500]))
+
     Ouyang et al. 2022, arXiv:2203.02155, eq. 1; margin: Touvron et al. 2023, arXiv:2307.09288; centring: Eisenstein et
     al. 2023, arXiv:2312.09244.
     """
@@ -106,6 +113,11 @@ def reward_scores(
         ValueError: shapes do not fit; ``cu_seqlens`` does not cover the tokens, or makes a sequence empty; sequences of
             no token.
         TypeError: dtypes do not fit.
+
+    Example:
+        >>> hidden = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]])
+        >>> reward_scores(hidden, torch.tensor([[1.0, 0.5]]), attention_mask=torch.tensor([[1, 1, 0]]))
+        tensor([5.])
     """
     caller = "reward_scores"
     checks.floating(caller, "hidden", hidden)

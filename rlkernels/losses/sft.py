@@ -105,6 +105,10 @@ def logprobs_sft_loss(
 
     Raises:
         ValueError: shapes that do not match, unknown names, two sources of weights.
+
+    Example:
+        >>> round(logprobs_sft_loss(torch.tensor([[-1.0, -3.0]]), torch.tensor([[True, True]])).item(), 4)
+        2.0
     """
     caller = "logprobs_sft_loss"
     checks.floating(caller, "logprobs", logprobs)
@@ -223,6 +227,10 @@ def sft_loss(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs``; unknown names, shapes that do not match,
             two sources of weights.
+
+    Example:
+        >>> round(sft_loss(torch.zeros(1, 2, 4), torch.tensor([[3, -100]])).item(), 4)
+        1.3863
 
     Wu et al. 2025, arXiv:2508.05629 (DFT); Yuan et al. 2023, arXiv:2308.01825 (RFT).
     """

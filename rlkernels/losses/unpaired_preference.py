@@ -249,6 +249,12 @@ def unpaired_preference_loss(
         ValueError: an option out of range, unknown, or not looked at by the loss; shapes that differ; ``kl`` or
             ``delta`` missing; on a CPU ``kl`` below 0, or labels that are not 0 and 1.
 
+    Example:
+        >>> logprobs, reference = torch.tensor([-10.0, -12.0]), torch.tensor([-11.0, -11.0])
+        >>> loss = unpaired_preference_loss(logprobs, reference, torch.tensor([True, False]), beta=1.0, kl=0.0)
+        >>> round(loss.item(), 4)
+        0.2689
+
     Ethayarajh et al. 2024, arXiv:2402.01306 (KTO); D'Oosterlinck et al. 2024, arXiv:2408.06266 (APO); Jung et al. 2024,
     arXiv:2404.04656 (BCO).
     """

@@ -93,6 +93,11 @@ def value_loss(
     Raises:
         ValueError: shapes that do not match, ``clip_range`` not positive.
 
+    Example:
+        >>> values, old_values, returns = torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2), torch.tensor([[0.0, 1.0]])
+        >>> round(value_loss(values, old_values, returns, clip_range=0.5).item(), 4)
+        1.25
+
     Schulman et al. 2017, arXiv:1707.06347, eq. 9; clipping and the half: OpenAI Baselines (ppo2).
     """
     caller = "value_loss"

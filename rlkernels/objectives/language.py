@@ -80,6 +80,14 @@ def objective(function: Any = None, *, columns: int | None = None) -> Any:
     Raises:
         TypeError: ``function`` leaves the objective language; the message names the construct and what to write.
         ValueError: the name is taken by another function.
+
+    Example:
+        >>> @objective
+        ... def halved(logp, advantage):
+        ...     "Half of REINFORCE."
+        ...     return -0.5 * advantage * logp, -0.5 * advantage
+        >>> OBJECTIVES.pop("halved").columns
+        ('logp', 'advantage')
     """
     if function is None:
         return lambda f: objective(f, columns=columns)

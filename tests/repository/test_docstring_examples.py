@@ -32,3 +32,8 @@ def test_every_function_over_tokens_shows_an_example(name):
     public = [f for f in functions if "Raises:" in (f.__doc__ or "")]
     assert public
     assert not [f.__name__ for f in public if ">>>" not in f.__doc__]
+
+
+@pytest.mark.parametrize("name", [n for n in rlkernels.__all__ if callable(getattr(rlkernels, n))])
+def test_every_public_function_shows_an_example(name):
+    assert ">>>" in inspect.getdoc(getattr(rlkernels, name))
