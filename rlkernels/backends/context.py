@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# Instances of use_backend; the last one counts.
+# The instances of use_backend that are entered. The last one counts.
 _choices: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("rlkernels.use_backend", default=())
 _traced = threading.local()  # the last one of this thread: Dynamo cannot trace a context variable
 

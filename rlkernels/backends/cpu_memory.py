@@ -8,8 +8,8 @@ import torch
 from rlkernels.backends.context import forced
 from rlkernels.backends.cpu_module import _cpu
 
-# Bytes. From 32 MiB on the C library maps fresh pages for every allocation; half of it, so that a head's rounded
-# gradient (31 MiB at 32000 x 512) comes from what was kept, not on top of it.
+# Bytes. From 32 MiB on the C library maps fresh pages for every allocation. The bound is half of that, because a head's
+# rounded gradient (31 MiB at 32000 x 512) shall come from what was kept, not on top of it.
 LARGE = 16 << 20
 
 

@@ -172,8 +172,8 @@ def _plan_fused(host: str) -> Plan:
         raise RuntimeError(f"{host}: {_patching.describe(site)} does not exist; nothing was patched")
     original = _held(site)
     if original is None:
-        # TRL 1.15 without Triton leaves the seam empty and cannot train; the only signature left to check is that of
-        # its one user.
+        # Only the signature of the seam's one user is left to check, because TRL 1.15 without Triton leaves the seam
+        # empty and cannot train.
         _patching.require_signature(host, "add_fused_lm_head", utils.add_fused_lm_head, HEAD_USER)
         sites: tuple[tuple[Any, str], ...] = (site,)
     else:

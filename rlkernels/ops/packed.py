@@ -28,7 +28,8 @@ def offsets_fake(cu_seqlens, *rest):
     return cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int64)
 
 
-# Of a compiled program, whose values are there at run time alone; ``checks.tokens.segments`` calls it.
+# The check of offsets in a compiled program, because their values are there at run time alone.
+# ``checks.tokens.segments`` calls it.
 offsets = register.define(
     "offsets", "(Tensor cu_seqlens, SymInt tokens, bool filled, str where) -> Tensor", read_offsets, offsets_fake
 )

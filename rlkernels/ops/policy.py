@@ -73,7 +73,7 @@ def _gradient(ctx, dloss, *_):
     # The forward has already written d loss / d logits, for an upstream gradient of 1. That tensor is returned when the
     # upstream gradient is exactly 1. Otherwise it is computed again, in the same memory, because scaling it would round
     # twice and underflow in fp16. It is returned once only, because a second caller would share memory with the first.
-    # The host reads the upstream gradient where that is free; elsewhere the kernel does.
+    # The host reads the upstream gradient where that is free. Elsewhere the kernel does.
     ready, ctx.dlogits = None if torch.is_grad_enabled() else ctx.dlogits, None
     if ready is not None and known_to_be_one(dloss):
         return None, ready.view(logits.shape), *(None,) * 4, *ctx.others

@@ -47,7 +47,7 @@ def define(name, schema, implementation, fake, formula=None, setup=None, dispatc
     """
     _library.define(f"{name}{schema}")
     _library.impl(name, dispatched or implementation, "CompositeExplicitAutograd")
-    # The gate of the backends carries out a pending negation; torch's own way fails for an op that returns nothing.
+    # The gate of the backends carries out a pending negation, because torch's own way fails for an op without a result.
     _library.impl(name, torch.library.fallthrough_kernel, "Negative")
     torch.library.register_fake(f"rlkernels::{name}", fake, lib=_library)
     recorded, formula, setup = implementation, formula or _raises, setup or (lambda ctx, inputs, output: None)

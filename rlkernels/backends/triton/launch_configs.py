@@ -53,8 +53,8 @@ TABLE = {
 }
 """``_ref``: with reference logits."""
 MASKED = {
-    # With a mask of columns more is kept per column: these entries of TABLE would spill on sm_120 or gfx942 (four tiles
-    # ahead; all outputs at once).
+    # With a mask of columns more is kept per column. The entries of TABLE with four tiles ahead, and those with all
+    # outputs at once, would spill on sm_120 or gfx942.
     ("token_stats_ref", 2): ((SMALL, Config(128, 128)), (LARGE, Config(512, 1024))),
     ("fused_policy", 2): ((SMALL, Config(128, 128)), (LARGE, Config(512, 512, 2))),
 }
