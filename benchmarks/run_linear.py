@@ -118,5 +118,5 @@ def _spent(*_: object) -> None:
 
 
 def only(names: Sequence[str] | None) -> bool:
-    """Tell whether nothing else is asked for."""
+    """Tells whether nothing else is asked for."""
     return bool(names) and all(name in NAMES for name in names)

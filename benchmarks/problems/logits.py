@@ -153,7 +153,7 @@ def ppo(logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
 
 
 def masked_ppo(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
-    """Its mean over the tokens of a mask."""
+    """Computes the mean of ``ppo`` over the tokens of a mask."""
     return torch.where(mask, ppo(logp, old_logp, advantage), 0.0).sum() / mask.sum()
 
 

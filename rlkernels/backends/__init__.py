@@ -37,7 +37,7 @@ _present: set[str] = set()
 
 
 def interpreted() -> bool:
-    """Tell whether Triton runs kernels on CPU tensors (``TRITON_INTERPRET=1``), which is how they are proven without a
+    """Tells whether Triton runs kernels on CPU tensors (``TRITON_INTERPRET=1``), which is how they are proven without a
     GPU.
     """
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -162,7 +162,7 @@ class use_backend(contextlib.ContextDecorator):
 
 
 def available_backends() -> Availability:
-    """Tell which backend serves which op on which device here, and the reason where a backend is absent.
+    """Tells which backend serves which op on which device here, and the reason where a backend is absent.
 
     Returns:
         ``{"serves": {device: {op: backend}}, "absent": {backend: reason}}``, for the devices ``cpu`` and, where torch

@@ -12,17 +12,17 @@ from rlkernels.backends.cpu_module import _cpu
 
 
 def available():
-    """Tell whether this machine, this build and ``RLKERNELS_CPU_ISA`` have AVX512_BF16."""
+    """Tells whether this machine, this build and ``RLKERNELS_CPU_ISA`` have AVX512_BF16."""
     return _cpu is not None and _cpu.gemm_available()
 
 
 def fp32_available():
-    """Tell whether this machine, this build and ``RLKERNELS_CPU_ISA`` have AVX-512."""
+    """Tells whether this machine, this build and ``RLKERNELS_CPU_ISA`` have AVX-512."""
     return _cpu is not None and _cpu.gemm_f32_available()
 
 
 def fp32_preferred():
-    """Tell whether the fp32 product is also the quicker one: on processors of AMD.
+    """Tells whether the fp32 product is also the quicker one: on processors of AMD.
 
     MKL knows those of its own maker best.
     """

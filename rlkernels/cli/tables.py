@@ -31,7 +31,7 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, pl
 
 
 def numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Tell whether the column is one of numbers: at least one cell starts like one, and none with another letter."""
+    """Tells whether the column is one of numbers: at least one cell starts like one, and none with another letter."""
     cells = [row[column].strip() for row in rows if row[column].strip() not in ("", "-")]
     return bool(cells) and all(cell[0].isdigit() or cell[0] in "<+-." for cell in cells)
 

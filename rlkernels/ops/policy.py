@@ -62,7 +62,7 @@ def _setup(ctx, inputs, output):
 
 
 def known_to_be_one(x):
-    """Tell whether the host sees, without waiting for a device, that a number is 1."""
+    """Tells whether the host sees, without waiting for a device, that a number is 1."""
     return x.device.type == "cpu" and x.item() == 1.0
 
 

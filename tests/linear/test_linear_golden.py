@@ -81,7 +81,7 @@ OPS = (
 
 
 def expressible(case):
-    """Tell whether a head can stand for what the file gives: log-probabilities below 0, no entropy beside them, no
+    """Tells whether a head can stand for what the file gives: log-probabilities below 0, no entropy beside them, no
     columns taken out of the logits.
     """
     x = case.tensors(torch.float64)
