@@ -64,7 +64,7 @@ class Answers(NamedTuple):
         work = detached_for_loss(self.head, self.live)
         plan = plan_sequences(self.live, place, self.count, per_unit, work.max_live_tokens)
         backend = ops.serving("fused_policy", self.head.hidden)
-        loss, logp, _ = differentiable(self.head, chunked_loss, work, plan, loss(plan, self.count, *fields), backend)
+        loss, logp, _ = differentiable(self.head, backend, chunked_loss, work, plan, loss(plan, self.count, *fields))
         return loss, logp
 
     def in_one_chunk(self, of_batch):

@@ -214,8 +214,8 @@ def _compare_ranks(head, sizes, offsets, needs, needs_entropy):
             now.compare(head.shard[1:], facts, sums)
 
 
-def differentiable(head, function, *arguments):
-    """Calls ``function(*arguments, needs)`` and hands the gradients that it returns to autograd.
+def differentiable(head, backend, function, *arguments):
+    """Calls ``function(*arguments, backend, needs)`` and hands the gradients that it returns to autograd.
 
     ``needs``: which of the hidden states, the weight and the bias of ``head`` get a gradient. A second backward calls
     the function again.
@@ -228,13 +228,13 @@ def differentiable(head, function, *arguments):
 
     def result():
         with without_autocast(head.hidden.device.type):  # it may be on in the backward too
-            return function(*arguments, needs)
+            return function(*arguments, backend, needs)
 
     first = result()
     if not any(needs):
         return first.loss, first.logp, first.entropy
     return (
-        ops.with_gradients(first.loss, first.gradients, lambda: result().gradients, *inputs),
+        ops.with_gradients(first.loss, first.gradients, lambda: result().gradients, backend, *inputs),
         first.logp,
         first.entropy,
     )

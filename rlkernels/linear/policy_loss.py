@@ -13,7 +13,7 @@ from rlkernels.linear.chunked_loss import chunked_loss, detached_for_loss, diffe
 from rlkernels.linear.head import HeadOptions, linear_head
 from rlkernels.linear.rank_agreement import same_on_every_rank
 from rlkernels.linear.sequence_chunks import SequencePlan, WholeBatchPlan, plan_sequences
-from rlkernels.linear.token_loss import PolicyTerms, check_rank, token_loss
+from rlkernels.linear.token_loss import PolicyTerms, check_batch, token_loss
 from rlkernels.linear.token_stats import head_stats
 from rlkernels.losses.policy import ratio_term
 from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve
@@ -235,7 +235,7 @@ def linear_policy_loss(
         "vocab_start": vocab_start,
     }
     head = linear_head(caller, hidden, weight, targets, options)
-    check_rank(caller, hidden)
+    check_batch(caller, hidden)
     entry, values = resolve(caller, objective, params, hidden)
     ignore_index = head.ignore_index
     targets = checks_tokens.holding(caller, targets, ignore_index)
@@ -350,4 +350,4 @@ def _sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, ba
     work = detached_for_loss(head, rows)
     plan = plan_sequences(rows, sequence, count, bound=work.max_live_tokens, zero_gradient=terms.zero_gradient())
     loss = SequenceLoss(head.caller, terms, plan, ratio_level, live, cu_seqlens, needs_entropy)
-    return differentiable(head, chunked_loss, work, plan, loss, backend)
+    return differentiable(head, backend, chunked_loss, work, plan, loss)

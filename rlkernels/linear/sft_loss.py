@@ -8,7 +8,7 @@ from rlkernels import checks, ops
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.linear.head import HeadOptions, linear_head
 from rlkernels.linear.rank_agreement import same_on_every_rank
-from rlkernels.linear.token_loss import PolicyTerms, check_rank, token_loss
+from rlkernels.linear.token_loss import PolicyTerms, check_batch, token_loss
 from rlkernels.linear.token_stats import head_logprobs
 from rlkernels.losses.sft import KINDS, sft_metrics, sft_weights
 from rlkernels.losses.token_weights import TokenWeights, live_tokens
@@ -185,7 +185,7 @@ def linear_sft_loss(
         "vocab_start": vocab_start,
     }
     head = linear_head(caller, hidden, weight, targets, options)
-    check_rank(caller, hidden)
+    check_batch(caller, hidden)
     checks.choice(caller, "kind", kind, KINDS)
     ignore_index = head.ignore_index
     targets = checks_tokens.holding(caller, targets, ignore_index)

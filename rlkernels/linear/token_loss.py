@@ -84,7 +84,7 @@ class TokenLoss(NamedTuple):
         return self.terms.gradient_scale()
 
 
-def check_rank(caller, hidden):
+def check_batch(caller, hidden):
     """Raises ValueError for hidden states of a single row: a loss takes a batch."""
     if hidden.dim() < 2:
         raise ValueError(
@@ -100,9 +100,9 @@ def token_loss(head, terms, needs_entropy, backend):
     """
     work = detached_for_loss(head, terms.live() & (head.targets != head.ignore_index))
     if work.shard is None:
-        return differentiable(head, _fused_loss, work, terms, backend)
+        return differentiable(head, backend, _fused_loss, work, terms)
     plan = plan_rows(live_rows(work.targets != work.ignore_index, work.max_live_tokens), work.chunk_rows)
-    return differentiable(head, chunked_loss, work, plan, TokenLoss(terms, needs_entropy), backend)
+    return differentiable(head, backend, chunked_loss, work, plan, TokenLoss(terms, needs_entropy))
 
 
 @torch.no_grad()

@@ -106,6 +106,15 @@ def test_the_same_calls_without_use_backend_hit_the_trap_wherever_the_cpu_backen
     assert hit == served[name]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("linear_")])
+def test_eager_takes_no_native_memory_for_the_gradients_of_16_bit_heads(name, dtype, trap, monkeypatch):
+    monkeypatch.setattr(cpu_memory, "LARGE", 0)
+    d = {k: x.to(dtype) if k in ("hidden", "weight", "bias") else x for k, x in data().items()}
+    with rlk.use_backend("eager"):
+        call(name, d)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["gemm", "Buffer"])
 def test_the_matmuls_and_the_memory_of_a_head_are_trapped_by_themselves(name, dtype, monkeypatch):
