@@ -45,3 +45,11 @@ def test_a_gradient_halfway_between_two_numbers_is_rounded_to_the_even_one(dtype
 def test_a_global_count_of_zero_gives_live_tokens_the_weight_zero(mode, name, total):
     """On a rank whose own tokens live although the total that it was told is 0: 1 / 0 would be inf."""
     assert not rlk.token_weights(torch.ones(2, 3), mode, **{name: total}).any()
+
+
+@pytest.mark.parametrize(
+    "mode, name", [("global-token-mean", "batch_num_tokens"), ("seq-mean-token-sum", "num_sequences")]
+)
+def test_a_count_of_zero_that_no_host_reads_gives_live_tokens_the_weight_zero(mode, name):
+    weights = torch.compile(rlk.token_weights, backend="eager", fullgraph=True)
+    assert not weights(torch.ones(2, 3), mode, **{name: torch.tensor(0)}).any()

@@ -122,7 +122,7 @@ MUTANTS = (
         "aggregation.py",
         "return torch.where(x > 0, 1.0 / x.double(), 0.0)",
         "return 1.0 / x.double()",
-        tests=("test_mutant_edges.py::test_a_global_count_of_zero_gives_live_tokens_the_weight_zero",),
+        tests=("test_mutant_edges.py::test_a_count_of_zero_that_no_host_reads_gives_live_tokens_the_weight_zero",),
     ),
     # segments
     _m(
