@@ -39,9 +39,9 @@ struct Layout {
   // Row r as elements of a type, and as elements of a size.
   template <class T>
   RLK_HD T* row(int64_t r) const {
-    return pointer<T>(address) + offset(r);
+    return reinterpret_cast<T*>(address) + offset(r);
   }
-  RLK_HD char* row(int64_t r, int64_t bytes) const { return pointer<char>(address) + offset(r) * bytes; }
+  RLK_HD char* row(int64_t r, int64_t bytes) const { return reinterpret_cast<char*>(address) + offset(r) * bytes; }
 };
 
 // The outputs of token_stats: addresses of one number per row each. An address of 0 is an output that is not wanted.

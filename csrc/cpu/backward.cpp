@@ -11,7 +11,8 @@ void write_gradient(const Batch& batch, const RowKernels& kernels, int64_t r, vo
   const double temperature = batch.temperature_of(r), row_max = state.row_max, sum_exp = state.sum_exp,
                log_sum = std::log(sum_exp);
   const bool inside = batch.supports(r, y);
-  const double dlogp = inside ? upstream.logp : 0;  // a target outside the support moves nothing
+  // A target outside the support moves nothing.
+  const double dlogp = inside ? upstream.logp : 0;
   if (dlogp == 0 && upstream.entropy == 0 && upstream.kl == 0) {  // not read, because 0 times its NaN would be NaN
     std::memset(out, 0, size_t(batch.columns * batch.bytes()));
     return;

@@ -23,7 +23,7 @@ struct Operand {
 struct GemmJob {
   int64_t m, n, k;
   Operand a, b;  // where b is fp32, so is a, and nothing is rounded
-  float* out;  // [m, n], unit column stride
+  float* out;    // [m, n], unit column stride
   int64_t out_row;
   bool accumulate;
   int threads;
@@ -64,7 +64,7 @@ struct Tile {
   float* out;
   int64_t out_row;
   int rows, columns;
-  bool add;  // to what is in out
+  bool add;     // to what is in out
   bool stream;  // store around the cache, where out is aligned to 64 bytes in every row
 };
 
@@ -74,7 +74,7 @@ struct GemmKernels {
   // depth, and in the lanes that fill up the last group of 16.
   void (*pack)(const Block&, const Panels&);
   void (*tile)(const Tile&);
-  void (*fence)();  // after the last streamed store of a thread
+  void (*fence)();   // after the last streamed store of a thread
   int64_t elements;  // of K in a word
 };
 
