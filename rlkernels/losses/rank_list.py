@@ -138,7 +138,11 @@ def _lists(caller: str, scores: Tensor, lengths: ListLengths | None) -> tuple[Te
         size = scores.shape[-1]
         lists = scores.shape[:-1].numel()
         return torch.arange(lists + 1, device=scores.device) * size, size
-    checks_tokens.layout(caller, "scores", scores, lengths)
+    if scores.dim() != 1:
+        raise ValueError(
+            f"{caller}: scores has shape {tuple(scores.shape)}, expected [N]: lengths says that the lists lie one "
+            "behind the other; flatten it"
+        )
     if isinstance(lengths, (list, tuple)):
         lengths = torch.tensor([checks.integer(caller, "lengths", x) for x in lengths], dtype=torch.int64, device="cpu")
     else:
