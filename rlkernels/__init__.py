@@ -20,8 +20,13 @@ from rlkernels.logprobs import TokenStats, token_logprobs, token_stats
 from rlkernels.losses.logits_policy import logits_policy_loss
 from rlkernels.losses.policy import policy_loss
 from rlkernels.losses.preference import dpo_loss, length_desensitized_weights
-from rlkernels.losses.reward_model import pairwise_reward_loss, reward_scores
+from rlkernels.losses.process_reward import process_reward_loss, solution_scores
+from rlkernels.losses.rank_list import rank_list_loss
+from rlkernels.losses.reward_head import end_scores, reward_scores
+from rlkernels.losses.reward_model import pairwise_reward_loss
+from rlkernels.losses.reward_normalizer import RewardNormalizer
 from rlkernels.losses.sft import logprobs_sft_loss, sft_loss
+from rlkernels.losses.span_reward import span_reward_loss
 from rlkernels.losses.unpaired_preference import unpaired_preference_loss
 from rlkernels.losses.value import value_loss
 from rlkernels.objectives import objective
@@ -29,12 +34,14 @@ from rlkernels.sequences import broadcast_to_tokens, sequence_means, sequence_su
 
 __version__ = "0.1.0"
 __all__ = [
+    "RewardNormalizer",
     "TokenStats",
     "aggregate",
     "available_backends",
     "broadcast_to_tokens",
     "discounted_returns",
     "dpo_loss",
+    "end_scores",
     "gae",
     "group_advantages",
     "length_desensitized_weights",
@@ -51,10 +58,14 @@ __all__ = [
     "objectives",
     "pairwise_reward_loss",
     "policy_loss",
+    "process_reward_loss",
+    "rank_list_loss",
     "reward_scores",
     "sequence_means",
     "sequence_sums",
     "sft_loss",
+    "solution_scores",
+    "span_reward_loss",
     "spans_to_mask",
     "token_logprobs",
     "token_stats",

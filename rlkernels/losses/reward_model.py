@@ -1,60 +1,113 @@
-"""Reward models: the pairwise loss, and the head that reads one hidden state per sequence."""
+"""The pairwise loss of a reward model."""
+
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from rlkernels import checks, ops
-from rlkernels.backends.protocol import real_dtype
-from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
-from rlkernels.losses.policy_arguments import present
-from rlkernels.sequences import last_live_index
-from rlkernels.types import (
-    HiddenStates,
-    Mask,
-    Number,
-    Offsets,
-    PerPair,
-    PerSequence,
-    RewardHeadBias,
-    RewardHeadWeight,
-    Scalar,
-)
+from rlkernels.losses.policy_arguments import column, present
+from rlkernels.losses.weighted_sum import each
+from rlkernels.types import Mask, Metrics, Number, PairwiseKind, PerPair, Reduction, Scalar
+
+KINDS, REDUCTIONS = get_args(PairwiseKind), get_args(Reduction)
+
+
+@overload
+def pairwise_reward_loss(
+    chosen: PerPair,
+    rejected: PerPair,
+    *,
+    margin: PerPair | None = None,
+    center_coef: Number = 0.0,
+    kind: PairwiseKind = "logsigmoid",
+    pair_weights: PerPair | None = None,
+    mask: Mask | None = None,
+    reduction: Reduction = "mean",
+    return_metrics: Literal[False] = False,
+) -> Scalar | PerPair: ...
+
+
+@overload
+def pairwise_reward_loss(
+    chosen: PerPair,
+    rejected: PerPair,
+    *,
+    margin: PerPair | None = None,
+    center_coef: Number = 0.0,
+    kind: PairwiseKind = "logsigmoid",
+    pair_weights: PerPair | None = None,
+    mask: Mask | None = None,
+    reduction: Reduction = "mean",
+    return_metrics: Literal[True],
+) -> tuple[Scalar | PerPair, Metrics]: ...
+
+
+@overload
+def pairwise_reward_loss(
+    chosen: PerPair,
+    rejected: PerPair,
+    *,
+    margin: PerPair | None = None,
+    center_coef: Number = 0.0,
+    kind: PairwiseKind = "logsigmoid",
+    pair_weights: PerPair | None = None,
+    mask: Mask | None = None,
+    reduction: Reduction = "mean",
+    return_metrics: bool,
+) -> Scalar | PerPair | tuple[Scalar | PerPair, Metrics]: ...
 
 
 def pairwise_reward_loss(
-    chosen: PerPair, rejected: PerPair, *, margin: PerPair | None = None, center_coef: Number = 0.0
-) -> Scalar:
+    chosen: PerPair,
+    rejected: PerPair,
+    *,
+    margin: PerPair | None = None,
+    center_coef: Number = 0.0,
+    kind: PairwiseKind = "logsigmoid",
+    pair_weights: PerPair | None = None,
+    mask: Mask | None = None,
+    reduction: Reduction = "mean",
+    return_metrics: bool = False,
+) -> Scalar | PerPair | tuple[Scalar | PerPair, Metrics]:
     r"""Bradley-Terry loss of a reward model.
 
     One launch each way for fp32 scores without centring.
 
-    ``mean_i softplus(-(c_i - q_i - g_i)) + center_coef mean_i (c_i + q_i)^2``; finite for every finite difference
-    (-1e4 gives 1e4, +1e4 gives 0). No pair gives 0.
+    ``(1/n) sum_i m_i w_i (softplus(-(c_i - q_i - g_i)) + center_coef (c_i + q_i)^2)``, ``n = sum_i m_i``; finite for
+    every finite difference (-1e4 gives 1e4, +1e4 gives 0). No pair gives 0.
 
     Args:
-        chosen, rejected: scores ``c``, ``q``, one per pair, any equal shape and float dtype.
+        chosen, rejected: scores ``c``, ``q``, one per pair, any equal shape and float dtype; ``[B, k]`` of a head with
+            several labels, each of which is a pair of its own.
         margin: ``g``, how much better the chosen answer is; same shape, differentiable where it requires a gradient.
         center_coef: weight of the term that keeps the scores around 0.
+        kind: ``"logsigmoid"``, or ``"logexp"``: ``log(1 + e^(q - c))``, the same loss, which ignores ``margin``.
+        pair_weights: ``w``, same shape, without gradient; a pair of weight 0 is left out, but counts in ``n``.
+        mask: ``m``, the live pairs (or labels of pairs), same shape. What a dead pair holds is not looked at.
+        reduction: ``"mean"`` as above; ``"sum"``: the same without ``1/n``; ``"none"``: each pair's term, in the shape
+            of ``chosen``, 0 for a dead pair.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 scores).
+        Scalar, or the terms; fp32 (fp64 for fp64 scores). With ``return_metrics``, ``(loss, dict)``: ``accuracy``, the
+        share of the live pairs with ``c > q``, and the means of ``c``, ``q`` and ``c - q`` as ``reward_chosen``,
+        ``reward_rejected``, ``reward_margin``.
 
     Raises:
-        ValueError: unequal numbers of pairs.
+        ValueError: unequal numbers of pairs; shapes that do not match; an unknown name.
 
     Example:
-        >>> chosen = torch.tensor([1.0, 0.0], requires_grad=True)
-        >>> loss = pairwise_reward_loss(chosen, torch.tensor([0.0, 0.0]))
-        >>> loss.backward()
-        >>> round(loss.item(), 4), chosen.grad
-        (0.5032, tensor([-0.1345, -0.2500]))
+        >>> pairwise_reward_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]), reduction="none")
+        tensor([0.3133, 0.6931])
 
     Ouyang et al. 2022, arXiv:2203.02155, eq. 1; margin: Touvron et al. 2023, arXiv:2307.09288; centring: Eisenstein et
-    al. 2023, arXiv:2312.09244.
+    al. 2023, arXiv:2312.09244; logexp: Bai et al. 2022, arXiv:2204.05862.
     """
     caller = "pairwise_reward_loss"
     checks.pairs(caller, chosen, rejected)
+    checks.choice(caller, "kind", kind, KINDS)
+    checks.choice(caller, "reduction", reduction, REDUCTIONS)
     center_coef = checks.coefficient(checks.finite, caller, "center_coef", center_coef, chosen)
     if margin is not None:
         checks.floating(caller, "margin", margin)
@@ -62,115 +115,72 @@ def pairwise_reward_loss(
         checks.one_device(caller, "chosen", chosen, margin=margin)
     checks.no_forward_ad(caller, chosen, rejected, margin)
     real = torch.float64 if torch.float64 in (chosen.dtype, rejected.dtype) else torch.float32
+    live, weights = _live_and_weights(caller, chosen, mask, pair_weights, real)
     chosen, rejected, margin = (
         dense(chosen, real),
         dense(rejected, real),
-        None if margin is None else dense(margin, real),
+        None if margin is None or kind == "logexp" else dense(margin, real),
     )
-    loss, _ = ops.weighted_loss(
-        "pairwise",
-        chosen,
-        rejected,
-        margin,
-        [],
-        (),
-        None,
-        None,
-        1.0 / max(chosen.numel(), 1),
-        ops.serving("weighted_loss", chosen),
-    )
-    if not present(center_coef):
-        return loss
-    total = chosen + rejected
-    return loss + ((total * total).sum() / max(total.numel(), 1) * center_coef).to(real)
-
-
-def reward_scores(
-    hidden: HiddenStates,
-    weight: RewardHeadWeight,
-    *,
-    attention_mask: Mask | None = None,
-    cu_seqlens: Offsets | None = None,
-    bias: RewardHeadBias | None = None,
-) -> PerSequence:
-    r"""Score of each sequence from the hidden state of its last token: ``h_end . w (+ b)``; reads ``B`` rows, not ``B
-    L``.
-
-    Args:
-        hidden: ``[B, L, H]``, or packed ``[T, H]`` with ``cu_seqlens``.
-        weight: ``[1, H]``, the head's matrix.
-        attention_mask: ``[B, L]``; the end is the last 1 (left or right padding, holes); a row of zeros, or no mask,
-            ends at ``L - 1``. Not beside ``cu_seqlens``.
-        cu_seqlens: ``[B + 1]`` offsets of a packed batch; the end of sequence ``i`` is ``cu_seqlens[i + 1] - 1``. An
-            empty sequence has none: on a CPU it is an error, on an accelerator, where values are not read, its score is
-            0 and has no gradient.
-        bias: ``[1]``. Hidden states, weight and bias have one dtype, or autocast is on.
-
-    Returns:
-        Tensor ``[B]``, fp32 (fp64 for fp64 hidden states), differentiable in ``hidden``, ``weight`` and ``bias``.
-
-    Raises:
-        ValueError: shapes do not fit; ``cu_seqlens`` does not cover the tokens, or makes a sequence empty; sequences of
-            no token.
-        TypeError: dtypes do not fit.
-
-    Example:
-        >>> hidden = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]])
-        >>> reward_scores(hidden, torch.tensor([[1.0, 0.5]]), attention_mask=torch.tensor([[1, 1, 0]]))
-        tensor([5.])
-    """
-    caller = "reward_scores"
-    checks.floating(caller, "hidden", hidden)
-    checks.floating(caller, "weight", weight)
-    expected = 2 if cu_seqlens is not None else 3
-    if hidden.dim() != expected:
-        raise ValueError(
-            f"{caller}: hidden has shape {tuple(hidden.shape)}, expected "
-            f"{'[T, H] with cu_seqlens' if expected == 2 else '[B, L, H]'}"
-        )
-    checks.shape(caller, "weight", weight, (1, hidden.shape[-1]))
-    if bias is not None:
-        checks.floating(caller, "bias", bias)
-        checks.shape(caller, "bias", bias, (1,))
-    checks.one_device(caller, "hidden", hidden, weight=weight, bias=bias, attention_mask=attention_mask)
-    checks_tokens.one_dtype(caller, "hidden", hidden, weight=weight, bias=bias)
-    empty = None
-    if cu_seqlens is None:
-        checks.mask(caller, attention_mask, hidden.shape[:2], "attention_mask")
-        if hidden.shape[0] and not hidden.shape[1]:
-            raise ValueError(
-                f"{caller}: hidden has shape {tuple(hidden.shape)}: sequences without a token have no last one to score"
-            )
-        rows = hidden[
-            torch.arange(hidden.shape[0], device=hidden.device),
-            last_live_index(attention_mask, hidden.shape[:2], hidden.device),
-        ]
+    if reduction == "none":
+        loss = _terms(chosen, rejected, margin, weights, center_coef)
     else:
-        if attention_mask is not None:
-            raise ValueError(
-                f"{caller}: attention_mask is for padded hidden states [B, L, H], cu_seqlens for packed "
-                "ones [T, H]; pass one of them"
-            )
-        rows, empty = _packed_ends(caller, hidden, cu_seqlens)
-    real = real_dtype(hidden.dtype)
-    scores = (rows.to(real) * weight.to(real)).sum(-1)
-    scores = scores if bias is None else scores + bias.to(real)
-    return scores if empty is None else torch.where(empty, 0.0, scores)
+        total = None if live is None or reduction == "sum" else live.sum()
+        share = 1.0 / max(chosen.numel(), 1) if live is None and reduction == "mean" else 1.0
+        loss, _ = ops.weighted_loss(
+            "pairwise", chosen, rejected, margin, [], (), weights, total, share, ops.serving("weighted_loss", chosen)
+        )
+        if present(center_coef):
+            loss = loss + (_centring(chosen, rejected, weights, total) * share * center_coef).to(real)
+    return (loss, _metrics(chosen.detach(), rejected.detach(), live)) if return_metrics else loss
 
 
-def _packed_ends(caller: str, hidden: Tensor, cu_seqlens: Offsets) -> tuple[Tensor, Tensor | None]:
-    """Returns the row of each sequence's last token, and a mask of the empty sequences, whose rows are 0.
+def _live_and_weights(
+    caller: str, chosen: Tensor, mask: Mask | None, pair_weights: PerPair | None, real: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the mask as bool, or None, and the weight of each pair: None (1 everywhere), that mask, or numbers."""
+    checks.mask(caller, mask, chosen.shape)
+    checks.one_device(caller, "chosen", chosen, mask=mask)
+    live = mask if mask is None else (mask != 0).contiguous()
+    if pair_weights is None:
+        return live, live
+    weights = dense(column(caller, "pair_weights", pair_weights, chosen, "chosen"), real)
+    return live, weights if live is None else torch.where(live, weights, 0.0)
 
-    The mask is None where values are read, because an empty sequence has raised there.
-    """
-    offsets = checks_tokens.segments(caller, cu_seqlens, hidden, filled=True)
-    ends = offsets[1:]
-    if checks_tokens.values_are_read(cu_seqlens):
-        return hidden[ends - 1], None
-    empty = ends <= offsets[:-1]
-    rows = (
-        hidden[(ends - 1).clamp(min=0)]
-        if hidden.shape[0]
-        else hidden.new_zeros(ends.shape[0], hidden.shape[1]) + hidden.sum()
-    )
-    return torch.where(empty[:, None], 0.0, rows), empty
+
+def _terms(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None, weights: Tensor | None, center_coef: Number
+) -> Tensor:
+    """Computes the term of each pair."""
+    gap = chosen - rejected if margin is None else chosen - rejected - margin
+    factor = weights if weights is None else weights.to(gap.dtype)
+    loss = each("pairwise", gap, (), factor)
+    if present(center_coef):
+        total = chosen + rejected if weights is None else torch.where(weights != 0, chosen + rejected, 0.0)
+        loss = loss + (total * total * center_coef).to(gap.dtype)
+    return loss if factor is None else loss * factor
+
+
+def _centring(chosen: Tensor, rejected: Tensor, weights: Tensor | None, count: Tensor | None) -> Tensor:
+    """Computes the weighted sum of the squares of ``c + q``, over the count where there is one."""
+    total = chosen + rejected
+    if weights is None:
+        return (total * total).sum()
+    total = torch.where(weights != 0, total, 0.0)
+    squares = (total * total * weights).sum()
+    return squares if count is None else squares / count.clamp(min=1)
+
+
+@torch.no_grad()
+def _metrics(chosen: Tensor, rejected: Tensor, live: Tensor | None) -> Metrics:
+    """Computes means over the live pairs."""
+    count = max(chosen.numel(), 1) if live is None else live.sum().clamp(min=1)
+
+    def mean(x: Tensor) -> Tensor:
+        return (x if live is None else torch.where(live, x, 0.0)).sum() / count
+
+    return {
+        "reward_chosen": mean(chosen),
+        "reward_rejected": mean(rejected),
+        "reward_margin": mean(chosen - rejected),
+        "accuracy": mean((chosen > rejected).to(chosen.dtype)),
+    }

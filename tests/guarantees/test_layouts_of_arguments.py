@@ -21,6 +21,7 @@ TENSORS = set(
     ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps ref_logps desirable
     kl_logps ref_kl_logps chosen_mask rejected_mask sample_weights chosen rejected margin attention_mask x group_ids
     lengths rollout_ids group_tokens group_rows spans temperature
+    input_ids labels reward_token_ids scores step_scores
 """.split()
 )
 NUMBERS_OR_TENSORS = set("kl delta batch_num_tokens num_sequences horizon".split())
@@ -32,6 +33,7 @@ OTHERS = set(
     loss_type loss_weights label_smoothing reference_free f_divergence alpha length_normalized simpo_gamma
     alphapo_alpha discopop_tau cpo_alpha desirable_weight undesirable_weight ld_alpha center_coef options
     count_empty_rows dp_size dtype mode length shift
+    reduction positions pad_id prompt_length num_padding_at_beginning allow_first_difference placeholder_id
 """.split()
 )
 FURTHER = {"aggregate": (rlk.token_weights,)}

@@ -24,7 +24,17 @@ from rlkernels.checks import ROW_KLS
 from rlkernels.checks.tokens import RESERVED
 from rlkernels.integrations import trl
 from rlkernels.logprobs import TokenStats
-from rlkernels.losses import policy_arguments, preference_options, preference_types, sft, unpaired_preference
+from rlkernels.losses import (
+    policy_arguments,
+    preference_options,
+    preference_types,
+    process_reward,
+    rank_list,
+    reward_head,
+    reward_model,
+    sft,
+    unpaired_preference,
+)
 from rlkernels.objectives import functions, kl
 from rlkernels.ops import FLAGS
 
@@ -49,6 +59,12 @@ TABLES = {
     "Output": tuple(FLAGS),
     "Aggregation": AGGREGATIONS,
     "SftKind": sft.KINDS,
+    "PairwiseKind": reward_model.KINDS,
+    "Reduction": reward_model.REDUCTIONS,
+    "ScorePositions": reward_head.POSITIONS,
+    "RankKind": rank_list.KINDS,
+    "RankAggregation": rank_list.RANK_AGGREGATIONS,
+    "StepReduction": process_reward.STEP_REDUCTIONS,
     "LossType": tuple(preference_types.KINDS),
     "FDivergence": tuple(preference_options.F_DIVERGENCES),
     "UnpairedLossType": unpaired_preference.LOSS_TYPES,

@@ -58,7 +58,7 @@ LAYOUTS = {
     ),
     "overlapping": lambda x: overlapping(x) if x.dim() > 1 else None,
 }
-ORDERED = {"cu_seqlens", "spans"}  # no offsets are alike
+ORDERED = {"cu_seqlens", "spans", "reward_token_ids"}  # no offsets are alike, and no columns
 
 
 def laid_out(layout, argument, x):

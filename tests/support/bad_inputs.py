@@ -5,6 +5,7 @@ case here.
 import math
 
 import numpy
+import reward_calls
 import torch
 from bad_calls import (
     GRAD,
@@ -511,6 +512,7 @@ CASES = {
         ValueError,
         r"ref_logps has shape \(5,\)",
     ),
+    **reward_calls.BAD,
     "B49 gamma": (lambda: rlk.gae(A, A, gamma=1.1), ValueError, r"gamma must be in \[0, 1\], got 1.1"),
     "B49 lam": (lambda: rlk.gae(A, A, lam=-0.1), ValueError, r"lam must be in \[0, 1\], got -0.1"),
     "B49 NaN": (lambda: rlk.discounted_returns(A, gamma=NAN), ValueError, r"gamma must be in \[0, 1\], got nan"),
@@ -582,9 +584,6 @@ if absent("cpu") is None:
     )
 
 NOT_HERE = {
-    "B46": "span_reward_loss, the function of interleaved pairs, is not part of this version",
-    "B47": "span_reward_loss, the function of interleaved pairs, is not part of this version",
-    "B48": "rank_list_loss, the function of ranked lists, is not part of this version",
     **({} if any(absent(name) for name in KNOWN) else {"B54": "every backend is present here"}),
     **({} if "B55" in CASES else {"B55": "the eager backend lacks nothing, and the native one was not built here"}),
 }

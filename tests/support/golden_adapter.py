@@ -110,8 +110,15 @@ class Case:
             elif name == "vocab_mask":
                 result[name] = torch.tensor(value)
             else:
-                result[name] = tensor(value, torch.int64 if name in INTEGERS else dtype).requires_grad_(name in wanted)
+                whole = name in INTEGERS and not (name == "labels" and self.parameters.get("soft"))
+                result[name] = tensor(value, torch.int64 if whole else dtype).requires_grad_(name in wanted)
         return result
+
+    def raised(self):
+        """The error that the case expects in place of numbers, with a part of its message; None for numbers."""
+        if self.expected.get("raises_or_nan"):
+            return IndexError, "outside"
+        return (ValueError, "differs at its first token") if "raises" in self.expected else None
 
     def compact(self):
         """The same case without its dead tokens, where the file gives one."""

@@ -7,12 +7,6 @@ CASES = golden_adapter.load()
 # An operation, or the beginning of a case's id: why no public function of ours expresses it.
 NOT_COVERED = {
     # operations
-    "divergence_span_loss": "DeepSpeed-Chat's span loss: no span_reward_loss yet",
-    "end_score": "the end found by PAD ids: belongs to span_reward_loss",
-    "rank_list_loss": "no rank_list_loss yet",
-    "prm_loss": "no process_reward_loss yet",
-    "step_score_reduction": "step scores to a solution score: belongs to process_reward_loss",
-    "reward_normalizer": "running reward statistics of an evaluation: the trainer's",
     "distillation_loss": "cross-entropy to a teacher: no divergence_stats yet",
     "policy_loss_from_logits": "exact KL(old || new) as a penalty: token_stats offers KL(pi || ref)",
     "process_advantage": "normalised step rewards",
@@ -60,7 +54,6 @@ OUTPUTS_NOT_OFFERED = {
     ("token_logprob", "max_logit"): "bookkeeping of the softmax",
     ("token_logprob", "argmax"): "is_top1 says whether the target is it",
     ("token_logprob", "flags"): "logp is -inf there",
-    ("pairwise_reward_loss", "accuracy"): "one comparison of two inputs",
     ("policy_loss", "metrics.clip_fraction_lower"): "how often the dual clip bites",
     ("policy.verl.sapo", "metrics.clip_fraction"): "a constant 0: nothing is clipped",
     ("policy.verl.reinforce.is_weight", "metrics.mean_old_minus_new"): "logged beside an objective without old "

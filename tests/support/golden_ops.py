@@ -7,6 +7,7 @@ offered.
 """
 
 import golden_preferences
+import golden_rewards
 import golden_tokens
 import torch
 from golden_adapter import aggregation, expect
@@ -214,37 +215,6 @@ def value_loss(x, p):
     return {"loss": loss if p.pop("half") else 2.0 * loss, **metrics}
 
 
-def pairwise_reward_loss(x, p):
-    expect(p.pop("aggregation") == "mean", "other reductions")
-    margin = x.get("margin") if p.pop("kind") == "logsigmoid" else None  # "logexp" is the same loss without a margin
-    return {
-        "loss": rlk.pairwise_reward_loss(x["chosen"], x["rejected"], margin=margin, center_coef=p.pop("center_coef"))
-    }
-
-
-def value_head_pairwise(x, p):
-    expect(p.pop("layout") == "padded", "layout")
-    scores, pairs = (
-        rlk.reward_scores(x["hidden"], x["weight"], attention_mask=x["attention_mask"], bias=x.get("bias")),
-        p.pop("num_pairs"),
-    )
-    return {"scores": scores, "loss": rlk.pairwise_reward_loss(scores[:pairs], scores[pairs:])}
-
-
-def end_token_index(x, p):
-    """The score of hidden states that hold their own position is the position."""
-    head = torch.ones(1, 1)
-    if "seq_lens" in x:
-        ends = x["seq_lens"].cumsum(0)
-        position = torch.arange(float(ends[-1]))[:, None]
-        return {
-            "index": rlk.reward_scores(position, head, cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]))
-        }
-    mask = x["attention_mask"]
-    position = torch.arange(float(mask.shape[1])).expand(mask.shape)[..., None]
-    return {"index": rlk.reward_scores(position, head, attention_mask=mask)}
-
-
 LOSSES = (
     token_logprob,
     linear_token_logprob,
@@ -255,9 +225,7 @@ LOSSES = (
     ppo_step_per_sample,
     ppo_step_masked,
     value_loss,
-    pairwise_reward_loss,
-    value_head_pairwise,
-    end_token_index,
+    *golden_rewards.ADAPTERS,
     golden_preferences.preference_loss,
     golden_preferences.preference_loss_from_tokens,
     golden_preferences.unpaired_preference_loss,

@@ -72,6 +72,9 @@ CALLS = {
     "linear_unpaired_preference_loss": lambda cu: rlk.linear_unpaired_preference_loss(
         HIDDEN, WEIGHT, TARGETS, _ones(cu), _ones(cu), kl=0.0, cu_seqlens=cu
     ),
+    "process_reward_loss": lambda cu: rlk.process_reward_loss(LOGITS, TARGETS, cu_seqlens=cu),
+    "solution_scores": lambda cu: rlk.solution_scores(Z, cu_seqlens=cu),
+    "end_scores": lambda cu: rlk.end_scores(Z, cu_seqlens=cu)[0],
     "reward_scores": lambda cu: rlk.reward_scores(HIDDEN, WEIGHT[:1], cu_seqlens=cu),
 }
 BAD = {

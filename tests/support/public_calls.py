@@ -10,6 +10,7 @@ import inspect
 import threading
 from contextlib import contextmanager
 
+import reward_calls
 import torch
 from reference import draw_rows
 from row_runs import ALL
@@ -96,10 +97,23 @@ def data(seed=0):
         "count": torch.tensor(11.0),
         "number": torch.tensor(0.3),
         "spans": torch.tensor([[0, 4], [9, 15]]),
+        **reward_calls.data((B, L), draw),
     }
 
 
-TRAINED = ("logits", "logprobs", "entropy", "values", "hidden", "weight", "bias", "head", "pair_a", "pair_b")
+TRAINED = (
+    "logits",
+    "logprobs",
+    "entropy",
+    "values",
+    "hidden",
+    "weight",
+    "bias",
+    "head",
+    "pair_a",
+    "pair_b",
+    "span_scores",
+)
 CALLS = {
     "token_logprobs": lambda d: rlk.token_logprobs(
         d["logits"], d["targets"], temperature=d["temperature"], vocab_mask=d["vocab_mask"]
@@ -278,10 +292,7 @@ CALLS = {
     "logprobs_sft_loss": lambda d: rlk.logprobs_sft_loss(
         d["logprobs"], d["mask"], kind="dft", sample_weights=d["advantages"][:, 0], return_metrics=True
     ),
-    "pairwise_reward_loss": lambda d: rlk.pairwise_reward_loss(
-        d["pair_a"], d["pair_b"], margin=d["pair_c"], center_coef=0.1
-    ),
-    "reward_scores": lambda d: rlk.reward_scores(d["hidden"], d["head"], attention_mask=d["mask"]),
+    **reward_calls.calls(rlk),
     "gae": lambda d: rlk.gae(d["rewards"], d["values"], d["mask"], lam=0.9),
     "discounted_returns": lambda d: rlk.discounted_returns(
         d["rewards"].view(-1), d["mask"].view(-1), gamma=0.9, cu_seqlens=d["cu"]
@@ -438,9 +449,6 @@ CALLS = {
     ),
     "logprobs_sft_loss of weights": lambda d: rlk.logprobs_sft_loss(
         d["logprobs"], d["mask"], weights=d["token_weights"], sample_weights=d["advantages"]
-    ),
-    "reward_scores of a packed batch": lambda d: rlk.reward_scores(
-        d["hidden"].view(-1, H), d["head"], cu_seqlens=d["cu"], bias=d["bias"][:1]
     ),
     "gae of a packed batch": lambda d: rlk.gae(
         d["rewards"].view(-1),
