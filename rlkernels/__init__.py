@@ -25,6 +25,9 @@ from rlkernels.losses.sft import logprobs_sft_loss, sft_loss
 from rlkernels.losses.unpaired_preference import unpaired_preference_loss
 from rlkernels.losses.value import value_loss
 from rlkernels.objectives import objective
+from rlkernels.rollout.masks import m2po_mask, off_policy_sequence_mask, rejection_mask
+from rlkernels.rollout.metrics import rollout_metrics
+from rlkernels.rollout.weights import rho_correction, rollout_weights
 from rlkernels.sequences import broadcast_to_tokens, sequence_means, sequence_sums, spans_to_mask
 
 __version__ = "0.1.0"
@@ -46,12 +49,18 @@ __all__ = [
     "linear_unpaired_preference_loss",
     "logits_policy_loss",
     "logprobs_sft_loss",
+    "m2po_mask",
     "masked_whiten",
     "objective",
     "objectives",
+    "off_policy_sequence_mask",
     "pairwise_reward_loss",
     "policy_loss",
+    "rejection_mask",
     "reward_scores",
+    "rho_correction",
+    "rollout_metrics",
+    "rollout_weights",
     "sequence_means",
     "sequence_sums",
     "sft_loss",

@@ -20,7 +20,7 @@ TENSORS = set(
     cu_seqlens logprobs entropy values old_values returns rewards bootstrap_values chosen_logps rejected_logps
     ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps ref_logps desirable
     kl_logps ref_kl_logps chosen_mask rejected_mask sample_weights chosen rejected margin attention_mask x group_ids
-    lengths rollout_ids group_tokens group_rows spans temperature
+    lengths rollout_ids rollout_logprobs group_tokens group_rows spans temperature
 """.split()
 )
 NUMBERS_OR_TENSORS = set("kl delta batch_num_tokens num_sequences horizon".split())
@@ -31,7 +31,8 @@ OTHERS = set(
     return_metrics params clip_range kind gamma lam masked baseline scale eps unbiased shift_mean eps_mode dim beta
     loss_type loss_weights label_smoothing reference_free f_divergence alpha length_normalized simpo_gamma
     alphapo_alpha discopop_tau cpo_alpha desirable_weight undesirable_weight ld_alpha center_coef options
-    count_empty_rows dp_size dtype mode length shift
+    level low high gate gate_level batch_normalize batch_mean nan_ratio rules threshold mask_low mask_high clamp_low
+    clamp_high log_ratio_clamp count_empty_rows dp_size dtype mode length shift
 """.split()
 )
 FURTHER = {"aggregate": (rlk.token_weights,)}

@@ -27,6 +27,7 @@ from rlkernels.logprobs import TokenStats
 from rlkernels.losses import policy_arguments, preference_options, preference_types, sft, unpaired_preference
 from rlkernels.objectives import functions, kl
 from rlkernels.ops import FLAGS
+from rlkernels.rollout import masks, weights
 
 TYPED = ROOT / "tests/repository/typed"
 FUNCTIONS = {name: f for name, f in vars(rlkernels).items() if name in rlkernels.__all__ and inspect.isfunction(f)}
@@ -56,6 +57,11 @@ TABLES = {
     "EpsMode": whitening.EPS_MODES,
     "Baseline": group.BASELINES,
     "Scale": group.SCALES,
+    "RolloutLevel": weights.LEVELS,
+    "RolloutMode": weights.MODES,
+    "RolloutGate": weights.GATES,
+    "RhoGate": weights.RHO_GATES,
+    "RejectionRule": masks.RULES,
     "Backend": KNOWN,
     "TrlLevel": ("all", *trl.LEVELS),
 }

@@ -10,6 +10,7 @@ import inspect
 import threading
 from contextlib import contextmanager
 
+import rollout_calls
 import torch
 from reference import draw_rows
 from row_runs import ALL
@@ -488,6 +489,8 @@ CALLS = {
         d["values"][:, 0], d["mask"].view(-1), d["cu"]
     ),
 }
+
+CALLS |= rollout_calls.calls(rlk)
 
 
 def tensors(x):
