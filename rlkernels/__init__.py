@@ -8,6 +8,7 @@ Log-probabilities and statistics of logits (``token_logprobs``, ``token_stats``)
 from rlkernels import objectives
 from rlkernels.advantages.gae import discounted_returns, gae
 from rlkernels.advantages.group import group_advantages
+from rlkernels.advantages.moments import Moments, masked_moments, merge_moments
 from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
@@ -32,6 +33,7 @@ from rlkernels.sequences import broadcast_to_tokens, sequence_means, sequence_su
 
 __version__ = "0.1.0"
 __all__ = [
+    "Moments",
     "TokenStats",
     "aggregate",
     "available_backends",
@@ -50,7 +52,9 @@ __all__ = [
     "logits_policy_loss",
     "logprobs_sft_loss",
     "m2po_mask",
+    "masked_moments",
     "masked_whiten",
+    "merge_moments",
     "objective",
     "objectives",
     "off_policy_sequence_mask",

@@ -88,6 +88,8 @@ Masked: TypeAlias = Literal["skip", "zero", "none"]
 Baseline: TypeAlias = Literal["mean", "leave-one-out", "length-mean", "batch-mean", None]
 Scale: TypeAlias = Literal["std", "batch-std", "mean", None]
 EpsMode: TypeAlias = Literal["add", "clamp"]
+Dimensions: TypeAlias = int | tuple[int, ...] | list[int] | None
+"""Dimensions of a tensor; None stands for all."""
 RolloutLevel: TypeAlias = Literal["token", "sequence", "sequence_mean"]
 RolloutMode: TypeAlias = Literal["clip", "mask"]
 RolloutGate: TypeAlias = Literal["ratio", "kl", "tv"]

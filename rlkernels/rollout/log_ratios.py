@@ -114,7 +114,7 @@ def bound(caller: str, name: str, x: Number | None, like: Tensor) -> Number | No
     return None if x is None else checks_tokens.not_negative(caller, name, x, like)
 
 
-def ordered(caller: str, low: Number | None, high: Number | None, names: tuple[str, str] = ("low", "high")) -> None:
+def ordered(caller: str, low: Number | None, high: Number | None, names: tuple[str, ...] = ("low", "high")) -> None:
     """Refuses a lower bound above the upper one, where the host knows both."""
     if isinstance(low, float) and isinstance(high, float) and low > high:
         raise ValueError(f"{caller}: {names[0]} must not be above {names[1]}, got {low} and {high}")

@@ -274,11 +274,11 @@ def rho_correction(
     checks.choice(caller, "gate", gate, RHO_GATES)
     of_sequences = "gate='tv'" if gate == "tv" else None if level == "token" else f"level={level!r}"
     ratios = log_ratios(caller, old_logprobs, rollout_logprobs, mask, cu_seqlens, nan_ratio, of_sequences)
-    names = ("mask_low", "mask_high", "clamp_low", "clamp_high")
+    names = "mask_low", "mask_high", "clamp_low", "clamp_high"
     given = (mask_low, mask_high, clamp_low, clamp_high)
     bounds = [bound(caller, name, x, old_logprobs) for name, x in zip(names, given, strict=True)]
-    ordered(caller, *bounds[:2], names[:2])
-    ordered(caller, *bounds[2:], names[2:])
+    ordered(caller, bounds[0], bounds[1], names[:2])
+    ordered(caller, bounds[2], bounds[3], names[2:])
     if (advantages is not None) != (gate == "tv"):
         raise ValueError(f"{caller}: gate {gate!r} {'needs' if gate == 'tv' else 'takes no'} advantages")
     gap = ratios.gap
@@ -287,7 +287,7 @@ def rho_correction(
         gap = clamped(gap, -limit, limit)
     rho = ratios.at(level, gap).exp()
     if advantages is None:
-        dropped = outside(rho, *bounds[:2])
+        dropped = outside(rho, bounds[0], bounds[1])
     else:
         checks.floating(caller, "advantages", advantages)
         checks.no_gradient(caller, advantages=advantages)
@@ -295,5 +295,5 @@ def rho_correction(
         checks.shape(caller, "advantages", advantages, old_logprobs.shape)
         checks.one_device(caller, "old_logprobs", old_logprobs, advantages=advantages)
         away = torch.where(ratios.live, gap.sign() * advantages.double(), 0.0) > 0
-        dropped = away & outside(ratios.at("sequence_mean", (gap.exp() - 1.0).abs()), *bounds[:2])
-    return torch.where(ratios.live & ~dropped, clamped(rho, *bounds[2:]), 0.0).to(ratios.dtype)
+        dropped = away & outside(ratios.at("sequence_mean", (gap.exp() - 1.0).abs()), bounds[0], bounds[1])
+    return torch.where(ratios.live & ~dropped, clamped(rho, bounds[2], bounds[3]), 0.0).to(ratios.dtype)

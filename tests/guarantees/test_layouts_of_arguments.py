@@ -31,8 +31,8 @@ OTHERS = set(
     return_metrics params clip_range kind gamma lam masked baseline scale eps unbiased shift_mean eps_mode dim beta
     loss_type loss_weights label_smoothing reference_free f_divergence alpha length_normalized simpo_gamma
     alphapo_alpha discopop_tau cpo_alpha desirable_weight undesirable_weight ld_alpha center_coef options
-    level low high gate gate_level batch_normalize batch_mean nan_ratio rules threshold mask_low mask_high clamp_low
-    clamp_high log_ratio_clamp count_empty_rows dp_size dtype mode length shift
+    moments parts level low high gate gate_level batch_normalize batch_mean nan_ratio rules threshold
+    mask_low mask_high clamp_low clamp_high log_ratio_clamp count_empty_rows dp_size dtype mode length shift
 """.split()
 )
 FURTHER = {"aggregate": (rlk.token_weights,)}

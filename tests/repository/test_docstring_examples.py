@@ -21,6 +21,7 @@ PER_TOKEN = (
     "sequences",
     "advantages.gae",
     "advantages.group",
+    "advantages.moments",
     "advantages.whitening",
     "rollout.weights",
 )

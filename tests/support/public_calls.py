@@ -288,6 +288,13 @@ CALLS = {
         d["rewards"].view(-1), d["mask"].view(-1), gamma=0.9, cu_seqlens=d["cu"]
     ),
     "masked_whiten": lambda d: rlk.masked_whiten(d["values"], d["mask"]),
+    "masked_whiten of a part": lambda d: rlk.masked_whiten(
+        d["values"], d["mask"], moments=rlkernels.masked_moments(d["old"])
+    ),
+    "masked_moments": lambda d: rlk.masked_moments(d["old"], d["mask"], dim=1),
+    "merge_moments": lambda d: rlk.merge_moments(
+        [rlkernels.Moments(2, 0.5, 3.0), rlkernels.masked_moments(d["old"], d["mask"])]
+    ),
     "group_advantages": lambda d: rlk.group_advantages(d["pair_c"], d["groups"]),
     "token_weights": lambda d: rlk.token_weights(d["mask"].view(-1), "seq-mean-token-mean", cu_seqlens=d["cu"]),
     "aggregate": lambda d: rlk.aggregate(d["values"], d["mask"], "seq-mean-token-mean"),

@@ -49,7 +49,7 @@ def calls(rlk):
             return_metrics=True,
         ),
         "off_policy_sequence_mask": lambda d: rlk.off_policy_sequence_mask(
-            d["logprobs"], d["old"], d["advantages"], d["mask"], delta=0.1
+            d["logprobs"], d["old"], d["advantages"], d["mask"], delta=d["number"]
         ),
         "off_policy_sequence_mask of a packed batch": lambda d: rlk.off_policy_sequence_mask(
             d["logprobs"].view(-1), d["old"].view(-1), d["per_row"], d["mask"].view(-1), delta=0.1, cu_seqlens=d["cu"]
