@@ -481,6 +481,9 @@ CALLS = {
     "aggregate of a packed batch": lambda d: rlk.aggregate(
         d["values"].view(-1), d["mask"].view(-1), "seq-mean-token-sum", cu_seqlens=d["cu"], num_sequences=d["count"]
     ),
+    "aggregate of weights": lambda d: rlk.aggregate(
+        d["values"], d["mask"], "seq-mean-token-mean", weights=d["token_weights"]
+    ),
     "aggregate of prompts": lambda d: rlk.aggregate(d["values"], d["mask"], "prompt-mean", group_ids=d["rows"]),
     "aggregate of whole groups": lambda d: rlk.aggregate(
         d["values"], d["mask"], "prompt-mean", group_ids=d["rows"], group_tokens=d["lengths"][:3]
