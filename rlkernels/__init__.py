@@ -8,6 +8,7 @@ Log-probabilities and statistics of logits (``token_logprobs``, ``token_stats``)
 from rlkernels import objectives
 from rlkernels.advantages.gae import discounted_returns, gae
 from rlkernels.advantages.group import group_advantages
+from rlkernels.advantages.moments import Moments, masked_moments, merge_moments
 from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
@@ -30,11 +31,15 @@ from rlkernels.losses.span_reward import span_reward_loss
 from rlkernels.losses.unpaired_preference import unpaired_preference_loss
 from rlkernels.losses.value import value_loss
 from rlkernels.objectives import objective
+from rlkernels.rollout.masks import m2po_mask, off_policy_sequence_mask, rejection_mask
+from rlkernels.rollout.metrics import rollout_metrics
+from rlkernels.rollout.weights import rho_correction, rollout_weights
 from rlkernels.sequences import broadcast_to_tokens, sequence_means, sequence_sums, spans_to_mask
 
 __version__ = "0.1.0"
 __all__ = [
     "RewardNormalizer",
+    "Moments",
     "TokenStats",
     "aggregate",
     "available_backends",
@@ -53,14 +58,22 @@ __all__ = [
     "linear_unpaired_preference_loss",
     "logits_policy_loss",
     "logprobs_sft_loss",
+    "m2po_mask",
+    "masked_moments",
     "masked_whiten",
+    "merge_moments",
     "objective",
     "objectives",
+    "off_policy_sequence_mask",
     "pairwise_reward_loss",
     "policy_loss",
     "process_reward_loss",
     "rank_list_loss",
+    "rejection_mask",
     "reward_scores",
+    "rho_correction",
+    "rollout_metrics",
+    "rollout_weights",
     "sequence_means",
     "sequence_sums",
     "sft_loss",

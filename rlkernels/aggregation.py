@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.sequences import Groups, groups_of, result_dtype, segment_ids, token_counts
+from rlkernels.sequences import Groups, groups_of, result_dtype, segment_ids, sums, token_counts
 from rlkernels.types import Aggregation, Mask, Number, Offsets, PerSequence, PerToken, Scalar
 
 
@@ -138,6 +138,7 @@ def weights_for(
     mode: Aggregation,
     *,
     cu_seqlens: Tensor | None = None,
+    times: Tensor | None = None,
     count_empty_rows: bool = False,
     dp_size: Number = 1,
     scale: Number = 1.0,
@@ -146,7 +147,8 @@ def weights_for(
 ) -> Tensor:
     """Computes ``token_weights`` for the public function ``caller``, whose name stands in front of every error.
 
-    ``cu_seqlens``: offsets that ``checks.tokens.rows`` has checked, or None.
+    ``cu_seqlens``: offsets that ``checks.tokens.rows`` has checked, or None. ``times``: what ``aggregate`` takes as
+    ``weights``, 0 at dead tokens, or None.
     """
     checks.choice(caller, "aggregation", mode, AGGREGATIONS)
     count_empty_rows = checks.flag(caller, "count_empty_rows", count_empty_rows)
@@ -164,7 +166,10 @@ def weights_for(
     checks_tokens.normalizers(caller, mode, arguments, required, optional)
     own_rows = cu_seqlens is None and mask.dim() == 1
     live = mask != 0
-    tokens = live.double() if own_rows else token_counts(live, cu_seqlens)
+    if times is None:
+        tokens = live.double() if own_rows else token_counts(live, cu_seqlens)
+    else:
+        tokens = times if own_rows else sums(times, live, cu_seqlens)
     for name, x in arguments.items():
         if name in PER_ROW:
             checks_tokens.ids(caller, name, x, tokens.shape)
@@ -187,6 +192,7 @@ def weights_for(
         weight = weight[segment_ids(cu_seqlens, mask.shape[0])]
     else:
         weight = weight.reshape(mask.shape if own_rows else (*tokens.shape, 1))
+    weight = weight if times is None else weight * times
     return torch.where(live, weight, 0.0).to(dtype)
 
 
@@ -292,6 +298,7 @@ def aggregate(
     mask: Mask | None = None,
     mode: Aggregation = "token-mean",
     *,
+    weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     batch_num_tokens: Number | None = None,
     num_sequences: Number | None = None,
@@ -312,6 +319,9 @@ def aggregate(
 
     Args:
         values: ``l``, shaped like ``mask``; any float dtype.
+        weights: factors ``u`` of live tokens, same shape, finite and not negative: a mask that weighs. A token then
+            counts ``u_t`` times wherever the mode counts it, so that ``"token-mean"`` is ``sum_t u_t l_t / sum_t u_t``.
+            Totals and counts among the other arguments are those of ``u``, too.
         the rest: as for ``token_weights``; ``dtype`` is that of the weights.
 
     Returns:
@@ -333,11 +343,13 @@ def aggregate(
         else mask.contiguous()
     )
     cu_seqlens = checks_tokens.rows("aggregate", "mask", mask, cu_seqlens)
+    times = None if weights is None else _times("aggregate", weights, mask)
     weights = weights_for(
         "aggregate",
         mask,
         mode,
         cu_seqlens=cu_seqlens,
+        times=times,
         batch_num_tokens=batch_num_tokens,
         num_sequences=num_sequences,
         horizon=horizon,
@@ -353,3 +365,16 @@ def aggregate(
     # Contiguous, because torch adds in the order of memory.
     live_values = torch.where(mask != 0, values, 0.0).double().contiguous()
     return (weights * live_values).sum().to(result_dtype(values))
+
+
+def _times(caller: str, weights: Tensor, mask: Tensor) -> Tensor:
+    """Returns the caller's weights in float64, 0 at dead tokens; refuses bad ones where the host reads them."""
+    checks.floating(caller, "weights", weights)
+    checks.shape(caller, "weights", weights, mask.shape)
+    checks.no_gradient(caller, weights=weights)
+    checks.one_device(caller, "mask", mask, weights=weights)
+    times = torch.where(mask != 0, weights.double(), 0.0).contiguous()
+    good = (times >= 0) & (times < torch.inf)
+    if checks.host_reads(good) and not good.all():
+        raise ValueError(f"{caller}: weights holds {times[~good][0].item()}, expected finite numbers from 0 on")
+    return times

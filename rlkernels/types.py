@@ -101,6 +101,27 @@ Masked: TypeAlias = Literal["skip", "zero", "none"]
 Baseline: TypeAlias = Literal["mean", "leave-one-out", "length-mean", "batch-mean", None]
 Scale: TypeAlias = Literal["std", "batch-std", "mean", None]
 EpsMode: TypeAlias = Literal["add", "clamp"]
+Dimensions: TypeAlias = int | tuple[int, ...] | list[int] | None
+"""Dimensions of a tensor; None stands for all."""
+RolloutLevel: TypeAlias = Literal["token", "sequence", "sequence_mean"]
+RolloutMode: TypeAlias = Literal["clip", "mask"]
+RolloutGate: TypeAlias = Literal["ratio", "kl", "tv"]
+RhoGate: TypeAlias = Literal["ratio", "tv"]
+RejectionRule: TypeAlias = Literal[
+    "token_k1",
+    "token_k2",
+    "token_k3",
+    "seq_sum_k1",
+    "seq_sum_k2",
+    "seq_sum_k3",
+    "seq_mean_k1",
+    "seq_mean_k2",
+    "seq_mean_k3",
+    "seq_max_k2",
+    "seq_max_k3",
+]
+RejectionRules: TypeAlias = dict[RejectionRule, float | tuple[float, float]]
+"""The bound of each rule by its name; a pair for k1 alone."""
 Backend: TypeAlias = Literal["eager", "cpu", "triton", "cuda"]
 TrlLevel: TypeAlias = Literal["all", "fused", "logits", "pairs"]
 

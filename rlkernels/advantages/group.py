@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlkernels import checks
+from rlkernels.advantages.moments import Moments, given_moments, masked_moments, over_ranks
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.sequences import groups_of, result_dtype
 from rlkernels.types import Baseline, Mask, Number, PerResponse, Scale
@@ -23,6 +24,8 @@ def group_advantages(
     eps: Number = 1e-6,
     unbiased: bool = True,
     lengths: PerResponse | None = None,
+    moments: Moments | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> PerResponse:
     r"""Advantage of each response within its group: the reward less a baseline, over a scale.
 
@@ -44,6 +47,9 @@ def group_advantages(
         unbiased: False divides the variance by ``n`` instead of ``n - 1``.
         lengths: ``l``, ``[N]``, live tokens of each response, for ``"length-mean"`` alone; finite and not negative.
             That of a NaN reward is not read.
+        moments: those of the scorable rewards of the whole batch, where ``rewards`` are a part of it, for
+            ``"batch-mean"`` and ``"batch-std"`` alone.
+        process_group: the ranks over which the batch lies, instead of ``moments``.
 
     Returns:
         ``[N]``: float32, float64 for float64; not differentiable. A group of one, or of equal rewards, has nothing to
@@ -78,6 +84,12 @@ def group_advantages(
         checks.mask(caller, lengths, rewards.shape, name="lengths", counts=True)
     checks.one_device(caller, "rewards", rewards, group_ids=group_ids, lengths=lengths)
     checks.no_forward_ad(caller, rewards, lengths)
+    known = moments is not None or process_group is not None
+    if known and baseline != "batch-mean" and scale != "batch-std":
+        name = "process_group" if moments is None else "moments"
+        raise ValueError(f"{caller}: {name} is read with baseline 'batch-mean' or scale 'batch-std' alone")
+    if moments is not None and process_group is not None:
+        raise ValueError(f"{caller}: moments and process_group both give the statistics; pass one of them")
 
     scored = ~rewards.isnan()
     wide = torch.where(scored, rewards.detach().double(), 0.0)
@@ -91,7 +103,11 @@ def group_advantages(
         lengths = torch.where(good, lengths, torch.nan)
     groups = groups_of(group_ids)
     group = _Population(wide, scored, groups.reduce_each)
-    batch = _Population(wide, scored, _reduce_all)
+    batch: _Population | _Batch = _Population(wide, scored, _reduce_all)
+    if known:
+        if moments is None:
+            moments = over_ranks(caller, masked_moments(wide, scored), process_group)
+        batch = _Batch(wide, scored, given_moments(caller, moments, (), rewards))
 
     fewer = 1 if unbiased else 0
     centred = {
@@ -152,6 +168,17 @@ class _Population:
         weights = torch.where(self.scored, weights, 0.0)
         total = self.reduce(weights)
         return torch.where(total == 0, 0.0, self.reduce(weights * self.offset) / torch.where(total == 0, 1.0, total))
+
+
+class _Batch:
+    """The scored rewards of a batch of which only a part is here, by its moments."""
+
+    def __init__(self, wide: Tensor, scored: Tensor, moments: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.count, mean, self.squares = moments
+        self.gap = torch.where(scored, wide - mean, 0.0)
+
+    def spread(self, fewer: int) -> Tensor:
+        return (self.squares / (self.count - fewer).clamp(min=1)).sqrt()
 
 
 def broadcast_advantages(row_advantages: Tensor, is_last_step: Mask, trajectory_ids: Tensor) -> Tensor:

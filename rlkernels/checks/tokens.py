@@ -207,7 +207,7 @@ def total(caller, name, x, like):
     return not_negative(caller, name, x, like)
 
 
-RESERVED = ("caller", "mask", "mode", "cu_seqlens", "dtype")
+RESERVED = ("caller", "mask", "mode", "cu_seqlens", "times", "dtype")
 """The arguments of ``weights_for`` that no user may pass as a normaliser."""
 
 

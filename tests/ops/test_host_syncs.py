@@ -322,7 +322,27 @@ PLAIN = {
     "gae packed": lambda: rlk.gae(A.view(-1), A.view(-1), MASK.view(-1), cu_seqlens=CU),
     "discounted_returns": lambda: (rlk.discounted_returns(A, MASK),),
     "masked_whiten": lambda: (rlk.masked_whiten(A, MASK),),
+    "masked_whiten of a part": lambda: (rlk.masked_whiten(A, MASK, moments=rlk.masked_moments(A, MASK)),),
+    "masked_whiten of numbers": lambda: (rlk.masked_whiten(A, MASK, moments=rlk.Moments(8, 0.5, 3.0)),),
+    "merge_moments": lambda: rlk.merge_moments([rlk.masked_moments(A), rlk.masked_moments(A, MASK)]),
     "group_advantages": lambda: (rlk.group_advantages(made(N), whole(N)),),
+    "group_advantages of a part": lambda: (
+        rlk.group_advantages(made(N), whole(N), scale="batch-std", moments=rlk.masked_moments(A)),
+    ),
+    "rollout_weights": lambda: (rlk.rollout_weights(A, A, MASK, high=number(), batch_normalize=True),),
+    "metrics of rollout_weights": lambda: rlk.rollout_weights(A, A, MASK, return_metrics=True)[1].values(),
+    "rollout_weights of sequences": lambda: (
+        rlk.rollout_weights(
+            A.view(-1), A.view(-1), MASK.view(-1), level="sequence", mode="mask", gate="kl", high=1.0, cu_seqlens=CU
+        ),
+    ),
+    "rho_correction": lambda: (
+        rlk.rho_correction(A, A, MASK, advantages=A, gate="tv", mask_high=number(), clamp_low=0.1),
+    ),
+    "rejection_mask": lambda: (rlk.rejection_mask(A, A, MASK, rules={"token_k1": 2.0, "seq_max_k3": 1.0}),),
+    "off_policy_sequence_mask": lambda: (rlk.off_policy_sequence_mask(A, A, A, MASK, delta=number()),),
+    "m2po_mask": lambda: (rlk.m2po_mask(A, A, MASK, threshold=number()),),
+    "rollout_metrics": lambda: rlk.rollout_metrics(A, A, MASK).values(),
     "token_weights": lambda: (rlk.token_weights(MASK, "seq-mean-token-mean"),),
 }
 

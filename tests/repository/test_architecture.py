@@ -33,7 +33,7 @@ LAYERS = [
     {"aggregation"},
     {"ops"},
     {"logits_layout"},
-    {"logprobs", "advantages"},
+    {"logprobs", "advantages", "rollout"},
     {"losses"},
     {"linear"},
     {"integrations"},

@@ -16,7 +16,16 @@ MODULES = [
     for _, name, _ in pkgutil.walk_packages(rlkernels.__path__, "rlkernels.", onerror=lambda name: None)
 ]
 MODULES = [name for name in MODULES if not f"{name}.".startswith(tuple(f"{outside}." for outside in OUTSIDE))]
-PER_TOKEN = ("aggregation", "sequences", "advantages.gae", "advantages.group", "advantages.whitening")
+PER_TOKEN = (
+    "aggregation",
+    "sequences",
+    "advantages.gae",
+    "advantages.group",
+    "advantages.moments",
+    "advantages.whitening",
+    "rollout.weights",
+)
+PER_TOKEN += ("rollout.masks", "rollout.metrics")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -37,6 +37,7 @@ from rlkernels.losses import (
 )
 from rlkernels.objectives import functions, kl
 from rlkernels.ops import FLAGS
+from rlkernels.rollout import masks, weights
 
 TYPED = ROOT / "tests/repository/typed"
 FUNCTIONS = {name: f for name, f in vars(rlkernels).items() if name in rlkernels.__all__ and inspect.isfunction(f)}
@@ -72,6 +73,11 @@ TABLES = {
     "EpsMode": whitening.EPS_MODES,
     "Baseline": group.BASELINES,
     "Scale": group.SCALES,
+    "RolloutLevel": weights.LEVELS,
+    "RolloutMode": weights.MODES,
+    "RolloutGate": weights.GATES,
+    "RhoGate": weights.RHO_GATES,
+    "RejectionRule": masks.RULES,
     "Backend": KNOWN,
     "TrlLevel": ("all", *trl.LEVELS),
 }

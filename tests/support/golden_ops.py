@@ -8,6 +8,7 @@ offered.
 
 import golden_preferences
 import golden_rewards
+import golden_rollout
 import golden_tokens
 import torch
 from golden_adapter import aggregation, expect
@@ -240,6 +241,10 @@ TOKENS = (
     golden_tokens.whiten,
     golden_tokens.broadcast_advantage,
     golden_tokens.spans_to_mask,
+    golden_rollout.rollout_weights,
+    golden_rollout.rejection_mask,
+    golden_rollout.off_policy_sequence_mask,
+    golden_rollout.rho_correction,
 )
 ADAPTERS = {function.__name__: function for function in LOSSES + TOKENS} | dict.fromkeys(
     ("nll_from_logp", "weighted_nll"), golden_preferences.nll

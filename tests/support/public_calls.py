@@ -11,6 +11,7 @@ import threading
 from contextlib import contextmanager
 
 import reward_calls
+import rollout_calls
 import torch
 from reference import draw_rows
 from row_runs import ALL
@@ -298,6 +299,13 @@ CALLS = {
         d["rewards"].view(-1), d["mask"].view(-1), gamma=0.9, cu_seqlens=d["cu"]
     ),
     "masked_whiten": lambda d: rlk.masked_whiten(d["values"], d["mask"]),
+    "masked_whiten of a part": lambda d: rlk.masked_whiten(
+        d["values"], d["mask"], moments=rlkernels.masked_moments(d["old"])
+    ),
+    "masked_moments": lambda d: rlk.masked_moments(d["old"], d["mask"], dim=1),
+    "merge_moments": lambda d: rlk.merge_moments(
+        [rlkernels.Moments(2, 0.5, 3.0), rlkernels.masked_moments(d["old"], d["mask"])]
+    ),
     "group_advantages": lambda d: rlk.group_advantages(d["pair_c"], d["groups"]),
     "token_weights": lambda d: rlk.token_weights(d["mask"].view(-1), "seq-mean-token-mean", cu_seqlens=d["cu"]),
     "aggregate": lambda d: rlk.aggregate(d["values"], d["mask"], "seq-mean-token-mean"),
@@ -481,6 +489,9 @@ CALLS = {
     "aggregate of a packed batch": lambda d: rlk.aggregate(
         d["values"].view(-1), d["mask"].view(-1), "seq-mean-token-sum", cu_seqlens=d["cu"], num_sequences=d["count"]
     ),
+    "aggregate of weights": lambda d: rlk.aggregate(
+        d["values"], d["mask"], "seq-mean-token-mean", weights=d["token_weights"]
+    ),
     "aggregate of prompts": lambda d: rlk.aggregate(d["values"], d["mask"], "prompt-mean", group_ids=d["rows"]),
     "aggregate of whole groups": lambda d: rlk.aggregate(
         d["values"], d["mask"], "prompt-mean", group_ids=d["rows"], group_tokens=d["lengths"][:3]
@@ -496,6 +507,8 @@ CALLS = {
         d["values"][:, 0], d["mask"].view(-1), d["cu"]
     ),
 }
+
+CALLS |= rollout_calls.calls(rlk)
 
 
 def tensors(x):

@@ -1,0 +1,1 @@
+"""The mismatch of the rollout engine and the trainer: weights, masks and metrics."""
