@@ -16,6 +16,10 @@ class Moments(NamedTuple):
 
     ``squares`` is the variance times ``count`` of a population, and times ``count - 1`` where it is unbiased. Numbers,
     or float64 tensors as ``masked_moments`` returns them.
+
+    Example:
+        >>> masked_moments(torch.tensor([[1.0, 3.0]])).mean
+        tensor(2., dtype=torch.float64)
     """
 
     count: Number
