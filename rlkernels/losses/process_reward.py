@@ -1,6 +1,6 @@
 """Process reward models: the loss of labels at the ends of steps, and a solution's score from those of its steps."""
 
-from typing import Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -239,7 +239,7 @@ def _column_of(caller: str, labels: Tensor, columns: Tensor, live: Tensor) -> Te
 
 
 def _soft_loss(
-    caller: str, logits: Tensor, labels: Tensor, live: Tensor, given: tuple, steps: Tensor | None
+    caller: str, logits: Tensor, labels: Tensor, live: Tensor, given: tuple[Any, ...], steps: Tensor | None
 ) -> Scalar | tuple[Scalar, Metrics]:
     """Computes the loss of soft labels: of two columns it is the pairwise loss, both ways round.
 
