@@ -28,6 +28,7 @@ from rlkernels.types import (
     Scalar,
     Targets,
     Temperature,
+    VocabMask,
 )
 
 
@@ -43,6 +44,7 @@ def linear_dpo_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -84,6 +86,7 @@ def linear_dpo_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -125,6 +128,7 @@ def linear_dpo_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -166,6 +170,7 @@ def linear_dpo_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -205,8 +210,8 @@ def linear_dpo_loss(
             they require them.
         targets: ``[2B, L]`` or ``[T]``, shifted already. mask: the tokens of the answers; the others enter no matmul.
         ref_chosen_logps, ref_rejected_logps: sums under the reference, ``[B]``, as for ``dpo_loss``.
-        bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk_tokens, logits_budget, valid_vocab,
-            process_group, vocab_start: as for ``linear_token_logprobs``.
+        bias, temperature, softcap, logit_scale, ignore_index, vocab_mask, logits_dtype, chunk_tokens, logits_budget,
+            valid_vocab, process_group, vocab_start: as for ``linear_token_logprobs``.
         max_live_tokens: a bound on the live tokens, with which the host reads no lengths. Where it fits in one chunk
             they take three matmuls, else four.
         beta, loss_type, loss_weights, label_smoothing, reference_free, f_divergence, alpha, length_normalized,
@@ -234,6 +239,7 @@ def linear_dpo_loss(
         "softcap": softcap,
         "logit_scale": logit_scale,
         "ignore_index": ignore_index,
+        "vocab_mask": vocab_mask,
         "logits_dtype": logits_dtype,
         "chunk_tokens": chunk_tokens,
         "logits_budget": logits_budget,

@@ -29,6 +29,7 @@ from rlkernels.types import (
     SftKind,
     Targets,
     Temperature,
+    VocabMask,
 )
 
 
@@ -44,6 +45,7 @@ def linear_sft_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -73,6 +75,7 @@ def linear_sft_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -102,6 +105,7 @@ def linear_sft_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -131,6 +135,7 @@ def linear_sft_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -152,7 +157,7 @@ def linear_sft_loss(
 
     Args:
         hidden, weight, bias: as for ``linear_token_logprobs``; all three get gradients where they require them.
-        targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk_tokens, logits_budget,
+        targets, temperature, softcap, logit_scale, ignore_index, vocab_mask, logits_dtype, chunk_tokens, logits_budget,
             max_live_tokens, valid_vocab, process_group, vocab_start: as for ``linear_token_logprobs``. Targets are
             shifted already.
         mask, kind, aggregation, weights, sample_weights, cu_seqlens, normalizers: as for ``sft_loss``; a token of
@@ -176,6 +181,7 @@ def linear_sft_loss(
         "softcap": softcap,
         "logit_scale": logit_scale,
         "ignore_index": ignore_index,
+        "vocab_mask": vocab_mask,
         "logits_dtype": logits_dtype,
         "chunk_tokens": chunk_tokens,
         "logits_budget": logits_budget,

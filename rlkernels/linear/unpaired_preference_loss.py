@@ -31,6 +31,7 @@ from rlkernels.types import (
     Targets,
     Temperature,
     UnpairedLossType,
+    VocabMask,
 )
 
 
@@ -48,6 +49,7 @@ def linear_unpaired_preference_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -82,6 +84,7 @@ def linear_unpaired_preference_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -116,6 +119,7 @@ def linear_unpaired_preference_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -150,6 +154,7 @@ def linear_unpaired_preference_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -177,8 +182,8 @@ def linear_unpaired_preference_loss(
         hidden: ``[N, L, H]``, or packed ``[T, H]`` with ``cu_seqlens`` ``[N + 1]``. weight: ``[V, H]``.
         targets: ``[N, L]`` or ``[T]``, shifted already. mask: the tokens of the answers.
         ref_logps, desirable: ``[N]``, as for ``unpaired_preference_loss``.
-        bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk_tokens, logits_budget, valid_vocab,
-            process_group, vocab_start: as for ``linear_token_logprobs``.
+        bias, temperature, softcap, logit_scale, ignore_index, vocab_mask, logits_dtype, chunk_tokens, logits_budget,
+            valid_vocab, process_group, vocab_start: as for ``linear_token_logprobs``.
         max_live_tokens: a bound on the live tokens, with which the host reads no lengths. Where it fits in one chunk
             they take three matmuls, else four.
         loss_type, beta, desirable_weight, undesirable_weight, kl, kl_logps, ref_kl_logps, delta: as for
@@ -207,6 +212,7 @@ def linear_unpaired_preference_loss(
         "softcap": softcap,
         "logit_scale": logit_scale,
         "ignore_index": ignore_index,
+        "vocab_mask": vocab_mask,
         "logits_dtype": logits_dtype,
         "chunk_tokens": chunk_tokens,
         "logits_budget": logits_budget,

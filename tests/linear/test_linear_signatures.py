@@ -34,7 +34,7 @@ def test_these_are_all_functions_of_a_head():
 @pytest.mark.parametrize("function", COUNTERPARTS)
 def test_every_option_of_the_head_is_spelled_with_the_same_default(function):
     options = keywords("linear_token_logprobs")
-    assert list(options) == list(HeadOptions.__annotations__) and len(options) == 12
+    assert list(options) == list(HeadOptions.__annotations__) and len(options) == 13
     found = keywords(function)
     assert {name: found.get(name, "absent") for name in options} == options
     assert [name for name in found if name in options] == list(options)  # in one order too
