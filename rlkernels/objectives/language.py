@@ -101,6 +101,7 @@ def objective(function: Any = None, *, columns: int | None = None) -> Any:
         ... def gated(logp, advantage, gate, scale=0.5):
         ...     "REINFORCE, each token by its gate."
         ...     return -scale * gate * advantage * logp, -scale * gate * advantage
+        >>> import rlkernels
         >>> logp, gate = torch.zeros(1, 2, requires_grad=True), torch.tensor([[1.0, 0.0]])
         >>> rlkernels.policy_loss(logp, None, torch.tensor([2.0]), objective=gated, gate=gate).backward()
         >>> OBJECTIVES.pop("gated").defaults, logp.grad
