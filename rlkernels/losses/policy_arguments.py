@@ -13,7 +13,13 @@ from rlkernels.types import KL, Number, PerToken, PerTokenOrSequence, RatioLevel
 DEFAULTS = {
     "ppo_clip": {"clip_low": 0.2, "clip_high": 0.2},
     "dual_clip": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0},
+    "ppo_clip_cap": {"clip_low": 0.2, "clip_high": 0.2},
     "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
+    "dppo_tv": {"delta_low": 0.2, "delta_high": 0.2, "ratio_max": 20.0},
+    "dppo_tv_surrogate": {"delta_low": 0.2, "delta_high": 0.2},
+    "dppo_kl": {"delta_low": 0.2, "delta_high": 0.2, "ratio_max": 20.0},
+    "dppo_kl_surrogate": {"delta_low": 0.2, "delta_high": 0.2},
+    "tv_symmetric": {"delta": 0.1},
 }
 """Per objective, the parameters that papers and trainers agree on.
 

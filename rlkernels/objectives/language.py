@@ -18,6 +18,7 @@ COLUMNS = (
     "logp",
     "old_logp",
     "ref_logp",
+    "rollout_logp",
     "advantage",
     "value",
     "old_value",

@@ -20,7 +20,7 @@ B, L = 3, 6
 def objective_columns(n, dtype, draw):
     """Every column that an objective may name: log-probs near each other, so that both sides of every clip are met."""
     columns = {"logp": -3 * torch.rand(n, generator=draw, dtype=dtype)}
-    for other in ("old_logp", "ref_logp"):
+    for other in ("old_logp", "ref_logp", "rollout_logp"):
         columns[other] = columns["logp"] + 0.5 * torch.randn(n, generator=draw, dtype=dtype)
     for other in ("advantage", "value", "returns", "margin", "log_ratio"):
         columns[other] = torch.randn(n, generator=draw, dtype=dtype)
