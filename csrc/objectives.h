@@ -2,7 +2,7 @@
 #pragma once
 #include "objective_functions.h"
 
-#define RLK_OBJECTIVES_DIGEST "b4f181af361ae4ee"
+#define RLK_OBJECTIVES_DIGEST "e8051267fa9136c3"
 
 #define RLK_OBJECTIVES(X) \
   X(k1, 2, 0) \
@@ -132,7 +132,7 @@ struct dual_clip {
 
 struct ppo_clip_cap {
   template <class S>
-  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S clip_low, S clip_high, S ratio_cap) const {
+  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S ratio_cap, S clip_low, S clip_high) const {
     const S ratio = rlk::exp((logp - old_logp));
     const S free = (rlk::where((ratio > ratio_cap), ratio_cap, ratio) * advantage);
     const S held = (rlk::clip(ratio, (S(1.0) - clip_low), (S(1.0) + clip_high)) * advantage);

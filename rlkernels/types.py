@@ -2,15 +2,18 @@
 
 A shape stands beside ``Tensor`` for the reader, because no type checker looks at it. The names are what the checks
 accept, too: a table of theirs is made from ``get_args`` of a ``Literal`` here, or is compared with it by a test. An
-objective is a ``str``, because users register their own.
+objective is any ``str``, because users register their own.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias, TypedDict
 
 from torch import Tensor
 
 Number: TypeAlias = float | Tensor
 """A number, or a tensor of shape ``()``."""
+ObjectiveLike: TypeAlias = str | Callable[..., Any]
+"""The name of a registered objective, or the function that was registered."""
 
 Logits: TypeAlias = Annotated[Tensor, "[..., V]"]
 VocabMask: TypeAlias = Annotated[Tensor, "[V] or [..., V], bool: True keeps a column"]

@@ -363,16 +363,16 @@ def pairs(caller, chosen, rejected, names=("chosen", "rejected")):
     one_device(caller, names[0], chosen, **{names[1]: rejected})
 
 
-def params(caller, objective, entry, keywords, defaults, like):
+def params(caller, objective, entry, keywords, like):
     """Returns the values of the objective's parameters, in the order in which the objective takes them.
 
-    ``keywords``: the caller's; ``defaults``: per objective, those that the field agrees on.
+    ``keywords``: the caller's; without one, the default of the objective's signature stands.
     """
     for name in keywords:
         if name not in entry.params:
             known = f"it takes {', '.join(entry.params)}" if entry.params else "it takes no parameters"
             raise TypeError(f"{caller}: objective {objective!r} takes no {name!r}; {known}")
-    values, plain = {**defaults.get(objective, {}), **keywords}, True
+    values, plain = {**dict(entry.defaults), **keywords}, True
     for name in entry.params:
         if name not in values:
             raise TypeError(f"{caller}: objective {objective!r} needs {name!r}")

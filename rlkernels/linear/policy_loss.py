@@ -26,6 +26,7 @@ from rlkernels.losses.token_weights import (
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import parameters, scaled_sum
+from rlkernels.objectives import OBJECTIVES
 from rlkernels.sequences import segment_ids, sums
 from rlkernels.types import (
     KL,
@@ -37,6 +38,7 @@ from rlkernels.types import (
     Metrics,
     Normalizers,
     Number,
+    ObjectiveLike,
     Offsets,
     PerToken,
     PerTokenOrSequence,
@@ -68,7 +70,7 @@ def linear_policy_loss(
     valid_vocab: int | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     vocab_start: int | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -77,9 +79,10 @@ def linear_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[False] = False,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar: ...
 
 
@@ -104,7 +107,7 @@ def linear_policy_loss(
     valid_vocab: int | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     vocab_start: int | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -113,9 +116,10 @@ def linear_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[True],
-    **params: Number,
+    **params: Number | PerToken,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -140,7 +144,7 @@ def linear_policy_loss(
     valid_vocab: int | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     vocab_start: int | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -149,9 +153,10 @@ def linear_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
@@ -176,7 +181,7 @@ def linear_policy_loss(
     valid_vocab: int | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     vocab_start: int | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -185,9 +190,10 @@ def linear_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""``policy_loss`` from hidden states and the lm_head, in three matmuls: the logits of a chunk become their own
     gradient.
@@ -236,12 +242,14 @@ def linear_policy_loss(
     }
     head = linear_head(caller, hidden, weight, targets, options)
     check_batch(caller, hidden)
-    entry, values = resolve(caller, objective, params, hidden)
+    entry, values, further = resolve(caller, objective, params, hidden)
     ignore_index = head.ignore_index
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=head.result_dtype())
     cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
-    columns = objective_columns(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
+    columns = objective_columns(
+        caller, entry, like, old_logprobs, advantages, ref_logprobs, rollout_logprobs, further, cu_seqlens, ratio_level
+    )
     kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     live = live_tokens(caller, like, mask) & (targets != ignore_index)
     if ratio_level == "sequence_sum":
@@ -252,14 +260,14 @@ def linear_policy_loss(
         coefficients = kl_coef, entropy_coef
         sequences = live, cu_seqlens, ratio_level
         loss = _composed_policy_loss(
-            caller, stats, objective, columns, values, share, sequences, ref_logprobs, kl, coefficients
+            caller, stats, entry, columns, values, share, sequences, ref_logprobs, kl, coefficients
         )
         logp, entropy = stats.logprobs, stats.entropy
     else:
         weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
         kl_weight, entropy_weight = (None if c is None else head.per_row(weights * c) for c in (kl_coef, entropy_coef))
         terms = PolicyTerms(
-            objective,
+            entry.function.__name__,
             [head.per_row(c) for c in columns],
             parameters(values),
             head.per_row(weights),
@@ -282,12 +290,12 @@ def linear_policy_loss(
     return loss, policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
 
 
-def _composed_policy_loss(caller, stats, objective, columns, values, share, sequences, ref_logprobs, kl, coefficients):
+def _composed_policy_loss(caller, stats, entry, columns, values, share, sequences, ref_logprobs, kl, coefficients):
     """Returns ``policy_loss`` of the TokenStats of a whole batch, without its checks; differentiable in them.
 
     sequences: live tokens, ``cu_seqlens`` and ``ratio_level``. coefficients: of the KL and the entropy term, or None.
     """
-    loss = ratio_term(caller, objective, stats.logprobs, columns, values, share, *sequences)
+    loss = ratio_term(caller, entry, stats.logprobs, columns, values, share, *sequences)
     kl_coef, entropy_coef = coefficients
     if kl_coef is not None:
         loss = loss + scaled_sum(kl_coef, kl, stats.logprobs, [ref_logprobs], share)
@@ -311,7 +319,7 @@ class SequenceLoss(NamedTuple):
         terms = self.terms.at(rows.index)
         loss = ratio_term(
             self.caller,
-            terms.objective,
+            OBJECTIVES[terms.objective],
             stats.logp,
             terms.columns,
             terms.params,

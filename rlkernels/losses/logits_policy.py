@@ -21,6 +21,7 @@ from rlkernels.types import (
     Metrics,
     Normalizers,
     Number,
+    ObjectiveLike,
     Offsets,
     PerToken,
     PerTokenOrSequence,
@@ -43,7 +44,7 @@ def logits_policy_loss(
     temperature: Temperature = 1.0,
     ignore_index: int = -100,
     vocab_mask: VocabMask | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -52,10 +53,11 @@ def logits_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
     return_metrics: Literal[False] = False,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar: ...
 
 
@@ -70,7 +72,7 @@ def logits_policy_loss(
     temperature: Temperature = 1.0,
     ignore_index: int = -100,
     vocab_mask: VocabMask | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -79,10 +81,11 @@ def logits_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
     return_metrics: Literal[True],
-    **params: Number,
+    **params: Number | PerToken,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -97,7 +100,7 @@ def logits_policy_loss(
     temperature: Temperature = 1.0,
     ignore_index: int = -100,
     vocab_mask: VocabMask | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -106,10 +109,11 @@ def logits_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
     return_metrics: bool,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
@@ -123,7 +127,7 @@ def logits_policy_loss(
     temperature: Temperature = 1.0,
     ignore_index: int = -100,
     vocab_mask: VocabMask | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -132,10 +136,11 @@ def logits_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
     return_metrics: bool = False,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""``policy_loss`` straight from logits: statistics, objective and the gradient with respect to the logits in one
     pass over each row.
@@ -170,11 +175,13 @@ def logits_policy_loss(
         raise ValueError(
             f"{caller}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
         )
-    entry, values = resolve(caller, objective, params, logits)
+    entry, values, further = resolve(caller, objective, params, logits)
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=flat.real)
     cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
-    columns = objective_columns(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
+    columns = objective_columns(
+        caller, entry, like, old_logprobs, advantages, ref_logprobs, rollout_logprobs, further, cu_seqlens, ratio_level
+    )
     penalty, bonus = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(caller, like, mask) & scored
@@ -197,6 +204,7 @@ def logits_policy_loss(
                 entropy_coef=entropy_coef,
                 cu_seqlens=cu_seqlens,
                 ratio_level=ratio_level,
+                rollout_logprobs=rollout_logprobs,
                 normalizers=normalizers,
                 return_metrics=return_metrics,
                 **params,
@@ -213,7 +221,7 @@ def logits_policy_loss(
         torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     )
     policy = PolicyInputs(
-        objective,
+        entry.function.__name__,
         [flat.per_row(c) for c in columns],
         parameters(values),
         flat.per_row(weights),

@@ -11,7 +11,7 @@ from rlkernels import checks
 from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
-from rlkernels.losses.policy_arguments import check_terms, objective_columns, resolve
+from rlkernels.losses.policy_arguments import LOG_PROBABILITIES, check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
 from rlkernels.losses.token_weights import (
     TokenWeights,
@@ -21,6 +21,7 @@ from rlkernels.losses.token_weights import (
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import Params, scaled_sum, weighted_sum
+from rlkernels.objectives import Objective
 from rlkernels.sequences import means, spread, sums
 from rlkernels.types import (
     KL,
@@ -29,6 +30,7 @@ from rlkernels.types import (
     Metrics,
     Normalizers,
     Number,
+    ObjectiveLike,
     Offsets,
     PerToken,
     PerTokenOrSequence,
@@ -44,7 +46,7 @@ def policy_loss(
     advantages: PerTokenOrSequence,
     mask: Mask | None = None,
     *,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -54,9 +56,10 @@ def policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[False] = False,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar: ...
 
 
@@ -67,7 +70,7 @@ def policy_loss(
     advantages: PerTokenOrSequence,
     mask: Mask | None = None,
     *,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -77,9 +80,10 @@ def policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[True],
-    **params: Number,
+    **params: Number | PerToken,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -90,7 +94,7 @@ def policy_loss(
     advantages: PerTokenOrSequence,
     mask: Mask | None = None,
     *,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -100,9 +104,10 @@ def policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
@@ -112,7 +117,7 @@ def policy_loss(
     advantages: PerTokenOrSequence,
     mask: Mask | None = None,
     *,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -122,9 +127,10 @@ def policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""A policy objective over log-probabilities, with a KL and an entropy term.
 
@@ -144,13 +150,15 @@ def policy_loss(
             ``[S]``. Where ``[S]`` could be ``[T]``, too, it raises.
         mask: live tokens, same shape, any pattern: bool, integers (not 0: live), or floats that are 0 and 1. A dead
             token touches neither loss nor gradient, whatever it holds.
-        objective: a registered name with first column ``logp``; its parameters are further keywords (``clip_low``,
-            ``clip_high``, ...).
+        objective: the name of a registered objective with first column ``logp``, or its function. Its parameters are
+            further keywords (``clip_low``, ``clip_high``, ...), with the defaults of its signature. So are the columns
+            that no argument here fills: tensors shaped like ``logprobs``, without gradient.
         aggregation, normalizers: mode and keyword arguments of ``token_weights``: totals of the whole batch, where this
             call sees a part of it.
         weights: per-token weights, same shape, instead of an aggregation.
         ref_logprobs, kl, kl_coef: reference log-probabilities, the estimator ``"k1"``, ``"k2"`` or ``"k3"``, and its
-            coefficient. With a coefficient of 0 they are for the metric alone.
+            coefficient. With a coefficient of 0 they are for the metric alone. An objective
+            with the column ``ref_logp`` takes them, too.
         entropy, entropy_coef: per-token entropies and the coefficient of their bonus; with 0, for the metric alone.
         cu_seqlens: ``[S + 1]`` offsets of a packed batch, int32, int64 or a list. On a CPU wrong ones raise, in a
             compiled program, too.
@@ -158,6 +166,8 @@ def policy_loss(
             ``"sequence_token"``: its value with a gradient per token (GSPO-token); ``"sequence_sum"``: ``exp(sum_t
             d_t)``, one loss per sequence, which weighs what its live tokens weigh together. The mean of such losses is
             one over sequences: ``"token-mean"`` stands for ``"seq-mean"`` there.
+        rollout_logprobs: same shape, the log-probabilities that the rollout engine reported, for an objective with the
+            column ``rollout_logp``. Log-probabilities of all kinds are reduced alike at a sequence level.
         Coefficients and parameters: numbers, or tensors of shape ``()`` without gradient. One on a device is never
             read: its range is not checked, and an objective with such a parameter runs in plain torch between the
             kernels (for a schedule or a learned bound).
@@ -166,8 +176,9 @@ def policy_loss(
         Scalar, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, dict)`` of masked, detached scalars.
 
     Raises:
-        ValueError: shapes that do not match, unknown names, a coefficient without its input, two sources of weights; on
-            a CPU (elsewhere with ``RLKERNELS_CHECK=1``) a float mask of other values than 0 and 1.
+        ValueError: shapes that do not match, unknown names, a coefficient or a column of the objective without its
+            input, ``rollout_logprobs`` that the objective does not take, two sources of weights; on a CPU (elsewhere
+            with ``RLKERNELS_CHECK=1``) a float mask of other values than 0 and 1.
         TypeError: a parameter that the objective does not take, or one it needs.
 
     Example:
@@ -185,8 +196,19 @@ def policy_loss(
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs, entropy)
     cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
-    entry, values = resolve(caller, objective, params, logprobs)
-    columns = objective_columns(caller, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
+    entry, values, further = resolve(caller, objective, params, logprobs)
+    columns = objective_columns(
+        caller,
+        entry,
+        logprobs,
+        old_logprobs,
+        advantages,
+        ref_logprobs,
+        rollout_logprobs,
+        further,
+        cu_seqlens,
+        ratio_level,
+    )
     live = live_mask(caller, logprobs, mask)
     if ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
@@ -195,7 +217,7 @@ def policy_loss(
 
     real = real_dtype(logprobs.dtype)
     logp = dense(logprobs, real)
-    loss = ratio_term(caller, objective, logp, columns, values, token_weights, live, cu_seqlens, ratio_level)
+    loss = ratio_term(caller, entry, logp, columns, values, token_weights, live, cu_seqlens, ratio_level)
     if kl_coef is not None:
         loss = loss + scaled_sum(kl_coef, kl, logp, [ref_logprobs], token_weights)
     if entropy_coef is not None:
@@ -210,7 +232,7 @@ def policy_loss(
 
 def ratio_term(
     caller: str,
-    objective: str,
+    entry: Objective,
     logp: Tensor,
     columns: list[Tensor],
     params: Params,
@@ -220,6 +242,7 @@ def ratio_term(
     level: RatioLevel,
 ) -> Tensor:
     """Computes the weighted sum of a policy objective whose ratio is that of a token or of a sequence."""
+    objective = entry.function.__name__
     if level == "token":
         return weighted_sum(objective, logp, columns, params, weights)
     live = full_mask(logp, live)
@@ -230,15 +253,22 @@ def ratio_term(
         )
     # float64 to the end, because a log-ratio is the small difference of large numbers. Sums over 32768 tokens that are
     # rounded to fp32 miss it by 4e-3.
-    now, old, advantage = (x.double() for x in (logp, *columns))
+    now, wide = logp.double(), dict(zip(entry.columns[1:], (x.double() for x in columns), strict=True))
     if level == "sequence_sum":
         # One loss per sequence. An advantage per token enters as its mean, because it is constant along the sequence in
-        # every published use.
-        now, old, of_sequences = (sums(x, live, cu_seqlens) for x in (now, old, weights.values.double()))
-        advantage, weights = means(advantage, live, cu_seqlens), TokenWeights(of_sequences)
-    elif level == "sequence":
-        now, old = (spread(means(x, live, cu_seqlens), live, cu_seqlens) for x in (now, old))
+        # every published use. So does every other column that is no log-probability.
+        for name, x in wide.items():
+            wide[name] = (sums if name in LOG_PROBABILITIES else means)(x, live, cu_seqlens)
+        now, weights = sums(now, live, cu_seqlens), TokenWeights(sums(weights.values.double(), live, cu_seqlens))
     else:
         fixed = now.detach()
-        old = fixed - spread(means(fixed - old, live, cu_seqlens), live, cu_seqlens)
-    return weighted_sum(objective, now, [old, advantage], params, weights).to(logp.dtype)
+        for name in LOG_PROBABILITIES:
+            if name not in wide:
+                continue
+            if level == "sequence":
+                wide[name] = spread(means(wide[name], live, cu_seqlens), live, cu_seqlens)
+            else:
+                wide[name] = fixed - spread(means(fixed - wide[name], live, cu_seqlens), live, cu_seqlens)
+        if level == "sequence":
+            now = spread(means(now, live, cu_seqlens), live, cu_seqlens)
+    return weighted_sum(objective, now, list(wide.values()), params, weights).to(logp.dtype)

@@ -8,6 +8,7 @@ Each objective names its surrogates ``free`` (not clipped) and ``held`` (clipped
   ``inf * 0`` is NaN. The objectives use ``advantage * gap`` there, which is 0, and NaN only for a NaN.
 * Ties: where both surrogates are equal, the derivative is the unclipped one on every backend. ``torch.min`` would
   return half of it.
+* Defaults: those that papers and trainers agree on. CISPO has none, because three conventions are in use.
 """
 
 from rlkernels.objectives.functions import clip, exp, sigmoid, where
@@ -33,7 +34,7 @@ def surrogate(logp, old_logp, advantage):
 
 
 @objective
-def ppo_clip(logp, old_logp, advantage, clip_low, clip_high):
+def ppo_clip(logp, old_logp, advantage, clip_low=0.2, clip_high=0.2):
     r"""PPO: ``-min(rho A, clip(rho, 1-clip_low, 1+clip_high) A)``, ``rho = exp(logp - old_logp)``.
 
     Schulman et al. 2017, arXiv:1707.06347, eq. 7; two bounds ("clip-higher") after DAPO, arXiv:2503.14476.
@@ -46,7 +47,7 @@ def ppo_clip(logp, old_logp, advantage, clip_low, clip_high):
 
 
 @objective
-def dual_clip(logp, old_logp, advantage, clip_low, clip_high, dual_clip):
+def dual_clip(logp, old_logp, advantage, clip_low=0.2, clip_high=0.2, dual_clip=3.0):
     r"""PPO with a floor for bad actions: where ``A < 0`` the loss is at most ``-dual_clip * A``.
 
     Ye et al. 2020, arXiv:1912.09729.
@@ -62,7 +63,7 @@ def dual_clip(logp, old_logp, advantage, clip_low, clip_high, dual_clip):
 
 
 @objective
-def ppo_clip_cap(logp, old_logp, advantage, clip_low, clip_high, ratio_cap):
+def ppo_clip_cap(logp, old_logp, advantage, ratio_cap, clip_low=0.2, clip_high=0.2):
     r"""PPO with a cap on the ratio that is not clipped: ``-min(min(rho, ratio_cap) A, clip(rho, 1-clip_low,
     1+clip_high) A)``.
 
@@ -114,7 +115,7 @@ def dro(logp, old_logp, advantage, beta):
 
 
 @objective
-def sapo(logp, old_logp, advantage, tau_pos, tau_neg):
+def sapo(logp, old_logp, advantage, tau_pos=1.0, tau_neg=1.05):
     r"""SAPO: ``-(4/tau) sigmoid(tau (rho - 1)) A``, ``tau`` by the sign of ``A``. 2025, arXiv:2511.20347.
 
     The slope ``4 g (1-g) rho`` is formed as ``4 sigmoid(u) sigmoid(-u) rho``: ``1 - g`` has no digits once ``g`` is

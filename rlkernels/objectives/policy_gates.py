@@ -21,7 +21,7 @@ def rollout_is(logp, rollout_logp, advantage, clip_low, clip_high):
 
 
 @objective
-def dppo_tv(logp, old_logp, advantage, delta_low, delta_high, ratio_max):
+def dppo_tv(logp, old_logp, advantage, delta_low=0.2, delta_high=0.2, ratio_max=20.0):
     r"""DPPO with total variation: ``-sg[min(rho, ratio_max)] A log pi`` where ``p - p_old <= delta_high`` (``A > 0``)
     or ``p - p_old >= -delta_low`` (else), and 0 elsewhere.
 
@@ -35,7 +35,7 @@ def dppo_tv(logp, old_logp, advantage, delta_low, delta_high, ratio_max):
 
 
 @objective
-def dppo_tv_surrogate(logp, old_logp, advantage, delta_low, delta_high):
+def dppo_tv_surrogate(logp, old_logp, advantage, delta_low=0.2, delta_high=0.2):
     r"""DPPO with total variation and a ratio with a gradient: ``-rho A`` where ``dppo_tv`` keeps the token, else 0.
 
     2026, arXiv:2602.04879; the form of SkyRL and prime-rl.
@@ -50,7 +50,7 @@ def dppo_tv_surrogate(logp, old_logp, advantage, delta_low, delta_high):
 
 
 @objective
-def dppo_kl(logp, old_logp, advantage, delta_low, delta_high, ratio_max):
+def dppo_kl(logp, old_logp, advantage, delta_low=0.2, delta_high=0.2, ratio_max=20.0):
     r"""DPPO with a binary KL: ``-sg[min(rho, ratio_max)] A log pi``, and 0 where ``D`` exceeds ``delta_high`` with ``A >
     0`` and ``p > p_old``, or ``delta_low`` with another ``A`` and ``p < p_old``.
 
@@ -69,7 +69,7 @@ def dppo_kl(logp, old_logp, advantage, delta_low, delta_high, ratio_max):
 
 
 @objective
-def dppo_kl_surrogate(logp, old_logp, advantage, delta_low, delta_high):
+def dppo_kl_surrogate(logp, old_logp, advantage, delta_low=0.2, delta_high=0.2):
     r"""DPPO with a binary KL and a ratio with a gradient: ``-rho A`` where ``dppo_kl`` keeps the token, else 0.
 
     2026, arXiv:2602.04879; the form of SkyRL and prime-rl.
@@ -87,7 +87,7 @@ def dppo_kl_surrogate(logp, old_logp, advantage, delta_low, delta_high):
 
 
 @objective
-def tv_symmetric(logp, rollout_logp, advantage, delta):
+def tv_symmetric(logp, rollout_logp, advantage, delta=0.1):
     r"""Surrogate within a trust region of total variation: ``-rho A`` where ``|p - p_rollout| <= delta``, else 0.
 
     prime-rl's ``ipo``; ``rho = exp(logp - rollout_logp)``.

@@ -27,6 +27,7 @@ def objective_columns(n, dtype, draw):
     # Away from 0, where the log-odds of the oracle itself lose their digits.
     columns["mean_logp"] = columns["logp"] - 0.01
     columns["old_value"] = columns["value"] + 0.5 * torch.randn(n, generator=draw, dtype=dtype)
+    columns["rollout_logp"] = columns["old_logp"] + 0.1 * torch.randn(n, generator=draw, dtype=dtype)
     return columns
 
 

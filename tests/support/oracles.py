@@ -25,7 +25,7 @@ def dual_clip(logp, old_logp, advantage, clip_low, clip_high, dual_clip):
     return torch.where(advantage < 0, torch.min(loss, -dual_clip * advantage), loss)
 
 
-def ppo_clip_cap(logp, old_logp, advantage, clip_low, clip_high, ratio_cap):
+def ppo_clip_cap(logp, old_logp, advantage, ratio_cap, clip_low, clip_high):
     ratio = (logp - old_logp).exp()
     held = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
     return -torch.min(ratio.clamp(max=ratio_cap) * advantage, held)
