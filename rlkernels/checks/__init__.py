@@ -5,8 +5,8 @@ one, ``name``, is the name of the argument.
 """
 
 import math
-import sys
 import os
+import sys
 from typing import get_args
 
 import torch

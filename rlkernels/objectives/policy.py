@@ -67,8 +67,8 @@ def ppo_clip_cap(logp, old_logp, advantage, ratio_cap, clip_low=0.2, clip_high=0
     r"""PPO with a cap on the ratio that is not clipped: ``-min(min(rho, ratio_cap) A, clip(rho, 1-clip_low,
     1+clip_high) A)``.
 
-    TRL's ``delta``, after Prime Intellect 2025, arXiv:2505.07291. The cap holds for both signs of ``A``. Where ``A < 0``
-    a cap above ``1 + clip_high`` is that of ``dual_clip``. Where ``A > 0`` it matters below ``1 + clip_high`` alone.
+    TRL's ``delta``, after Prime Intellect 2025, arXiv:2505.07291. The cap holds for both signs of ``A``. A cap above
+    ``1 + clip_high`` is that of ``dual_clip`` where ``A < 0``, and changes nothing where ``A > 0``.
     """
     ratio = exp(logp - old_logp)
     free = where(ratio > ratio_cap, ratio_cap, ratio) * advantage

@@ -51,8 +51,8 @@ def dppo_tv_surrogate(logp, old_logp, advantage, delta_low=0.2, delta_high=0.2):
 
 @objective
 def dppo_kl(logp, old_logp, advantage, delta_low=0.2, delta_high=0.2, ratio_max=20.0):
-    r"""DPPO with a binary KL: ``-sg[min(rho, ratio_max)] A log pi``, and 0 where ``D`` exceeds ``delta_high`` with ``A >
-    0`` and ``p > p_old``, or ``delta_low`` with another ``A`` and ``p < p_old``.
+    r"""DPPO with a binary KL: ``-sg[min(rho, ratio_max)] A log pi``, and 0 where ``D > delta_high`` with ``A > 0``
+    and ``p > p_old``, or ``D > delta_low`` with another ``A`` and ``p < p_old``.
 
     ``D = p_old (log p_old - log p) + (1-p_old) log((1-p_old+e) / (1-p+e))``, ``e = 1e-8``. 2026, arXiv:2602.04879;
     verl's form. ``1 - p`` is ``-expm1(logp)``, because fp32 has no digits of it near ``p = 1``.
