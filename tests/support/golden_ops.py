@@ -145,28 +145,32 @@ def policy_loss(x, p):
         "clip_fraction_region": "clip_fraction",
         "clip_fraction_low": "clip_fraction_low",
         "clip_fraction_high": "clip_fraction_high",
+        "clip_fraction_lower": "clip_fraction_dual",
         "mean_old_minus_new": "ppo_kl",
         "kl_mean": "kl",
     }
-    if options["ratio_level"] != "token":  # TRL counts sequences there; we count tokens, by the ratio of their sequence
+    if options["ratio_level"] != "token":  # TRL counts sequences there
         for name in ("clip_fraction_low", "clip_fraction_high", "clip_fraction_region"):
-            del names[name]
+            names[name] = f"seq_{names[name]}"
     return {"loss": loss - bonus, **{theirs: metrics[ours] for theirs, ours in names.items() if ours in metrics}}
 
 
 def _objective(p):
-    """Objective and its parameters; CISPO's three conventions as distances from 1."""
+    """Objective and its parameters."""
     objective = {"gspo": "ppo_clip"}.get(p["objective"], p["objective"])
     p.pop("objective")
-    expect(objective in ("ppo_clip", "cispo", "sapo", "reinforce"), f"objective {objective}")
-    options = {name: p.pop(name) for name in ("clip_low", "clip_high", "tau_pos", "tau_neg") if name in p}
+    known = ("ppo_clip", "cispo", "sapo", "reinforce", "surrogate", "dppo_tv", "dppo_kl", "dro")
+    expect(objective in known, f"objective {objective}")
+    names = ("clip_low", "clip_high", "tau_pos", "tau_neg", "ratio_max", "delta_low", "delta_high")
+    options = {name: p.pop(name) for name in names if name in p}
     if p.get("dual_clip") is not None:
         objective, options["dual_clip"] = "dual_clip", p.pop("dual_clip")
-    convention = p.pop("clip_convention", None)
-    if convention == "absolute_max":
-        options |= {"clip_low": 1.0, "clip_high": p.pop("ratio_max") - 1.0}
-    elif convention == "one_plus_max_only":
-        options |= {"clip_low": 1.0}
+    if p.pop("ratio_gradient", False):
+        objective += "_surrogate"
+    if objective == "dro":
+        options["beta"] = p.pop("dro_beta")
+    conventions = {"absolute_max": "cispo_absolute", "one_plus_max_only": "cispo_max_only", "one_plus": "cispo"}
+    objective = conventions.get(p.pop("clip_convention", None), objective)
     return objective, options
 
 
