@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlkernels import checks
+from rlkernels.losses.kl_term import KLS, KLTerm
 from rlkernels.objectives import OBJECTIVES, Objective
 from rlkernels.sequences import per_token
 from rlkernels.types import KL, Number, PerToken, PerTokenOrSequence, RatioLevel
@@ -21,7 +22,7 @@ CISPO's bounds are not among them, because three conventions are in use.
 """
 ROW = "the entropy of its row"
 """Stands for the entropy of each row of logits, which such a loss computes itself."""
-RATIO_LEVELS, KLS = get_args(RatioLevel), get_args(KL)
+RATIO_LEVELS = get_args(RatioLevel)
 
 
 def resolve(caller: str, objective: str, params: dict[str, Number], like: Tensor) -> tuple[Objective, list[Number]]:
@@ -102,7 +103,7 @@ def check_terms(
     caller: str,
     like: Tensor,
     ref_logprobs: PerToken | None,
-    kl: KL,
+    kl: KL | KLTerm,
     kl_coef: Number,
     entropy: PerToken | str | None,
     entropy_coef: Number,
@@ -111,13 +112,15 @@ def check_terms(
 
     ``entropy``: the caller's entropies, or ``ROW`` for those of the rows of logits.
     """
-    checks.choice(caller, "kl", kl, KLS)
+    if not isinstance(kl, KLTerm):
+        checks.choice(caller, "kl", kl, KLS)
     kl_coef, entropy_coef = (
         _coefficient(caller, "kl_coef", kl_coef, like),
         _coefficient(caller, "entropy_coef", entropy_coef, like),
     )
     if kl_coef is not None and ref_logprobs is None:
-        raise ValueError(f"{caller}: kl={kl!r} needs ref_logprobs where kl_coef is not 0")
+        name = kl.estimator if isinstance(kl, KLTerm) else kl
+        raise ValueError(f"{caller}: kl={name!r} needs ref_logprobs where kl_coef is not 0")
     if ref_logprobs is not None:
         column(caller, "ref_logprobs", ref_logprobs, like)
     if entropy_coef is not None and entropy is None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rlkernels.losses.kl_term import KLTerm
 from rlkernels.objectives import Objective
 from rlkernels.sequences import means, spread, sums
 from rlkernels.types import KL, Metrics, Number, RatioLevel
@@ -20,7 +21,7 @@ def policy_metrics(
     columns: list[Tensor],
     live: Tensor,
     ref_logprobs: Tensor | None,
-    kl: KL,
+    kl: KL | KLTerm,
     entropy: Tensor | None,
     entry: Objective,
     params: list[Number],
@@ -64,9 +65,9 @@ def policy_metrics(
             metrics["clip_fraction_dual"] = mean(
                 ((ratio > settings["dual_clip"]) & (known["advantage"] < 0)).to(gap.dtype)
             )
-    if ref_logprobs is not None:
+    if ref_logprobs is not None and not isinstance(kl, KLTerm):  # such a term tells its own mean
         gap = ref_logprobs - logprobs.detach()
-        metrics["kl"] = mean({"k1": -gap, "k2": 0.5 * gap * gap, "k3": gap.expm1() - gap}[kl])
+        metrics["kl"] = mean({"k1": -gap, "k2": 0.5 * gap * gap, "k3": gap.expm1() - gap, "abs": gap.abs()}[kl])
     if entropy is not None:
         metrics["entropy"] = mean(entropy.detach().to(logprobs.dtype))  # a mean in bf16 has two digits
     return metrics
