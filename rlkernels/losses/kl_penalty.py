@@ -1,5 +1,6 @@
 """The KL term within a loss: its objective, its columns, and the weights of its tokens."""
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ from rlkernels.types import KL, Aggregation, Metrics, Normalizers, Number, PerTo
 class KLPenalty(NamedTuple):
     """The KL term of a loss.
 
-    ``old_logp``: None where the ratio is 1, or no ratio weighs the term. ``weights``: without the coefficient. ``live``:
-    the tokens of the term; None: all.
+    ``old_logp``: None where the ratio is 1, or no ratio weighs the term. ``weights``: without the coefficient.
+    ``live``: the tokens of the term; None: all.
     """
 
     objective: KLObjective
@@ -33,10 +34,24 @@ class KLPenalty(NamedTuple):
         others = self.objective.others(logp, self.ref_logp, self.old_logp)
         return scaled_sum(coefficient, self.objective.name, logp, others, self.weights, self.objective.params)
 
+    def weight_of_each(self, like: Tensor) -> Tensor:
+        """Returns the weights as one tensor, shaped like ``like``."""
+        values, count, scale = self.weights
+        real = real_dtype(like.dtype)
+        values = torch.ones_like(like, dtype=real) if values is None else values.to(real)
+        if isinstance(scale, torch.Tensor) or scale != 1.0:
+            values = values * scale
+        return values if count is None else values / count.clamp(min=1).to(real)
+
     @torch.no_grad()
-    def metrics(self, logp: Tensor) -> Metrics:
-        """Computes the mean of the term over its tokens, under the name ``kl``."""
-        live, logp = full_mask(logp, self.live), logp.detach()
+    def metrics(self, logp: Tensor, read: Tensor | None = None) -> Metrics:
+        """Computes the mean of the term over its tokens, under the name ``kl``.
+
+        ``read``: the tokens that have a log-probability; None: all.
+        """
+        logp = logp.detach()
+        live = full_mask(logp, self.live)
+        live = live if read is None else live & read
         others = [dense(x, logp.dtype) for x in self.objective.others(logp, self.ref_logp, self.old_logp)]
         serving = ops.serving("elementwise", logp)
         values = ops.elementwise(self.objective.name, logp, others, self.objective.params, None, serving)[1]
@@ -96,9 +111,10 @@ def _both(mask, scored):
     return mask if scored is None else mask & scored
 
 
-def spread_weights(weights: TokenWeights, like: Tensor) -> Tensor:
-    """Returns TokenWeights as one tensor, shaped like ``like``."""
-    real = real_dtype(like.dtype)
-    values = torch.ones_like(like, dtype=real) if weights.values is None else weights.values.to(real)
-    values = values * weights.scale
-    return values if weights.count is None else values / weights.count.clamp(min=1).to(real)
+def own_tokens(caller: str, kl: KL | KLTerm, like: Tensor, scored: Tensor, live: Tensor) -> tuple[KL | KLTerm, Tensor]:
+    """Returns the KL term with a mask of scored tokens alone, and the tokens that the loss reads in any term."""
+    if not isinstance(kl, KLTerm) or kl.mask is None:
+        return kl, live
+    checks.mask(caller, kl.mask, like.shape, "kl.mask")
+    mask = _both(live_mask(caller, like, kl.mask), scored)
+    return dataclasses.replace(kl, mask=mask), live | mask

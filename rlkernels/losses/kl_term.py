@@ -1,4 +1,4 @@
-"""The KL term of a policy loss: which estimator, its clamps, its gradient, its ratio, and the tokens that it acts on."""
+"""The KL term of a policy loss: its estimator, clamps, gradient and ratio, and the tokens that it acts on."""
 
 import math
 from dataclasses import dataclass
