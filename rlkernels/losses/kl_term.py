@@ -114,6 +114,7 @@ class KLTerm:
             without ``ratio_weighted``.
 
     Example:
+        >>> from rlkernels import policy_loss
         >>> logprobs, old = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.0]])
         >>> term = KLTerm("k3", ratio_weighted=True)
         >>> loss = policy_loss(logprobs, old, torch.zeros(1), ref_logprobs=old, kl=term, kl_coef=1.0)
