@@ -18,6 +18,8 @@ from rlkernels.linear.sft_loss import linear_sft_loss
 from rlkernels.linear.token_stats import linear_token_logprobs, linear_token_stats
 from rlkernels.linear.unpaired_preference_loss import linear_unpaired_preference_loss
 from rlkernels.logprobs import TokenStats, token_logprobs, token_stats
+from rlkernels.losses.kl_estimate import kl_estimate
+from rlkernels.losses.kl_term import KLTerm
 from rlkernels.losses.logits_policy import logits_policy_loss
 from rlkernels.losses.policy import policy_loss
 from rlkernels.losses.preference import dpo_loss, length_desensitized_weights
@@ -38,8 +40,9 @@ from rlkernels.sequences import broadcast_to_tokens, sequence_means, sequence_su
 
 __version__ = "0.1.0"
 __all__ = [
-    "RewardNormalizer",
+    "KLTerm",
     "Moments",
+    "RewardNormalizer",
     "TokenStats",
     "aggregate",
     "available_backends",
@@ -49,6 +52,7 @@ __all__ = [
     "end_scores",
     "gae",
     "group_advantages",
+    "kl_estimate",
     "length_desensitized_weights",
     "linear_dpo_loss",
     "linear_policy_loss",

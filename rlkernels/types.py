@@ -46,7 +46,10 @@ Metrics: TypeAlias = dict[str, Tensor]
 """Detached tensors of shape ``()`` by their names."""
 
 RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_token", "sequence_sum"]
-KL: TypeAlias = Literal["k1", "k2", "k3"]
+KL: TypeAlias = Literal["k1", "k2", "k3", "abs"]
+KLGradient: TypeAlias = Literal["pathwise", "k2"]
+Clamp: TypeAlias = float | tuple[float | None, float | None] | None
+"""Bounds ``(low, high)``, of which either may be None; a number ``c`` stands for ``(-c, c)``."""
 RowKL: TypeAlias = Literal["k1", "k2", "k3", "exact"]
 """The KL of ``token_stats``, which sees whole rows."""
 Output: TypeAlias = Literal["entropy", "log_sum_sq_probs", "mean_logits", "is_top1"]

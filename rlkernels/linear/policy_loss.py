@@ -15,6 +15,8 @@ from rlkernels.linear.rank_agreement import same_on_every_rank
 from rlkernels.linear.sequence_chunks import SequencePlan, WholeBatchPlan, plan_sequences
 from rlkernels.linear.token_loss import PolicyTerms, check_batch, token_loss
 from rlkernels.linear.token_stats import head_stats
+from rlkernels.losses.kl_penalty import kl_penalty
+from rlkernels.losses.kl_term import KLTerm, simplified
 from rlkernels.losses.policy import ratio_term
 from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
@@ -76,7 +78,7 @@ def linear_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
@@ -114,7 +116,7 @@ def linear_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
@@ -152,7 +154,7 @@ def linear_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
@@ -190,7 +192,7 @@ def linear_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
@@ -256,55 +258,72 @@ def linear_policy_loss(
     columns = objective_columns(
         caller, entry, like, old_logprobs, advantages, ref_logprobs, rollout_logprobs, further, cu_seqlens, ratio_level
     )
+    kl = simplified(kl)
     kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
-    live = live_tokens(caller, like, mask) & (targets != ignore_index)
+    scored = targets != ignore_index
+    live = live_tokens(caller, like, mask) & scored
     if ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
+    penalty, read, of_tokens = None, None, weights is not None
+    shared = aggregation, cu_seqlens, normalizers, of_tokens
+    has_penalty = ref_logprobs is not None and (kl_coef is not None or isinstance(kl, KLTerm))
     if torch.compiler.is_compiling():
         share = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
-        stats = head_stats(head.without(~live.reshape(-1)), ("entropy",), like.shape)
+        if has_penalty:
+            penalty = kl_penalty(caller, kl, like, ref_logprobs, old_logprobs, scored, live, share, *shared)
+        rows = live if penalty is None else live | penalty.live
+        stats = head_stats(head.without(~rows.reshape(-1)), ("entropy",), like.shape)
         coefficients = kl_coef, entropy_coef
         sequences = live, cu_seqlens, ratio_level
-        loss = _composed_policy_loss(
-            caller, stats, entry, columns, values, share, sequences, ref_logprobs, kl, coefficients
-        )
+        loss = _composed_policy_loss(caller, stats, entry, columns, values, share, sequences, penalty, coefficients)
         logp, entropy = stats.logprobs, stats.entropy
     else:
         weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
-        kl_weight, entropy_weight = (None if c is None else head.per_row(weights * c) for c in (kl_coef, entropy_coef))
+        kl_weight = None
+        if has_penalty:
+            share = TokenWeights(weights)
+            penalty = kl_penalty(caller, kl, like, ref_logprobs, old_logprobs, scored, live, share, *shared)
+        if kl_coef is not None:
+            kl_weight = head.per_row(penalty.weight_of_each(like) * kl_coef)
+        entropy_weight = None if entropy_coef is None else head.per_row(weights * entropy_coef)
         terms = PolicyTerms(
             entry.function.__name__,
             [head.per_row(c) for c in columns],
             parameters(values),
             head.per_row(weights),
             entropy_weight,
-            None if kl_weight is None else kl,
+            None if kl_weight is None else penalty.objective.name,
             None if kl_weight is None else head.per_row(ref_logprobs),
             kl_weight,
+            () if kl_weight is None else penalty.objective.params,
+            None if kl_weight is None or penalty.old_logp is None else head.per_row(penalty.old_logp),
         )
         backend = ops.serving("fused_policy", hidden)
         needs_entropy = return_metrics or entropy_weight is not None
         if ratio_level == "token":
             loss, logp, entropy = token_loss(head, terms, needs_entropy, backend)
             if return_metrics:
-                live = live & terms.live().view(like.shape)  # the other rows are not read, so they have no metrics
+                read = terms.live().view(like.shape)
+                live = live & read  # the other rows are not read, so they have no metrics
         else:
             loss, logp, entropy = _sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, backend)
     if not return_metrics:
         return loss
     logp, entropy = logp.view(like.shape), entropy.view(like.shape)
-    return loss, policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
+    metrics = policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
+    return loss, metrics if penalty is None or not isinstance(kl, KLTerm) else metrics | penalty.metrics(logp, read)
 
 
-def _composed_policy_loss(caller, stats, entry, columns, values, share, sequences, ref_logprobs, kl, coefficients):
+def _composed_policy_loss(caller, stats, entry, columns, values, share, sequences, penalty, coefficients):
     """Returns ``policy_loss`` of the TokenStats of a whole batch, without its checks; differentiable in them.
 
-    sequences: live tokens, ``cu_seqlens`` and ``ratio_level``. coefficients: of the KL and the entropy term, or None.
+    sequences: live tokens, ``cu_seqlens`` and ``ratio_level``. penalty: the KLPenalty, or None. coefficients: of the KL
+    and the entropy term, or None.
     """
     loss = ratio_term(caller, entry, stats.logprobs, columns, values, share, *sequences)
     kl_coef, entropy_coef = coefficients
     if kl_coef is not None:
-        loss = loss + scaled_sum(kl_coef, kl, stats.logprobs, [ref_logprobs], share)
+        loss = loss + penalty.loss(stats.logprobs, kl_coef)
     if entropy_coef is not None:
         loss = loss + scaled_sum(entropy_coef, "nll", stats.entropy, [], share)
     return loss
@@ -330,7 +349,7 @@ class SequenceLoss(NamedTuple):
             terms.columns,
             terms.params,
             TokenWeights(terms.weight),
-            rows.live(stats.logp),
+            rows.live(stats.logp) & self.live.reshape(-1)[rows.index],
             self.plan.cu_seqlens(first, last),
             self.ratio_level,
         )
@@ -356,7 +375,7 @@ def _sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, ba
             f"{head.caller}: ratio_level {ratio_level!r} needs hidden [B, L, H], or packed [T, H] with cu_seqlens; "
             f"got targets of shape {tuple(shape)}"
         )
-    rows = live.reshape(-1)
+    rows = live.reshape(-1) | terms.live()  # those of a KL term with a mask of its own, too
     if cu_seqlens is None:
         count, sequence = shape[0], torch.arange(rows.shape[0], device=live.device) // max(shape[-1], 1)
     else:

@@ -9,6 +9,7 @@ from rlkernels.backends.protocol import PolicyInputs, RowBatch
 from rlkernels.linear.chunked_loss import ChunkLoop, chunked_loss, detached_for_loss, differentiable
 from rlkernels.linear.chunking import live_rows, rows_by_gradient
 from rlkernels.linear.sequence_chunks import plan_rows
+from rlkernels.losses.kl_term import KLObjective
 from rlkernels.losses.token_weights import TokenWeights
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.objectives import OBJECTIVES
@@ -16,7 +17,10 @@ from rlkernels.objectives.zero_gradient import still_where_zero
 
 
 class PolicyTerms(NamedTuple):
-    """A loss of tokens: ``sum_t weight_t l_t + kl_weight_t KL_t - entropy_weight_t H_t``; everything ``[T]``."""
+    """A loss of tokens: ``sum_t weight_t l_t + kl_weight_t KL_t - entropy_weight_t H_t``; everything ``[T]``.
+
+    ``kl``, ``kl_params``: a ``KLObjective``. ``kl_old_logp``: None where no ratio weighs the KL.
+    """
 
     objective: str
     columns: list
@@ -26,6 +30,8 @@ class PolicyTerms(NamedTuple):
     kl: str | None
     ref_logp: torch.Tensor | None
     kl_weight: torch.Tensor | None
+    kl_params: tuple = ()
+    kl_old_logp: torch.Tensor | None = None
 
     def live(self):
         """Returns bool ``[T]``: the rows with a weight in any term."""
@@ -63,14 +69,15 @@ class PolicyTerms(NamedTuple):
         """Returns the KL and the entropy term, differentiable in ``stats``."""
         total = stats.logp.new_zeros(())
         if self.kl is not None:
-            total = total + weighted_sum(self.kl, stats.logp, [self.ref_logp], (), TokenWeights(self.kl_weight))
+            others = KLObjective(self.kl, self.kl_params).others(stats.logp, self.ref_logp, self.kl_old_logp)
+            total = total + weighted_sum(self.kl, stats.logp, others, self.kl_params, TokenWeights(self.kl_weight))
         if self.entropy_weight is not None:
             total = total + weighted_sum("nll", stats.entropy, [], (), TokenWeights(self.entropy_weight))
         return total
 
 
 class TokenLoss(NamedTuple):
-    """The ChunkedLoss of tokens, for a head whose rows are spread over a process group."""
+    """The ChunkedLoss of tokens, for a head whose rows are spread over a process group, or a KL term with options."""
 
     terms: PolicyTerms
     needs_entropy: bool
@@ -99,7 +106,7 @@ def token_loss(head, terms, needs_entropy, backend):
         IndexError, ValueError: as ``detached_for_loss`` and ``live_rows``.
     """
     work = detached_for_loss(head, terms.live() & (head.targets != head.ignore_index))
-    if work.shard is None:
+    if work.shard is None and not terms.kl_params:  # a kernel's KL term takes no numbers
         return differentiable(head, backend, _fused_loss, work, terms)
     plan = plan_rows(live_rows(work.targets != work.ignore_index, work.max_live_tokens), work.chunk_rows)
     return differentiable(head, backend, chunked_loss, work, plan, TokenLoss(terms, needs_entropy))

@@ -8,6 +8,8 @@ from rlkernels import checks, ops
 from rlkernels.backends.protocol import PolicyInputs
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import flatten_logits
+from rlkernels.losses.kl_penalty import own_tokens
+from rlkernels.losses.kl_term import KLTerm, named_objective, simplified
 from rlkernels.losses.policy import policy_loss
 from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
@@ -48,7 +50,7 @@ def logits_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
@@ -76,7 +78,7 @@ def logits_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
@@ -104,7 +106,7 @@ def logits_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
@@ -131,7 +133,7 @@ def logits_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
@@ -146,7 +148,7 @@ def logits_policy_loss(
     pass over each row.
 
     The row of a token of weight 0 is never read, nor its target and temperature: any id will do. Sequence-level ratios
-    need every row before any gradient: they take the two passes of ``token_stats``.
+    need every row before any gradient: they take the two passes of ``token_stats``, and so does a ``KLTerm``.
 
     Args:
         logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; ``old_logprobs`` and
@@ -182,11 +184,13 @@ def logits_policy_loss(
     columns = objective_columns(
         caller, entry, like, old_logprobs, advantages, ref_logprobs, rollout_logprobs, further, cu_seqlens, ratio_level
     )
+    kl = simplified(kl)
     penalty, bonus = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(caller, like, mask) & scored
-    if ratio_level != "token":
-        flat = flat.without(~live)
+    if ratio_level != "token" or isinstance(kl, KLTerm):
+        kl, read = own_tokens(caller, kl, like, scored, live)
+        flat = flat.without(~read)
         stats = ops.token_stats(flat.rows, ops.ENTROPY, inplace_backward, ops.serving("token_stats", logits))
         try:
             return policy_loss(
@@ -226,7 +230,7 @@ def logits_policy_loss(
         parameters(values),
         flat.per_row(weights),
         None if bonus is None else flat.per_row(weights * bonus),
-        None if penalty is None else kl,
+        None if penalty is None else named_objective(kl),
         None if penalty is None else flat.per_row(ref_logprobs),
         None if penalty is None else flat.per_row(weights * penalty),
     )

@@ -11,6 +11,8 @@ from rlkernels import checks
 from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
+from rlkernels.losses.kl_penalty import kl_penalty
+from rlkernels.losses.kl_term import KLTerm, simplified
 from rlkernels.losses.policy_arguments import LOG_PROBABILITIES, check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
 from rlkernels.losses.token_weights import (
@@ -50,7 +52,7 @@ def policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
@@ -74,7 +76,7 @@ def policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
@@ -98,7 +100,7 @@ def policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
@@ -121,7 +123,7 @@ def policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
@@ -156,9 +158,9 @@ def policy_loss(
         aggregation, normalizers: mode and keyword arguments of ``token_weights``: totals of the whole batch, where this
             call sees a part of it.
         weights: per-token weights, same shape, instead of an aggregation.
-        ref_logprobs, kl, kl_coef: reference log-probabilities, the estimator ``"k1"``, ``"k2"`` or ``"k3"``, and its
-            coefficient. With a coefficient of 0 they are for the metric alone. An objective
-            with the column ``ref_logp`` takes them, too.
+        ref_logprobs, kl, kl_coef: reference log-probabilities, the estimator (``"k1"``, ``"k2"``, ``"k3"``, ``"abs"``,
+            or a ``KLTerm`` with clamps, another gradient, the ratio, a mask of its own), and its coefficient. With a
+            coefficient of 0 they are for the metric alone. An objective with the column ``ref_logp`` takes them, too.
         entropy, entropy_coef: per-token entropies and the coefficient of their bonus; with 0, for the metric alone.
         cu_seqlens: ``[S + 1]`` offsets of a packed batch, int32, int64 or a list. On a CPU wrong ones raise, in a
             compiled program, too.
@@ -213,21 +215,27 @@ def policy_loss(
     if ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
     token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
+    kl = simplified(kl)
     kl_coef, entropy_coef = check_terms(caller, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
+    penalty = None
+    if ref_logprobs is not None and (kl_coef is not None or isinstance(kl, KLTerm)):
+        shared = token_weights, aggregation, cu_seqlens, normalizers, weights is not None
+        penalty = kl_penalty(caller, kl, logprobs, ref_logprobs, old_logprobs, None, live, *shared)
 
     real = real_dtype(logprobs.dtype)
     logp = dense(logprobs, real)
     loss = ratio_term(caller, entry, logp, columns, values, token_weights, live, cu_seqlens, ratio_level)
     if kl_coef is not None:
-        loss = loss + scaled_sum(kl_coef, kl, logp, [ref_logprobs], token_weights)
+        loss = loss + penalty.loss(logp, kl_coef)
     if entropy_coef is not None:
         # By the objective "nll", which is minus its column, because it takes one launch and plain torch takes six.
         loss = loss + scaled_sum(entropy_coef, "nll", dense(entropy, real), [], token_weights)
     if not return_metrics:
         return loss
-    return loss, policy_metrics(
+    metrics = policy_metrics(
         logp, columns, full_mask(logprobs, live), ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens
     )
+    return loss, metrics if penalty is None or not isinstance(kl, KLTerm) else metrics | penalty.metrics(logp)
 
 
 def ratio_term(

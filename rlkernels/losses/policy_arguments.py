@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlkernels import checks
+from rlkernels.losses.kl_term import KLS, KLTerm
 from rlkernels.objectives import OBJECTIVES, Objective, registered
 from rlkernels.sequences import per_token
 from rlkernels.types import KL, Number, ObjectiveLike, PerToken, PerTokenOrSequence, RatioLevel
@@ -24,7 +25,7 @@ LOG_PROBABILITIES = tuple(name for name in ARGUMENTS if name != "advantage")
 """The columns that are log-probabilities of the tokens, of which a sequence has a sum and a mean."""
 ROW = "the entropy of its row"
 """Stands for the entropy of each row of logits, which such a loss computes itself."""
-RATIO_LEVELS, KLS = get_args(RatioLevel), get_args(KL)
+RATIO_LEVELS = get_args(RatioLevel)
 
 
 def resolve(
@@ -144,7 +145,7 @@ def check_terms(
     caller: str,
     like: Tensor,
     ref_logprobs: PerToken | None,
-    kl: KL,
+    kl: KL | KLTerm,
     kl_coef: Number,
     entropy: PerToken | str | None,
     entropy_coef: Number,
@@ -153,13 +154,15 @@ def check_terms(
 
     ``entropy``: the caller's entropies, or ``ROW`` for those of the rows of logits.
     """
-    checks.choice(caller, "kl", kl, KLS)
+    if not isinstance(kl, KLTerm):
+        checks.choice(caller, "kl", kl, KLS)
     kl_coef, entropy_coef = (
         _coefficient(caller, "kl_coef", kl_coef, like),
         _coefficient(caller, "entropy_coef", entropy_coef, like),
     )
     if kl_coef is not None and ref_logprobs is None:
-        raise ValueError(f"{caller}: kl={kl!r} needs ref_logprobs where kl_coef is not 0")
+        name = kl.estimator if isinstance(kl, KLTerm) else kl
+        raise ValueError(f"{caller}: kl={name!r} needs ref_logprobs where kl_coef is not 0")
     if ref_logprobs is not None:
         column(caller, "ref_logprobs", ref_logprobs, like)
     if entropy_coef is not None and entropy is None:

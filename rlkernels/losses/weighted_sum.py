@@ -59,16 +59,16 @@ def weighted_sum(objective: str, first: Tensor, others: list[Tensor], params: Pa
 
 
 def scaled_sum(
-    coefficient: Number, objective: str, first: Tensor, others: list[Tensor], weights: TokenWeights
+    coefficient: Number, objective: str, first: Tensor, others: list[Tensor], weights: TokenWeights, params: Params = ()
 ) -> Tensor:
-    """Computes ``coefficient`` times the weighted sum of an objective without parameters.
+    """Computes ``coefficient`` times the weighted sum of an objective.
 
     A number becomes a factor of the weights. A tensor multiplies the sum.
     """
     if not isinstance(coefficient, torch.Tensor):
-        return weighted_sum(objective, first, others, (), weights.scaled(coefficient))
+        return weighted_sum(objective, first, others, params, weights.scaled(coefficient))
     # A copy, because a scheduler may write the next coefficient before the backward.
-    return weighted_sum(objective, first, others, (), weights) * coefficient.to(first.dtype, copy=True)
+    return weighted_sum(objective, first, others, params, weights) * coefficient.to(first.dtype, copy=True)
 
 
 def each(objective: str, x: Tensor, params: Params, weight: Tensor | None) -> Tensor:

@@ -25,6 +25,7 @@ from rlkernels.checks.tokens import RESERVED
 from rlkernels.integrations import trl
 from rlkernels.logprobs import TokenStats
 from rlkernels.losses import (
+    kl_term,
     policy_arguments,
     preference_options,
     preference_types,
@@ -55,7 +56,8 @@ FURTHER = {
 WITH_METRICS = [name for name, f in FUNCTIONS.items() if "return_metrics" in inspect.signature(f).parameters]
 TABLES = {
     "RatioLevel": policy_arguments.RATIO_LEVELS,
-    "KL": policy_arguments.KLS,
+    "KL": kl_term.KLS,
+    "KLGradient": kl_term.GRADIENTS,
     "RowKL": ROW_KLS,
     "Output": tuple(FLAGS),
     "Aggregation": AGGREGATIONS,
@@ -96,9 +98,9 @@ def test_every_literal_is_compared_with_a_table():
 
 def test_the_names_that_other_tables_share_with_a_literal_are_its_own():
     assert tuple(native_backends.MASKED) == get_args(types.Masked)
-    assert {name for name, f in vars(kl).items() if inspect.isfunction(f) and f.__module__ == kl.__name__} == set(
-        get_args(types.KL)
-    )
+    estimators = {name for name, f in vars(kl).items() if inspect.isfunction(f) and f.__module__ == kl.__name__}
+    assert estimators - {"kl_term"} == set(map(kl_term.named_objective, get_args(types.KL)))
+    assert set(kl_term.ORDERS) == set(get_args(types.KL))
     assert set(get_args(types.Output)) <= set(TokenStats._fields)
     assert set(rlkernels.objectives.OBJECTIVES) >= set(get_args(types.SftKind))
 

@@ -65,31 +65,8 @@ def sequence_logprob(x, p):
 
 
 def kl_estimate(x, p):
-    estimator = p.pop("estimator")
-    expect(estimator in ("k1", "k2", "k3"), f"estimator {estimator}")
-    gap, mask = (x["logp"] - x["ref_logp"]).detach(), x.get("mask", torch.ones_like(x["logp"]))
-    _inactive(gap, p.pop("diff_clamp", None))
-    bound = p.pop("value_clamp", None)
-    values = []
-    for k in range(gap.numel()):  # one token at a time: the loss is a sum, the file lists the terms
-        weights = torch.zeros_like(gap)
-        weights.view(-1)[k] = 1.0
-        values.append(
-            rlk.policy_loss(
-                x["logp"],
-                None,
-                torch.zeros_like(gap),
-                mask,
-                objective="reinforce",
-                weights=weights,
-                ref_logprobs=x["ref_logp"],
-                kl=estimator,
-                kl_coef=1.0,
-            )
-        )
-    value = torch.stack(values).view(gap.shape)
-    _inactive(value.detach(), bound)
-    return {"value": value}
+    options = {name: p.pop(name) for name in ("diff_clamp", "value_clamp", "gradient") if name in p}
+    return {"value": rlk.kl_estimate(x["logp"], x["ref_logp"], p.pop("estimator"), mask=x.get("mask"), **options)}
 
 
 def _inactive(x, bounds):
@@ -124,8 +101,8 @@ def policy_loss(x, p):
         _inactive((x["logp"].detach() - old)[mask != 0], clamp)
     if "kl" in p:
         kl = p.pop("kl")
-        expect(not kl.get("is_weighted"), "importance-weighted KL")
-        options |= {"kl": kl["estimator"], "kl_coef": kl["coef"], "ref_logprobs": x["ref_logp"]}
+        term = rlk.KLTerm(kl["estimator"], ratio_weighted=kl.get("is_weighted", False))
+        options |= {"kl": term, "kl_coef": kl["coef"], "ref_logprobs": x["ref_logp"]}
     bonus = 0.0
     if "entropy" in x:  # a token mean in TRL, whatever the loss is; ours has the weights of the loss
         bonus = p.pop("entropy_coef") * rlk.aggregate(x["entropy"], mask)

@@ -10,6 +10,7 @@ import inspect
 import threading
 from contextlib import contextmanager
 
+import kl_calls
 import reward_calls
 import rollout_calls
 import torch
@@ -294,6 +295,7 @@ CALLS = {
         d["logprobs"], d["mask"], kind="dft", sample_weights=d["advantages"][:, 0], return_metrics=True
     ),
     **reward_calls.calls(rlk),
+    **kl_calls.calls(rlk),
     "gae": lambda d: rlk.gae(d["rewards"], d["values"], d["mask"], lam=0.9),
     "discounted_returns": lambda d: rlk.discounted_returns(
         d["rewards"].view(-1), d["mask"].view(-1), gamma=0.9, cu_seqlens=d["cu"]

@@ -1,0 +1,120 @@
+"""The KL term within a loss: its objective, its columns, and the weights of its tokens."""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlkernels import checks, ops
+from rlkernels.backends.protocol import real_dtype
+from rlkernels.logits_layout import dense
+from rlkernels.losses.kl_term import KLObjective, KLTerm, named_objective
+from rlkernels.losses.policy_arguments import column
+from rlkernels.losses.token_weights import TokenWeights, full_mask, live_mask, token_weights_of
+from rlkernels.losses.weighted_sum import scaled_sum
+from rlkernels.types import KL, Aggregation, Metrics, Normalizers, Number, PerToken
+
+
+class KLPenalty(NamedTuple):
+    """The KL term of a loss.
+
+    ``old_logp``: None where the ratio is 1, or no ratio weighs the term. ``weights``: without the coefficient.
+    ``live``: the tokens of the term; None: all.
+    """
+
+    objective: KLObjective
+    ref_logp: Tensor
+    old_logp: Tensor | None
+    weights: TokenWeights
+    live: Tensor | None
+
+    def loss(self, logp: Tensor, coefficient: Number) -> Tensor:
+        """Computes the term, differentiable in ``logp``."""
+        others = self.objective.others(logp, self.ref_logp, self.old_logp)
+        return scaled_sum(coefficient, self.objective.name, logp, others, self.weights, self.objective.params)
+
+    def weight_of_each(self, like: Tensor) -> Tensor:
+        """Returns the weights as one tensor, shaped like ``like``."""
+        values, count, scale = self.weights
+        real = real_dtype(like.dtype)
+        values = torch.ones_like(like, dtype=real) if values is None else values.to(real)
+        if isinstance(scale, torch.Tensor) or scale != 1.0:
+            values = values * scale
+        return values if count is None else values / count.clamp(min=1).to(real)
+
+    @torch.no_grad()
+    def metrics(self, logp: Tensor, read: Tensor | None = None) -> Metrics:
+        """Computes the mean of the term over its tokens, under the name ``kl``.
+
+        ``read``: the tokens that have a log-probability; None: all.
+        """
+        logp = logp.detach()
+        live = full_mask(logp, self.live)
+        live = live if read is None else live & read
+        others = [dense(x, logp.dtype) for x in self.objective.others(logp, self.ref_logp, self.old_logp)]
+        serving = ops.serving("elementwise", logp)
+        values = ops.elementwise(self.objective.name, logp, others, self.objective.params, None, serving)[1]
+        return {"kl": torch.where(live, values, 0.0).sum() / live.sum().clamp(min=1)}
+
+
+def kl_penalty(
+    caller: str,
+    kl: KL | KLTerm,
+    like: Tensor,
+    ref_logprobs: PerToken,
+    old_logprobs: PerToken | None,
+    scored: Tensor | None,
+    live: Tensor | None,
+    weights: TokenWeights,
+    aggregation: Aggregation,
+    cu_seqlens: Tensor | None,
+    normalizers: Normalizers | None,
+    of_tokens: bool,
+) -> KLPenalty:
+    """Returns the KL term of a loss, checked.
+
+    Args:
+        scored: the tokens that have a log-probability; None: all. live: those of the objective.
+        weights, aggregation, normalizers: those of the loss. of_tokens: whether the caller gave its weights per token.
+    """
+    if not isinstance(kl, KLTerm):
+        return KLPenalty(KLObjective(named_objective(kl)), ref_logprobs, None, weights, live)
+    if kl.ratio_weighted and old_logprobs is not None:
+        column(caller, "old_logprobs", old_logprobs, like)
+    old_logprobs = old_logprobs if kl.ratio_weighted else None
+    if kl.has_own_weights():
+        checks.mask(caller, kl.mask, like.shape, "kl.mask")
+        live = live if kl.mask is None else _both(live_mask(caller, like, kl.mask), scored)
+        if kl.weights is not None:
+            column(caller, "kl.weights", kl.weights, like)
+        elif of_tokens and (kl.aggregation is None or kl.mask is None):
+            raise ValueError(
+                f"{caller}: kl has weights of its own beside weights of the loss; pass kl.weights, or kl.mask with "
+                "kl.aggregation"
+            )
+        own = kl.normalizers
+        if own is None and normalizers and kl.weights is None:
+            if kl.mask is not None:
+                raise ValueError(
+                    f"{caller}: kl has a mask of its own, and normalizers of the loss count other tokens; pass "
+                    "kl.normalizers"
+                )
+            own = normalizers
+        mode = "token-mean" if kl.weights is not None else kl.aggregation or aggregation
+        weights = token_weights_of(caller, like, live, mode, kl.weights, cu_seqlens, own)
+    return KLPenalty(kl.objective(), ref_logprobs, old_logprobs, weights, live)
+
+
+def _both(mask, scored):
+    """Returns the tokens of both masks; None holds all."""
+    return mask if scored is None else mask & scored
+
+
+def own_tokens(caller: str, kl: KL | KLTerm, like: Tensor, scored: Tensor, live: Tensor) -> tuple[KL | KLTerm, Tensor]:
+    """Returns the KL term with a mask of scored tokens alone, and the tokens that the loss reads in any term."""
+    if not isinstance(kl, KLTerm) or kl.mask is None:
+        return kl, live
+    checks.mask(caller, kl.mask, like.shape, "kl.mask")
+    mask = _both(live_mask(caller, like, kl.mask), scored)
+    return dataclasses.replace(kl, mask=mask), live | mask
