@@ -11,16 +11,21 @@ from rlkernels import checks
 from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
-from rlkernels.losses.policy_arguments import check_terms, objective_columns, resolve
+from rlkernels.losses.policy_arguments import check_terms, objective_columns, resolve_either
+from rlkernels.losses.policy_factors import PolicyFactors, policy_factors
 from rlkernels.losses.policy_metrics import policy_metrics
+from rlkernels.losses.row_objectives import row_term
+from rlkernels.losses.row_options import RowChoice
 from rlkernels.losses.token_weights import (
     TokenWeights,
     aggregation_of_sequences,
+    aggregation_of_units,
     full_mask,
     live_mask,
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import Params, scaled_sum, weighted_sum
+from rlkernels.rollout.correction import CorrectionLike
 from rlkernels.sequences import means, spread, sums
 from rlkernels.types import (
     KL,
@@ -29,6 +34,7 @@ from rlkernels.types import (
     Metrics,
     Normalizers,
     Number,
+    ObjectiveOption,
     Offsets,
     PerToken,
     PerTokenOrSequence,
@@ -41,7 +47,7 @@ from rlkernels.types import (
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     objective: str = "ppo_clip",
@@ -52,11 +58,14 @@ def policy_loss(
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[False] = False,
-    **params: Number,
+    **params: ObjectiveOption,
 ) -> Scalar: ...
 
 
@@ -64,7 +73,7 @@ def policy_loss(
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     objective: str = "ppo_clip",
@@ -75,11 +84,14 @@ def policy_loss(
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[True],
-    **params: Number,
+    **params: ObjectiveOption,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -87,7 +99,7 @@ def policy_loss(
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     objective: str = "ppo_clip",
@@ -98,18 +110,21 @@ def policy_loss(
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool,
-    **params: Number,
+    **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     objective: str = "ppo_clip",
@@ -120,11 +135,14 @@ def policy_loss(
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
-    **params: Number,
+    **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""A policy objective over log-probabilities, with a KL and an entropy term.
 
@@ -145,19 +163,30 @@ def policy_loss(
         mask: live tokens, same shape, any pattern: bool, integers (not 0: live), or floats that are 0 and 1. A dead
             token touches neither loss nor gradient, whatever it holds.
         objective: a registered name with first column ``logp``; its parameters are further keywords (``clip_low``,
-            ``clip_high``, ...).
+            ``clip_high``, ...). Or one of sequences, groups or batches: ``"gmpo"``, ``"vespo"``, ``"fipo"``,
+            ``"real"``, ``"kl_cov"``, ``"clip_cov"``, ``"a2po"``; docs/objectives.md has their formulas and options. The
+            mean of a loss per sequence (``"gmpo"``, ``"a2po"``) or per group (``"real"``) is one over these:
+            ``"token-mean"`` stands for ``"seq-mean"`` or ``"group-mean"`` there.
         aggregation, normalizers: mode and keyword arguments of ``token_weights``: totals of the whole batch, where this
             call sees a part of it.
         weights: per-token weights, same shape, instead of an aggregation.
         ref_logprobs, kl, kl_coef: reference log-probabilities, the estimator ``"k1"``, ``"k2"`` or ``"k3"``, and its
             coefficient. With a coefficient of 0 they are for the metric alone.
         entropy, entropy_coef: per-token entropies and the coefficient of their bonus; with 0, for the metric alone.
+        top_entropy_fraction: the objective and the bonus keep the tokens of ``top_entropy_mask(entropy, mask,
+            fraction)`` alone; the KL term and the count of a mean keep all. None keeps all everywhere.
         cu_seqlens: ``[S + 1]`` offsets of a packed batch, int32, int64 or a list. On a CPU wrong ones raise, in a
             compiled program, too.
         ratio_level: ``"token"``; ``"sequence"``: one ratio ``exp(mean_t d_t)`` per sequence (GSPO);
             ``"sequence_token"``: its value with a gradient per token (GSPO-token); ``"sequence_sum"``: ``exp(sum_t
             d_t)``, one loss per sequence, which weighs what its live tokens weigh together. The mean of such losses is
             one over sequences: ``"token-mean"`` stands for ``"seq-mean"`` there.
+        rollout_logprobs, correction: log-probabilities of the rollout engine, same shape, and a ``Correction`` or a
+            dict of its options; or, without the former, a tensor of factors, same shape, bool or floating, such as
+            ``rho_correction`` and ``rejection_mask`` return. The objective's loss of a token is multiplied by it; KL,
+            bonus and the count of a mean are not. With the ratio of ``"sequence"`` and ``"sequence_token"`` a
+            ``Correction`` multiplies nothing: the engine takes the place of the behaviour policy in the ratio
+            (OpenRLHF's GSPO).
         Coefficients and parameters: numbers, or tensors of shape ``()`` without gradient. One on a device is never
             read: its range is not checked, and an objective with such a parameter runs in plain torch between the
             kernels (for a schedule or a learned bound).
@@ -185,27 +214,90 @@ def policy_loss(
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs, entropy)
     cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
-    entry, values = resolve(caller, objective, params, logprobs)
+    entry, values, choice = resolve_either(
+        caller, objective, params, logprobs, cu_seqlens, ratio_level, advantages, ref_logprobs
+    )
     columns = objective_columns(caller, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
     live = live_mask(caller, logprobs, mask)
-    if ratio_level == "sequence_sum":
+    if choice is not None:
+        aggregation, normalizers = aggregation_of_units(
+            caller, choice.kind.unit, choice.groups, aggregation, weights, normalizers
+        )
+    elif ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
     token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
     kl_coef, entropy_coef = check_terms(caller, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
+    factors = policy_factors(
+        caller, correction, top_entropy_fraction, logprobs, old_logprobs, rollout_logprobs, ratio_level, entry, choice
+    )
+    if top_entropy_fraction is not None and entropy is None:
+        raise ValueError(f"{caller}: top_entropy_fraction needs entropy")
 
     real = real_dtype(logprobs.dtype)
     logp = dense(logprobs, real)
-    loss = ratio_term(caller, objective, logp, columns, values, token_weights, live, cu_seqlens, ratio_level)
-    if kl_coef is not None:
-        loss = loss + scaled_sum(kl_coef, kl, logp, [ref_logprobs], token_weights)
-    if entropy_coef is not None:
-        # By the objective "nll", which is minus its column, because it takes one launch and plain torch takes six.
-        loss = loss + scaled_sum(entropy_coef, "nll", dense(entropy, real), [], token_weights)
+    loss, columns, of_factors = policy_terms(
+        caller,
+        objective,
+        logp,
+        entropy if entropy is None else dense(entropy, real),
+        columns,
+        values,
+        token_weights,
+        (live, cu_seqlens, ratio_level),
+        choice,
+        factors,
+        ref_logprobs,
+        kl,
+        (kl_coef, entropy_coef),
+    )
     if not return_metrics:
         return loss
-    return loss, policy_metrics(
-        logp, columns, full_mask(logprobs, live), ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens
-    )
+    live = full_mask(logprobs, live)
+    metrics = policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
+    return loss, {**metrics, **of_factors}
+
+
+def policy_terms(
+    caller: str,
+    objective: str,
+    logp: Tensor,
+    entropy: Tensor | None,
+    columns: list[Tensor],
+    params: Params,
+    weights: TokenWeights,
+    sequences: tuple[Tensor | None, Tensor | None, RatioLevel],
+    choice: RowChoice | None,
+    factors: PolicyFactors | None,
+    ref_logprobs: PerToken | None,
+    kl: KL,
+    coefficients: tuple[Number | None, Number | None],
+) -> tuple[Tensor, list[Tensor], Metrics]:
+    """Computes the sum of the terms of a policy loss of checked arguments.
+
+    ``sequences``: live tokens, offsets and ratio level. ``coefficients``: of the KL and the entropy term, or None.
+
+    Returns:
+        the loss, the columns of its ratio, and the metrics of its factors.
+    """
+    live, cu_seqlens, level = sequences
+    kl_coef, entropy_coef = coefficients
+    policy = bonus = weights
+    engine: Tensor | None = None
+    metrics: Metrics = {}
+    if factors is not None:
+        every = full_mask(logp, live)
+        columns = factors.columns(caller, columns, every, cu_seqlens)
+        policy, bonus, engine, metrics = factors.weights(weights, logp, entropy, columns, every, cu_seqlens)
+    if choice is None:
+        loss = ratio_term(caller, objective, logp, columns, params, policy, live, cu_seqlens, level)
+    else:
+        loss = row_term(choice, logp, columns, policy, full_mask(logp, live), cu_seqlens, ref_logprobs, engine)
+    if kl_coef is not None:
+        loss = loss + scaled_sum(kl_coef, kl, logp, [ref_logprobs], weights)
+    if entropy_coef is not None:
+        # By the objective "nll", which is minus its column, because it takes one launch and plain torch takes six.
+        loss = loss + scaled_sum(entropy_coef, "nll", entropy, [], bonus)
+    return loss, columns, metrics
 
 
 def ratio_term(

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from rlkernels import checks
+from rlkernels.losses.row_options import ROW_KINDS, RowChoice, row_choice
 from rlkernels.objectives import OBJECTIVES, Objective
 from rlkernels.sequences import per_token
-from rlkernels.types import KL, Number, PerToken, PerTokenOrSequence, RatioLevel
+from rlkernels.types import KL, Number, ObjectiveOption, PerToken, PerTokenOrSequence, RatioLevel
 
 DEFAULTS = {
     "ppo_clip": {"clip_low": 0.2, "clip_high": 0.2},
@@ -31,8 +32,30 @@ def resolve(caller: str, objective: str, params: dict[str, Number], like: Tensor
     """
     entry = OBJECTIVES.get(objective) if isinstance(objective, str) else None
     if entry is None or not _is_policy(entry):
-        checks.choice(caller, "objective", objective, [name for name, entry in OBJECTIVES.items() if _is_policy(entry)])
+        known = [name for name, entry in OBJECTIVES.items() if _is_policy(entry)]
+        checks.choice(caller, "objective", objective, [*known, *ROW_KINDS])
     return entry, checks.params(caller, objective, entry, params, DEFAULTS, like)
+
+
+def resolve_either(
+    caller: str,
+    objective: str,
+    params: dict[str, ObjectiveOption],
+    like: Tensor,
+    cu_seqlens: Tensor | None,
+    ratio_level: RatioLevel,
+    advantages: PerTokenOrSequence | None,
+    ref_logprobs: PerToken | None,
+) -> tuple[Objective, list[Number], RowChoice | None]:
+    """Returns what ``resolve`` does, and the RowChoice of an objective of sequences, groups or batches, or None.
+
+    The Objective of such a one has its columns and, for the metrics, the widths of its clip. It is not registered.
+    """
+    choice = row_choice(caller, objective, params, like, cu_seqlens, ratio_level, advantages, ref_logprobs)
+    if choice is None:
+        return *resolve(caller, objective, params, like), None
+    widths = list(choice.clip_widths())
+    return Objective(row_choice, choice.kind.columns, ("clip_low", "clip_high")[: len(widths)], None), widths, choice
 
 
 def _is_policy(entry: Objective) -> bool:

@@ -26,23 +26,12 @@ NOT_COVERED = {
     "kl.verl.k3_straight_through": "value of k3 with the gradient of k2",
     "kl.k3.far.clamped": "a clamp that bites: ours has none",
     "sft.asft": "exact KL(ref || pi) over the vocabulary: token_stats offers KL(pi || ref)",
-    "policy.openrlhf-0.11.tis": "corrections of the rollout mismatch",
-    "policy.openrlhf-0.11.icepop": "corrections of the rollout mismatch",
-    "policy.openrlhf-0.11.seq_mask_tis": "corrections of the rollout mismatch",
-    "policy.trl.grpo.opsm0.2": "corrections of the rollout mismatch",
     "policy.trl.grpo.kl_is_weighted": "KL term weighted by the policy ratio",
     "policy.ppo_paper.no_clip": "no objective 'surrogate' yet",
     "policy.verl.dppo_tv": "no objective yet",
     "policy.verl.dppo_kl": "no objective yet",
     "policy.prime_rl.dppo_tv_log_ratio2": "no objective yet",
     "policy.verl.dro": "no objective yet",
-    "policy.verl.gmpo": "no objective yet",
-    "policy.trl.gmpo": "no objective yet",
-    "policy.trl.vespo": "no objective yet",
-    "policy.trl.a2po": "no objective yet",
-    "policy.swift.fipo": "no objective yet",
-    "policy.swift.real": "no objective yet",
-    "policy.verl.clip_cov": "no objective yet",
 }
 
 # An output that covered cases list and no public function returns: by operation, or the beginning of a case's id.
@@ -51,6 +40,8 @@ OUTPUTS_NOT_OFFERED = {
     ("token_logprob", "argmax"): "is_top1 says whether the target is it",
     ("token_logprob", "flags"): "logp is -inf there",
     ("policy_loss", "metrics.clip_fraction_lower"): "how often the dual clip bites",
+    ("policy.swift.fipo", "influence_weight"): "an intermediate, which loss and gradient hold",
+    ("policy.trl.a2po", "v_star"): "an intermediate, which loss and gradient hold",
     ("policy.verl.sapo", "metrics.clip_fraction"): "a constant 0: nothing is clipped",
     ("policy.verl.reinforce.is_weight", "metrics.mean_old_minus_new"): "logged beside an objective without old "
     "log-probabilities",
