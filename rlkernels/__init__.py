@@ -30,9 +30,11 @@ from rlkernels.losses.reward_model import pairwise_reward_loss
 from rlkernels.losses.reward_normalizer import RewardNormalizer
 from rlkernels.losses.sft import logprobs_sft_loss, sft_loss
 from rlkernels.losses.span_reward import span_reward_loss
+from rlkernels.losses.top_entropy import top_entropy_mask
 from rlkernels.losses.unpaired_preference import unpaired_preference_loss
 from rlkernels.losses.value import value_loss
 from rlkernels.objectives import objective
+from rlkernels.rollout.correction import Correction
 from rlkernels.rollout.masks import m2po_mask, off_policy_sequence_mask, rejection_mask
 from rlkernels.rollout.metrics import rollout_metrics
 from rlkernels.rollout.weights import rho_correction, rollout_weights
@@ -41,6 +43,8 @@ from rlkernels.sequences import broadcast_to_tokens, sequence_means, sequence_su
 __version__ = "0.1.0"
 __all__ = [
     "KLTerm",
+    "Correction",
+    "RewardNormalizer",
     "Moments",
     "RewardNormalizer",
     "TokenStats",
@@ -87,6 +91,7 @@ __all__ = [
     "token_logprobs",
     "token_stats",
     "token_weights",
+    "top_entropy_mask",
     "unpaired_preference_loss",
     "use_backend",
     "value_loss",

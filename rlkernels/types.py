@@ -8,7 +8,7 @@ objective is any ``str``, because users register their own.
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias, TypedDict
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 Number: TypeAlias = float | Tensor
 """A number, or a tensor of shape ``()``."""
@@ -45,6 +45,9 @@ Spans: TypeAlias = Annotated[Tensor, "[..., K, 2], integers"] | list[Any] | tupl
 Metrics: TypeAlias = dict[str, Tensor]
 """Detached tensors of shape ``()`` by their names."""
 
+ObjectiveOption: TypeAlias = Number | Annotated[Tensor, "[B], [B, n], or [B, L]"] | Generator | bool | None
+"""A parameter or a further column of an objective, or an option of one of sequences, groups or batches."""
+CorrectionMode: TypeAlias = Literal["clip", "mask", None]
 RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_token", "sequence_sum"]
 KL: TypeAlias = Literal["k1", "k2", "k3", "abs"]
 KLGradient: TypeAlias = Literal["pathwise", "k2"]

@@ -17,18 +17,21 @@ from rlkernels.linear.token_loss import PolicyTerms, check_batch, token_loss
 from rlkernels.linear.token_stats import head_stats
 from rlkernels.losses.kl_penalty import kl_penalty
 from rlkernels.losses.kl_term import KLTerm, simplified
-from rlkernels.losses.policy import ratio_term
-from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve
+from rlkernels.losses.policy import policy_terms, ratio_term
+from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve_either
+from rlkernels.losses.policy_factors import policy_factors
 from rlkernels.losses.policy_metrics import policy_metrics
 from rlkernels.losses.token_weights import (
     TokenWeights,
     aggregation_of_sequences,
+    aggregation_of_units,
     live_tokens,
     loss_weights,
     token_weights_of,
 )
-from rlkernels.losses.weighted_sum import parameters, scaled_sum
+from rlkernels.losses.weighted_sum import parameters
 from rlkernels.objectives import OBJECTIVES
+from rlkernels.rollout.correction import CorrectionLike
 from rlkernels.sequences import segment_ids, sums
 from rlkernels.types import (
     KL,
@@ -41,6 +44,7 @@ from rlkernels.types import (
     Normalizers,
     Number,
     ObjectiveLike,
+    ObjectiveOption,
     Offsets,
     PerToken,
     PerTokenOrSequence,
@@ -58,7 +62,7 @@ def linear_policy_loss(
     weight: HeadWeight,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     bias: HeadBias | None = None,
@@ -81,12 +85,14 @@ def linear_policy_loss(
     kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[False] = False,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar: ...
 
 
@@ -96,7 +102,7 @@ def linear_policy_loss(
     weight: HeadWeight,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     bias: HeadBias | None = None,
@@ -119,12 +125,14 @@ def linear_policy_loss(
     kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[True],
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -134,7 +142,7 @@ def linear_policy_loss(
     weight: HeadWeight,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     bias: HeadBias | None = None,
@@ -157,12 +165,14 @@ def linear_policy_loss(
     kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
@@ -172,7 +182,7 @@ def linear_policy_loss(
     weight: HeadWeight,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     bias: HeadBias | None = None,
@@ -195,12 +205,14 @@ def linear_policy_loss(
     kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""``policy_loss`` from hidden states and the lm_head, in three matmuls: the logits of a chunk become their own
     gradient.
@@ -208,8 +220,9 @@ def linear_policy_loss(
     Tokens whose weights are all 0 enter no matmul. Tokens without advantage, KL and entropy term skip the two matmuls
     of the gradient, where the objective's source shows that their gradient is 0. On the CPU so do all tokens whose
     gradient turns out to be 0 (clipped ones). With sequence-level ratios a chunk holds whole sequences; a sequence that
-    outgrows a chunk is multiplied once more, but for its last part. Under ``torch.compile`` the loss is ``policy_loss``
-    of ``linear_token_stats``: four matmuls.
+    outgrows a chunk is multiplied once more, but for its last part. Under ``torch.compile``, and with objectives of
+    sequences, groups and batches, ``top_entropy_fraction`` and ``opsm_delta``, the loss is ``policy_loss`` of
+    ``linear_token_stats``: four matmuls.
 
     Args:
         hidden, weight, bias: as for ``linear_token_logprobs``; all three get gradients where they require them, scaled
@@ -250,33 +263,66 @@ def linear_policy_loss(
     }
     head = linear_head(caller, hidden, weight, targets, options)
     check_batch(caller, hidden)
-    entry, values, further = resolve(caller, objective, params, hidden)
     ignore_index = head.ignore_index
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=head.result_dtype())
     cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    entry, values, further, choice = resolve_either(
+        caller, objective, params, like, cu_seqlens, ratio_level, advantages, ref_logprobs
+    )
+
     columns = objective_columns(
-        caller, entry, like, old_logprobs, advantages, ref_logprobs, rollout_logprobs, further, cu_seqlens, ratio_level
+        caller,
+        entry,
+        like,
+        old_logprobs,
+        advantages,
+        ref_logprobs,
+        rollout_logprobs,
+        further,
+        cu_seqlens,
+        ratio_level,
+        correction is not None,
     )
     kl = simplified(kl)
     kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     scored = targets != ignore_index
     live = live_tokens(caller, like, mask) & scored
-    if ratio_level == "sequence_sum":
+    factors = policy_factors(
+        caller, correction, top_entropy_fraction, like, old_logprobs, rollout_logprobs, ratio_level, entry, choice
+    )
+    if choice is not None:
+        aggregation, normalizers = aggregation_of_units(
+            caller, choice.kind.unit, choice.groups, aggregation, weights, normalizers
+        )
+    elif ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
     penalty, read, of_tokens = None, None, weights is not None
     shared = aggregation, cu_seqlens, normalizers, of_tokens
     has_penalty = ref_logprobs is not None and (kl_coef is not None or isinstance(kl, KLTerm))
-    if torch.compiler.is_compiling():
+    of_factors: Metrics = {}
+    if torch.compiler.is_compiling() or choice is not None or factors is not None and factors.of_policy():
         share = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
         if has_penalty:
             penalty = kl_penalty(caller, kl, like, ref_logprobs, old_logprobs, scored, live, share, *shared)
         rows = live if penalty is None else live | penalty.live
         stats = head_stats(head.without(~rows.reshape(-1)), ("entropy",), like.shape)
-        coefficients = kl_coef, entropy_coef
-        sequences = live, cu_seqlens, ratio_level
-        loss = _composed_policy_loss(caller, stats, entry, columns, values, share, sequences, penalty, coefficients)
         logp, entropy = stats.logprobs, stats.entropy
+        loss, columns, of_factors = policy_terms(
+            caller,
+            entry,
+            logp,
+            entropy,
+            columns,
+            values,
+            share,
+            (live, cu_seqlens, ratio_level),
+            choice,
+            factors,
+            ref_logprobs,
+            penalty,
+            (kl_coef, entropy_coef),
+        )
     else:
         weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
         kl_weight = None
@@ -286,6 +332,10 @@ def linear_policy_loss(
         if kl_coef is not None:
             kl_weight = head.per_row(penalty.weight_of_each(like) * kl_coef)
         entropy_weight = None if entropy_coef is None else head.per_row(weights * entropy_coef)
+        if factors is not None:
+            columns = factors.columns(caller, columns, live, cu_seqlens)
+            factor, of_factors = factors.fixed(live, cu_seqlens, like.dtype)
+            weights = weights if factor is None else weights * factor
         terms = PolicyTerms(
             entry.function.__name__,
             [head.per_row(c) for c in columns],
@@ -311,22 +361,9 @@ def linear_policy_loss(
         return loss
     logp, entropy = logp.view(like.shape), entropy.view(like.shape)
     metrics = policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
-    return loss, metrics if penalty is None or not isinstance(kl, KLTerm) else metrics | penalty.metrics(logp, read)
-
-
-def _composed_policy_loss(caller, stats, entry, columns, values, share, sequences, penalty, coefficients):
-    """Returns ``policy_loss`` of the TokenStats of a whole batch, without its checks; differentiable in them.
-
-    sequences: live tokens, ``cu_seqlens`` and ``ratio_level``. penalty: the KLPenalty, or None. coefficients: of the KL
-    and the entropy term, or None.
-    """
-    loss = ratio_term(caller, entry, stats.logprobs, columns, values, share, *sequences)
-    kl_coef, entropy_coef = coefficients
-    if kl_coef is not None:
-        loss = loss + penalty.loss(stats.logprobs, kl_coef)
-    if entropy_coef is not None:
-        loss = loss + scaled_sum(entropy_coef, "nll", stats.entropy, [], share)
-    return loss
+    if penalty is not None and isinstance(kl, KLTerm):
+        metrics |= penalty.metrics(logp, read)
+    return loss, metrics | of_factors
 
 
 class SequenceLoss(NamedTuple):

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
+from torch import Tensor
+
 from rlkernels import checks
 from rlkernels.types import KL, Aggregation, Clamp, KLGradient, Mask, Normalizers, PerToken
 
@@ -18,7 +20,7 @@ class KLObjective(NamedTuple):
     name: str
     params: tuple[float, ...] = ()
 
-    def others(self, logp, ref_logp, old_logp):
+    def others(self, logp: Tensor, ref_logp: Tensor, old_logp: Tensor | None) -> list[Tensor]:
         """Returns the columns behind ``logp``; without ``old_logp`` the ratio is 1."""
         if not self.params:
             return [ref_logp]
@@ -69,7 +71,7 @@ def kl_objective(
     return KLObjective("kl_term", (ORDERS[estimator], *bounds, cap, float(moving), float(straight)))
 
 
-def _bounds(caller, name, clamp):
+def _bounds(caller: str, name: str, clamp: Clamp) -> tuple[float, float]:
     """Returns the lower and the upper bound of a clamp, infinite where it has none."""
     if clamp is None:
         return -math.inf, math.inf

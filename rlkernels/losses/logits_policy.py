@@ -11,10 +11,12 @@ from rlkernels.logits_layout import flatten_logits
 from rlkernels.losses.kl_penalty import own_tokens
 from rlkernels.losses.kl_term import KLTerm, named_objective, simplified
 from rlkernels.losses.policy import policy_loss
-from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve
+from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve_either
+from rlkernels.losses.policy_factors import policy_factors
 from rlkernels.losses.policy_metrics import policy_metrics
 from rlkernels.losses.token_weights import live_tokens, loss_weights
 from rlkernels.losses.weighted_sum import parameters
+from rlkernels.rollout.correction import CorrectionLike
 from rlkernels.types import (
     KL,
     Aggregation,
@@ -24,6 +26,7 @@ from rlkernels.types import (
     Normalizers,
     Number,
     ObjectiveLike,
+    ObjectiveOption,
     Offsets,
     PerToken,
     PerTokenOrSequence,
@@ -40,7 +43,7 @@ def logits_policy_loss(
     logits: Logits,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     temperature: Temperature = 1.0,
@@ -53,13 +56,15 @@ def logits_policy_loss(
     kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
     return_metrics: Literal[False] = False,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar: ...
 
 
@@ -68,7 +73,7 @@ def logits_policy_loss(
     logits: Logits,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     temperature: Temperature = 1.0,
@@ -81,13 +86,15 @@ def logits_policy_loss(
     kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
     return_metrics: Literal[True],
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -96,7 +103,7 @@ def logits_policy_loss(
     logits: Logits,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     temperature: Temperature = 1.0,
@@ -109,13 +116,15 @@ def logits_policy_loss(
     kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
     return_metrics: bool,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
@@ -123,7 +132,7 @@ def logits_policy_loss(
     logits: Logits,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     temperature: Temperature = 1.0,
@@ -136,19 +145,22 @@ def logits_policy_loss(
     kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
     return_metrics: bool = False,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""``policy_loss`` straight from logits: statistics, objective and the gradient with respect to the logits in one
     pass over each row.
 
-    The row of a token of weight 0 is never read, nor its target and temperature: any id will do. Sequence-level ratios
-    need every row before any gradient: they take the two passes of ``token_stats``, and so does a ``KLTerm``.
+    The row of a token of weight 0 is never read, nor its target and temperature: any id will do. Sequence-level ratios,
+    a ``KLTerm``, objectives of sequences, groups and batches, ``top_entropy_fraction`` and an ``opsm_delta`` need every
+    row before any gradient: they take the two passes of ``token_stats``.
 
     Args:
         logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; ``old_logprobs`` and
@@ -177,18 +189,35 @@ def logits_policy_loss(
         raise ValueError(
             f"{caller}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
         )
-    entry, values, further = resolve(caller, objective, params, logits)
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=flat.real)
     cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    entry, values, further, choice = resolve_either(
+        caller, objective, params, like, cu_seqlens, ratio_level, advantages, ref_logprobs
+    )
+
     columns = objective_columns(
-        caller, entry, like, old_logprobs, advantages, ref_logprobs, rollout_logprobs, further, cu_seqlens, ratio_level
+        caller,
+        entry,
+        like,
+        old_logprobs,
+        advantages,
+        ref_logprobs,
+        rollout_logprobs,
+        further,
+        cu_seqlens,
+        ratio_level,
+        correction is not None,
     )
     kl = simplified(kl)
     penalty, bonus = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
+    factors = policy_factors(
+        caller, correction, top_entropy_fraction, like, old_logprobs, rollout_logprobs, ratio_level, entry, choice
+    )
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(caller, like, mask) & scored
-    if ratio_level != "token" or isinstance(kl, KLTerm):
+    two_passes = ratio_level != "token" or choice is not None or isinstance(kl, KLTerm)
+    if two_passes or factors is not None and factors.of_policy():
         kl, read = own_tokens(caller, kl, like, scored, live)
         flat = flat.without(~read)
         stats = ops.token_stats(flat.rows, ops.ENTROPY, inplace_backward, ops.serving("token_stats", logits))
@@ -206,9 +235,11 @@ def logits_policy_loss(
                 kl_coef=kl_coef,
                 entropy=stats.entropy.view(flat.shape),
                 entropy_coef=entropy_coef,
+                top_entropy_fraction=top_entropy_fraction,
                 cu_seqlens=cu_seqlens,
                 ratio_level=ratio_level,
                 rollout_logprobs=rollout_logprobs,
+                correction=correction,
                 normalizers=normalizers,
                 return_metrics=return_metrics,
                 **params,
@@ -220,6 +251,7 @@ def logits_policy_loss(
     everywhere = mask is None and weights is None and not isinstance(flat.rows.temperature, torch.Tensor)
     weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
     flat = flat if everywhere else flat.without(weights == 0)
+    factor, of_factors = (None, {}) if factors is None else factors.fixed(live, cu_seqlens, flat.real)
     # The forward writes the gradient, a second tensor of the logits' size, only where the backward will hand it out.
     with_grad = (
         torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
@@ -228,7 +260,7 @@ def logits_policy_loss(
         entry.function.__name__,
         [flat.per_row(c) for c in columns],
         parameters(values),
-        flat.per_row(weights),
+        flat.per_row(weights if factor is None else weights * factor),
         None if bonus is None else flat.per_row(weights * bonus),
         None if penalty is None else named_objective(kl),
         None if penalty is None else flat.per_row(ref_logprobs),
@@ -240,4 +272,5 @@ def logits_policy_loss(
     shape = flat.shape
     read = live & (weights != 0)  # a row of weight 0 is not read, and has no metrics
     logp, entropy = of_rows.logp.view(shape), of_rows.entropy.view(shape)
-    return of_rows.loss, policy_metrics(logp, columns, read, ref_logprobs, kl, entropy, entry, values)
+    metrics = policy_metrics(logp, columns, read, ref_logprobs, kl, entropy, entry, values)
+    return of_rows.loss, {**metrics, **of_factors}

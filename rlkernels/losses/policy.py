@@ -11,19 +11,24 @@ from rlkernels import checks
 from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
-from rlkernels.losses.kl_penalty import kl_penalty
+from rlkernels.losses.kl_penalty import KLPenalty, kl_penalty
 from rlkernels.losses.kl_term import KLTerm, simplified
-from rlkernels.losses.policy_arguments import LOG_PROBABILITIES, check_terms, objective_columns, resolve
+from rlkernels.losses.policy_arguments import LOG_PROBABILITIES, check_terms, objective_columns, resolve_either
+from rlkernels.losses.policy_factors import PolicyFactors, policy_factors
 from rlkernels.losses.policy_metrics import policy_metrics
+from rlkernels.losses.row_objectives import row_term
+from rlkernels.losses.row_options import RowChoice
 from rlkernels.losses.token_weights import (
     TokenWeights,
     aggregation_of_sequences,
+    aggregation_of_units,
     full_mask,
     live_mask,
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import Params, scaled_sum, weighted_sum
 from rlkernels.objectives import Objective
+from rlkernels.rollout.correction import CorrectionLike
 from rlkernels.sequences import means, spread, sums
 from rlkernels.types import (
     KL,
@@ -33,6 +38,7 @@ from rlkernels.types import (
     Normalizers,
     Number,
     ObjectiveLike,
+    ObjectiveOption,
     Offsets,
     PerToken,
     PerTokenOrSequence,
@@ -45,7 +51,7 @@ from rlkernels.types import (
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     objective: ObjectiveLike = "ppo_clip",
@@ -56,12 +62,14 @@ def policy_loss(
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[False] = False,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar: ...
 
 
@@ -69,7 +77,7 @@ def policy_loss(
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     objective: ObjectiveLike = "ppo_clip",
@@ -80,12 +88,14 @@ def policy_loss(
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[True],
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -93,7 +103,7 @@ def policy_loss(
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     objective: ObjectiveLike = "ppo_clip",
@@ -104,19 +114,21 @@ def policy_loss(
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     objective: ObjectiveLike = "ppo_clip",
@@ -127,12 +139,14 @@ def policy_loss(
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     rollout_logprobs: PerToken | None = None,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""A policy objective over log-probabilities, with a KL and an entropy term.
 
@@ -154,7 +168,11 @@ def policy_loss(
             token touches neither loss nor gradient, whatever it holds.
         objective: the name of a registered objective with first column ``logp``, or its function. Its parameters are
             further keywords (``clip_low``, ``clip_high``, ...), with the defaults of its signature. So are the columns
-            that no argument here fills: tensors shaped like ``logprobs``, without gradient.
+            that no argument here fills: tensors shaped like ``logprobs``, without gradient. Or an objective of
+            sequences, groups or batches: ``"gmpo"``, ``"vespo"``, ``"fipo"``, ``"real"``, ``"kl_cov"``, ``"clip_cov"``,
+            ``"a2po"``; docs/objectives.md has their formulas and options. The mean of a loss per sequence (``"gmpo"``,
+            ``"a2po"``) or per group (``"real"``) is one over these: ``"token-mean"`` stands for ``"seq-mean"`` or
+            ``"group-mean"`` there.
         aggregation, normalizers: mode and keyword arguments of ``token_weights``: totals of the whole batch, where this
             call sees a part of it.
         weights: per-token weights, same shape, instead of an aggregation.
@@ -162,14 +180,21 @@ def policy_loss(
             or a ``KLTerm`` with clamps, another gradient, the ratio, a mask of its own), and its coefficient. With a
             coefficient of 0 they are for the metric alone. An objective with the column ``ref_logp`` takes them, too.
         entropy, entropy_coef: per-token entropies and the coefficient of their bonus; with 0, for the metric alone.
+        top_entropy_fraction: the objective and the bonus keep the tokens of ``top_entropy_mask(entropy, mask,
+            fraction)`` alone; the KL term and the count of a mean keep all. None keeps all everywhere.
         cu_seqlens: ``[S + 1]`` offsets of a packed batch, int32, int64 or a list. On a CPU wrong ones raise, in a
             compiled program, too.
         ratio_level: ``"token"``; ``"sequence"``: one ratio ``exp(mean_t d_t)`` per sequence (GSPO);
             ``"sequence_token"``: its value with a gradient per token (GSPO-token); ``"sequence_sum"``: ``exp(sum_t
             d_t)``, one loss per sequence, which weighs what its live tokens weigh together. The mean of such losses is
             one over sequences: ``"token-mean"`` stands for ``"seq-mean"`` there.
-        rollout_logprobs: same shape, the log-probabilities that the rollout engine reported, for an objective with the
-            column ``rollout_logp``. Log-probabilities of all kinds are reduced alike at a sequence level.
+        rollout_logprobs, correction: log-probabilities of the rollout engine, same shape, for an objective with the
+            column ``rollout_logp`` (reduced like the others at a sequence level), or with a ``Correction`` or a dict of
+            its options; or, without the former, a tensor of factors, same shape, bool or floating, such as
+            ``rho_correction`` and ``rejection_mask`` return. The objective's loss of a token is multiplied by it; KL,
+            bonus and the count of a mean are not. With the ratio of ``"sequence"`` and ``"sequence_token"`` a
+            ``Correction`` multiplies nothing: the engine takes the place of the behaviour policy in the ratio
+            (OpenRLHF's GSPO).
         Coefficients and parameters: numbers, or tensors of shape ``()`` without gradient. One on a device is never
             read: its range is not checked, and an objective with such a parameter runs in plain torch between the
             kernels (for a schedule or a learned bound).
@@ -198,7 +223,9 @@ def policy_loss(
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs, entropy)
     cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
-    entry, values, further = resolve(caller, objective, params, logprobs)
+    entry, values, further, choice = resolve_either(
+        caller, objective, params, logprobs, cu_seqlens, ratio_level, advantages, ref_logprobs
+    )
     columns = objective_columns(
         caller,
         entry,
@@ -210,13 +237,23 @@ def policy_loss(
         further,
         cu_seqlens,
         ratio_level,
+        correction is not None,
     )
     live = live_mask(caller, logprobs, mask)
-    if ratio_level == "sequence_sum":
+    if choice is not None:
+        aggregation, normalizers = aggregation_of_units(
+            caller, choice.kind.unit, choice.groups, aggregation, weights, normalizers
+        )
+    elif ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
     token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
     kl = simplified(kl)
     kl_coef, entropy_coef = check_terms(caller, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
+    factors = policy_factors(
+        caller, correction, top_entropy_fraction, logprobs, old_logprobs, rollout_logprobs, ratio_level, entry, choice
+    )
+    if top_entropy_fraction is not None and entropy is None:
+        raise ValueError(f"{caller}: top_entropy_fraction needs entropy")
     penalty = None
     if ref_logprobs is not None and (kl_coef is not None or isinstance(kl, KLTerm)):
         shared = token_weights, aggregation, cu_seqlens, normalizers, weights is not None
@@ -224,18 +261,71 @@ def policy_loss(
 
     real = real_dtype(logprobs.dtype)
     logp = dense(logprobs, real)
-    loss = ratio_term(caller, entry, logp, columns, values, token_weights, live, cu_seqlens, ratio_level)
+    loss, columns, of_factors = policy_terms(
+        caller,
+        entry,
+        logp,
+        entropy if entropy is None else dense(entropy, real),
+        columns,
+        values,
+        token_weights,
+        (live, cu_seqlens, ratio_level),
+        choice,
+        factors,
+        ref_logprobs,
+        penalty,
+        (kl_coef, entropy_coef),
+    )
+    if not return_metrics:
+        return loss
+    live = full_mask(logprobs, live)
+    metrics = policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
+    if penalty is not None and isinstance(kl, KLTerm):
+        metrics |= penalty.metrics(logp)
+    return loss, metrics | of_factors
+
+
+def policy_terms(
+    caller: str,
+    entry: Objective,
+    logp: Tensor,
+    entropy: Tensor | None,
+    columns: list[Tensor],
+    params: Params,
+    weights: TokenWeights,
+    sequences: tuple[Tensor | None, Tensor | None, RatioLevel],
+    choice: RowChoice | None,
+    factors: PolicyFactors | None,
+    ref_logprobs: PerToken | None,
+    penalty: KLPenalty | None,
+    coefficients: tuple[Number | None, Number | None],
+) -> tuple[Tensor, list[Tensor], Metrics]:
+    """Computes the sum of the terms of a policy loss of checked arguments.
+
+    ``sequences``: live tokens, offsets and ratio level. ``coefficients``: of the KL and the entropy term, or None.
+
+    Returns:
+        the loss, the columns of its ratio, and the metrics of its factors.
+    """
+    live, cu_seqlens, level = sequences
+    kl_coef, entropy_coef = coefficients
+    policy = bonus = weights
+    engine: Tensor | None = None
+    metrics: Metrics = {}
+    if factors is not None:
+        every = full_mask(logp, live)
+        columns = factors.columns(caller, columns, every, cu_seqlens)
+        policy, bonus, engine, metrics = factors.weights(weights, logp, entropy, columns, every, cu_seqlens)
+    if choice is None:
+        loss = ratio_term(caller, entry, logp, columns, params, policy, live, cu_seqlens, level)
+    else:
+        loss = row_term(choice, logp, columns, policy, full_mask(logp, live), cu_seqlens, ref_logprobs, engine)
     if kl_coef is not None:
         loss = loss + penalty.loss(logp, kl_coef)
     if entropy_coef is not None:
         # By the objective "nll", which is minus its column, because it takes one launch and plain torch takes six.
-        loss = loss + scaled_sum(entropy_coef, "nll", dense(entropy, real), [], token_weights)
-    if not return_metrics:
-        return loss
-    metrics = policy_metrics(
-        logp, columns, full_mask(logprobs, live), ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens
-    )
-    return loss, metrics if penalty is None or not isinstance(kl, KLTerm) else metrics | penalty.metrics(logp)
+        loss = loss + scaled_sum(entropy_coef, "nll", entropy, [], bonus)
+    return loss, columns, metrics
 
 
 def ratio_term(

@@ -3,16 +3,17 @@
 import inspect
 import sys
 from collections.abc import Collection
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.losses.kl_term import KLS, KLTerm
+from rlkernels.losses.row_options import ROW_KINDS, RowChoice, row_choice
 from rlkernels.objectives import OBJECTIVES, Objective, registered
 from rlkernels.sequences import per_token
-from rlkernels.types import KL, Number, ObjectiveLike, PerToken, PerTokenOrSequence, RatioLevel
+from rlkernels.types import KL, Number, ObjectiveLike, ObjectiveOption, PerToken, PerTokenOrSequence, RatioLevel
 
 ARGUMENTS = {
     "old_logp": "old_logprobs",
@@ -37,13 +38,14 @@ def resolve(
     """
     entry = registered(objective)
     if entry is None or not _is_policy(entry):
-        checks.choice(caller, "objective", objective, [name for name, entry in OBJECTIVES.items() if _is_policy(entry)])
+        known = [name for name, entry in OBJECTIVES.items() if _is_policy(entry)]
+        checks.choice(caller, "objective", objective, [*known, *ROW_KINDS])
     params, further = divided(entry, keywords, ARGUMENTS)
     return entry, checks.params(caller, entry.function.__name__, entry, params, like), further
 
 
 def divided(
-    entry: Objective, keywords: dict[str, Number | PerToken], arguments: Collection[str]
+    entry: Objective, keywords: dict[str, Any], arguments: Collection[str]
 ) -> tuple[dict[str, Number], dict[str, PerToken]]:
     """Divides a caller's keywords into parameters of an objective and columns that no argument fills.
 
@@ -53,6 +55,28 @@ def divided(
     if not names:
         return keywords, {}
     return {k: x for k, x in keywords.items() if k not in names}, {name: keywords[name] for name in names}
+
+
+def resolve_either(
+    caller: str,
+    objective: ObjectiveLike,
+    params: dict[str, ObjectiveOption],
+    like: Tensor,
+    cu_seqlens: Tensor | None,
+    ratio_level: RatioLevel,
+    advantages: PerTokenOrSequence | None,
+    ref_logprobs: PerToken | None,
+) -> tuple[Objective, list[Number], dict[str, PerToken], RowChoice | None]:
+    """Returns what ``resolve`` does, and the RowChoice of an objective of sequences, groups or batches, or None.
+
+    The Objective of such a one has its columns and, for the metrics, the widths of its clip. It is not registered.
+    """
+    choice = row_choice(caller, objective, params, like, cu_seqlens, ratio_level, advantages, ref_logprobs)
+    if choice is None:
+        return *resolve(caller, objective, params, like), None
+    widths = list(choice.clip_widths())
+    entry = Objective(row_choice, choice.kind.columns, ("clip_low", "clip_high")[: len(widths)], None)
+    return entry, widths, {}, choice
 
 
 def _is_policy(entry: Objective) -> bool:
@@ -72,10 +96,12 @@ def objective_columns(
     further: dict[str, PerToken],
     cu_seqlens: Tensor | None,
     ratio_level: RatioLevel,
+    engine_read: bool = False,
 ) -> list[Tensor]:
     """Returns the columns that the objective takes after ``logp``, shaped like the log-probabilities ``like``.
 
-    ``further``: the columns that the caller passed by their names.
+    ``further``: the columns that the caller passed by their names. ``engine_read``: whether another option reads
+    ``rollout_logprobs``.
     """
     checks.choice(caller, "ratio_level", ratio_level, RATIO_LEVELS)
     if ratio_level != "token" and not any(name in entry.columns for name in LOG_PROBABILITIES):
@@ -83,10 +109,10 @@ def objective_columns(
             f"{caller}: ratio_level={ratio_level!r} needs an objective of a ratio; this one has columns "
             f"{', '.join(entry.columns)}"
         )
-    if rollout_logprobs is not None and "rollout_logp" not in entry.columns:
+    if rollout_logprobs is not None and not engine_read and "rollout_logp" not in entry.columns:
         raise ValueError(
             f"{caller}: objective {entry.function.__name__!r} has no column 'rollout_logp', so that rollout_logprobs "
-            "would have no effect; leave it out"
+            "would have no effect; leave it out, or pass a correction, which reads it"
         )
     inputs = {
         "old_logp": old_logprobs,

@@ -38,7 +38,7 @@ from rlkernels.losses import (
 )
 from rlkernels.objectives import functions, kl
 from rlkernels.ops import FLAGS
-from rlkernels.rollout import masks, weights
+from rlkernels.rollout import correction, masks, weights
 
 TYPED = ROOT / "tests/repository/typed"
 FUNCTIONS = {name: f for name, f in vars(rlkernels).items() if name in rlkernels.__all__ and inspect.isfunction(f)}
@@ -75,6 +75,7 @@ TABLES = {
     "EpsMode": whitening.EPS_MODES,
     "Baseline": group.BASELINES,
     "Scale": group.SCALES,
+    "CorrectionMode": correction.CORRECTION_MODES,
     "RolloutLevel": weights.LEVELS,
     "RolloutMode": weights.MODES,
     "RolloutGate": weights.GATES,

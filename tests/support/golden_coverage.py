@@ -23,10 +23,6 @@ NOT_COVERED = {
     "divergence.forward_kl": "no divergence_stats yet",
     "divergence.jsd": "no divergence_stats yet",
     "sft.asft": "exact KL(ref || pi) over the vocabulary: token_stats offers KL(pi || ref)",
-    "policy.openrlhf-0.11.tis": "corrections of the rollout mismatch",
-    "policy.openrlhf-0.11.icepop": "corrections of the rollout mismatch",
-    "policy.openrlhf-0.11.seq_mask_tis": "corrections of the rollout mismatch",
-    "policy.trl.grpo.opsm0.2": "corrections of the rollout mismatch",
     "policy.trl.grpo.kl_is_weighted": "KL term weighted by the policy ratio",
     "policy.ppo_paper.no_clip": "no objective 'surrogate' yet",
     "policy.verl.dppo_tv": "no objective yet",
@@ -39,6 +35,7 @@ NOT_COVERED = {
     "policy.swift.fipo": "no objective yet",
     "policy.swift.real": "no objective yet",
     "policy.verl.clip_cov": "no objective yet",
+    "policy.verl.dro": "no objective yet",
 }
 
 # An output that covered cases list and no public function returns: by operation, or the beginning of a case's id.
@@ -48,6 +45,9 @@ OUTPUTS_NOT_OFFERED = {
     ("token_logprob", "flags"): "logp is -inf there",
     ("policy.verl.dppo_tv", "metrics.clip_fraction_lower"): "a constant 0: there is no dual clip",
     ("policy.verl.dppo_kl", "metrics.clip_fraction_lower"): "a constant 0: there is no dual clip",
+    ("policy_loss", "metrics.clip_fraction_lower"): "how often the dual clip bites",
+    ("policy.swift.fipo", "influence_weight"): "an intermediate, which loss and gradient hold",
+    ("policy.trl.a2po", "v_star"): "an intermediate, which loss and gradient hold",
     ("policy.verl.sapo", "metrics.clip_fraction"): "a constant 0: nothing is clipped",
     ("policy.verl.reinforce.is_weight", "metrics.mean_old_minus_new"): "logged beside an objective without old "
     "log-probabilities",

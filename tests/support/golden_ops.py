@@ -14,6 +14,7 @@ import torch
 from golden_adapter import aggregation, expect
 
 import rlkernels as rlk
+from rlkernels.losses.row_options import ROW_KINDS
 
 
 def token_logprob(x, p):
@@ -89,13 +90,16 @@ def vocab_divergence(x, p):
 def policy_loss(x, p):
     p.pop("trl_loss_type", None)  # a label
     objective, options = _objective(p)
+    options |= {name: x[name] for name in ("rewards", "value_pool") if name in x}
+    if objective == "a2po":
+        options["ref_logprobs"] = x["ref_logp"]
     mask = x["mask"] if "tool_mask" not in x else x["mask"] * (x["tool_mask"] != 0)
     options["ratio_level"] = p.pop("ratio_level", "token")
     old = x.get("old_logp")
     if "old_logp_sum" in x:  # only the sum is given: it stands at each row's first token
         old = torch.zeros_like(x["logp"], requires_grad=False)
         old[:, 0] = x["old_logp_sum"]
-    expect(old is not None or "rollout_logp" in x, "no behaviour policy")
+    expect(old is not None or "rollout_logp" in x or objective == "a2po", "no behaviour policy")
     clamp = p.pop("log_ratio_clamp", None)
     if clamp and old is not None:
         _inactive((x["logp"].detach() - old)[mask != 0], clamp)
@@ -112,9 +116,13 @@ def policy_loss(x, p):
         options["weights"] = torch.where(mask != 0, weights * x["is_weight"], 0.0)
     else:
         options |= {"aggregation": mode, "normalizers": normalizers}
+    if "correction" in p:
+        options |= {"correction": golden_rollout.correction(p.pop("correction")), "rollout_logprobs": x["rollout_logp"]}
+    if "opsm_delta" in p:
+        options["correction"] = rlk.Correction(mode=None, opsm_delta=p.pop("opsm_delta"))
     expect(not p, f"parameters {sorted(p)}")
     loss, metrics = rlk.policy_loss(
-        x["logp"], old, x["advantages"], mask, objective=objective, return_metrics=True, **options
+        x["logp"], old, x.get("advantages"), mask, objective=objective, return_metrics=True, **options
     )
     names = {
         "clip_fraction": "clip_fraction",
@@ -125,17 +133,24 @@ def policy_loss(x, p):
         "clip_fraction_lower": "clip_fraction_dual",
         "mean_old_minus_new": "ppo_kl",
         "kl_mean": "kl",
+        "filtered_fraction": "rollout_filtered",
     }
     if options["ratio_level"] != "token":  # TRL counts sequences there
         for name in ("clip_fraction_low", "clip_fraction_high", "clip_fraction_region"):
             names[name] = f"seq_{names[name]}"
-    return {"loss": loss - bonus, **{theirs: metrics[ours] for theirs, ours in names.items() if ours in metrics}}
+    found = {theirs: metrics[ours] for theirs, ours in names.items() if ours in metrics}
+    if "rollout_logprobs" in options:
+        found["mean_rollout_minus_old"] = rlk.rollout_metrics(old, x["rollout_logp"], mask)["rollout_kl"]
+    return {"loss": loss - bonus, **found}
 
 
 def _objective(p):
     """Objective and its parameters."""
     objective = {"gspo": "ppo_clip"}.get(p["objective"], p["objective"])
     p.pop("objective")
+    if objective in ROW_KINDS:
+        kind = ROW_KINDS[objective]
+        return objective, {name: p.pop(name) for name in (*kind.numbers, *kind.tensors) if name in p}
     known = ("ppo_clip", "cispo", "sapo", "reinforce", "surrogate", "dppo_tv", "dppo_kl", "dro")
     expect(objective in known, f"objective {objective}")
     names = ("clip_low", "clip_high", "tau_pos", "tau_neg", "ratio_max", "delta_low", "delta_high")
