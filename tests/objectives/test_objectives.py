@@ -38,7 +38,11 @@ PARAMS = {
     "straight": 0.0,
 }
 
-OF_RATIOS = [n for n in BUILTIN if {"old_logp", "rollout_logp"} & set(OBJECTIVES[n].columns)]
+OF_RATIOS = [
+    n
+    for n in BUILTIN
+    if "advantage" in OBJECTIVES[n].columns and {"old_logp", "rollout_logp"} & set(OBJECTIVES[n].columns)
+]
 
 
 def case(name, n=1000, dtype=torch.float32, seed=0):
