@@ -18,6 +18,7 @@ from rlkernels.linear.sft_loss import linear_sft_loss
 from rlkernels.linear.token_stats import linear_token_logprobs, linear_token_stats
 from rlkernels.linear.unpaired_preference_loss import linear_unpaired_preference_loss
 from rlkernels.logprobs import TokenStats, token_logprobs, token_stats
+from rlkernels.losses.divergence import divergence_loss, token_divergences
 from rlkernels.losses.logits_policy import logits_policy_loss
 from rlkernels.losses.policy import policy_loss
 from rlkernels.losses.preference import dpo_loss, length_desensitized_weights
@@ -45,6 +46,7 @@ __all__ = [
     "available_backends",
     "broadcast_to_tokens",
     "discounted_returns",
+    "divergence_loss",
     "dpo_loss",
     "end_scores",
     "gae",
@@ -80,6 +82,7 @@ __all__ = [
     "solution_scores",
     "span_reward_loss",
     "spans_to_mask",
+    "token_divergences",
     "token_logprobs",
     "token_stats",
     "token_weights",
