@@ -12,6 +12,7 @@ from rlkernels.advantages.moments import Moments, masked_moments, merge_moments
 from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
+from rlkernels.linear.distillation_loss import linear_distillation_loss
 from rlkernels.linear.policy_loss import linear_policy_loss
 from rlkernels.linear.preference_loss import linear_dpo_loss
 from rlkernels.linear.sft_loss import linear_sft_loss
@@ -52,6 +53,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "length_desensitized_weights",
+    "linear_distillation_loss",
     "linear_dpo_loss",
     "linear_policy_loss",
     "linear_sft_loss",

@@ -118,7 +118,7 @@ def _with_tail(logprobs, least):
 
 
 def _log_softmax(x, alive, keep, temperature, real):
-    x = torch.where(alive, x.to(real), 0.0)
+    x = torch.where(alive, x.to(real).contiguous(), 0.0)  # torch sums in the order of memory
     if keep is not None:
         x = torch.where(keep | ~alive, x, -math.inf)
     x = (x - x.amax(-1, keepdim=True)) / temperature

@@ -25,6 +25,7 @@ from rlkernels.checks.tokens import RESERVED
 from rlkernels.integrations import trl
 from rlkernels.logprobs import TokenStats
 from rlkernels.losses import (
+    divergence,
     policy_arguments,
     preference_options,
     preference_types,
@@ -60,6 +61,7 @@ TABLES = {
     "Output": tuple(FLAGS),
     "Aggregation": AGGREGATIONS,
     "SftKind": sft.KINDS,
+    "DivergenceKind": divergence.KINDS,
     "PairwiseKind": reward_model.KINDS,
     "Reduction": reward_model.REDUCTIONS,
     "ScorePositions": reward_head.POSITIONS,
