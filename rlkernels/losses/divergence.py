@@ -324,7 +324,7 @@ def _read_topk(caller: str, ids: Tensor, logprobs: Tensor, vocab: int) -> None:
             f"{caller}: id {int(ids[row][bad[row]][0])} of teacher_topk at row {row} is outside [0, {vocab})"
         )
     # An unused entry gets an id of its own, because its id may be that of another entry.
-    used = torch.where(logprobs > -torch.inf, ids, -1 - torch.arange(ids.shape[1])).sort(-1).values
+    used = torch.where(logprobs > -torch.inf, ids, -1 - torch.arange(ids.shape[1], device=ids.device)).sort(-1).values
     twice = (used[:, 1:] == used[:, :-1]).any(-1)
     if twice.any():
         raise ValueError(f"{caller}: ids of teacher_topk hold one id twice at row {int(twice.nonzero()[0, 0])}")

@@ -86,18 +86,17 @@ def _fake(logits, targets, *arguments):
 def _setup(ctx, inputs, output):
     logits, targets, temperature, ctx.ignore_index, vocab_mask, teacher, *of_teacher = inputs[:8]
     ctx.kind, beta, weight, with_grad, ctx.backend = inputs[8:]
-    ctx.beta = value(beta)
-    ctx.temperature, per_row = divisor(temperature)
+    (ctx.temperature, per_row), (ctx.beta, held_beta) = divisor(temperature), divisor(beta)
     loss, values, dlogits = output
     ctx.mark_non_differentiable(dlogits, loss if weight is None else values)
     ctx.set_materialize_grads(False)
     ctx.dlogits = dlogits if with_grad else None
-    ctx.save_for_backward(logits, targets, per_row, vocab_mask, teacher, *of_teacher, weight)
+    ctx.save_for_backward(logits, targets, per_row, vocab_mask, teacher, *of_teacher, held_beta, weight)
 
 
 def _gradient(ctx, dloss, dvalues, _):
     nothing = (None,) * 12
-    logits, targets, per_row, vocab_mask, teacher, ids, logprobs, weight = ctx.saved_tensors
+    logits, targets, per_row, vocab_mask, teacher, ids, logprobs, held_beta, weight = ctx.saved_tensors
     upstream = dvalues if weight is None else dloss
     if upstream is None:
         return None, *nothing
@@ -107,7 +106,8 @@ def _gradient(ctx, dloss, dvalues, _):
     if ready is not None and known_to_be_one(upstream):
         return ready.view(logits.shape), *nothing
     temperature = ctx.temperature if per_row is None else per_row
-    of_rows = logits, targets, temperature, ctx.ignore_index, vocab_mask, teacher, ids, logprobs, ctx.kind, ctx.beta
+    beta = ctx.beta if held_beta is None else held_beta
+    of_rows = logits, targets, temperature, ctx.ignore_index, vocab_mask, teacher, ids, logprobs, ctx.kind, beta
     weight = upstream.contiguous() if weight is None else weight * upstream
     if ready is None:
         return divergence_backward(*of_rows, weight, ctx.backend), *nothing
