@@ -71,6 +71,11 @@ RankKind: TypeAlias = Literal["logsigmoid", "sigmoid"]
 RankAggregation: TypeAlias = Literal["pair-mean", "list-mean"]
 StepReduction: TypeAlias = Literal["min", "product"]
 SftKind: TypeAlias = Literal["nll", "dft"]
+DivergenceKind: TypeAlias = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
+TeacherTopk: TypeAlias = tuple[
+    Annotated[Tensor, "[..., K], int32 or int64, distinct ids"], Annotated[Tensor, "[..., K], their log-probabilities"]
+]
+"""The likeliest tokens of a teacher; a log-probability of -inf marks an entry that is not used."""
 LossType: TypeAlias = Literal[
     "sigmoid",
     "hinge",

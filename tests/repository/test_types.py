@@ -26,6 +26,7 @@ from rlkernels.integrations import trl
 from rlkernels.logprobs import TokenStats
 from rlkernels.losses import (
     kl_term,
+    divergence,
     policy_arguments,
     preference_options,
     preference_types,
@@ -62,6 +63,7 @@ TABLES = {
     "Output": tuple(FLAGS),
     "Aggregation": AGGREGATIONS,
     "SftKind": sft.KINDS,
+    "DivergenceKind": divergence.KINDS,
     "PairwiseKind": reward_model.KINDS,
     "Reduction": reward_model.REDUCTIONS,
     "ScorePositions": reward_head.POSITIONS,

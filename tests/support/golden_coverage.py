@@ -7,7 +7,6 @@ CASES = golden_adapter.load()
 # An operation, or the beginning of a case's id: why no public function of ours expresses it.
 NOT_COVERED = {
     # operations
-    "distillation_loss": "cross-entropy to a teacher: no divergence_stats yet",
     "policy_loss_from_logits": "exact KL(old || new) as a penalty: token_stats offers KL(pi || ref)",
     "process_advantage": "normalised step rewards",
     "gigpo_advantage": "step-level groups by anchor state",
@@ -23,6 +22,9 @@ NOT_COVERED = {
     "divergence.forward_kl": "no divergence_stats yet",
     "divergence.jsd": "no divergence_stats yet",
     "sft.asft": "exact KL(ref || pi) over the vocabulary: token_stats offers KL(pi || ref)",
+    "kl.verl.abs": "estimator |log-ratio|",
+    "kl.verl.k3_straight_through": "value of k3 with the gradient of k2",
+    "kl.k3.far.clamped": "a clamp that bites: ours has none",
     "policy.openrlhf-0.11.tis": "corrections of the rollout mismatch",
     "policy.openrlhf-0.11.icepop": "corrections of the rollout mismatch",
     "policy.openrlhf-0.11.seq_mask_tis": "corrections of the rollout mismatch",

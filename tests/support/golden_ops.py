@@ -77,13 +77,22 @@ def _inactive(x, bounds):
 
 
 def vocab_divergence(x, p):
-    expect(p.pop("kind") == "reverse_kl", "only KL(pi || ref)")
-    targets = torch.zeros(x["logits"].shape[:-1], dtype=torch.int64)
-    return {
-        "value": rlk.token_stats(
-            x["logits"], targets, ref_logits=x["ref_logits"], kl="exact", temperature=p.pop("temperature")
-        ).kl
-    }
+    options = {name: p.pop(name) for name in ("beta",) if name in p}
+    kind, temperature = p.pop("kind"), p.pop("temperature")
+    value = rlk.token_divergences(x["logits"], x["ref_logits"], kind=kind, temperature=temperature, **options)
+    if kind == "reverse_kl":  # offered twice, so that both give these numbers
+        targets = torch.zeros(x["logits"].shape[:-1], dtype=torch.int64)
+        stats = rlk.token_stats(x["logits"], targets, ref_logits=x["ref_logits"], kl="exact", temperature=temperature)
+        value = 0.5 * (value + stats.kl)
+    return {"value": value}
+
+
+def distillation_loss(x, p):
+    expect(p.pop("kind") == "forward_cross_entropy" and not p.pop("shift"), "cross-entropy of every position")
+    mode, normalizers = aggregation(p)
+    mask = x["labels"] != p.pop("ignore_index")
+    options = {"aggregation": mode, "normalizers": normalizers}
+    return {"loss": rlk.divergence_loss(x["logits"], x["teacher_logits"], mask, kind="cross_entropy", **options)}
 
 
 def policy_loss(x, p):
@@ -199,6 +208,7 @@ LOSSES = (
     sequence_logprob,
     kl_estimate,
     vocab_divergence,
+    distillation_loss,
     policy_loss,
     ppo_step_per_sample,
     ppo_step_masked,
