@@ -30,7 +30,11 @@ PARAMS = {
     "delta": 0.05,
 }
 
-OF_RATIOS = [n for n in BUILTIN if {"old_logp", "rollout_logp"} & set(OBJECTIVES[n].columns)]
+OF_RATIOS = [
+    n
+    for n in BUILTIN
+    if {"old_logp", "rollout_logp"} & set(OBJECTIVES[n].columns) and OBJECTIVES[n].columns[2] == "advantage"
+]
 
 
 def case(name, n=1000, dtype=torch.float32, seed=0):

@@ -16,7 +16,6 @@ NOT_COVERED = {
     "length_penalty": "a reward function: the trainer's",
     "kl_controller": "coefficients over time: no controllers yet",
     "entropy_controller": "coefficients over time: no controllers yet",
-    "combined_loss": "a weighted sum of numbers: nothing of ours in it",
     # cases of operations that are covered otherwise
     "adv.verl.otb": "optimal token baseline",
     "returns.reset_on_mask": "SkyRL: a masked gap blocks the reward",
@@ -31,7 +30,6 @@ NOT_COVERED = {
     "policy.openrlhf-0.11.seq_mask_tis": "corrections of the rollout mismatch",
     "policy.trl.grpo.opsm0.2": "corrections of the rollout mismatch",
     "policy.trl.grpo.kl_is_weighted": "KL term weighted by the policy ratio",
-    "policy.prime_rl.dppo_tv_log_ratio2": "no objective yet",
     "policy.verl.gmpo": "no objective yet",
     "policy.trl.gmpo": "no objective yet",
     "policy.trl.vespo": "no objective yet",

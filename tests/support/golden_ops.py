@@ -120,8 +120,13 @@ def policy_loss(x, p):
         old[:, 0] = x["old_logp_sum"]
     expect(old is not None or "rollout_logp" in x, "no behaviour policy")
     clamp = p.pop("log_ratio_clamp", None)
-    if clamp and old is not None:
+    if clamp and objective.startswith("dppo"):  # ours has no clamp beside ratio_max
         _inactive((x["logp"].detach() - old)[mask != 0], clamp)
+    elif clamp:
+        options["log_ratio_clamp"] = clamp
+    for name in ("ratio_denominator", "log_ratio_sq_coef"):
+        if name in p:
+            options |= {name: p.pop(name), "rollout_logprobs": x["rollout_logp"]}
     if "kl" in p:
         kl = p.pop("kl")
         expect(not kl.get("is_weighted"), "importance-weighted KL")
@@ -205,6 +210,22 @@ def ppo_step_masked(x, p):
     return {"policy_loss": policy, "value_loss": value, "loss": policy + p.pop("vf_coef") * value}
 
 
+def combined_loss(x, p):
+    """One token whose terms have the listed values, each by its public function."""
+    one = {name: torch.tensor([[float(value)]], dtype=torch.float64) for name, value in x.items()}
+    policy = rlk.policy_loss(
+        -one["policy_loss"],
+        None,
+        torch.ones(1, 1, dtype=torch.float64),
+        objective="reinforce",
+        entropy=one["entropy"],
+        entropy_coef=p.pop("entropy_coef"),
+    )
+    value = rlk.value_loss((2 * one["value_loss"]).sqrt(), None, torch.zeros(1, 1, dtype=torch.float64))
+    ptx = rlk.logprobs_sft_loss(-one["ptx_loss"])
+    return {"loss": policy + p.pop("value_coef") * value + p.pop("ptx_coef") * ptx}
+
+
 def value_loss(x, p):
     mode, normalizers = aggregation(p)
     loss, metrics = rlk.value_loss(
@@ -229,6 +250,7 @@ LOSSES = (
     policy_loss,
     ppo_step_per_sample,
     ppo_step_masked,
+    combined_loss,
     value_loss,
     *golden_rewards.ADAPTERS,
     golden_preferences.preference_loss,
