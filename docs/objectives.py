@@ -11,7 +11,7 @@ HEAD = """# Objectives
 Printed by `python docs/objectives.py` from the registry; a test holds it fresh. Each objective is one function that
 returns its value and its derivative with respect to the first column; it serves `policy_loss`, `logits_policy_loss` and
 the fused kernels alike.
-*Columns* are numbers per token (or per sequence, or per pair), *parameters* are run-time floats.
+*Columns* are numbers per token (or per sequence, or per pair), *parameters* are run-time floats, some with a default.
 
 | objective | columns | parameters | meaning |
 |---|---|---|---|
@@ -28,7 +28,9 @@ def page():
     rows = []
     for name in codegen.builtin():
         entry = OBJECTIVES[name]
-        columns, params = (", ".join(f"`{x}`" for x in names) or "-" for names in (entry.columns, entry.params))
+        defaults = dict(entry.defaults)
+        params = (f"{x}={defaults[x]}" if x in defaults else x for x in entry.params)
+        columns, params = (", ".join(f"`{x}`" for x in names) or "-" for names in (entry.columns, params))
         rows.append(f"| `{name}` | {columns} | {params} | {meaning(entry.function)} |\n")
     return HEAD + "".join(rows)
 

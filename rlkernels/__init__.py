@@ -19,9 +19,9 @@ from rlkernels.linear.sft_loss import linear_sft_loss
 from rlkernels.linear.token_stats import linear_token_logprobs, linear_token_stats
 from rlkernels.linear.unpaired_preference_loss import linear_unpaired_preference_loss
 from rlkernels.logprobs import TokenStats, token_logprobs, token_stats
+from rlkernels.losses.divergence import divergence_loss, token_divergences
 from rlkernels.losses.kl_estimate import kl_estimate
 from rlkernels.losses.kl_term import KLTerm
-from rlkernels.losses.divergence import divergence_loss, token_divergences
 from rlkernels.losses.logits_policy import logits_policy_loss
 from rlkernels.losses.policy import policy_loss
 from rlkernels.losses.preference import dpo_loss, length_desensitized_weights

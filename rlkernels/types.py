@@ -2,15 +2,18 @@
 
 A shape stands beside ``Tensor`` for the reader, because no type checker looks at it. The names are what the checks
 accept, too: a table of theirs is made from ``get_args`` of a ``Literal`` here, or is compared with it by a test. An
-objective is a ``str``, because users register their own.
+objective is any ``str``, because users register their own.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias, TypedDict
 
 from torch import Tensor
 
 Number: TypeAlias = float | Tensor
 """A number, or a tensor of shape ``()``."""
+ObjectiveLike: TypeAlias = str | Callable[..., Any]
+"""The name of a registered objective, or the function that was registered."""
 
 Logits: TypeAlias = Annotated[Tensor, "[..., V]"]
 VocabMask: TypeAlias = Annotated[Tensor, "[V] or [..., V], bool: True keeps a column"]
@@ -45,8 +48,11 @@ Metrics: TypeAlias = dict[str, Tensor]
 RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_token", "sequence_sum"]
 KL: TypeAlias = Literal["k1", "k2", "k3", "abs"]
 KLGradient: TypeAlias = Literal["pathwise", "k2"]
-Clamp: TypeAlias = float | tuple[float | None, float | None] | None
+Clamp: TypeAlias = float | tuple[float | None, float | None] | list[float | None] | None
 """Bounds ``(low, high)``, of which either may be None; a number ``c`` stands for ``(-c, c)``."""
+RatioDenominator: TypeAlias = Literal["old", "rollout"]
+LogRatioClamp: TypeAlias = float | tuple[float | None, float | None] | list[float | None] | None
+"""A bound on both sides of 0, or a pair of which None is no bound."""
 RowKL: TypeAlias = Literal["k1", "k2", "k3", "exact"]
 """The KL of ``token_stats``, which sees whole rows."""
 Output: TypeAlias = Literal["entropy", "log_sum_sq_probs", "mean_logits", "is_top1"]

@@ -16,10 +16,10 @@ from rlkernels.linear.sequence_chunks import SequencePlan, WholeBatchPlan, plan_
 from rlkernels.linear.token_loss import PolicyTerms, check_batch, token_loss
 from rlkernels.linear.token_stats import head_stats
 from rlkernels.losses.kl_penalty import kl_penalty
-from rlkernels.losses.kl_term import KLTerm, simplified
-from rlkernels.losses.policy import ratio_term
+from rlkernels.losses.kl_term import KLObjective, KLTerm, simplified
 from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
+from rlkernels.losses.policy_ratio import SQUARE, ratio_options, ratio_term, with_current
 from rlkernels.losses.token_weights import (
     TokenWeights,
     aggregation_of_sequences,
@@ -28,6 +28,7 @@ from rlkernels.losses.token_weights import (
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import parameters, scaled_sum
+from rlkernels.objectives import OBJECTIVES
 from rlkernels.sequences import segment_ids, sums
 from rlkernels.types import (
     KL,
@@ -35,13 +36,16 @@ from rlkernels.types import (
     HeadBias,
     HeadWeight,
     HiddenStates,
+    LogRatioClamp,
     Mask,
     Metrics,
     Normalizers,
     Number,
+    ObjectiveLike,
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    RatioDenominator,
     RatioLevel,
     Scalar,
     Targets,
@@ -55,7 +59,7 @@ def linear_policy_loss(
     weight: HeadWeight,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     bias: HeadBias | None = None,
@@ -70,7 +74,7 @@ def linear_policy_loss(
     valid_vocab: int | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     vocab_start: int | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -79,9 +83,13 @@ def linear_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
+    rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[False] = False,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar: ...
 
 
@@ -91,7 +99,7 @@ def linear_policy_loss(
     weight: HeadWeight,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     bias: HeadBias | None = None,
@@ -106,7 +114,7 @@ def linear_policy_loss(
     valid_vocab: int | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     vocab_start: int | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -115,9 +123,13 @@ def linear_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
+    rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[True],
-    **params: Number,
+    **params: Number | PerToken,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -127,7 +139,7 @@ def linear_policy_loss(
     weight: HeadWeight,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     bias: HeadBias | None = None,
@@ -142,7 +154,7 @@ def linear_policy_loss(
     valid_vocab: int | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     vocab_start: int | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -151,9 +163,13 @@ def linear_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
+    rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
     return_metrics: bool,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
@@ -163,7 +179,7 @@ def linear_policy_loss(
     weight: HeadWeight,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     bias: HeadBias | None = None,
@@ -178,7 +194,7 @@ def linear_policy_loss(
     valid_vocab: int | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     vocab_start: int | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -187,9 +203,13 @@ def linear_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
+    rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""``policy_loss`` from hidden states and the lm_head, in three matmuls: the logits of a chunk become their own
     gradient.
@@ -197,8 +217,10 @@ def linear_policy_loss(
     Tokens whose weights are all 0 enter no matmul. Tokens without advantage, KL and entropy term skip the two matmuls
     of the gradient, where the objective's source shows that their gradient is 0. On the CPU so do all tokens whose
     gradient turns out to be 0 (clipped ones). With sequence-level ratios a chunk holds whole sequences; a sequence that
-    outgrows a chunk is multiplied once more, but for its last part. Under ``torch.compile`` the loss is ``policy_loss``
-    of ``linear_token_stats``: four matmuls.
+    outgrows a chunk is multiplied once more, but for its last part. ``old_logprobs=None`` costs no matmul, because a
+    chunk knows its own log-probabilities. It and ``log_ratio_clamp`` take a few launches more per chunk, and so does
+    ``log_ratio_sq_coef`` beside a KL term. Under ``torch.compile`` the loss is ``policy_loss`` of
+    ``linear_token_stats``: four matmuls.
 
     Args:
         hidden, weight, bias: as for ``linear_token_logprobs``; all three get gradients where they require them, scaled
@@ -238,12 +260,17 @@ def linear_policy_loss(
     }
     head = linear_head(caller, hidden, weight, targets, options)
     check_batch(caller, hidden)
-    entry, values = resolve(caller, objective, params, hidden)
+    entry, values, further = resolve(caller, objective, params, hidden)
     ignore_index = head.ignore_index
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=head.result_dtype())
     cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
-    columns = objective_columns(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
+    ratio = ratio_options(
+        caller, entry, like, old_logprobs, rollout_logprobs, ratio_denominator, log_ratio_clamp, log_ratio_sq_coef
+    )
+    columns = objective_columns(
+        caller, entry, like, ratio.old, advantages, ref_logprobs, ratio.rollout, further, cu_seqlens, ratio_level
+    )
     kl = simplified(kl)
     kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     scored = targets != ignore_index
@@ -256,33 +283,43 @@ def linear_policy_loss(
     if torch.compiler.is_compiling():
         share = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
         if has_penalty:
-            penalty = kl_penalty(caller, kl, like, ref_logprobs, old_logprobs, scored, live, share, *shared)
+            penalty = kl_penalty(caller, kl, like, ref_logprobs, ratio.old, scored, live, share, *shared)
         rows = live if penalty is None else live | penalty.live
         stats = head_stats(head.without(~rows.reshape(-1)), ("entropy",), like.shape)
         coefficients = kl_coef, entropy_coef
-        sequences = live, cu_seqlens, ratio_level
-        loss = _composed_policy_loss(caller, stats, objective, columns, values, share, sequences, penalty, coefficients)
+        sequences = live, cu_seqlens, ratio_level, ratio.clamp
+        loss = _composed_policy_loss(caller, stats, entry, columns, values, share, sequences, penalty, coefficients)
+        if ratio.square is not None:
+            loss = loss + scaled_sum(ratio.square, SQUARE, stats.logprobs, [rollout_logprobs], share)
         logp, entropy = stats.logprobs, stats.entropy
     else:
         weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
-        kl_weight = None
         if has_penalty:
             share = TokenWeights(weights)
-            penalty = kl_penalty(caller, kl, like, ref_logprobs, old_logprobs, scored, live, share, *shared)
+            penalty = kl_penalty(caller, kl, like, ref_logprobs, ratio.old, scored, live, share, *shared)
+        entropy_weight, square_weight = (
+            None if c is None else head.per_row(weights * c) for c in (entropy_coef, ratio.square)
+        )
+        kl_weight, estimator, reference, kl_old = None, KLObjective(SQUARE), rollout_logprobs, None
         if kl_coef is not None:
             kl_weight = head.per_row(penalty.weight_of_each(like) * kl_coef)
-        entropy_weight = None if entropy_coef is None else head.per_row(weights * entropy_coef)
+            estimator, reference, kl_old = penalty.objective, ref_logprobs, penalty.old_logp
+        elif square_weight is not None:  # a KL, too, and without another one it needs no launch
+            kl_weight, square_weight = square_weight, None
         terms = PolicyTerms(
-            objective,
+            entry.function.__name__,
             [head.per_row(c) for c in columns],
             parameters(values),
             head.per_row(weights),
             entropy_weight,
-            None if kl_weight is None else penalty.objective.name,
-            None if kl_weight is None else head.per_row(ref_logprobs),
+            None if kl_weight is None else estimator.name,
+            None if kl_weight is None else head.per_row(reference),
             kl_weight,
-            () if kl_weight is None else penalty.objective.params,
-            None if kl_weight is None or penalty.old_logp is None else head.per_row(penalty.old_logp),
+            () if kl_weight is None else estimator.params,
+            None if kl_old is None else head.per_row(kl_old),
+            ratio.clamp,
+            None if square_weight is None else head.per_row(rollout_logprobs),
+            square_weight,
         )
         backend = ops.serving("fused_policy", hidden)
         needs_entropy = return_metrics or entropy_weight is not None
@@ -296,17 +333,21 @@ def linear_policy_loss(
     if not return_metrics:
         return loss
     logp, entropy = logp.view(like.shape), entropy.view(like.shape)
-    metrics = policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
+    columns = with_current(columns, logp)
+    metrics = policy_metrics(
+        logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens, ratio.clamp
+    )
     return loss, metrics if penalty is None or not isinstance(kl, KLTerm) else metrics | penalty.metrics(logp, read)
 
 
-def _composed_policy_loss(caller, stats, objective, columns, values, share, sequences, penalty, coefficients):
+def _composed_policy_loss(caller, stats, entry, columns, values, share, sequences, penalty, coefficients):
     """Returns ``policy_loss`` of the TokenStats of a whole batch, without its checks; differentiable in them.
 
-    sequences: live tokens, ``cu_seqlens`` and ``ratio_level``. penalty: the KLPenalty, or None. coefficients: of the KL
-    and the entropy term, or None.
+    sequences: live tokens, ``cu_seqlens``, ``ratio_level`` and the clamp of the log-ratio. penalty: the KLPenalty, or
+    None. coefficients: of the KL and the entropy term, or None.
     """
-    loss = ratio_term(caller, objective, stats.logprobs, columns, values, share, *sequences)
+    columns = with_current(columns, stats.logprobs)
+    loss = ratio_term(caller, entry, stats.logprobs, columns, values, share, *sequences)
     kl_coef, entropy_coef = coefficients
     if kl_coef is not None:
         loss = loss + penalty.loss(stats.logprobs, kl_coef)
@@ -330,16 +371,17 @@ class SequenceLoss(NamedTuple):
         terms = self.terms.at(rows.index)
         loss = ratio_term(
             self.caller,
-            terms.objective,
+            OBJECTIVES[terms.objective],
             stats.logp,
-            terms.columns,
+            with_current(terms.columns, stats.logp),
             terms.params,
             TokenWeights(terms.weight),
             rows.live(stats.logp) & self.live.reshape(-1)[rows.index],
             self.plan.cu_seqlens(first, last),
             self.ratio_level,
+            terms.clamp,
         )
-        return loss + terms.kl_and_entropy(stats)
+        return loss + terms.other_terms(stats)
 
     def gradient_scale(self):
         sequences = self.live.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1

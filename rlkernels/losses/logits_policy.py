@@ -13,19 +13,23 @@ from rlkernels.losses.kl_term import KLTerm, named_objective, simplified
 from rlkernels.losses.policy import policy_loss
 from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
+from rlkernels.losses.policy_ratio import SQUARE, ratio_options
 from rlkernels.losses.token_weights import live_tokens, loss_weights
 from rlkernels.losses.weighted_sum import parameters
 from rlkernels.types import (
     KL,
     Aggregation,
     Logits,
+    LogRatioClamp,
     Mask,
     Metrics,
     Normalizers,
     Number,
+    ObjectiveLike,
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    RatioDenominator,
     RatioLevel,
     Scalar,
     Targets,
@@ -39,13 +43,13 @@ def logits_policy_loss(
     logits: Logits,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     temperature: Temperature = 1.0,
     ignore_index: int = -100,
     vocab_mask: VocabMask | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -54,10 +58,14 @@ def logits_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
+    rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
     return_metrics: Literal[False] = False,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar: ...
 
 
@@ -66,13 +74,13 @@ def logits_policy_loss(
     logits: Logits,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     temperature: Temperature = 1.0,
     ignore_index: int = -100,
     vocab_mask: VocabMask | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -81,10 +89,14 @@ def logits_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
+    rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
     return_metrics: Literal[True],
-    **params: Number,
+    **params: Number | PerToken,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -93,13 +105,13 @@ def logits_policy_loss(
     logits: Logits,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     temperature: Temperature = 1.0,
     ignore_index: int = -100,
     vocab_mask: VocabMask | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -108,10 +120,14 @@ def logits_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
+    rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
     return_metrics: bool,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
@@ -119,13 +135,13 @@ def logits_policy_loss(
     logits: Logits,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     temperature: Temperature = 1.0,
     ignore_index: int = -100,
     vocab_mask: VocabMask | None = None,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -134,16 +150,21 @@ def logits_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
+    rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
     return_metrics: bool = False,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""``policy_loss`` straight from logits: statistics, objective and the gradient with respect to the logits in one
     pass over each row.
 
     The row of a token of weight 0 is never read, nor its target and temperature: any id will do. Sequence-level ratios
-    need every row before any gradient: they take the two passes of ``token_stats``, and so does a ``KLTerm``.
+    need every row before any gradient: they take the two passes of ``token_stats``. So do ``old_logprobs=None``, a
+    ``KLTerm``, ``log_ratio_clamp``, and ``log_ratio_sq_coef`` beside a KL term.
 
     Args:
         logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; ``old_logprobs`` and
@@ -172,16 +193,21 @@ def logits_policy_loss(
         raise ValueError(
             f"{caller}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
         )
-    entry, values = resolve(caller, objective, params, logits)
+    entry, values, further = resolve(caller, objective, params, logits)
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=flat.real)
     cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
-    columns = objective_columns(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
+    ratio = ratio_options(
+        caller, entry, like, old_logprobs, rollout_logprobs, ratio_denominator, log_ratio_clamp, log_ratio_sq_coef
+    )
+    columns = objective_columns(
+        caller, entry, like, ratio.old, advantages, ref_logprobs, ratio.rollout, further, cu_seqlens, ratio_level
+    )
     kl = simplified(kl)
     penalty, bonus = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(caller, like, mask) & scored
-    if ratio_level != "token" or isinstance(kl, KLTerm):
+    if ratio_level != "token" or isinstance(kl, KLTerm) or not ratio.in_one_launch(entry, penalty):
         kl, read = own_tokens(caller, kl, like, scored, live)
         flat = flat.without(~read)
         stats = ops.token_stats(flat.rows, ops.ENTROPY, inplace_backward, ops.serving("token_stats", logits))
@@ -201,6 +227,10 @@ def logits_policy_loss(
                 entropy_coef=entropy_coef,
                 cu_seqlens=cu_seqlens,
                 ratio_level=ratio_level,
+                ratio_denominator=ratio_denominator,
+                rollout_logprobs=rollout_logprobs,
+                log_ratio_clamp=log_ratio_clamp,
+                log_ratio_sq_coef=log_ratio_sq_coef,
                 normalizers=normalizers,
                 return_metrics=return_metrics,
                 **params,
@@ -216,14 +246,18 @@ def logits_policy_loss(
     with_grad = (
         torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     )
+    # The square of the log-ratio takes the place of the KL, because it is another KL's k2.
+    estimator, reference = named_objective(kl), ref_logprobs
+    if ratio.square is not None:
+        penalty, estimator, reference = ratio.square, SQUARE, rollout_logprobs
     policy = PolicyInputs(
-        objective,
+        entry.function.__name__,
         [flat.per_row(c) for c in columns],
         parameters(values),
         flat.per_row(weights),
         None if bonus is None else flat.per_row(weights * bonus),
-        None if penalty is None else named_objective(kl),
-        None if penalty is None else flat.per_row(ref_logprobs),
+        None if penalty is None else estimator,
+        None if penalty is None else flat.per_row(reference),
         None if penalty is None else flat.per_row(weights * penalty),
     )
     of_rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))

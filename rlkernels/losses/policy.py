@@ -5,8 +5,6 @@ The objective is an argument by name, and so is the aggregation: no loss here is
 
 from typing import Literal, overload
 
-from torch import Tensor
-
 from rlkernels import checks
 from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
@@ -15,25 +13,22 @@ from rlkernels.losses.kl_penalty import kl_penalty
 from rlkernels.losses.kl_term import KLTerm, simplified
 from rlkernels.losses.policy_arguments import check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
-from rlkernels.losses.token_weights import (
-    TokenWeights,
-    aggregation_of_sequences,
-    full_mask,
-    live_mask,
-    token_weights_of,
-)
-from rlkernels.losses.weighted_sum import Params, scaled_sum, weighted_sum
-from rlkernels.sequences import means, spread, sums
+from rlkernels.losses.policy_ratio import SQUARE, ratio_options, ratio_term, with_current
+from rlkernels.losses.token_weights import aggregation_of_sequences, full_mask, live_mask, token_weights_of
+from rlkernels.losses.weighted_sum import scaled_sum
 from rlkernels.types import (
     KL,
     Aggregation,
+    LogRatioClamp,
     Mask,
     Metrics,
     Normalizers,
     Number,
+    ObjectiveLike,
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    RatioDenominator,
     RatioLevel,
     Scalar,
 )
@@ -43,10 +38,10 @@ from rlkernels.types import (
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -56,9 +51,13 @@ def policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
+    rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[False] = False,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar: ...
 
 
@@ -66,10 +65,10 @@ def policy_loss(
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -79,9 +78,13 @@ def policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
+    rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[True],
-    **params: Number,
+    **params: Number | PerToken,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -89,10 +92,10 @@ def policy_loss(
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -102,19 +105,23 @@ def policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
+    rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
     return_metrics: bool,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
-    objective: str = "ppo_clip",
+    objective: ObjectiveLike = "ppo_clip",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
@@ -124,9 +131,13 @@ def policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
+    rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
-    **params: Number,
+    **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""A policy objective over log-probabilities, with a KL and an entropy term.
 
@@ -140,20 +151,22 @@ def policy_loss(
     Args:
         logprobs: ``[B, L]``, or packed ``[T]``; the log-probabilities under the policy, the only argument besides
             ``entropy`` that gets a gradient.
-        old_logprobs: same shape, under the behaviour policy. An objective without this column (``reinforce``) ignores
-            it; None will do there.
+        old_logprobs: same shape, under the behaviour policy. None stands for the current policy, detached: every ratio
+            is then 1 and has its gradient. An objective without this column (``reinforce``) ignores it.
         advantages: same shape, or one per sequence: ``[B]``, ``[B, 1]``, or, with ``cu_seqlens``, ``[S, 1]`` or
-            ``[S]``. Where ``[S]`` could be ``[T]``, too, it raises.
+            ``[S]``. Where ``[S]`` could be ``[T]``, too, it raises. None for an objective without an
+            advantage (``ref_kl``).
         mask: live tokens, same shape, any pattern: bool, integers (not 0: live), or floats that are 0 and 1. A dead
             token touches neither loss nor gradient, whatever it holds.
-        objective: a registered name with first column ``logp``; its parameters are further keywords (``clip_low``,
-            ``clip_high``, ...).
+        objective: the name of a registered objective with first column ``logp``, or its function. Its parameters are
+            further keywords (``clip_low``, ``clip_high``, ...), with the defaults of its signature. So are the columns
+            that no argument here fills: tensors shaped like ``logprobs``, without gradient.
         aggregation, normalizers: mode and keyword arguments of ``token_weights``: totals of the whole batch, where this
             call sees a part of it.
         weights: per-token weights, same shape, instead of an aggregation.
         ref_logprobs, kl, kl_coef: reference log-probabilities, the estimator (``"k1"``, ``"k2"``, ``"k3"``, ``"abs"``,
             or a ``KLTerm`` with clamps, another gradient, the ratio, a mask of its own), and its coefficient. With a
-            coefficient of 0 they are for the metric alone.
+            coefficient of 0 they are for the metric alone. An objective with the column ``ref_logp`` takes them, too.
         entropy, entropy_coef: per-token entropies and the coefficient of their bonus; with 0, for the metric alone.
         cu_seqlens: ``[S + 1]`` offsets of a packed batch, int32, int64 or a list. On a CPU wrong ones raise, in a
             compiled program, too.
@@ -161,6 +174,16 @@ def policy_loss(
             ``"sequence_token"``: its value with a gradient per token (GSPO-token); ``"sequence_sum"``: ``exp(sum_t
             d_t)``, one loss per sequence, which weighs what its live tokens weigh together. The mean of such losses is
             one over sequences: ``"token-mean"`` stands for ``"seq-mean"`` there.
+        ratio_denominator: ``"old"``; ``"rollout"``: ``rollout_logprobs`` take the place of ``old_logprobs``.
+        rollout_logprobs: same shape, the log-probabilities that the rollout engine reported, for an objective with the
+            column ``rollout_logp`` and for the two options that name them. Log-probabilities of all kinds are reduced
+            alike at a sequence level.
+        log_ratio_clamp: bounds of the log-ratio, behind its reduction at a sequence level: a number ``c`` for ``[-c,
+            c]``, or a pair in which None is no bound. Beyond them the log-ratio has no gradient; the constant weight of
+            CISPO and of ``rollout_is`` is bounded, and their gradient stays. For objectives of the log-ratio alone.
+            OpenRLHF and verl take 20.
+        log_ratio_sq_coef: adds ``log_ratio_sq_coef (logp_t - rollout_t)^2`` on the tokens of the loss, with its
+            weights. Kimi K2.5, arXiv:2602.02276.
         Coefficients and parameters: numbers, or tensors of shape ``()`` without gradient. One on a device is never
             read: its range is not checked, and an objective with such a parameter runs in plain torch between the
             kernels (for a schedule or a learned bound).
@@ -169,8 +192,9 @@ def policy_loss(
         Scalar, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, dict)`` of masked, detached scalars.
 
     Raises:
-        ValueError: shapes that do not match, unknown names, a coefficient without its input, two sources of weights; on
-            a CPU (elsewhere with ``RLKERNELS_CHECK=1``) a float mask of other values than 0 and 1.
+        ValueError: shapes that do not match, unknown names, a coefficient or a column of the objective without its
+            input, ``rollout_logprobs`` or advantages that nothing takes, two sources of weights; on a CPU (elsewhere
+            with ``RLKERNELS_CHECK=1``) a float mask of other values than 0 and 1.
         TypeError: a parameter that the objective does not take, or one it needs.
 
     Example:
@@ -188,8 +212,13 @@ def policy_loss(
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs, entropy)
     cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
-    entry, values = resolve(caller, objective, params, logprobs)
-    columns = objective_columns(caller, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
+    entry, values, further = resolve(caller, objective, params, logprobs)
+    ratio = ratio_options(
+        caller, entry, logprobs, old_logprobs, rollout_logprobs, ratio_denominator, log_ratio_clamp, log_ratio_sq_coef
+    )
+    columns = objective_columns(
+        caller, entry, logprobs, ratio.old, advantages, ref_logprobs, ratio.rollout, further, cu_seqlens, ratio_level
+    )
     live = live_mask(caller, logprobs, mask)
     if ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
@@ -199,11 +228,15 @@ def policy_loss(
     penalty = None
     if ref_logprobs is not None and (kl_coef is not None or isinstance(kl, KLTerm)):
         shared = token_weights, aggregation, cu_seqlens, normalizers, weights is not None
-        penalty = kl_penalty(caller, kl, logprobs, ref_logprobs, old_logprobs, None, live, *shared)
+        penalty = kl_penalty(caller, kl, logprobs, ref_logprobs, ratio.old, None, live, *shared)
 
     real = real_dtype(logprobs.dtype)
     logp = dense(logprobs, real)
-    loss = ratio_term(caller, objective, logp, columns, values, token_weights, live, cu_seqlens, ratio_level)
+    if ratio.old is None:
+        columns = with_current(columns, logp)
+    loss = ratio_term(caller, entry, logp, columns, values, token_weights, live, cu_seqlens, ratio_level, ratio.clamp)
+    if ratio.square is not None:
+        loss = loss + scaled_sum(ratio.square, SQUARE, logp, [rollout_logprobs], token_weights)
     if kl_coef is not None:
         loss = loss + penalty.loss(logp, kl_coef)
     if entropy_coef is not None:
@@ -212,42 +245,16 @@ def policy_loss(
     if not return_metrics:
         return loss
     metrics = policy_metrics(
-        logp, columns, full_mask(logprobs, live), ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens
+        logp,
+        columns,
+        full_mask(logprobs, live),
+        ref_logprobs,
+        kl,
+        entropy,
+        entry,
+        values,
+        ratio_level,
+        cu_seqlens,
+        ratio.clamp,
     )
     return loss, metrics if penalty is None or not isinstance(kl, KLTerm) else metrics | penalty.metrics(logp)
-
-
-def ratio_term(
-    caller: str,
-    objective: str,
-    logp: Tensor,
-    columns: list[Tensor],
-    params: Params,
-    weights: TokenWeights,
-    live: Tensor | None,
-    cu_seqlens: Tensor | None,
-    level: RatioLevel,
-) -> Tensor:
-    """Computes the weighted sum of a policy objective whose ratio is that of a token or of a sequence."""
-    if level == "token":
-        return weighted_sum(objective, logp, columns, params, weights)
-    live = full_mask(logp, live)
-    if cu_seqlens is None and logp.dim() != 2:
-        raise ValueError(
-            f"{caller}: ratio_level {level!r} needs logprobs [B, L], or packed [T] with cu_seqlens; got "
-            f"shape {tuple(logp.shape)}"
-        )
-    # float64 to the end, because a log-ratio is the small difference of large numbers. Sums over 32768 tokens that are
-    # rounded to fp32 miss it by 4e-3.
-    now, old, advantage = (x.double() for x in (logp, *columns))
-    if level == "sequence_sum":
-        # One loss per sequence. An advantage per token enters as its mean, because it is constant along the sequence in
-        # every published use.
-        now, old, of_sequences = (sums(x, live, cu_seqlens) for x in (now, old, weights.values.double()))
-        advantage, weights = means(advantage, live, cu_seqlens), TokenWeights(of_sequences)
-    elif level == "sequence":
-        now, old = (spread(means(x, live, cu_seqlens), live, cu_seqlens) for x in (now, old))
-    else:
-        fixed = now.detach()
-        old = fixed - spread(means(fixed - old, live, cu_seqlens), live, cu_seqlens)
-    return weighted_sum(objective, now, [old, advantage], params, weights).to(logp.dtype)

@@ -1,45 +1,65 @@
 """The arguments of a policy loss, checked: its objective, its columns, its KL and entropy terms."""
 
-from typing import get_args
+import inspect
+import sys
+from collections.abc import Collection
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.losses.kl_term import KLS, KLTerm
-from rlkernels.objectives import OBJECTIVES, Objective
+from rlkernels.objectives import OBJECTIVES, Objective, registered
 from rlkernels.sequences import per_token
-from rlkernels.types import KL, Number, PerToken, PerTokenOrSequence, RatioLevel
+from rlkernels.types import KL, Number, ObjectiveLike, PerToken, PerTokenOrSequence, RatioLevel
 
-DEFAULTS = {
-    "ppo_clip": {"clip_low": 0.2, "clip_high": 0.2},
-    "dual_clip": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0},
-    "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
+ARGUMENTS = {
+    "old_logp": "old_logprobs",
+    "ref_logp": "ref_logprobs",
+    "rollout_logp": "rollout_logprobs",
+    "advantage": "advantages",
 }
-"""Per objective, the parameters that papers and trainers agree on.
-
-CISPO's bounds are not among them, because three conventions are in use.
-"""
+"""From a column of a policy objective to the argument that fills it. Any other column is a keyword of its own name."""
+LOG_PROBABILITIES = tuple(name for name in ARGUMENTS if name != "advantage")
+"""The columns that are log-probabilities of the tokens, of which a sequence has a sum and a mean."""
 ROW = "the entropy of its row"
 """Stands for the entropy of each row of logits, which such a loss computes itself."""
 RATIO_LEVELS = get_args(RatioLevel)
 
 
-def resolve(caller: str, objective: str, params: dict[str, Number], like: Tensor) -> tuple[Objective, list[Number]]:
-    """Returns the registered objective and the values of its parameters, in the objective's order.
+def resolve(
+    caller: str, objective: ObjectiveLike, keywords: dict[str, Number | PerToken], like: Tensor
+) -> tuple[Objective, list[Number], dict[str, PerToken]]:
+    """Returns the registered objective, the values of its parameters in its order, and its further columns by name.
 
-    ``like``: a tensor on the device of the data.
+    ``keywords``: parameters and further columns. ``like``: a tensor on the device of the data.
     """
-    entry = OBJECTIVES.get(objective) if isinstance(objective, str) else None
+    entry = registered(objective)
     if entry is None or not _is_policy(entry):
         checks.choice(caller, "objective", objective, [name for name, entry in OBJECTIVES.items() if _is_policy(entry)])
-    return entry, checks.params(caller, objective, entry, params, DEFAULTS, like)
+    params, further = divided(entry, keywords, ARGUMENTS)
+    return entry, checks.params(caller, entry.function.__name__, entry, params, like), further
+
+
+def divided(
+    entry: Objective, keywords: dict[str, Number | PerToken], arguments: Collection[str]
+) -> tuple[dict[str, Number], dict[str, PerToken]]:
+    """Divides a caller's keywords into parameters of an objective and columns that no argument fills.
+
+    ``arguments``: the columns that an argument fills.
+    """
+    names = [name for name in entry.columns[1:] if name in keywords and name not in arguments]
+    if not names:
+        return keywords, {}
+    return {k: x for k, x in keywords.items() if k not in names}, {name: keywords[name] for name in names}
 
 
 def _is_policy(entry: Objective) -> bool:
-    """Tells whether an objective has the columns of a policy objective."""
-    # One without an advantage is refused, because it would ignore the caller's in silence.
-    return entry.columns[0] == "logp" and "advantage" in entry.columns
+    """Tells whether an objective has the columns of a policy objective: an advantage, or a behaviour policy."""
+    return entry.columns[0] == "logp" and any(
+        name in entry.columns for name in ("advantage", "old_logp", "rollout_logp")
+    )
 
 
 def objective_columns(
@@ -47,32 +67,65 @@ def objective_columns(
     entry: Objective,
     like: Tensor,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
+    ref_logprobs: PerToken | None,
+    rollout_logprobs: PerToken | None,
+    further: dict[str, PerToken],
     cu_seqlens: Tensor | None,
     ratio_level: RatioLevel,
-) -> list[Tensor]:
-    """Returns the columns that the objective takes after ``logp``, shaped like the log-probabilities ``like``."""
+) -> list[Any]:
+    """Returns the columns that the objective takes after ``logp``, shaped like the log-probabilities ``like``.
+
+    None stands for the current policy in the place of ``old_logp``.
+
+    ``further``: the columns that the caller passed by their names.
+    """
     checks.choice(caller, "ratio_level", ratio_level, RATIO_LEVELS)
-    if ratio_level != "token" and "old_logp" not in entry.columns:
+    if ratio_level != "token" and not any(name in entry.columns for name in LOG_PROBABILITIES):
         raise ValueError(
             f"{caller}: ratio_level={ratio_level!r} needs an objective of a ratio; this one has columns "
             f"{', '.join(entry.columns)}"
         )
-    inputs = {"old_logp": ("old_logprobs", old_logprobs), "advantage": ("advantages", advantages)}
-    columns = []
+    if rollout_logprobs is not None and "rollout_logp" not in entry.columns:
+        raise ValueError(
+            f"{caller}: objective {entry.function.__name__!r} has no column 'rollout_logp', so that rollout_logprobs "
+            "would have no effect; leave it out"
+        )
+    if advantages is not None and "advantage" not in entry.columns:
+        raise ValueError(
+            f"{caller}: objective {entry.function.__name__!r} has no column 'advantage', so that advantages would have "
+            "no effect; pass None"
+        )
+    inputs = {
+        "old_logp": old_logprobs,
+        "advantage": advantages,
+        "ref_logp": ref_logprobs,
+        "rollout_logp": rollout_logprobs,
+    }
+    columns: list[Any] = []
     for name in entry.columns[1:]:
-        if name not in inputs:
-            raise ValueError(
-                f"{caller}: the objective needs a column {name!r}, which {caller} has no argument for; "
-                "compute it with plain torch, or "
-                "write the objective without that column"
-            )
-        argument, x = inputs[name]
+        argument = ARGUMENTS.get(name, name)
+        x = inputs[name] if name in inputs else further.get(name)
+        if x is None and name == "old_logp":
+            columns.append(None)  # the current policy, which the loss knows
+            continue
+        if x is None and name != "advantage":
+            raise ValueError(missing_column(caller, entry, name, argument))
         if name == "advantage":
             checks.floating(caller, argument, x)
             x = per_token(caller, argument, x, like, cu_seqlens)
         columns.append(column(caller, argument, x, like))
     return columns
+
+
+def missing_column(caller: str, entry: Objective, name: str, argument: str) -> str:
+    """Returns the message for a column that the caller did not pass."""
+    own = inspect.signature(getattr(sys.modules["rlkernels"], caller)).parameters
+    if name == argument and name in own:
+        instead = f"{caller} has an argument of that name, so rename the column"
+    else:
+        instead = f"pass {argument}=, a floating point tensor with one number for each element of the loss"
+    return f"{caller}: objective {entry.function.__name__!r} needs a column {name!r}; {instead}"
 
 
 def column(caller: str, name: str, x: Tensor | None, like: Tensor, like_name: str = "logprobs") -> Tensor:

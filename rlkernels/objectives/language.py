@@ -1,14 +1,16 @@
 """``@objective``: checks a scalar function against the objective language and registers it.
 
 The language is the part of Python that Triton and C++ can express, too. A function has positional arguments, a
-docstring, statements ``name = expression``, and one final ``return value, derivative``. Expressions are arguments,
-locals, float literals, ``+ - * /``, unary ``-`` and calls of the names in ``rlkernels.objectives.functions``; a
-comparison stands only as the condition of ``where``. The derivative is with respect to the first argument.
+docstring, statements ``name = expression``, and one final ``return value, derivative``. A parameter may have a number
+as its default. Expressions are arguments, locals, float literals, ``+ - * /``, unary ``-`` and calls of the names in
+``rlkernels.objectives.functions``; a comparison stands only as the condition of ``where``. The derivative is with
+respect to the first argument.
 """
 
 import ast
 import inspect
 import textwrap
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, overload
 
@@ -18,6 +20,7 @@ COLUMNS = (
     "logp",
     "old_logp",
     "ref_logp",
+    "rollout_logp",
     "advantage",
     "value",
     "old_value",
@@ -26,7 +29,10 @@ COLUMNS = (
     "log_ratio",
     "mean_logp",
 )
-"""The names of arguments that are columns, with one number per row. Any other argument is one float per launch."""
+"""The names of arguments that are columns, with one number per row.
+
+Any other argument is one float per launch, unless ``objective(columns=...)`` counts it among the columns.
+"""
 
 ARITY = {name: len(inspect.signature(function).parameters) for name, function in functions.FUNCTIONS.items()}
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div)
@@ -51,12 +57,13 @@ INSTEAD = {
 
 
 class Objective(NamedTuple):
-    """A registered objective: its function, the names of its columns and parameters, and its syntax tree."""
+    """A registered objective: its function, the names of its columns and parameters, its syntax tree, its defaults."""
 
     function: Callable
     columns: tuple[str, ...]
     params: tuple[str, ...]
     tree: ast.FunctionDef
+    defaults: tuple[tuple[str, float], ...] = ()  # pairs, because an entry must be hashable
 
 
 OBJECTIVES: dict[str, Objective] = {}
@@ -75,11 +82,13 @@ def objective(function: Any = None, *, columns: int | None = None) -> Any:
     """Registers ``function`` and returns it unchanged, so that a call runs it on torch's tensors.
 
     Args:
-        columns: the number of leading arguments that are columns. By default the arguments named in ``COLUMNS``.
+        columns: the number of leading arguments that are columns. By default the arguments named in ``COLUMNS``. With
+            it a column may have any name: a loss then takes it as a keyword, a tensor shaped like its other columns.
 
     Raises:
-        TypeError: ``function`` leaves the objective language; the message names the construct and what to write.
-        ValueError: the name is taken by another function.
+        TypeError: ``function`` leaves the objective language, or its source is nowhere to be read; the message names
+            the construct and what to write.
+        ValueError: the name is taken by another function; ``columns`` counts none, or more arguments than there are.
 
     Example:
         >>> @objective
@@ -88,6 +97,14 @@ def objective(function: Any = None, *, columns: int | None = None) -> Any:
         ...     return -0.5 * advantage * logp, -0.5 * advantage
         >>> OBJECTIVES.pop("halved").columns
         ('logp', 'advantage')
+        >>> @objective(columns=3)
+        ... def gated(logp, advantage, gate, scale=0.5):
+        ...     "REINFORCE, each token by its gate."
+        ...     return -scale * gate * advantage * logp, -scale * gate * advantage
+        >>> logp, gate = torch.zeros(1, 2, requires_grad=True), torch.tensor([[1.0, 0.0]])
+        >>> rlkernels.policy_loss(logp, None, torch.tensor([2.0]), objective=gated, gate=gate).backward()
+        >>> OBJECTIVES.pop("gated").defaults, logp.grad
+        ((('scale', 0.5),), tensor([[-0.5000, -0.0000]]))
     """
     if function is None:
         return lambda f: objective(f, columns=columns)
@@ -98,16 +115,50 @@ def objective(function: Any = None, *, columns: int | None = None) -> Any:
         )
     name = function.__name__
     tree = _parse(function)
-    names = _arguments(function)
-    count = sum(n in COLUMNS for n in names) if columns is None else columns
-    if count == 0 or columns is None and not all(n in COLUMNS for n in names[:count]):
-        raise TypeError(f"objective {name!r}: columns {COLUMNS} come first, then parameters; got {names}")
+    names, defaults = _arguments(function)
+    count = _column_count(name, names, columns)
+    for default in (n for n in names[:count] if n in defaults):
+        raise TypeError(f"objective {name!r}: {default!r} is a column and has a default; only parameters have one")
     known = OBJECTIVES.get(name)
     if known is not None and _identity(known.function) != _identity(function):
         raise ValueError(f"objective {name!r} is already registered by {known.function.__module__}")
     _Checker(name, function, names).check(tree)
-    OBJECTIVES[name] = Objective(function, names[:count], names[count:], tree)
+    if not _compiles_to(tree, function.__code__):
+        # The kernels are made of the source. A file that changed after its import, and a second exec under the same
+        # file name, leave the source of another function there.
+        raise TypeError(_stale(function))
+    OBJECTIVES[name] = Objective(function, names[:count], names[count:], tree, tuple(defaults.items()))
     return function
+
+
+def registered(objective: Any) -> Objective | None:
+    """Returns the entry of an objective, by its name or by the function that was registered; None where there is none.
+
+    A function that another one of the same name has replaced is not registered any more.
+    """
+    if isinstance(objective, str):
+        return OBJECTIVES.get(objective)
+    entry = OBJECTIVES.get(getattr(objective, "__name__", ""))
+    return entry if entry is not None and entry.function is objective else None
+
+
+def _column_count(name, names, columns):
+    """Returns how many leading arguments are columns; refuses a column behind a parameter."""
+    if columns is None:
+        count = sum(n in COLUMNS for n in names)
+        if count == 0 or not all(n in COLUMNS for n in names[:count]):
+            raise TypeError(
+                f"objective {name!r}: columns {COLUMNS} come first, then parameters; got {names}; with "
+                "@objective(columns=k) the first k arguments are columns, whatever their names"
+            )
+        return count
+    if isinstance(columns, bool) or not isinstance(columns, int):
+        raise TypeError(f"objective {name!r}: columns must be int, got {type(columns).__name__}")
+    if not 1 <= columns <= len(names):
+        raise ValueError(f"objective {name!r}: columns={columns}, expected 1 to {len(names)}, its arguments")
+    for late in (n for n in names[columns:] if n in COLUMNS):
+        raise TypeError(f"objective {name!r}: columns={columns} leaves the column {late!r} among the parameters")
+    return columns
 
 
 def _identity(function):
@@ -118,20 +169,47 @@ def _identity(function):
 def _parse(function):
     """Returns the syntax tree of a function."""
     try:
-        source = inspect.getsource(function)
-    except OSError as error:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, SyntaxError, IndexError) as error:
         raise TypeError(
-            f"objective {function.__name__!r} must be defined in a file or a notebook cell: no source found"
+            f"objective {function.__name__!r} must be defined in a file or a notebook cell: no source found; for code "
+            "of exec, enter its source into linecache.cache under the file name of compile()"
         ) from error
-    return ast.parse(textwrap.dedent(source)).body[0]
+    if not isinstance(tree, ast.FunctionDef):
+        raise TypeError(_stale(function))
+    return tree
+
+
+def _stale(function):
+    code = function.__code__
+    return (
+        f"objective {function.__name__!r}: the source at {code.co_filename}, line {code.co_firstlineno}, is not that "
+        "of the function; import it anew, or define it under a file name of its own"
+    )
+
+
+def _compiles_to(tree, code):
+    """Tells whether a syntax tree is that of a function's code: the same instructions, names and numbers."""
+    bare = ast.FunctionDef(**{**dict(ast.iter_fields(tree)), "decorator_list": []})
+    module = compile(ast.fix_missing_locations(ast.Module([ast.copy_location(bare, tree)], [])), "<objective>", "exec")
+    return _essence(next(c for c in module.co_consts if isinstance(c, types.CodeType))) == _essence(code)
+
+
+def _essence(code):
+    numbers = tuple(repr(x) for x in code.co_consts if isinstance(x, (int, float)))  # not the docstring
+    return code.co_name, code.co_code, code.co_varnames, code.co_names, numbers
 
 
 def _arguments(function):
-    """Returns the names of a function's arguments; refuses defaults and arguments by keyword."""
+    """Returns the names of a function's arguments, and the defaults that some have; refuses arguments by keyword."""
     parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty for p in parameters):
-        raise TypeError(f"objective {function.__name__!r}: positional arguments without defaults only")
-    return tuple(p.name for p in parameters)
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+        raise TypeError(f"objective {function.__name__!r}: positional arguments only")
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    for name, x in defaults.items():
+        if isinstance(x, bool) or not isinstance(x, (int, float)):
+            raise TypeError(f"objective {function.__name__!r}: the default of {name!r} must be a number, got {x!r}")
+    return tuple(p.name for p in parameters), {name: float(x) for name, x in defaults.items()}
 
 
 class _Checker:

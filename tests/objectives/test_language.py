@@ -60,7 +60,17 @@ def no_docstring(logp, advantage):
     return logp * advantage, advantage
 
 
-def default(logp, advantage, beta=0.1):
+def default(logp, advantage, beta="0.1"):
+    """d"""
+    return beta * logp, beta
+
+
+def default_of_a_column(logp, advantage=1.0):
+    """d"""
+    return advantage * logp, advantage
+
+
+def by_keyword(logp, advantage, *, beta):
     """d"""
     return beta * logp, beta
 
@@ -91,7 +101,9 @@ REFUSED = {
     reassigned: "a new name",
     one_output: "return value, derivative",
     no_docstring: "docstring",
-    default: "without defaults",
+    default: "default of 'beta' must be a number, got '0.1'",
+    default_of_a_column: "'advantage' is a column and has a default",
+    by_keyword: "positional arguments only",
     parameter_first: "columns .* first",
     keyword: "positional",
     cxx_keyword: "another name",

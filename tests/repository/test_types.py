@@ -25,8 +25,8 @@ from rlkernels.checks.tokens import RESERVED
 from rlkernels.integrations import trl
 from rlkernels.logprobs import TokenStats
 from rlkernels.losses import (
-    kl_term,
     divergence,
+    kl_term,
     policy_arguments,
     preference_options,
     preference_types,

@@ -10,8 +10,8 @@ import inspect
 import threading
 from contextlib import contextmanager
 
-import kl_calls
 import divergence_calls
+import kl_calls
 import reward_calls
 import rollout_calls
 import torch
