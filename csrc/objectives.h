@@ -2,7 +2,7 @@
 #pragma once
 #include "objective_functions.h"
 
-#define RLK_OBJECTIVES_DIGEST "d5dfc6673f088ab8"
+#define RLK_OBJECTIVES_DIGEST "fa39fe15c17ad4ae"
 
 #define RLK_OBJECTIVES(X) \
   X(k1, 2, 0) \
@@ -26,6 +26,7 @@
   X(dppo_kl, 3, 3) \
   X(dppo_kl_surrogate, 3, 2) \
   X(tv_symmetric, 3, 1) \
+  X(ref_kl, 3, 1) \
   X(pairwise, 1, 0) \
   X(dpo_sigmoid, 1, 2) \
   X(robust, 1, 2) \
@@ -64,6 +65,7 @@
   X(dppo_kl, 3, 3) \
   X(dppo_kl_surrogate, 3, 2) \
   X(tv_symmetric, 3, 1) \
+  X(ref_kl, 3, 1) \
   X(nll, 1, 0) \
   X(dft, 1, 0)
 
@@ -300,6 +302,19 @@ struct tv_symmetric {
     const S free = rlk::where((advantage > S(0.0)), (ratio * advantage), rlk::where((advantage < S(0.0)), (ratio * advantage), (advantage * gap)));
     const S shift = (rlk::exp(logp) - rlk::exp(rollout_logp));
     const S kept = rlk::where((shift > delta), (S(0.0) * advantage), rlk::where(((-shift) > delta), (S(0.0) * advantage), free));
+    return {(-kept), (-kept)};
+  }
+};
+
+struct ref_kl {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S rollout_logp, S ref_logp, S delta_low) const {
+    const S gap = (logp - rollout_logp);
+    const S ratio = rlk::exp(gap);
+    const S gain = (ref_logp - logp);
+    const S free = rlk::where((gain > S(0.0)), (ratio * gain), rlk::where((gain < S(0.0)), (ratio * gain), (gain * gap)));
+    const S gate = ((rlk::exp(rollout_logp) - rlk::exp(logp)) - delta_low);
+    const S kept = rlk::where((gate > S(0.0)), (S(0.0) * gain), free);
     return {(-kept), (-kept)};
   }
 };

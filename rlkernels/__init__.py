@@ -12,12 +12,14 @@ from rlkernels.advantages.moments import Moments, masked_moments, merge_moments
 from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
+from rlkernels.linear.distillation_loss import linear_distillation_loss
 from rlkernels.linear.policy_loss import linear_policy_loss
 from rlkernels.linear.preference_loss import linear_dpo_loss
 from rlkernels.linear.sft_loss import linear_sft_loss
 from rlkernels.linear.token_stats import linear_token_logprobs, linear_token_stats
 from rlkernels.linear.unpaired_preference_loss import linear_unpaired_preference_loss
 from rlkernels.logprobs import TokenStats, token_logprobs, token_stats
+from rlkernels.losses.divergence import divergence_loss, token_divergences
 from rlkernels.losses.kl_estimate import kl_estimate
 from rlkernels.losses.kl_term import KLTerm
 from rlkernels.losses.logits_policy import logits_policy_loss
@@ -52,12 +54,14 @@ __all__ = [
     "available_backends",
     "broadcast_to_tokens",
     "discounted_returns",
+    "divergence_loss",
     "dpo_loss",
     "end_scores",
     "gae",
     "group_advantages",
     "kl_estimate",
     "length_desensitized_weights",
+    "linear_distillation_loss",
     "linear_dpo_loss",
     "linear_policy_loss",
     "linear_sft_loss",
@@ -88,6 +92,7 @@ __all__ = [
     "solution_scores",
     "span_reward_loss",
     "spans_to_mask",
+    "token_divergences",
     "token_logprobs",
     "token_stats",
     "token_weights",

@@ -51,8 +51,11 @@ CorrectionMode: TypeAlias = Literal["clip", "mask", None]
 RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_token", "sequence_sum"]
 KL: TypeAlias = Literal["k1", "k2", "k3", "abs"]
 KLGradient: TypeAlias = Literal["pathwise", "k2"]
-Clamp: TypeAlias = float | tuple[float | None, float | None] | None
+Clamp: TypeAlias = float | tuple[float | None, float | None] | list[float | None] | None
 """Bounds ``(low, high)``, of which either may be None; a number ``c`` stands for ``(-c, c)``."""
+RatioDenominator: TypeAlias = Literal["old", "rollout"]
+LogRatioClamp: TypeAlias = float | tuple[float | None, float | None] | list[float | None] | None
+"""A bound on both sides of 0, or a pair of which None is no bound."""
 RowKL: TypeAlias = Literal["k1", "k2", "k3", "exact"]
 """The KL of ``token_stats``, which sees whole rows."""
 Output: TypeAlias = Literal["entropy", "log_sum_sq_probs", "mean_logits", "is_top1"]
@@ -77,6 +80,11 @@ RankKind: TypeAlias = Literal["logsigmoid", "sigmoid"]
 RankAggregation: TypeAlias = Literal["pair-mean", "list-mean"]
 StepReduction: TypeAlias = Literal["min", "product"]
 SftKind: TypeAlias = Literal["nll", "dft"]
+DivergenceKind: TypeAlias = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
+TeacherTopk: TypeAlias = tuple[
+    Annotated[Tensor, "[..., K], int32 or int64, distinct ids"], Annotated[Tensor, "[..., K], their log-probabilities"]
+]
+"""The likeliest tokens of a teacher; a log-probability of -inf marks an entry that is not used."""
 LossType: TypeAlias = Literal[
     "sigmoid",
     "hinge",

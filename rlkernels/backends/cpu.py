@@ -74,6 +74,9 @@ def fused_policy(rows, policy, with_grad, out):
     return PolicyRows(like.new_full((), loss), gate.stored(gradient, out if with_grad else None), *outputs)
 
 
+divergence = eager.divergence
+
+
 def elementwise(objective, columns, params, weight):
     if objective not in _cpu.OBJECTIVES:
         return eager.elementwise(objective, columns, params, weight)

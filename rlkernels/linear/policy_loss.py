@@ -3,24 +3,24 @@
 Three matmuls, because the gradient is made in the forward.
 """
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 
 from rlkernels import ops
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.linear.chunked_loss import chunked_loss, detached_for_loss, differentiable
 from rlkernels.linear.head import HeadOptions, linear_head
 from rlkernels.linear.rank_agreement import same_on_every_rank
-from rlkernels.linear.sequence_chunks import SequencePlan, WholeBatchPlan, plan_sequences
+from rlkernels.linear.sequence_loss import sequence_loss
 from rlkernels.linear.token_loss import PolicyTerms, check_batch, token_loss
 from rlkernels.linear.token_stats import head_stats
 from rlkernels.losses.kl_penalty import kl_penalty
-from rlkernels.losses.kl_term import KLTerm, simplified
-from rlkernels.losses.policy import policy_terms, ratio_term
+from rlkernels.losses.kl_term import KLObjective, KLTerm, simplified
 from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve_either
 from rlkernels.losses.policy_factors import policy_factors
 from rlkernels.losses.policy_metrics import policy_metrics
+from rlkernels.losses.policy_ratio import SQUARE, ratio_options, with_current
+from rlkernels.losses.policy_terms import policy_terms
 from rlkernels.losses.token_weights import (
     TokenWeights,
     aggregation_of_sequences,
@@ -30,15 +30,14 @@ from rlkernels.losses.token_weights import (
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import parameters
-from rlkernels.objectives import OBJECTIVES
 from rlkernels.rollout.correction import CorrectionLike
-from rlkernels.sequences import segment_ids, sums
 from rlkernels.types import (
     KL,
     Aggregation,
     HeadBias,
     HeadWeight,
     HiddenStates,
+    LogRatioClamp,
     Mask,
     Metrics,
     Normalizers,
@@ -48,6 +47,7 @@ from rlkernels.types import (
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    RatioDenominator,
     RatioLevel,
     Scalar,
     Targets,
@@ -88,7 +88,10 @@ def linear_policy_loss(
     top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[False] = False,
@@ -128,7 +131,10 @@ def linear_policy_loss(
     top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[True],
@@ -168,7 +174,10 @@ def linear_policy_loss(
     top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool,
@@ -208,7 +217,10 @@ def linear_policy_loss(
     top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
@@ -220,8 +232,10 @@ def linear_policy_loss(
     Tokens whose weights are all 0 enter no matmul. Tokens without advantage, KL and entropy term skip the two matmuls
     of the gradient, where the objective's source shows that their gradient is 0. On the CPU so do all tokens whose
     gradient turns out to be 0 (clipped ones). With sequence-level ratios a chunk holds whole sequences; a sequence that
-    outgrows a chunk is multiplied once more, but for its last part. Under ``torch.compile``, and with objectives of
-    sequences, groups and batches, ``top_entropy_fraction`` and ``opsm_delta``, the loss is ``policy_loss`` of
+    outgrows a chunk is multiplied once more, but for its last part. ``old_logprobs=None`` costs no matmul, because a
+    chunk knows its own log-probabilities. It and ``log_ratio_clamp`` take a few launches more per chunk, and so does
+    ``log_ratio_sq_coef`` beside a KL term. Under ``torch.compile``, and with objectives of sequences, groups and
+    batches, ``top_entropy_fraction`` and ``opsm_delta``, the loss is ``policy_loss`` of
     ``linear_token_stats``: four matmuls.
 
     Args:
@@ -270,15 +284,17 @@ def linear_policy_loss(
     entry, values, further, choice = resolve_either(
         caller, objective, params, like, cu_seqlens, ratio_level, advantages, ref_logprobs
     )
-
+    ratio = ratio_options(
+        caller, entry, like, old_logprobs, rollout_logprobs, ratio_denominator, log_ratio_clamp, log_ratio_sq_coef
+    )
     columns = objective_columns(
         caller,
         entry,
         like,
-        old_logprobs,
+        ratio.old,
         advantages,
         ref_logprobs,
-        rollout_logprobs,
+        ratio.rollout,
         further,
         cu_seqlens,
         ratio_level,
@@ -304,7 +320,7 @@ def linear_policy_loss(
     if torch.compiler.is_compiling() or choice is not None or factors is not None and factors.of_policy():
         share = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
         if has_penalty:
-            penalty = kl_penalty(caller, kl, like, ref_logprobs, old_logprobs, scored, live, share, *shared)
+            penalty = kl_penalty(caller, kl, like, ref_logprobs, ratio.old, scored, live, share, *shared)
         rows = live if penalty is None else live | penalty.live
         stats = head_stats(head.without(~rows.reshape(-1)), ("entropy",), like.shape)
         logp, entropy = stats.logprobs, stats.entropy
@@ -317,6 +333,8 @@ def linear_policy_loss(
             values,
             share,
             (live, cu_seqlens, ratio_level),
+            ratio,
+            rollout_logprobs,
             choice,
             factors,
             ref_logprobs,
@@ -325,13 +343,18 @@ def linear_policy_loss(
         )
     else:
         weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
-        kl_weight = None
         if has_penalty:
             share = TokenWeights(weights)
-            penalty = kl_penalty(caller, kl, like, ref_logprobs, old_logprobs, scored, live, share, *shared)
+            penalty = kl_penalty(caller, kl, like, ref_logprobs, ratio.old, scored, live, share, *shared)
+        entropy_weight, square_weight = (
+            None if c is None else head.per_row(weights * c) for c in (entropy_coef, ratio.square)
+        )
+        kl_weight, estimator, reference, kl_old = None, KLObjective(SQUARE), rollout_logprobs, None
         if kl_coef is not None:
             kl_weight = head.per_row(penalty.weight_of_each(like) * kl_coef)
-        entropy_weight = None if entropy_coef is None else head.per_row(weights * entropy_coef)
+            estimator, reference, kl_old = penalty.objective, ref_logprobs, penalty.old_logp
+        elif square_weight is not None:  # a KL, too, and without another one it needs no launch
+            kl_weight, square_weight = square_weight, None
         if factors is not None:
             columns = factors.columns(caller, columns, live, cu_seqlens)
             factor, of_factors = factors.fixed(live, cu_seqlens, like.dtype)
@@ -342,11 +365,14 @@ def linear_policy_loss(
             parameters(values),
             head.per_row(weights),
             entropy_weight,
-            None if kl_weight is None else penalty.objective.name,
-            None if kl_weight is None else head.per_row(ref_logprobs),
+            None if kl_weight is None else estimator.name,
+            None if kl_weight is None else head.per_row(reference),
             kl_weight,
-            () if kl_weight is None else penalty.objective.params,
-            None if kl_weight is None or penalty.old_logp is None else head.per_row(penalty.old_logp),
+            () if kl_weight is None else estimator.params,
+            None if kl_old is None else head.per_row(kl_old),
+            ratio.clamp,
+            None if square_weight is None else head.per_row(rollout_logprobs),
+            square_weight,
         )
         backend = ops.serving("fused_policy", hidden)
         needs_entropy = return_metrics or entropy_weight is not None
@@ -356,68 +382,14 @@ def linear_policy_loss(
                 read = terms.live().view(like.shape)
                 live = live & read  # the other rows are not read, so they have no metrics
         else:
-            loss, logp, entropy = _sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, backend)
+            loss, logp, entropy = sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, backend)
     if not return_metrics:
         return loss
     logp, entropy = logp.view(like.shape), entropy.view(like.shape)
-    metrics = policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
+    columns = with_current(columns, logp)
+    metrics = policy_metrics(
+        logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens, ratio.clamp
+    )
     if penalty is not None and isinstance(kl, KLTerm):
         metrics |= penalty.metrics(logp, read)
     return loss, metrics | of_factors
-
-
-class SequenceLoss(NamedTuple):
-    """The ChunkedLoss of whole sequences: a policy loss whose ratio is a sequence's."""
-
-    caller: str
-    terms: PolicyTerms
-    plan: SequencePlan | WholeBatchPlan
-    ratio_level: str
-    live: torch.Tensor  # shaped as the caller's targets
-    cu_seqlens: torch.Tensor | None
-    needs_entropy: bool
-
-    def loss_of_chunk(self, rows, stats, first, last):
-        terms = self.terms.at(rows.index)
-        loss = ratio_term(
-            self.caller,
-            OBJECTIVES[terms.objective],
-            stats.logp,
-            terms.columns,
-            terms.params,
-            TokenWeights(terms.weight),
-            rows.live(stats.logp) & self.live.reshape(-1)[rows.index],
-            self.plan.cu_seqlens(first, last),
-            self.ratio_level,
-        )
-        return loss + terms.kl_and_entropy(stats)
-
-    def gradient_scale(self):
-        sequences = self.live.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-        if self.ratio_level != "sequence_sum" or not sequences:
-            return self.terms.gradient_scale()
-        # The derivative of a sum by each of its tokens is that of the whole sequence.
-        return sums(self.terms.weight.view(self.live.shape), self.live, self.cu_seqlens).abs().amax()
-
-
-def _sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, backend):
-    """Returns the loss of whole sequences, differentiable in the head, and log-probabilities and entropies ``[T]``.
-
-    Raises:
-        ValueError: rows that are in no sequence; as ``detached_for_loss`` and ``plan_sequences``.
-    """
-    shape = live.shape
-    if cu_seqlens is None and len(shape) != 2:
-        raise ValueError(
-            f"{head.caller}: ratio_level {ratio_level!r} needs hidden [B, L, H], or packed [T, H] with cu_seqlens; "
-            f"got targets of shape {tuple(shape)}"
-        )
-    rows = live.reshape(-1) | terms.live()  # those of a KL term with a mask of its own, too
-    if cu_seqlens is None:
-        count, sequence = shape[0], torch.arange(rows.shape[0], device=live.device) // max(shape[-1], 1)
-    else:
-        count, sequence = cu_seqlens.shape[0] - 1, segment_ids(cu_seqlens, rows.shape[0])
-    work = detached_for_loss(head, rows)
-    plan = plan_sequences(rows, sequence, count, bound=work.max_live_tokens, zero_gradient=terms.zero_gradient())
-    loss = SequenceLoss(head.caller, terms, plan, ratio_level, live, cu_seqlens, needs_entropy)
-    return differentiable(head, backend, chunked_loss, work, plan, loss)

@@ -14,6 +14,7 @@ from rlkernels.losses.policy import policy_loss
 from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve_either
 from rlkernels.losses.policy_factors import policy_factors
 from rlkernels.losses.policy_metrics import policy_metrics
+from rlkernels.losses.policy_ratio import SQUARE, ratio_options
 from rlkernels.losses.token_weights import live_tokens, loss_weights
 from rlkernels.losses.weighted_sum import parameters
 from rlkernels.rollout.correction import CorrectionLike
@@ -21,6 +22,7 @@ from rlkernels.types import (
     KL,
     Aggregation,
     Logits,
+    LogRatioClamp,
     Mask,
     Metrics,
     Normalizers,
@@ -30,6 +32,7 @@ from rlkernels.types import (
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    RatioDenominator,
     RatioLevel,
     Scalar,
     Targets,
@@ -59,7 +62,10 @@ def logits_policy_loss(
     top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
@@ -89,7 +95,10 @@ def logits_policy_loss(
     top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
@@ -119,7 +128,10 @@ def logits_policy_loss(
     top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
@@ -148,7 +160,10 @@ def logits_policy_loss(
     top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
@@ -158,9 +173,10 @@ def logits_policy_loss(
     r"""``policy_loss`` straight from logits: statistics, objective and the gradient with respect to the logits in one
     pass over each row.
 
-    The row of a token of weight 0 is never read, nor its target and temperature: any id will do. Sequence-level ratios,
-    a ``KLTerm``, objectives of sequences, groups and batches, ``top_entropy_fraction`` and an ``opsm_delta`` need every
-    row before any gradient: they take the two passes of ``token_stats``.
+    The row of a token of weight 0 is never read, nor its target and temperature: any id will do. What needs every row
+    before any gradient takes the two passes of ``token_stats``: sequence-level ratios, objectives of sequences, groups
+    and batches, a ``KLTerm``, ``old_logprobs=None``, ``log_ratio_clamp``, ``top_entropy_fraction``, an ``opsm_delta``,
+    and ``log_ratio_sq_coef`` beside a KL term.
 
     Args:
         logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; ``old_logprobs`` and
@@ -195,15 +211,17 @@ def logits_policy_loss(
     entry, values, further, choice = resolve_either(
         caller, objective, params, like, cu_seqlens, ratio_level, advantages, ref_logprobs
     )
-
+    ratio = ratio_options(
+        caller, entry, like, old_logprobs, rollout_logprobs, ratio_denominator, log_ratio_clamp, log_ratio_sq_coef
+    )
     columns = objective_columns(
         caller,
         entry,
         like,
-        old_logprobs,
+        ratio.old,
         advantages,
         ref_logprobs,
-        rollout_logprobs,
+        ratio.rollout,
         further,
         cu_seqlens,
         ratio_level,
@@ -217,6 +235,7 @@ def logits_policy_loss(
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(caller, like, mask) & scored
     two_passes = ratio_level != "token" or choice is not None or isinstance(kl, KLTerm)
+    two_passes = two_passes or not ratio.in_one_launch(entry, penalty)
     if two_passes or factors is not None and factors.of_policy():
         kl, read = own_tokens(caller, kl, like, scored, live)
         flat = flat.without(~read)
@@ -238,7 +257,10 @@ def logits_policy_loss(
                 top_entropy_fraction=top_entropy_fraction,
                 cu_seqlens=cu_seqlens,
                 ratio_level=ratio_level,
+                ratio_denominator=ratio_denominator,
                 rollout_logprobs=rollout_logprobs,
+                log_ratio_clamp=log_ratio_clamp,
+                log_ratio_sq_coef=log_ratio_sq_coef,
                 correction=correction,
                 normalizers=normalizers,
                 return_metrics=return_metrics,
@@ -256,14 +278,18 @@ def logits_policy_loss(
     with_grad = (
         torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     )
+    # The square of the log-ratio takes the place of the KL, because it is another KL's k2.
+    estimator, reference = named_objective(kl), ref_logprobs
+    if ratio.square is not None:
+        penalty, estimator, reference = ratio.square, SQUARE, rollout_logprobs
     policy = PolicyInputs(
         entry.function.__name__,
         [flat.per_row(c) for c in columns],
         parameters(values),
         flat.per_row(weights if factor is None else weights * factor),
         None if bonus is None else flat.per_row(weights * bonus),
-        None if penalty is None else named_objective(kl),
-        None if penalty is None else flat.per_row(ref_logprobs),
+        None if penalty is None else estimator,
+        None if penalty is None else flat.per_row(reference),
         None if penalty is None else flat.per_row(weights * penalty),
     )
     of_rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))

@@ -5,34 +5,29 @@ The objective is an argument by name, and so is the aggregation: no loss here is
 
 from typing import Literal, overload
 
-from torch import Tensor
-
 from rlkernels import checks
 from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
-from rlkernels.losses.kl_penalty import KLPenalty, kl_penalty
+from rlkernels.losses.kl_penalty import kl_penalty
 from rlkernels.losses.kl_term import KLTerm, simplified
-from rlkernels.losses.policy_arguments import LOG_PROBABILITIES, check_terms, objective_columns, resolve_either
-from rlkernels.losses.policy_factors import PolicyFactors, policy_factors
+from rlkernels.losses.policy_arguments import check_terms, objective_columns, resolve_either
+from rlkernels.losses.policy_factors import policy_factors
 from rlkernels.losses.policy_metrics import policy_metrics
-from rlkernels.losses.row_objectives import row_term
-from rlkernels.losses.row_options import RowChoice
+from rlkernels.losses.policy_ratio import ratio_options
+from rlkernels.losses.policy_terms import policy_terms
 from rlkernels.losses.token_weights import (
-    TokenWeights,
     aggregation_of_sequences,
     aggregation_of_units,
     full_mask,
     live_mask,
     token_weights_of,
 )
-from rlkernels.losses.weighted_sum import Params, scaled_sum, weighted_sum
-from rlkernels.objectives import Objective
 from rlkernels.rollout.correction import CorrectionLike
-from rlkernels.sequences import means, spread, sums
 from rlkernels.types import (
     KL,
     Aggregation,
+    LogRatioClamp,
     Mask,
     Metrics,
     Normalizers,
@@ -42,6 +37,7 @@ from rlkernels.types import (
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    RatioDenominator,
     RatioLevel,
     Scalar,
 )
@@ -65,7 +61,10 @@ def policy_loss(
     top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[False] = False,
@@ -91,7 +90,10 @@ def policy_loss(
     top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[True],
@@ -117,7 +119,10 @@ def policy_loss(
     top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool,
@@ -142,7 +147,10 @@ def policy_loss(
     top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
@@ -160,10 +168,11 @@ def policy_loss(
     Args:
         logprobs: ``[B, L]``, or packed ``[T]``; the log-probabilities under the policy, the only argument besides
             ``entropy`` that gets a gradient.
-        old_logprobs: same shape, under the behaviour policy. An objective without this column (``reinforce``) ignores
-            it; None will do there.
+        old_logprobs: same shape, under the behaviour policy. None stands for the current policy, detached: every ratio
+            is then 1 and has its gradient. An objective without this column (``reinforce``) ignores it.
         advantages: same shape, or one per sequence: ``[B]``, ``[B, 1]``, or, with ``cu_seqlens``, ``[S, 1]`` or
-            ``[S]``. Where ``[S]`` could be ``[T]``, too, it raises.
+            ``[S]``. Where ``[S]`` could be ``[T]``, too, it raises. None for an objective without an
+            advantage (``ref_kl``).
         mask: live tokens, same shape, any pattern: bool, integers (not 0: live), or floats that are 0 and 1. A dead
             token touches neither loss nor gradient, whatever it holds.
         objective: the name of a registered objective with first column ``logp``, or its function. Its parameters are
@@ -188,13 +197,21 @@ def policy_loss(
             ``"sequence_token"``: its value with a gradient per token (GSPO-token); ``"sequence_sum"``: ``exp(sum_t
             d_t)``, one loss per sequence, which weighs what its live tokens weigh together. The mean of such losses is
             one over sequences: ``"token-mean"`` stands for ``"seq-mean"`` there.
-        rollout_logprobs, correction: log-probabilities of the rollout engine, same shape, for an objective with the
-            column ``rollout_logp`` (reduced like the others at a sequence level), or with a ``Correction`` or a dict of
-            its options; or, without the former, a tensor of factors, same shape, bool or floating, such as
-            ``rho_correction`` and ``rejection_mask`` return. The objective's loss of a token is multiplied by it; KL,
-            bonus and the count of a mean are not. With the ratio of ``"sequence"`` and ``"sequence_token"`` a
-            ``Correction`` multiplies nothing: the engine takes the place of the behaviour policy in the ratio
-            (OpenRLHF's GSPO).
+        ratio_denominator: ``"old"``; ``"rollout"``: ``rollout_logprobs`` take the place of ``old_logprobs``.
+        rollout_logprobs: same shape, the log-probabilities that the rollout engine reported, for an objective with the
+            column ``rollout_logp`` and for the options that name them. Log-probabilities of all kinds are reduced alike
+            at a sequence level.
+        log_ratio_clamp: bounds of the log-ratio, behind its reduction at a sequence level: a number ``c`` for ``[-c,
+            c]``, or a pair in which None is no bound. Beyond them the log-ratio has no gradient; the constant weight of
+            CISPO and of ``rollout_is`` is bounded, and their gradient stays. For objectives of the log-ratio alone.
+            OpenRLHF and verl take 20.
+        log_ratio_sq_coef: adds ``log_ratio_sq_coef (logp_t - rollout_t)^2`` on the tokens of the loss, with its
+            weights. Kimi K2.5, arXiv:2602.02276.
+        correction: a ``Correction`` of ``rollout_logprobs`` or a dict of its options; or, without these, a tensor of
+            factors, same shape, bool or floating, such as ``rho_correction`` and ``rejection_mask`` return. The
+            objective's loss of a token is multiplied by it; KL, bonus and the count of a mean are not. With the ratio
+            of ``"sequence"`` and ``"sequence_token"`` a ``Correction`` multiplies nothing: the engine takes the place
+            of the behaviour policy in the ratio (OpenRLHF's GSPO).
         Coefficients and parameters: numbers, or tensors of shape ``()`` without gradient. One on a device is never
             read: its range is not checked, and an objective with such a parameter runs in plain torch between the
             kernels (for a schedule or a learned bound).
@@ -204,7 +221,7 @@ def policy_loss(
 
     Raises:
         ValueError: shapes that do not match, unknown names, a coefficient or a column of the objective without its
-            input, ``rollout_logprobs`` that the objective does not take, two sources of weights; on a CPU (elsewhere
+            input, ``rollout_logprobs`` or advantages that nothing takes, two sources of weights; on a CPU (elsewhere
             with ``RLKERNELS_CHECK=1``) a float mask of other values than 0 and 1.
         TypeError: a parameter that the objective does not take, or one it needs.
 
@@ -226,14 +243,17 @@ def policy_loss(
     entry, values, further, choice = resolve_either(
         caller, objective, params, logprobs, cu_seqlens, ratio_level, advantages, ref_logprobs
     )
+    ratio = ratio_options(
+        caller, entry, logprobs, old_logprobs, rollout_logprobs, ratio_denominator, log_ratio_clamp, log_ratio_sq_coef
+    )
     columns = objective_columns(
         caller,
         entry,
         logprobs,
-        old_logprobs,
+        ratio.old,
         advantages,
         ref_logprobs,
-        rollout_logprobs,
+        ratio.rollout,
         further,
         cu_seqlens,
         ratio_level,
@@ -257,7 +277,7 @@ def policy_loss(
     penalty = None
     if ref_logprobs is not None and (kl_coef is not None or isinstance(kl, KLTerm)):
         shared = token_weights, aggregation, cu_seqlens, normalizers, weights is not None
-        penalty = kl_penalty(caller, kl, logprobs, ref_logprobs, old_logprobs, None, live, *shared)
+        penalty = kl_penalty(caller, kl, logprobs, ref_logprobs, ratio.old, None, live, *shared)
 
     real = real_dtype(logprobs.dtype)
     logp = dense(logprobs, real)
@@ -270,6 +290,8 @@ def policy_loss(
         values,
         token_weights,
         (live, cu_seqlens, ratio_level),
+        ratio,
+        rollout_logprobs,
         choice,
         factors,
         ref_logprobs,
@@ -278,95 +300,19 @@ def policy_loss(
     )
     if not return_metrics:
         return loss
-    live = full_mask(logprobs, live)
-    metrics = policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
+    metrics = policy_metrics(
+        logp,
+        columns,
+        full_mask(logprobs, live),
+        ref_logprobs,
+        kl,
+        entropy,
+        entry,
+        values,
+        ratio_level,
+        cu_seqlens,
+        ratio.clamp,
+    )
     if penalty is not None and isinstance(kl, KLTerm):
         metrics |= penalty.metrics(logp)
     return loss, metrics | of_factors
-
-
-def policy_terms(
-    caller: str,
-    entry: Objective,
-    logp: Tensor,
-    entropy: Tensor | None,
-    columns: list[Tensor],
-    params: Params,
-    weights: TokenWeights,
-    sequences: tuple[Tensor | None, Tensor | None, RatioLevel],
-    choice: RowChoice | None,
-    factors: PolicyFactors | None,
-    ref_logprobs: PerToken | None,
-    penalty: KLPenalty | None,
-    coefficients: tuple[Number | None, Number | None],
-) -> tuple[Tensor, list[Tensor], Metrics]:
-    """Computes the sum of the terms of a policy loss of checked arguments.
-
-    ``sequences``: live tokens, offsets and ratio level. ``coefficients``: of the KL and the entropy term, or None.
-
-    Returns:
-        the loss, the columns of its ratio, and the metrics of its factors.
-    """
-    live, cu_seqlens, level = sequences
-    kl_coef, entropy_coef = coefficients
-    policy = bonus = weights
-    engine: Tensor | None = None
-    metrics: Metrics = {}
-    if factors is not None:
-        every = full_mask(logp, live)
-        columns = factors.columns(caller, columns, every, cu_seqlens)
-        policy, bonus, engine, metrics = factors.weights(weights, logp, entropy, columns, every, cu_seqlens)
-    if choice is None:
-        loss = ratio_term(caller, entry, logp, columns, params, policy, live, cu_seqlens, level)
-    else:
-        loss = row_term(choice, logp, columns, policy, full_mask(logp, live), cu_seqlens, ref_logprobs, engine)
-    if kl_coef is not None:
-        loss = loss + penalty.loss(logp, kl_coef)
-    if entropy_coef is not None:
-        # By the objective "nll", which is minus its column, because it takes one launch and plain torch takes six.
-        loss = loss + scaled_sum(entropy_coef, "nll", entropy, [], bonus)
-    return loss, columns, metrics
-
-
-def ratio_term(
-    caller: str,
-    entry: Objective,
-    logp: Tensor,
-    columns: list[Tensor],
-    params: Params,
-    weights: TokenWeights,
-    live: Tensor | None,
-    cu_seqlens: Tensor | None,
-    level: RatioLevel,
-) -> Tensor:
-    """Computes the weighted sum of a policy objective whose ratio is that of a token or of a sequence."""
-    objective = entry.function.__name__
-    if level == "token":
-        return weighted_sum(objective, logp, columns, params, weights)
-    live = full_mask(logp, live)
-    if cu_seqlens is None and logp.dim() != 2:
-        raise ValueError(
-            f"{caller}: ratio_level {level!r} needs logprobs [B, L], or packed [T] with cu_seqlens; got "
-            f"shape {tuple(logp.shape)}"
-        )
-    # float64 to the end, because a log-ratio is the small difference of large numbers. Sums over 32768 tokens that are
-    # rounded to fp32 miss it by 4e-3.
-    now, wide = logp.double(), dict(zip(entry.columns[1:], (x.double() for x in columns), strict=True))
-    if level == "sequence_sum":
-        # One loss per sequence. An advantage per token enters as its mean, because it is constant along the sequence in
-        # every published use. So does every other column that is no log-probability.
-        for name, x in wide.items():
-            wide[name] = (sums if name in LOG_PROBABILITIES else means)(x, live, cu_seqlens)
-        now, weights = sums(now, live, cu_seqlens), TokenWeights(sums(weights.values.double(), live, cu_seqlens))
-    else:
-        fixed = now.detach()
-        for name in LOG_PROBABILITIES:
-            if name not in wide:
-                continue
-            if level == "sequence":
-                wide[name] = spread(means(wide[name], live, cu_seqlens), live, cu_seqlens)
-            else:
-                wide[name] = fixed - spread(means(fixed - wide[name], live, cu_seqlens), live, cu_seqlens)
-        if level == "sequence":
-            now = spread(means(now, live, cu_seqlens), live, cu_seqlens)
-    return weighted_sum(objective, now, list(wide.values()), params, weights).to(logp.dtype)

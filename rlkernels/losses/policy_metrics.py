@@ -5,6 +5,7 @@ from torch import Tensor
 
 from rlkernels import ops
 from rlkernels.losses.kl_term import KLTerm
+from rlkernels.losses.policy_ratio import Clamp
 from rlkernels.losses.weighted_sum import parameters
 from rlkernels.objectives import Objective
 from rlkernels.sequences import means, spread, sums, token_counts
@@ -15,7 +16,7 @@ OF_THE_RATIO = {"cispo": "clip_high", "cispo_max_only": "clip_high", "cispo_abso
 
 The others take the smaller of two surrogates, and the sign of the advantage decides which one is smaller.
 """
-GATES = ("rollout_is", "dppo_tv", "dppo_tv_surrogate", "dppo_kl", "dppo_kl_surrogate", "tv_symmetric")
+GATES = ("rollout_is", "dppo_tv", "dppo_tv_surrogate", "dppo_kl", "dppo_kl_surrogate", "tv_symmetric", "ref_kl")
 """The objectives that leave tokens out: their derivative is 0 there, although the advantage is not."""
 
 
@@ -31,6 +32,7 @@ def policy_metrics(
     params: list[Number],
     ratio_level: RatioLevel = "token",
     cu_seqlens: Tensor | None = None,
+    clamp: Clamp | None = None,
 ) -> Metrics:
     """Computes means over live tokens: ``ppo_kl``, ``approx_kl``, ``ratio``, clip fractions, ``kl``, ``entropy``.
 
@@ -63,7 +65,7 @@ def policy_metrics(
         if ratio_level != "token":
             reduce = sums if ratio_level == "sequence_sum" else means
             drift = spread(reduce(gap, live, cu_seqlens), live, cu_seqlens)
-        ratio = drift.exp()
+        ratio = (drift if clamp is None else clamp.of(drift)).exp()
         metrics |= {"ppo_kl": mean(-gap), "approx_kl": mean(0.5 * gap * gap), "ratio": mean(ratio)}
         metrics |= _extremes(ratio, live)
         for key, clipped in _clipped(name, settings, ratio, known.get("advantage")).items():
@@ -72,7 +74,7 @@ def policy_metrics(
                 shares = means(clipped.to(gap.dtype), live, cu_seqlens)
                 metrics[f"seq_{key}"] = shares.sum() / (token_counts(live, cu_seqlens) > 0).sum().clamp(min=1)
         if name in GATES:
-            metrics["clip_fraction"] = mean(_left_out(name, logprobs.detach(), columns, params, known["advantage"]))
+            metrics["clip_fraction"] = mean(_left_out(name, logprobs.detach(), columns, params, known.get("advantage")))
     if ref_logprobs is not None and not isinstance(kl, KLTerm):  # such a term tells its own mean
         gap = ref_logprobs - logprobs.detach()
         metrics["kl"] = mean({"k1": -gap, "k2": 0.5 * gap * gap, "k3": gap.expm1() - gap, "abs": gap.abs()}[kl])
@@ -108,10 +110,11 @@ def _clipped(name: str, settings: dict[str, Number], ratio: Tensor, advantage: T
     return found
 
 
-def _left_out(name: str, logp: Tensor, columns: list[Tensor], params: list[Number], advantage: Tensor) -> Tensor:
+def _left_out(name: str, logp: Tensor, columns: list[Tensor], params: list[Number], advantage: Tensor | None) -> Tensor:
     """Returns 1 at the tokens with an advantage and without a derivative, else 0."""
     logp = logp.contiguous()
     others = [x.to(logp.dtype).contiguous() for x in columns]
     serving = ops.serving("elementwise", logp)
     derivative = ops.elementwise(name, logp, others, parameters(params), None, serving)[2]
-    return ((derivative == 0) & (advantage != 0)).to(logp.dtype)
+    still = derivative == 0
+    return (still if advantage is None else still & (advantage != 0)).to(logp.dtype)

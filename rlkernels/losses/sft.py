@@ -263,7 +263,7 @@ def sft_loss(
     of_rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
     if not return_metrics:
         return of_rows.loss
-    return of_rows.loss, {**sft_metrics(of_rows.logp, weights), "entropy": _mean(of_rows.entropy, weights)}
+    return of_rows.loss, {**sft_metrics(of_rows.logp, weights), "entropy": mean_where_read(of_rows.entropy, weights)}
 
 
 def sft_weights(
@@ -288,10 +288,10 @@ def sft_weights(
 @torch.no_grad()
 def sft_metrics(logp: Tensor, weights: Tensor) -> Metrics:
     """Computes the mean NLL and the mean probability of the tokens whose weight is not 0."""
-    return {"nll": _mean(-logp, weights), "probability": _mean(logp.exp(), weights)}
+    return {"nll": mean_where_read(-logp, weights), "probability": mean_where_read(logp.exp(), weights)}
 
 
-def _mean(x: Tensor, weights: Tensor) -> Tensor:
+def mean_where_read(x: Tensor, weights: Tensor) -> Tensor:
     """Computes the mean over the tokens that were read, which are those whose weight is not 0."""
     read = weights != 0
     return torch.where(read, x.detach(), 0.0).sum() / read.sum().clamp(min=1)

@@ -98,3 +98,19 @@ def tv_symmetric(logp, rollout_logp, advantage, delta=0.1):
     shift = exp(logp) - exp(rollout_logp)
     kept = where(shift > delta, 0.0 * advantage, where(-shift > delta, 0.0 * advantage, free))
     return -kept, -kept
+
+
+@objective
+def ref_kl(logp, rollout_logp, ref_logp, delta_low=0.2):
+    r"""Distillation on own samples: ``-rho sg[log ref - log pi]`` where ``p - p_rollout >= -delta_low``, else 0.
+
+    prime-rl; ``rho = exp(logp - rollout_logp)``. The gap to the reference takes the advantage's place, so the loss has
+    none. Its gradient is that of ``KL(pi || ref)``, corrected for the rollout.
+    """
+    gap = logp - rollout_logp
+    ratio = exp(gap)
+    gain = ref_logp - logp
+    free = where(gain > 0.0, ratio * gain, where(gain < 0.0, ratio * gain, gain * gap))
+    gate = exp(rollout_logp) - exp(logp) - delta_low
+    kept = where(gate > 0.0, 0.0 * gain, free)
+    return -kept, -kept

@@ -21,6 +21,7 @@ TENSORS = set(
     ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps ref_logps desirable
     kl_logps ref_kl_logps chosen_mask rejected_mask sample_weights chosen rejected margin attention_mask x group_ids
     lengths rollout_ids group_tokens group_rows spans temperature
+    teacher_logits teacher_hidden teacher_weight teacher_bias
     input_ids labels reward_token_ids scores step_scores
     lengths rollout_ids rollout_logprobs group_tokens group_rows spans temperature
 """.split()
@@ -34,6 +35,7 @@ OTHERS = set(
     loss_type loss_weights label_smoothing reference_free f_divergence alpha length_normalized simpo_gamma
     alphapo_alpha discopop_tau cpo_alpha desirable_weight undesirable_weight ld_alpha center_coef options
     count_empty_rows dp_size dtype mode length shift
+    teacher_topk teacher_softcap teacher_logit_scale
     reduction positions pad_id prompt_length num_padding_at_beginning allow_first_difference placeholder_id
     diff_clamp value_clamp gradient ratio_weighted ratio_detached ratio_cap
     moments parts level low high gate gate_level batch_normalize batch_mean nan_ratio rules threshold

@@ -25,6 +25,7 @@ from rlkernels.checks.tokens import RESERVED
 from rlkernels.integrations import trl
 from rlkernels.logprobs import TokenStats
 from rlkernels.losses import (
+    divergence,
     kl_term,
     policy_arguments,
     preference_options,
@@ -62,6 +63,7 @@ TABLES = {
     "Output": tuple(FLAGS),
     "Aggregation": AGGREGATIONS,
     "SftKind": sft.KINDS,
+    "DivergenceKind": divergence.KINDS,
     "PairwiseKind": reward_model.KINDS,
     "Reduction": reward_model.REDUCTIONS,
     "ScorePositions": reward_head.POSITIONS,

@@ -7,7 +7,6 @@ CASES = golden_adapter.load()
 # An operation, or the beginning of a case's id: why no public function of ours expresses it.
 NOT_COVERED = {
     # operations
-    "distillation_loss": "cross-entropy to a teacher: no divergence_stats yet",
     "policy_loss_from_logits": "exact KL(old || new) as a penalty: token_stats offers KL(pi || ref)",
     "process_advantage": "normalised step rewards",
     "gigpo_advantage": "step-level groups by anchor state",
@@ -16,7 +15,6 @@ NOT_COVERED = {
     "length_penalty": "a reward function: the trainer's",
     "kl_controller": "coefficients over time: no controllers yet",
     "entropy_controller": "coefficients over time: no controllers yet",
-    "combined_loss": "a weighted sum of numbers: nothing of ours in it",
     # cases of operations that are covered otherwise
     "adv.verl.otb": "optimal token baseline",
     "returns.reset_on_mask": "SkyRL: a masked gap blocks the reward",
@@ -28,6 +26,10 @@ NOT_COVERED = {
     "policy.verl.dppo_tv": "no objective yet",
     "policy.verl.dppo_kl": "no objective yet",
     "policy.prime_rl.dppo_tv_log_ratio2": "no objective yet",
+    "policy.openrlhf-0.11.tis": "corrections of the rollout mismatch",
+    "policy.openrlhf-0.11.icepop": "corrections of the rollout mismatch",
+    "policy.openrlhf-0.11.seq_mask_tis": "corrections of the rollout mismatch",
+    "policy.trl.grpo.opsm0.2": "corrections of the rollout mismatch",
     "policy.verl.gmpo": "no objective yet",
     "policy.trl.gmpo": "no objective yet",
     "policy.trl.vespo": "no objective yet",

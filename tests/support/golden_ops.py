@@ -78,13 +78,22 @@ def _inactive(x, bounds):
 
 
 def vocab_divergence(x, p):
-    expect(p.pop("kind") == "reverse_kl", "only KL(pi || ref)")
-    targets = torch.zeros(x["logits"].shape[:-1], dtype=torch.int64)
-    return {
-        "value": rlk.token_stats(
-            x["logits"], targets, ref_logits=x["ref_logits"], kl="exact", temperature=p.pop("temperature")
-        ).kl
-    }
+    options = {name: p.pop(name) for name in ("beta",) if name in p}
+    kind, temperature = p.pop("kind"), p.pop("temperature")
+    value = rlk.token_divergences(x["logits"], x["ref_logits"], kind=kind, temperature=temperature, **options)
+    if kind == "reverse_kl":  # offered twice, so that both give these numbers
+        targets = torch.zeros(x["logits"].shape[:-1], dtype=torch.int64)
+        stats = rlk.token_stats(x["logits"], targets, ref_logits=x["ref_logits"], kl="exact", temperature=temperature)
+        value = 0.5 * (value + stats.kl)
+    return {"value": value}
+
+
+def distillation_loss(x, p):
+    expect(p.pop("kind") == "forward_cross_entropy" and not p.pop("shift"), "cross-entropy of every position")
+    mode, normalizers = aggregation(p)
+    mask = x["labels"] != p.pop("ignore_index")
+    options = {"aggregation": mode, "normalizers": normalizers}
+    return {"loss": rlk.divergence_loss(x["logits"], x["teacher_logits"], mask, kind="cross_entropy", **options)}
 
 
 def policy_loss(x, p):
@@ -101,8 +110,13 @@ def policy_loss(x, p):
         old[:, 0] = x["old_logp_sum"]
     expect(old is not None or "rollout_logp" in x or objective == "a2po", "no behaviour policy")
     clamp = p.pop("log_ratio_clamp", None)
-    if clamp and old is not None:
+    if clamp and objective.startswith("dppo"):  # ours has no clamp beside ratio_max
         _inactive((x["logp"].detach() - old)[mask != 0], clamp)
+    elif clamp:
+        options["log_ratio_clamp"] = clamp
+    for name in ("ratio_denominator", "log_ratio_sq_coef"):
+        if name in p:
+            options |= {name: p.pop(name), "rollout_logprobs": x["rollout_logp"]}
     if "kl" in p:
         kl = p.pop("kl")
         term = rlk.KLTerm(kl["estimator"], ratio_weighted=kl.get("is_weighted", False))
@@ -197,6 +211,22 @@ def ppo_step_masked(x, p):
     return {"policy_loss": policy, "value_loss": value, "loss": policy + p.pop("vf_coef") * value}
 
 
+def combined_loss(x, p):
+    """One token whose terms have the listed values, each by its public function."""
+    one = {name: torch.tensor([[float(value)]], dtype=torch.float64) for name, value in x.items()}
+    policy = rlk.policy_loss(
+        -one["policy_loss"],
+        None,
+        torch.ones(1, 1, dtype=torch.float64),
+        objective="reinforce",
+        entropy=one["entropy"],
+        entropy_coef=p.pop("entropy_coef"),
+    )
+    value = rlk.value_loss((2 * one["value_loss"]).sqrt(), None, torch.zeros(1, 1, dtype=torch.float64))
+    ptx = rlk.logprobs_sft_loss(-one["ptx_loss"])
+    return {"loss": policy + p.pop("value_coef") * value + p.pop("ptx_coef") * ptx}
+
+
 def value_loss(x, p):
     mode, normalizers = aggregation(p)
     loss, metrics = rlk.value_loss(
@@ -218,9 +248,11 @@ LOSSES = (
     sequence_logprob,
     kl_estimate,
     vocab_divergence,
+    distillation_loss,
     policy_loss,
     ppo_step_per_sample,
     ppo_step_masked,
+    combined_loss,
     value_loss,
     *golden_rewards.ADAPTERS,
     golden_preferences.preference_loss,

@@ -125,15 +125,14 @@ def nll(x, p):
 
 def sft_loss(x, p):
     kind = p.pop("kind")
-    expect(kind in ("nll", "dft") and p.pop("shift"), f"kind {kind}")
+    expect(kind in ("nll", "dft", "asft") and p.pop("shift"), f"kind {kind}")
     mode, normalizers = aggregation(p)
-    return {
-        "loss": rlk.sft_loss(
-            x["logits"][:, :-1],
-            x["labels"][:, 1:],
-            kind=kind,
-            ignore_index=p.pop("ignore_index"),
-            aggregation=mode,
-            normalizers=normalizers,
+    options = {"aggregation": mode, "normalizers": normalizers}
+    logits, labels, ignored = x["logits"][:, :-1], x["labels"][:, 1:], p.pop("ignore_index")
+    penalty = 0.0
+    if kind == "asft":  # DFT and a KL(ref || pi)
+        kind = "dft"
+        penalty = p.pop("asft_alpha") * rlk.divergence_loss(
+            logits, x["ref_logits"][:, :-1], labels != ignored, kind="forward_kl", **options
         )
-    }
+    return {"loss": rlk.sft_loss(logits, labels, kind=kind, ignore_index=ignored, **options) + penalty}

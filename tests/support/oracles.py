@@ -89,6 +89,11 @@ def tv_symmetric(logp, rollout_logp, advantage, delta):
     return -torch.where(far, 0.0, (logp - rollout_logp).exp() * advantage)
 
 
+def ref_kl(logp, rollout_logp, ref_logp, delta_low):
+    out = logp.exp() - rollout_logp.exp() < -delta_low
+    return -torch.where(out, 0.0, (logp - rollout_logp).exp() * (ref_logp - logp).detach())
+
+
 def sapo(logp, old_logp, advantage, tau_pos, tau_neg):
     tau = torch.full_like(advantage, tau_neg).masked_fill(advantage > 0, tau_pos)
     return -4 / tau * torch.sigmoid(tau * ((logp - old_logp).exp() - 1)) * advantage

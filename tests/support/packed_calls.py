@@ -72,6 +72,10 @@ CALLS = {
     "linear_unpaired_preference_loss": lambda cu: rlk.linear_unpaired_preference_loss(
         HIDDEN, WEIGHT, TARGETS, _ones(cu), _ones(cu), kl=0.0, cu_seqlens=cu
     ),
+    "divergence_loss": lambda cu: rlk.divergence_loss(LOGITS, LOGITS.flip(0), cu_seqlens=cu),
+    "linear_distillation_loss": lambda cu: rlk.linear_distillation_loss(
+        HIDDEN, WEIGHT, HIDDEN.flip(0), WEIGHT, cu_seqlens=cu
+    ),
     "process_reward_loss": lambda cu: rlk.process_reward_loss(LOGITS, TARGETS, cu_seqlens=cu),
     "solution_scores": lambda cu: rlk.solution_scores(Z, cu_seqlens=cu),
     "end_scores": lambda cu: rlk.end_scores(Z, cu_seqlens=cu)[0],

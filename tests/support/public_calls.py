@@ -10,6 +10,7 @@ import inspect
 import threading
 from contextlib import contextmanager
 
+import divergence_calls
 import kl_calls
 import reward_calls
 import rollout_calls
@@ -100,6 +101,7 @@ def data(seed=0):
         "number": torch.tensor(0.3),
         "spans": torch.tensor([[0, 4], [9, 15]]),
         **reward_calls.data((B, L), draw),
+        **divergence_calls.data((B, L), V, H, draw),
     }
 
 
@@ -510,7 +512,7 @@ CALLS = {
     ),
 }
 
-CALLS |= rollout_calls.calls(rlk)
+CALLS |= rollout_calls.calls(rlk) | divergence_calls.calls(rlk)
 
 
 def tensors(x):
