@@ -97,7 +97,9 @@ LossWeights: TypeAlias = tuple[Number, ...] | list[float] | list[Number]
 FDivergence: TypeAlias = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 UnpairedLossType: TypeAlias = Literal["kto", "apo_zero_unpaired", "bco", "kto_paired_batch"]
 Masked: TypeAlias = Literal["skip", "zero", "none"]
-"""The step of a dead token between live ones, in GAE and in discounted returns."""
+"""The step of a dead token between live ones, in GAE."""
+ReturnsMasked: TypeAlias = Literal["skip", "zero", "none", "reset"]
+"""The same in discounted returns, which may start again behind it."""
 Baseline: TypeAlias = Literal["mean", "leave-one-out", "length-mean", "batch-mean", None]
 Scale: TypeAlias = Literal["std", "batch-std", "mean", None]
 EpsMode: TypeAlias = Literal["add", "clamp"]

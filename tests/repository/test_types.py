@@ -70,6 +70,7 @@ TABLES = {
     "FDivergence": tuple(preference_options.F_DIVERGENCES),
     "UnpairedLossType": unpaired_preference.LOSS_TYPES,
     "Masked": gae.MASKED,
+    "ReturnsMasked": gae.RETURNS_MASKED,
     "EpsMode": whitening.EPS_MODES,
     "Baseline": group.BASELINES,
     "Scale": group.SCALES,

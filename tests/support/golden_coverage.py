@@ -19,7 +19,6 @@ NOT_COVERED = {
     "combined_loss": "a weighted sum of numbers: nothing of ours in it",
     # cases of operations that are covered otherwise
     "adv.verl.otb": "optimal token baseline",
-    "returns.reset_on_mask": "SkyRL: a masked gap blocks the reward",
     "divergence.forward_kl": "no divergence_stats yet",
     "divergence.jsd": "no divergence_stats yet",
     "kl.verl.abs": "estimator |log-ratio|",

@@ -6,7 +6,7 @@ from golden_adapter import Live, aggregation, expect
 import rlkernels as rlk
 from rlkernels.advantages.group import broadcast_advantages
 
-CONVENTIONS = {"none": "none", "zero_mask": "zero", "skip_observation": "skip"}
+CONVENTIONS = {"none": "none", "zero_mask": "zero", "skip_observation": "skip", "reset_on_mask": "reset"}
 
 
 def aggregate(x, p):
@@ -24,35 +24,32 @@ def gae(x, p):
     convention, gamma, lam = p.pop("convention"), p.pop("gamma"), p.pop("lam")
     rewards, values, mask = x["rewards"], x["values"], x.get("mask")
     start = p.pop("start", 0)
+    turns = {}
     if convention == "bi_level":
-        advantages, returns = _turns_then_tokens(rewards, values, gamma, lam, p.pop("turn_gamma"), p.pop("turn_ends"))
-    else:
-        advantages, returns = rlk.gae(
-            rewards[:, start:],
-            values[:, start:],
-            mask,
-            gamma=gamma,
-            lam=lam,
-            masked=CONVENTIONS[convention],
-            bootstrap_values=x.get("bootstrap_value"),
-        )
+        expect(p.pop("turn_ends") == "nonzero_reward", "turn ends")
+        turns = {"turn_ends": rewards != 0, "turn_gamma": p.pop("turn_gamma")}
+        convention = "skip_observation"
+    advantages, returns = rlk.gae(
+        rewards[:, start:],
+        values[:, start:],
+        mask,
+        gamma=gamma,
+        lam=lam,
+        masked=CONVENTIONS[convention],
+        bootstrap_values=x.get("bootstrap_value"),
+        **turns,
+    )
     return {"advantages": advantages, "returns": returns, "whitened_advantages": rlk.masked_whiten(advantages, mask)}
-
-
-def _turns_then_tokens(rewards, values, gamma, lam, turn_gamma, turn_ends):
-    """GAE over turn ends, whose return replaces the reward there; then GAE inside each turn: two calls of ours."""
-    expect(turn_ends == "nonzero_reward" and len(rewards) == 1, "turn ends")
-    ends = rewards != 0
-    _, turn_returns = rlk.gae(rewards, values, ends, gamma=turn_gamma, lam=lam, masked="skip")
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends[0].nonzero()[:, 0] + 1])
-    return [out[None] for out in rlk.gae(turn_returns[0], values[0], gamma=gamma, lam=lam, cu_seqlens=cu_seqlens)]
 
 
 def discounted_returns(x, p):
     convention = p.pop("convention")
     expect(convention in CONVENTIONS, f"convention {convention}")
-    returns = rlk.discounted_returns(x["rewards"], x["mask"], gamma=p.pop("gamma"), masked=CONVENTIONS[convention])
-    return {"returns": returns, "whitened_advantages": rlk.masked_whiten(returns, x["mask"])}
+    mask = x["mask"]
+    returns = rlk.discounted_returns(x["rewards"], mask, gamma=p.pop("gamma"), masked=CONVENTIONS[convention])
+    # SkyRL returns what stands at dead tokens, too.
+    shown = Live(returns, mask) if convention == "reset_on_mask" else returns
+    return {"returns": shown, "whitened_advantages": rlk.masked_whiten(returns, mask)}
 
 
 ESTIMATORS = {
