@@ -6,9 +6,13 @@ Log-probabilities and statistics of logits (``token_logprobs``, ``token_stats``)
 """
 
 from rlkernels import objectives
+from rlkernels.advantages.assemble import ProcessedSequences, assemble_rewards, extended_mask, process_sequences
+from rlkernels.advantages.controllers import EntropyController, KLController, WeightAverage
 from rlkernels.advantages.gae import discounted_returns, gae
-from rlkernels.advantages.group import group_advantages
+from rlkernels.advantages.group import broadcast_advantages, group_advantages
 from rlkernels.advantages.moments import Moments, masked_moments, merge_moments
+from rlkernels.advantages.shaping import dynamic_sampling_mask, length_penalty, truncation_penalty
+from rlkernels.advantages.steps import gigpo_advantages, optimal_token_advantages, step_advantages
 from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
@@ -38,18 +42,28 @@ from rlkernels.sequences import broadcast_to_tokens, sequence_means, sequence_su
 
 __version__ = "0.1.0"
 __all__ = [
-    "RewardNormalizer",
+    "EntropyController",
+    "KLController",
     "Moments",
+    "ProcessedSequences",
+    "RewardNormalizer",
     "TokenStats",
+    "WeightAverage",
     "aggregate",
+    "assemble_rewards",
     "available_backends",
+    "broadcast_advantages",
     "broadcast_to_tokens",
     "discounted_returns",
     "dpo_loss",
+    "dynamic_sampling_mask",
     "end_scores",
+    "extended_mask",
     "gae",
+    "gigpo_advantages",
     "group_advantages",
     "length_desensitized_weights",
+    "length_penalty",
     "linear_dpo_loss",
     "linear_policy_loss",
     "linear_sft_loss",
@@ -65,9 +79,11 @@ __all__ = [
     "objective",
     "objectives",
     "off_policy_sequence_mask",
+    "optimal_token_advantages",
     "pairwise_reward_loss",
     "policy_loss",
     "process_reward_loss",
+    "process_sequences",
     "rank_list_loss",
     "rejection_mask",
     "reward_scores",
@@ -80,9 +96,11 @@ __all__ = [
     "solution_scores",
     "span_reward_loss",
     "spans_to_mask",
+    "step_advantages",
     "token_logprobs",
     "token_stats",
     "token_weights",
+    "truncation_penalty",
     "unpaired_preference_loss",
     "use_backend",
     "value_loss",

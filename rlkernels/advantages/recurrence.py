@@ -27,6 +27,15 @@ def reverse_recurrence(x: Tensor, decay: Tensor) -> Tensor:
     return x
 
 
+def running_sums(x: Tensor, offsets: Tensor | None) -> Tensor:
+    """Computes the sums from the start of each sequence, padded ``[B, L]`` or packed ``[N]``, to each token."""
+    before = torch.ones_like(x)
+    before[..., :1] = 0.0
+    if offsets is not None and x.shape[-1]:
+        before[1:] = (segment_ids(offsets, x.shape[-1]).diff() == 0).to(x.dtype)
+    return reverse_recurrence(x.flip(-1), before.flip(-1)).flip(-1)
+
+
 class Steps(NamedTuple):
     """The steps of each sequence, ``[B, L]`` or packed ``[N]``: live tokens, or all of them.
 

@@ -9,16 +9,8 @@ NOT_COVERED = {
     # operations
     "distillation_loss": "cross-entropy to a teacher: no divergence_stats yet",
     "policy_loss_from_logits": "exact KL(old || new) as a penalty: token_stats offers KL(pi || ref)",
-    "process_advantage": "normalised step rewards",
-    "gigpo_advantage": "step-level groups by anchor state",
-    "assemble_rewards": "KL in the reward and score placement: the trainer's",
-    "process_sequences": "token bookkeeping: the trainer's",
-    "length_penalty": "a reward function: the trainer's",
-    "kl_controller": "coefficients over time: no controllers yet",
-    "entropy_controller": "coefficients over time: no controllers yet",
     "combined_loss": "a weighted sum of numbers: nothing of ours in it",
     # cases of operations that are covered otherwise
-    "adv.verl.otb": "optimal token baseline",
     "divergence.forward_kl": "no divergence_stats yet",
     "divergence.jsd": "no divergence_stats yet",
     "kl.verl.abs": "estimator |log-ratio|",
@@ -46,6 +38,7 @@ NOT_COVERED = {
 
 # An output that covered cases list and no public function returns: by operation, or the beginning of a case's id.
 OUTPUTS_NOT_OFFERED = {
+    ("rewards.dschat", "ends"): "the end of a slice, one beyond the row where the row is full",
     ("token_logprob", "max_logit"): "bookkeeping of the softmax",
     ("token_logprob", "argmax"): "is_top1 says whether the target is it",
     ("token_logprob", "flags"): "logp is -inf there",

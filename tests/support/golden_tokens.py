@@ -4,7 +4,6 @@ import torch
 from golden_adapter import Live, aggregation, expect
 
 import rlkernels as rlk
-from rlkernels.advantages.group import broadcast_advantages
 
 CONVENTIONS = {"none": "none", "zero_mask": "zero", "skip_observation": "skip", "reset_on_mask": "reset"}
 
@@ -62,29 +61,10 @@ ESTIMATORS = {
 
 def group_advantage(x, p):
     estimator, scale = p.pop("estimator"), {"group": "std", "batch": "batch-std", "none": None}[p.pop("scale", "group")]
-    expect(p.pop("singleton", "zero") == "zero", "a group of one")
     baseline, scale = ESTIMATORS.get(estimator, ("mean", scale))
-    options = {name: p.pop(name) for name in ("eps", "unbiased") if name in p}
+    options = {name: p.pop(name) for name in ("eps", "unbiased", "singleton") if name in p}
     options["lengths"] = x.get("lengths")
     return {"advantages": rlk.group_advantages(x["rewards"], x["group_id"], baseline=baseline, scale=scale, **options)}
-
-
-def token_advantage(x, p):
-    estimator, mask = p.pop("estimator"), x["mask"]
-    expect(estimator in ("reinforce_pp_baseline", "remax", "gdpo"), f"estimator {estimator}")
-    if estimator == "remax":
-        returns = rlk.discounted_returns(x["token_rewards"], mask)
-        return {
-            "returns": Live(returns, mask),
-            "advantages": Live(returns - rlk.broadcast_to_tokens(x["baseline"], mask), mask),
-        }
-    if estimator == "gdpo":
-        expect(p.pop("final") == "masked_whiten", "final normalisation")
-        weights, eps = p.pop("weights"), p.pop("eps")
-        rows = sum(w * rlk.group_advantages(x["rewards"][:, k], x["group_id"], eps=eps) for k, w in enumerate(weights))
-    else:
-        rows = rlk.group_advantages(x["rewards"], x["group_id"], scale=None)
-    return {"advantages": rlk.masked_whiten(rlk.broadcast_to_tokens(rows, mask), mask)}
 
 
 def whiten(x, p):
@@ -93,10 +73,6 @@ def whiten(x, p):
     y = rlk.masked_whiten(x["x"], mask, **options)
     # The sources transform dead positions too; ours are 0.
     return {"y": Live(y, torch.ones_like(y) if mask is None else mask), "y_valid": y if mask is None else y[mask != 0]}
-
-
-def broadcast_advantage(x, p):
-    return {"advantages": broadcast_advantages(x["row_advantage"], x["is_last_step"], x["trajectory_id"])}
 
 
 def spans_to_mask(x, p):
