@@ -8,11 +8,13 @@ Log-probabilities and statistics of logits (``token_logprobs``, ``token_stats``)
 from rlkernels import objectives
 from rlkernels.advantages.assemble import ProcessedSequences, assemble_rewards, extended_mask, process_sequences
 from rlkernels.advantages.controllers import EntropyController, KLController, WeightAverage
+from rlkernels.advantages.environments import rollout_gae
 from rlkernels.advantages.gae import discounted_returns, gae
 from rlkernels.advantages.group import broadcast_advantages, group_advantages
 from rlkernels.advantages.moments import Moments, masked_moments, merge_moments
 from rlkernels.advantages.shaping import dynamic_sampling_mask, length_penalty, truncation_penalty
 from rlkernels.advantages.steps import gigpo_advantages, optimal_token_advantages, step_advantages
+from rlkernels.advantages.vtrace import vtrace
 from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
@@ -88,6 +90,7 @@ __all__ = [
     "rejection_mask",
     "reward_scores",
     "rho_correction",
+    "rollout_gae",
     "rollout_metrics",
     "rollout_weights",
     "sequence_means",
@@ -104,4 +107,5 @@ __all__ = [
     "unpaired_preference_loss",
     "use_backend",
     "value_loss",
+    "vtrace",
 ]

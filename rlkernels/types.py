@@ -26,6 +26,7 @@ RewardScores: TypeAlias = Annotated[Tensor, "[B] or [S], or one per token, [...]
 PerToken: TypeAlias = Annotated[Tensor, "[B, L], or packed [N]"]
 PerSequence: TypeAlias = Annotated[Tensor, "[B], or [S] of a packed batch"]
 PerTokenOrSequence: TypeAlias = Annotated[Tensor, "[B, L] or [N]; or [B], [B, 1], [S], [S, 1]"]
+Rollout: TypeAlias = Annotated[Tensor, "[T, N], [N, T], or any shape with one dimension of time"]
 PerResponse: TypeAlias = Annotated[Tensor, "[N], one per response"]
 Rewards: TypeAlias = Annotated[Tensor, "[N], one per response, or [N, K] of K rewards"]
 RewardWeights: TypeAlias = Annotated[Tensor, "[K], one per reward"] | list[float] | tuple[float, ...]
@@ -112,6 +113,8 @@ Alignment: TypeAlias = Literal["position", "live"]
 """The tokens of a group that are compared with each other: of one column, or those of one number among the live."""
 Placement: TypeAlias = Literal["last-action", "trl-end", "deepspeed-end", "token-level"]
 """The position of a response's score among the rewards of its tokens."""
+DonesAt: TypeAlias = Literal["end", "start"]
+"""The side of a step at which an episode ends."""
 KLControl: TypeAlias = Literal["fixed", "adaptive", "ppo-paper"]
 EpsMode: TypeAlias = Literal["add", "clamp"]
 Dimensions: TypeAlias = int | tuple[int, ...] | list[int] | None

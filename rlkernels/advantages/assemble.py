@@ -158,8 +158,9 @@ def process_sequences(sequences: TokenIds, prompt_length: int, *, eos_id: int, p
     r"""Ends each sampled sequence with EOS, and marks its tokens and its actions.
 
     A real token is neither EOS nor PAD. EOS stands right behind the last real token; a sequence that was cut off loses
-    its last token to it. Attention goes from the first real token to that EOS. The action at ``t`` takes token ``t + 1``
-    after ``t``; it is live where token ``t`` is real. The first action is live in any case, and that of EOS is, too.
+    its last token to it. Attention goes from the first real token to that EOS. The action at ``t`` takes token ``t +
+    1`` after ``t``; it is live where token ``t`` is real. The first action is live in any case, and that of EOS is,
+    too.
 
     Args:
         sequences: token ids ``[B, L]``, integers: prompts padded on the left, answers on the right.

@@ -70,8 +70,9 @@ def group_advantages(
     Raises:
         TypeError: ``rewards`` not real, ``group_ids`` not integers.
         ValueError: shapes differ; unknown ``baseline``, ``scale`` or ``singleton``; ``eps`` negative; ``lengths``
-            missing, or given where it is not used, as ``reward_weights``. On a CPU: a negative reward with the scale ``"mean"``, a length that is negative or
-            not finite; elsewhere, and in a compiled program, where values are not read, its whole group gets NaN.
+            missing, or given where it is not used, as ``reward_weights``. On a CPU: a negative reward with the scale
+            ``"mean"``, a length that is negative or not finite; elsewhere, and in a compiled program, where values are
+            not read, its whole group gets NaN.
 
     Example:
         >>> group_advantages(torch.tensor([1.0, 5.0, 0.0]), torch.tensor([3, 7, 3]), scale=None)

@@ -60,13 +60,15 @@ class Steps(NamedTuple):
         return x[:, None] if self.offsets is None else x[segment_ids(self.offsets, self.live.shape[-1])]
 
     def scan(self, x: Tensor, decay: Tensor | float) -> Tensor:
-        """Computes the recurrence over the steps; a token that is none carries the trace over, and gets 0."""
+        """Computes the recurrence over the steps of a float64 ``x``; other tokens carry the trace over, and get 0."""
         last = torch.ones_like(self.live)
         last[..., :-1] = False
         if self.offsets is not None and last.shape[-1]:
             last[..., :-1] = segment_ids(self.offsets, last.shape[-1]).diff() != 0
+        # Made float64 first, because where makes a number of the default dtype from two numbers.
+        decay = decay if isinstance(decay, Tensor) else x.new_full((), decay)
         decays = torch.where(self.follows, decay, 0.0)
-        decays = torch.where(self.live, decays, torch.where(last, 0.0, 1.0)).double()
+        decays = torch.where(self.live, decays, (~last).to(decays.dtype))
         return torch.where(self.live, reverse_recurrence(torch.where(self.live, x, 0.0), decays), 0.0)
 
 

@@ -88,7 +88,7 @@ def truncation_penalty(scores: PerResponse, truncated: Mask, coef: Number) -> Pe
 def dynamic_sampling_mask(
     scores: PerResponse, group_ids: PerResponse, *, low: Number = 0.0, high: Number = 1.0
 ) -> Tensor:
-    r"""Keeps the responses of groups whose mean score lies between two bounds, because the others have nothing to learn.
+    r"""Keeps the responses of groups whose mean score lies between two bounds; the others have nothing to learn from.
 
     ``low < mean_g < high``, over the scorable responses of the group.
 

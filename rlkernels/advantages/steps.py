@@ -168,13 +168,13 @@ def optimal_token_advantages(
     r"""Returns less the baseline of least variance, which the group's responses give at each position.
 
     ``A_it = G_it - b_t``,  ``b_t = sum_j G_jt W_jt / (sum_j W_jt + eps)``,  ``W_it = sum_{s <= t} w_is^2 (1 - 2 p_is +
-    sum_v p_isv^2)``;  ``G``: the rewards from ``t`` on, ``j``: the responses of the group that are live at ``t``. Behind
-    the last position at which another response is live there is no baseline.
+    sum_v p_isv^2)``;  ``G``: the rewards from ``t`` on, ``j``: the responses of the group that are live at ``t``.
+    Behind the last position at which another response is live there is no baseline.
 
     Args:
         token_rewards: ``[B, L]``, or packed ``[N]`` with ``cu_seqlens``; any float dtype, bool or integers.
-        logprobs, log_sum_sq_probs: ``log p`` of the token and ``log sum_v p_v^2`` of its row, as ``token_stats`` returns
-            them.
+        logprobs, log_sum_sq_probs: ``log p`` of the token and ``log sum_v p_v^2`` of its row, as ``token_stats``
+            returns them.
         group_ids: integers ``[B]``, or ``[S]`` when packed, in any order.
         mask: live tokens, any pattern. What a dead token holds is not looked at.
         weights: ``w``, importance weights per token, such as those of ``rollout_weights``.
@@ -191,7 +191,7 @@ def optimal_token_advantages(
         TypeError: dtypes. ValueError: shapes differ; unknown ``alignment``; ``singleton`` not one of these two.
 
     Example:
-        >>> rewards, logprobs = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.log(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
+        >>> rewards, logprobs = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.full((2, 2), 0.5).log()
         >>> optimal_token_advantages(rewards, logprobs, logprobs, torch.tensor([3, 3]))[0]
         tensor([[ 0.5000,  0.5000],
                 [-0.5000, -0.5000]])

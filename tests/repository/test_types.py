@@ -16,7 +16,7 @@ from paths import ROOT
 
 import rlkernels
 from rlkernels import types
-from rlkernels.advantages import assemble, controllers, gae, group, steps, whitening
+from rlkernels.advantages import assemble, controllers, environments, gae, group, steps, whitening
 from rlkernels.aggregation import AGGREGATIONS
 from rlkernels.backends import KNOWN, OPS, protocol
 from rlkernels.backends import native as native_backends
@@ -73,6 +73,7 @@ TABLES = {
     "ReturnsMasked": gae.RETURNS_MASKED,
     "StepScale": steps.STEP_SCALES,
     "Alignment": steps.ALIGNMENTS,
+    "DonesAt": environments.DONES_AT,
     "Placement": assemble.PLACEMENTS,
     "KLControl": controllers.KINDS,
     "EpsMode": whitening.EPS_MODES,
