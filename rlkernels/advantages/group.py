@@ -57,7 +57,7 @@ def group_advantages(
         singleton: the advantage of the only scorable response of a group, where it is to be compared with its group:
             ``"zero"``; ``"raw"``: its reward, not divided by a scale of the group; ``"scaled"``: ``R / (1 + eps)``, for
             the scale ``"std"`` (GRPO of verl).
-        reward_weights: ``K`` numbers, or a tensor ``[K]``; None: ones. For rewards ``[N, K]`` alone.
+        reward_weights: ``K`` numbers, or a tensor ``[K]``, for rewards ``[N, K]``, which need them.
         lengths: ``l``, ``[N]``, live tokens of each response, for ``"length-mean"`` alone; finite and not negative.
             That of a NaN reward is not read.
         moments: those of the scorable rewards of the whole batch, where ``rewards`` are a part of it, for
@@ -70,9 +70,9 @@ def group_advantages(
     Raises:
         TypeError: ``rewards`` not real, ``group_ids`` not integers.
         ValueError: shapes differ; unknown ``baseline``, ``scale`` or ``singleton``; ``eps`` negative; ``lengths``
-            missing, or given where it is not used, as ``reward_weights``. On a CPU: a negative reward with the scale
-            ``"mean"``, a length that is negative or not finite; elsewhere, and in a compiled program, where values are
-            not read, its whole group gets NaN.
+            missing, or given where it is not used; ``reward_weights`` likewise. On a CPU: a negative reward with the
+            scale ``"mean"``, a length that is negative or not finite; elsewhere, and in a compiled program, where
+            values are not read, its whole group gets NaN.
 
     Example:
         >>> group_advantages(torch.tensor([1.0, 5.0, 0.0]), torch.tensor([3, 7, 3]), scale=None)
@@ -83,10 +83,10 @@ def group_advantages(
     """
     caller = "group_advantages"
     checks_tokens.numbers(caller, "rewards", rewards)
-    if rewards.dim() not in (1, 2):
-        raise ValueError(
-            f"{caller}: rewards has shape {tuple(rewards.shape)}, expected [N], one per response, or [N, K]; flatten it"
-        )
+    if rewards.dim() != (1 if reward_weights is None else 2):
+        # [N, K] by the weights alone, because rewards of tokens would pass for K rewards, too.
+        expected = "[N], one per response, or [N, K] with reward_weights" if reward_weights is None else "[N, K]"
+        raise ValueError(f"{caller}: rewards has shape {tuple(rewards.shape)}, expected {expected}; flatten it")
     checks_tokens.ids(caller, "group_ids", group_ids, rewards.shape[:1])
     checks.choice(caller, "baseline", baseline, BASELINES)
     checks.choice(caller, "scale", scale, SCALES)
@@ -175,18 +175,13 @@ def group_advantages(
 
 def _reward_weights(caller: str, rewards: Tensor, weights: RewardWeights | None) -> Tensor | None:
     """Returns the weight of each column of ``rewards`` in float64, or None where there is one reward."""
-    if rewards.dim() == 1:
-        if weights is not None:
-            raise ValueError(f"{caller}: reward_weights needs rewards [N, K], got shape {tuple(rewards.shape)}")
-        return None
-    count = rewards.shape[1]
     if weights is None:
-        return torch.ones(count, dtype=torch.float64, device=rewards.device)
+        return None
     if isinstance(weights, (tuple, list)):
         numbers = [checks.finite(caller, "reward_weights", x) for x in weights]
         weights = torch.tensor(numbers, dtype=torch.float64, device="cpu").to(rewards.device)
     checks.floating(caller, "reward_weights", weights)
-    checks.shape(caller, "reward_weights", weights, (count,))
+    checks.shape(caller, "reward_weights", weights, rewards.shape[1:])
     checks.one_device(caller, "rewards", rewards, reward_weights=weights)
     checks.no_forward_ad(caller, weights)
     return weights.detach().double()
