@@ -10,6 +10,7 @@ import inspect
 import threading
 from contextlib import contextmanager
 
+import advantage_calls
 import reward_calls
 import rollout_calls
 import torch
@@ -99,6 +100,7 @@ def data(seed=0):
         "number": torch.tensor(0.3),
         "spans": torch.tensor([[0, 4], [9, 15]]),
         **reward_calls.data((B, L), draw),
+        **advantage_calls.data((B, L), draw),
     }
 
 
@@ -294,6 +296,7 @@ CALLS = {
         d["logprobs"], d["mask"], kind="dft", sample_weights=d["advantages"][:, 0], return_metrics=True
     ),
     **reward_calls.calls(rlk),
+    **advantage_calls.calls(rlk),
     "gae": lambda d: rlk.gae(d["rewards"], d["values"], d["mask"], lam=0.9),
     "discounted_returns": lambda d: rlk.discounted_returns(
         d["rewards"].view(-1), d["mask"].view(-1), gamma=0.9, cu_seqlens=d["cu"]
