@@ -275,5 +275,6 @@ def broadcast_advantages(row_advantages: Tensor, is_last_step: Mask, trajectory_
     checks.one_device(
         caller, "row_advantages", row_advantages, is_last_step=is_last_step, trajectory_ids=trajectory_ids
     )
+    checks.no_forward_ad(caller, row_advantages)
     last = torch.where(is_last_step != 0, row_advantages.detach(), 0.0).double()
     return groups_of(trajectory_ids).reduce_each(last).to(result_dtype(row_advantages))
