@@ -10,8 +10,8 @@ from rlkernels import checks
 from rlkernels.types import KLControl, Number, Scalar
 
 KINDS = get_args(KLControl)
-PARTS_OF_A_TARGET = 1.5
-"""How far the KL may be from the target, as a factor, before the rule of the PPO paper moves."""
+FAR_FROM_TARGET = 1.5
+"""The factor between the KL and its target from which on the rule of the PPO paper moves."""
 
 
 class KLController:
@@ -73,7 +73,7 @@ class KLController:
             error = (kl / self.target - 1.0).clamp(-0.2, 0.2)
             factor = 1.0 + error * (n_steps / self.horizon)
         else:
-            far, near = kl > PARTS_OF_A_TARGET * self.target, kl < self.target / PARTS_OF_A_TARGET
+            far, near = kl > FAR_FROM_TARGET * self.target, kl < self.target / FAR_FROM_TARGET
             factor = torch.where(far, 2.0, torch.where(near, 0.5, 1.0))
         self.coef = self.coef * torch.where(kl.isnan(), 1.0, factor)
 

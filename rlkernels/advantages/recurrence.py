@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkernels.sequences import segment_ids
+from rlkernels.tracing import replaced
 
 
 def reverse_recurrence(x: Tensor, decay: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ class Steps(NamedTuple):
 
     def cut(self, ends: Tensor) -> "Steps":
         """Returns the steps of sequences that end at ``ends``, too."""
-        return self._replace(follows=self.follows & ~ends)
+        return replaced(self, follows=self.follows & ~ends)
 
     def expand(self, x: Tensor) -> Tensor:
         """Returns ``x`` with one number for each sequence as one for each token."""

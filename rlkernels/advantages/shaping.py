@@ -1,4 +1,4 @@
-"""What is done to the scores of responses before they become advantages: penalties of length, and groups left out."""
+"""Penalties of length for the scores of responses, and the groups that training leaves out."""
 
 import torch
 from torch import Tensor
