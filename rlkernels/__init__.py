@@ -6,9 +6,15 @@ Log-probabilities and statistics of logits (``token_logprobs``, ``token_stats``)
 """
 
 from rlkernels import objectives
+from rlkernels.advantages.assemble import ProcessedSequences, assemble_rewards, extended_mask, process_sequences
+from rlkernels.advantages.controllers import EntropyController, KLController, WeightAverage
+from rlkernels.advantages.environments import rollout_gae
 from rlkernels.advantages.gae import discounted_returns, gae
-from rlkernels.advantages.group import group_advantages
+from rlkernels.advantages.group import broadcast_advantages, group_advantages
 from rlkernels.advantages.moments import Moments, masked_moments, merge_moments
+from rlkernels.advantages.shaping import dynamic_sampling_mask, length_penalty, truncation_penalty
+from rlkernels.advantages.steps import gigpo_advantages, optimal_token_advantages, step_advantages
+from rlkernels.advantages.vtrace import vtrace
 from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
@@ -48,20 +54,31 @@ __all__ = [
     "Correction",
     "RewardNormalizer",
     "Moments",
+    "EntropyController",
+    "KLController",
+    "Moments",
+    "ProcessedSequences",
     "RewardNormalizer",
     "TokenStats",
+    "WeightAverage",
     "aggregate",
+    "assemble_rewards",
     "available_backends",
+    "broadcast_advantages",
     "broadcast_to_tokens",
     "discounted_returns",
     "divergence_loss",
     "dpo_loss",
+    "dynamic_sampling_mask",
     "end_scores",
+    "extended_mask",
     "gae",
+    "gigpo_advantages",
     "group_advantages",
     "kl_estimate",
     "length_desensitized_weights",
     "linear_distillation_loss",
+    "length_penalty",
     "linear_dpo_loss",
     "linear_policy_loss",
     "linear_sft_loss",
@@ -77,13 +94,16 @@ __all__ = [
     "objective",
     "objectives",
     "off_policy_sequence_mask",
+    "optimal_token_advantages",
     "pairwise_reward_loss",
     "policy_loss",
     "process_reward_loss",
+    "process_sequences",
     "rank_list_loss",
     "rejection_mask",
     "reward_scores",
     "rho_correction",
+    "rollout_gae",
     "rollout_metrics",
     "rollout_weights",
     "sequence_means",
@@ -97,7 +117,13 @@ __all__ = [
     "token_stats",
     "token_weights",
     "top_entropy_mask",
+    "step_advantages",
+    "token_logprobs",
+    "token_stats",
+    "token_weights",
+    "truncation_penalty",
     "unpaired_preference_loss",
     "use_backend",
     "value_loss",
+    "vtrace",
 ]

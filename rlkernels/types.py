@@ -29,7 +29,10 @@ RewardScores: TypeAlias = Annotated[Tensor, "[B] or [S], or one per token, [...]
 PerToken: TypeAlias = Annotated[Tensor, "[B, L], or packed [N]"]
 PerSequence: TypeAlias = Annotated[Tensor, "[B], or [S] of a packed batch"]
 PerTokenOrSequence: TypeAlias = Annotated[Tensor, "[B, L] or [N]; or [B], [B, 1], [S], [S, 1]"]
+Rollout: TypeAlias = Annotated[Tensor, "[T, N], [N, T], or any shape with one dimension of time"]
 PerResponse: TypeAlias = Annotated[Tensor, "[N], one per response"]
+Rewards: TypeAlias = Annotated[Tensor, "[N], one per response, or [N, K] of K rewards"]
+RewardWeights: TypeAlias = Annotated[Tensor, "[K], one per reward"] | list[float] | tuple[float, ...]
 PerPair: TypeAlias = Annotated[Tensor, "[B], one per pair"]
 OfPairs: TypeAlias = Annotated[Tensor, "[2 B, L], the chosen answers first"]
 PerAnswer: TypeAlias = Annotated[Tensor, "[N], one per answer"]
@@ -114,9 +117,22 @@ LossWeights: TypeAlias = tuple[Number, ...] | list[float] | list[Number]
 FDivergence: TypeAlias = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 UnpairedLossType: TypeAlias = Literal["kto", "apo_zero_unpaired", "bco", "kto_paired_batch"]
 Masked: TypeAlias = Literal["skip", "zero", "none"]
-"""The step of a dead token between live ones, in GAE and in discounted returns."""
-Baseline: TypeAlias = Literal["mean", "leave-one-out", "length-mean", "batch-mean", None]
-Scale: TypeAlias = Literal["std", "batch-std", "mean", None]
+"""The step of a dead token between live ones, in GAE."""
+ReturnsMasked: TypeAlias = Literal["skip", "zero", "none", "reset"]
+"""The same in discounted returns, which may start again behind it."""
+Baseline: TypeAlias = Literal["mean", "leave-one-out", "length-mean", "batch-mean", "runner-up", None]
+Scale: TypeAlias = Literal["std", "batch-std", "mean", "nonzero-share", None]
+StepScale: TypeAlias = Literal["std", None]
+"""The scale of the advantages of steps."""
+Singleton: TypeAlias = Literal["zero", "raw", "scaled"]
+"""The advantage of the only response of a group."""
+Alignment: TypeAlias = Literal["position", "live"]
+"""The tokens of a group that are compared with each other: of one column, or those of one number among the live."""
+Placement: TypeAlias = Literal["last-action", "trl-end", "deepspeed-end", "token-level"]
+"""The position of a response's score among the rewards of its tokens."""
+DonesAt: TypeAlias = Literal["end", "start"]
+"""The side of a step at which an episode ends."""
+KLControl: TypeAlias = Literal["fixed", "adaptive", "ppo-paper"]
 EpsMode: TypeAlias = Literal["add", "clamp"]
 Dimensions: TypeAlias = int | tuple[int, ...] | list[int] | None
 """Dimensions of a tensor; None stands for all."""

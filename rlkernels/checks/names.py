@@ -61,11 +61,21 @@ FIELD = {
         "rloo": "leave-one-out",
         "loo": "leave-one-out",
         "opo": "length-mean",
+        "passk": "runner-up",
+        "pass@k": "runner-up",
         "batch": "batch-mean",
         "none": "None",
         "dr_grpo": "mean with scale=None",
     },
-    "scale": {"group": "std", "grpo": "std", "batch": "batch-std", "maxrl": "mean", "none": "None", "dr_grpo": "None"},
+    "scale": {
+        "group": "std",
+        "grpo": "std",
+        "batch": "batch-std",
+        "maxrl": "mean",
+        "gpg": "nonzero-share",
+        "none": "None",
+        "dr_grpo": "None",
+    },
     "f_divergence": {"kl": "reverse_kl", "js": "js_divergence", "jsd": "js_divergence", "alpha": "alpha_divergence"},
 }
 """For each argument, the names that papers and trainers use, and their names here."""

@@ -329,6 +329,41 @@ PLAIN = {
     "group_advantages of a part": lambda: (
         rlk.group_advantages(made(N), whole(N), scale="batch-std", moments=rlk.masked_moments(A)),
     ),
+    **{
+        f"gae {name}": lambda options=options: rlk.gae(A, A, MASK, **options)
+        for name, options in {"of turns": {"turn_ends": MASK}, "with lambdas": {"lam": made(N)}}.items()
+    },
+    "discounted_returns with resets": lambda: (rlk.discounted_returns(A, MASK, masked="reset"),),
+    "vtrace": lambda: rlk.vtrace(A, A, A, A, MASK, terminated=MASK, bootstrap_values=made(N)),
+    "vtrace packed": lambda: rlk.vtrace(*[A.view(-1)] * 4, MASK.view(-1), cu_seqlens=CU),
+    "rollout_gae": lambda: rlk.rollout_gae(A, A, time_dim=1, dones=MASK, terminated=MASK, next_values=A),
+    "rollout_gae of starts": lambda: rlk.rollout_gae(A, A, made(N), time_dim=1, dones=MASK, dones_at="start"),
+    "group_advantages of several rewards": lambda: (
+        rlk.group_advantages(A, whole(N), baseline="runner-up", singleton="scaled", reward_weights=made(L)),
+    ),
+    "broadcast_advantages": lambda: (rlk.broadcast_advantages(made(N), whole(N), whole(N)),),
+    "step_advantages": lambda: (rlk.step_advantages(A, MASK, whole(N), MASK),),
+    "gigpo_advantages": lambda: (
+        rlk.gigpo_advantages(*[made(N)] * 2, *[whole(N)] * 2, step_weight=number(), trajectory_ids=whole(N)),
+    ),
+    "optimal_token_advantages": lambda: rlk.optimal_token_advantages(A, A, A, whole(N), MASK, alignment="live"),
+    "optimal_token_advantages packed": lambda: rlk.optimal_token_advantages(
+        *[A.view(-1)] * 3, whole(N), MASK.view(-1), cu_seqlens=CU
+    ),
+    **{
+        f"assemble_rewards {placement}": lambda placement=placement: (
+            rlk.assemble_rewards(
+                made(N), MASK, logprobs=A, ref_logprobs=A, kl_coef=number(), score_clip=(-1, 1), placement=placement
+            ),
+        )
+        for placement in ("last-action", "trl-end", "deepspeed-end")
+    },
+    "assemble_rewards packed": lambda: (rlk.assemble_rewards(made(N), MASK.view(-1), cu_seqlens=CU),),
+    "extended_mask": lambda: (rlk.extended_mask(MASK),),
+    "process_sequences": lambda: rlk.process_sequences(whole(N, L), 1, eos_id=1, pad_id=0),
+    "length_penalty": lambda: (rlk.length_penalty(whole(N), max_length=4, buffer=2),),
+    "truncation_penalty": lambda: (rlk.truncation_penalty(made(N), whole(N), 0.5),),
+    "dynamic_sampling_mask": lambda: (rlk.dynamic_sampling_mask(made(N), whole(N)),),
     "rollout_weights": lambda: (rlk.rollout_weights(A, A, MASK, high=number(), batch_normalize=True),),
     "metrics of rollout_weights": lambda: rlk.rollout_weights(A, A, MASK, return_metrics=True)[1].values(),
     "rollout_weights of sequences": lambda: (

@@ -16,7 +16,7 @@ from paths import ROOT
 
 import rlkernels
 from rlkernels import types
-from rlkernels.advantages import gae, group, whitening
+from rlkernels.advantages import assemble, controllers, environments, gae, group, steps, whitening
 from rlkernels.aggregation import AGGREGATIONS
 from rlkernels.backends import KNOWN, OPS, protocol
 from rlkernels.backends import native as native_backends
@@ -74,10 +74,17 @@ TABLES = {
     "FDivergence": tuple(preference_options.F_DIVERGENCES),
     "UnpairedLossType": unpaired_preference.LOSS_TYPES,
     "Masked": gae.MASKED,
+    "ReturnsMasked": gae.RETURNS_MASKED,
+    "StepScale": steps.STEP_SCALES,
+    "Alignment": steps.ALIGNMENTS,
+    "DonesAt": environments.DONES_AT,
+    "Placement": assemble.PLACEMENTS,
+    "KLControl": controllers.KINDS,
     "EpsMode": whitening.EPS_MODES,
     "Baseline": group.BASELINES,
     "Scale": group.SCALES,
     "CorrectionMode": correction.CORRECTION_MODES,
+    "Singleton": group.SINGLETONS,
     "RolloutLevel": weights.LEVELS,
     "RolloutMode": weights.MODES,
     "RolloutGate": weights.GATES,

@@ -15,9 +15,8 @@ NOT_COVERED = {
     "length_penalty": "a reward function: the trainer's",
     "kl_controller": "coefficients over time: no controllers yet",
     "entropy_controller": "coefficients over time: no controllers yet",
+    "combined_loss": "a weighted sum of numbers: nothing of ours in it",
     # cases of operations that are covered otherwise
-    "adv.verl.otb": "optimal token baseline",
-    "returns.reset_on_mask": "SkyRL: a masked gap blocks the reward",
     "divergence.forward_kl": "no divergence_stats yet",
     "divergence.jsd": "no divergence_stats yet",
     "sft.asft": "exact KL(ref || pi) over the vocabulary: token_stats offers KL(pi || ref)",
@@ -42,6 +41,7 @@ NOT_COVERED = {
 
 # An output that covered cases list and no public function returns: by operation, or the beginning of a case's id.
 OUTPUTS_NOT_OFFERED = {
+    ("rewards.dschat", "ends"): "the end of a slice, one beyond the row where the row is full",
     ("token_logprob", "max_logit"): "bookkeeping of the softmax",
     ("token_logprob", "argmax"): "is_top1 says whether the target is it",
     ("token_logprob", "flags"): "logp is -inf there",

@@ -6,6 +6,7 @@ An adapter takes the input tensors and the parameters and pops each parameter th
 offered.
 """
 
+import golden_advantages
 import golden_preferences
 import golden_rewards
 import golden_rollout
@@ -265,10 +266,9 @@ TOKENS = (
     golden_tokens.gae,
     golden_tokens.discounted_returns,
     golden_tokens.group_advantage,
-    golden_tokens.token_advantage,
     golden_tokens.whiten,
-    golden_tokens.broadcast_advantage,
     golden_tokens.spans_to_mask,
+    *golden_advantages.ADAPTERS,
     golden_rollout.rollout_weights,
     golden_rollout.rejection_mask,
     golden_rollout.off_policy_sequence_mask,

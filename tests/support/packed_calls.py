@@ -25,6 +25,17 @@ CALLS = {
         rlk.gae(REWARDS, VALUES, cu_seqlens=cu, bootstrap_values=_ones(cu))
     ),
     "discounted_returns": lambda cu: rlk.discounted_returns(REWARDS, gamma=0.9, cu_seqlens=cu),
+    "discounted_returns with resets": lambda cu: rlk.discounted_returns(REWARDS, masked="reset", cu_seqlens=cu),
+    "gae of turns": lambda cu: torch.stack(
+        rlk.gae(REWARDS, VALUES, turn_ends=EVERY, lam=_ones(cu), cu_seqlens=cu, bootstrap_values=_ones(cu))
+    ),
+    "vtrace": lambda cu: torch.stack(rlk.vtrace(REWARDS, VALUES, Z, OLD, cu_seqlens=cu, bootstrap_values=_ones(cu))),
+    "step_advantages": lambda cu: rlk.step_advantages(REWARDS, EVERY, _ones(cu).long(), cu_seqlens=cu),
+    "optimal_token_advantages": lambda cu: torch.stack(
+        rlk.optimal_token_advantages(REWARDS, OLD, OLD, _ones(cu).long(), cu_seqlens=cu)
+    ),
+    "assemble_rewards": lambda cu: rlk.assemble_rewards(_ones(cu), EVERY, placement="trl-end", cu_seqlens=cu),
+    "extended_mask": lambda cu: rlk.extended_mask(EVERY, cu),
     "sequence_sums": lambda cu: rlk.sequence_sums(Z, cu_seqlens=cu),
     "sequence_means": lambda cu: rlk.sequence_means(Z, EVERY, cu),
     "broadcast_to_tokens": lambda cu: rlk.broadcast_to_tokens(_ones(cu), EVERY, cu),

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import divergence_calls
 import kl_calls
+import advantage_calls
 import reward_calls
 import rollout_calls
 import torch
@@ -102,6 +103,7 @@ def data(seed=0):
         "spans": torch.tensor([[0, 4], [9, 15]]),
         **reward_calls.data((B, L), draw),
         **divergence_calls.data((B, L), V, H, draw),
+        **advantage_calls.data((B, L), draw),
     }
 
 
@@ -298,6 +300,7 @@ CALLS = {
     ),
     **reward_calls.calls(rlk),
     **kl_calls.calls(rlk),
+    **advantage_calls.calls(rlk),
     "gae": lambda d: rlk.gae(d["rewards"], d["values"], d["mask"], lam=0.9),
     "discounted_returns": lambda d: rlk.discounted_returns(
         d["rewards"].view(-1), d["mask"].view(-1), gamma=0.9, cu_seqlens=d["cu"]

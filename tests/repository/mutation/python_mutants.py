@@ -173,8 +173,8 @@ MUTANTS = (
     _m(
         "a group of one has an advantage",
         "advantages/group.py",
-        "torch.where(scored & ~alone, centred, 0.0)",
-        "torch.where(scored, centred, 0.0)",
+        'kept = scored if singleton != "zero" else scored & ~alone',
+        "kept = scored",
     ),
     _m("whitening of a population", "advantages/whitening.py", "fewer=1 if unbiased else 0", "fewer=0"),
     _m(
