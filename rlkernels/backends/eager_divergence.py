@@ -82,7 +82,7 @@ def topk_divergence(rows, ids, logprobs, kind, beta, weight, out=None, unless=No
     gradient = backward(Upstream((-rest).to(real)), rows, SavedRows(stats.row_max, stats.sum_exp, None), gradient)
     at_ids = torch.where(moves[:, None], slope[:, :-1] * weight[:, None] / factor, 0.0)
     at_ids = torch.where(known, at_ids, at_ids.gather(1, likeliest))
-    gradient.view(ids.shape[0], -1).scatter_(1, ids, at_ids.to(gradient.dtype))
+    gradient.view(ids.shape[0], logits.shape[-1]).scatter_(1, ids, at_ids.to(gradient.dtype))
     if kept is not None:
         gradient.copy_(torch.where(unless == 1.0, kept, gradient))
     return DivergenceRows(value, _given(gradient, out))

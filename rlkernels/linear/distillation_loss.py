@@ -34,7 +34,7 @@ from rlkernels.types import (
 
 
 class TeacherHead(NamedTuple):
-    """What the rows of a student's head are compared with.
+    """A teacher of the rows of a student's head.
 
     ``hidden``, ``weight``, ``bias``, ``softcap``, ``logit_scale``: those of the teacher's head, as in ``LinearHead``;
     None with top log-probabilities in ``of``.

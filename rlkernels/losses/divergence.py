@@ -191,7 +191,7 @@ def divergence_loss(
     Example:
         >>> teacher = torch.tensor([[[0.0, 0.0], [0.0, 2.0]]])
         >>> round(divergence_loss(torch.zeros(1, 2, 2), teacher, kind="jsd").item(), 4)
-        0.0391
+        0.0448
 
     Hinton et al. 2015, arXiv:1503.02531; Agarwal et al. 2023, arXiv:2306.13649; ``KDLoss`` of OpenRLHF
     (``"cross_entropy"``).

@@ -15,7 +15,7 @@ TEACHER = "Tensor? teacher_ids, Tensor? teacher_logprobs, str kind, Tensor beta"
 
 
 class Teacher(NamedTuple):
-    """What a row is compared with, beside ``ref_logits`` of its ``RowBatch``, and how.
+    """A teacher, beside ``ref_logits`` of a ``RowBatch``, and the kind of the comparison.
 
     ``ids``, ``logprobs``: ``[T, K]``, in place of ``ref_logits``. ``beta``: read for ``kind="jsd"`` alone.
     """

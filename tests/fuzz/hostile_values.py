@@ -48,13 +48,13 @@ def good(draw, function, name, packed):
     shape = (B * L,) if packed else (B, L)
     if function in ("aggregate", "sequence_sums", "sequence_means") and name == "values":
         return draw.normal(shape, torch.float32)
-    if name in ("logits", "ref_logits"):
+    if name in ("logits", "ref_logits", "teacher_logits"):
         return draw.normal((*shape, V), torch.float32)
-    if name == "hidden":
+    if name in ("hidden", "teacher_hidden"):
         return draw.normal((*shape, H), torch.float32)
-    if name == "weight":
+    if name in ("weight", "teacher_weight"):
         return draw.normal((1 if function == "reward_scores" else V, H), torch.float32)
-    if name == "bias":
+    if name in ("bias", "teacher_bias"):
         return draw.normal((1 if function == "reward_scores" else V,), torch.float32)
     if name == "targets":
         return draw.integers(0, V, shape)
@@ -137,7 +137,7 @@ KINDS_OF_NAMES = {
     "kl": ("k1", "k2", "k3", "exact", "k4"),
     "objective": ("ppo_clip", "cispo", "sapo", "dual_clip", "reinforce", "k3", "nll", "ppo"),
     "ratio_level": ("token", "sequence", "sequence_token", "sequence_sum", "row"),
-    "kind": ("nll", "dft", "ce"),
+    "kind": ("nll", "dft", "forward_kl", "reverse_kl", "jsd", "ce"),
     "masked": ("skip", "zero", "none", "all"),
     "baseline": ("mean", "leave-one-out", "length-mean", "batch-mean", "median"),
     "scale": ("std", "batch-std", "mean", "max"),
@@ -182,6 +182,14 @@ OTHERS = {
     "chunk_tokens": (1, 3, 0, -1, 1.5, 2**62),
     "logits_budget": (1, 10**6, 0, -1, 1.5),
     "valid_vocab": (1, 5, V, V + 1, 0, -1),
+    "teacher_topk": (
+        None,
+        (torch.zeros(B, L, 1, dtype=torch.int64), torch.full((B, L, 1), -1.0)),
+        (torch.zeros(B * L, 1, dtype=torch.int64), torch.full((B * L, 1), -1.0)),
+        (torch.full((B, L, 1), 2**40), torch.full((B, L, 1), -1.0)),
+        torch.zeros(B, L, 1),
+        (1, 2),
+    ),
 }
 FLAGS = {
     "inplace_backward",

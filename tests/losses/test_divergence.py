@@ -119,6 +119,9 @@ def test_nothing_alive_or_nothing_at_all_is_zero_with_a_zero_gradient(kind, back
     ):
         loss = rlk.divergence_loss(leaf, other, mask, **options(kind))
         (gradient,) = torch.autograd.grad(loss, leaf)
+        known = torch.zeros(*leaf.shape[:2], 1).long(), torch.full((*leaf.shape[:2], 1), -1.0)
+        (of_topk,) = torch.autograd.grad(rlk.divergence_loss(leaf, None, mask, teacher_topk=known), leaf)
+        assert torch.equal(of_topk, gradient)
         assert loss == 0 and gradient.shape == leaf.shape and (gradient == 0).all()
 
 
