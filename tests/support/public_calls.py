@@ -526,7 +526,8 @@ def call(name, d, seed=3, through=lambda f, d: f(d)):
 
 
 def gradients(results, inputs, seed=3):
-    trained = [t for t in results if t.requires_grad]
+    # A statistic without a gradient refuses to be trained.
+    trained = [t for t in results if t.requires_grad and type(t.grad_fn).__name__ != "_RefusalBackward"]
     draw = torch.Generator().manual_seed(seed)
     upstream = [torch.randn(t.shape, generator=draw, dtype=torch.float32, device="cpu").to(t.dtype) for t in trained]
     found = torch.autograd.grad(trained, inputs, upstream, allow_unused=True) if trained else ()
