@@ -15,8 +15,8 @@ from rlkernels.types import Logits, Outputs, RowKL, Targets, Temperature, VocabM
 class TokenStats(NamedTuple):
     """The statistics per token of a softmax over the vocabulary; one that was not asked for is None.
 
-    ``logprobs``, ``logsumexp``, ``entropy``, ``mean_logits`` and ``kl`` are differentiable with respect to the logits. A
-    backward through ``log_sum_sq_probs`` raises RuntimeError, except in a compiled program, where it is a constant.
+    ``logprobs``, ``logsumexp``, ``entropy``, ``mean_logits`` and ``kl`` are differentiable with respect to the logits.
+    A backward through ``log_sum_sq_probs`` raises RuntimeError, except in a compiled program, where it is a constant.
     Float fields are fp32 (fp64 for fp64 logits).
 
     Example:

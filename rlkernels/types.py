@@ -68,6 +68,8 @@ RankKind: TypeAlias = Literal["logsigmoid", "sigmoid"]
 RankAggregation: TypeAlias = Literal["pair-mean", "list-mean"]
 StepReduction: TypeAlias = Literal["min", "product"]
 SftKind: TypeAlias = Literal["nll", "dft"]
+LogitsSftKind: TypeAlias = Literal["nll", "dft", "eaft"]
+"""The kinds of ``sft_loss``, which sees whole rows."""
 LossType: TypeAlias = Literal[
     "sigmoid",
     "hinge",
