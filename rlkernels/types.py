@@ -86,12 +86,19 @@ LossType: TypeAlias = Literal[
     "discopop",
     "sft",
     "sigmoid_norm",
+    "ipo_norm",
+    "dpop",
+    "rpo",
     "cpo",
     "cpo_hinge",
     "cpo_ipo",
     "simpo",
     "orpo",
     "orpo_odds_ratio",
+    "tpo",
+    "tpo_hinge",
+    "tpo_ipo",
+    "tpo_l",
 ]
 LossTypes: TypeAlias = LossType | tuple[LossType, ...] | list[LossType]
 """One loss of pairs, or those of a mixture."""
