@@ -15,6 +15,7 @@ from rlkernels.advantages.moments import Moments, masked_moments, merge_moments
 from rlkernels.advantages.shaping import dynamic_sampling_mask, length_penalty, truncation_penalty
 from rlkernels.advantages.steps import gigpo_advantages, optimal_token_advantages, step_advantages
 from rlkernels.advantages.vtrace import vtrace
+from rlkernels.advantages.selection import best_of_n
 from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
@@ -31,6 +32,7 @@ from rlkernels.losses.kl_term import KLTerm
 from rlkernels.losses.logits_policy import logits_policy_loss
 from rlkernels.losses.policy import policy_loss
 from rlkernels.losses.preference import dpo_loss, length_desensitized_weights
+from rlkernels.losses.preference_weights import wpo_weights
 from rlkernels.losses.process_reward import process_reward_loss, solution_scores
 from rlkernels.losses.rank_list import rank_list_loss
 from rlkernels.losses.reward_head import end_scores, reward_scores
@@ -65,6 +67,7 @@ __all__ = [
     "assemble_rewards",
     "available_backends",
     "broadcast_advantages",
+    "best_of_n",
     "broadcast_to_tokens",
     "discounted_returns",
     "divergence_loss",
@@ -126,4 +129,5 @@ __all__ = [
     "use_backend",
     "value_loss",
     "vtrace",
+    "wpo_weights",
 ]

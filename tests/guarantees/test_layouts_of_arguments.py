@@ -22,6 +22,7 @@ TENSORS = set(
     kl_logps ref_kl_logps chosen_mask rejected_mask sample_weights chosen rejected margin attention_mask x group_ids
     lengths rollout_ids group_tokens group_rows spans temperature
     teacher_logits teacher_hidden teacher_weight teacher_bias
+    chosen_rewards rejected_rewards gold_logps gold_lengths log_sum_sq_probs
     input_ids labels reward_token_ids scores step_scores
     turn_ends terminated truncated dones last_dones last_values next_values reward_weights row_advantages is_last_step
     trajectory_ids step_rewards step_ends episode_rewards anchor_ids token_rewards log_sum_sq_probs sequences
@@ -43,6 +44,8 @@ OTHERS = set(
     reduction positions pad_id prompt_length num_padding_at_beginning allow_first_difference placeholder_id
     diff_clamp value_clamp gradient ratio_weighted ratio_detached ratio_cap
     moments parts level low high gate gate_level batch_normalize batch_mean nan_ratio rules threshold
+    count normalize_by_weight eaft_alpha z_loss_coef dpop_lambda rpo_eta tpo_alpha num_pairs num_chosen_tokens
+    num_gold_tokens kl_group
     mask_low mask_high clamp_low clamp_high log_ratio_clamp count_empty_rows dp_size dtype mode length shift
 """.split()
 )

@@ -52,7 +52,8 @@ def test_the_other_keywords_are_those_of_the_same_loss_without_a_head(function):
     of_logits = OF_LOGITS if function in ("linear_token_stats", "linear_distillation_loss") else set()
     theirs = {name: default for name, default in theirs.items() if name not in MADE_FROM_THE_HEAD | of_logits}
     ours = {name: x for name, x in keywords(function).items() if name not in HeadOptions.__annotations__}
-    references = {"ref_chosen_logps": None, "ref_rejected_logps": None} if function == "linear_dpo_loss" else {}
+    of_pairs = {"ref_chosen_logps": None, "ref_rejected_logps": None, "ld_alpha": 1.0}
+    references = of_pairs if function == "linear_dpo_loss" else {}
     packing = {"cu_seqlens": None} if function.endswith(("dpo_loss", "unpaired_preference_loss")) else {}
     teacher = (
         {"teacher_bias": None, "teacher_softcap": None, "teacher_logit_scale": 1.0}
