@@ -30,7 +30,7 @@ from rlkernels.losses.sft import logprobs_sft_loss, sft_loss
 from rlkernels.losses.span_reward import span_reward_loss
 from rlkernels.losses.unpaired_preference import unpaired_preference_loss
 from rlkernels.losses.value import value_loss
-from rlkernels.objectives import objective
+from rlkernels.objectives import check_objective, objective
 from rlkernels.rollout.masks import m2po_mask, off_policy_sequence_mask, rejection_mask
 from rlkernels.rollout.metrics import rollout_metrics
 from rlkernels.rollout.weights import rho_correction, rollout_weights
@@ -44,6 +44,7 @@ __all__ = [
     "aggregate",
     "available_backends",
     "broadcast_to_tokens",
+    "check_objective",
     "discounted_returns",
     "dpo_loss",
     "end_scores",
