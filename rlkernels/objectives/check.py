@@ -67,7 +67,7 @@ def check_objective(
         ...     return -0.5 * advantage * logp, -advantage
         >>> check_objective(halved)
         Traceback (most recent call last):
-        ValueError: check_objective: objective 'halved' has a wrong derivative at logp=-0.71, advantage=2.3: got -2.3, expected -1.15 by central differences; 16 of 20 points are wrong
+        ValueError: check_objective: objective 'halved' has a wrong derivative at logp=-0.13, advantage=2.3: got -2.3, expected -1.15 by central differences; 16 of 20 points are wrong
         >>> check_objective("cispo", stop_gradient=["weight"], clip_low=1.0, clip_high=0.3)
         >>> del rlkernels.objectives.OBJECTIVES["halved"]
     """  # noqa: E501  (the message is one line)

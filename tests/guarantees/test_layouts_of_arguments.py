@@ -30,7 +30,7 @@ OTHERS = set(
     """
     ignore_index inplace_backward outputs softcap logit_scale logits_dtype chunk_tokens logits_budget max_live_tokens
     valid_vocab process_group vocab_start objective aggregation kl_coef entropy_coef ratio_level normalizers
-    return_metrics params clip_range kind gamma lam masked baseline scale eps unbiased shift_mean eps_mode dim beta
+    return_metrics params stop_gradient grid tolerance clip_range kind gamma lam masked baseline scale eps unbiased shift_mean eps_mode dim beta
     loss_type loss_weights label_smoothing reference_free f_divergence alpha length_normalized simpo_gamma
     alphapo_alpha discopop_tau cpo_alpha desirable_weight undesirable_weight ld_alpha center_coef options
     count_empty_rows dp_size dtype mode length shift
@@ -44,11 +44,15 @@ FURTHER = {"aggregate": (rlk.token_weights,)}
 KL_IS_A_NAME = {"token_stats", "policy_loss", "logits_policy_loss", "linear_policy_loss"}
 
 
+OF_USERS = {name: {"rollout_logprobs"} for name in ("policy_loss", "logits_policy_loss", "linear_policy_loss")}
+"""Arguments that objectives of users alone take: tests/objectives/test_user_columns.py passes them in other layouts."""
+
+
 def parameters(function):
     found = set(inspect.signature(getattr(rlk, function)).parameters)
     for other in FURTHER.get(function, ()):
         found |= {name for name, p in inspect.signature(other).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    return found - ({"kl"} if function in KL_IS_A_NAME else set())
+    return found - OF_USERS.get(function, set()) - ({"kl"} if function in KL_IS_A_NAME else set())
 
 
 FUNCTIONS = sorted({name.split(" ")[0] for name in CALLS})
