@@ -2,7 +2,8 @@
 
 import ast
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +137,7 @@ def _points(caller: str, entry: Objective, grid: Mapping[str, Sequence[float]]) 
             raise ValueError(f"{caller}: grid[{name!r}] has shape {tuple(axis.shape)}, expected at least one number")
     count = math.prod(map(len, axes))
     if count <= MOST:
-        return torch.stack([x.reshape(-1) for x in torch.meshgrid(*axes, indexing="ij")], 1)
+        return torch.stack([x.reshape(-1) for x in torch.meshgrid(*axes, indexing="ij")], 1)  # type: ignore[attr-defined]
     draw = torch.Generator().manual_seed(0)
     return torch.stack([x[torch.randint(len(x), (MOST,), generator=draw)] for x in axes], 1)
 
@@ -166,6 +167,7 @@ def _number(node: ast.expr, known: Mapping[str, Tensor]) -> Tensor:
         case ast.BinOp(left=a, op=op, right=b) | ast.Compare(left=a, ops=[op], comparators=[b]):
             return OPERATIONS[type(op)](_number(a, known), _number(b, known))
         case ast.Call(func=ast.Name(id=f), args=args):
-            return FUNCTIONS[f](*(_number(x, known) for x in args))
+            function: Callable[..., Any] = FUNCTIONS[f]
+            return function(*(_number(x, known) for x in args))
     # Unreachable for a registered objective, because the checker of the language admits no other expression.
     raise SyntaxError(f"not in the language: {ast.unparse(node)!r}")

@@ -30,11 +30,12 @@ OTHERS = set(
     """
     ignore_index inplace_backward outputs softcap logit_scale logits_dtype chunk_tokens logits_budget max_live_tokens
     valid_vocab process_group vocab_start objective aggregation kl_coef entropy_coef ratio_level normalizers
-    return_metrics params stop_gradient grid tolerance clip_range kind gamma lam masked baseline scale eps unbiased shift_mean eps_mode dim beta
+    return_metrics params clip_range kind gamma lam masked baseline scale eps unbiased shift_mean eps_mode dim beta
     loss_type loss_weights label_smoothing reference_free f_divergence alpha length_normalized simpo_gamma
     alphapo_alpha discopop_tau cpo_alpha desirable_weight undesirable_weight ld_alpha center_coef options
     count_empty_rows dp_size dtype mode length shift
     reduction positions pad_id prompt_length num_padding_at_beginning allow_first_difference placeholder_id
+    stop_gradient grid tolerance
     moments parts level low high gate gate_level batch_normalize batch_mean nan_ratio rules threshold
     mask_low mask_high clamp_low clamp_high log_ratio_clamp count_empty_rows dp_size dtype mode length shift
 """.split()
