@@ -9,6 +9,7 @@ from rlkernels import objectives
 from rlkernels.advantages.gae import discounted_returns, gae
 from rlkernels.advantages.group import group_advantages
 from rlkernels.advantages.moments import Moments, masked_moments, merge_moments
+from rlkernels.advantages.selection import best_of_n
 from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
@@ -43,6 +44,7 @@ __all__ = [
     "TokenStats",
     "aggregate",
     "available_backends",
+    "best_of_n",
     "broadcast_to_tokens",
     "check_objective",
     "discounted_returns",

@@ -37,6 +37,7 @@ OTHERS = set(
     reduction positions pad_id prompt_length num_padding_at_beginning allow_first_difference placeholder_id
     stop_gradient grid tolerance
     moments parts level low high gate gate_level batch_normalize batch_mean nan_ratio rules threshold
+    count normalize_by_weight eaft_alpha z_loss_coef
     mask_low mask_high clamp_low clamp_high log_ratio_clamp count_empty_rows dp_size dtype mode length shift
 """.split()
 )
