@@ -12,10 +12,10 @@ from rlkernels.advantages.environments import rollout_gae
 from rlkernels.advantages.gae import discounted_returns, gae
 from rlkernels.advantages.group import broadcast_advantages, group_advantages
 from rlkernels.advantages.moments import Moments, masked_moments, merge_moments
+from rlkernels.advantages.selection import best_of_n
 from rlkernels.advantages.shaping import dynamic_sampling_mask, length_penalty, truncation_penalty
 from rlkernels.advantages.steps import gigpo_advantages, optimal_token_advantages, step_advantages
 from rlkernels.advantages.vtrace import vtrace
-from rlkernels.advantages.selection import best_of_n
 from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
@@ -43,7 +43,7 @@ from rlkernels.losses.span_reward import span_reward_loss
 from rlkernels.losses.top_entropy import top_entropy_mask
 from rlkernels.losses.unpaired_preference import unpaired_preference_loss
 from rlkernels.losses.value import value_loss
-from rlkernels.objectives import objective
+from rlkernels.objectives import check_objective, objective
 from rlkernels.rollout.correction import Correction
 from rlkernels.rollout.masks import m2po_mask, off_policy_sequence_mask, rejection_mask
 from rlkernels.rollout.metrics import rollout_metrics
@@ -69,6 +69,7 @@ __all__ = [
     "broadcast_advantages",
     "best_of_n",
     "broadcast_to_tokens",
+    "check_objective",
     "discounted_returns",
     "divergence_loss",
     "dpo_loss",

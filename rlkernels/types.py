@@ -120,8 +120,13 @@ LossType: TypeAlias = Literal[
     "tpo_ipo",
     "tpo_l",
 ]
-LossTypes: TypeAlias = LossType | tuple[LossType, ...] | list[LossType]
-"""One loss of pairs, or those of a mixture."""
+LossTypes: TypeAlias = (
+    LossType | Callable[..., Any] | tuple[LossType | Callable[..., Any], ...] | list[LossType | Callable[..., Any]]
+)
+"""One loss of pairs, or those of a mixture; a function is an objective of a user's own.
+
+Its name serves at run time, too. Here it would hide a wrong name from a type checker.
+"""
 LossWeights: TypeAlias = tuple[Number, ...] | list[float] | list[Number]
 FDivergence: TypeAlias = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 UnpairedLossType: TypeAlias = Literal["kto", "apo_zero_unpaired", "bco", "kto_paired_batch"]

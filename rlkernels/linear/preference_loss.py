@@ -91,6 +91,7 @@ def linear_dpo_loss(
     ld_alpha: Number = 1.0,
     cu_seqlens: Offsets | None = None,
     return_metrics: Literal[False] = False,
+    **params: Number,
 ) -> Scalar: ...
 
 
@@ -145,6 +146,7 @@ def linear_dpo_loss(
     ld_alpha: Number = 1.0,
     cu_seqlens: Offsets | None = None,
     return_metrics: Literal[True],
+    **params: Number,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -199,6 +201,7 @@ def linear_dpo_loss(
     ld_alpha: Number = 1.0,
     cu_seqlens: Offsets | None = None,
     return_metrics: bool,
+    **params: Number,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
@@ -253,6 +256,7 @@ def linear_dpo_loss(
     ld_alpha: Number = 1.0,
     cu_seqlens: Offsets | None = None,
     return_metrics: bool = False,
+    **params: Number,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""``dpo_loss``, of any of its types, from hidden states and the lm_head, without ``[T, V]`` logits: three matmuls.
 
@@ -273,7 +277,7 @@ def linear_dpo_loss(
         beta, loss_type, loss_weights, label_smoothing, reference_free, f_divergence, alpha, length_normalized,
             simpo_gamma, alphapo_alpha, discopop_tau, cpo_alpha, pair_weights, dpop_lambda, chosen_rewards,
             rejected_rewards, rpo_eta, gold_logps, gold_lengths, tpo_alpha, num_pairs, num_chosen_tokens,
-            num_gold_tokens: as for ``dpo_loss``. ``gold_logps`` get their gradient, too.
+            num_gold_tokens, params: as for ``dpo_loss``. ``gold_logps`` get their gradient, too.
         reduction: as for ``dpo_loss``; ``"none"`` takes four matmuls, because each pair waits for its own upstream
             gradient.
         ld_alpha: the weight of a token beyond the length of the pair's shorter answer, as for
@@ -345,6 +349,7 @@ def linear_dpo_loss(
         "num_pairs": num_pairs,
         "num_chosen_tokens": num_chosen_tokens,
         "num_gold_tokens": num_gold_tokens,
+        **params,
     }
     references = ref_chosen_logps, ref_rejected_logps
     checks.choice(caller, "reduction", reduction, REDUCTIONS)

@@ -1,5 +1,6 @@
 """The options of the losses of preference pairs, checked once for a batch."""
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import column, present
-from rlkernels.losses.preference_types import KINDS, Kind
+from rlkernels.losses.preference_types import FROM_OPTIONS, KINDS, Kind, kind_of_user
 from rlkernels.tracing import replaced
 from rlkernels.types import FDivergence, LossTypes, LossWeights, Number, PerPair
 
@@ -48,6 +49,7 @@ class PreferenceOptions(NamedTuple):
     pair_weights: torch.Tensor | None = None
     win_and_lose: tuple[torch.Tensor, torch.Tensor] | None = None  # the shares that the rewards ask for
     num_pairs: Number = 1.0  # the divisor of a mean
+    params: dict[str, tuple[Number, ...]] = {}  # of each objective of a user's own, by its name
 
     def separable(self) -> bool:
         """Tells whether the loss of each pair depends on that pair alone, so that a batch may be cut into parts."""
@@ -99,11 +101,12 @@ def preference_options(
     num_pairs: Number | None = None,
     num_chosen_tokens: Number | None = None,
     num_gold_tokens: Number | None = None,
+    **params: Number,
 ) -> PreferenceOptions:
     """Checks the options of ``dpo_loss``. ``like``: a tensor ``[B]`` of the dtype and device of the losses."""
-    names = (loss_type,) if isinstance(loss_type, str) else checks.several(caller, "loss_type", loss_type)
-    for name in names:
-        checks.choice(caller, "loss_type", name, KINDS)
+    single = isinstance(loss_type, str) or inspect.isfunction(loss_type)
+    kinds = [_kind(caller, x) for x in ((loss_type,) if single else checks.several(caller, "loss_type", loss_type))]
+    names = tuple(name for name, _ in kinds)
     weights = (1.0,) * len(names) if loss_weights is None else checks.several(caller, "loss_weights", loss_weights)
     if not names or len(weights) != len(names):
         raise ValueError(
@@ -116,7 +119,7 @@ def preference_options(
         raise ValueError(f"{caller}: alpha needs f_divergence='alpha_divergence', got {f_divergence!r}")
     options = PreferenceOptions(
         names,
-        tuple(KINDS[name] for name in names),
+        tuple(kind for _, kind in kinds),
         weights,
         beta,
         label_smoothing,
@@ -133,6 +136,8 @@ def preference_options(
         1.0 if tpo_alpha is None else tpo_alpha,
     )
     options = _numbers(caller, options, like)
+    if params or any(kind.objective is not None for kind in options.kinds):
+        options = _params(caller, options, like, params)
     _check_use(
         caller,
         options,
@@ -156,6 +161,45 @@ def preference_options(
     options = _beta_per_pair(caller, options, like)
     options = _rewards(caller, options, like, chosen_rewards, rejected_rewards)
     return _gold(caller, options, like, gold_logps, gold_lengths, num_gold_tokens)
+
+
+def _kind(caller: str, loss_type: object) -> tuple[str, Kind]:
+    """Returns the name of a loss type and its kind, of the library or of a user's objective."""
+    if isinstance(loss_type, str) and loss_type in KINDS:
+        return loss_type, KINDS[loss_type]
+    own = kind_of_user(loss_type)
+    if own is None:
+        checks.choice(caller, "loss_type", loss_type, KINDS)
+        raise AssertionError("unreachable, because every known name is in the table")
+    if own[0] in KINDS:
+        raise ValueError(f"{caller}: loss_type {own[0]!r} is a loss of the library; rename the function")
+    return own
+
+
+def _params(caller: str, options: PreferenceOptions, like: Tensor, params: dict[str, Number]) -> PreferenceOptions:
+    """Checks the parameters of users' objectives; returns the options with their values."""
+    found, known = {}, set()
+    for name, kind in zip(options.names, options.kinds, strict=True):
+        entry = kind.objective
+        if entry is None:
+            continue
+        own = [x for x in entry.params if x not in FROM_OPTIONS]
+        for x in (x for x in own if x in OPTIONS):
+            raise ValueError(f"{caller}: parameter {x!r} of loss_type {name!r} has the name of an option; rename it")
+        for x in (x for x, _ in entry.defaults if x in FROM_OPTIONS):
+            raise ValueError(f"{caller}: {x!r} of loss_type {name!r} is the option {x}; leave its default out")
+        if options.each_has_a_beta() and "beta" in entry.params:
+            raise ValueError(f"{caller}: loss_type {name!r} takes no beta per pair; pass a number")
+        known |= set(own)
+        given = {x: params[x] for x in own if x in params}
+        given |= {x: getattr(options, x) for x in FROM_OPTIONS if x in entry.params}
+        found[name] = tuple(checks.params(caller, name, entry, given, like))
+    for x in (x for x in params if x not in known):
+        raise TypeError(
+            f"{caller}: loss_type {_listed(options.names)} takes no {x!r}; "
+            f"{f'it takes {_listed(tuple(sorted(known)))}' if known else 'it takes no parameters of its own'}"
+        )
+    return replaced(options, params=found)
 
 
 def _numbers(caller: str, options: PreferenceOptions, like: Tensor) -> PreferenceOptions:
@@ -351,3 +395,7 @@ def _tensors(
 
 def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(map(repr, names))
+
+
+OPTIONS = frozenset(inspect.signature(preference_options).parameters)
+"""The names that a parameter of a user's objective cannot have, because a loss of pairs takes them itself."""

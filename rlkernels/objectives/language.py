@@ -10,6 +10,7 @@ respect to the first argument.
 import ast
 import inspect
 import textwrap
+import tokenize
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, overload
@@ -171,7 +172,7 @@ def _parse(function):
     """Returns the syntax tree of a function."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, SyntaxError, IndexError) as error:
+    except (OSError, SyntaxError, IndexError, tokenize.TokenError) as error:
         raise TypeError(
             f"objective {function.__name__!r} must be defined in a file or a notebook cell: no source found; for code "
             "of exec, enter its source into linecache.cache under the file name of compile()"

@@ -23,6 +23,7 @@ NO_TENSORS = {
     "WeightAverage",
     "TokenStats",
     "available_backends",
+    "check_objective",
     "objective",
     "objectives",
     "use_backend",

@@ -10,9 +10,9 @@ import inspect
 import threading
 from contextlib import contextmanager
 
+import advantage_calls
 import divergence_calls
 import kl_calls
-import advantage_calls
 import reward_calls
 import rollout_calls
 import torch
