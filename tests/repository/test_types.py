@@ -55,6 +55,7 @@ FURTHER = {
 WITH_METRICS = [name for name, f in FUNCTIONS.items() if "return_metrics" in inspect.signature(f).parameters]
 TABLES = {
     "RatioLevel": policy_arguments.RATIO_LEVELS,
+    "RatioDenominator": policy_ratio.DENOMINATORS,
     "KL": policy_arguments.KLS,
     "RowKL": ROW_KLS,
     "Output": tuple(FLAGS),
