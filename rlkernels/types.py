@@ -74,6 +74,8 @@ RankKind: TypeAlias = Literal["logsigmoid", "sigmoid"]
 RankAggregation: TypeAlias = Literal["pair-mean", "list-mean"]
 StepReduction: TypeAlias = Literal["min", "product"]
 SftKind: TypeAlias = Literal["nll", "dft"]
+LogitsSftKind: TypeAlias = Literal["nll", "dft", "eaft"]
+"""The kinds of ``sft_loss``, which sees whole rows."""
 LossType: TypeAlias = Literal[
     "sigmoid",
     "hinge",
@@ -90,12 +92,19 @@ LossType: TypeAlias = Literal[
     "discopop",
     "sft",
     "sigmoid_norm",
+    "ipo_norm",
+    "dpop",
+    "rpo",
     "cpo",
     "cpo_hinge",
     "cpo_ipo",
     "simpo",
     "orpo",
     "orpo_odds_ratio",
+    "tpo",
+    "tpo_hinge",
+    "tpo_ipo",
+    "tpo_l",
 ]
 LossTypes: TypeAlias = LossType | tuple[LossType, ...] | list[LossType]
 """One loss of pairs, or those of a mixture."""

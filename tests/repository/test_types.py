@@ -26,6 +26,7 @@ from rlkernels.integrations import trl
 from rlkernels.logprobs import TokenStats
 from rlkernels.losses import (
     policy_arguments,
+    policy_ratio,
     preference_options,
     preference_types,
     process_reward,

@@ -205,10 +205,10 @@ def answers(d, operands, cu_seqlens=None, **head):
 def pairs(name, C, R, f, g, n, m, *, beta, smoothing=0.1, divergence="reverse_kl", averaged=False):
     """Losses of pairs by their formulas, without the likelihood that ``cpo`` and ``sft`` add."""
     e, oracle = smoothing if name in preference_oracles.SMOOTHED else 0.0, preference_oracles
-    if name in oracle.OF_MARGIN or name == "sigmoid_norm":
+    if name in oracle.OF_MARGIN or name in oracle.AVERAGED:
         c, r = (oracle.SCORES[divergence](x) for x in (C - f, R - g))
-        c, r = (c / n, r / m) if averaged or name == "sigmoid_norm" else (c, r)
-        return oracle.OF_MARGIN["sigmoid" if name == "sigmoid_norm" else name](c - r, beta, e)
+        c, r = (c / n, r / m) if averaged or name in oracle.AVERAGED else (c, r)
+        return oracle.OF_MARGIN[oracle.AVERAGED.get(name, name)](c - r, beta, e)
     if name in oracle.OF_RATIOS:
         return oracle.OF_RATIOS[name](C - f, R - g, beta)
     if name in ("aot", "aot_unpaired"):
