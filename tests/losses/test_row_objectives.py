@@ -1,4 +1,4 @@
-"""Objectives of sequences, groups and batches against loops in float64 torch: values, gradients, layouts, dead tokens."""
+"""Objectives of sequences, groups and batches against loops in float64 torch: values, gradients, layouts, masks."""
 
 import math
 
