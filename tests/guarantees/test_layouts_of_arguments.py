@@ -22,7 +22,7 @@ TENSORS = set(
     kl_logps ref_kl_logps chosen_mask rejected_mask sample_weights chosen rejected margin attention_mask x group_ids
     lengths rollout_ids group_tokens group_rows spans temperature
     input_ids labels reward_token_ids scores step_scores
-    lengths rollout_ids rollout_logprobs group_tokens group_rows spans temperature
+    lengths rollout_ids rollout_logprobs group_tokens group_rows spans temperature correction
 """.split()
 )
 NUMBERS_OR_TENSORS = set("kl delta batch_num_tokens num_sequences horizon".split())
@@ -36,6 +36,7 @@ OTHERS = set(
     count_empty_rows dp_size dtype mode length shift
     reduction positions pad_id prompt_length num_padding_at_beginning allow_first_difference placeholder_id
     moments parts level low high gate gate_level batch_normalize batch_mean nan_ratio rules threshold
+    fraction top_entropy_fraction
     mask_low mask_high clamp_low clamp_high log_ratio_clamp count_empty_rows dp_size dtype mode length shift
 """.split()
 )
