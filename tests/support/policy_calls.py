@@ -62,9 +62,6 @@ def calls(rlk):
             correction=d["token_weights"],
             chunk_tokens=4,
         ),
-        "policy_loss by gmpo": lambda d: rlk.policy_loss(
-            d["logprobs"], d["old"], d["per_row"], d["mask"], objective="gmpo", return_metrics=True
-        ),
         "policy_loss by fipo": lambda d: rlk.policy_loss(
             d["logprobs"].view(-1),
             d["old"].view(-1),
@@ -76,17 +73,8 @@ def calls(rlk):
         "policy_loss by real": lambda d: rlk.policy_loss(
             d["logprobs"], d["old"], d["per_row"], d["mask"], objective="real", group_ids=d["rows"]
         ),
-        "policy_loss by clip_cov": lambda d: rlk.policy_loss(
-            d["logprobs"], d["old"], d["advantages"], d["mask"], objective="clip_cov", clip_cov_tokens=d["mask"].flip(0)
-        ),
-        "policy_loss by kl_cov": lambda d: rlk.policy_loss(
-            d["logprobs"], d["old"], d["advantages"], d["mask"], objective="kl_cov", kl_cov_ratio=0.2
-        ),
         "policy_loss by a2po": lambda d: rlk.policy_loss(
             d["logprobs"], None, None, d["mask"], objective="a2po", **of_a2po(d)
-        ),
-        "logits_policy_loss by vespo": lambda d: rlk.logits_policy_loss(
-            d["logits"], d["targets"], d["old"], d["per_row"], d["mask"], objective="vespo"
         ),
         "linear_policy_loss by vespo": lambda d: rlk.linear_policy_loss(
             d["hidden"],
