@@ -170,6 +170,8 @@ def correction_weights(
         return None, {}
     assert old_logprobs is not None and rollout_logprobs is not None
     options = {name: getattr(correction, name) for name in (*OF_WEIGHTS, "mode", "nan_ratio")}
+    if real == torch.float64:  # because weights of fp32 inputs come in fp32, with 7 of the loss's 16 digits
+        old_logprobs = old_logprobs.double()
     try:
         weights, metrics = rollout_weights(
             old_logprobs, rollout_logprobs, live, **options, cu_seqlens=cu_seqlens, return_metrics=True

@@ -319,6 +319,23 @@ def test_bad_factors_are_refused_by_name(name):
             rlk.linear_policy_loss(logits, torch.zeros(5, 4), targets, X, A, **options)
 
 
+def test_the_weights_of_a_loss_in_float64_have_its_digits():
+    d = problem()
+    narrow = {k: d[k].float() for k in ("old", "rollout")}
+    got = rlk.policy_loss(
+        d["logp"],
+        narrow["old"],
+        d["advantages"],
+        d["mask"],
+        rollout_logprobs=narrow["rollout"],
+        correction=Correction(high=2.0),
+    )
+    d |= {k: x.double() for k, x in narrow.items()}
+    a, ratio = d["advantages"][:, None], (d["logp"] - d["old"]).exp()
+    want = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) * log_ratio(d).exp().clamp(max=2.0)
+    torch.testing.assert_close(got, torch.where(d["mask"], want, 0.0).sum() / d["mask"].sum(), rtol=1e-12, atol=0)
+
+
 def test_an_objective_without_old_log_probabilities_takes_factors():
     got = rlk.policy_loss(X - 1.0, None, A, objective="reinforce", correction=torch.full((2, 3), 0.5))
     assert got.item() == pytest.approx(0.5)
