@@ -20,6 +20,8 @@ FIELD = {
         "pg": "reinforce",
         "a2c": "reinforce",
         "reinforce++": "reinforce",
+        "geo_mean": "gmpo",
+        "a*po": "a2po",
     },
     "aggregation": {
         "mean": "token-mean",

@@ -59,7 +59,8 @@ def highest(entropy: Tensor, live: Tensor, fraction: Number) -> Tensor:
         return live
     place = ((live.sum() - 1).clamp(min=0) * (1.0 - fraction)).double()
     below = place.floor()
-    low, high = ordered[below.long()], ordered[place.ceil().long()]
+    # Both in one tensor, because an index of shape () would be read by the host.
+    low, high = ordered[torch.stack([below, place.ceil()]).long()].unbind()
     # Their difference times 0 would be NaN between equal infinities.
     quantile = torch.where(low == high, low, low + (high - low) * (place - below).to(low.dtype))
     return live & ~(entropy < quantile)

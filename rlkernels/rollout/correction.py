@@ -55,10 +55,11 @@ class Correction:
 
     def changed(self) -> list[str]:
         """Returns the options of weights that are not those of a plain importance weight."""
-        plain = Correction()
-        return [name for name in OF_WEIGHTS if getattr(self, name) is not getattr(plain, name)]
+        return [name for name in OF_WEIGHTS if getattr(self, name) is not PLAIN[name]]
 
 
+PLAIN = {field.name: field.default for field in fields(Correction)}
+"""The options and their defaults, in a dict, because Dynamo does not look into a dataclass."""
 CorrectionLike: TypeAlias = Correction | dict[str, Any] | PerToken
 """A ``Correction``, a dict of its options, or factors of tokens."""
 
@@ -87,8 +88,7 @@ def checked_correction(
     if isinstance(given, torch.Tensor):
         return _factors(caller, given, like, rollout_logprobs)
     if isinstance(given, Mapping):
-        known = [field.name for field in fields(Correction)]
-        checks.known_names(caller, "correction", tuple(given), known)
+        checks.known_names(caller, "correction", tuple(given), tuple(PLAIN))
         given = Correction(**given)
     if not isinstance(given, Correction):
         raise TypeError(
@@ -168,6 +168,8 @@ def correction_weights(
         return None, {}
     assert old_logprobs is not None and rollout_logprobs is not None
     options = {name: getattr(correction, name) for name in (*OF_WEIGHTS, "mode", "nan_ratio")}
+    if real == torch.float64:  # because weights of fp32 inputs come in fp32, with 7 of the loss's 16 digits
+        old_logprobs = old_logprobs.double()
     try:
         weights, metrics = rollout_weights(
             old_logprobs, rollout_logprobs, live, **options, cu_seqlens=cu_seqlens, return_metrics=True

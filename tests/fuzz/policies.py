@@ -82,6 +82,8 @@ def policy_loss(trial):
             )
         )
     old = None if terms.name == "reinforce" and draw.flag(0.5) else terms.old
+    if entropy is not None and draw.flag(0.2):
+        terms.options["top_entropy_fraction"] = 1.0
     loss, metrics = with_metrics(
         trial, "policy_loss", x, old, terms.advantages, batch.mask, entropy=entropy, **terms.options
     )
@@ -132,7 +134,8 @@ def logits_policy_loss(trial):
     batch = Batch(draw)
     terms = PolicyTerms(draw, batch)
     rows = LogitsOfABatch(draw, batch)
-    in_place = draw.flag(0.3)
+    in_place, every = draw.flag(0.3), draw.flag(0.1)
+    terms.options |= {"top_entropy_fraction": 1.0} if every else {}
     given = rows.x * 1.0 if in_place else rows.x
     old = None if terms.name == "reinforce" and draw.flag(0.5) else terms.old
     options = {**terms.options, **rows.options, **({"inplace_backward": True} if in_place else {})}
@@ -141,7 +144,8 @@ def logits_policy_loss(trial):
     )
     truth, what = rows.truth(), f"{terms.name}, {terms.level}, {terms.weighting.mode}, {rows.dtype}"
     check_rows_loss(trial, what, rows, loss, terms.truth(batch, truth["logprobs"], truth["entropy"]), truth)
-    expect_metrics(trial, what, metrics, terms.metrics(batch, truth["logprobs"], truth["entropy"]), 8 * eps(rows.x))
+    known = terms.metrics(batch, truth["logprobs"], truth["entropy"], all_read=every)
+    expect_metrics(trial, what, metrics, known, 8 * eps(rows.x))
 
 
 def check_rows_loss(trial, what, rows, loss, total, truth):

@@ -27,6 +27,7 @@ TENSORS = set(
     turn_ends terminated truncated dones last_dones last_values next_values reward_weights row_advantages is_last_step
     trajectory_ids step_rewards step_ends episode_rewards anchor_ids token_rewards log_sum_sq_probs sequences
     lengths rollout_ids rollout_logprobs group_tokens group_rows spans temperature
+    lengths rollout_ids rollout_logprobs group_tokens group_rows spans temperature correction
 """.split()
 )
 NUMBERS_OR_TENSORS = set("kl delta lam turn_lam batch_num_tokens num_sequences horizon".split())
@@ -47,6 +48,7 @@ OTHERS = set(
     moments parts level low high gate gate_level batch_normalize batch_mean nan_ratio rules threshold
     count normalize_by_weight eaft_alpha z_loss_coef dpop_lambda rpo_eta tpo_alpha num_pairs num_chosen_tokens
     num_gold_tokens kl_group
+    fraction top_entropy_fraction
     mask_low mask_high clamp_low clamp_high log_ratio_clamp count_empty_rows dp_size dtype mode length shift
 """.split()
 )

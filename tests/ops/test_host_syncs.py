@@ -187,6 +187,22 @@ IDS = {
     "fixed-horizon": {"horizon": 9},
     "global-token-mean": {"batch_num_tokens": made()},
 }
+OF_ROWS = {
+    "gmpo": {},
+    "vespo": {},
+    "fipo": {},
+    "real": {"group_size": 2},
+    "kl_cov": {},
+    "clip_cov": {"clip_cov_tokens": MASK},
+}
+
+
+def corrected(function, *inputs, **options):
+    """A policy loss with weights of the engine and the off-policy mask."""
+    correction = rlk.Correction(high=number(), batch_normalize=True, opsm_delta=number())
+    return function(*inputs, A, A, MASK, rollout_logprobs=A, correction=correction, **options)
+
+
 CALLS = {
     "token_stats": lambda: rlk.token_stats(LOGITS, TARGETS, temperature=A).logprobs.sum(),
     "token_stats, one temperature": lambda: rlk.token_stats(LOGITS, TARGETS, temperature=made()).logprobs.sum(),
@@ -219,6 +235,24 @@ CALLS = {
     },
     "policy_loss packed": lambda: rlk.policy_loss(
         ONE.view(-1), A.view(-1), A.view(-1), MASK.view(-1), cu_seqlens=CU, ratio_level="sequence"
+    ),
+    **{
+        f"policy_loss by {name}": lambda name=name, more=more: rlk.policy_loss(ONE, A, A, MASK, objective=name, **more)
+        for name, more in OF_ROWS.items()
+    },
+    "policy_loss by a2po": lambda: rlk.policy_loss(
+        ONE, None, None, MASK, objective="a2po", rewards=made(N), value_pool=made(N, 3), ref_logprobs=A
+    ),
+    "logits_policy_loss by real": lambda: rlk.logits_policy_loss(
+        LOGITS, TARGETS, A, A, MASK, objective="real", group_ids=whole(N)
+    ),
+    "linear_policy_loss by fipo": lambda: rlk.linear_policy_loss(
+        leaf(N, L, H), leaf(V, H), TARGETS, A, A, MASK, objective="fipo", max_live_tokens=N * L
+    ),
+    "policy_loss of a correction": lambda: corrected(rlk.policy_loss, ONE, entropy=A, top_entropy_fraction=number()),
+    "logits_policy_loss of a correction": lambda: corrected(rlk.logits_policy_loss, LOGITS, TARGETS),
+    "linear_policy_loss of a correction": lambda: corrected(
+        rlk.linear_policy_loss, leaf(N, L, H), leaf(V, H), TARGETS, top_entropy_fraction=0.5, max_live_tokens=N * L
     ),
     "value_loss": lambda: rlk.value_loss(ONE, A, A, MASK, clip_range=0.2),
     "pairwise_reward_loss": lambda: rlk.pairwise_reward_loss(TWO, made(N)),
@@ -382,6 +416,7 @@ PLAIN = {
     "off_policy_sequence_mask": lambda: (rlk.off_policy_sequence_mask(A, A, A, MASK, delta=number()),),
     "m2po_mask": lambda: (rlk.m2po_mask(A, A, MASK, threshold=number()),),
     "rollout_metrics": lambda: rlk.rollout_metrics(A, A, MASK).values(),
+    "top_entropy_mask": lambda: (rlk.top_entropy_mask(A, MASK, number()),),
     "token_weights": lambda: (rlk.token_weights(MASK, "seq-mean-token-mean"),),
 }
 

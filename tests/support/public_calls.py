@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import advantage_calls
 import divergence_calls
 import kl_calls
+import policy_calls
 import reward_calls
 import rollout_calls
 import torch
@@ -585,6 +586,7 @@ CALLS = {
 }
 
 CALLS |= rollout_calls.calls(rlk) | divergence_calls.calls(rlk)
+CALLS |= rollout_calls.calls(rlk) | policy_calls.calls(rlk)
 
 
 def tensors(x):
