@@ -173,7 +173,7 @@ class KLTerm:
 def exact_kind(kl: KL | ExactKL | KLTerm) -> ExactKL | None:
     """Returns the direction of an exact KL, None for an estimate."""
     name = kl.estimator if isinstance(kl, KLTerm) else kl
-    return name if name in EXACT else None
+    return name if isinstance(name, str) and name in EXACT else None
 
 
 def simplified(kl: KL | ExactKL | KLTerm) -> KL | ExactKL | KLTerm:

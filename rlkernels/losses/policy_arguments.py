@@ -167,9 +167,9 @@ def check_terms(
     ``entropy``: the caller's entropies, or ``ROW`` for those of the rows of logits. ``reference``: the name and the
     value of the argument by which a loss over rows takes the reference's rows.
     """
-    if not isinstance(kl, KLTerm):
-        checks.choice(caller, "kl", kl, KLS if reference is None else KLS + EXACT)
     exact = exact_kind(kl)
+    if exact is None and not isinstance(kl, KLTerm):
+        checks.choice(caller, "kl", kl, KLS if reference is None else KLS + EXACT)
     if exact is not None and reference is None:
         raise ValueError(
             f"{caller}: kl={exact!r} needs whole rows of logits; call logits_policy_loss or linear_policy_loss"

@@ -58,6 +58,7 @@ WITH_METRICS = [name for name, f in FUNCTIONS.items() if "return_metrics" in ins
 TABLES = {
     "RatioLevel": policy_arguments.RATIO_LEVELS,
     "KL": kl_term.KLS,
+    "ExactKL": kl_term.EXACT,
     "KLGradient": kl_term.GRADIENTS,
     "RowKL": ROW_KLS,
     "Output": tuple(FLAGS),
