@@ -53,6 +53,8 @@ ObjectiveOption: TypeAlias = Number | Annotated[Tensor, "[B], [B, n], or [B, L]"
 CorrectionMode: TypeAlias = Literal["clip", "mask", None]
 RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_token", "sequence_sum"]
 KL: TypeAlias = Literal["k1", "k2", "k3", "abs"]
+ExactKL: TypeAlias = Literal["reverse_kl", "forward_kl"]
+"""``KL(pi || ref)`` and ``KL(ref || pi)`` over the whole vocabulary."""
 KLGradient: TypeAlias = Literal["pathwise", "k2"]
 Clamp: TypeAlias = float | tuple[float | None, float | None] | list[float | None] | None
 """Bounds ``(low, high)``, of which either may be None; a number ``c`` stands for ``(-c, c)``."""

@@ -38,7 +38,12 @@ FIELD = {
         "dr_grpo": "fixed-horizon with normalizers={'horizon': ...}",
         "drgrpo": "fixed-horizon with normalizers={'horizon': ...}",
     },
-    "kl": {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "full": "exact, of token_stats"},
+    "kl": {
+        "kl": "k1",
+        "mse": "k2",
+        "low_var_kl": "k3",
+        "full": "reverse_kl of logits_policy_loss, or exact of token_stats",
+    },
     "ratio_level": {
         "gspo": "sequence",
         "sentence": "sequence",

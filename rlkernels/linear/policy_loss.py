@@ -7,15 +7,16 @@ from typing import Literal, overload
 
 import torch
 
-from rlkernels import ops
+from rlkernels import checks, ops
 from rlkernels.checks import tokens as checks_tokens
+from rlkernels.linear.distillation_loss import linear_distillation_loss
 from rlkernels.linear.head import HeadOptions, linear_head
 from rlkernels.linear.rank_agreement import same_on_every_rank
 from rlkernels.linear.sequence_loss import sequence_loss
 from rlkernels.linear.token_loss import PolicyTerms, check_batch, token_loss
 from rlkernels.linear.token_stats import head_stats
 from rlkernels.losses.kl_penalty import kl_penalty
-from rlkernels.losses.kl_term import KLObjective, KLTerm, simplified
+from rlkernels.losses.kl_term import KLObjective, KLTerm, exact_kind, simplified
 from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve_either
 from rlkernels.losses.policy_factors import policy_factors
 from rlkernels.losses.policy_metrics import policy_metrics
@@ -34,6 +35,7 @@ from rlkernels.rollout.correction import CorrectionLike
 from rlkernels.types import (
     KL,
     Aggregation,
+    ExactKL,
     HeadBias,
     HeadWeight,
     HiddenStates,
@@ -54,6 +56,9 @@ from rlkernels.types import (
     Temperature,
     VocabMask,
 )
+
+NOT_OF_AN_EXACT_KL = ("ignore_index", "process_group", "vocab_start")
+"""The options of a head that its exact KL does not take: its weights tell which rows take part."""
 
 
 @overload
@@ -82,7 +87,10 @@ def linear_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL | KLTerm = "k3",
+    ref_hidden: HiddenStates | None = None,
+    ref_weight: HeadWeight | None = None,
+    ref_bias: HeadBias | None = None,
+    kl: KL | ExactKL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
     top_entropy_fraction: Number | None = None,
@@ -125,7 +133,10 @@ def linear_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL | KLTerm = "k3",
+    ref_hidden: HiddenStates | None = None,
+    ref_weight: HeadWeight | None = None,
+    ref_bias: HeadBias | None = None,
+    kl: KL | ExactKL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
     top_entropy_fraction: Number | None = None,
@@ -168,7 +179,10 @@ def linear_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL | KLTerm = "k3",
+    ref_hidden: HiddenStates | None = None,
+    ref_weight: HeadWeight | None = None,
+    ref_bias: HeadBias | None = None,
+    kl: KL | ExactKL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
     top_entropy_fraction: Number | None = None,
@@ -211,7 +225,10 @@ def linear_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL | KLTerm = "k3",
+    ref_hidden: HiddenStates | None = None,
+    ref_weight: HeadWeight | None = None,
+    ref_bias: HeadBias | None = None,
+    kl: KL | ExactKL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
     top_entropy_fraction: Number | None = None,
@@ -245,6 +262,10 @@ def linear_policy_loss(
             valid_vocab, process_group, vocab_start: as for ``linear_token_logprobs``.
         max_live_tokens: a bound on the tokens with a weight, as for ``linear_token_logprobs``. With sequence-level
             ratios it bounds the live tokens; where it does not fit in one chunk, they take four matmuls.
+        ref_hidden, ref_weight, ref_bias: ``[..., H']``, ``[V', H']`` and ``[V']`` of the reference's head, without
+            gradient, for ``kl="reverse_kl"`` and ``"forward_kl"``. Softcap, scale and temperature are the policy's. The
+            exact KL takes three matmuls of the policy's head and one of the reference's beside those of the loss, and
+            no process group.
         the rest: as for ``logits_policy_loss``; ``old_logprobs`` and ``ref_logprobs`` under the same temperature.
 
     Returns:
@@ -301,7 +322,9 @@ def linear_policy_loss(
         correction is not None,
     )
     kl = simplified(kl)
-    kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
+    _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias, process_group)
+    reference = "ref_hidden", ref_hidden
+    kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef, reference)
     scored = targets != ignore_index
     live = live_tokens(caller, like, mask) & scored
     factors = policy_factors(
@@ -315,13 +338,18 @@ def linear_policy_loss(
         aggregation = aggregation_of_sequences(aggregation, weights)
     penalty, read, of_tokens = None, None, weights is not None
     shared = aggregation, cu_seqlens, normalizers, of_tokens
-    has_penalty = ref_logprobs is not None and (kl_coef is not None or isinstance(kl, KLTerm))
+    exact, exact_coef = exact_kind(kl), None
+    if exact is not None:  # a term by itself: the rest has no KL
+        exact_coef, kl_coef = kl_coef, None
+        has_penalty = ref_hidden is not None and (exact_coef is not None or return_metrics)
+    else:
+        has_penalty = ref_logprobs is not None and (kl_coef is not None or isinstance(kl, KLTerm))
     of_factors: Metrics = {}
     if torch.compiler.is_compiling() or choice is not None or factors is not None and factors.of_policy():
         share = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
         if has_penalty:
             penalty = kl_penalty(caller, kl, like, ref_logprobs, ratio.old, scored, live, share, *shared)
-        rows = live if penalty is None else live | penalty.live
+        rows = live if penalty is None or exact is not None else live | penalty.live
         stats = head_stats(head.without(~rows.reshape(-1)), ("entropy",), like.shape)
         logp, entropy = stats.logprobs, stats.entropy
         loss, columns, of_factors = policy_terms(
@@ -383,13 +411,80 @@ def linear_policy_loss(
                 live = live & read  # the other rows are not read, so they have no metrics
         else:
             loss, logp, entropy = sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, backend)
+    own_metrics = {}
+    if exact is not None and has_penalty:
+        of_head = {name: x for name, x in options.items() if name not in NOT_OF_AN_EXACT_KL}
+        reference = ref_hidden, ref_weight, ref_bias
+        term, own_metrics = _exact_kl(
+            hidden, weight, reference, of_head, exact, penalty.weight_of_each(like), exact_coef
+        )
+        loss = loss if exact_coef is None else loss + term
     if not return_metrics:
         return loss
     logp, entropy = logp.view(like.shape), entropy.view(like.shape)
     columns = with_current(columns, logp)
+    if exact is None and penalty is not None and isinstance(kl, KLTerm):
+        own_metrics = penalty.metrics(logp, read)
+    reference = ref_logprobs if exact is None else None
     metrics = policy_metrics(
-        logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens, ratio.clamp
+        logp, columns, live, reference, kl, entropy, entry, values, ratio_level, cu_seqlens, ratio.clamp
     )
-    if penalty is not None and isinstance(kl, KLTerm):
-        metrics |= penalty.metrics(logp, read)
-    return loss, metrics | of_factors
+    return loss, metrics | own_metrics | of_factors
+
+
+def _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias, process_group):
+    """Refuses a reference's head that an exact KL cannot take, or that nothing would look at."""
+    if ref_hidden is None:
+        for name, x in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if x is not None:
+                raise ValueError(f"{caller}: {name} belongs to ref_hidden, got ref_hidden=None; pass both")
+        return
+    if exact_kind(kl) is None:
+        name = kl.estimator if isinstance(kl, KLTerm) else kl
+        raise ValueError(
+            f"{caller}: ref_hidden belongs to kl='reverse_kl' or 'forward_kl', got kl={name!r}; pass ref_logprobs, as "
+            "linear_token_logprobs gives them"
+        )
+    if ref_weight is None:
+        raise ValueError(f"{caller}: ref_hidden came without ref_weight; pass both")
+    if process_group is not None:
+        raise ValueError(f"{caller}: kl={exact_kind(kl)!r} takes no process_group; pass the whole heads")
+    for name, x in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight)):
+        checks.floating(caller, name, x)
+    checks.no_gradient(caller, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"{caller}: ref_hidden has shape {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}; expected the "
+            "same shape, the last dimension apart"
+        )
+
+
+def _exact_kl(hidden, weight, reference, options, kind, weights, coefficient):
+    """Returns the weighted sum of exact KLs, and their mean as the metric ``kl``.
+
+    reference: hidden states, weight and bias of its head. weights: ``[...]``, without the ``coefficient``, which is
+    None for the metric alone.
+    """
+    ref_hidden, ref_weight, ref_bias = reference
+    if coefficient is not None:
+        weights = weights * coefficient
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and coefficient is not None):
+            loss, metrics = linear_distillation_loss(
+                hidden,
+                weight,
+                ref_hidden,
+                ref_weight,
+                teacher_bias=ref_bias,
+                teacher_softcap=options["softcap"],
+                teacher_logit_scale=options["logit_scale"],
+                kind=kind,
+                weights=weights,
+                return_metrics=True,
+                **options,
+            )
+    except checks.NAMED as error:
+        if type(error) not in checks.NAMED:
+            raise
+        raise checks.named(error, "linear_distillation_loss") from error
+    return loss, {"kl": metrics["divergence"]}

@@ -13,18 +13,18 @@ from rlkernels.losses.kl_term import KLObjective, KLTerm, named_objective
 from rlkernels.losses.policy_arguments import column
 from rlkernels.losses.token_weights import TokenWeights, full_mask, live_mask, token_weights_of
 from rlkernels.losses.weighted_sum import scaled_sum
-from rlkernels.types import KL, Aggregation, Metrics, Normalizers, Number, PerToken
+from rlkernels.types import KL, Aggregation, ExactKL, Metrics, Normalizers, Number, PerToken
 
 
 class KLPenalty(NamedTuple):
-    """The KL term of a loss.
+    """The KL term of a loss; of an exact KL, which has no columns, its weights.
 
     ``old_logp``: None where the ratio is 1, or no ratio weighs the term. ``weights``: without the coefficient.
     ``live``: the tokens of the term; None: all.
     """
 
     objective: KLObjective
-    ref_logp: Tensor
+    ref_logp: Tensor | None
     old_logp: Tensor | None
     weights: TokenWeights
     live: Tensor | None
@@ -33,6 +33,16 @@ class KLPenalty(NamedTuple):
         """Computes the term, differentiable in ``logp``."""
         others = self.objective.others(logp, self.ref_logp, self.old_logp)
         return scaled_sum(coefficient, self.objective.name, logp, others, self.weights, self.objective.params)
+
+    def exact_loss(self, values: Tensor, coefficient: Number) -> Tensor:
+        """Computes the term from exact divergences ``values``, differentiable in them."""
+        return -scaled_sum(coefficient, "nll", values, [], self.weights)  # nll is minus its column
+
+    @torch.no_grad()
+    def exact_metrics(self, values: Tensor) -> Metrics:
+        """Computes the mean of exact divergences over the tokens of the term."""
+        live = full_mask(values, self.live)
+        return {"kl": torch.where(live, values.detach(), 0.0).sum() / live.sum().clamp(min=1)}
 
     def weight_of_each(self, like: Tensor) -> Tensor:
         """Returns the weights as one tensor, shaped like ``like``."""
@@ -60,9 +70,9 @@ class KLPenalty(NamedTuple):
 
 def kl_penalty(
     caller: str,
-    kl: KL | KLTerm,
+    kl: KL | ExactKL | KLTerm,
     like: Tensor,
-    ref_logprobs: PerToken,
+    ref_logprobs: PerToken | None,
     old_logprobs: PerToken | None,
     scored: Tensor | None,
     live: Tensor | None,
@@ -111,7 +121,9 @@ def _both(mask: Tensor, scored: Tensor | None) -> Tensor:
     return mask if scored is None else mask & scored
 
 
-def own_tokens(caller: str, kl: KL | KLTerm, like: Tensor, scored: Tensor, live: Tensor) -> tuple[KL | KLTerm, Tensor]:
+def own_tokens(
+    caller: str, kl: KL | ExactKL | KLTerm, like: Tensor, scored: Tensor, live: Tensor
+) -> tuple[KL | ExactKL | KLTerm, Tensor]:
     """Returns the KL term with a mask of scored tokens alone, and the tokens that the loss reads in any term."""
     if not isinstance(kl, KLTerm) or kl.mask is None:
         return kl, live

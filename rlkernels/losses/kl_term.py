@@ -7,9 +7,9 @@ from typing import NamedTuple, get_args
 from torch import Tensor
 
 from rlkernels import checks
-from rlkernels.types import KL, Aggregation, Clamp, KLGradient, Mask, Normalizers, PerToken
+from rlkernels.types import KL, Aggregation, Clamp, ExactKL, KLGradient, Mask, Normalizers, PerToken
 
-KLS, GRADIENTS = get_args(KL), get_args(KLGradient)
+KLS, EXACT, GRADIENTS = get_args(KL), get_args(ExactKL), get_args(KLGradient)
 ORDERS = {"abs": 0.0, "k1": 1.0, "k2": 2.0, "k3": 3.0}
 """The numbers by which the objective ``kl_term`` knows the estimators."""
 
@@ -35,13 +35,14 @@ def named_objective(kl: str) -> str:
 def kl_objective(
     caller: str,
     argument: str,
-    estimator: KL,
+    estimator: KL | ExactKL,
     diff_clamp: Clamp,
     value_clamp: Clamp,
     gradient: KLGradient,
     ratio_weighted: bool,
     ratio_detached: bool,
     ratio_cap: float | None,
+    known: tuple[str, ...] = KLS,
 ) -> KLObjective:
     """Checks the options of an estimator and returns its objective; ``argument``: the name of the estimator's argument.
 
@@ -49,7 +50,7 @@ def kl_objective(
         TypeError, ValueError: unknown names, bounds that are no numbers or in the wrong order, an option of the ratio
             without the ratio.
     """
-    checks.choice(caller, argument, estimator, KLS)
+    checks.choice(caller, argument, estimator, known)
     checks.choice(caller, "gradient", gradient, GRADIENTS)
     ratio_weighted = checks.flag(caller, "ratio_weighted", ratio_weighted)
     ratio_detached = checks.flag(caller, "ratio_detached", ratio_detached)
@@ -66,6 +67,11 @@ def kl_objective(
     straight = gradient == "k2"
     if not (straight or ratio_weighted or diff_clamp is not None or value_clamp is not None):
         return KLObjective(named_objective(estimator))
+    if estimator in EXACT:
+        raise ValueError(
+            f"{caller}: {argument}={estimator!r} is no estimate of sampled tokens: it takes no clamp, ratio or "
+            "other gradient; leave them out"
+        )
     moving = ratio_weighted and not ratio_detached and not straight
     bounds = low, high, value_low, value_high
     return KLObjective("kl_term", (ORDERS[estimator], *bounds, cap, float(moving), float(straight)))
@@ -100,7 +106,9 @@ class KLTerm:
     rho k(d)``. A bound has the slope 0 beyond it. A term without options is the plain name, with the same bits.
 
     Args:
-        estimator: ``"k1"``, ``"k2"``, ``"k3"``, or ``"abs"``, which is ``|d|``.
+        estimator: ``"k1"``, ``"k2"``, ``"k3"``, or ``"abs"``, which is ``|d|``. From logits and hidden states also the
+            exact KL over the vocabulary, without options but those of its tokens: ``"reverse_kl"``, ``KL(pi || ref)``,
+            and ``"forward_kl"``, ``KL(ref || pi)``.
         diff_clamp, value_clamp: bounds of ``d`` before and of the value after the estimator: ``(low, high)``, of which
             either may be None, or a number ``c`` for ``(-c, c)``.
         gradient: ``"pathwise"``, that of the formula; ``"k2"``: the value of the estimator without ``w``, with the
@@ -127,7 +135,7 @@ class KLTerm:
     (straight-through) and its clamps at 20 and 10; OpenRLHF, SkyRL, NeMo-RL.
     """
 
-    estimator: KL = "k3"
+    estimator: KL | ExactKL = "k3"
     diff_clamp: Clamp = None
     value_clamp: Clamp = None
     gradient: KLGradient = "pathwise"
@@ -156,6 +164,7 @@ class KLTerm:
             self.ratio_weighted,
             self.ratio_detached,
             self.ratio_cap,
+            KLS + EXACT,
         )
 
     def has_own_weights(self) -> bool:
@@ -163,7 +172,13 @@ class KLTerm:
         return not (self.mask is self.weights is self.aggregation is self.normalizers is None)
 
 
-def simplified(kl: KL | KLTerm) -> KL | KLTerm:
+def exact_kind(kl: KL | ExactKL | KLTerm) -> ExactKL | None:
+    """Returns the direction of an exact KL, None for an estimate."""
+    name = kl.estimator if isinstance(kl, KLTerm) else kl
+    return name if isinstance(name, str) and name in EXACT else None
+
+
+def simplified(kl: KL | ExactKL | KLTerm) -> KL | ExactKL | KLTerm:
     """Returns the plain name of a KLTerm without options, so that it takes the path of a name."""
     if type(kl) is KLTerm and not kl.has_own_weights() and not kl.objective().params:
         return kl.estimator

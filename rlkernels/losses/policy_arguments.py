@@ -9,11 +9,20 @@ import torch
 from torch import Tensor
 
 from rlkernels import checks
-from rlkernels.losses.kl_term import KLS, KLTerm
+from rlkernels.losses.kl_term import EXACT, KLS, KLTerm, exact_kind
 from rlkernels.losses.row_options import ROW_KINDS, RowChoice, row_choice
 from rlkernels.objectives import OBJECTIVES, Objective, registered
 from rlkernels.sequences import per_token
-from rlkernels.types import KL, Number, ObjectiveLike, ObjectiveOption, PerToken, PerTokenOrSequence, RatioLevel
+from rlkernels.types import (
+    KL,
+    ExactKL,
+    Number,
+    ObjectiveLike,
+    ObjectiveOption,
+    PerToken,
+    PerTokenOrSequence,
+    RatioLevel,
+)
 
 ARGUMENTS = {
     "old_logp": "old_logprobs",
@@ -183,22 +192,34 @@ def check_terms(
     caller: str,
     like: Tensor,
     ref_logprobs: PerToken | None,
-    kl: KL | KLTerm,
+    kl: KL | ExactKL | KLTerm,
     kl_coef: Number,
     entropy: PerToken | str | None,
     entropy_coef: Number,
+    reference: tuple[str, Tensor | None] | None = None,
 ) -> tuple[Number | None, Number | None]:
     """Checks the KL and the entropy term; returns their two coefficients, None where a term takes no part.
 
-    ``entropy``: the caller's entropies, or ``ROW`` for those of the rows of logits.
+    ``entropy``: the caller's entropies, or ``ROW`` for those of the rows of logits. ``reference``: the name and the
+    value of the argument by which a loss over rows takes the reference's rows.
     """
-    if not isinstance(kl, KLTerm):
-        checks.choice(caller, "kl", kl, KLS)
+    exact = exact_kind(kl)
+    if exact is None and not isinstance(kl, KLTerm):
+        checks.choice(caller, "kl", kl, KLS if reference is None else KLS + EXACT)
+    if exact is not None and reference is None:
+        raise ValueError(
+            f"{caller}: kl={exact!r} needs whole rows of logits; call logits_policy_loss or linear_policy_loss"
+        )
     kl_coef, entropy_coef = (
         _coefficient(caller, "kl_coef", kl_coef, like),
         _coefficient(caller, "entropy_coef", entropy_coef, like),
     )
-    if kl_coef is not None and ref_logprobs is None:
+    name, rows = ("", None) if reference is None else reference
+    if exact is not None and kl_coef is not None and rows is None:
+        raise ValueError(f"{caller}: kl={exact!r} needs {name} where kl_coef is not 0")
+    if exact is None and rows is not None and ref_logprobs is not None:
+        raise ValueError(f"{caller}: ref_logprobs and {name} both give the reference; pass one of them")
+    if exact is None and kl_coef is not None and ref_logprobs is None and rows is None:
         name = kl.estimator if isinstance(kl, KLTerm) else kl
         raise ValueError(f"{caller}: kl={name!r} needs ref_logprobs where kl_coef is not 0")
     if ref_logprobs is not None:

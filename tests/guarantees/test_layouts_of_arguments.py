@@ -21,6 +21,7 @@ TENSORS = set(
     ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps ref_logps desirable
     kl_logps ref_kl_logps chosen_mask rejected_mask sample_weights chosen rejected margin attention_mask x group_ids
     lengths rollout_ids group_tokens group_rows spans temperature
+    ref_hidden ref_weight ref_bias
     teacher_logits teacher_hidden teacher_weight teacher_bias
     chosen_rewards rejected_rewards gold_logps gold_lengths log_sum_sq_probs
     input_ids labels reward_token_ids scores step_scores

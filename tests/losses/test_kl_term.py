@@ -203,7 +203,7 @@ def test_a_term_that_does_not_fit_is_refused(options, message):
 
 def test_a_wrong_term_is_refused_where_it_is_made():
     for options, message in (
-        ({"estimator": "k5"}, "KLTerm: estimator must be one of k1, k2, k3, abs; got 'k5'"),
+        ({"estimator": "k5"}, "KLTerm: estimator must be one of k1, k2, k3, abs, reverse_kl, forward_kl; got 'k5'"),
         ({"value_clamp": (2.0, 1.0)}, "KLTerm: value_clamp must be"),
         ({"weights": torch.ones(1), "aggregation": "token-sum"}, "KLTerm: weights and aggregation or normalizers"),
     ):

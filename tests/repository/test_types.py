@@ -59,9 +59,9 @@ WITH_METRICS = [name for name, f in FUNCTIONS.items() if "return_metrics" in ins
 TABLES = {
     "RatioLevel": policy_arguments.RATIO_LEVELS,
     "KL": kl_term.KLS,
+    "ExactKL": kl_term.EXACT,
     "KLGradient": kl_term.GRADIENTS,
     "RatioDenominator": policy_ratio.DENOMINATORS,
-    "KL": policy_arguments.KLS,
     "RowKL": ROW_KLS,
     "Output": tuple(FLAGS),
     "Aggregation": AGGREGATIONS,

@@ -7,7 +7,6 @@ CASES = golden_adapter.load()
 # An operation, or the beginning of a case's id: why no public function of ours expresses it.
 NOT_COVERED = {
     # operations
-    "policy_loss_from_logits": "exact KL(old || new) as a penalty: token_stats offers KL(pi || ref)",
     "process_advantage": "normalised step rewards",
     "gigpo_advantage": "step-level groups by anchor state",
     "assemble_rewards": "KL in the reward and score placement: the trainer's",

@@ -159,6 +159,16 @@ def policy_loss(x, p):
     return {"loss": loss - bonus, **found}
 
 
+def policy_loss_from_logits(x, p):
+    expect(p.pop("objective") == "ppo_kl_penalty", "the penalty of PPO's paper")
+    mode, normalizers = aggregation(p)
+    rows, targets, old_rows = x["logits"], x["labels"], x["old_logits"]
+    old = rlk.token_logprobs(old_rows, targets)
+    options = {"objective": "surrogate", "aggregation": mode, "normalizers": normalizers, "kl_coef": p.pop("kl_coef")}
+    penalty = {"kl": "forward_kl", "ref_logits": old_rows}
+    return {"loss": rlk.logits_policy_loss(rows, targets, old, x["advantages"], x["mask"], **options, **penalty)}
+
+
 def _objective(p):
     """Objective and its parameters."""
     objective = {"gspo": "ppo_clip"}.get(p["objective"], p["objective"])
@@ -251,6 +261,7 @@ LOSSES = (
     vocab_divergence,
     distillation_loss,
     policy_loss,
+    policy_loss_from_logits,
     ppo_step_per_sample,
     ppo_step_masked,
     combined_loss,
