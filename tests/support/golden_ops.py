@@ -154,7 +154,7 @@ def policy_loss(x, p):
         for name in ("clip_fraction_low", "clip_fraction_high", "clip_fraction_region"):
             names[name] = f"seq_{names[name]}"
     found = {theirs: metrics[ours] for theirs, ours in names.items() if ours in metrics}
-    if "rollout_logprobs" in options:
+    if "rollout_logprobs" in options and old is not None:
         found["mean_rollout_minus_old"] = rlk.rollout_metrics(old, x["rollout_logp"], mask)["rollout_kl"]
     return {"loss": loss - bonus, **found}
 
