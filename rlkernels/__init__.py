@@ -5,7 +5,7 @@ Log-probabilities and statistics of logits (``token_logprobs``, ``token_stats``)
 (``gae``, ``group_advantages``).
 """
 
-from rlkernels import objectives
+from rlkernels import objectives, presets
 from rlkernels.advantages.assemble import ProcessedSequences, assemble_rewards, extended_mask, process_sequences
 from rlkernels.advantages.controllers import EntropyController, KLController, WeightAverage
 from rlkernels.advantages.environments import rollout_gae
@@ -52,12 +52,10 @@ from rlkernels.sequences import broadcast_to_tokens, sequence_means, sequence_su
 
 __version__ = "0.1.0"
 __all__ = [
-    "KLTerm",
     "Correction",
-    "RewardNormalizer",
-    "Moments",
     "EntropyController",
     "KLController",
+    "KLTerm",
     "Moments",
     "ProcessedSequences",
     "RewardNormalizer",
@@ -66,8 +64,8 @@ __all__ = [
     "aggregate",
     "assemble_rewards",
     "available_backends",
-    "broadcast_advantages",
     "best_of_n",
+    "broadcast_advantages",
     "broadcast_to_tokens",
     "check_objective",
     "discounted_returns",
@@ -81,8 +79,8 @@ __all__ = [
     "group_advantages",
     "kl_estimate",
     "length_desensitized_weights",
-    "linear_distillation_loss",
     "length_penalty",
+    "linear_distillation_loss",
     "linear_dpo_loss",
     "linear_policy_loss",
     "linear_sft_loss",
@@ -101,6 +99,7 @@ __all__ = [
     "optimal_token_advantages",
     "pairwise_reward_loss",
     "policy_loss",
+    "presets",
     "process_reward_loss",
     "process_sequences",
     "rank_list_loss",
@@ -116,15 +115,12 @@ __all__ = [
     "solution_scores",
     "span_reward_loss",
     "spans_to_mask",
+    "step_advantages",
     "token_divergences",
     "token_logprobs",
     "token_stats",
     "token_weights",
     "top_entropy_mask",
-    "step_advantages",
-    "token_logprobs",
-    "token_stats",
-    "token_weights",
     "truncation_penalty",
     "unpaired_preference_loss",
     "use_backend",

@@ -35,7 +35,7 @@ LAYERS = [
     {"logits_layout"},
     {"logprobs", "advantages", "rollout"},
     {"losses"},
-    {"linear"},
+    {"linear", "presets"},
     {"integrations"},
     {"cli"},
 ]
