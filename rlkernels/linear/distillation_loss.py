@@ -30,6 +30,7 @@ from rlkernels.types import (
     Scalar,
     TeacherTopk,
     Temperature,
+    VocabMask,
 )
 
 
@@ -82,6 +83,7 @@ def linear_distillation_loss(
     temperature: Temperature = 1.0,
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -113,6 +115,7 @@ def linear_distillation_loss(
     temperature: Temperature = 1.0,
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -144,6 +147,7 @@ def linear_distillation_loss(
     temperature: Temperature = 1.0,
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -174,6 +178,7 @@ def linear_distillation_loss(
     temperature: Temperature = 1.0,
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -206,6 +211,7 @@ def linear_distillation_loss(
             ``teacher_topk`` stands in place of the teacher's hidden states and head. A token of weight 0 enters no
             matmul.
         temperature: of both models, as for ``divergence_loss``.
+        vocab_mask: bool ``[V]`` or ``[..., V]``, True keeps a column, in both models; not with ``teacher_topk``.
         softcap, logit_scale, logits_dtype, chunk_tokens, max_live_tokens, valid_vocab: as for
             ``linear_token_logprobs``; ``logits_dtype`` and ``valid_vocab`` of both models.
         logits_budget: bytes for the logits of a chunk, of both models together.
@@ -240,6 +246,7 @@ def linear_distillation_loss(
         "softcap": softcap,
         "logit_scale": logit_scale,
         "ignore_index": DEAD,
+        "vocab_mask": vocab_mask,
         "logits_dtype": logits_dtype,
         "chunk_tokens": chunk_tokens,
         "logits_budget": logits_budget,
@@ -261,10 +268,13 @@ def linear_distillation_loss(
             "temperature": 1.0,
             "softcap": teacher_softcap,
             "logit_scale": teacher_logit_scale,
+            "vocab_mask": None,
             "valid_vocab": None,
         }
         head, teacher = _two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, of_teacher, numbers)
     else:
+        if vocab_mask is not None:
+            raise ValueError(f"{caller}: vocab_mask goes with teacher_hidden, got teacher_topk; leave it out")
         _refuse_head(caller, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
         known = topk(caller, teacher_topk, live, head.weight.shape[0], like)
         teacher = TeacherHead(None, None, None, None, 1.0, ops.Teacher(*known, *numbers))
@@ -305,6 +315,8 @@ def _two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, op
         else x
         for x in (head, theirs)
     )
+    if head.vocab_mask is not None:
+        head = replaced(head, vocab_mask=head.vocab_mask[..., :columns].contiguous())
     head = replaced(head, chunk_rows=min(head.chunk_rows, theirs.chunk_rows))
     of_head = theirs.hidden, theirs.weight, theirs.bias, theirs.softcap, theirs.logit_scale
     return head, TeacherHead(*of_head, ops.Teacher(None, None, *numbers))
@@ -333,7 +345,7 @@ def _distilled(head, terms, backend, needs):
     for part in loop.parts(rows):
         logits, hidden = loop.logits(part)
         theirs = None if projection is None else projection.logits(part.hidden(teacher.hidden))[: len(part)]
-        batch = RowBatch(logits, *head.row_arguments(part), None, theirs)
+        batch = RowBatch(logits, *head.row_arguments(part), theirs)
         ids, logprobs = (x if x is None else x[part.index] for x in teacher.of[:2])
         weight = part.select(terms.weight)
         scaled = loop.scaled(weight) if any(needs) else None

@@ -94,6 +94,32 @@ def test_a_loss_is_that_of_the_masked_log_probabilities(backend, name, chunk):
     check(gradients(got, ours), gradients(want, truth), torch.float64)
 
 
+@pytest.mark.parametrize("kind", ("per row", "one"))
+@pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl"))
+def test_a_divergence_is_over_the_columns_that_the_mask_keeps(backend, divergence, kind):
+    d, teacher = problems.problem(torch.float64), problems.problem(torch.float64, seed=1)
+    vocab_mask, ours, truth = masks(d, kind), problems.own(d), problems.leaves(d)
+    got = rlk.linear_distillation_loss(
+        *ours[:2],
+        teacher["hidden"],
+        teacher["weight"],
+        d["mask"],
+        bias=ours[2],
+        kind=divergence,
+        vocab_mask=vocab_mask,
+        chunk_tokens=4,
+    )
+    student = truth[0] @ truth[1].t() + truth[2]
+    logits = [student, teacher["hidden"] @ teacher["weight"].t()]
+    log_p, log_q = (x.masked_fill(~vocab_mask, -torch.inf).log_softmax(-1) for x in logits)
+    if divergence == "forward_kl":
+        log_p, log_q = log_q, log_p
+    gap = torch.where(vocab_mask, log_p - log_q, 0.0)
+    want = (log_p.exp() * gap).sum(-1)[d["mask"]].mean()
+    check((got.detach(),), (want.detach(),), torch.float64)
+    check(gradients(got, ours), gradients(want, truth), torch.float64)
+
+
 def test_a_second_backward_has_the_mask_of_the_call():
     d = problems.problem(torch.float64)
     mask, ours = masks(d, "one"), problems.own(d)
