@@ -18,12 +18,25 @@ FUZZ = Path(ranges.HERE)
 VALID, HOSTILE = 12, 25
 """Seeds of each kind: seconds here, minutes under ``make fuzz``."""
 WITHOUT_GRADIENT = {
+    "assemble_rewards",
+    "broadcast_advantages",
     "discounted_returns",
+    "dynamic_sampling_mask",
+    "extended_mask",
     "gae",
+    "gae_of_turns",
+    "gigpo_advantages",
     "group_advantages",
     "length_desensitized_weights",
+    "length_penalty",
+    "optimal_token_advantages",
+    "process_sequences",
+    "rollout_gae",
     "spans_to_mask",
+    "step_advantages",
     "token_weights",
+    "truncation_penalty",
+    "vtrace",
 }
 ONE_AGAINST_ANOTHER = {"row_alone"}
 """Compares two of our own results, so a change of both is not seen."""
