@@ -31,6 +31,7 @@ from rlkernels.losses.span_reward import span_reward_loss
 from rlkernels.losses.unpaired_preference import unpaired_preference_loss
 from rlkernels.losses.value import value_loss
 from rlkernels.objectives import objective
+from rlkernels.packing import Packed, pack, shift_targets, unpack
 from rlkernels.rollout.masks import m2po_mask, off_policy_sequence_mask, rejection_mask
 from rlkernels.rollout.metrics import rollout_metrics
 from rlkernels.rollout.weights import rho_correction, rollout_weights
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RewardNormalizer",
     "Moments",
+    "Packed",
     "TokenStats",
     "aggregate",
     "available_backends",
@@ -65,6 +67,7 @@ __all__ = [
     "objective",
     "objectives",
     "off_policy_sequence_mask",
+    "pack",
     "pairwise_reward_loss",
     "policy_loss",
     "process_reward_loss",
@@ -77,12 +80,14 @@ __all__ = [
     "sequence_means",
     "sequence_sums",
     "sft_loss",
+    "shift_targets",
     "solution_scores",
     "span_reward_loss",
     "spans_to_mask",
     "token_logprobs",
     "token_stats",
     "token_weights",
+    "unpack",
     "unpaired_preference_loss",
     "use_backend",
     "value_loss",

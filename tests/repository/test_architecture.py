@@ -30,7 +30,7 @@ LAYERS = [
     {"checks"},
     {"objectives"},
     {"backends", "sequences"},
-    {"aggregation"},
+    {"aggregation", "packing"},
     {"ops"},
     {"logits_layout"},
     {"logprobs", "advantages", "rollout"},
@@ -40,7 +40,7 @@ LAYERS = [
     {"cli"},
 ]
 """Lowest first. A module imports from layers below its own, and a package from itself."""
-WITHOUT_OPS = {"types", "tracing", "checks", "objectives", "sequences", "aggregation"}
+WITHOUT_OPS = {"types", "tracing", "checks", "objectives", "sequences", "aggregation", "packing"}
 COMPILED = {"_cpu": "backends/cpu_module.py", "_cuda": "backends/cuda.py"}
 
 

@@ -15,7 +15,7 @@ import subprocesses
 from paths import ROOT
 
 import rlkernels
-from rlkernels import types
+from rlkernels import packing, types
 from rlkernels.advantages import gae, group, whitening
 from rlkernels.aggregation import AGGREGATIONS
 from rlkernels.backends import KNOWN, OPS, protocol
@@ -73,6 +73,7 @@ TABLES = {
     "EpsMode": whitening.EPS_MODES,
     "Baseline": group.BASELINES,
     "Scale": group.SCALES,
+    "PaddingSide": packing.PADDING_SIDES,
     "RolloutLevel": weights.LEVELS,
     "RolloutMode": weights.MODES,
     "RolloutGate": weights.GATES,
