@@ -81,7 +81,7 @@ def pack(
         if checks.host_reads(count):
             if int(count) > num_tokens:
                 raise ValueError(f"{caller}: num_tokens is {num_tokens}, but there are {int(count)} tokens; raise it")
-        elif count.device.type != "cpu":
+        else:
             torch._assert_async(count <= num_tokens, "rlkernels: pack: more tokens than num_tokens")
     total = -(-total // pad_to) * pad_to
     if total and not live.shape[0]:
@@ -90,17 +90,13 @@ def pack(
     order = torch.argsort((~live).flatten().to(torch.uint8), stable=True)
     place = torch.arange(total, device=live.device)
     here = place < count
-    index = order[place.clamp(max=max(live.numel() - 1, 0))] if live.numel() else order
+    index = order[place.clamp(max=live.numel() - 1)] if live.numel() else torch.zeros_like(place)
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     if total:
         ends = torch.cat([ends[:-1], ends.new_full((1,), total)])
     out = {}
     for name, x in tensors.items():
-        at_end = x.new_full((), fills[name])
-        if not live.numel():
-            out[name] = at_end.expand((total, *x.shape[2:])).clone()
-            continue
-        out[name] = torch.where(_wide(here, x.dim() - 1), x.flatten(0, 1)[index], at_end)
+        out[name] = _taken(x.flatten(0, 1), index, here, fills[name])
     return Packed(out, ends.to(torch.int32), here)
 
 
@@ -174,11 +170,7 @@ def unpack(
     index = (offsets[:-1, None] + within).clamp(0, max(first.shape[0] - 1, 0))
     out = {}
     for name, x in tensors.items():
-        outside = x.new_full((), fills[name])
-        if not x.shape[0]:
-            out[name] = outside.expand((*here.shape, *x.shape[1:])).clone()
-            continue
-        out[name] = torch.where(_wide(here, x.dim() + 1), x[index], outside)
+        out[name] = _taken(x, index, here, fills[name])
     return out
 
 
@@ -238,9 +230,12 @@ def shift_targets(
     return torch.cat([torch.where(scored, ids[..., 1:], ignore_index), last], -1).reshape(shape)
 
 
-def _wide(x: Tensor, dims: int) -> Tensor:
-    """Returns ``x`` with further dimensions of one element, ``dims`` in all."""
-    return x.reshape(x.shape + (1,) * (dims - x.dim()))
+def _taken(tokens: Tensor, index: Tensor, here: Tensor, fill: float) -> Tensor:
+    """Takes the tokens at ``index`` where ``here`` holds, and ``fill`` elsewhere."""
+    padding = tokens.new_full((), fill)
+    if not tokens.shape[0]:  # one more, because an index into nothing raises
+        tokens = torch.cat([tokens, padding.expand(1, *tokens.shape[1:])])
+    return torch.where(here.reshape(here.shape + (1,) * (tokens.dim() - 1)), tokens[index], padding)
 
 
 def _longest(lengths: Tensor) -> int:
@@ -295,6 +290,10 @@ def _named(
     for name, x in tensors.items():
         argument = f"tensors[{name!r}]"
         checks.tensor(caller, argument, x)
+        if x.dtype not in (*checks.FLOATS, *checks.WHOLE):
+            raise TypeError(
+                f"{caller}: {argument} has dtype {x.dtype}; supported: {checks.FLOAT_NAMES}, bool, {checks.WHOLE_NAMES}"
+            )
         if x.shape[: len(leading)] != leading:
             raise ValueError(f"{caller}: {argument} has shape {tuple(x.shape)}, expected {[*leading, '...']}")
         checks.one_device(caller, like_name, like, **{argument: x})

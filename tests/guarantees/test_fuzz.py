@@ -22,6 +22,7 @@ WITHOUT_GRADIENT = {
     "gae",
     "group_advantages",
     "length_desensitized_weights",
+    "shift_targets",
     "spans_to_mask",
     "token_weights",
 }

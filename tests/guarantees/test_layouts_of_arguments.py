@@ -35,6 +35,7 @@ OTHERS = set(
     alphapo_alpha discopop_tau cpo_alpha desirable_weight undesirable_weight ld_alpha center_coef options
     count_empty_rows dp_size dtype mode length shift
     reduction positions pad_id prompt_length num_padding_at_beginning allow_first_difference placeholder_id
+    tensors pad_to num_tokens fill padding
     moments parts level low high gate gate_level batch_normalize batch_mean nan_ratio rules threshold
     mask_low mask_high clamp_low clamp_high log_ratio_clamp count_empty_rows dp_size dtype mode length shift
 """.split()

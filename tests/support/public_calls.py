@@ -10,6 +10,7 @@ import inspect
 import threading
 from contextlib import contextmanager
 
+import packing_calls
 import reward_calls
 import rollout_calls
 import torch
@@ -81,6 +82,8 @@ def data(seed=0):
         "temperature": torch.rand(B, L, generator=draw) + 0.5,
         "entropy": torch.rand(B, L, generator=draw),
         "cu": torch.tensor([0, 4, 9, 15]),
+        "rows_of_five": torch.tensor([0, 5, 10, 15]),
+        "there": torch.ones(B, L, dtype=torch.bool),
         "hidden": torch.randn(B, L, H, generator=draw),
         "weight": torch.randn(V, H, generator=draw),
         "bias": torch.randn(V, generator=draw),
@@ -509,6 +512,7 @@ CALLS = {
 }
 
 CALLS |= rollout_calls.calls(rlk)
+CALLS |= packing_calls.calls(rlk)
 
 
 def tensors(x):
