@@ -38,6 +38,9 @@ PerTokenTensors: TypeAlias = dict[str, Tensor]
 Fill: TypeAlias = dict[str, float]
 """The number at padding, by the name of its tensor."""
 PaddingSide: TypeAlias = Literal["right", "left"]
+BatchLayout: TypeAlias = Literal["padded", "packed"]
+Provenance: TypeAlias = Literal["model", "framework", "environment"]
+"""The writer of a message: the model that is trained, the framework of its agent, anyone else."""
 TokenIds: TypeAlias = Annotated[Tensor, "[B, L], or packed [N], integers"]
 StepLabels: TypeAlias = Annotated[Tensor, "[B, L], or packed [N]: token ids, or soft labels as floats"]
 Ranked: TypeAlias = Annotated[Tensor, "[..., K], or [N] with lengths; each list from best to worst"]

@@ -35,7 +35,12 @@ def pack(trial):
     bound = draw.choice((None, count + 5, count)) or None
     fill = draw.choice((None, {"x": 1.5}, {"x": 1.5, "ids": -100})) or {}
     got = trial.call(
-        "pack", {"x": x, "ids": draw.laid_out(ids, keep=True)}, draw.masked(live), pad_to=pad_to, num_tokens=bound, fill=fill
+        "pack",
+        {"x": x, "ids": draw.laid_out(ids, keep=True)},
+        draw.masked(live),
+        pad_to=pad_to,
+        num_tokens=bound,
+        fill=fill,
     )
     size = -(-(count if bound is None else bound) // pad_to) * pad_to
     of = wide(x)

@@ -34,7 +34,7 @@ LAYERS = [
     {"ops"},
     {"logits_layout"},
     {"logprobs", "advantages", "rollout"},
-    {"losses"},
+    {"losses", "trajectories"},
     {"linear"},
     {"integrations"},
     {"cli"},

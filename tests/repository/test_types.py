@@ -38,6 +38,7 @@ from rlkernels.losses import (
 from rlkernels.objectives import functions, kl
 from rlkernels.ops import FLAGS
 from rlkernels.rollout import masks, weights
+from rlkernels.trajectories import batches, model
 
 TYPED = ROOT / "tests/repository/typed"
 FUNCTIONS = {name: f for name, f in vars(rlkernels).items() if name in rlkernels.__all__ and inspect.isfunction(f)}
@@ -73,6 +74,8 @@ TABLES = {
     "EpsMode": whitening.EPS_MODES,
     "Baseline": group.BASELINES,
     "Scale": group.SCALES,
+    "BatchLayout": batches.LAYOUTS,
+    "Provenance": model.PROVENANCES,
     "PaddingSide": packing.PADDING_SIDES,
     "RolloutLevel": weights.LEVELS,
     "RolloutMode": weights.MODES,

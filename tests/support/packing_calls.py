@@ -18,9 +18,7 @@ def calls(rlk):
             padding="left",
             fill={"values": 0.5},
         ),
-        "unpack of a mask": lambda d: rlk.unpack(
-            {"values": d["values"].view(-1)}, d["rows_of_five"], d["there"]
-        ),
+        "unpack of a mask": lambda d: rlk.unpack({"values": d["values"].view(-1)}, d["rows_of_five"], d["there"]),
         "shift_targets": lambda d: rlk.shift_targets(d["targets"], attention_mask=d["mask"], mask=d["mask"].flip(0)),
         "shift_targets of a packed batch": lambda d: rlk.shift_targets(d["targets"].view(-1), d["cu"]),
     }
