@@ -41,7 +41,8 @@ def token_rows(
         template_options: further arguments of ``apply_chat_template``.
 
     Returns:
-        rows, in order; none of a trajectory without messages. A trajectory in which the model wrote nothing has one row without sampled tokens.
+        rows, in order; none of a trajectory without messages. A trajectory in which the model wrote nothing has one row
+            without sampled tokens.
 
     Raises:
         TypeError: ``trajectory`` is no ``Trajectory``.
@@ -104,6 +105,9 @@ class _Builder:
 
     def rendered(self, count: int, prompt: bool) -> str:
         """Returns the text of the first messages, with the template's prompt for an answer."""
+        if count == 0:  # because transformers refuses to apply a template to nothing
+            turn, after = self.rendered(1, False), self.rendered(1, True)
+            return after[len(turn) :] if prompt and after.startswith(turn) else ""
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt, **self.options}
         if self.trajectory.tools is not None:
             options["tools"] = list(self.trajectory.tools)
@@ -139,8 +143,8 @@ class _Builder:
             raise ValueError(f"{self.caller}: message {index} of the model has no token, expected its end of turn")
         if message.logprobs is not None and len(message.logprobs) != len(ids):
             raise ValueError(
-                f"{self.caller}: message {index} has {len(message.logprobs)} logprobs, but its text has {len(ids)} tokens "
-                "with the end of turn; record token_ids"
+                f"{self.caller}: message {index} has {len(message.logprobs)} logprobs, but its text has {len(ids)} "
+                "tokens with the end of turn; record token_ids"
             )
         logprobs = [math.nan] * len(ids) if message.logprobs is None else list(message.logprobs)
         self.append(ids, logprobs, Span(len(self.ids), len(self.ids) + len(ids), index, "model"))
