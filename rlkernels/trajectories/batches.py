@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """Returns the batch on a device."""
-        return TokenBatch(**{k: x if x is None else x.to(device) for k, x in vars(self).items()})
+        moved: dict[str, Any] = {k: x if x is None else x.to(device) for k, x in vars(self).items()}
+        return TokenBatch(**moved)
 
 
 def token_batch(

@@ -479,14 +479,17 @@ def _message(
 
 def _text(caller: str, content: Any, index: int) -> str | None:
     """Returns the text of a content that may be in parts."""
-    if isinstance(content, Mapping) and "content" not in content:
+    if isinstance(content, Mapping):  # of a StructuredMessage
         return json.dumps(content, ensure_ascii=False)
     if isinstance(content, (list, tuple)):
-        parts = [p if isinstance(p, str) else p.get("text") if isinstance(p, Mapping) else None for p in content]
-        if any(p is None for p in parts):
-            raise ValueError(
-                f"{caller}: message {index} holds a part that is not text; take it out, or put a text in its place"
-            )
+        parts: list[str] = []
+        for p in content:
+            part = p.get("text") if isinstance(p, Mapping) else p
+            if not isinstance(part, str):
+                raise ValueError(
+                    f"{caller}: message {index} holds a part that is not text; take it out, or put a text in its place"
+                )
+            parts.append(part)
         return "".join(parts)
     if content is not None and not isinstance(content, str):
         raise ValueError(f"{caller}: message {index} has a content of type {type(content).__name__}, expected text")

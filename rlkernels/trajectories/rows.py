@@ -193,8 +193,19 @@ class _Builder:
         """Ends the row, if it has tokens, and begins another one."""
         if self.ids:
             t = self.trajectory
-            columns = (self.ids, self.sampled, self.logprobs, self.rewards, self.spans, self.mismatches)
-            self.rows.append(TokenRow(*map(tuple, columns), t.reward, t.group_id, t.rollout_id, t.agent))
+            row = TokenRow(
+                tuple(self.ids),
+                tuple(self.sampled),
+                tuple(self.logprobs),
+                tuple(self.rewards),
+                tuple(self.spans),
+                tuple(self.mismatches),
+                reward=t.reward,
+                group_id=t.group_id,
+                rollout_id=t.rollout_id,
+                agent=t.agent,
+            )
+            self.rows.append(row)
         self.begin()
 
     def finished(self) -> list[TokenRow]:

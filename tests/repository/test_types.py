@@ -15,7 +15,7 @@ import subprocesses
 from paths import ROOT
 
 import rlkernels
-from rlkernels import packing, types
+from rlkernels import packing, trajectories, types
 from rlkernels.advantages import gae, group, whitening
 from rlkernels.aggregation import AGGREGATIONS
 from rlkernels.backends import KNOWN, OPS, protocol
@@ -47,6 +47,7 @@ FURTHER = {
     "trl.patch": trl.patch,
     "trl.unpatch": trl.unpatch,
     "trl.status": trl.status,
+    **{f"trajectories.{name}": getattr(trajectories, name) for name in trajectories.__all__},
     **{f"objectives.{name}": f for name, f in functions.FUNCTIONS.items()},
     **{f"protocol.{f.__name__}": f for f in (protocol.real_dtype, protocol.presence, protocol.check_rows)},
     "protocol.column_kernel": protocol.column_kernel,
