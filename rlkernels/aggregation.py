@@ -273,7 +273,7 @@ def token_weights(
     caller = "token_weights"
     checks.tensor(caller, "mask", mask)
     checks.mask(caller, mask, mask.shape)
-    cu_seqlens = checks_tokens.rows(caller, "mask", mask, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "mask", mask, cu_seqlens, mask)
     return weights_for(
         caller,
         mask,
@@ -342,7 +342,7 @@ def aggregate(
         if mask is None
         else mask.contiguous()
     )
-    cu_seqlens = checks_tokens.rows("aggregate", "mask", mask, cu_seqlens)
+    cu_seqlens = checks_tokens.rows("aggregate", "mask", mask, cu_seqlens, mask)
     times = None if weights is None else _times("aggregate", weights, mask)
     weights = weights_for(
         "aggregate",

@@ -110,7 +110,7 @@ def _checked(
 ) -> tuple[Tensor, Tensor | None]:
     """Checks the arguments of the public functions; returns the mask as bool, and the offsets."""
     checks.floating(caller, "values", values)
-    offsets = checks_tokens.rows(caller, "values", values, cu_seqlens)
+    offsets = checks_tokens.rows(caller, "values", values, cu_seqlens, mask)
     if offsets is not None:  # because torch.segment_reduce has no forward-mode formula
         checks.no_forward_ad(caller, values)
     checks.mask(caller, mask, values.shape)
@@ -197,7 +197,7 @@ def broadcast_to_tokens(values: PerSequence, mask: Mask, cu_seqlens: Offsets | N
     checks.floating(caller, "values", values)
     checks.tensor(caller, "mask", mask)
     checks.mask(caller, mask, mask.shape)
-    offsets = checks_tokens.rows(caller, "mask", mask, cu_seqlens)
+    offsets = checks_tokens.rows(caller, "mask", mask, cu_seqlens, mask)
     checks.one_device(caller, "values", values, mask=mask)
     checks.shape(caller, "values", values, mask.shape[:-1] if offsets is None else (offsets.shape[0] - 1,))
     return spread(values, mask != 0, offsets)

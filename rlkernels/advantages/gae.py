@@ -132,7 +132,9 @@ def _checked(
     checks_tokens.layout(caller, "rewards", rewards, cu_seqlens)
     checks.mask(caller, mask, rewards.shape)
     checks.one_device(caller, "rewards", rewards, mask=mask)
-    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, rewards)
+    # Without the mask where it is ignored, because padding would then be tokens of the last sequence.
+    padding = mask if masked != "none" else None
+    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, rewards, mask=padding)
     return None if mask is None else mask != 0, offsets
 
 

@@ -240,7 +240,7 @@ def linear_policy_loss(
     ignore_index = head.ignore_index
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=head.result_dtype())
-    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens, mask)
     columns = objective_columns(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
     kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     live = live_tokens(caller, like, mask) & (targets != ignore_index)

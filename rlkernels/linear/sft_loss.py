@@ -190,7 +190,7 @@ def linear_sft_loss(
     ignore_index = head.ignore_index
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=head.result_dtype())
-    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens, mask)
     live = live_tokens(caller, like, mask) & (targets != ignore_index)
     weights = head.per_row(
         sft_weights(caller, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)

@@ -173,7 +173,7 @@ def logits_policy_loss(
     entry, values = resolve(caller, objective, params, logits)
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=flat.real)
-    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens, mask)
     columns = objective_columns(caller, entry, like, old_logprobs, advantages, cu_seqlens, ratio_level)
     penalty, bonus = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     scored = targets != ignore_index

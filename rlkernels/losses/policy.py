@@ -184,7 +184,7 @@ def policy_loss(
     caller = "policy_loss"
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs, entropy)
-    cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens, mask)
     entry, values = resolve(caller, objective, params, logprobs)
     columns = objective_columns(caller, entry, logprobs, old_logprobs, advantages, cu_seqlens, ratio_level)
     live = live_mask(caller, logprobs, mask)

@@ -159,7 +159,7 @@ def process_reward_loss(
         )
     checks.no_forward_ad(caller, logits)
     like = labels.new_empty(shape, dtype=real_dtype(logits.dtype))
-    cu_seqlens = checks_tokens.rows(caller, "labels", labels, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "labels", labels, cu_seqlens, mask)
     steps = full_mask(like, live_mask(caller, like, mask)) & _scoring(caller, labels, input_ids, placeholder_id)
     live = steps & ((labels.double() if soft else labels.long()) != ignore_index)
     steps = live if input_ids is None else steps
@@ -300,7 +300,7 @@ def solution_scores(
     caller = "solution_scores"
     checks.floating(caller, "step_scores", step_scores)
     checks.choice(caller, "kind", kind, STEP_REDUCTIONS)
-    offsets = checks_tokens.rows(caller, "step_scores", step_scores, cu_seqlens)
+    offsets = checks_tokens.rows(caller, "step_scores", step_scores, cu_seqlens, mask)
     checks.mask(caller, mask, step_scores.shape)
     checks.one_device(caller, "step_scores", step_scores, mask=mask)
     checks.no_forward_ad(caller, step_scores)

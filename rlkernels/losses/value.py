@@ -103,7 +103,7 @@ def value_loss(
     caller = "value_loss"
     checks.floating(caller, "values", values)
     checks.no_forward_ad(caller, values)
-    cu_seqlens = checks_tokens.rows(caller, "values", values, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "values", values, cu_seqlens, mask)
     inputs = {"returns": returns} if clip_range is None else {"old_values": old_values, "returns": returns}
     for name, x in inputs.items():
         column(caller, name, x, values)

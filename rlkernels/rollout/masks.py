@@ -194,7 +194,7 @@ def off_policy_sequence_mask(
         checks.floating(caller, name, x)
         checks.no_gradient(caller, **{name: x})
     checks.shape(caller, "old_logprobs", old_logprobs, logprobs.shape)
-    offsets = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
+    offsets = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens, mask)
     needs_sequences(caller, "the mask", logprobs, offsets)
     checks.mask(caller, mask, logprobs.shape)
     advantages = per_token(caller, "advantages", advantages, logprobs, offsets)

@@ -1,0 +1,128 @@
+"""Packed batches whose offsets end before their tokens do: the mask is 0 behind, and nothing of it reaches a result."""
+
+import pytest
+import torch
+
+import rlkernels as rlk
+from rlkernels.checks import tokens as checks_tokens
+
+T, V, H, END = 10, 5, 4, 7
+CU = (0, 2, 4, 5, 7)
+_draw = torch.Generator().manual_seed(3)
+
+
+def garbage(*shape):
+    """Numbers, and NaN at the padding."""
+    x = torch.randn(*shape, generator=_draw, dtype=torch.float64)
+    x[END:] = torch.nan
+    return x
+
+
+LOGP, OLD, ADVANTAGES, VALUES, REWARDS = (garbage(T) for _ in range(5))
+LOGITS, HIDDEN = garbage(T, V), garbage(T, H)
+WEIGHT = torch.randn(V, H, generator=_draw, dtype=torch.float64)
+TARGETS = torch.randint(0, V, (T,), generator=_draw)
+TARGETS[END:] = 10**6
+MASK = torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 0, 0])
+PER_SEQUENCE = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+EVERY = torch.ones(T, dtype=torch.float64)
+
+CALLS = {
+    "gae": lambda k, m, cu: torch.stack(rlk.gae(REWARDS[:k], VALUES[:k], m, gamma=0.9, lam=0.8, cu_seqlens=cu)),
+    "gae, zero": lambda k, m, cu: torch.stack(
+        rlk.gae(REWARDS[:k], VALUES[:k], m, lam=0.8, masked="zero", cu_seqlens=cu, bootstrap_values=PER_SEQUENCE)
+    ),
+    "discounted_returns": lambda k, m, cu: rlk.discounted_returns(REWARDS[:k], m, gamma=0.9, cu_seqlens=cu),
+    "sequence_sums": lambda k, m, cu: rlk.sequence_sums(LOGP[:k], m, cu),
+    "sequence_means": lambda k, m, cu: rlk.sequence_means(LOGP[:k], m, cu),
+    "broadcast_to_tokens": lambda k, m, cu: rlk.broadcast_to_tokens(PER_SEQUENCE, m, cu),
+    "token_weights": lambda k, m, cu: rlk.token_weights(m, "seq-mean-token-mean", cu_seqlens=cu),
+    "aggregate": lambda k, m, cu: rlk.aggregate(LOGP[:k], m, "seq-mean-token-sum", cu_seqlens=cu),
+    "policy_loss": lambda k, m, cu: rlk.policy_loss(LOGP[:k], OLD[:k], ADVANTAGES[:k], m, cu_seqlens=cu),
+    "policy_loss of sequences": lambda k, m, cu: rlk.policy_loss(
+        LOGP[:k], OLD[:k], PER_SEQUENCE, m, ratio_level="sequence", aggregation="seq-mean-token-mean", cu_seqlens=cu
+    ),
+    "policy_loss of weights": lambda k, m, cu: rlk.policy_loss(
+        LOGP[:k], OLD[:k], ADVANTAGES[:k], m, weights=EVERY[:k], cu_seqlens=cu
+    ),
+    "logits_policy_loss": lambda k, m, cu: rlk.logits_policy_loss(
+        LOGITS[:k], TARGETS[:k], OLD[:k], ADVANTAGES[:k], m, cu_seqlens=cu
+    ),
+    "linear_policy_loss": lambda k, m, cu: rlk.linear_policy_loss(
+        HIDDEN[:k], WEIGHT, TARGETS[:k], OLD[:k], ADVANTAGES[:k], m, cu_seqlens=cu
+    ),
+    "value_loss": lambda k, m, cu: rlk.value_loss(LOGP[:k], OLD[:k], VALUES[:k], m, clip_range=0.2, cu_seqlens=cu),
+    "sft_loss": lambda k, m, cu: rlk.sft_loss(LOGITS[:k], TARGETS[:k], m, cu_seqlens=cu),
+    "logprobs_sft_loss": lambda k, m, cu: rlk.logprobs_sft_loss(LOGP[:k], m, cu_seqlens=cu),
+    "linear_sft_loss": lambda k, m, cu: rlk.linear_sft_loss(HIDDEN[:k], WEIGHT, TARGETS[:k], m, cu_seqlens=cu),
+    "linear_dpo_loss": lambda k, m, cu: rlk.linear_dpo_loss(
+        HIDDEN[:k], WEIGHT, TARGETS[:k], m, reference_free=True, cu_seqlens=cu
+    ),
+    "linear_unpaired_preference_loss": lambda k, m, cu: rlk.linear_unpaired_preference_loss(
+        HIDDEN[:k], WEIGHT, TARGETS[:k], PER_SEQUENCE, PER_SEQUENCE > 0, m, kl=0.0, cu_seqlens=cu
+    ),
+    "rollout_weights": lambda k, m, cu: rlk.rollout_weights(
+        OLD[:k], LOGP[:k], m, level="sequence", high=3.0, cu_seqlens=cu
+    ),
+    "off_policy_sequence_mask": lambda k, m, cu: rlk.off_policy_sequence_mask(
+        LOGP[:k], OLD[:k], ADVANTAGES[:k], m, delta=0.1, cu_seqlens=cu
+    ),
+    "solution_scores": lambda k, m, cu: rlk.solution_scores(LOGP[:k].exp(), m, cu_seqlens=cu),
+}
+
+
+def assert_as_without_padding(got, name):
+    expected = CALLS[name](END, MASK[:END], torch.tensor(CU))
+    if got.shape[-1:] == (T,):
+        assert (got[..., END:] == 0).all()
+        got = got[..., :END]
+    assert expected.double().abs().sum() > 0
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_padding_behind_the_last_sequence_changes_nothing(name, backend):
+    for cu in (torch.tensor(CU), torch.tensor(CU, dtype=torch.int32), list(CU)):
+        before = torch.as_tensor(cu).clone()
+        assert_as_without_padding(CALLS[name](T, MASK, cu), name)
+        assert torch.equal(torch.as_tensor(cu), before)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_where_values_are_not_read_the_mask_is_taken_at_its_word(name, monkeypatch):
+    monkeypatch.setattr(checks_tokens, "values_are_read", lambda cu: False)
+    with rlk.use_backend("eager"):
+        assert_as_without_padding(CALLS[name](T, MASK, torch.tensor(CU)), name)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_live_token_behind_the_end_is_refused(name):
+    function = name.split(",")[0].split(" ")[0]
+    live = MASK.clone()
+    live[-1] = 1
+    with pytest.raises(ValueError, match=f"^{function}: cu_seqlens ends at 7, .* or a mask that is 0 behind its end"):
+        CALLS[name](T, live, torch.tensor(CU))
+
+
+@pytest.mark.parametrize("name", ["gae", "policy_loss of sequences", "sft_loss"])
+def test_in_a_compiled_program_padding_is_the_same(name):
+    torch._dynamo.reset()
+    run = torch.compile(lambda m, cu: CALLS[name](T, m, cu), backend="aot_eager", fullgraph=True)
+    assert_as_without_padding(run(MASK, torch.tensor(CU)), name)
+    with pytest.raises(ValueError, match="cu_seqlens ends at 7"):
+        run(torch.ones_like(MASK), torch.tensor(CU))
+
+
+def test_a_gradient_does_not_reach_the_padding():
+    logp = LOGP.clone().requires_grad_()
+    rlk.policy_loss(logp, OLD, PER_SEQUENCE, MASK, ratio_level="sequence", cu_seqlens=CU).backward()
+    assert (logp.grad[END:] == 0).all() and logp.grad[:END].isfinite().all() and logp.grad.abs().sum() > 0
+
+
+def test_padding_needs_a_sequence_and_a_mask_that_counts():
+    with pytest.raises(ValueError, match="cu_seqlens ends at 0"):
+        rlk.sequence_sums(LOGP, torch.zeros(T), torch.tensor([0]))
+    with pytest.raises(ValueError, match="cu_seqlens ends at 7"):
+        rlk.gae(REWARDS, VALUES, MASK, masked="none", cu_seqlens=CU)
+    with pytest.raises(ValueError, match="cu_seqlens decreases from 8 to 7"):
+        rlk.sequence_sums(LOGP, MASK, torch.tensor([0, 8, 7]))
