@@ -11,12 +11,14 @@ from torch import Tensor
 from rlkernels import checks, ops
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import result_dtype, segment_ids
 from rlkernels.types import Mask, Masked, Number, Offsets, PerSequence, PerToken
 
 MASKED = get_args(Masked)
 
 
+@takes_one_row(per_token=True)
 def gae(
     rewards: PerToken,
     values: PerToken,
@@ -83,6 +85,7 @@ def gae(
     return _scan(rewards, values, live, offsets, gamma, lam, masked)
 
 
+@takes_one_row(per_token=True)
 def discounted_returns(
     rewards: PerToken,
     mask: Mask | None = None,

@@ -26,6 +26,7 @@ from rlkernels.losses.token_weights import (
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import parameters, scaled_sum
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import segment_ids, sums
 from rlkernels.types import (
     KL,
@@ -155,6 +156,7 @@ def linear_policy_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 @same_on_every_rank
 def linear_policy_loss(
     hidden: HiddenStates,

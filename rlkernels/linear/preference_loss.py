@@ -12,6 +12,7 @@ from rlkernels.linear.head import HeadOptions, linear_head
 from rlkernels.linear.rank_agreement import same_on_every_rank
 from rlkernels.losses.preference import dpo_loss, pair_losses, preference_options, references_there
 from rlkernels.losses.preference_options import PreferenceOptions
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.tracing import replaced
 from rlkernels.types import (
     FDivergence,
@@ -154,6 +155,7 @@ def linear_dpo_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 @same_on_every_rank
 def linear_dpo_loss(
     hidden: HiddenStates,

@@ -13,6 +13,7 @@ from rlkernels.linear.token_stats import head_logprobs
 from rlkernels.losses.sft import KINDS, sft_metrics, sft_weights
 from rlkernels.losses.token_weights import TokenWeights, live_tokens
 from rlkernels.losses.weighted_sum import weighted_sum
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.types import (
     Aggregation,
     HeadBias,
@@ -119,6 +120,7 @@ def linear_sft_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 @same_on_every_rank
 def linear_sft_loss(
     hidden: HiddenStates,

@@ -13,6 +13,7 @@ from rlkernels.losses.policy_arguments import ROW, check_terms, objective_column
 from rlkernels.losses.policy_metrics import policy_metrics
 from rlkernels.losses.token_weights import live_tokens, loss_weights
 from rlkernels.losses.weighted_sum import parameters
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.types import (
     KL,
     Aggregation,
@@ -113,6 +114,7 @@ def logits_policy_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 def logits_policy_loss(
     logits: Logits,
     targets: Targets,

@@ -21,6 +21,7 @@ from rlkernels.losses.token_weights import (
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import Params, scaled_sum, weighted_sum
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import means, spread, sums
 from rlkernels.types import (
     KL,
@@ -106,6 +107,7 @@ def policy_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row()
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,

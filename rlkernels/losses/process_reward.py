@@ -12,6 +12,7 @@ from rlkernels.logits_layout import dense, flatten_logits
 from rlkernels.logprobs import shaped
 from rlkernels.losses.token_weights import full_mask, live_mask, loss_weights, token_weights_of
 from rlkernels.losses.weighted_sum import weighted_sum
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import result_dtype, segment_reduce, token_counts
 from rlkernels.types import (
     Aggregation,
@@ -88,6 +89,7 @@ def process_reward_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 def process_reward_loss(
     logits: Logits,
     labels: StepLabels,
@@ -270,6 +272,7 @@ def _accuracy(right: Tensor, steps: Tensor, dtype: torch.dtype) -> Metrics:
     return {"accuracy": right.sum().to(dtype) / steps.sum().clamp(min=1)}
 
 
+@takes_one_row()
 def solution_scores(
     step_scores: PerToken, mask: Mask | None = None, *, kind: StepReduction = "min", cu_seqlens: Offsets | None = None
 ) -> PerSequence:

@@ -11,6 +11,7 @@ from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense, flatten_logits
 from rlkernels.losses.policy_arguments import column
 from rlkernels.losses.token_weights import live_tokens, loss_weights
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import per_token
 from rlkernels.types import (
     Aggregation,
@@ -76,6 +77,7 @@ def logprobs_sft_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row()
 def logprobs_sft_loss(
     logprobs: PerToken,
     mask: Mask | None = None,
@@ -184,6 +186,7 @@ def sft_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 def sft_loss(
     logits: Logits,
     targets: Targets,

@@ -11,6 +11,7 @@ from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import column
 from rlkernels.losses.token_weights import full_mask, live_mask, token_weights_of
 from rlkernels.losses.weighted_sum import weighted_sum
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.types import Aggregation, Mask, Metrics, Normalizers, Number, Offsets, PerToken, Scalar
 
 
@@ -62,6 +63,7 @@ def value_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row()
 def value_loss(
     values: PerToken,
     old_values: PerToken | None,

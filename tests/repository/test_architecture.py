@@ -27,7 +27,7 @@ CODE = [
 
 LAYERS = [
     {"types", "tracing"},
-    {"checks"},
+    {"checks", "packed_rows"},
     {"objectives"},
     {"backends", "sequences"},
     {"aggregation", "packing"},
@@ -40,7 +40,7 @@ LAYERS = [
     {"cli"},
 ]
 """Lowest first. A module imports from layers below its own, and a package from itself."""
-WITHOUT_OPS = {"types", "tracing", "checks", "objectives", "sequences", "aggregation", "packing"}
+WITHOUT_OPS = {"types", "tracing", "packed_rows", "checks", "objectives", "sequences", "aggregation", "packing"}
 COMPILED = {"_cpu": "backends/cpu_module.py", "_cuda": "backends/cuda.py"}
 
 
