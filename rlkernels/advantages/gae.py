@@ -62,7 +62,7 @@ def gae(
     Schulman et al. 2016, arXiv:1506.02438, eq. 16.
     """
     caller = "gae"
-    gamma, lam = (checks.interval(caller, name, x, 0, 1) for name, x in (("gamma", gamma), ("lam", lam)))
+    gamma, lam = checks.interval(caller, "gamma", gamma, 0, 1), checks.interval(caller, "lam", lam, 0, 1)
     checks.floating(caller, "values", values)
     checks_tokens.numbers(caller, "rewards", rewards)
     checks.shape(caller, "values", values, rewards.shape)
