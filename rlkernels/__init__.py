@@ -44,6 +44,7 @@ from rlkernels.losses.top_entropy import top_entropy_mask
 from rlkernels.losses.unpaired_preference import unpaired_preference_loss
 from rlkernels.losses.value import value_loss
 from rlkernels.objectives import check_objective, objective
+from rlkernels.packing import Packed, pack, shift_targets, unpack
 from rlkernels.rollout.correction import Correction
 from rlkernels.rollout.masks import m2po_mask, off_policy_sequence_mask, rejection_mask
 from rlkernels.rollout.metrics import rollout_metrics
@@ -59,6 +60,7 @@ __all__ = [
     "Moments",
     "ProcessedSequences",
     "RewardNormalizer",
+    "Packed",
     "TokenStats",
     "WeightAverage",
     "aggregate",
@@ -97,6 +99,7 @@ __all__ = [
     "objectives",
     "off_policy_sequence_mask",
     "optimal_token_advantages",
+    "pack",
     "pairwise_reward_loss",
     "policy_loss",
     "presets",
@@ -112,6 +115,7 @@ __all__ = [
     "sequence_means",
     "sequence_sums",
     "sft_loss",
+    "shift_targets",
     "solution_scores",
     "span_reward_loss",
     "spans_to_mask",
@@ -122,6 +126,7 @@ __all__ = [
     "token_weights",
     "top_entropy_mask",
     "truncation_penalty",
+    "unpack",
     "unpaired_preference_loss",
     "use_backend",
     "value_loss",

@@ -39,6 +39,14 @@ PerAnswer: TypeAlias = Annotated[Tensor, "[N], one per answer"]
 Scalar: TypeAlias = Annotated[Tensor, "[]"]
 Mask: TypeAlias = Annotated[Tensor, "live tokens: bool, integers (not 0), or floats that are 0 and 1"]
 Offsets: TypeAlias = Annotated[Tensor, "[S + 1], int32 or int64"] | list[int] | tuple[int, ...]
+PerTokenTensors: TypeAlias = dict[str, Tensor]
+"""Tensors ``[B, L, ...]``, or packed ``[T, ...]``, by name."""
+Fill: TypeAlias = dict[str, float]
+"""The number at padding, by the name of its tensor."""
+PaddingSide: TypeAlias = Literal["right", "left"]
+BatchLayout: TypeAlias = Literal["padded", "packed"]
+Provenance: TypeAlias = Literal["model", "framework", "environment"]
+"""The writer of a message: the model that is trained, the framework of its agent, anyone else."""
 TokenIds: TypeAlias = Annotated[Tensor, "[B, L], or packed [N], integers"]
 StepLabels: TypeAlias = Annotated[Tensor, "[B, L], or packed [N]: token ids, or soft labels as floats"]
 Ranked: TypeAlias = Annotated[Tensor, "[..., K], or [N] with lengths; each list from best to worst"]

@@ -12,12 +12,14 @@ from rlkernels import checks, ops
 from rlkernels.advantages.recurrence import Steps, steps_of
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import result_dtype, segment_ids
 from rlkernels.types import Mask, Masked, Number, Offsets, PerSequence, PerToken, ReturnsMasked
 
 MASKED, RETURNS_MASKED = get_args(Masked), get_args(ReturnsMasked)
 
 
+@takes_one_row(per_token=True)
 def gae(
     rewards: PerToken,
     values: PerToken,
@@ -112,6 +114,7 @@ def gae(
     return _scan(rewards, values, live, offsets, gamma, lam, masked)
 
 
+@takes_one_row(per_token=True)
 def discounted_returns(
     rewards: PerToken,
     mask: Mask | None = None,
@@ -172,7 +175,9 @@ def _checked(
     checks_tokens.layout(caller, "rewards", rewards, cu_seqlens)
     checks.mask(caller, mask, rewards.shape)
     checks.one_device(caller, "rewards", rewards, mask=mask)
-    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, rewards)
+    # Without the mask where it is ignored, because padding would then be tokens of the last sequence.
+    padding = mask if masked != "none" else None
+    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, rewards, mask=padding)
     return None if mask is None else mask != 0, offsets
 
 

@@ -31,6 +31,7 @@ from rlkernels.losses.token_weights import (
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import parameters
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.rollout.correction import CorrectionLike
 from rlkernels.types import (
     KL,
@@ -199,6 +200,7 @@ def linear_policy_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 @same_on_every_rank
 def linear_policy_loss(
     hidden: HiddenStates,
@@ -301,7 +303,7 @@ def linear_policy_loss(
     ignore_index = head.ignore_index
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=head.result_dtype())
-    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens, mask)
     entry, values, further, choice = resolve_either(
         caller, objective, params, like, cu_seqlens, ratio_level, advantages, ref_logprobs
     )

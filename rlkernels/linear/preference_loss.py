@@ -19,6 +19,7 @@ from rlkernels.losses.preference import (
     references_there,
 )
 from rlkernels.losses.preference_options import PreferenceOptions
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.tracing import replaced
 from rlkernels.types import (
     FDivergence,
@@ -205,6 +206,7 @@ def linear_dpo_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 @same_on_every_rank
 def linear_dpo_loss(
     hidden: HiddenStates,

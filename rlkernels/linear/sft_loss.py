@@ -13,6 +13,7 @@ from rlkernels.linear.token_stats import head_logprobs
 from rlkernels.losses.sft import KINDS, sft_metrics, sft_weights
 from rlkernels.losses.token_weights import TokenWeights, live_tokens
 from rlkernels.losses.weighted_sum import weighted_sum
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.types import (
     Aggregation,
     HeadBias,
@@ -126,6 +127,7 @@ def linear_sft_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 @same_on_every_rank
 def linear_sft_loss(
     hidden: HiddenStates,
@@ -200,7 +202,7 @@ def linear_sft_loss(
     ignore_index = head.ignore_index
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=head.result_dtype())
-    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens, mask)
     live = live_tokens(caller, like, mask) & (targets != ignore_index)
     weights = head.per_row(
         sft_weights(

@@ -17,6 +17,7 @@ from rlkernels.losses.unpaired_preference import (
     unpaired_options,
     unpaired_preference_loss,
 )
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.tracing import replaced
 from rlkernels.types import (
     HeadBias,
@@ -149,6 +150,7 @@ def linear_unpaired_preference_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 @same_on_every_rank
 def linear_unpaired_preference_loss(
     hidden: HiddenStates,

@@ -24,6 +24,7 @@ from rlkernels.losses.token_weights import (
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import parameters
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.rollout.correction import CorrectionLike
 from rlkernels.tracing import replaced
 from rlkernels.types import (
@@ -152,6 +153,7 @@ def logits_policy_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 def logits_policy_loss(
     logits: Logits,
     targets: Targets,
@@ -224,7 +226,7 @@ def logits_policy_loss(
         )
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=flat.real)
-    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens, mask)
     entry, values, further, choice = resolve_either(
         caller, objective, params, like, cu_seqlens, ratio_level, advantages, ref_logprobs
     )

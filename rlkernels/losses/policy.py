@@ -23,6 +23,7 @@ from rlkernels.losses.token_weights import (
     live_mask,
     token_weights_of,
 )
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.rollout.correction import CorrectionLike
 from rlkernels.types import (
     KL,
@@ -130,6 +131,7 @@ def policy_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row()
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
@@ -239,7 +241,7 @@ def policy_loss(
     caller = "policy_loss"
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs, entropy)
-    cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens, mask)
     entry, values, further, choice = resolve_either(
         caller, objective, params, logprobs, cu_seqlens, ratio_level, advantages, ref_logprobs
     )

@@ -13,6 +13,7 @@ from rlkernels.logprobs import collect
 from rlkernels.losses.policy_arguments import column, present
 from rlkernels.losses.token_weights import TokenWeights, live_tokens, loss_weights
 from rlkernels.losses.weighted_sum import weighted_sum
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import per_token
 from rlkernels.types import (
     Aggregation,
@@ -84,6 +85,7 @@ def logprobs_sft_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row()
 def logprobs_sft_loss(
     logprobs: PerToken,
     mask: Mask | None = None,
@@ -123,7 +125,7 @@ def logprobs_sft_loss(
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs)
     checks.choice(caller, "kind", kind, KINDS)
-    cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens, mask)
     live = live_tokens(caller, logprobs, mask)
     weights = sft_weights(
         caller, logprobs, live, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers
@@ -207,6 +209,7 @@ def sft_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 def sft_loss(
     logits: Logits,
     targets: Targets,
@@ -280,7 +283,7 @@ def sft_loss(
     checks.choice(caller, "kind", kind, LOGITS_KINDS)
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=flat.real)
-    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens, mask)
     live = live_tokens(caller, like, mask) & (targets != ignore_index)
     everywhere = (
         mask is None

@@ -28,6 +28,7 @@ TENSORS = """
     ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps ref_logps desirable
     kl_logps ref_kl_logps chosen rejected margin attention_mask group_ids rollout_ids lengths bootstrap_values x
     spans chosen_mask rejected_mask teacher_logits teacher_hidden teacher_weight teacher_bias
+    spans chosen_mask rejected_mask tensors
 """.split()
 OPS = tuple(f"{op}: " for op in (*OF_BACKENDS, "offsets", "linear_stats"))
 ALLOWED = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)

@@ -50,6 +50,12 @@ def good(draw, function, name, packed):
     if function in ("aggregate", "sequence_sums", "sequence_means") and name == "values":
         return draw.normal(shape, torch.float32)
     if name in ("logits", "ref_logits", "teacher_logits"):
+    if name == "tensors":
+        shape = (B, L) if function == "pack" else (B * L,)
+        return {"x": draw.normal(shape, torch.float32), "ids": draw.integers(0, V, shape)}
+    if function in ("pack", "unpack") and name == "attention_mask":
+        return draw.coins((B, L), 0.7) if function == "pack" else torch.arange(L) < torch.tensor([[5], [2], [5], [8]])
+    if name in ("logits", "ref_logits"):
         return draw.normal((*shape, V), torch.float32)
     if name in ("hidden", "teacher_hidden"):
         return draw.normal((*shape, H), torch.float32)
@@ -147,6 +153,7 @@ KINDS_OF_NAMES = {
     "baseline": ("mean", "leave-one-out", "length-mean", "batch-mean", "median"),
     "scale": ("std", "batch-std", "mean", "max"),
     "f_divergence": ("reverse_kl", "js_divergence", "alpha_divergence", "kl"),
+    "padding": ("right", "left", "top"),
     "eps_mode": ("add", "clamp", "max"),
     "loss_type": (
         "sigmoid",
@@ -193,6 +200,9 @@ OTHERS = {
     "loss_weights": ((1.0,), (1.0, 2.0), 1.0, (NAN,), ("a",)),
     "dim": (None, 0, -1, 1, 5, "x", (0, 1)),
     "process_group": (None, "x", 3),
+    "pad_to": (1, 4, 0, -1, 1.5),
+    "num_tokens": (20, 21, 1, 0, -1, 1.5),
+    "fill": (None, {}, {"x": 1.5}, {"ids": -100}, {"ids": 1.5}, {"y": 0}, 3),
     "length": (0, 1, 5, -1, 2.5, "5"),
     "ignore_index": (-100, 0, 3, 2**31, 2**62, -(2**63), 2**63, 1.0, True, "x"),
     "vocab_start": (None, 0, 3, -1),

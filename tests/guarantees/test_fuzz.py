@@ -32,6 +32,7 @@ WITHOUT_GRADIENT = {
     "optimal_token_advantages",
     "process_sequences",
     "rollout_gae",
+    "shift_targets",
     "spans_to_mask",
     "step_advantages",
     "token_weights",

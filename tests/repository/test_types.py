@@ -17,6 +17,8 @@ from paths import ROOT
 import rlkernels
 from rlkernels import types
 from rlkernels.advantages import assemble, controllers, environments, gae, group, steps, whitening
+from rlkernels import packing, trajectories, types
+from rlkernels.advantages import gae, group, whitening
 from rlkernels.aggregation import AGGREGATIONS
 from rlkernels.backends import KNOWN, OPS, protocol
 from rlkernels.backends import native as native_backends
@@ -41,6 +43,8 @@ from rlkernels.losses import (
 from rlkernels.objectives import functions, kl
 from rlkernels.ops import FLAGS
 from rlkernels.rollout import correction, masks, weights
+from rlkernels.rollout import masks, weights
+from rlkernels.trajectories import batches, model
 
 TYPED = ROOT / "tests/repository/typed"
 FUNCTIONS = {name: f for name, f in vars(rlkernels).items() if name in rlkernels.__all__ and inspect.isfunction(f)}
@@ -49,6 +53,7 @@ FURTHER = {
     "trl.patch": trl.patch,
     "trl.unpatch": trl.unpatch,
     "trl.status": trl.status,
+    **{f"trajectories.{name}": getattr(trajectories, name) for name in trajectories.__all__},
     **{f"objectives.{name}": f for name, f in functions.FUNCTIONS.items()},
     **{f"protocol.{f.__name__}": f for f in (protocol.real_dtype, protocol.presence, protocol.check_rows)},
     "protocol.column_kernel": protocol.column_kernel,
@@ -88,6 +93,9 @@ TABLES = {
     "Scale": group.SCALES,
     "CorrectionMode": correction.CORRECTION_MODES,
     "Singleton": group.SINGLETONS,
+    "BatchLayout": batches.LAYOUTS,
+    "Provenance": model.PROVENANCES,
+    "PaddingSide": packing.PADDING_SIDES,
     "RolloutLevel": weights.LEVELS,
     "RolloutMode": weights.MODES,
     "RolloutGate": weights.GATES,

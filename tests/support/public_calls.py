@@ -14,6 +14,7 @@ import advantage_calls
 import divergence_calls
 import kl_calls
 import policy_calls
+import packing_calls
 import reward_calls
 import rollout_calls
 import torch
@@ -85,6 +86,8 @@ def data(seed=0):
         "temperature": torch.rand(B, L, generator=draw) + 0.5,
         "entropy": torch.rand(B, L, generator=draw),
         "cu": torch.tensor([0, 4, 9, 15]),
+        "rows_of_five": torch.tensor([0, 5, 10, 15]),
+        "there": torch.ones(B, L, dtype=torch.bool),
         "hidden": torch.randn(B, L, H, generator=draw),
         "weight": torch.randn(V, H, generator=draw),
         "bias": torch.randn(V, generator=draw),
@@ -587,6 +590,8 @@ CALLS = {
 
 CALLS |= rollout_calls.calls(rlk) | divergence_calls.calls(rlk)
 CALLS |= rollout_calls.calls(rlk) | policy_calls.calls(rlk)
+CALLS |= rollout_calls.calls(rlk)
+CALLS |= packing_calls.calls(rlk)
 
 
 def tensors(x):
