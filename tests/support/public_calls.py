@@ -119,6 +119,12 @@ CALLS = {
     "token_logprobs": lambda d: rlk.token_logprobs(
         d["logits"], d["targets"], temperature=d["temperature"], vocab_mask=d["vocab_mask"]
     ),
+    "token_logprobs of several targets": lambda d: rlk.token_logprobs(
+        d["logits"],
+        torch.stack([d["targets"], d["targets"].flip(0), d["targets"].clamp(max=3)], -1),
+        temperature=d["temperature"],
+        vocab_mask=d["columns"],
+    ),
     "token_stats": lambda d: rlk.token_stats(
         d["logits"],
         d["targets"],
