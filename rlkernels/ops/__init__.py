@@ -33,6 +33,7 @@ from rlkernels.ops.rows import (
     token_stats_fake,
     token_stats_op,
 )
+from rlkernels.ops.several_targets import target_logprobs, target_logprobs_op
 from rlkernels.tracing import number, numbers
 
 __all__ = [
@@ -58,6 +59,8 @@ __all__ = [
     "run_divergence",
     "run_fused",
     "serving",
+    "target_logprobs",
+    "target_logprobs_op",
     "token_stats",
     "token_stats_backward",
     "token_stats_backward_",

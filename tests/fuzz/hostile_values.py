@@ -41,7 +41,16 @@ TRAINED = {
     "margin",
     "x",
 }
-PER_PAIR = {"chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "pair_weights"}
+PER_PAIR = {
+    "chosen_rewards",
+    "rejected_rewards",
+    "gold_logps",
+    "chosen_logps",
+    "rejected_logps",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "pair_weights",
+}
 
 
 def good(draw, function, name, packed):
@@ -149,6 +158,7 @@ KINDS_OF_NAMES = {
     ),
     "ratio_level": ("token", "sequence", "sequence_token", "sequence_sum", "row"),
     "kind": ("nll", "dft", "forward_kl", "reverse_kl", "jsd", "ce"),
+    "kind": ("nll", "dft", "eaft", "ce"),
     "masked": ("skip", "zero", "none", "all"),
     "baseline": ("mean", "leave-one-out", "length-mean", "batch-mean", "median"),
     "scale": ("std", "batch-std", "mean", "max"),
@@ -203,6 +213,7 @@ OTHERS = {
     "pad_to": (1, 4, 0, -1, 1.5),
     "num_tokens": (20, 21, 1, 0, -1, 1.5),
     "fill": (None, {}, {"x": 1.5}, {"ids": -100}, {"ids": 1.5}, {"y": 0}, 3),
+    "kl_group": (None, "x", 3),
     "length": (0, 1, 5, -1, 2.5, "5"),
     "ignore_index": (-100, 0, 3, 2**31, 2**62, -(2**63), 2**63, 1.0, True, "x"),
     "vocab_start": (None, 0, 3, -1),
@@ -228,6 +239,7 @@ FLAGS = {
     "shift_mean",
     "shift",
     "count_empty_rows",
+    "normalize_by_weight",
 }
 USUAL = {
     "temperature": 0.7,
@@ -251,6 +263,12 @@ USUAL = {
     "label_smoothing": 0.1,
     "num_sequences": 2,
     "batch_num_tokens": 3,
+    "z_loss_coef": 0.1,
+    "rpo_eta": 1.0,
+    "dpop_lambda": 5.0,
+    "num_pairs": 9,
+    "count": 1,
+    "reduction": "sum",
 }
 OF_OBJECTIVES = ("clip_low", "clip_high", "tau", "group_size", "group_ids", "kl_cov_ratio", "half_life")
 HIDDEN = {

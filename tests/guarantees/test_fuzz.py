@@ -20,6 +20,7 @@ VALID, HOSTILE = 12, 25
 WITHOUT_GRADIENT = {
     "assemble_rewards",
     "broadcast_advantages",
+    "best_of_n",
     "discounted_returns",
     "dynamic_sampling_mask",
     "extended_mask",
@@ -43,6 +44,11 @@ ONE_AGAINST_ANOTHER = {"row_alone"}
 """Compares two of our own results, so a change of both is not seen."""
 # Several processes: test_vocab_parallel. A column that objectives of users alone have: test_user_columns.
 ELSEWHERE = {"process_group", "vocab_start", "rollout_logprobs"}
+    "wpo_weights",
+}
+ONE_AGAINST_ANOTHER = {"row_alone"}
+"""Compares two of our own results, so a change of both is not seen."""
+ELSEWHERE = {"process_group", "vocab_start", "kl_group"}  # several processes: test_vocab_parallel
 
 
 def run(kind, end, *cases, change=None):
