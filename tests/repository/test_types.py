@@ -15,10 +15,8 @@ import subprocesses
 from paths import ROOT
 
 import rlkernels
-from rlkernels import types
-from rlkernels.advantages import assemble, controllers, environments, gae, group, steps, whitening
 from rlkernels import packing, trajectories, types
-from rlkernels.advantages import gae, group, whitening
+from rlkernels.advantages import assemble, controllers, environments, gae, group, steps, whitening
 from rlkernels.aggregation import AGGREGATIONS
 from rlkernels.backends import KNOWN, OPS, protocol
 from rlkernels.backends import native as native_backends
@@ -43,7 +41,6 @@ from rlkernels.losses import (
 from rlkernels.objectives import functions, kl
 from rlkernels.ops import FLAGS
 from rlkernels.rollout import correction, masks, weights
-from rlkernels.rollout import masks, weights
 from rlkernels.trajectories import batches, model
 
 TYPED = ROOT / "tests/repository/typed"

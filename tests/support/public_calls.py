@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import advantage_calls
 import divergence_calls
 import kl_calls
-import policy_calls
 import packing_calls
+import policy_calls
 import preference_calls
 import reward_calls
 import rollout_calls
