@@ -58,13 +58,12 @@ def good(draw, function, name, packed):
     shape = (B * L,) if packed else (B, L)
     if function in ("aggregate", "sequence_sums", "sequence_means") and name == "values":
         return draw.normal(shape, torch.float32)
-    if name in ("logits", "ref_logits", "teacher_logits"):
     if name == "tensors":
         shape = (B, L) if function == "pack" else (B * L,)
         return {"x": draw.normal(shape, torch.float32), "ids": draw.integers(0, V, shape)}
     if function in ("pack", "unpack") and name == "attention_mask":
         return draw.coins((B, L), 0.7) if function == "pack" else torch.arange(L) < torch.tensor([[5], [2], [5], [8]])
-    if name in ("logits", "ref_logits"):
+    if name in ("logits", "ref_logits", "teacher_logits"):
         return draw.normal((*shape, V), torch.float32)
     if name in ("hidden", "teacher_hidden"):
         return draw.normal((*shape, H), torch.float32)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from fuzz.batches import MODES, Batch, draw_normalizers, true_weights
-from fuzz.draws import leaf, wide
+from fuzz.draws import NAN, leaf, wide
 from fuzz.trial import case, eps
 
 

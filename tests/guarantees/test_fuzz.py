@@ -39,11 +39,6 @@ WITHOUT_GRADIENT = {
     "token_weights",
     "truncation_penalty",
     "vtrace",
-}
-ONE_AGAINST_ANOTHER = {"row_alone"}
-"""Compares two of our own results, so a change of both is not seen."""
-# Several processes: test_vocab_parallel. A column that objectives of users alone have: test_user_columns.
-ELSEWHERE = {"process_group", "vocab_start", "rollout_logprobs"}
     "wpo_weights",
 }
 ONE_AGAINST_ANOTHER = {"row_alone"}
