@@ -22,6 +22,7 @@ from rlkernels.logprobs import TokenStats, token_logprobs, token_stats
 from rlkernels.losses.logits_policy import logits_policy_loss
 from rlkernels.losses.policy import policy_loss
 from rlkernels.losses.preference import dpo_loss, length_desensitized_weights
+from rlkernels.losses.preference_weights import wpo_weights
 from rlkernels.losses.process_reward import process_reward_loss, solution_scores
 from rlkernels.losses.rank_list import rank_list_loss
 from rlkernels.losses.reward_head import end_scores, reward_scores
@@ -89,4 +90,5 @@ __all__ = [
     "unpaired_preference_loss",
     "use_backend",
     "value_loss",
+    "wpo_weights",
 ]

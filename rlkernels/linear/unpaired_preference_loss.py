@@ -63,6 +63,9 @@ def linear_unpaired_preference_loss(
     kl_logps: PerAnswer | None = None,
     ref_kl_logps: PerAnswer | None = None,
     delta: Number | None = None,
+    length_normalized: bool = False,
+    lengths: PerAnswer | None = None,
+    kl_group: "torch.distributed.ProcessGroup | None" = None,
     cu_seqlens: Offsets | None = None,
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
@@ -97,6 +100,9 @@ def linear_unpaired_preference_loss(
     kl_logps: PerAnswer | None = None,
     ref_kl_logps: PerAnswer | None = None,
     delta: Number | None = None,
+    length_normalized: bool = False,
+    lengths: PerAnswer | None = None,
+    kl_group: "torch.distributed.ProcessGroup | None" = None,
     cu_seqlens: Offsets | None = None,
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
@@ -131,6 +137,9 @@ def linear_unpaired_preference_loss(
     kl_logps: PerAnswer | None = None,
     ref_kl_logps: PerAnswer | None = None,
     delta: Number | None = None,
+    length_normalized: bool = False,
+    lengths: PerAnswer | None = None,
+    kl_group: "torch.distributed.ProcessGroup | None" = None,
     cu_seqlens: Offsets | None = None,
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
@@ -165,6 +174,9 @@ def linear_unpaired_preference_loss(
     kl_logps: PerAnswer | None = None,
     ref_kl_logps: PerAnswer | None = None,
     delta: Number | None = None,
+    length_normalized: bool = False,
+    lengths: PerAnswer | None = None,
+    kl_group: "torch.distributed.ProcessGroup | None" = None,
     cu_seqlens: Offsets | None = None,
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
@@ -181,8 +193,9 @@ def linear_unpaired_preference_loss(
             process_group, vocab_start: as for ``linear_token_logprobs``.
         max_live_tokens: a bound on the live tokens, with which the host reads no lengths. Where it fits in one chunk
             they take three matmuls, else four.
-        loss_type, beta, desirable_weight, undesirable_weight, kl, kl_logps, ref_kl_logps, delta: as for
-            ``unpaired_preference_loss``.
+        loss_type, beta, desirable_weight, undesirable_weight, kl, kl_logps, ref_kl_logps, delta, length_normalized,
+            kl_group: as for ``unpaired_preference_loss``.
+        lengths: as there; the numbers of live tokens unless given.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``.
@@ -227,6 +240,9 @@ def linear_unpaired_preference_loss(
         "kl_logps": kl_logps,
         "ref_kl_logps": ref_kl_logps,
         "delta": delta,
+        "length_normalized": length_normalized,
+        "lengths": answers.lengths() if length_normalized and lengths is None else lengths,
+        "kl_group": kl_group,
     }
     checked = unpaired_options(caller, torch.empty(count, dtype=torch.float64, device=hidden.device), **loss_options)
     checks.floating(caller, "ref_logps", ref_logps)
@@ -246,6 +262,8 @@ def linear_unpaired_preference_loss(
     of_batch = functools.partial(_unpaired_of_batch, answers, ref_logps, desirable, loss_options)
     if isinstance(checked.baseline, torch.Tensor):
         checked = replaced(checked, baseline=checked.baseline.clone())
+    if checked.loss_type == "kto" and kl_group is not None:  # once for all, because ranks meet for it
+        loss_options |= {"kl": checked.baseline, "kl_logps": None, "ref_kl_logps": None, "kl_group": None}
     if checked.separable():
         references = torch.where(weighs, ref_logps, 0.0)
         loss, logp = answers.chunked(
@@ -279,5 +297,6 @@ class UnpairedLoss(AnswerLoss):
     def loss_of_answers(self, logps, first, last):
         here = slice(first, last)
         logps = torch.where(self.weighs[here], logps, 0.0)
-        losses = sequence_losses(self.caller, logps, self.references[here], self.desirable[here], self.options)
+        options = self.options.part(first, last)
+        losses = sequence_losses(self.caller, logps, self.references[here], self.desirable[here], options)
         return losses.sum() / max(self.count, 1)

@@ -210,7 +210,7 @@ def _numbers(caller: str, options: PreferenceOptions, like: Tensor) -> Preferenc
     }
     if not options.each_has_a_beta():
         divides = any(kind.divides for kind in options.kinds)
-        check = checks.positive if divides else _from_zero
+        check = checks.positive if divides else from_zero
         numbers["beta"] = number(check, caller, "beta", options.beta, like)
     smoothing = numbers["label_smoothing"]
     if "exo_pair" in options.names and (not present(smoothing) or _is(smoothing, 1.0)):
@@ -234,7 +234,7 @@ def _is(x: Number, value: float) -> bool:
     return not isinstance(x, torch.Tensor) and x == value
 
 
-def _from_zero(caller: str, name: str, x: Number) -> float:
+def from_zero(caller: str, name: str, x: Number) -> float:
     """Returns a number that may be 0, and is positive otherwise."""
     return 0.0 if checks.real(caller, name, x) == 0 else checks.positive(caller, name, x)
 

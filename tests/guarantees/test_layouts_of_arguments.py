@@ -21,6 +21,7 @@ TENSORS = set(
     ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps ref_logps desirable
     kl_logps ref_kl_logps chosen_mask rejected_mask sample_weights chosen rejected margin attention_mask x group_ids
     lengths rollout_ids group_tokens group_rows spans temperature
+    chosen_rewards rejected_rewards gold_logps gold_lengths log_sum_sq_probs
     input_ids labels reward_token_ids scores step_scores
     lengths rollout_ids rollout_logprobs group_tokens group_rows spans temperature
 """.split()
@@ -37,7 +38,8 @@ OTHERS = set(
     reduction positions pad_id prompt_length num_padding_at_beginning allow_first_difference placeholder_id
     stop_gradient grid tolerance
     moments parts level low high gate gate_level batch_normalize batch_mean nan_ratio rules threshold
-    count normalize_by_weight eaft_alpha z_loss_coef
+    count normalize_by_weight eaft_alpha z_loss_coef dpop_lambda rpo_eta tpo_alpha num_pairs num_chosen_tokens
+    num_gold_tokens kl_group
     mask_low mask_high clamp_low clamp_high log_ratio_clamp count_empty_rows dp_size dtype mode length shift
 """.split()
 )

@@ -49,7 +49,8 @@ def test_the_other_keywords_are_those_of_the_same_loss_without_a_head(function):
         if name not in MADE_FROM_THE_HEAD and not (function == "linear_token_stats" and name in OF_LOGITS)
     }
     ours = {name: x for name, x in keywords(function).items() if name not in HeadOptions.__annotations__}
-    references = {"ref_chosen_logps": None, "ref_rejected_logps": None} if function == "linear_dpo_loss" else {}
+    of_pairs = {"ref_chosen_logps": None, "ref_rejected_logps": None, "ld_alpha": 1.0}
+    references = of_pairs if function == "linear_dpo_loss" else {}
     packing = {"cu_seqlens": None} if function.endswith(("dpo_loss", "unpaired_preference_loss")) else {}
     assert ours == {**theirs, **references, **packing}
 

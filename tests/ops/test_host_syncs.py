@@ -126,7 +126,8 @@ def heads(dtype, packed=False):
         )
 
     def pairs(name):
-        given = {"label_smoothing": 0.1} if name == "exo_pair" else {}
+        given = {"label_smoothing": 0.1} if name == "exo_pair" else {"tpo_alpha": 0.0} if KINDS[name].gold else {}
+        given |= {"chosen_rewards": made(N // 2), "rejected_rewards": made(N // 2)} if name == "rpo" else {}
         return lambda **o: rlk.linear_dpo_loss(
             h, w, y, mask, bias=b, loss_type=name, **given, **cu, **(references if KINDS[name].reference else {}), **o
         )
@@ -286,8 +287,11 @@ SCHEDULED = {
             **{
                 k: number()
                 for k in ("label_smoothing", "simpo_gamma", "alphapo_alpha", "discopop_tau", "cpo_alpha")
+                + ("dpop_lambda", "rpo_eta")
                 if k in KINDS[name].takes
             },
+            **({"gold_logps": made(N), "gold_lengths": whole(N), "tpo_alpha": number()} if KINDS[name].gold else {}),
+            **({"chosen_rewards": made(N), "rejected_rewards": made(N)} if name == "rpo" else {}),
         )
         for name in KINDS
     },

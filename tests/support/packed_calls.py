@@ -68,6 +68,7 @@ CALLS = {
     "linear_sft_loss with weights": lambda cu: rlk.linear_sft_loss(
         HIDDEN, WEIGHT, TARGETS, weights=EVERY, cu_seqlens=cu
     ),
+    "wpo_weights": lambda cu: rlk.wpo_weights(Z, cu_seqlens=cu),
     "linear_dpo_loss": lambda cu: rlk.linear_dpo_loss(HIDDEN, WEIGHT, TARGETS, reference_free=True, cu_seqlens=cu),
     "linear_unpaired_preference_loss": lambda cu: rlk.linear_unpaired_preference_loss(
         HIDDEN, WEIGHT, TARGETS, _ones(cu), _ones(cu), kl=0.0, cu_seqlens=cu
