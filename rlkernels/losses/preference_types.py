@@ -136,6 +136,10 @@ def _margin(objective: str, *names: str, averaged: bool = False) -> Terms:
     ]
 
 
+def _of_user(objective: str) -> Terms:
+    return lambda p, o: [(1.0, objective, p.margin(o.length_normalized), o.params[objective])]
+
+
 def _policy(objective: str, *names: str) -> Terms:
     return lambda p, o: [
         (1.0, objective, p.policy_margin(o.length_normalized), tuple(getattr(o, name) for name in names))
@@ -278,12 +282,8 @@ def kind_of_user(loss_type: object) -> tuple[str, Kind] | None:
     if entry is None or entry.columns != ("margin",) or entry.function.__module__.startswith("rlkernels.objectives."):
         return None
     name, params = entry.function.__name__, entry.params
-
-    def terms(p: Pairs, o: "PreferenceOptions") -> list[Term]:
-        return [(1.0, name, p.margin(o.length_normalized), o.params[name])]
-
     takes = SCORE + tuple(x for x in FROM_OPTIONS[1:] if x in params)
-    return name, Kind(terms, takes, divides="beta" in params, objective=entry)
+    return name, Kind(_of_user(name), takes, divides="beta" in params, objective=entry)
 
 
 SEPARABLE = {name: kind.separable for name, kind in KINDS.items()}

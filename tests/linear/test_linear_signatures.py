@@ -67,7 +67,7 @@ def test_the_other_keywords_are_those_of_the_same_loss_without_a_head(function):
 def test_nothing_hides_behind_a_double_star_but_the_parameters_of_an_objective(function):
     parameters = inspect.signature(getattr(rlk, function)).parameters.values()
     hidden = [p.name for p in parameters if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    assert hidden == (["params"] if function == "linear_policy_loss" else [])
+    assert hidden == (["params"] if function in ("linear_policy_loss", "linear_dpo_loss") else [])
 
 
 def test_the_schema_of_an_op_has_the_operands_of_a_head_in_order():
