@@ -116,7 +116,7 @@ def kl_penalty(
     return KLPenalty(kl.objective(), ref_logprobs, old_logprobs, weights, live)
 
 
-def _both(mask, scored):
+def _both(mask: Tensor, scored: Tensor | None) -> Tensor:
     """Returns the tokens of both masks; None holds all."""
     return mask if scored is None else mask & scored
 

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple, cast, get_args
+
+from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.types import KL, Aggregation, Clamp, ExactKL, KLGradient, Mask, Normalizers, PerToken
@@ -18,7 +20,7 @@ class KLObjective(NamedTuple):
     name: str
     params: tuple[float, ...] = ()
 
-    def others(self, logp, ref_logp, old_logp):
+    def others(self, logp: Tensor, ref_logp: Tensor, old_logp: Tensor | None) -> list[Tensor]:
         """Returns the columns behind ``logp``; without ``old_logp`` the ratio is 1."""
         if not self.params:
             return [ref_logp]
@@ -75,7 +77,7 @@ def kl_objective(
     return KLObjective("kl_term", (ORDERS[estimator], *bounds, cap, float(moving), float(straight)))
 
 
-def _bounds(caller, name, clamp):
+def _bounds(caller: str, name: str, clamp: Clamp) -> tuple[float, float]:
     """Returns the lower and the upper bound of a clamp, infinite where it has none."""
     if clamp is None:
         return -math.inf, math.inf
@@ -173,7 +175,7 @@ class KLTerm:
 def exact_kind(kl: KL | ExactKL | KLTerm) -> ExactKL | None:
     """Returns the direction of an exact KL, None for an estimate."""
     name = kl.estimator if isinstance(kl, KLTerm) else kl
-    return name if isinstance(name, str) and name in EXACT else None
+    return cast(ExactKL, name) if isinstance(name, str) and name in EXACT else None
 
 
 def simplified(kl: KL | ExactKL | KLTerm) -> KL | ExactKL | KLTerm:

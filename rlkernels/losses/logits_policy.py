@@ -1,13 +1,14 @@
 """A policy loss straight from logits: statistics, objective and gradient in one pass over each row."""
 
-from typing import Literal, overload
+from typing import Literal, cast, overload
 
 import torch
+from torch import Tensor
 
 from rlkernels import checks, ops
-from rlkernels.backends.protocol import PolicyInputs
+from rlkernels.backends.protocol import PolicyInputs, RowStats
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.logits_layout import flatten_logits, matrix
+from rlkernels.logits_layout import FlatLogits, flatten_logits, matrix
 from rlkernels.losses.kl_penalty import kl_penalty, own_tokens
 from rlkernels.losses.kl_term import KLTerm, exact_kind, named_objective, simplified
 from rlkernels.losses.policy import policy_loss
@@ -233,6 +234,7 @@ def logits_policy_loss(
         stats, divergences = _two_passes(flat, ref_logits, exact, inplace_backward)
         if ref_logits is not None and exact is None:
             ref_logprobs = stats.ref_logp.view(flat.shape)
+        estimate = cast("KL | KLTerm", "k3" if exact_kind(kl) else kl)
         try:
             result = policy_loss(
                 stats.logp.view(flat.shape),
@@ -243,7 +245,7 @@ def logits_policy_loss(
                 aggregation=aggregation,
                 weights=weights,
                 ref_logprobs=ref_logprobs,
-                kl="k3" if exact_kind(kl) else kl,
+                kl=estimate,
                 kl_coef=0.0 if exact_kind(kl) else kl_coef,
                 entropy=stats.entropy.view(flat.shape),
                 entropy_coef=entropy_coef,
@@ -268,7 +270,7 @@ def logits_policy_loss(
         shared = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
         of_loss = shared, aggregation, cu_seqlens, normalizers, weights is not None
         term = kl_penalty(caller, kl, like, None, None, scored, live, *of_loss)
-        loss, metrics = result if return_metrics else (result, {})
+        loss, metrics = result if isinstance(result, tuple) else (result, {})
         if penalty is not None:
             loss = loss + term.exact_loss(divergences, penalty)
         return (loss, metrics | term.exact_metrics(divergences)) if return_metrics else loss
@@ -302,7 +304,9 @@ def logits_policy_loss(
     return of_rows.loss, policy_metrics(logp, columns, read, ref_logprobs, kl, entropy, entry, values)
 
 
-def _two_passes(flat, ref_logits, exact, inplace_backward):
+def _two_passes(
+    flat: FlatLogits, ref_logits: Logits | None, exact: ExactKL | None, inplace_backward: bool
+) -> tuple[RowStats, Tensor | None]:
     """Returns the RowStats of a batch, and the KL of each row in the caller's shape, None without an ``exact`` one."""
     rows, serving = flat.rows, ops.serving("token_stats", flat.rows.logits)
     both = rows if ref_logits is None else replaced(rows, ref_logits=matrix(ref_logits))
