@@ -16,7 +16,7 @@ from rlkernels.linear.rank_agreement import same_on_every_rank
 from rlkernels.linear.sequence_chunks import SequencePlan, WholeBatchPlan, plan_sequences
 from rlkernels.linear.token_loss import PolicyTerms, check_batch, token_loss
 from rlkernels.linear.token_stats import head_stats
-from rlkernels.losses.kl_penalty import kl_penalty
+from rlkernels.losses.kl_penalty import KLSequences, kl_penalty
 from rlkernels.losses.kl_term import KLObjective, KLTerm, exact_kind, simplified
 from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
@@ -301,7 +301,7 @@ def linear_policy_loss(
     if ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
     penalty, read, of_tokens = None, None, weights is not None
-    shared = aggregation, cu_seqlens, normalizers, of_tokens
+    shared = aggregation, cu_seqlens, normalizers, of_tokens, ratio_level
     exact, exact_coef = exact_kind(kl), None
     if exact is not None:  # a term by itself: the rest has no KL
         exact_coef, kl_coef = kl_coef, None
@@ -348,6 +348,7 @@ def linear_policy_loss(
             ratio.clamp,
             None if square_weight is None else head.per_row(rollout_logprobs),
             square_weight,
+            None if kl_coef is None else penalty.sequences,
         )
         backend = ops.serving("fused_policy", hidden)
         needs_entropy = return_metrics or entropy_weight is not None
@@ -466,6 +467,7 @@ class SequenceLoss(NamedTuple):
 
     def loss_of_chunk(self, rows, stats, first, last):
         terms = self.terms.at(rows.index)
+        live = rows.live(stats.logp) & self.live.reshape(-1)[rows.index]
         loss = ratio_term(
             self.caller,
             OBJECTIVES[terms.objective],
@@ -473,12 +475,15 @@ class SequenceLoss(NamedTuple):
             with_current(terms.columns, stats.logp),
             terms.params,
             TokenWeights(terms.weight),
-            rows.live(stats.logp) & self.live.reshape(-1)[rows.index],
+            live,
             self.plan.cu_seqlens(first, last),
             self.ratio_level,
             terms.clamp,
         )
-        return loss + terms.other_terms(stats)
+        sequences = None
+        if self.terms.kl_sequences is not None:
+            sequences = KLSequences(live, self.plan.cu_seqlens(first, last), self.ratio_level)
+        return loss + terms.other_terms(stats, sequences)
 
     def gradient_scale(self):
         sequences = self.live.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1

@@ -7,9 +7,9 @@ from typing import NamedTuple, cast, get_args
 from torch import Tensor
 
 from rlkernels import checks
-from rlkernels.types import KL, Aggregation, Clamp, ExactKL, KLGradient, Mask, Normalizers, PerToken
+from rlkernels.types import KL, Aggregation, Clamp, ExactKL, KLGradient, KLRatioLevel, Mask, Normalizers, PerToken
 
-KLS, EXACT, GRADIENTS = get_args(KL), get_args(ExactKL), get_args(KLGradient)
+KLS, EXACT, GRADIENTS, LEVELS = get_args(KL), get_args(ExactKL), get_args(KLGradient), get_args(KLRatioLevel)
 ORDERS = {"abs": 0.0, "k1": 1.0, "k2": 2.0, "k3": 3.0}
 """The numbers by which the objective ``kl_term`` knows the estimators."""
 
@@ -25,6 +25,18 @@ class KLObjective(NamedTuple):
         if not self.params:
             return [ref_logp]
         return [ref_logp, logp.detach() if old_logp is None else old_logp]
+
+    def moving(self) -> bool:
+        """Tells whether the gradient flows through the ratio."""
+        return len(self.params) == 8 and self.params[6] > 0.5
+
+    def with_constant_ratio(self) -> "KLObjective":
+        """Returns the same estimator, weighed by the ratio as by a constant."""
+        return KLObjective(self.name, (*self.params[:6], 0.0, *self.params[7:]))
+
+    def cap(self) -> float:
+        """Returns the upper bound of the ratio."""
+        return self.params[5]
 
 
 def named_objective(kl: str) -> str:
@@ -115,6 +127,8 @@ class KLTerm:
             gradient ``sg(w) d`` (straight-through).
         ratio_weighted, ratio_cap, ratio_detached: whether ``rho`` weighs the term, its upper bound, and whether it is a
             constant. ``old_logprobs=None`` stands for the detached log-probabilities, where ``rho`` is 1.
+        ratio_level: ``"token"``, or ``"loss"``: ``rho`` is that of the loss's ``ratio_level``, over the tokens of the
+            objective, with the gradient that the loss has there (TRL with GSPO).
         mask: the tokens of the term, if they are others than those of the objective, such as tool tokens.
         weights, aggregation, normalizers: weights of its own, as in ``policy_loss``; by default those of the loss. With
             a mask of its own beside the ``normalizers`` of the loss it needs ``normalizers`` that count its own tokens.
@@ -142,6 +156,7 @@ class KLTerm:
     ratio_weighted: bool = False
     ratio_detached: bool = False
     ratio_cap: float | None = None
+    ratio_level: KLRatioLevel = "token"
     mask: Mask | None = None
     weights: PerToken | None = None
     aggregation: Aggregation | None = None
@@ -149,6 +164,9 @@ class KLTerm:
 
     def __post_init__(self) -> None:
         self.objective("KLTerm")
+        checks.choice("KLTerm", "ratio_level", self.ratio_level, LEVELS)
+        if self.ratio_level != "token" and not self.ratio_weighted:
+            raise ValueError("KLTerm: ratio_level belongs to ratio_weighted=True, got ratio_weighted=False")
         if self.weights is not None and (self.aggregation is not None or self.normalizers):
             raise ValueError("KLTerm: weights and aggregation or normalizers both decide the weights; pass one of them")
 

@@ -60,6 +60,7 @@ TABLES = {
     "KL": kl_term.KLS,
     "ExactKL": kl_term.EXACT,
     "KLGradient": kl_term.GRADIENTS,
+    "KLRatioLevel": kl_term.LEVELS,
     "RowKL": ROW_KLS,
     "Output": tuple(FLAGS),
     "Aggregation": AGGREGATIONS,
