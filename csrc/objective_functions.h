@@ -28,6 +28,12 @@ RLK_HD float log(float x) { return ::logf(x); }
 RLK_HD double log(double x) { return ::log(x); }
 RLK_HD float log1p(float x) { return ::log1pf(x); }
 RLK_HD double log1p(double x) { return ::log1p(x); }
+RLK_HD float tanh(float x) { return ::tanhf(x); }
+RLK_HD double tanh(double x) { return ::tanh(x); }
+RLK_HD float sqrt(float x) { return ::sqrtf(x); }
+RLK_HD double sqrt(double x) { return ::sqrt(x); }
+RLK_HD float abs(float x) { return ::fabsf(x); }
+RLK_HD double abs(double x) { return ::fabs(x); }
 
 template <class S>
 RLK_HD S where(bool condition, S a, S b) {
@@ -38,6 +44,17 @@ RLK_HD S where(bool condition, S a, S b) {
 template <class S>
 RLK_HD S clip(S x, S low, S high) {
   return x < low ? low : x > high ? high : x;
+}
+
+// The second operand where both are equal. The sum is NaN where an operand is.
+template <class S>
+RLK_HD S maximum(S a, S b) {
+  return a > b ? a : b >= a ? b : a + b;
+}
+
+template <class S>
+RLK_HD S minimum(S a, S b) {
+  return -rlk::maximum(-a, -b);
 }
 
 template <class S>

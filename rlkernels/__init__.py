@@ -9,6 +9,7 @@ from rlkernels import objectives
 from rlkernels.advantages.gae import discounted_returns, gae
 from rlkernels.advantages.group import group_advantages
 from rlkernels.advantages.moments import Moments, masked_moments, merge_moments
+from rlkernels.advantages.selection import best_of_n
 from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
@@ -34,7 +35,7 @@ from rlkernels.losses.sft import logprobs_sft_loss, sft_loss
 from rlkernels.losses.span_reward import span_reward_loss
 from rlkernels.losses.unpaired_preference import unpaired_preference_loss
 from rlkernels.losses.value import value_loss
-from rlkernels.objectives import objective
+from rlkernels.objectives import check_objective, objective
 from rlkernels.rollout.masks import m2po_mask, off_policy_sequence_mask, rejection_mask
 from rlkernels.rollout.metrics import rollout_metrics
 from rlkernels.rollout.weights import rho_correction, rollout_weights
@@ -48,7 +49,9 @@ __all__ = [
     "TokenStats",
     "aggregate",
     "available_backends",
+    "best_of_n",
     "broadcast_to_tokens",
+    "check_objective",
     "discounted_returns",
     "divergence_loss",
     "dpo_loss",

@@ -15,8 +15,9 @@ from rlkernels.types import Logits, Outputs, RowKL, Targets, Temperature, VocabM
 class TokenStats(NamedTuple):
     """The statistics per token of a softmax over the vocabulary; one that was not asked for is None.
 
-    ``logprobs``, ``entropy`` and ``kl`` are differentiable with respect to the logits. Float fields are fp32 (fp64 for
-    fp64 logits).
+    ``logprobs``, ``logsumexp``, ``entropy``, ``mean_logits`` and ``kl`` are differentiable with respect to the logits.
+    A backward through ``log_sum_sq_probs`` raises RuntimeError, except in a compiled program, where it is a constant.
+    Float fields are fp32 (fp64 for fp64 logits).
 
     Example:
         >>> token_stats(torch.zeros(1, 4), torch.tensor([2])).logsumexp
@@ -106,7 +107,8 @@ def token_stats(
         TokenStats of tensors ``[...]``.
 
     Raises:
-        TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs``; an unknown output or estimator.
+        TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs``; an unknown output or estimator; a
+            backward through ``log_sum_sq_probs``.
 
     Example:
         >>> stats = token_stats(torch.zeros(1, 4), torch.tensor([2]), outputs=("entropy", "is_top1"))
@@ -139,8 +141,9 @@ def collect(
     stats: RowStats, shape: torch.Size, temperature: Temperature, outputs: Outputs, reference: bool, kl: RowKL | None
 ) -> TokenStats:
     """``RowStats`` as the ``TokenStats`` that were asked for, of the caller's shape."""
-    # A number stays on the CPU: copying it to the device would make the host wait. sum_exp is 0 in ignored rows alone.
-    logsumexp = torch.where(stats.sum_exp == 0, 0.0, stats.row_max / temperature + stats.sum_exp.log())
+    empty = stats.sum_exp == 0  # ignored rows alone; the log of 1 in their place, because that of 0 has no gradient
+    # A number stays on the CPU: copying it to the device would make the host wait.
+    logsumexp = torch.where(empty, 0.0, stats.row_max / temperature + torch.where(empty, 1.0, stats.sum_exp).log())
     optional = {
         "entropy": stats.entropy,
         "log_sum_sq_probs": stats.log_sum_sq,
@@ -148,6 +151,9 @@ def collect(
         "is_top1": stats.is_top1,
     }
     optional = {name: x.view(shape) for name, x in optional.items() if name in outputs}
+    for name in ("log_sum_sq_probs", "mean_logits"):
+        if name in optional:
+            optional[name] = ops.without_gradient(name, optional[name], stats.logp)
     if reference:
         optional["ref_logprobs"] = stats.ref_logp.view(shape)
     if kl == "exact":
@@ -156,4 +162,5 @@ def collect(
         serving = ops.serving("elementwise", stats.logp)
         _, estimate, _ = ops.elementwise(kl, stats.logp, [stats.ref_logp], (), None, serving)
         optional["kl"] = estimate.view(shape)
-    return TokenStats(stats.logp.view(shape), logsumexp.view(shape), **optional)
+    logsumexp = ops.without_gradient("logsumexp", logsumexp.view(shape), stats.logp)
+    return TokenStats(stats.logp.view(shape), logsumexp, **optional)

@@ -85,6 +85,8 @@ TeacherTopk: TypeAlias = tuple[
     Annotated[Tensor, "[..., K], int32 or int64, distinct ids"], Annotated[Tensor, "[..., K], their log-probabilities"]
 ]
 """The likeliest tokens of a teacher; a log-probability of -inf marks an entry that is not used."""
+LogitsSftKind: TypeAlias = Literal["nll", "dft", "eaft"]
+"""The kinds of ``sft_loss``, which sees whole rows."""
 LossType: TypeAlias = Literal[
     "sigmoid",
     "hinge",
@@ -101,12 +103,19 @@ LossType: TypeAlias = Literal[
     "discopop",
     "sft",
     "sigmoid_norm",
+    "ipo_norm",
+    "dpop",
+    "rpo",
     "cpo",
     "cpo_hinge",
     "cpo_ipo",
     "simpo",
     "orpo",
     "orpo_odds_ratio",
+    "tpo",
+    "tpo_hinge",
+    "tpo_ipo",
+    "tpo_l",
 ]
 LossTypes: TypeAlias = LossType | tuple[LossType, ...] | list[LossType]
 """One loss of pairs, or those of a mixture."""

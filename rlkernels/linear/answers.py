@@ -28,13 +28,19 @@ class Answers(NamedTuple):
     answer: torch.Tensor
     offsets: torch.Tensor
     count: int
+    row_weights: torch.Tensor | None = None
 
     def sums(self, logp):
         """Returns the sum over each answer, ``[count]``.
 
         In float64, because a loss looks at small differences of large sums.
         """
-        return sums(logp.double(), self.live, self.offsets)
+        logp = logp.double() if self.row_weights is None else logp.double() * self.row_weights
+        return sums(logp, self.live, self.offsets)
+
+    def weighing(self, row_weights):
+        """Returns the answers whose sums weigh each row, float64 ``[T]``."""
+        return replaced(self, row_weights=row_weights)
 
     def lengths(self):
         """Returns the number of live tokens of each answer, ``[count]``."""
@@ -64,7 +70,8 @@ class Answers(NamedTuple):
         work = detached_for_loss(self.head, self.live)
         plan = plan_sequences(self.live, place, self.count, per_unit, work.max_live_tokens)
         backend = ops.serving("fused_policy", self.head.hidden)
-        loss, logp, _ = differentiable(self.head, backend, chunked_loss, work, plan, loss(plan, self.count, *fields))
+        of_answers = loss(plan, self.count, self.row_weights, *fields)
+        loss, logp, _ = differentiable(self.head, backend, chunked_loss, work, plan, of_answers)
         return loss, logp
 
     def in_one_chunk(self, of_batch):
@@ -74,10 +81,14 @@ class Answers(NamedTuple):
 
 @dataclass
 class AnswerLoss:
-    """A ChunkedLoss of the summed log-probabilities of ``count`` answers; a base class."""
+    """A ChunkedLoss of the summed log-probabilities of ``count`` answers; a base class.
+
+    ``row_weights``: of each token in the sum, ``[T]``, or None.
+    """
 
     plan: SequencePlan | WholeBatchPlan
     count: int
+    row_weights: torch.Tensor | None
     needs_entropy: ClassVar[bool] = False
 
     def loss_of_answers(self, logps, first, last):
@@ -88,7 +99,10 @@ class AnswerLoss:
         raise NotImplementedError
 
     def loss_of_chunk(self, rows, stats, first, last):
-        logps = sums(stats.logp.double(), rows.live(stats.logp), self.plan.cu_seqlens(first, last))
+        logp = stats.logp.double()
+        if self.row_weights is not None:
+            logp = logp * self.row_weights[rows.index]
+        logps = sums(logp, rows.live(stats.logp), self.plan.cu_seqlens(first, last))
         return self.loss_of_answers(logps, first, last)
 
     def gradient_scale(self):

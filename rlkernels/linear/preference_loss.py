@@ -10,7 +10,14 @@ from rlkernels import checks
 from rlkernels.linear.answers import AnswerLoss, answers_of
 from rlkernels.linear.head import HeadOptions, linear_head
 from rlkernels.linear.rank_agreement import same_on_every_rank
-from rlkernels.losses.preference import dpo_loss, pair_losses, preference_options, references_there
+from rlkernels.losses.preference import (
+    REDUCTIONS,
+    dpo_loss,
+    gold_losses,
+    pair_losses,
+    preference_options,
+    references_there,
+)
 from rlkernels.losses.preference_options import PreferenceOptions
 from rlkernels.tracing import replaced
 from rlkernels.types import (
@@ -25,6 +32,7 @@ from rlkernels.types import (
     Number,
     Offsets,
     PerPair,
+    Reduction,
     Scalar,
     Targets,
     Temperature,
@@ -52,7 +60,7 @@ def linear_dpo_loss(
     vocab_start: int | None = None,
     ref_chosen_logps: PerPair | None = None,
     ref_rejected_logps: PerPair | None = None,
-    beta: Number = 0.1,
+    beta: Number | PerPair = 0.1,
     loss_type: LossTypes = "sigmoid",
     loss_weights: LossWeights | None = None,
     label_smoothing: Number = 0.0,
@@ -67,6 +75,18 @@ def linear_dpo_loss(
     chosen_lengths: PerPair | None = None,
     rejected_lengths: PerPair | None = None,
     pair_weights: PerPair | None = None,
+    dpop_lambda: Number | None = None,
+    chosen_rewards: PerPair | None = None,
+    rejected_rewards: PerPair | None = None,
+    rpo_eta: Number | None = None,
+    gold_logps: PerPair | None = None,
+    gold_lengths: PerPair | None = None,
+    tpo_alpha: Number | None = None,
+    num_pairs: Number | None = None,
+    num_chosen_tokens: Number | None = None,
+    num_gold_tokens: Number | None = None,
+    reduction: Reduction = "mean",
+    ld_alpha: Number = 1.0,
     cu_seqlens: Offsets | None = None,
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
@@ -93,7 +113,7 @@ def linear_dpo_loss(
     vocab_start: int | None = None,
     ref_chosen_logps: PerPair | None = None,
     ref_rejected_logps: PerPair | None = None,
-    beta: Number = 0.1,
+    beta: Number | PerPair = 0.1,
     loss_type: LossTypes = "sigmoid",
     loss_weights: LossWeights | None = None,
     label_smoothing: Number = 0.0,
@@ -108,6 +128,18 @@ def linear_dpo_loss(
     chosen_lengths: PerPair | None = None,
     rejected_lengths: PerPair | None = None,
     pair_weights: PerPair | None = None,
+    dpop_lambda: Number | None = None,
+    chosen_rewards: PerPair | None = None,
+    rejected_rewards: PerPair | None = None,
+    rpo_eta: Number | None = None,
+    gold_logps: PerPair | None = None,
+    gold_lengths: PerPair | None = None,
+    tpo_alpha: Number | None = None,
+    num_pairs: Number | None = None,
+    num_chosen_tokens: Number | None = None,
+    num_gold_tokens: Number | None = None,
+    reduction: Reduction = "mean",
+    ld_alpha: Number = 1.0,
     cu_seqlens: Offsets | None = None,
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
@@ -134,7 +166,7 @@ def linear_dpo_loss(
     vocab_start: int | None = None,
     ref_chosen_logps: PerPair | None = None,
     ref_rejected_logps: PerPair | None = None,
-    beta: Number = 0.1,
+    beta: Number | PerPair = 0.1,
     loss_type: LossTypes = "sigmoid",
     loss_weights: LossWeights | None = None,
     label_smoothing: Number = 0.0,
@@ -149,6 +181,18 @@ def linear_dpo_loss(
     chosen_lengths: PerPair | None = None,
     rejected_lengths: PerPair | None = None,
     pair_weights: PerPair | None = None,
+    dpop_lambda: Number | None = None,
+    chosen_rewards: PerPair | None = None,
+    rejected_rewards: PerPair | None = None,
+    rpo_eta: Number | None = None,
+    gold_logps: PerPair | None = None,
+    gold_lengths: PerPair | None = None,
+    tpo_alpha: Number | None = None,
+    num_pairs: Number | None = None,
+    num_chosen_tokens: Number | None = None,
+    num_gold_tokens: Number | None = None,
+    reduction: Reduction = "mean",
+    ld_alpha: Number = 1.0,
     cu_seqlens: Offsets | None = None,
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
@@ -175,7 +219,7 @@ def linear_dpo_loss(
     vocab_start: int | None = None,
     ref_chosen_logps: PerPair | None = None,
     ref_rejected_logps: PerPair | None = None,
-    beta: Number = 0.1,
+    beta: Number | PerPair = 0.1,
     loss_type: LossTypes = "sigmoid",
     loss_weights: LossWeights | None = None,
     label_smoothing: Number = 0.0,
@@ -190,6 +234,18 @@ def linear_dpo_loss(
     chosen_lengths: PerPair | None = None,
     rejected_lengths: PerPair | None = None,
     pair_weights: PerPair | None = None,
+    dpop_lambda: Number | None = None,
+    chosen_rewards: PerPair | None = None,
+    rejected_rewards: PerPair | None = None,
+    rpo_eta: Number | None = None,
+    gold_logps: PerPair | None = None,
+    gold_lengths: PerPair | None = None,
+    tpo_alpha: Number | None = None,
+    num_pairs: Number | None = None,
+    num_chosen_tokens: Number | None = None,
+    num_gold_tokens: Number | None = None,
+    reduction: Reduction = "mean",
+    ld_alpha: Number = 1.0,
     cu_seqlens: Offsets | None = None,
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
@@ -210,11 +266,18 @@ def linear_dpo_loss(
         max_live_tokens: a bound on the live tokens, with which the host reads no lengths. Where it fits in one chunk
             they take three matmuls, else four.
         beta, loss_type, loss_weights, label_smoothing, reference_free, f_divergence, alpha, length_normalized,
-            simpo_gamma, alphapo_alpha, discopop_tau, cpo_alpha, pair_weights: as for ``dpo_loss``.
+            simpo_gamma, alphapo_alpha, discopop_tau, cpo_alpha, pair_weights, dpop_lambda, chosen_rewards,
+            rejected_rewards, rpo_eta, gold_logps, gold_lengths, tpo_alpha, num_pairs, num_chosen_tokens,
+            num_gold_tokens: as for ``dpo_loss``. ``gold_logps`` get their gradient, too.
+        reduction: as for ``dpo_loss``; ``"none"`` takes four matmuls, because each pair waits for its own upstream
+            gradient.
+        ld_alpha: the weight of a token beyond the length of the pair's shorter answer, as for
+            ``length_desensitized_weights``; the reference sums have to be weighted by the caller.
         chosen_lengths, rejected_lengths: as for ``dpo_loss``; the numbers of live tokens unless given.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)`` as ``dpo_loss``.
+        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)`` as ``dpo_loss``,
+        and the sums of each answer, ``chosen_logps`` and ``rejected_logps``, ``[B]``, detached.
 
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``dpo_loss``; an odd number of answers.
@@ -266,34 +329,89 @@ def linear_dpo_loss(
         "chosen_lengths": lengths[:pairs] if chosen_lengths is None else chosen_lengths,
         "rejected_lengths": lengths[pairs:] if rejected_lengths is None else rejected_lengths,
         "pair_weights": pair_weights,
+        "dpop_lambda": dpop_lambda,
+        "chosen_rewards": chosen_rewards,
+        "rejected_rewards": rejected_rewards,
+        "rpo_eta": rpo_eta,
+        "gold_logps": gold_logps,
+        "gold_lengths": gold_lengths,
+        "tpo_alpha": tpo_alpha,
+        "num_pairs": num_pairs,
+        "num_chosen_tokens": num_chosen_tokens,
+        "num_gold_tokens": num_gold_tokens,
     }
     references = ref_chosen_logps, ref_rejected_logps
+    checks.choice(caller, "reduction", reduction, REDUCTIONS)
+    if reduction != "mean" and num_pairs is not None:
+        raise ValueError(f"{caller}: num_pairs divides a mean; reduction {reduction!r} takes none")
+    ld_alpha = checks.interval(caller, "ld_alpha", ld_alpha, 0, 1)
     checked = preference_options(caller, torch.empty(pairs, dtype=torch.float64, device=hidden.device), **loss_options)
     references_there(caller, *references, checked)
     if checked.pair_weights is not None:
         answers = answers.where(checked.pair_weights[answers.answer % max(pairs, 1)] != 0)
-    if torch.compiler.is_compiling():
+    if ld_alpha != 1.0:
+        answers = answers.weighing(_length_desensitized(answers, ld_alpha))
+    if torch.compiler.is_compiling() or reduction == "none":
         logps = answers.sums(answers.logprobs())
-        return _dpo_of_batch(answers, references, loss_options, logps, return_metrics)
+        loss = _dpo_of_batch(answers, references, loss_options, logps, return_metrics, reduction)
+        return (loss[0], _with_sums(answers, logps, loss[1])) if return_metrics else loss
     references = _copies_of_references(caller, references, pairs)
-    of_batch = functools.partial(_dpo_of_batch, answers, references, loss_options)
-    if checked.pair_weights is not None:
-        checked = replaced(checked, pair_weights=checked.pair_weights.clone())
+    gold = None if gold_logps is None else gold_losses(checked, gold_logps)
+    if gold is not None:  # its gradient is autograd's, and the chunks know nothing of it
+        loss_options |= {"gold_logps": None, "gold_lengths": None, "tpo_alpha": 0.0, "num_gold_tokens": None}
+    of_batch = functools.partial(_dpo_of_batch, answers, references, loss_options, reduction=reduction)
+    checked = _copied(checked)
+    if reduction == "sum":
+        checked = replaced(checked, num_pairs=1)
     if checked.separable():
         # The chosen answer of a pair, then its rejected one.
         place = answers.answer % max(pairs, 1) * 2 + answers.answer // max(pairs, 1)
         loss, logp = answers.chunked(place, 2, PairLoss, caller, references, checked)
     else:
         loss, logp = answers.in_one_chunk(of_batch)
-    return (loss, of_batch(answers.sums(logp), True)[1]) if return_metrics else loss
+    if gold is not None:
+        loss = loss + answers.rounded(gold.sum() / checked.num_pairs)
+    if not return_metrics:
+        return loss
+    logps = answers.sums(logp)
+    return loss, _with_sums(answers, logps, of_batch(logps, True)[1])
 
 
-def _dpo_of_batch(answers, references, loss_options, logps, return_metrics=False):
+def _dpo_of_batch(answers, references, loss_options, logps, return_metrics=False, reduction="mean"):
     """Returns ``dpo_loss`` of the summed log-probabilities of all answers, in the dtype of a head's losses."""
     pairs = answers.count // 2
     return answers.rounded(
-        dpo_loss(logps[:pairs], logps[pairs:], *references, return_metrics=return_metrics, **loss_options)
+        dpo_loss(
+            logps[:pairs],
+            logps[pairs:],
+            *references,
+            return_metrics=return_metrics,
+            reduction=reduction,
+            **loss_options,
+        )
     )
+
+
+def _with_sums(answers, logps, metrics):
+    """Adds the summed log-probabilities of each answer to the metrics."""
+    chosen, rejected = answers.rounded(logps.detach()).split([answers.count // 2, answers.count // 2])
+    return {**metrics, "chosen_logps": chosen, "rejected_logps": rejected}
+
+
+def _length_desensitized(answers, ld_alpha):
+    """Returns the weight of each row, float64 ``[T]``: 1 up to the length of the pair's shorter answer, else alpha."""
+    lengths, pairs = answers.lengths(), answers.count // 2
+    shared = torch.minimum(lengths[:pairs], lengths[pairs:]).repeat(2)
+    live = answers.live.double()
+    place = live.cumsum(0) - (lengths.cumsum(0) - lengths)[answers.answer]
+    one = torch.ones_like(live)
+    return torch.where(place <= shared[answers.answer], one, one * ld_alpha)
+
+
+def _copied(options):
+    """Copies the tensors of a caller, because a second backward scores again what they may have written over since."""
+    fields = {name: x.clone() for name, x in options._asdict().items() if isinstance(x, torch.Tensor)}
+    return replaced(options, **fields) if fields else options
 
 
 def _copies_of_references(caller, references, pairs):
@@ -321,4 +439,4 @@ class PairLoss(AnswerLoss):
         references = (None if x is None else x[first:last] for x in self.references)
         options = self.options.part(first, last)
         losses = pair_losses(self.caller, logps[0::2], logps[1::2], *references, options)
-        return losses.sum() / max(self.count // 2, 1)
+        return losses.sum() / options.num_pairs

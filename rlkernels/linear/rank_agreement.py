@@ -258,6 +258,8 @@ def _text(x):
         return f"[{', '.join(map(_text, x))}]"
     if isinstance(x, torch.Tensor):
         return _kind(x, False)
+    if inspect.isfunction(x):  # an objective, which another rank may pass by its name
+        return x.__name__
     return (
         str(x)
         if x is None or isinstance(x, (bool, int, float, str, torch.dtype)) or hasattr(x, "__array__")

@@ -55,6 +55,7 @@ def linear_sft_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
+    normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[False] = False,
@@ -84,6 +85,7 @@ def linear_sft_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
+    normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[True],
@@ -113,6 +115,7 @@ def linear_sft_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
+    normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool,
@@ -142,6 +145,7 @@ def linear_sft_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
+    normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
@@ -155,8 +159,8 @@ def linear_sft_loss(
         targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk_tokens, logits_budget,
             max_live_tokens, valid_vocab, process_group, vocab_start: as for ``linear_token_logprobs``. Targets are
             shifted already.
-        mask, kind, aggregation, weights, sample_weights, cu_seqlens, normalizers: as for ``sft_loss``; a token of
-            weight 0 enters no matmul.
+        mask, kind, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers: as for
+            ``logprobs_sft_loss``; a token of weight 0 enters no matmul.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, {"nll": ..., "probability":
@@ -193,7 +197,9 @@ def linear_sft_loss(
     cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
     live = live_tokens(caller, like, mask) & (targets != ignore_index)
     weights = head.per_row(
-        sft_weights(caller, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
+        sft_weights(
+            caller, like, live, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers
+        )
     )
     if torch.compiler.is_compiling():
         logp = head_logprobs(head.without(~live.reshape(-1)))

@@ -129,6 +129,7 @@ def linear_token_stats(
 
     Raises:
         TypeError, ValueError, IndexError: as for ``linear_token_logprobs``; an unknown output.
+        RuntimeError: a backward through another statistic, except in a compiled program, where it is a constant.
 
     Example:
         >>> linear_token_stats(torch.ones(1, 2), torch.zeros(4, 2), torch.tensor([3])).entropy

@@ -52,7 +52,8 @@ def divided(
     names = [name for name in entry.columns[1:] if name in keywords and name not in arguments]
     if not names:
         return keywords, {}
-    return {k: x for k, x in keywords.items() if k not in names}, {name: keywords[name] for name in names}
+    further: dict[str, Any] = {name: keywords[name] for name in names}  # column() refuses what is no tensor
+    return {k: x for k, x in keywords.items() if k not in names}, further
 
 
 def _is_policy(entry: Objective) -> bool:

@@ -51,7 +51,7 @@ class Clamp(NamedTuple):
 
 
 class RatioOptions(NamedTuple):
-    """What the options of the ratio make of a loss.
+    """The columns and terms that the options of the ratio make of a loss.
 
     ``old``, ``rollout``: the columns ``old_logp`` and ``rollout_logp`` of the objective, None where the caller gave
     none. ``square``: the coefficient of ``SQUARE``, or None.

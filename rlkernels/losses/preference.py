@@ -1,7 +1,7 @@
 """Losses of preference pairs, from the log-probabilities of whole answers."""
 
 from collections.abc import Iterable
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from rlkernels.losses.policy_arguments import column
 from rlkernels.losses.preference_options import PreferenceOptions, preference_options
 from rlkernels.losses.preference_types import Pairs, Term
 from rlkernels.losses.token_weights import TokenWeights
-from rlkernels.losses.weighted_sum import weighted_sum
+from rlkernels.losses.weighted_sum import each, weighted_sum
 from rlkernels.tracing import product
-from rlkernels.types import FDivergence, LossTypes, LossWeights, Mask, Metrics, Number, PerPair, Scalar
+from rlkernels.types import FDivergence, LossTypes, LossWeights, Mask, Metrics, Number, PerPair, Reduction, Scalar
+
+REDUCTIONS = get_args(Reduction)
 
 
 def pair_losses(
@@ -36,6 +38,19 @@ def pair_losses(
         total = total + coefficient * pairs.scored(objective, x, *params)
     # type: ignore, because mypy cannot know that a mixture has a term.
     return total if options.pair_weights is None else total * options.pair_weights  # type: ignore[return-value]
+
+
+def gold_losses(options: PreferenceOptions, gold: Tensor) -> Tensor | None:
+    """Computes what losses of three answers add for the third one of each pair, times the pair's weight, ``[B]``.
+
+    It is None where no loss of the mixture adds any.
+    """
+    if options.pairs_per_gold_token is None:
+        return None
+    weights = sum(w for kind, w in zip(options.kinds, options.loss_weights, strict=True) if kind.gold)
+    losses = each("nll", dense(gold, options.pairs_per_gold_token.dtype), (), options.pair_weights)
+    losses = losses * (weights * options.tpo_alpha * options.pairs_per_gold_token)
+    return losses if options.pair_weights is None else losses * options.pair_weights
 
 
 def common_dtype(*logps: Tensor | None) -> torch.dtype:
@@ -94,7 +109,7 @@ def dpo_loss(
     ref_chosen_logps: PerPair | None = None,
     ref_rejected_logps: PerPair | None = None,
     *,
-    beta: Number = 0.1,
+    beta: Number | PerPair = 0.1,
     loss_type: LossTypes = "sigmoid",
     loss_weights: LossWeights | None = None,
     label_smoothing: Number = 0.0,
@@ -109,6 +124,17 @@ def dpo_loss(
     chosen_lengths: PerPair | None = None,
     rejected_lengths: PerPair | None = None,
     pair_weights: PerPair | None = None,
+    dpop_lambda: Number | None = None,
+    chosen_rewards: PerPair | None = None,
+    rejected_rewards: PerPair | None = None,
+    rpo_eta: Number | None = None,
+    gold_logps: PerPair | None = None,
+    gold_lengths: PerPair | None = None,
+    tpo_alpha: Number | None = None,
+    num_pairs: Number | None = None,
+    num_chosen_tokens: Number | None = None,
+    num_gold_tokens: Number | None = None,
+    reduction: Reduction = "mean",
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
 
@@ -120,7 +146,7 @@ def dpo_loss(
     ref_chosen_logps: PerPair | None = None,
     ref_rejected_logps: PerPair | None = None,
     *,
-    beta: Number = 0.1,
+    beta: Number | PerPair = 0.1,
     loss_type: LossTypes = "sigmoid",
     loss_weights: LossWeights | None = None,
     label_smoothing: Number = 0.0,
@@ -135,6 +161,17 @@ def dpo_loss(
     chosen_lengths: PerPair | None = None,
     rejected_lengths: PerPair | None = None,
     pair_weights: PerPair | None = None,
+    dpop_lambda: Number | None = None,
+    chosen_rewards: PerPair | None = None,
+    rejected_rewards: PerPair | None = None,
+    rpo_eta: Number | None = None,
+    gold_logps: PerPair | None = None,
+    gold_lengths: PerPair | None = None,
+    tpo_alpha: Number | None = None,
+    num_pairs: Number | None = None,
+    num_chosen_tokens: Number | None = None,
+    num_gold_tokens: Number | None = None,
+    reduction: Reduction = "mean",
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
 
@@ -146,7 +183,7 @@ def dpo_loss(
     ref_chosen_logps: PerPair | None = None,
     ref_rejected_logps: PerPair | None = None,
     *,
-    beta: Number = 0.1,
+    beta: Number | PerPair = 0.1,
     loss_type: LossTypes = "sigmoid",
     loss_weights: LossWeights | None = None,
     label_smoothing: Number = 0.0,
@@ -161,6 +198,17 @@ def dpo_loss(
     chosen_lengths: PerPair | None = None,
     rejected_lengths: PerPair | None = None,
     pair_weights: PerPair | None = None,
+    dpop_lambda: Number | None = None,
+    chosen_rewards: PerPair | None = None,
+    rejected_rewards: PerPair | None = None,
+    rpo_eta: Number | None = None,
+    gold_logps: PerPair | None = None,
+    gold_lengths: PerPair | None = None,
+    tpo_alpha: Number | None = None,
+    num_pairs: Number | None = None,
+    num_chosen_tokens: Number | None = None,
+    num_gold_tokens: Number | None = None,
+    reduction: Reduction = "mean",
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
@@ -171,7 +219,7 @@ def dpo_loss(
     ref_chosen_logps: PerPair | None = None,
     ref_rejected_logps: PerPair | None = None,
     *,
-    beta: Number = 0.1,
+    beta: Number | PerPair = 0.1,
     loss_type: LossTypes = "sigmoid",
     loss_weights: LossWeights | None = None,
     label_smoothing: Number = 0.0,
@@ -186,6 +234,17 @@ def dpo_loss(
     chosen_lengths: PerPair | None = None,
     rejected_lengths: PerPair | None = None,
     pair_weights: PerPair | None = None,
+    dpop_lambda: Number | None = None,
+    chosen_rewards: PerPair | None = None,
+    rejected_rewards: PerPair | None = None,
+    rpo_eta: Number | None = None,
+    gold_logps: PerPair | None = None,
+    gold_lengths: PerPair | None = None,
+    tpo_alpha: Number | None = None,
+    num_pairs: Number | None = None,
+    num_chosen_tokens: Number | None = None,
+    num_gold_tokens: Number | None = None,
+    reduction: Reduction = "mean",
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Direct preference optimisation and its relatives, from the summed log-probabilities of pairs: one launch a term.
@@ -204,37 +263,51 @@ def dpo_loss(
       ``"apo_down"`` ``s(b rho_c) + 1 - s(b (rho_c - rho_r))``;
     - ``"aot"``, ``"aot_unpaired"`` ``"sigmoid"`` of differences between sorted columns: ``logp_c - logp_r`` less
       ``ref_c - ref_r``, ``rho_c`` less ``rho_r``;
+    - ``"ipo_norm"`` ``"ipo"`` of ``S_c/n_c - S_r/n_r``; ``"dpop"`` ``"sigmoid"`` of ``rho_c - rho_r - dpop_lambda
+      max(0, -rho_c)``; ``"rpo"`` ``KL((t, 1-t) || (s(b D), s(-b D)))``, ``t = s(rpo_eta (reward_c - reward_r))``;
     - ``"sft"`` ``-log pi`` of the chosen answers, mean over all their tokens;
     - without a reference: ``"cpo"``, ``"cpo_hinge"``, ``"cpo_ipo"`` of ``D = logp_c - logp_r``, plus ``cpo_alpha``
       times ``"sft"``; ``"simpo"`` ``"sigmoid"`` of ``D = logp_c/n_c - logp_r/n_r - simpo_gamma/b``;
       ``"orpo_odds_ratio"`` ``-b log s(log odds_c - log odds_r)``, ``odds = p/(1-p)``, ``log p = logp/n``; ``"orpo"``
-      adds ``-logp_c/n_c``.
+      adds ``-logp_c/n_c``, a mean over pairs; ``("orpo_odds_ratio", "sft")`` adds a mean over tokens;
+    - of three answers: ``"tpo"``, ``"tpo_hinge"``, ``"tpo_ipo"`` of ``D = logp_c - logp_r``, ``"tpo_l"`` as
+      ``"simpo"``, plus ``tpo_alpha`` times ``-log pi`` of the gold answers, mean over all their tokens.
 
     Args:
         chosen_logps, rejected_logps: sums of log-probabilities of the answers under the policy, ``[B]``; both get a
             gradient.
         ref_chosen_logps, ref_rejected_logps: the same under the reference. May be left out where the loss does not look
             at them; given there, they enter the metrics alone.
-        beta: strength of the tie to the reference, or inverse temperature, > 0. It, and every other number here, may be
-            a tensor of shape ``()``, as for ``policy_loss``.
+        beta: strength of the tie to the reference, or inverse temperature; a number, or one per pair, ``[B]``. At 0 a
+            loss is a constant; one that divides by it wants more. It, and every other number here, may be a tensor of
+            shape ``()``, as for ``policy_loss``.
         loss_type, loss_weights: a name, or a tuple of names with a weight ``c`` each (1).
-        label_smoothing: ``e``, the assumed share of flipped labels, in ``[0, 0.5)``.
+        label_smoothing: ``e``, the assumed share of flipped labels, in ``[0, 1]``; not 0 or 1 with ``"exo_pair"``, not
+            0.5 with ``"robust"``.
         reference_free: the reference counts as 0 in the loss, not in the metrics.
         f_divergence, alpha: ``f``: ``"reverse_kl"`` ``rho``; ``"forward_kl"`` ``1 - e^-rho``; ``"js_divergence"`` ``log
             2 + log s(rho)``; ``"alpha_divergence"`` ``(e^((alpha-1) rho) - 1)/(alpha-1)``, ``alpha`` 0.5 unless given.
             Exponents are capped at 80.
-        length_normalized: ``S/n`` (and ``logp/n``) instead of ``S`` (TRL's IPO).
+        length_normalized: ``S/n``, ``rho/n`` and ``logp/n`` instead of ``S``, ``rho`` and ``logp`` (TRL's IPO).
         simpo_gamma, discopop_tau, cpo_alpha: see above; 0.5, 0.05, and 1 (0 with ``"simpo"``) unless given.
         alphapo_alpha: ``a``, not 0: ``(1 - e^(-a logp))/a`` in place of ``logp`` in the losses without a reference.
         chosen_lengths, rejected_lengths: ``n``, tokens per answer, ``[B]``; looked at where something is averaged. The
             average of an answer of no tokens is its sum, 0; a pair with one has odds of 1, so that ORPO's term is ``b
             log 2`` and moves nothing.
-        pair_weights: ``w``, ``[B]``, without gradient (WPO); a pair of weight 0 is left out, whatever it holds.
+        pair_weights: ``w``, ``[B]``, without gradient (``wpo_weights``); a pair of weight 0 is left out, whatever it
+            holds.
+        dpop_lambda, rpo_eta, tpo_alpha: see above; 50, 1 and 1 unless given.
+        chosen_rewards, rejected_rewards: of ``"rpo"``, ``[B]``, without gradient.
+        gold_logps, gold_lengths: of the third answers, ``[B]``; the sums get a gradient.
+        num_pairs: pairs of the whole batch, by which a mean divides where only a part is here. num_chosen_tokens,
+            num_gold_tokens: the tokens of its chosen and gold answers, where a likelihood is a mean over these.
+        reduction: ``"mean"``; ``"sum"``: without the division; ``"none"``: the loss of each pair, ``[B]``.
 
     Returns:
         Scalar, fp32 (fp64 where any of the log-probabilities is). No pair gives 0. With ``return_metrics``, ``(loss,
         dict)`` with means of the implicit rewards ``beta (logp - ref)`` (of averages per token where every loss is of
-        those and none has a reference), their margin, the accuracy (strict), and the log of ORPO's odds ratio.
+        those and none has a reference), their margin, the accuracy (strict), the log-probabilities, and the log of
+        ORPO's odds ratio. With ``reduction="none"`` all of it per pair, ``[B]``.
 
     Raises:
         ValueError: an option out of range, unknown, or not looked at by the loss; unequal numbers of pairs; a reference
@@ -249,7 +322,8 @@ def dpo_loss(
     Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing: Mitchell 2023; the others: see their objectives, and
     Xu et al. 2024, arXiv:2401.08417 (CPO), Meng et al. 2024, arXiv:2405.14734 (SimPO), Melnyk et al. 2024,
     arXiv:2406.05882 (AOT), Zhou et al. 2024, arXiv:2406.11827 (WPO), Chen et al. 2024, arXiv:2402.05369 (NCA), Wu et
-    al. 2024, arXiv:2405.00675 (SPPO).
+    al. 2024, arXiv:2405.00675 (SPPO), Pal et al. 2024, arXiv:2402.13228 (DPOP), Adler et al. 2024, arXiv:2406.11704
+    (RPO), Saeidi et al. 2024, arXiv:2405.16681 (TPO).
     """
     caller = "dpo_loss"
     checks.pairs(caller, chosen_logps, rejected_logps, ("chosen_logps", "rejected_logps"))
@@ -274,18 +348,46 @@ def dpo_loss(
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
         pair_weights=pair_weights,
+        dpop_lambda=dpop_lambda,
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        rpo_eta=rpo_eta,
+        gold_logps=gold_logps,
+        gold_lengths=gold_lengths,
+        tpo_alpha=tpo_alpha,
+        num_pairs=num_pairs,
+        num_chosen_tokens=num_chosen_tokens,
+        num_gold_tokens=num_gold_tokens,
     )
+    checks.choice(caller, "reduction", reduction, REDUCTIONS)
+    if reduction != "mean" and num_pairs is not None:
+        raise ValueError(f"{caller}: num_pairs divides a mean; reduction {reduction!r} takes none")
+    if reduction == "none" and not options.separable():
+        raise ValueError(
+            f"{caller}: a loss_type that sorts the batch has no loss per pair; reduction must not be 'none'"
+        )
+    if gold_logps is not None:
+        checks.no_forward_ad(caller, gold_logps)
     pairs = _pairs(caller, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, options)
-    loss = weighted_terms(pairs.terms(), options.pair_weights, 1.0 / max(like.numel(), 1))
-    return (loss, _metrics(pairs, ref_chosen_logps, ref_rejected_logps)) if return_metrics else loss
+    gold = None if gold_logps is None else gold_losses(options, gold_logps)
+    if reduction == "none":
+        loss = pair_losses(caller, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, options)
+        loss = loss if gold is None else loss + gold
+    else:
+        share = 1.0 if reduction == "sum" else 1.0 / options.num_pairs
+        loss = weighted_terms(pairs.terms(), options.pair_weights, share)
+        loss = loss if gold is None else loss + gold.sum() * share
+    if not return_metrics:
+        return loss
+    return loss, _metrics(pairs, ref_chosen_logps, ref_rejected_logps, reduction == "none")
 
 
-def weighted_terms(terms: Iterable[Term], weights: Tensor | None, share: float) -> Tensor:
+def weighted_terms(terms: Iterable[Term], weights: Tensor | None, share: Number) -> Tensor:
     """Sums ``share * weight * coefficient * objective`` over rows and terms; one launch per term."""
     total = None
     for coefficient, objective, x, params in terms:
         weight = weights
-        if isinstance(coefficient, torch.Tensor):
+        if isinstance(coefficient, torch.Tensor) or isinstance(share, torch.Tensor):
             factor = coefficient * share
             weight, factor = (
                 torch.zeros_like(x, requires_grad=False) + factor if weights is None else weights * factor,
@@ -338,8 +440,8 @@ def length_desensitized_weights(chosen_mask: Mask, rejected_mask: Mask, ld_alpha
 
 
 @torch.no_grad()
-def _metrics(pairs: Pairs, ref_chosen: Tensor | None, ref_rejected: Tensor | None) -> Metrics:
-    """Computes means over the pairs whose weight is not 0."""
+def _metrics(pairs: Pairs, ref_chosen: Tensor | None, ref_rejected: Tensor | None, per_pair: bool) -> Metrics:
+    """Computes means over the pairs whose weight is not 0; or the numbers of each pair, 0 where its weight is."""
     options = pairs.options
     live = (
         torch.ones_like(pairs.policy[0], dtype=torch.bool)
@@ -349,7 +451,8 @@ def _metrics(pairs: Pairs, ref_chosen: Tensor | None, ref_rejected: Tensor | Non
     count = live.sum().clamp(min=1)
 
     def mean(x: Tensor) -> Tensor:
-        return torch.where(live, x, 0.0).sum() / count
+        x = torch.where(live, x.detach(), 0.0)
+        return x if per_pair else x.sum() / count
 
     scores = pairs.policy
     if ref_chosen is not None:
@@ -362,6 +465,8 @@ def _metrics(pairs: Pairs, ref_chosen: Tensor | None, ref_rejected: Tensor | Non
         "reward_rejected": mean(rejected),
         "reward_margin": mean(chosen - rejected),
         "accuracy": mean((chosen > rejected).to(chosen.dtype)),
+        "logps_chosen": mean(pairs.policy[0]),
+        "logps_rejected": mean(pairs.policy[1]),
     }
     if any(name.startswith("orpo") for name in options.names):
         metrics["log_odds_ratio"] = mean(pairs.odds())

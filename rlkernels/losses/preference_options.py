@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlkernels import checks
+from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import column, present
 from rlkernels.losses.preference_types import KINDS, Kind
@@ -25,7 +26,7 @@ class PreferenceOptions(NamedTuple):
     names: tuple[str, ...]
     kinds: tuple[Kind, ...]
     loss_weights: tuple[Number, ...]
-    beta: Number
+    beta: Number | PerPair
     label_smoothing: Number
     reference_free: bool
     f_divergence: str
@@ -35,11 +36,18 @@ class PreferenceOptions(NamedTuple):
     alphapo_alpha: Number
     discopop_tau: Number
     cpo_alpha: Number | None
+    dpop_lambda: Number
+    rpo_eta: Number
+    tpo_alpha: Number
     lengths: tuple[torch.Tensor, torch.Tensor] | None = None  # of the chosen and the rejected answers, at least 1
     empty: torch.Tensor | None = None  # pairs with an answer of no tokens, where there are lengths
-    # The number of pairs in the batch over the tokens of its chosen answers, also in a part of the batch.
+    # The number of pairs in the batch over the tokens of its chosen answers, also in a part of the batch; and over the
+    # tokens of its gold answers.
     pairs_per_token: torch.Tensor | None = None
+    pairs_per_gold_token: torch.Tensor | None = None
     pair_weights: torch.Tensor | None = None
+    win_and_lose: tuple[torch.Tensor, torch.Tensor] | None = None  # the shares that the rewards ask for
+    num_pairs: Number = 1.0  # the divisor of a mean
 
     def separable(self) -> bool:
         """Tells whether the loss of each pair depends on that pair alone, so that a batch may be cut into parts."""
@@ -53,14 +61,20 @@ class PreferenceOptions(NamedTuple):
         """Returns the options of the pairs ``[start, end)`` of the batch."""
         lengths = None if self.lengths is None else tuple(x[start:end] for x in self.lengths)
         empty, weights = (None if x is None else x[start:end] for x in (self.empty, self.pair_weights))
-        return replaced(self, lengths=lengths, empty=empty, pair_weights=weights)
+        beta = self.beta[start:end] if self.each_has_a_beta() else self.beta
+        shares = None if self.win_and_lose is None else tuple(x[start:end] for x in self.win_and_lose)
+        return replaced(self, beta=beta, lengths=lengths, empty=empty, pair_weights=weights, win_and_lose=shares)
+
+    def each_has_a_beta(self) -> bool:
+        """Tells whether there is a beta per pair."""
+        return isinstance(self.beta, torch.Tensor) and self.beta.dim() > 0
 
 
 def preference_options(
     caller: str,
     like: Tensor,
     *,
-    beta: Number = 0.1,
+    beta: Number | PerPair = 0.1,
     loss_type: LossTypes = "sigmoid",
     loss_weights: LossWeights | None = None,
     label_smoothing: Number = 0.0,
@@ -75,6 +89,16 @@ def preference_options(
     chosen_lengths: PerPair | None = None,
     rejected_lengths: PerPair | None = None,
     pair_weights: PerPair | None = None,
+    dpop_lambda: Number | None = None,
+    chosen_rewards: PerPair | None = None,
+    rejected_rewards: PerPair | None = None,
+    rpo_eta: Number | None = None,
+    gold_logps: PerPair | None = None,
+    gold_lengths: PerPair | None = None,
+    tpo_alpha: Number | None = None,
+    num_pairs: Number | None = None,
+    num_chosen_tokens: Number | None = None,
+    num_gold_tokens: Number | None = None,
 ) -> PreferenceOptions:
     """Checks the options of ``dpo_loss``. ``like``: a tensor ``[B]`` of the dtype and device of the losses."""
     names = (loss_type,) if isinstance(loss_type, str) else checks.several(caller, "loss_type", loss_type)
@@ -104,6 +128,9 @@ def preference_options(
         alphapo_alpha,
         0.05 if discopop_tau is None else discopop_tau,
         cpo_alpha,
+        50.0 if dpop_lambda is None else dpop_lambda,
+        1.0 if rpo_eta is None else rpo_eta,
+        1.0 if tpo_alpha is None else tpo_alpha,
     )
     options = _numbers(caller, options, like)
     _check_use(
@@ -116,30 +143,153 @@ def preference_options(
         alphapo_alpha=present(options.alphapo_alpha),
         discopop_tau=discopop_tau is not None,
         cpo_alpha=cpo_alpha is not None,
+        dpop_lambda=dpop_lambda is not None,
+        rpo_eta=rpo_eta is not None,
+        chosen_rewards=chosen_rewards is not None,
+        rejected_rewards=rejected_rewards is not None,
+        tpo_alpha=tpo_alpha is not None,
+        gold_logps=gold_logps is not None,
+        gold_lengths=gold_lengths is not None,
     )
-    return _tensors(caller, options, like, chosen_lengths, rejected_lengths, pair_weights)
+    options = _counts(caller, options, like, num_pairs, num_chosen_tokens, num_gold_tokens)
+    options = _tensors(caller, options, like, chosen_lengths, rejected_lengths, pair_weights, num_chosen_tokens)
+    options = _beta_per_pair(caller, options, like)
+    options = _rewards(caller, options, like, chosen_rewards, rejected_rewards)
+    return _gold(caller, options, like, gold_logps, gold_lengths, num_gold_tokens)
 
 
 def _numbers(caller: str, options: PreferenceOptions, like: Tensor) -> PreferenceOptions:
     """Checks the numbers among the options; returns the options with each as a Python number, or a tensor of one."""
     number = checks.coefficient
     numbers = {
-        "beta": number(checks.positive, caller, "beta", options.beta, like),
-        "label_smoothing": number(
-            checks.interval, caller, "label_smoothing", options.label_smoothing, like, 0, 0.5, closed=False
-        ),
+        "label_smoothing": number(checks.interval, caller, "label_smoothing", options.label_smoothing, like, 0, 1)
     }
-    if "exo_pair" in options.names and not present(numbers["label_smoothing"]):
+    if not options.each_has_a_beta():
+        divides = any(kind.divides for kind in options.kinds)
+        check = checks.positive if divides else _from_zero
+        numbers["beta"] = number(check, caller, "beta", options.beta, like)
+    smoothing = numbers["label_smoothing"]
+    if "exo_pair" in options.names and (not present(smoothing) or _is(smoothing, 1.0)):
         raise ValueError(
-            f"{caller}: label_smoothing must be in (0, 0.5) for loss_type 'exo_pair', got "
+            f"{caller}: label_smoothing must be in (0, 1) for loss_type 'exo_pair', got "
             f"{options.label_smoothing}; "
             "its paper uses 1e-3"
         )
+    if "robust" in options.names and _is(smoothing, 0.5):
+        raise ValueError(f"{caller}: label_smoothing must not be 0.5 for loss_type 'robust', which divides by 1 - 2e")
     numbers["discopop_tau"] = number(checks.positive, caller, "discopop_tau", options.discopop_tau, like)
-    for name in ("alpha", "simpo_gamma", "alphapo_alpha", *(() if options.cpo_alpha is None else ("cpo_alpha",))):
+    names = ("alpha", "simpo_gamma", "alphapo_alpha", "dpop_lambda", "rpo_eta", "tpo_alpha")
+    for name in (*names, *(() if options.cpo_alpha is None else ("cpo_alpha",))):
         numbers[name] = number(checks.finite, caller, name, getattr(options, name), like)
     changed = {name: x for name, x in numbers.items() if x is not getattr(options, name)}
     return replaced(options, **changed) if changed else options
+
+
+def _is(x: Number, value: float) -> bool:
+    """Tells whether the host knows that a number is this one."""
+    return not isinstance(x, torch.Tensor) and x == value
+
+
+def _from_zero(caller: str, name: str, x: Number) -> float:
+    """Returns a number that may be 0, and is positive otherwise."""
+    return 0.0 if checks.real(caller, name, x) == 0 else checks.positive(caller, name, x)
+
+
+def _beta_per_pair(caller: str, options: PreferenceOptions, like: Tensor) -> PreferenceOptions:
+    """Checks a beta per pair; a pair of weight 0 gets 1, whatever its own is."""
+    if not options.each_has_a_beta():
+        return options
+    column(caller, "beta", options.beta, like, "chosen_logps")
+    if not options.separable():
+        raise ValueError(
+            f"{caller}: loss_type {_listed(options.names)} sorts the batch and takes no beta per pair, got shape "
+            f"{tuple(options.beta.shape)}; pass a number"
+        )
+    beta = dense(options.beta, like.dtype)
+    if options.pair_weights is not None:
+        beta = torch.where(options.pair_weights != 0, beta, 1.0)
+    good = (beta > 0 if any(kind.divides for kind in options.kinds) else beta >= 0) & (beta < torch.inf)
+    if checks.host_reads(good) and not good.all():
+        raise ValueError(f"{caller}: beta must be positive and finite, got {beta[~good][0].item()}")
+    return replaced(options, beta=beta)
+
+
+def _rewards(
+    caller: str, options: PreferenceOptions, like: Tensor, chosen: PerPair | None, rejected: PerPair | None
+) -> PreferenceOptions:
+    """Checks the rewards of the answers; returns the options with the shares that they ask for."""
+    if "rpo" not in options.names:
+        return options
+    for name, x in {"chosen_rewards": chosen, "rejected_rewards": rejected}.items():
+        if x is None:
+            raise ValueError(f"{caller}: loss_type 'rpo' needs {name}: the reward of each answer, [B]")
+        column(caller, name, x, like, "chosen_logps")
+    gap = dense(chosen, like.dtype) - dense(rejected, like.dtype)
+    if options.pair_weights is not None:
+        gap = torch.where(options.pair_weights != 0, gap, 0.0)
+    return replaced(options, win_and_lose=(torch.sigmoid(options.rpo_eta * gap), torch.sigmoid(-options.rpo_eta * gap)))
+
+
+def _counts(
+    caller: str,
+    options: PreferenceOptions,
+    like: Tensor,
+    pairs: Number | None,
+    chosen: Number | None,
+    gold: Number | None,
+) -> PreferenceOptions:
+    """Checks the counts of a batch of which only a part is here."""
+    given = {"num_pairs": pairs, "num_chosen_tokens": chosen, "num_gold_tokens": gold}
+    given = {name: checks_tokens.total(caller, name, x, like) for name, x in given.items() if x is not None}
+    needed = {"num_chosen_tokens": any(present(kind.likelihood_coefficient(options)) for kind in options.kinds)}
+    needed["num_gold_tokens"] = any(kind.gold for kind in options.kinds) and present(options.tpo_alpha)
+    for name, is_needed in needed.items():
+        if name in given and not is_needed:
+            raise ValueError(f"{caller}: loss_type {_listed(options.names)} takes no {name}; leave it out")
+        if ("num_pairs" in given) != (name in given) and is_needed:
+            raise ValueError(
+                f"{caller}: loss_type {_listed(options.names)} needs num_pairs and {name} of the whole batch; pass "
+                "both of them, or none"
+            )
+    found = given.get("num_pairs")
+    if found is None:
+        return replaced(options, num_pairs=max(like.numel(), 1))
+    return replaced(options, num_pairs=found.clamp(min=1) if isinstance(found, torch.Tensor) else max(found, 1.0))
+
+
+def _gold(
+    caller: str,
+    options: PreferenceOptions,
+    like: Tensor,
+    logps: PerPair | None,
+    lengths: PerPair | None,
+    tokens: Number | None,
+) -> PreferenceOptions:
+    """Checks what a loss of three answers needs of the third."""
+    if not any(kind.gold for kind in options.kinds) or not present(options.tpo_alpha):
+        if logps is not None or lengths is not None:
+            raise ValueError(
+                f"{caller}: gold_logps and gold_lengths are not looked at with tpo_alpha=0; leave them out"
+            )
+        return options
+    for name, x in {"gold_logps": logps, "gold_lengths": lengths}.items():
+        if x is None:
+            raise ValueError(
+                f"{caller}: loss_type {_listed(options.names)} needs {name} of the third answers, or tpo_alpha=0 for "
+                "none of their likelihood"
+            )
+    checks.floating(caller, "gold_logps", logps)
+    checks.shape(caller, "gold_logps", logps, like.shape)
+    checks.counts(caller, "gold_lengths", lengths, like.shape)
+    checks.no_gradient(caller, gold_lengths=lengths)
+    checks.one_device(caller, "chosen_logps", like, gold_logps=logps, gold_lengths=lengths)
+    return replaced(options, pairs_per_gold_token=_per_token(options, like, lengths, tokens))
+
+
+def _per_token(options: PreferenceOptions, like: Tensor, lengths: Tensor, tokens: Number | None) -> Tensor:
+    """Returns the pairs of the batch over the tokens of one answer of each."""
+    count = lengths.sum().to(like.dtype) if tokens is None else like.new_zeros(()) + tokens
+    return options.num_pairs / count.clamp(min=1.0)
 
 
 def _check_use(caller: str, options: PreferenceOptions, **passed: bool) -> None:
@@ -160,6 +310,7 @@ def _tensors(
     chosen_lengths: PerPair | None,
     rejected_lengths: PerPair | None,
     pair_weights: PerPair | None,
+    num_chosen_tokens: Number | None,
 ) -> PreferenceOptions:
     """Checks lengths and weights of pairs; returns the options with what the losses need of them."""
     if pair_weights is not None:
@@ -193,7 +344,7 @@ def _tensors(
         options,
         lengths=tuple(x.to(like.dtype).clamp(min=1.0) for x in lengths.values()) if averaged else None,
         empty=(chosen_lengths == 0) | (rejected_lengths == 0) if averaged else None,
-        pairs_per_token=like.numel() / chosen_lengths.sum().to(like.dtype).clamp(min=1.0) if counted else None,
+        pairs_per_token=_per_token(options, like, chosen_lengths, num_chosen_tokens) if counted else None,
         pair_weights=pair_weights,
     )
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlkernels.losses.policy_arguments import present
 from rlkernels.losses.weighted_sum import each
+from rlkernels.objectives import OBJECTIVES
 from rlkernels.types import Number
 
 if TYPE_CHECKING:  # because the options are made from the table below
@@ -39,7 +40,7 @@ class Pairs:
 
     def scored(self, objective: str, x: Tensor, *params: Number) -> Tensor:
         """Computes an objective's value, differentiable; 0 without a gradient for a pair of weight 0."""
-        return each(objective, x, params, self.options.pair_weights)
+        return each(objective, *of_each_beta(objective, x, params), self.options.pair_weights)
 
     def diverged(self, scores: Both, alpha: Number) -> Both:
         """Computes scores under an alpha-divergence.
@@ -54,6 +55,10 @@ class Pairs:
     def averages(self, both: Both) -> Both:
         """Divides a number per chosen and per rejected answer by the answers' lengths."""
         return [x / n for x, n in zip(both, self.options.lengths, strict=True)]
+
+    def ratios(self) -> Both:
+        """Returns the log-ratios, or their averages per token where the caller asked for these."""
+        return self.averages(self.log_ratios) if self.options.length_normalized else self.log_ratios
 
     def margin(self, averaged: bool) -> Tensor:
         """Computes ``S_c - S_r``, ``S = f(log-ratio)``, each divided by the answer's length where ``averaged``."""
@@ -97,13 +102,24 @@ class Pairs:
             # Not 1.0 times beta, because in torch 2.11 a product of two numbers is a constant of the graph, so that
             # every beta would have a graph of its own.
             plain = not isinstance(weight, torch.Tensor) and weight == 1.0
-            yield from (  # type: ignore[misc]  # mypy loses the types of *rest
-                (coefficient if plain else weight * coefficient, *rest)
-                for coefficient, *rest in kind.terms(self, self.options)
-            )
+            for coefficient, objective, x, params in kind.terms(self, self.options):
+                x, params = of_each_beta(objective, x, params)
+                yield coefficient if plain else weight * coefficient, objective, x, params
             likelihood = kind.likelihood_coefficient(self.options)
             if present(likelihood):
                 yield weight * likelihood * self.options.pairs_per_token, "nll", self.policy[0], ()
+
+
+def of_each_beta(objective: str, x: Tensor, params: tuple[Number, ...]) -> tuple[Tensor, tuple[Number, ...]]:
+    """Moves a beta per pair from the parameters of an objective into its column, with 1 in its place.
+
+    Every objective is one of ``beta x``, but IPO, which is one of ``x - 1/(2 beta)``.
+    """
+    names = OBJECTIVES[objective].params
+    beta = params[0] if names and names[0] == "beta" else None
+    if not isinstance(beta, torch.Tensor) or not beta.dim():
+        return x, params
+    return x - 0.5 / beta + 0.5 if objective == "ipo" else beta * x, (1.0, *params[1:])
 
 
 # Each function below returns the terms of one loss, from (pairs, options). The likelihood of the chosen answers, which
@@ -130,41 +146,60 @@ def _simpo(p: Pairs, o: "PreferenceOptions") -> list[Term]:
     return [(1.0, "dpo_sigmoid", p.policy_margin(True) - o.simpo_gamma / o.beta, (o.beta, o.label_smoothing))]
 
 
+def _dpop(p: Pairs, o: "PreferenceOptions") -> list[Term]:
+    chosen, rejected = p.ratios()
+    fallen = torch.relu(-chosen)
+    return [(1.0, "dpo_sigmoid", chosen - rejected - o.dpop_lambda * fallen, (o.beta, o.label_smoothing))]
+
+
+def _rpo(p: Pairs, o: "PreferenceOptions") -> list[Term]:
+    margin, (win, lose) = p.margin(o.length_normalized), o.win_and_lose
+    entropy = -torch.special.xlogy(win, win) - torch.special.xlogy(lose, lose)
+    return [
+        (win, "dpo_sigmoid", margin, (o.beta, 0.0)),
+        (lose, "dpo_sigmoid", -margin, (o.beta, 0.0)),
+        (1.0, "nll", entropy, ()),  # a constant, which makes the loss a divergence
+    ]
+
+
 def _nca(p: Pairs, o: "PreferenceOptions") -> list[Term]:
-    chosen, rejected = p.log_ratios
+    chosen, rejected = p.ratios()
     return [
         (weight, "dpo_sigmoid", x, (o.beta, 0.0)) for weight, x in ((1.0, chosen), (0.5, -chosen), (0.5, -rejected))
     ]
 
 
 def _bco(p: Pairs, o: "PreferenceOptions") -> list[Term]:
-    chosen, rejected = p.log_ratios
+    chosen, rejected = p.ratios()
     return [(1.0, "dpo_sigmoid", x, (o.beta, 0.0)) for x in (chosen, -rejected)]
 
 
 def _up_and_down(objective: str) -> Terms:
     def terms(p: Pairs, o: "PreferenceOptions") -> list[Term]:
-        chosen, rejected = p.log_ratios
+        chosen, rejected = p.ratios()
         return [(1.0, objective, chosen, (o.beta,)), (1.0, objective, -rejected, (o.beta,))]
 
     return terms
 
 
 def _apo_down(p: Pairs, o: "PreferenceOptions") -> list[Term]:
-    chosen, rejected = p.log_ratios
+    chosen, rejected = p.ratios()
     return [(1.0, "kto", -chosen, (o.beta,)), (1.0, "kto", chosen - rejected, (o.beta,))]
 
 
 def _aot(p: Pairs, o: "PreferenceOptions") -> list[Term]:
-    (chosen, rejected), (ref_chosen, ref_rejected) = p.policy, p.references
-    gap = (chosen - rejected).flatten().sort().values
-    if ref_chosen is not None:
-        gap = gap - (ref_chosen - ref_rejected).flatten().sort().values
+    policy, references = p.policy, p.references
+    if o.length_normalized:
+        policy = p.averages(policy)
+        references = references if references[0] is None else p.averages(references)
+    gap = (policy[0] - policy[1]).flatten().sort().values
+    if references[0] is not None:
+        gap = gap - (references[0] - references[1]).flatten().sort().values
     return [(1.0, "dpo_sigmoid", gap, (o.beta, o.label_smoothing))]
 
 
 def _aot_unpaired(p: Pairs, o: "PreferenceOptions") -> list[Term]:
-    chosen, rejected = (x.flatten().sort().values for x in p.log_ratios)
+    chosen, rejected = (x.flatten().sort().values for x in p.ratios())
     return [(1.0, "dpo_sigmoid", chosen - rejected, (o.beta, o.label_smoothing))]
 
 
@@ -184,6 +219,8 @@ class Kind(NamedTuple):
     averages: bool = False  # always of averages per token
     reference: bool = True
     separable: bool = True  # the loss of a pair depends on that pair alone
+    divides: bool = False  # by beta, which must not be 0
+    gold: bool = False  # adds the likelihood of a third answer
     # The coefficient of the mean over tokens of -log pi of the chosen answers. In losses that take cpo_alpha, that
     # option replaces it.
     likelihood: float = 0.0
@@ -193,32 +230,42 @@ class Kind(NamedTuple):
         return options.cpo_alpha if options.cpo_alpha is not None and "cpo_alpha" in self.takes else self.likelihood
 
 
-SMOOTH, SCORE = ("label_smoothing",), ("f_divergence", "length_normalized")
+SMOOTH, SCORE, AVERAGE = ("label_smoothing",), ("f_divergence", "length_normalized"), ("length_normalized",)
 POLICY = ("alphapo_alpha", "cpo_alpha", "length_normalized")
+TRIPLE = ("tpo_alpha", "gold_logps", "gold_lengths")
 KINDS = {
     "sigmoid": Kind(_margin("dpo_sigmoid", "beta", "label_smoothing"), SMOOTH + SCORE),
     "hinge": Kind(_margin("hinge", "beta"), SCORE),
-    "ipo": Kind(_margin("ipo", "beta"), SCORE),
+    "ipo": Kind(_margin("ipo", "beta"), SCORE, divides=True),
     "exo_pair": Kind(_margin("exo_pair", "beta", "label_smoothing"), SMOOTH + SCORE),
-    "nca_pair": Kind(_nca),
+    "nca_pair": Kind(_nca, AVERAGE),
     "robust": Kind(_margin("robust", "beta", "label_smoothing"), SMOOTH + SCORE),
-    "bco_pair": Kind(_bco),
-    "sppo_hard": Kind(_up_and_down("ipo")),
-    "aot": Kind(_aot, SMOOTH, separable=False),
-    "aot_unpaired": Kind(_aot_unpaired, SMOOTH, separable=False),
-    "apo_zero": Kind(_up_and_down("kto")),
-    "apo_down": Kind(_apo_down),
+    "bco_pair": Kind(_bco, AVERAGE),
+    "sppo_hard": Kind(_up_and_down("ipo"), AVERAGE, divides=True),
+    "aot": Kind(_aot, SMOOTH + AVERAGE, separable=False),
+    "aot_unpaired": Kind(_aot_unpaired, SMOOTH + AVERAGE, separable=False),
+    "apo_zero": Kind(_up_and_down("kto"), AVERAGE),
+    "apo_down": Kind(_apo_down, AVERAGE),
     "discopop": Kind(_margin("discopop", "beta", "discopop_tau"), (*SCORE, "discopop_tau")),
     "sft": Kind(_none, ("f_divergence",), reference=False, likelihood=1.0),
     "sigmoid_norm": Kind(
         _margin("dpo_sigmoid", "beta", "label_smoothing", averaged=True), SMOOTH + SCORE, averages=True
     ),
+    "ipo_norm": Kind(_margin("ipo", "beta", averaged=True), SCORE, averages=True, divides=True),
+    "dpop": Kind(_dpop, (*SMOOTH, *AVERAGE, "dpop_lambda")),
+    "rpo": Kind(_rpo, (*SCORE, "rpo_eta", "chosen_rewards", "rejected_rewards")),
     "cpo": Kind(_policy("dpo_sigmoid", "beta", "label_smoothing"), SMOOTH + POLICY, reference=False, likelihood=1.0),
     "cpo_hinge": Kind(_policy("hinge", "beta"), POLICY, reference=False, likelihood=1.0),
-    "cpo_ipo": Kind(_policy("ipo", "beta"), POLICY, reference=False, likelihood=1.0),
-    "simpo": Kind(_simpo, (*SMOOTH, *POLICY, "simpo_gamma"), averages=True, reference=False),
+    "cpo_ipo": Kind(_policy("ipo", "beta"), POLICY, reference=False, likelihood=1.0, divides=True),
+    "simpo": Kind(_simpo, (*SMOOTH, *POLICY, "simpo_gamma"), averages=True, reference=False, divides=True),
     "orpo": Kind(_orpo, averages=True, reference=False),
     "orpo_odds_ratio": Kind(_odds_ratio, averages=True, reference=False),
+    "tpo": Kind(
+        _policy("dpo_sigmoid", "beta", "label_smoothing"), SMOOTH + AVERAGE + TRIPLE, reference=False, gold=True
+    ),
+    "tpo_hinge": Kind(_policy("hinge", "beta"), AVERAGE + TRIPLE, reference=False, gold=True),
+    "tpo_ipo": Kind(_policy("ipo", "beta"), AVERAGE + TRIPLE, reference=False, divides=True, gold=True),
+    "tpo_l": Kind(_simpo, (*SMOOTH, *TRIPLE, "simpo_gamma"), averages=True, reference=False, divides=True, gold=True),
 }
 SEPARABLE = {name: kind.separable for name, kind in KINDS.items()}
 """From the name of a loss to whether its batch may be cut into chunks of pairs."""

@@ -8,17 +8,22 @@ from torch import Tensor
 from rlkernels import checks, ops
 from rlkernels.backends.protocol import PolicyInputs, real_dtype
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.logits_layout import dense, flatten_logits
-from rlkernels.losses.policy_arguments import column
-from rlkernels.losses.token_weights import live_tokens, loss_weights
+from rlkernels.logits_layout import FlatLogits, dense, flatten_logits
+from rlkernels.logprobs import collect
+from rlkernels.losses.policy_arguments import column, present
+from rlkernels.losses.token_weights import TokenWeights, live_tokens, loss_weights
+from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.sequences import per_token
 from rlkernels.types import (
     Aggregation,
     Logits,
+    LogitsSftKind,
     Mask,
     Metrics,
     Normalizers,
+    Number,
     Offsets,
+    Output,
     PerToken,
     PerTokenOrSequence,
     Scalar,
@@ -28,7 +33,7 @@ from rlkernels.types import (
     VocabMask,
 )
 
-KINDS = get_args(SftKind)
+KINDS, LOGITS_KINDS = get_args(SftKind), get_args(LogitsSftKind)
 
 
 @overload
@@ -40,6 +45,7 @@ def logprobs_sft_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
+    normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[False] = False,
@@ -55,6 +61,7 @@ def logprobs_sft_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
+    normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[True],
@@ -70,6 +77,7 @@ def logprobs_sft_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
+    normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool,
@@ -84,6 +92,7 @@ def logprobs_sft_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
+    normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
@@ -96,7 +105,7 @@ def logprobs_sft_loss(
         logprobs: ``[B, L]``, or packed ``[T]``; the only argument that gets a gradient.
         mask: live tokens, same shape, as for ``policy_loss``; a dead token touches neither loss nor gradient, whatever
             it holds.
-        kind, sample_weights: as for ``sft_loss``.
+        kind: ``"nll"`` or ``"dft"``, as for ``sft_loss``. sample_weights, normalize_by_weight: as there.
         aggregation, normalizers, weights, cu_seqlens: as for ``policy_loss``.
 
     Returns:
@@ -116,7 +125,9 @@ def logprobs_sft_loss(
     checks.choice(caller, "kind", kind, KINDS)
     cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
     live = live_tokens(caller, logprobs, mask)
-    weights = sft_weights(caller, logprobs, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
+    weights = sft_weights(
+        caller, logprobs, live, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers
+    )
     logp = dense(logprobs, real_dtype(logprobs.dtype))
     loss, _ = ops.weighted_loss(
         kind, logp, None, None, [], (), dense(weights, logp.dtype), None, 1.0, ops.serving("weighted_loss", logp)
@@ -130,13 +141,17 @@ def sft_loss(
     targets: Targets,
     mask: Mask | None = None,
     *,
-    kind: SftKind = "nll",
+    kind: LogitsSftKind = "nll",
+    eaft_alpha: Number | None = None,
+    z_loss_coef: Number = 0.0,
+    label_smoothing: Number = 0.0,
     temperature: Temperature = 1.0,
     ignore_index: int = -100,
     vocab_mask: VocabMask | None = None,
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
+    normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
@@ -150,13 +165,17 @@ def sft_loss(
     targets: Targets,
     mask: Mask | None = None,
     *,
-    kind: SftKind = "nll",
+    kind: LogitsSftKind = "nll",
+    eaft_alpha: Number | None = None,
+    z_loss_coef: Number = 0.0,
+    label_smoothing: Number = 0.0,
     temperature: Temperature = 1.0,
     ignore_index: int = -100,
     vocab_mask: VocabMask | None = None,
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
+    normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
@@ -170,13 +189,17 @@ def sft_loss(
     targets: Targets,
     mask: Mask | None = None,
     *,
-    kind: SftKind = "nll",
+    kind: LogitsSftKind = "nll",
+    eaft_alpha: Number | None = None,
+    z_loss_coef: Number = 0.0,
+    label_smoothing: Number = 0.0,
     temperature: Temperature = 1.0,
     ignore_index: int = -100,
     vocab_mask: VocabMask | None = None,
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
+    normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
@@ -189,13 +212,17 @@ def sft_loss(
     targets: Targets,
     mask: Mask | None = None,
     *,
-    kind: SftKind = "nll",
+    kind: LogitsSftKind = "nll",
+    eaft_alpha: Number | None = None,
+    z_loss_coef: Number = 0.0,
+    label_smoothing: Number = 0.0,
     temperature: Temperature = 1.0,
     ignore_index: int = -100,
     vocab_mask: VocabMask | None = None,
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
+    normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     inplace_backward: bool = False,
@@ -203,8 +230,9 @@ def sft_loss(
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Likelihood of target tokens, from logits: loss and gradient of the logits in one pass over each row.
 
-    ``sum_t w_t v_t l(log pi(y_t))``, ``w`` the aggregation's weights, ``v`` the ``sample_weights``. Row ``t`` of the
-    logits scores ``targets[t]``: nothing is shifted here; pass ``logits[:, :-1]`` (no copy) and ``labels[:, 1:]``.
+    ``sum_t w_t v_t l(log pi(y_t)) + z_loss_coef sum_t |w_t v_t| Z_t^2``, ``w`` the aggregation's weights, ``v`` the
+    ``sample_weights``, ``Z`` the logsumexp of a row. Row ``t`` of the logits scores ``targets[t]``: nothing is shifted
+    here; pass ``logits[:, :-1]`` (no copy) and ``labels[:, 1:]``.
 
     Args:
         logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; a target that is ignored is a
@@ -212,27 +240,35 @@ def sft_loss(
         mask: live tokens, shaped like ``targets``. A dead token's row is never read, nor its target and temperature.
             None alive: the loss is 0, its gradient too.
         kind: ``"nll"``: ``l = -log pi``; ``"dft"``: ``-sg[pi] log pi``, which follows a token the less, the less likely
-            it is. (ASFT adds an exact KL(ref || pi) to it, EAFT an entropy over the 20 largest logits: no backend has
-            these, so neither is offered.)
+            it is; ``"eaft"``: ``-sg[(H_20 / 3)^eaft_alpha] log pi``, ``H_20`` the entropy over the row's 20 largest
+            logits alone, so that a token of which the model is sure moves little.
+        eaft_alpha: for ``"eaft"``, at least 0; 1 unless given.
+        z_loss_coef: at least 0. It, and a ``label_smoothing``, take a second pass over the rows for the gradient.
+        label_smoothing: ``e`` in ``[0, 1]``, for ``"nll"``: ``l = -(1-e) log pi(y) - e/V sum_v log pi(v)``, over the
+            mask's support.
         aggregation, normalizers, weights, cu_seqlens: as for ``policy_loss``; ``weights`` stand in for an aggregation.
         sample_weights: ``v``, shaped like ``targets`` or one per sequence (as ``advantages`` of ``policy_loss``), of
             any sign, without gradient. The aggregation goes on counting all live tokens; where ``v`` is 0 the gradient
             is exactly 0. A reward as ``v`` is rejection-sampling fine-tuning (0 or 1) or REINFORCE.
+        normalize_by_weight: a mean over the ``v`` of all tokens instead: the loss times ``sum_t w_t / sum_t w_t v_t``,
+            0 where that sum is 0. It takes no ``normalizers``, because the sums are those of the tokens at hand.
         inplace_backward: the backward writes the gradient over ``logits``.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, {"nll": ..., "probability": ...,
-        "entropy": ...})``, means over the tokens whose weight is not 0.
+        "entropy": ...})``, means over the tokens whose weight is not 0; with ``z_loss_coef`` also ``"z_loss"``, the
+        mean of ``Z^2``.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs``; unknown names, shapes that do not match,
-            two sources of weights.
+            two sources of weights; a number out of range, or one that the kind does not look at.
 
     Example:
         >>> round(sft_loss(torch.zeros(1, 2, 4), torch.tensor([[3, -100]])).item(), 4)
         1.3863
 
-    Wu et al. 2025, arXiv:2508.05629 (DFT); Yuan et al. 2023, arXiv:2308.01825 (RFT).
+    Wu et al. 2025, arXiv:2508.05629 (DFT); Yuan et al. 2023, arXiv:2308.01825 (RFT); LLaMA-Factory (EAFT); Chowdhery
+    et al. 2022, arXiv:2204.02311, section 5 (z-loss); Szegedy et al. 2015, arXiv:1512.00567 (label smoothing).
     """
     caller = "sft_loss"
     flat = flatten_logits(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
@@ -241,7 +277,7 @@ def sft_loss(
         raise ValueError(
             f"{caller}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
         )
-    checks.choice(caller, "kind", kind, KINDS)
+    checks.choice(caller, "kind", kind, LOGITS_KINDS)
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=flat.real)
     cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
@@ -252,18 +288,109 @@ def sft_loss(
         and sample_weights is None
         and not isinstance(flat.rows.temperature, torch.Tensor)
     )
+    eaft_alpha, z_loss_coef, label_smoothing = _numbers(caller, kind, eaft_alpha, z_loss_coef, label_smoothing, like)
     weights = flat.per_row(
-        sft_weights(caller, like, live, aggregation, weights, sample_weights, cu_seqlens, normalizers)
+        sft_weights(
+            caller, like, live, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers
+        )
     )
     flat = flat if everywhere else flat.without(weights == 0)
+    of_rows = weights.abs()
+    if kind == "eaft":
+        weights = torch.where(weights != 0, weights * (_top_entropies(flat) / 3.0) ** eaft_alpha, 0.0)
+    objective = "dft" if kind == "dft" else "nll"
+    if present(z_loss_coef) or present(label_smoothing):
+        return _of_statistics(
+            logits, flat, objective, weights, of_rows, z_loss_coef, label_smoothing, inplace_backward, return_metrics
+        )
     with_grad = (
         torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     )
-    policy = PolicyInputs(kind, [], (), weights)
-    of_rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
+    policy = PolicyInputs(objective, [], (), weights)
+    rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
     if not return_metrics:
-        return of_rows.loss
-    return of_rows.loss, {**sft_metrics(of_rows.logp, weights), "entropy": mean_where_read(of_rows.entropy, weights)}
+        return rows.loss
+    return rows.loss, {**sft_metrics(rows.logp, weights), "entropy": mean_where_read(rows.entropy, weights)}
+
+
+def _numbers(
+    caller: str, kind: str, eaft_alpha: Number | None, z_loss_coef: Number, label_smoothing: Number, like: Tensor
+) -> tuple[Number, Number, Number]:
+    """Checks the numbers of a loss from logits; refuses one that its kind does not look at."""
+    if eaft_alpha is not None and kind != "eaft":
+        raise ValueError(f"{caller}: eaft_alpha goes with kind 'eaft', got {kind!r}; leave it out")
+    number = checks.coefficient
+    alpha = number(checks.finite, caller, "eaft_alpha", 1.0 if eaft_alpha is None else eaft_alpha, like)
+    z_loss_coef = number(checks.finite, caller, "z_loss_coef", z_loss_coef, like)
+    label_smoothing = number(checks.interval, caller, "label_smoothing", label_smoothing, like, 0, 1)
+    for name, x in {"eaft_alpha": alpha, "z_loss_coef": z_loss_coef}.items():
+        if not isinstance(x, torch.Tensor) and x < 0:
+            raise ValueError(f"{caller}: {name} must not be negative, got {x}")
+    if present(label_smoothing) and kind != "nll":
+        raise ValueError(f"{caller}: label_smoothing goes with kind 'nll', got {kind!r}; leave it out")
+    return alpha, z_loss_coef, label_smoothing
+
+
+@torch.no_grad()
+def _top_entropies(flat: FlatLogits) -> Tensor:
+    """Returns the entropy of each row's 20 largest logits, renormalised, ``[T]``; a few rows at a time."""
+    logits, targets, temperature, ignore_index, vocab_mask, _ = flat.rows
+    vocab = logits.shape[-1]
+    divisors = (
+        temperature if isinstance(temperature, torch.Tensor) else targets.new_full((), temperature, dtype=flat.real)
+    )
+    divisors = divisors.to(flat.real).expand(targets.shape)
+    entropies, first = [], 0
+    for part in logits if logits.dim() == 3 else [logits]:
+        for rows in part.split(max(1, 2**22 // max(vocab, 1))):
+            last = first + rows.shape[0]
+            if vocab_mask is not None:
+                kept = vocab_mask if vocab_mask.dim() == 1 else vocab_mask[first:last]
+                rows = torch.where(kept, rows, -torch.inf)
+            top = rows.topk(min(20, vocab), dim=-1).values.to(flat.real) / divisors[first:last, None]
+            logp = torch.log_softmax(top, -1)
+            entropies.append(-torch.where(logp > -torch.inf, logp.exp() * logp, 0.0).sum(-1))
+            first = last
+    return torch.cat(entropies) if entropies else divisors
+
+
+def _of_statistics(
+    logits: Logits,
+    flat: FlatLogits,
+    objective: str,
+    weights: Tensor,
+    of_rows: Tensor,
+    z_loss_coef: Number,
+    label_smoothing: Number,
+    inplace_backward: bool,
+    return_metrics: bool,
+) -> Scalar | tuple[Scalar, Metrics]:
+    """Computes a loss that looks at more of a row than the log-probability of its target.
+
+    ``weights``: of the likelihood. ``of_rows``: of the z-loss, never negative.
+    """
+    outputs: list[Output] = (["mean_logits"] if present(label_smoothing) else []) + (
+        ["entropy"] if return_metrics else []
+    )
+    wanted = sum(ops.FLAGS[name] for name in outputs)
+    found = ops.token_stats(flat.rows, wanted, inplace_backward, ops.serving("token_stats", logits))
+    stats = collect(found, weights.shape, flat.rows.temperature, outputs, False, None)
+    loss, squares = weighted_sum(objective, stats.logprobs, [], (), TokenWeights(weights)), stats.logsumexp**2
+    if stats.mean_logits is not None:
+        spread = _dot(weights, stats.logsumexp - stats.mean_logits)  # the mean of -log pi over the vocabulary
+        loss = loss * (1.0 - label_smoothing) + spread * label_smoothing
+    if present(z_loss_coef):
+        loss = loss + _dot(of_rows, squares) * z_loss_coef
+    loss = loss.to(flat.real)
+    if not return_metrics:
+        return loss
+    metrics = {**sft_metrics(stats.logprobs, weights), "entropy": mean_where_read(stats.entropy, weights)}
+    return loss, {**metrics, "z_loss": mean_where_read(squares, of_rows)} if present(z_loss_coef) else metrics
+
+
+def _dot(weights: Tensor, x: Tensor) -> Tensor:
+    """Computes ``sum_t w_t x_t``; a token of weight 0 is left out, whatever it holds."""
+    return (torch.where(weights != 0, x, 0.0) * weights).sum(dtype=torch.float64).to(x.dtype)
 
 
 def sft_weights(
@@ -273,16 +400,26 @@ def sft_weights(
     aggregation: Aggregation,
     weights: PerToken | None,
     sample_weights: PerTokenOrSequence | None,
+    normalize_by_weight: bool,
     cu_seqlens: Tensor | None,
     normalizers: Normalizers | None,
 ) -> Tensor:
     """Returns the weight of each token: that of the aggregation times that of its sample."""
     weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+    if normalize_by_weight and (sample_weights is None or normalizers):
+        raise ValueError(
+            f"{caller}: normalize_by_weight divides by the sum of sample_weights at hand; it needs these, and no "
+            "normalizers"
+        )
     if sample_weights is None:
         return weights
     checks.floating(caller, "sample_weights", sample_weights)
     x = column(caller, "sample_weights", per_token(caller, "sample_weights", sample_weights, like, cu_seqlens), like)
-    return torch.where(live, weights * x.to(weights.dtype), 0.0)
+    weighted = torch.where(live, weights * x.to(weights.dtype), 0.0)
+    if not normalize_by_weight:
+        return weighted
+    count, total = (w.sum(dtype=torch.float64) for w in (weights, weighted))
+    return torch.where(total == 0, 0.0, weighted * (count / total).to(weighted.dtype))
 
 
 @torch.no_grad()

@@ -3,15 +3,20 @@
 from typing import Literal, overload
 
 import torch
+from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
-from rlkernels.losses.policy_arguments import column
+from rlkernels.losses.policy_arguments import column, divided, missing_column
 from rlkernels.losses.token_weights import full_mask, live_mask, token_weights_of
 from rlkernels.losses.weighted_sum import weighted_sum
-from rlkernels.types import Aggregation, Mask, Metrics, Normalizers, Number, Offsets, PerToken, Scalar
+from rlkernels.objectives import OBJECTIVES, Objective, registered
+from rlkernels.types import Aggregation, Mask, Metrics, Normalizers, Number, ObjectiveLike, Offsets, PerToken, Scalar
+
+ARGUMENTS = {"old_value": "old_values", "returns": "returns"}
+"""From a column of a value objective to the argument that fills it. Any other column is a keyword of its own name."""
 
 
 @overload
@@ -21,12 +26,14 @@ def value_loss(
     returns: PerToken,
     mask: Mask | None = None,
     *,
+    objective: ObjectiveLike | None = None,
     clip_range: Number | None = None,
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[False] = False,
+    **params: Number | PerToken,
 ) -> Scalar: ...
 
 
@@ -37,12 +44,14 @@ def value_loss(
     returns: PerToken,
     mask: Mask | None = None,
     *,
+    objective: ObjectiveLike | None = None,
     clip_range: Number | None = None,
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[True],
+    **params: Number | PerToken,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -53,12 +62,14 @@ def value_loss(
     returns: PerToken,
     mask: Mask | None = None,
     *,
+    objective: ObjectiveLike | None = None,
     clip_range: Number | None = None,
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool,
+    **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
@@ -68,30 +79,39 @@ def value_loss(
     returns: PerToken,
     mask: Mask | None = None,
     *,
+    objective: ObjectiveLike | None = None,
     clip_range: Number | None = None,
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
+    **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Value-function loss: ``1/2 sum_t w_t (V_t - R_t)^2``.
 
     With ``clip_range = c`` it is the larger of that and the clipped error,
     ``1/2 sum_t w_t max((V_t - R_t)^2, (V_old_t + clip(V_t - V_old_t, -c, c) - R_t)^2)``.
 
+    With an ``objective`` of your own it is ``sum_t w_t l(V_t, V_old_t, R_t)``.
+
     Args:
         values, old_values, returns: ``[B, L]`` or packed ``[T]``; ``old_values`` is not looked at without
-            ``clip_range``. Only ``values`` get a gradient.
+            ``clip_range``, nor by an objective without the column ``old_value``. Only ``values`` get a gradient.
+        objective: the name of a registered objective with first column ``value``, or its function. Its parameters and
+            its columns besides ``old_value`` and ``returns`` are further keywords, as for ``policy_loss``.
+        clip_range: ``c``, > 0; also a parameter ``clip_range`` of an objective.
         mask, aggregation, weights, cu_seqlens, normalizers: as for ``policy_loss``.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 values); with ``return_metrics``, ``(loss, {"clip_fraction": ..., "error": ...})``:
         the live tokens that moved by more than ``c`` and whose clipped error is the larger one, and the mean squared
-        error.
+        error. With an ``objective`` of your own the error alone.
 
     Raises:
-        ValueError: shapes that do not match, ``clip_range`` not positive.
+        ValueError: shapes that do not match, ``clip_range`` not positive or not looked at by the objective, an unknown
+            objective, a column of it for which nothing was passed.
+        TypeError: a parameter that the objective does not take, or one it needs.
 
     Example:
         >>> values, old_values, returns = torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2), torch.tensor([[0.0, 1.0]])
@@ -104,16 +124,17 @@ def value_loss(
     checks.floating(caller, "values", values)
     checks.no_forward_ad(caller, values)
     cu_seqlens = checks_tokens.rows(caller, "values", values, cu_seqlens)
-    inputs = {"returns": returns} if clip_range is None else {"old_values": old_values, "returns": returns}
-    for name, x in inputs.items():
-        column(caller, name, x, values)
-    if clip_range is not None:
-        clip_range = checks.coefficient(checks.positive, caller, "clip_range", clip_range, values)
+    entry, settings, further = _objective(caller, objective, clip_range, params, values)
+    name, inputs = entry.function.__name__, {"old_value": old_values, "returns": returns, **further}
+    columns = []
+    for key in entry.columns[1:]:
+        if key not in inputs:
+            raise ValueError(missing_column(caller, entry, key, key))
+        columns.append(column(caller, ARGUMENTS.get(key, key), inputs[key], values))
     live = live_mask(caller, values, mask)
     token_weights = token_weights_of(caller, values, live, aggregation, weights, cu_seqlens, normalizers)
     prediction = dense(values, real_dtype(values.dtype))
-    objective, parameters = ("value_plain", ()) if clip_range is None else ("value_clip", (clip_range,))
-    loss = weighted_sum(objective, prediction, list(inputs.values()), parameters, token_weights)
+    loss = weighted_sum(name, prediction, columns, settings, token_weights)
     if not return_metrics:
         return loss
     live = full_mask(values, live)
@@ -121,10 +142,36 @@ def value_loss(
         count = live.sum().clamp(min=1)
         free = prediction - returns
         metrics = {"error": torch.where(live, free * free, 0.0).sum() / count}
-        if clip_range is not None:
-            gap = prediction - old_values
+        if name == "value_clip":
+            gap, clip_range = prediction - columns[0], settings[0]
             # In the loss's own form, because old + clip(gap) rounds away from the value inside the clip.
             held = free + (gap.clamp(-clip_range, clip_range) - gap)
             clipped = live & (gap.abs() > clip_range) & (held * held > free * free)
             metrics["clip_fraction"] = clipped.sum().to(prediction.dtype) / count
     return loss, metrics
+
+
+def _objective(
+    caller: str,
+    objective: ObjectiveLike | None,
+    clip_range: Number | None,
+    keywords: dict[str, Number | PerToken],
+    like: Tensor,
+) -> tuple[Objective, list[Number], dict[str, PerToken]]:
+    """Returns the objective, its parameters in its order, and the columns of it that have no argument.
+
+    Without an objective ``clip_range`` says which one of the library's it is.
+    """
+    if objective is None:
+        objective = "value_plain" if clip_range is None else "value_clip"
+    entry = registered(objective)
+    if entry is None or entry.columns[0] != "value":
+        known = [name for name, other in OBJECTIVES.items() if other.columns[0] == "value"]
+        checks.choice(caller, "objective", objective, known)
+    name = entry.function.__name__
+    params, further = divided(entry, keywords, ARGUMENTS)
+    if clip_range is not None:
+        if "clip_range" not in entry.params:
+            raise ValueError(f"{caller}: objective {name!r} takes no clip_range; leave it out")
+        params = {**params, "clip_range": clip_range}
+    return entry, checks.params(caller, name, entry, params, like), further

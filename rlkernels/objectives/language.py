@@ -10,6 +10,7 @@ respect to the first argument.
 import ast
 import inspect
 import textwrap
+import tokenize
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, overload
@@ -101,6 +102,7 @@ def objective(function: Any = None, *, columns: int | None = None) -> Any:
         ... def gated(logp, advantage, gate, scale=0.5):
         ...     "REINFORCE, each token by its gate."
         ...     return -scale * gate * advantage * logp, -scale * gate * advantage
+        >>> import rlkernels
         >>> logp, gate = torch.zeros(1, 2, requires_grad=True), torch.tensor([[1.0, 0.0]])
         >>> rlkernels.policy_loss(logp, None, torch.tensor([2.0]), objective=gated, gate=gate).backward()
         >>> OBJECTIVES.pop("gated").defaults, logp.grad
@@ -170,7 +172,7 @@ def _parse(function):
     """Returns the syntax tree of a function."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, SyntaxError, IndexError) as error:
+    except (OSError, SyntaxError, IndexError, tokenize.TokenError) as error:
         raise TypeError(
             f"objective {function.__name__!r} must be defined in a file or a notebook cell: no source found; for code "
             "of exec, enter its source into linecache.cache under the file name of compile()"

@@ -1,4 +1,4 @@
-"""How an objective depends on its log-ratio, so that a clamp of the log-ratio has the gradient that its source has."""
+"""The way in which an objective depends on its log-ratio, which decides what a clamp of it does to the gradient."""
 
 import ast
 import functools

@@ -61,4 +61,6 @@ def _constant(node, known):
         case ast.Call(func=ast.Name(id="where"), args=[condition, a, b]):
             condition, a, b = (_constant(x, known) for x in (condition, a, b))
             return (a if condition else b) if condition is not None else a if a == b else None
+        case ast.Call(func=ast.Name(id="abs" | "tanh" | "sqrt"), args=[x]) if _constant(x, known) == 0.0:
+            return 0.0
     return None  # a function of the language, of which nothing is known

@@ -24,7 +24,7 @@ from rlkernels.ops.divergence import (
 from rlkernels.ops.loss_with_gradients import with_gradients
 from rlkernels.ops.packed import gae, offsets
 from rlkernels.ops.policy import fused_policy, fused_policy_op, run_fused
-from rlkernels.ops.register import calls, define, run
+from rlkernels.ops.register import calls, define, run, without_gradient
 from rlkernels.ops.rows import (
     token_stats,
     token_stats_backward,
@@ -68,6 +68,7 @@ __all__ = [
     "weighted_loss",
     "weighted_loss_backward",
     "with_gradients",
+    "without_gradient",
 ]
 
 FLAGS = {"entropy": ENTROPY, "log_sum_sq_probs": LOG_SUM_SQ, "mean_logits": MEAN_LOGITS, "is_top1": IS_TOP1}

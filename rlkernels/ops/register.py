@@ -10,7 +10,7 @@ import torch
 
 from rlkernels import checks
 from rlkernels.backends import BACKENDS
-from rlkernels.tracing import gradient_wanted, registered
+from rlkernels.tracing import gradient_wanted, has_values, registered
 
 DOUBLE_BACKWARD = (
     "double backward is not supported by rlkernels; use plain torch operations where second derivatives are needed"
@@ -88,3 +88,22 @@ def _recorded(name, implementation, formula, setup):
 
 def _raises(ctx, *grads):
     raise RuntimeError(DOUBLE_BACKWARD)
+
+
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, name, x, logp):
+        ctx.name = name
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        raise RuntimeError(f"{ctx.name} has no gradient; detach() it, or leave it out of the loss")
+
+
+def without_gradient(name, x, logp):
+    """A copy of a statistic through which a backward raises, because a loss of it would train without that term.
+
+    ``x`` itself where it is differentiable or ``logp`` is not, and in a compiled or transformed program.
+    """
+    return _Refusal.apply(name, x, logp) if logp.requires_grad and not x.requires_grad and has_values(logp) else x

@@ -3,7 +3,18 @@
 import torch
 
 from rlkernels import checks
-from rlkernels.backends.protocol import ENTROPY, KL, RowBatch, RowStats, SavedRows, Upstream, presence, real_dtype
+from rlkernels.backends import BACKENDS
+from rlkernels.backends.protocol import (
+    ENTROPY,
+    KL,
+    MEAN_LOGITS,
+    RowBatch,
+    RowStats,
+    SavedRows,
+    Upstream,
+    presence,
+    real_dtype,
+)
 from rlkernels.ops import register
 from rlkernels.tracing import value
 
@@ -14,7 +25,9 @@ SAVED = "Tensor row_max, Tensor sum_exp, Tensor entropy, Tensor? ref_row_max, Te
 
 
 def token_stats(rows, wanted, inplace, backend):
-    """The ``RowStats`` of a ``RowBatch``; log-probability, entropy and KL are differentiable in the logits.
+    """The ``RowStats`` of a ``RowBatch``; log-probability, entropy, KL, mean of the logits and sum of exponentials are
+    differentiable in the logits. The sum is differentiated as if the row maximum were constant, which is exact for
+    ``row_max / T + log(sum_exp)``.
 
     ``wanted``: bits of ``backends.protocol``. ``inplace``: the backward writes the gradient over the logits.
     """
@@ -48,9 +61,9 @@ def _setup(ctx, inputs, output):
         checks.inplace("token_stats", logits)
     stats = tuple.__new__(RowStats, output)
     # An absent output must not be differentiable: AOTAutograd would send it a gradient of shape (0,).
-    constant = [stats.row_max, stats.sum_exp, stats.log_sum_sq, stats.mean_logits, stats.is_top1]
-    constant += [stats.ref_logp, stats.ref_row_max, stats.ref_sum_exp]
-    constant += [x for flag, x in ((ENTROPY, stats.entropy), (KL, stats.kl)) if not wanted & flag]
+    constant = [stats.row_max, stats.log_sum_sq, stats.is_top1, stats.ref_logp, stats.ref_row_max, stats.ref_sum_exp]
+    optional = (ENTROPY, stats.entropy), (KL, stats.kl), (MEAN_LOGITS, stats.mean_logits)
+    constant += [x for flag, x in optional if not wanted & flag]
     ctx.mark_non_differentiable(*constant)
     ctx.set_materialize_grads(False)
     reference = (ref_logits, stats.ref_row_max, stats.ref_sum_exp, stats.kl) if wanted & KL else (None,) * 4
@@ -60,11 +73,59 @@ def _setup(ctx, inputs, output):
 
 def _gradient(ctx, *arrived):
     arrived = tuple.__new__(RowStats, arrived)
-    upstream = arrived.logp, arrived.entropy, arrived.kl
-    if upstream[0] is None and upstream[1] is None and upstream[2] is None:
+    upstream, further = (arrived.logp, arrived.entropy, arrived.kl), (arrived.sum_exp, arrived.mean_logits)
+    if all(d is None for d in (*upstream, *further)):
         return (None,) * 9
     logits, targets, per_row, vocab_mask, ref_logits, *saved = ctx.saved_tensors
-    return logits_gradient(ctx, upstream, logits, targets, per_row, vocab_mask, ref_logits, saved), *(None,) * 8
+    rows = targets, per_row, vocab_mask, ref_logits, saved
+    if further[0] is None and further[1] is None:
+        return logits_gradient(ctx, upstream, logits, *rows), *(None,) * 8
+    return _gradient_of_all(ctx, upstream, *further, logits, *rows), *(None,) * 8
+
+
+def _gradient_of_all(ctx, upstream, dsum, dmean, logits, targets, per_row, vocab_mask, ref_logits, saved):
+    """The gradient of the logits where the sum of exponentials or the mean of the logits has an upstream gradient.
+
+    With ``b`` that of the logsumexp, ``a (1[v = y] - p_v) + b p_v = (a - b) (1[v = y] - p_v) + b 1[v = y]``. The kernel
+    makes the first term. The column of the target is written once more, because a sum of two rounded terms would be
+    rounded twice.
+    """
+    dlogp, dentropy, dkl = upstream
+    saved, live = tuple.__new__(SavedRows, saved), targets != ctx.ignore_index
+    zero = torch.zeros_like(saved.row_max)
+    dlogp = zero if dlogp is None else dlogp
+    dlse = zero if dsum is None else torch.where(live, dsum * saved.sum_exp, 0.0)
+    targets = torch.where(live & (targets >= 0) & (targets < logits.shape[-1]), targets, 0).long()
+    support = logits.shape[-1]
+    if vocab_mask is not None:  # a target outside the support moves nothing, so the kernel gets a column inside
+        support = vocab_mask.sum(-1)
+        inside = vocab_mask.expand(targets.shape[0], -1).gather(1, targets[:, None])[:, 0]
+        dlogp, targets = torch.where(inside, dlogp, 0.0), torch.where(inside, targets, vocab_mask.byte().argmax(-1))
+    temperature = ctx.temperature if per_row is None else per_row.to(zero.dtype).expand(zero.shape)
+    shift = zero if dmean is None else torch.where(live, dmean / support / temperature, 0.0)
+    leading = (*logits.shape[:-1], 1)
+    index = targets.view(leading)
+    column = RowBatch(
+        *(
+            logits.gather(-1, index).to(saved.row_max.dtype).view(-1, 1),
+            torch.where(live, 0, -1),
+            temperature,
+            -1,
+            None,
+        ),
+        None if ref_logits is None else ref_logits.gather(-1, index).to(saved.row_max.dtype).view(-1, 1),
+    )
+    upstream = Upstream(dlogp - dlse, dentropy, dkl)
+    at_target = BACKENDS["eager"].token_stats_backward(upstream, column, saved)[:, 0]
+    at_target = torch.where(live, at_target + dlse / temperature + shift, 0.0)
+    targets = torch.where(live, targets, ctx.ignore_index)
+    gradient = logits_gradient(ctx, upstream, logits, targets, per_row, vocab_mask, ref_logits, saved)
+    if dmean is not None:
+        shift = shift.view(leading)
+        if vocab_mask is not None:
+            shift = torch.where(vocab_mask if vocab_mask.dim() == 1 else vocab_mask.view(logits.shape), shift, 0.0)
+        gradient.add_(shift)
+    return gradient.scatter_(-1, index, at_target.to(gradient.dtype).view(leading))
 
 
 def divisor(temperature):

@@ -19,7 +19,8 @@ from rlkernels.backends import OPS as OF_BACKENDS
 FUNCTIONS = [
     name
     for name in rlkernels.__all__
-    if inspect.isfunction(getattr(rlkernels, name)) and name not in ("objective", "available_backends")
+    if inspect.isfunction(getattr(rlkernels, name))
+    and name not in ("objective", "check_objective", "available_backends")
 ]
 TENSORS = """
     hidden weight bias logits targets old_logprobs advantages mask ref_logprobs weights cu_seqlens logprobs entropy

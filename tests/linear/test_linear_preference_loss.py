@@ -45,7 +45,7 @@ def options_for(names, **more):
     options = {"beta": BETA, "loss_type": names if len(names) > 1 else names[0], **more}
     if oracle.SMOOTHED & set(names):
         options["label_smoothing"] = SMOOTHING
-    return options
+    return options | oracle.further(names, P)
 
 
 def truth_of(d, operands, names, coefficients=None, pair_weights=None, divergence="reverse_kl", averaged=False):
@@ -147,7 +147,9 @@ def test_metrics_are_those_of_the_true_sums(names, packed, backend):
     for chunk in CHUNKS:
         loss, metrics = loss_of(d, own(d), names, **chunk, return_metrics=True, pair_weights=given["pair_weights"])
         assert (
-            metrics.keys() == want.keys() and loss.requires_grad and not any(x.requires_grad for x in metrics.values())
+            metrics.keys() == {*want, "chosen_logps", "rejected_logps"}
+            and loss.requires_grad
+            and not any(x.requires_grad for x in metrics.values())
         )
         for name, value in want.items():
             assert metrics[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-5), name

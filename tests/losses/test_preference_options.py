@@ -21,6 +21,8 @@ def test_metrics_are_rewards_under_the_reference_whatever_the_loss():
         "reward_rejected": rewards[1].mean(),
         "reward_margin": (rewards[0] - rewards[1]).mean(),
         "accuracy": (rewards[0] > rewards[1]).double().mean(),
+        "logps_chosen": C.mean(),
+        "logps_rejected": R.mean(),
     }
     assert 0 < want["accuracy"] < 1
     for given in (
@@ -84,7 +86,7 @@ REFUSED = {
     "tau of another loss": (dict(discopop_tau=0.1), "takes no discopop_tau"),
     "AlphaPO under a reference": (dict(alphapo_alpha=0.1), "takes no alphapo_alpha"),
     "likelihood of another loss": (dict(cpo_alpha=1.0), "takes no cpo_alpha"),
-    "averages of log-ratios alone": (dict(loss_type="nca_pair", length_normalized=True), "takes no length_normalized"),
+    "averages of likelihoods": (dict(loss_type="sft", length_normalized=True), "takes no length_normalized"),
     "averages without lengths": (
         dict(loss_type="sigmoid_norm"),
         "loss_type 'sigmoid_norm' needs chosen_lengths: the number of tokens",

@@ -15,6 +15,15 @@ PARAMS = {
     "cispo": {"clip_low": 1.0, "clip_high": 0.5},
     "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
     "reinforce": {},
+    "surrogate": {},
+    "ppo_clip_cap": {"ratio_cap": 1.1, "clip_low": 0.2, "clip_high": 0.28},
+    "cispo_max_only": {"clip_high": 0.5},
+    "cispo_absolute": {"ratio_max": 0.9},
+    "dro": {"beta": 0.5},
+    "dppo_tv": {"delta_low": 0.03, "delta_high": 0.02, "ratio_max": 1.5},
+    "dppo_tv_surrogate": {"delta_low": 0.03, "delta_high": 0.02},
+    "dppo_kl": {"delta_low": 0.03, "delta_high": 0.02, "ratio_max": 1.5},
+    "dppo_kl_surrogate": {"delta_low": 0.03, "delta_high": 0.02},
     "linear_squared": {"pull": 0.7},
 }
 OF_RATIOS = ("ppo_clip", "dual_clip", "cispo", "sapo")
@@ -196,10 +205,10 @@ def answers(d, operands, cu_seqlens=None, **head):
 def pairs(name, C, R, f, g, n, m, *, beta, smoothing=0.1, divergence="reverse_kl", averaged=False):
     """Losses of pairs by their formulas, without the likelihood that ``cpo`` and ``sft`` add."""
     e, oracle = smoothing if name in preference_oracles.SMOOTHED else 0.0, preference_oracles
-    if name in oracle.OF_MARGIN or name == "sigmoid_norm":
+    if name in oracle.OF_MARGIN or name in oracle.AVERAGED:
         c, r = (oracle.SCORES[divergence](x) for x in (C - f, R - g))
-        c, r = (c / n, r / m) if averaged or name == "sigmoid_norm" else (c, r)
-        return oracle.OF_MARGIN["sigmoid" if name == "sigmoid_norm" else name](c - r, beta, e)
+        c, r = (c / n, r / m) if averaged or name in oracle.AVERAGED else (c, r)
+        return oracle.OF_MARGIN[oracle.AVERAGED.get(name, name)](c - r, beta, e)
     if name in oracle.OF_RATIOS:
         return oracle.OF_RATIOS[name](C - f, R - g, beta)
     if name in ("aot", "aot_unpaired"):

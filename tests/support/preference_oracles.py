@@ -17,6 +17,23 @@ def discopop(x, tau=0.05):
     return -ls(x) * (1 - sigmoid(x / tau)) + (-x).exp() * sigmoid(x / tau)
 
 
+def reward_gaps(pairs):
+    """The differences of the rewards that ``further`` gives."""
+    return torch.linspace(-1.0, 2.0, pairs, dtype=torch.float64)
+
+
+def further(names, pairs):
+    """The options without which some of the losses are refused."""
+    rewards = {"chosen_rewards": reward_gaps(pairs), "rejected_rewards": torch.zeros(pairs, dtype=torch.float64)}
+    without_gold = {"tpo_alpha": 0.0} if any(name.startswith("tpo") for name in names) else {}
+    return (rewards if "rpo" in names else {}) | without_gold
+
+
+def divergence(p, q):
+    """KL of two coins."""
+    return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+
+
 # Losses of a margin D.
 OF_MARGIN = {
     "sigmoid": lambda D, b, e: smoothed(b * D, e),
@@ -28,7 +45,10 @@ OF_MARGIN = {
     ),
     "robust": lambda D, b, e: (-(1 - e) * ls(b * D) + e * ls(-b * D)) / (1 - 2 * e),
     "discopop": lambda D, b, e: discopop(b * D),
+    "rpo": lambda D, b, e: divergence(torch.sigmoid(reward_gaps(len(D))), sigmoid(b * D)),
 }
+AVERAGED = {"sigmoid_norm": "sigmoid", "ipo_norm": "ipo"}
+"""Losses of the difference of averages, and those whose formula they have."""
 # Losses of the two log-ratios.
 OF_RATIOS = {
     "nca_pair": lambda c, r, b: -ls(b * c) - 0.5 * ls(-b * c) - 0.5 * ls(-b * r),
@@ -36,6 +56,7 @@ OF_RATIOS = {
     "sppo_hard": lambda c, r, b: (c - 0.5 / b) ** 2 + (r + 0.5 / b) ** 2,
     "apo_zero": lambda c, r, b: 1 - sigmoid(b * c) + sigmoid(b * r),
     "apo_down": lambda c, r, b: sigmoid(b * c) + 1 - sigmoid(b * (c - r)),
+    "dpop": lambda c, r, b: -ls(b * (c - r - 50.0 * torch.relu(-c))),
 }
 # f-divergences.
 SCORES = {
@@ -59,7 +80,9 @@ OF_POLICY = {
     "orpo": lambda C, R, n, m, b, e: -C / n - b * ls(log_odds(C / n) - log_odds(R / m)),
     "orpo_odds_ratio": lambda C, R, n, m, b, e: -b * ls(log_odds(C / n) - log_odds(R / m)),
 }
-SMOOTHED = {"sigmoid", "exo_pair", "robust", "cpo", "simpo", "aot", "aot_unpaired", "sigmoid_norm"}
+OF_POLICY |= {name.replace("cpo", "tpo"): OF_POLICY[name] for name in ("cpo", "cpo_hinge", "cpo_ipo")}
+OF_POLICY["tpo_l"] = OF_POLICY["simpo"]
+SMOOTHED = {"tpo", "tpo_l", "sigmoid", "exo_pair", "robust", "cpo", "simpo", "aot", "aot_unpaired", "sigmoid_norm"}
 
 
 def aot(C, R, f, g, b, e):

@@ -293,6 +293,25 @@ CALLS = {
         sample_weights=d["advantages"],
         return_metrics=True,
     ),
+    "sft_loss of terms": lambda d: rlk.sft_loss(
+        d["logits"],
+        d["targets"],
+        d["mask"],
+        temperature=d["temperature"],
+        vocab_mask=d["vocab_mask"],
+        z_loss_coef=0.1,
+        label_smoothing=0.2,
+        return_metrics=True,
+    ),
+    "sft_loss of entropies": lambda d: rlk.sft_loss(
+        d["logits"],
+        d["targets"],
+        d["mask"],
+        kind="eaft",
+        vocab_mask=d["vocab_mask"],
+        sample_weights=d["advantages"],
+        normalize_by_weight=True,
+    ),
     "logprobs_sft_loss": lambda d: rlk.logprobs_sft_loss(
         d["logprobs"], d["mask"], kind="dft", sample_weights=d["advantages"][:, 0], return_metrics=True
     ),
@@ -311,6 +330,7 @@ CALLS = {
         [rlkernels.Moments(2, 0.5, 3.0), rlkernels.masked_moments(d["old"], d["mask"])]
     ),
     "group_advantages": lambda d: rlk.group_advantages(d["pair_c"], d["groups"]),
+    "best_of_n": lambda d: rlk.best_of_n(d["pair_c"], d["groups"]),
     "token_weights": lambda d: rlk.token_weights(d["mask"].view(-1), "seq-mean-token-mean", cu_seqlens=d["cu"]),
     "aggregate": lambda d: rlk.aggregate(d["values"], d["mask"], "seq-mean-token-mean"),
     "sequence_sums": lambda d: rlk.sequence_sums(d["values"], d["mask"]),
@@ -530,7 +550,8 @@ def call(name, d, seed=3, through=lambda f, d: f(d)):
 
 
 def gradients(results, inputs, seed=3):
-    trained = [t for t in results if t.requires_grad]
+    # A statistic without a gradient refuses to be trained.
+    trained = [t for t in results if t.requires_grad and type(t.grad_fn).__name__ != "_RefusalBackward"]
     draw = torch.Generator().manual_seed(seed)
     upstream = [torch.randn(t.shape, generator=draw, dtype=torch.float32, device="cpu").to(t.dtype) for t in trained]
     found = torch.autograd.grad(trained, inputs, upstream, allow_unused=True) if trained else ()

@@ -42,6 +42,23 @@ def log_sigmoid(x):
 
 
 @triton.jit
+def tanh(x):
+    # By expm1, because (1 - e) / (1 + e) has no correct digit near 0. Of -|2 x|, which never overflows.
+    tail = expm1(-2.0 * tl.abs(x))
+    return tl.where(x < 0.0, tail / (tail + 2.0), -tail / (tail + 2.0))
+
+
+@triton.jit
+def sqrt(x):
+    return tl.sqrt(x)
+
+
+@triton.jit
+def abs(x):
+    return tl.abs(x)
+
+
+@triton.jit
 def where(condition, a, b):
     return tl.where(condition, a, b)
 
@@ -50,3 +67,14 @@ def where(condition, a, b):
 def clip(x, low, high):
     # tl.clamp(nan, 0, 1) is 0: a NaN logit would become a finite, plausible loss.
     return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def maximum(a, b):
+    # Compared, because tl.maximum(nan, 0) is 0.
+    return tl.where(a > b, a, tl.where(b >= a, b, a + b))
+
+
+@triton.jit
+def minimum(a, b):
+    return -maximum(-a, -b)
