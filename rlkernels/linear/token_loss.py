@@ -10,7 +10,7 @@ from rlkernels.linear.chunked_loss import ChunkLoop, chunked_loss, detached_for_
 from rlkernels.linear.chunking import live_rows, rows_by_gradient
 from rlkernels.linear.sequence_chunks import plan_rows
 from rlkernels.losses.kl_penalty import KLSequences, kl_sum
-from rlkernels.losses.kl_term import KLObjective
+from rlkernels.losses.kl_term import PLAIN, KLObjective
 from rlkernels.losses.policy_ratio import SQUARE, Clamp, ratio_term, with_current
 from rlkernels.losses.token_weights import TokenWeights
 from rlkernels.losses.weighted_sum import weighted_sum
@@ -78,9 +78,9 @@ class PolicyTerms(NamedTuple):
     def in_one_launch(self):
         """Tells whether the kernels over rows serve the loss.
 
-        They hold no clamp, no numbers of a KL term, and one term beside the objective.
+        They hold no clamp, no KL term of other options, and one term beside the objective.
         """
-        plain = self.clamp is None and self.square_weight is None and not self.kl_params
+        plain = self.clamp is None and self.square_weight is None and (self.kl is None or self.kl in PLAIN)
         return plain and all(c is not None for c in self.columns)
 
     def other_terms(self, stats, sequences=None):

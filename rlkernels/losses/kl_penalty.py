@@ -150,9 +150,11 @@ def kl_penalty(
     """
     if not isinstance(kl, KLTerm):
         return KLPenalty(KLObjective(named_objective(kl)), ref_logprobs, None, weights, live)
-    if kl.ratio_weighted and old_logprobs is not None:
+    objective = kl.objective()
+    if not kl.ratio_weighted and not objective.of_a_user():
+        old_logprobs = None  # only the ratio looks at it
+    elif old_logprobs is not None:
         column(caller, "old_logprobs", old_logprobs, like)
-    old_logprobs = old_logprobs if kl.ratio_weighted else None
     sequences = None
     if kl.ratio_level == "loss" and ratio_level != "token":
         sequences = KLSequences(full_mask(like, live), cu_seqlens, ratio_level)
@@ -176,7 +178,7 @@ def kl_penalty(
             own = normalizers
         mode = "token-mean" if kl.weights is not None else kl.aggregation or aggregation
         weights = token_weights_of(caller, like, live, mode, kl.weights, cu_seqlens, own)
-    return KLPenalty(kl.objective(), ref_logprobs, old_logprobs, weights, live, sequences)
+    return KLPenalty(objective, ref_logprobs, old_logprobs, weights, live, sequences)
 
 
 def _both(mask: Tensor, scored: Tensor | None) -> Tensor:

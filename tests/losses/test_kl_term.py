@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_kl_estimate import OPTIONS, reference
 
 import rlkernels as rlk
+from rlkernels.objectives import OBJECTIVES, exp, objective
 
 NAN = math.nan
 B, L, V, H = 3, 6, 11, 5
@@ -267,3 +268,36 @@ def test_a_packed_batch_has_the_ratio_of_the_padded_one(level, function, backend
     packed = losses(flat, level, cu_seqlens=[0, L, 2 * L, 3 * L], **options)[function]
     torch.testing.assert_close(packed[0], padded[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(packed[1].view_as(padded[1]), padded[1], rtol=1e-4, atol=1e-6)
+
+
+def test_an_estimator_of_a_users_own_in_the_three_functions(backend):
+    @objective
+    def half_square(logp, ref_logp, old_logp, scale=0.5):
+        r"""``rho d^2 scale``, the ratio a constant. A test."""
+        gap = logp - ref_logp
+        ratio = exp(logp - old_logp)
+        return ratio * scale * gap * gap, 2.0 * ratio * scale * gap
+
+    @objective
+    def cubed(logp, ref_logp):
+        r"""``d^3``. A test."""
+        gap = logp - ref_logp
+        return gap * gap * gap, 3.0 * gap * gap
+
+    d = problem(7)
+    try:
+        found = losses(d, kl=rlk.KLTerm(half_square), kl_coef=0.3)
+        check(found, truth(d, "k2", {"ratio_weighted": True, "ratio_detached": True}, 0.3))
+        by_function, by_name = (losses(d, kl=rlk.KLTerm(x), kl_coef=0.3) for x in (cubed, "cubed"))
+        logits = d["hidden"] @ d["weight"].t()
+        gap = torch.log_softmax(logits, -1).gather(-1, d["targets"][..., None])[..., 0] - d["ref"]
+        for name, (loss, *_, metrics) in by_function.items():
+            assert torch.equal(loss, by_name[name][0])
+            torch.testing.assert_close(metrics["kl"], (gap**3)[d["mask"]].mean(), rtol=1e-9, atol=1e-12)
+        with pytest.raises(ValueError, match="KLTerm: estimator='cubed' takes no clamp, ratio or other gradient"):
+            rlk.KLTerm(cubed, value_clamp=1.0)
+        with pytest.raises(ValueError, match="KLTerm: estimator='ppo_clip' has columns logp, old_logp, advantage"):
+            rlk.KLTerm("ppo_clip")
+    finally:
+        for name in ("half_square", "cubed"):
+            OBJECTIVES.pop(name, None)
