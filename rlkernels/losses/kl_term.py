@@ -112,7 +112,7 @@ def kl_objective(
         )
     moving = ratio_weighted and not ratio_detached and not straight
     bounds = low, high, value_low, value_high
-    return KLObjective("kl_term", (ORDERS[estimator], *bounds, cap, float(moving), float(straight)))
+    return KLObjective("kl_term", (ORDERS[cast(str, estimator)], *bounds, cap, float(moving), float(straight)))
 
 
 def _of_a_user(caller: str, argument: str, entry: Objective) -> KLObjective:
