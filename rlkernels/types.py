@@ -64,6 +64,7 @@ KL: TypeAlias = Literal["k1", "k2", "k3", "abs"]
 ExactKL: TypeAlias = Literal["reverse_kl", "forward_kl"]
 """``KL(pi || ref)`` and ``KL(ref || pi)`` over the whole vocabulary."""
 KLGradient: TypeAlias = Literal["pathwise", "k2"]
+KLRatioLevel: TypeAlias = Literal["token", "loss"]
 Clamp: TypeAlias = float | tuple[float | None, float | None] | list[float | None] | None
 """Bounds ``(low, high)``, of which either may be None; a number ``c`` stands for ``(-c, c)``."""
 RatioDenominator: TypeAlias = Literal["old", "rollout"]

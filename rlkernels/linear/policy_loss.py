@@ -339,7 +339,7 @@ def linear_policy_loss(
     elif ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
     penalty, read, of_tokens = None, None, weights is not None
-    shared = aggregation, cu_seqlens, normalizers, of_tokens
+    shared = aggregation, cu_seqlens, normalizers, of_tokens, ratio_level
     exact, exact_coef = exact_kind(kl), None
     if exact is not None:  # a term by itself: the rest has no KL
         exact_coef, kl_coef = kl_coef, None
@@ -403,6 +403,7 @@ def linear_policy_loss(
             ratio.clamp,
             None if square_weight is None else head.per_row(rollout_logprobs),
             square_weight,
+            None if kl_coef is None else penalty.sequences,
         )
         backend = ops.serving("fused_policy", hidden)
         needs_entropy = return_metrics or entropy_weight is not None

@@ -7,6 +7,7 @@ import torch
 from rlkernels.linear.chunked_loss import chunked_loss, detached_for_loss, differentiable
 from rlkernels.linear.sequence_chunks import SequencePlan, WholeBatchPlan, plan_sequences
 from rlkernels.linear.token_loss import PolicyTerms
+from rlkernels.losses.kl_penalty import KLSequences
 from rlkernels.losses.policy_ratio import ratio_term, with_current
 from rlkernels.losses.token_weights import TokenWeights
 from rlkernels.objectives import OBJECTIVES
@@ -26,6 +27,7 @@ class SequenceLoss(NamedTuple):
 
     def loss_of_chunk(self, rows, stats, first, last):
         terms = self.terms.at(rows.index)
+        live = rows.live(stats.logp) & self.live.reshape(-1)[rows.index]
         loss = ratio_term(
             self.caller,
             OBJECTIVES[terms.objective],
@@ -33,12 +35,15 @@ class SequenceLoss(NamedTuple):
             with_current(terms.columns, stats.logp),
             terms.params,
             TokenWeights(terms.weight),
-            rows.live(stats.logp) & self.live.reshape(-1)[rows.index],
+            live,
             self.plan.cu_seqlens(first, last),
             self.ratio_level,
             terms.clamp,
         )
-        return loss + terms.other_terms(stats)
+        sequences = None
+        if self.terms.kl_sequences is not None:
+            sequences = KLSequences(live, self.plan.cu_seqlens(first, last), self.ratio_level)
+        return loss + terms.other_terms(stats, sequences)
 
     def gradient_scale(self):
         sequences = self.live.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1

@@ -1,6 +1,6 @@
 """A policy loss straight from logits: statistics, objective and gradient in one pass over each row."""
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -270,6 +270,7 @@ def logits_policy_loss(
         stats, divergences = _two_passes(flat, ref_logits, exact, inplace_backward)
         if ref_logits is not None and exact is None:
             ref_logprobs = stats.ref_logp.view(flat.shape)
+        estimate = cast("KL | KLTerm", "k3" if exact_kind(kl) else kl)
         try:
             result: Any = policy_loss(
                 stats.logp.view(flat.shape),
@@ -280,7 +281,7 @@ def logits_policy_loss(
                 aggregation=aggregation,
                 weights=weights,
                 ref_logprobs=ref_logprobs,
-                kl="k3" if exact_kind(kl) else kl,
+                kl=estimate,
                 kl_coef=0.0 if exact_kind(kl) else kl_coef,
                 entropy=stats.entropy.view(flat.shape),
                 entropy_coef=entropy_coef,
@@ -310,7 +311,7 @@ def logits_policy_loss(
         shared = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
         of_loss = shared, aggregation, cu_seqlens, normalizers, weights is not None
         term = kl_penalty(caller, kl, like, None, None, scored, live, *of_loss)
-        loss, metrics = result if return_metrics else (result, {})
+        loss, metrics = result if isinstance(result, tuple) else (result, {})
         if penalty is not None:
             loss = loss + term.exact_loss(divergences, penalty)
         return (loss, metrics | term.exact_metrics(divergences)) if return_metrics else loss

@@ -278,7 +278,7 @@ def policy_loss(
         raise ValueError(f"{caller}: top_entropy_fraction needs entropy")
     penalty = None
     if ref_logprobs is not None and (kl_coef is not None or isinstance(kl, KLTerm)):
-        shared = token_weights, aggregation, cu_seqlens, normalizers, weights is not None
+        shared = token_weights, aggregation, cu_seqlens, normalizers, weights is not None, ratio_level
         penalty = kl_penalty(caller, kl, logprobs, ref_logprobs, ratio.old, None, live, *shared)
 
     real = real_dtype(logprobs.dtype)

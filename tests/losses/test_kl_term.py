@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_kl_estimate import OPTIONS, reference
 
 import rlkernels as rlk
+from rlkernels.objectives import OBJECTIVES, exp, objective
 
 NAN = math.nan
 B, L, V, H = 3, 6, 11, 5
@@ -205,7 +206,98 @@ def test_a_wrong_term_is_refused_where_it_is_made():
     for options, message in (
         ({"estimator": "k5"}, "KLTerm: estimator must be one of k1, k2, k3, abs, reverse_kl, forward_kl; got 'k5'"),
         ({"value_clamp": (2.0, 1.0)}, "KLTerm: value_clamp must be"),
+        ({"ratio_level": "loss"}, "KLTerm: ratio_level belongs to ratio_weighted=True"),
         ({"weights": torch.ones(1), "aggregation": "token-sum"}, "KLTerm: weights and aggregation or normalizers"),
     ):
         with pytest.raises(ValueError, match=message):
             rlk.KLTerm(**options)
+
+
+SEQUENCE_OPTIONS = {
+    "moving": {},
+    "constant": {"ratio_detached": True},
+    "capped": {"ratio_cap": 1.05},
+    "straight-through": {"gradient": "k2"},
+}
+
+
+@pytest.mark.parametrize("option", SEQUENCE_OPTIONS)
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("level", ["sequence", "sequence_token", "sequence_sum"])
+def test_the_ratio_of_the_loss_weighs_the_term_with_its_gradient(level, own, option, backend):
+    d, options = problem(5), SEQUENCE_OPTIONS[option]
+    d["old"] = d["old"].masked_fill(~d["mask"], NAN)  # the ratio is that of the objective's tokens
+    tokens = d["tools"] if own else d["mask"]
+    weights = torch.rand(B, L, dtype=torch.float64)
+    term = {"mask": d["tools"], "weights": weights} if own else {}
+    kl = rlk.KLTerm("k3", ratio_weighted=True, ratio_level="loss", **term, **options)
+    shares = torch.where(tokens, weights, 0.0) if own else share(d["mask"], "seq-mean-token-mean")
+
+    hidden = d["hidden"].clone().requires_grad_()
+    logp = torch.log_softmax(hidden @ d["weight"].t(), -1).gather(-1, d["targets"][..., None])[..., 0]
+    gap = torch.where(d["mask"], logp - d["old"].nan_to_num(0.0), 0.0)
+    total = gap.sum(-1, keepdim=True)
+    mean = total / d["mask"].sum(-1, keepdim=True)
+    drift = total if level == "sequence_sum" else mean
+    ratio = (logp - logp.detach() + drift.detach() if level == "sequence_token" else drift.expand(B, L)).exp()
+    ratio = ratio.clamp(max=options.get("ratio_cap", math.inf))
+    delta = logp - d["ref"]
+    value = (-delta).exp() - 1 + delta
+    if option == "straight-through":
+        values = value.detach() + ratio.detach() * (delta**2 / 2 - delta.detach() ** 2 / 2)
+    else:
+        values = (ratio.detach() if option == "constant" else ratio) * value
+    want = 0.3 * (shares * values).sum()
+    (want_gradient,) = torch.autograd.grad(want, hidden)
+    quiet = {**d, "advantages": torch.zeros_like(d["advantages"])}
+    found = losses(quiet, level, kl=kl, kl_coef=0.3, aggregation="seq-mean-token-mean")
+    for name, (loss, gradient, metrics) in found.items():
+        torch.testing.assert_close(loss, want.detach(), rtol=1e-9, atol=1e-12, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(gradient, want_gradient, rtol=1e-8, atol=1e-11)
+        torch.testing.assert_close(metrics["kl"], values[tokens].mean().detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", ["policy_loss", "linear_policy_loss"])
+@pytest.mark.parametrize("level", ["sequence", "sequence_sum"])
+def test_a_packed_batch_has_the_ratio_of_the_padded_one(level, function, backend):
+    d = problem(6, torch.float32)
+    flat = {name: x if name == "weight" else x.flatten(0, 1) for name, x in d.items()}
+    kl = rlk.KLTerm("k3", ratio_weighted=True, ratio_level="loss")
+    options = {"kl": kl, "kl_coef": 0.3, "aggregation": "seq-mean-token-mean"}
+    padded = losses(d, level, **options)[function]
+    packed = losses(flat, level, cu_seqlens=[0, L, 2 * L, 3 * L], **options)[function]
+    torch.testing.assert_close(packed[0], padded[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(packed[1].view_as(padded[1]), padded[1], rtol=1e-4, atol=1e-6)
+
+
+def test_an_estimator_of_a_users_own_in_the_three_functions(backend):
+    @objective
+    def half_square(logp, ref_logp, old_logp, scale=0.5):
+        r"""``rho d^2 scale``, the ratio a constant. A test."""
+        gap = logp - ref_logp
+        ratio = exp(logp - old_logp)
+        return ratio * scale * gap * gap, 2.0 * ratio * scale * gap
+
+    @objective
+    def cubed(logp, ref_logp):
+        r"""``d^3``. A test."""
+        gap = logp - ref_logp
+        return gap * gap * gap, 3.0 * gap * gap
+
+    d = problem(7)
+    try:
+        found = losses(d, kl=rlk.KLTerm(half_square), kl_coef=0.3)
+        check(found, truth(d, "k2", {"ratio_weighted": True, "ratio_detached": True}, 0.3))
+        by_function, by_name = (losses(d, kl=rlk.KLTerm(x), kl_coef=0.3) for x in (cubed, "cubed"))
+        logits = d["hidden"] @ d["weight"].t()
+        gap = torch.log_softmax(logits, -1).gather(-1, d["targets"][..., None])[..., 0] - d["ref"]
+        for name, (loss, *_, metrics) in by_function.items():
+            assert torch.equal(loss, by_name[name][0])
+            torch.testing.assert_close(metrics["kl"], (gap**3)[d["mask"]].mean(), rtol=1e-9, atol=1e-12)
+        with pytest.raises(ValueError, match="KLTerm: estimator='cubed' takes no clamp, ratio or other gradient"):
+            rlk.KLTerm(cubed, value_clamp=1.0)
+        with pytest.raises(ValueError, match="KLTerm: estimator='ppo_clip' has columns logp, old_logp, advantage"):
+            rlk.KLTerm("ppo_clip")
+    finally:
+        for name in ("half_square", "cubed"):
+            OBJECTIVES.pop(name, None)

@@ -121,9 +121,11 @@ def heads(dtype, packed=False):
     references = {"ref_chosen_logps": made(N // 2), "ref_rejected_logps": made(N // 2)}
 
     def policy(level, **more):
-        return lambda **o: rlk.linear_policy_loss(
-            h, w, y, a, a, mask, bias=b, ratio_level=level, kl_coef=0.1, ref_logprobs=a, **cu, **more, **o
-        )
+        def call(**o):
+            options = {"bias": b, "ratio_level": level, "kl_coef": 0.1, "ref_logprobs": a, **cu, **more, **o}
+            return rlk.linear_policy_loss(h, w, y, a, a, mask, **options)
+
+        return call
 
     def pairs(name):
         given = {"label_smoothing": 0.1} if name == "exo_pair" else {"tpo_alpha": 0.0} if KINDS[name].gold else {}
@@ -421,6 +423,10 @@ PLAIN = {
 }
 
 
+def kl_term():
+    return rlk.KLTerm(value_clamp=5.0, ratio_weighted=True, ratio_level="loss", mask=MASK)
+
+
 METRICS = {
     **{
         f"policy_loss {level}": lambda level=level: rlk.policy_loss(
@@ -428,6 +434,32 @@ METRICS = {
         )
         for level in LEVELS
     },
+    **{
+        f"policy_loss {level}, a KL term": lambda level=level: rlk.policy_loss(
+            ONE, A, A, MASK, ratio_level=level, kl=kl_term(), kl_coef=number(), ref_logprobs=A, return_metrics=True
+        )
+        for level in LEVELS
+    },
+    **{
+        f"{kl} of logits": lambda kl=kl: rlk.logits_policy_loss(
+            LOGITS, TARGETS, A, A, MASK, kl=kl, kl_coef=number(), ref_logits=made(N, L, V), return_metrics=True
+        )
+        for kl in ("reverse_kl", "forward_kl", "k3")
+    },
+    **{
+        f"head: policy {level}, a KL term": lambda level=level: heads(torch.bfloat16)[f"policy {level}"](
+            max_live_tokens=N * L, kl=kl_term(), kl_coef=number(), return_metrics=True
+        )
+        for level in ("token", "sequence")
+    },
+    "head: forward_kl": lambda: heads(torch.bfloat16)["policy token"](
+        max_live_tokens=N * L,
+        kl="forward_kl",
+        kl_coef=number(),
+        ref_hidden=made(N, L, H, dtype=torch.bfloat16),
+        ref_weight=made(V, H, dtype=torch.bfloat16),
+        return_metrics=True,
+    ),
     "logits_policy_loss": lambda: rlk.logits_policy_loss(LOGITS, TARGETS, A, A, MASK, return_metrics=True),
     "value_loss": lambda: rlk.value_loss(ONE, A, A, MASK, clip_range=0.2, return_metrics=True),
     "sft_loss": lambda: rlk.sft_loss(LOGITS, TARGETS, MASK, return_metrics=True),

@@ -63,6 +63,7 @@ TABLES = {
     "KL": kl_term.KLS,
     "ExactKL": kl_term.EXACT,
     "KLGradient": kl_term.GRADIENTS,
+    "KLRatioLevel": kl_term.LEVELS,
     "RatioDenominator": policy_ratio.DENOMINATORS,
     "RowKL": ROW_KLS,
     "Output": tuple(FLAGS),
