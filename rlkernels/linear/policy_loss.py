@@ -272,6 +272,11 @@ def linear_policy_loss(
         )
     elif ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
+    if choice is not None and process_group is not None and choice.draws():
+        raise ValueError(
+            f"{caller}: objective {objective!r} draws tokens, which every rank of process_group must do alike; pass "
+            "clip_cov_tokens, or a generator in the same state on every rank"
+        )
     of_factors: Metrics = {}
     if torch.compiler.is_compiling() or choice is not None or factors is not None and factors.of_policy():
         share = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)

@@ -284,6 +284,26 @@ def test_the_set_of_clip_cov_is_drawn_by_the_generator_or_given():
     assert torch.equal(gradient(clip_cov_tokens=lost), drawn[0])
 
 
+def test_ranks_of_a_head_draw_no_tokens_by_themselves():
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        x, y, w, group = (
+            torch.zeros(2, 3, 4),
+            torch.zeros(2, 3, dtype=torch.int64),
+            torch.zeros(5, 4),
+            distributed.group,
+        )
+        state = w, y, torch.zeros(2, 3), torch.ones(2, 1)
+        options = {"objective": "clip_cov", "process_group": group.WORLD}
+        with pytest.raises(ValueError, match="linear_policy_loss: objective 'clip_cov' draws tokens, which every rank"):
+            rlk.linear_policy_loss(x, *state, **options)
+        loss = rlk.linear_policy_loss(x, *state, generator=torch.Generator(), **options)
+        assert loss.isfinite()
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_real_stays_finite_where_an_exponential_would_overflow():
     logp = torch.tensor([[-1.0], [-2000.0], [-1.0], [-1.0]], requires_grad=True)
     old = torch.tensor([[-2000.0], [-1.0], [-1.0], [-1.0]])
