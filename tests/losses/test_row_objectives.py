@@ -12,7 +12,7 @@ from rlkernels.losses.row_options import ROW_KINDS
 B, L = 6, 7
 CU = [0, 5, 7, 14, 15, 15, 20]
 LENGTHS = [5, 2, 7, 1, 0, 5]
-GROUPS = torch.tensor([4, 4, 4, 9, 9, 9])
+GROUPS = torch.tensor([4, 4, 9, 9, 2, 2])  # both signs, one sign, one sign beside an empty sequence
 
 
 def problem(dtype=torch.float64, seed=0):
@@ -147,7 +147,7 @@ CASES = {
         lambda d, x: fipo(d, x, False, 1.5, 1.3),
         {"influence_high_only": False, "ratio_cap": 1.5, "safety_threshold": 1.3},
     ),
-    "real": (real, {"group_size": 3}),
+    "real": (real, {"group_size": 2}),
     "real of ids": (real, {"group_ids": GROUPS}),
     "kl_cov": (kl_cov, {"kl_cov_ratio": 0.2, "kl_cov_coef": 0.5}),
     "clip_cov": (clip_cov, {"clip_cov_low": 0.05, "clip_cov_high": 0.4, "clip_cov_ratio": 1.0}),
