@@ -338,6 +338,11 @@ def linear_policy_loss(
         )
     elif ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
+    if choice is not None and process_group is not None and choice.draws():
+        raise ValueError(
+            f"{caller}: objective {objective!r} draws tokens, which every rank of process_group must do alike; pass "
+            "clip_cov_tokens, or a generator in the same state on every rank"
+        )
     penalty, read, of_tokens = None, None, weights is not None
     shared = aggregation, cu_seqlens, normalizers, of_tokens, ratio_level
     exact, exact_coef = exact_kind(kl), None

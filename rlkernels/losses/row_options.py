@@ -66,6 +66,10 @@ class RowChoice(NamedTuple):
     options: dict[str, Any]
     groups: Tensor | None
 
+    def draws(self) -> bool:
+        """Tells whether tokens are drawn by torch's own generator, which no two processes share."""
+        return self.name == "clip_cov" and self.options["clip_cov_tokens"] is self.options["generator"] is None
+
     def clip_widths(self) -> tuple[Number, ...]:
         """Returns the widths of the clip of a ratio, for the metrics; () where the objective clips none."""
         low, high = self.options.get("clip_low"), self.options.get("clip_high")

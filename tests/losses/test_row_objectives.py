@@ -12,7 +12,7 @@ from rlkernels.losses.row_options import ROW_KINDS
 B, L = 6, 7
 CU = [0, 5, 7, 14, 15, 15, 20]
 LENGTHS = [5, 2, 7, 1, 0, 5]
-GROUPS = torch.tensor([4, 4, 4, 9, 9, 9])
+GROUPS = torch.tensor([4, 4, 9, 9, 2, 2])  # both signs, one sign, one sign beside an empty sequence
 
 
 def problem(dtype=torch.float64, seed=0):
@@ -147,7 +147,7 @@ CASES = {
         lambda d, x: fipo(d, x, False, 1.5, 1.3),
         {"influence_high_only": False, "ratio_cap": 1.5, "safety_threshold": 1.3},
     ),
-    "real": (real, {"group_size": 3}),
+    "real": (real, {"group_size": 2}),
     "real of ids": (real, {"group_ids": GROUPS}),
     "kl_cov": (kl_cov, {"kl_cov_ratio": 0.2, "kl_cov_coef": 0.5}),
     "clip_cov": (clip_cov, {"clip_cov_low": 0.05, "clip_cov_high": 0.4, "clip_cov_ratio": 1.0}),
@@ -282,6 +282,26 @@ def test_the_set_of_clip_cov_is_drawn_by_the_generator_or_given():
     lost = (whole != 0) & (drawn[0] == 0)
     assert 0 < lost.sum() <= max(1, int(0.3 * d["mask"].sum()))
     assert torch.equal(gradient(clip_cov_tokens=lost), drawn[0])
+
+
+def test_ranks_of_a_head_draw_no_tokens_by_themselves():
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        x, y, w, group = (
+            torch.zeros(2, 3, 4),
+            torch.zeros(2, 3, dtype=torch.int64),
+            torch.zeros(5, 4),
+            distributed.group,
+        )
+        state = w, y, torch.zeros(2, 3), torch.ones(2, 1)
+        options = {"objective": "clip_cov", "process_group": group.WORLD}
+        with pytest.raises(ValueError, match="linear_policy_loss: objective 'clip_cov' draws tokens, which every rank"):
+            rlk.linear_policy_loss(x, *state, **options)
+        loss = rlk.linear_policy_loss(x, *state, generator=torch.Generator(), **options)
+        assert loss.isfinite()
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_real_stays_finite_where_an_exponential_would_overflow():
