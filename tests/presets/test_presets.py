@@ -195,7 +195,7 @@ def test_settings_are_a_new_dict_that_the_caller_may_change():
         (("verl-0.9", "policy_loss", "grpo"), "variant.*gspo"),
         (("dpo-paper", rlk.gae), "function"),
     ],
-    ids=str,
+    ids=("preset", "function", "variant", "function object"),
 )
 def test_what_a_preset_does_not_hold_is_refused_with_what_it_holds(arguments, words):
     with pytest.raises(ValueError, match=words):
