@@ -200,6 +200,10 @@ def test_16_bit_rewards_give_float32_of_the_rounded_rewards():
 Z, I2 = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
 REFUSED = [
     (
+        lambda: rlk.gigpo_advantages(*[Z[:, 0]] * 2, I2, I2, singleton="scaled"),
+        "gigpo_advantages: singleton 'scaled' needs scale 'std', got None",
+    ),
+    (
         lambda: rlk.group_advantages(Z[:, 0], I2, singleton="scaled", scale=None),
         "group_advantages: singleton 'scaled' needs",
     ),

@@ -26,7 +26,9 @@ TENSORS = """
     vocab_mask ref_logits values old_values returns rewards sample_weights chosen_logps rejected_logps
     ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps ref_logps desirable
     kl_logps ref_kl_logps chosen rejected margin attention_mask group_ids rollout_ids lengths bootstrap_values x
-    spans chosen_mask rejected_mask
+    spans chosen_mask rejected_mask scores turn_ends terminated truncated dones last_dones last_values next_values
+    row_advantages is_last_step trajectory_ids step_rewards step_ends episode_rewards anchor_ids token_rewards
+    log_sum_sq_probs sequences
 """.split()
 OPS = tuple(f"{op}: " for op in (*OF_BACKENDS, "offsets", "linear_stats"))
 ALLOWED = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)
