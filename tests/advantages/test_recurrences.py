@@ -253,6 +253,23 @@ def test_inserting_dead_tokens_changes_no_live_one():
     assert all(torch.equal(g[:, at], w) for g, w in zip(got, want, strict=True))
 
 
+def test_a_live_nan_stays_in_its_sequence_and_behind_its_own_turn():
+    rewards = REWARDS.clone()
+    rewards[2, 5] = NAN
+    (flat, values, mask), cu_seqlens = packed(rewards, VALUES, MASK)
+    for found in (
+        gae(flat, values, mask, lam=of_six(LAM), cu_seqlens=cu_seqlens)[0],
+        vtrace(flat, values, values, values, mask, cu_seqlens=cu_seqlens)[0],
+        discounted_returns(flat, mask, masked="reset", cu_seqlens=cu_seqlens),
+    ):
+        found = found.view(B, L)
+        assert found[2, 5].isnan() and not found[[0, 1, 3, 4]].isnan().any()
+    ends = torch.zeros(L, 1, dtype=torch.bool)
+    ends[3] = True
+    found = rollout_gae(rewards[2][:, None], VALUES[2][:, None], torch.zeros(1), time_dim=0, dones=ends)[0]
+    assert found[:, 0].isnan().tolist() == [False] * 4 + [True] * 2 + [False]
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
 def test_nothing_gives_nothing(shape):
     zeros, rows = torch.zeros(shape), torch.zeros(shape[0])

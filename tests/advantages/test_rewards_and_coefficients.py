@@ -133,6 +133,7 @@ def test_the_coefficient_of_a_kl_follows_its_rule():
         (paper, 0.19, 0.5),
         (paper, torch.tensor(0.3).bfloat16(), 0.5),
         (paper, NAN, 0.5),
+        (paper, 0.449, 0.5),
         (paper, 0.46, 1.0),
     ):
         controller.update(kl, 50)
