@@ -116,6 +116,15 @@ def test_gigpo_adds_the_episode_and_the_step_among_equal_states():
     torch.testing.assert_close(got[[0, 2]], 0.5 + of_steps[[0, 2]] / spread)
 
 
+def test_a_trajectory_of_many_rows_counts_once():
+    # Three rollouts of one prompt in 1, 3 and 2 rows, the reward at the last row.
+    trajectories, last = torch.tensor([4, 9, 9, 2, 9, 2]), torch.tensor([True, False, False, False, True, True])
+    scores = torch.tensor([1.0, NAN, NAN, NAN, 0.0, 5.0])
+    once = rlk.group_advantages(torch.where(last, scores, NAN), torch.zeros(6).long(), scale=None)
+    got = rlk.broadcast_advantages(once, last, trajectories)
+    assert got.tolist() == [-1.0, -2.0, -2.0, 3.0, -2.0, 3.0]
+
+
 def baseline_loop(rewards, logp, log_squares, ids, live, weights, aligned, singleton):
     """The optimal token baseline, one token at a time."""
     rows, length = rewards.shape
