@@ -304,7 +304,10 @@ def test_16_bit_inputs_give_float32_of_the_rounded_inputs():
 Z = torch.zeros(2, 3)
 REFUSED = [
     (lambda: gae(Z, Z, lam=torch.tensor([0.5, 1.5])), r"gae: lam must be in \[0, 1\], got 1.5"),
-    (lambda: gae(Z, Z, lam=torch.zeros(3)), r"gae: lam has shape \(3,\), expected \(2,\)"),
+    (
+        lambda: gae(Z, Z, lam=torch.zeros(3)),
+        r"gae: lam must be a number, or one of each sequence, \(2,\); got a tensor of shape \(3,\)",
+    ),
     (lambda: gae(Z, Z, Z, masked="zero", turn_ends=Z), "gae: turn_ends takes masked 'skip', got 'zero'"),
     (lambda: gae(Z, Z, turn_gamma=0.5), "gae: turn_gamma needs turn_ends"),
     (lambda: gae(Z, Z, turn_lam=0.5), "gae: turn_lam needs turn_ends"),
@@ -323,5 +326,5 @@ REFUSED = [
 
 @pytest.mark.parametrize("call,message", REFUSED, ids=range(len(REFUSED)))
 def test_what_these_functions_cannot_take_is_refused(call, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         call()
