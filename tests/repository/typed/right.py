@@ -82,6 +82,18 @@ loss, metrics = rlk.linear_sft_loss(states, head, targets, kind="dft", return_me
 loss = rlk.linear_dpo_loss(states, head, targets, reference_free=True, loss_type="simpo")
 
 gained, returns = rlk.gae(old, old, mask, gamma=0.99, lam=0.95, masked="zero", bootstrap_values=rewards)
+gained, returns = rlk.gae(old, old, mask, lam=rewards, turn_ends=mask, turn_gamma=0.9)
+gained, targets_of_values = rlk.vtrace(old, old, old, old, mask, rho_max=1.0, bootstrap_values=rewards)
+gained, returns = rlk.rollout_gae(old, old, rewards, time_dim=1, dones=mask, dones_at="start")
+several: Tensor = rlk.group_advantages(old, group_ids, reward_weights=(1.0, 0.5, 0.5), singleton="raw")
+of_steps: Tensor = rlk.step_advantages(old, mask, group_ids, mask, scale=None)
+of_agents: Tensor = rlk.gigpo_advantages(rewards, rewards, group_ids, group_ids, trajectory_ids=group_ids)
+over_baseline, returns = rlk.optimal_token_advantages(old, old, old, group_ids, mask, alignment="live")
+assembled: Tensor = rlk.assemble_rewards(rewards, mask, score_clip=(-1, 1), placement="trl-end")
+ended: rlk.ProcessedSequences = rlk.process_sequences(targets, 1, eos_id=2, pad_id=0)
+controller = rlk.KLController(0.1, kind="adaptive", target=6.0, horizon=10000)
+controller.update(torch.tensor(5.0), 64)
+coefficient: Tensor = controller.coef
 discounted: Tensor = rlk.discounted_returns(old, mask, gamma=0.9)
 white: Tensor = rlk.masked_whiten(gained, mask, eps_mode="clamp", dim=(0, 1))
 
