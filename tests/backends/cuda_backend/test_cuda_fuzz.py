@@ -8,16 +8,7 @@ from fuzz.cases import CASES, WITHOUT_KERNELS
 from fuzz.trial import Trial
 
 SEEDS = range(6)
-<<<<<<< HEAD
-# Without kernels of their own: what they are made of is called by the others.
-CALLED = sorted(
-    set(CASES["valid"])
-    - {"spans_to_mask", "length_desensitized_weights", "group_advantages", "masked_whiten", "token_weights"}
-    - {"pack", "unpack", "shift_targets"}
-)
-=======
 CALLED = sorted(set(CASES["valid"]) - WITHOUT_KERNELS)
->>>>>>> 4ae29f4c4186d87ff9d68856bd1db15548062687
 
 
 @pytest.mark.parametrize("name", CALLED)
