@@ -117,7 +117,7 @@ def shifted(rows, trained):
     ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.data())
 def test_targets_cross_no_boundary_and_padded_and_packed_agree(data):
     lengths = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
