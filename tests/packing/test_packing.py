@@ -143,6 +143,17 @@ def test_targets_that_int32_does_not_hold_come_in_int64():
     assert wide.tolist() == [[2, 2**40]]
 
 
+def test_with_bounds_the_host_reads_nothing():
+    """Tensors on ``meta`` have nothing that could be read."""
+    ids, mask = torch.zeros(2, 3, dtype=torch.long, device="meta"), torch.ones(2, 3, device="meta")
+    packed = rlk.pack({"ids": ids, "mask": mask}, mask, num_tokens=8)
+    assert packed.tensors["ids"].shape == (8,) and packed.cu_seqlens.shape == (3,)
+    back = rlk.unpack(packed.tensors, packed.cu_seqlens, mask)
+    assert back["ids"].shape == (2, 3)
+    assert rlk.unpack(packed.tensors, packed.cu_seqlens, length=6, padding="left")["mask"].shape == (2, 6)
+    assert rlk.shift_targets(packed.tensors["ids"], packed.cu_seqlens, mask=packed.tensors["mask"]).shape == (8,)
+
+
 X = torch.zeros(2, 3)
 REFUSED = {
     "pack: tensors must be a dict of tensors by name, got list": lambda: rlk.pack([X], X),
