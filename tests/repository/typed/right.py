@@ -5,6 +5,7 @@ from torch import Tensor
 
 import rlkernels as rlk
 from rlkernels.objectives import exp, where
+from rlkernels.trajectories import TokenBatch, TokenRow, Trajectory, from_openai, token_batch
 from rlkernels.types import Aggregation, Normalizers
 
 
@@ -65,6 +66,19 @@ one: Tensor = rlk.aggregate(old, mask, "seq-mean-token-mean", num_sequences=2)
 sums: Tensor = rlk.sequence_sums(torch.ones(4), cu_seqlens=[0, 1, 4])
 per_token: Tensor = rlk.broadcast_to_tokens(rlk.sequence_means(old, mask), mask)
 spans: Tensor = rlk.spans_to_mask([[1, 2]], 4)
+packed: rlk.Packed = rlk.pack({"targets": targets, "old": old}, mask, pad_to=8, fill={"targets": -100})
+padded: dict[str, Tensor] = rlk.unpack(packed.tensors, packed.cu_seqlens, mask)
+shifted: Tensor = rlk.shift_targets(targets, attention_mask=mask)
+log: list[dict[str, object]] = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo", "token_ids": [7, 2]},
+]
+trajectory: Trajectory = from_openai(log, reward=1.0)
+row = TokenRow((5, 7, 2), (False, True, True), (0.0, -0.1, -0.2), (0.0, 0.0, 0.0), ())
+batch: TokenBatch = token_batch([row], layout="packed")
+loss = rlk.policy_loss(
+    batch.rollout_logprobs, batch.rollout_logprobs, rewards[:1], batch.mask, cu_seqlens=batch.cu_seqlens
+)
 
 loss = rlk.dpo_loss(
     rewards, -rewards, rewards, rewards, loss_type=("sigmoid", "ipo"), loss_weights=(1.0, 0.5), beta=0.2
