@@ -25,11 +25,14 @@ WITHOUT_KERNELS = {
     "length_desensitized_weights",
     "length_penalty",
     "masked_whiten",
+    "pack",
     "process_sequences",
     "rollout_gae",
+    "shift_targets",
     "spans_to_mask",
     "token_weights",
     "truncation_penalty",
+    "unpack",
     "vtrace",
 }
 """Cases without kernels of their own: what they are made of is called by the others."""
