@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.library import opcheck
 
 import rlkernels as rlk
+from rlkernels import ops
 
 B, L, V = 2, 3, 11
 KINDS = {"forward_kl": None, "reverse_kl": None, "jsd": 0.3, "cross_entropy": None}
@@ -307,3 +309,17 @@ def test_a_bad_argument_raises_and_says_which(function, name):
     arguments, error, text = BAD[name]
     with pytest.raises(error, match=f"^{function}: .*{text}"):
         getattr(rlk, function)(torch.zeros(B, L, V), **arguments)
+
+
+@pytest.mark.parametrize("kind", ["jsd"])
+def test_the_op_keeps_the_contract_of_torch(kind, backend):
+    """Schema, fake, autograd registration, and the dispatcher of AOTAutograd."""
+    x, y = (z.detach().flatten(0, 1).float() for z in problem())
+    targets, weight = torch.tensor([0, 0, -100, 0, 0, 0]), torch.tensor([1.0, 0.5, 0.0, 0.0, 2.0, 1.0])
+    rows = targets, ops.number(0.7), -100, torch.arange(V) > 0, y
+    beta = ops.number(0.3)
+    opcheck(ops.divergence_op.op, (x.requires_grad_(), *rows, None, None, kind, beta, weight, False, backend))
+    opcheck(ops.divergence_op.op, (x, *rows, None, None, kind, beta, None, False, backend))
+    ids, known = y.topk(2).indices, torch.full((6, 2), -2.0)
+    opcheck(ops.divergence_op.op, (x, *rows[:3], None, None, ids, known, kind, beta, weight, False, backend))
+    opcheck(ops.divergence_backward.op, (x.detach(), *rows, None, None, kind, beta, weight, backend))
