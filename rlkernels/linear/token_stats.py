@@ -323,9 +323,14 @@ def _upstream_in_common(targets, live, upstream, needs):
         ("rows with an upstream gradient", live.sum().item()),
         ("their digest", pattern(live, targets)),
     ]
-    names = ("logprobs", "entropy", "logsumexp")[: 2 if upstream[2] is None else 3]
-    sums = [0.0 if d is None else torch.where(live, d, 0.0).double().abs().sum().item() for d in upstream]
-    return facts, [(f"sizes of upstream gradients of {name}", x, x) for name, x in zip(names, sums, strict=False)]
+    dlogp, dentropy, dlse = (
+        0.0 if d is None else torch.where(live, d, 0.0).double().abs().sum().item() for d in upstream
+    )
+    # Together, because a message between ranks has room for two sums.
+    return facts, [
+        (f"sizes of upstream gradients of {name}", x, x)
+        for name, x in (("logprobs", dlogp + dlse), ("entropy", dentropy))
+    ]
 
 
 def _accumulate(gradients, live, upstream, saved, backend):

@@ -315,10 +315,10 @@ def sft_loss(
 
 def not_negative(caller: str, name: str, x: Number) -> float:
     """Returns a finite number from 0 on."""
-    x = checks.finite(caller, name, x)
-    if x < 0:
-        raise ValueError(f"{caller}: {name} must not be negative, got {x}")
-    return x
+    number: float = checks.finite(caller, name, x)
+    if number < 0:
+        raise ValueError(f"{caller}: {name} must not be negative, got {number}")
+    return number
 
 
 def _numbers(
