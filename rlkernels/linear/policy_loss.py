@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 
-from rlkernels import ops
+from rlkernels import checks, ops
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.linear.chunked_loss import chunked_loss, detached_for_loss, differentiable
 from rlkernels.linear.head import HeadOptions, linear_head
@@ -19,10 +19,12 @@ from rlkernels.losses.policy_arguments import ROW, check_terms, objective_column
 from rlkernels.losses.policy_metrics import policy_metrics
 from rlkernels.losses.policy_ratio import SQUARE, ratio_options, ratio_term, with_current
 from rlkernels.losses.token_weights import (
+    REDUCTIONS,
     TokenWeights,
     aggregation_of_sequences,
     live_tokens,
     loss_weights,
+    losses_of_tokens,
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import parameters, scaled_sum
@@ -43,6 +45,7 @@ from rlkernels.types import (
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    PolicyReduction,
     RatioDenominator,
     RatioLevel,
     Scalar,
@@ -86,6 +89,7 @@ def linear_policy_loss(
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
     **params: Number | PerToken,
 ) -> Scalar: ...
@@ -126,6 +130,7 @@ def linear_policy_loss(
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
     **params: Number | PerToken,
 ) -> tuple[Scalar, Metrics]: ...
@@ -166,6 +171,7 @@ def linear_policy_loss(
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
     **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
@@ -206,6 +212,7 @@ def linear_policy_loss(
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
     **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]:
@@ -217,8 +224,8 @@ def linear_policy_loss(
     gradient turns out to be 0 (clipped ones). With sequence-level ratios a chunk holds whole sequences; a sequence that
     outgrows a chunk is multiplied once more, but for its last part. ``old_logprobs=None`` costs no matmul, because a
     chunk knows its own log-probabilities. It and ``log_ratio_clamp`` take a few launches more per chunk, and so does
-    ``log_ratio_sq_coef`` beside a KL term. Under ``torch.compile`` the loss is ``policy_loss`` of
-    ``linear_token_stats``: four matmuls.
+    ``log_ratio_sq_coef`` beside a KL term. Under ``torch.compile``, and with ``reduction="none"``, the loss is
+    ``policy_loss`` of ``linear_token_stats``: four matmuls.
 
     Args:
         hidden, weight, bias: as for ``linear_token_logprobs``; all three get gradients where they require them, scaled
@@ -230,7 +237,7 @@ def linear_policy_loss(
         the rest: as for ``logits_policy_loss``; ``old_logprobs`` and ``ref_logprobs`` under the same temperature.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``.
+        Scalar, or one number per token, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``.
 
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``policy_loss``.
@@ -271,10 +278,17 @@ def linear_policy_loss(
     )
     kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     live = live_tokens(caller, like, mask) & (targets != ignore_index)
-    if ratio_level == "sequence_sum":
+    apart = reduction != "aggregation"
+    if ratio_level == "sequence_sum" and not apart:
         aggregation = aggregation_of_sequences(aggregation, weights)
-    if torch.compiler.is_compiling():
-        share = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+    if apart:
+        checks.choice(caller, "reduction", reduction, REDUCTIONS)
+    if apart or torch.compiler.is_compiling():
+        share = (
+            losses_of_tokens(caller, live, aggregation, weights, normalizers, ratio_level)
+            if apart
+            else token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+        )
         stats = head_stats(head.without(~live.reshape(-1)), ("entropy",), like.shape)
         coefficients = kl_coef, entropy_coef
         sequences = live, cu_seqlens, ratio_level, ratio.clamp

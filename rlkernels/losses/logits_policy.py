@@ -27,6 +27,7 @@ from rlkernels.types import (
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    PolicyReduction,
     RatioDenominator,
     RatioLevel,
     Scalar,
@@ -61,6 +62,7 @@ def logits_policy_loss(
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: Literal[False] = False,
     **params: Number | PerToken,
@@ -92,6 +94,7 @@ def logits_policy_loss(
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: Literal[True],
     **params: Number | PerToken,
@@ -123,6 +126,7 @@ def logits_policy_loss(
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: bool,
     **params: Number | PerToken,
@@ -153,6 +157,7 @@ def logits_policy_loss(
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: bool = False,
     **params: Number | PerToken,
@@ -162,7 +167,7 @@ def logits_policy_loss(
 
     The row of a token of weight 0 is never read, nor its target and temperature: any id will do. Sequence-level ratios
     need every row before any gradient: they take the two passes of ``token_stats``. So do ``old_logprobs=None``,
-    ``log_ratio_clamp``, and ``log_ratio_sq_coef`` beside a KL term.
+    ``log_ratio_clamp``, ``reduction="none"``, and ``log_ratio_sq_coef`` beside a KL term.
 
     Args:
         logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; ``old_logprobs`` and
@@ -171,7 +176,7 @@ def logits_policy_loss(
         the rest: as for ``policy_loss``; the entropy is that of the row.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, dict)``.
+        Scalar, or one number per token, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, dict)``.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs`` and ``policy_loss``.
@@ -204,7 +209,7 @@ def logits_policy_loss(
     penalty, bonus = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(caller, like, mask) & scored
-    if ratio_level != "token" or not ratio.in_one_launch(entry, penalty):
+    if ratio_level != "token" or reduction != "aggregation" or not ratio.in_one_launch(entry, penalty):
         flat = flat.without(~live)
         stats = ops.token_stats(flat.rows, ops.ENTROPY, inplace_backward, ops.serving("token_stats", logits))
         try:
@@ -228,6 +233,7 @@ def logits_policy_loss(
                 log_ratio_clamp=log_ratio_clamp,
                 log_ratio_sq_coef=log_ratio_sq_coef,
                 normalizers=normalizers,
+                reduction=reduction,
                 return_metrics=return_metrics,
                 **params,
             )

@@ -12,7 +12,14 @@ from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
 from rlkernels.losses.policy_ratio import SQUARE, ratio_options, ratio_term, with_current
-from rlkernels.losses.token_weights import aggregation_of_sequences, full_mask, live_mask, token_weights_of
+from rlkernels.losses.token_weights import (
+    REDUCTIONS,
+    aggregation_of_sequences,
+    full_mask,
+    live_mask,
+    losses_of_tokens,
+    token_weights_of,
+)
 from rlkernels.losses.weighted_sum import scaled_sum
 from rlkernels.types import (
     KL,
@@ -26,6 +33,7 @@ from rlkernels.types import (
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    PolicyReduction,
     RatioDenominator,
     RatioLevel,
     Scalar,
@@ -54,6 +62,7 @@ def policy_loss(
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
     **params: Number | PerToken,
 ) -> Scalar: ...
@@ -81,6 +90,7 @@ def policy_loss(
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
     **params: Number | PerToken,
 ) -> tuple[Scalar, Metrics]: ...
@@ -108,6 +118,7 @@ def policy_loss(
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
     **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
@@ -134,6 +145,7 @@ def policy_loss(
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
     **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]:
@@ -182,12 +194,15 @@ def policy_loss(
             OpenRLHF and verl take 20.
         log_ratio_sq_coef: adds ``log_ratio_sq_coef (logp_t - rollout_t)^2`` on the tokens of the loss, with its
             weights. Kimi K2.5, arXiv:2602.02276.
+        reduction: ``"none"``: the loss of each token in place of the sum, shaped like ``logprobs`` and 0 at dead
+            tokens. It has no weights, so that none may be given.
         Coefficients and parameters: numbers, or tensors of shape ``()`` without gradient. One on a device is never
             read: its range is not checked, and an objective with such a parameter runs in plain torch between the
             kernels (for a schedule or a learned bound).
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, dict)`` of masked, detached scalars.
+        Scalar, or one number per token, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, dict)`` of
+        masked, detached scalars.
 
     Raises:
         ValueError: shapes that do not match, unknown names, a coefficient or a column of the objective without its
@@ -202,6 +217,10 @@ def policy_loss(
         >>> loss.backward()
         >>> round(loss.item(), 4), logprobs.grad
         (-1.1, tensor([[-0.5000, -0.0000,  0.0000]]))
+
+    Others by their names: GRPO and DAPO are ``ppo_clip``, with ``clip_high=0.28`` for the latter. LUSPO is
+    ``ratio_level="sequence"`` with ``"seq-mean-token-sum"``, and PPO of whole sequences (RLOO) is ``"sequence_sum"``. The
+    likelihood of good answers (VAPO) is another term: add ``mu * logprobs_sft_loss(logprobs, mask_of_those_answers)``.
 
     Schulman et al. 2017, arXiv:1707.06347 (PPO); Shao et al. 2024, arXiv:2402.03300 (GRPO); Zheng et al. 2025,
     arXiv:2507.18071 (GSPO).
@@ -218,9 +237,13 @@ def policy_loss(
         caller, entry, logprobs, ratio.old, advantages, ref_logprobs, ratio.rollout, further, cu_seqlens, ratio_level
     )
     live = live_mask(caller, logprobs, mask)
-    if ratio_level == "sequence_sum":
+    if ratio_level == "sequence_sum" and reduction == "aggregation":
         aggregation = aggregation_of_sequences(aggregation, weights)
-    token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
+    if reduction == "aggregation":
+        token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
+    else:
+        checks.choice(caller, "reduction", reduction, REDUCTIONS)
+        token_weights = losses_of_tokens(caller, live, aggregation, weights, normalizers, ratio_level)
     kl_coef, entropy_coef = check_terms(caller, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
 
     real = real_dtype(logprobs.dtype)

@@ -34,6 +34,7 @@ from rlkernels.losses import (
     reward_head,
     reward_model,
     sft,
+    token_weights,
     unpaired_preference,
 )
 from rlkernels.objectives import functions, kl
@@ -57,6 +58,7 @@ WITH_METRICS = [name for name, f in FUNCTIONS.items() if "return_metrics" in ins
 TABLES = {
     "RatioLevel": policy_arguments.RATIO_LEVELS,
     "RatioDenominator": policy_ratio.DENOMINATORS,
+    "PolicyReduction": token_weights.REDUCTIONS,
     "KL": policy_arguments.KLS,
     "RowKL": ROW_KLS,
     "Output": tuple(FLAGS),
