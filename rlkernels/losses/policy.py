@@ -219,8 +219,8 @@ def policy_loss(
         (-1.1, tensor([[-0.5000, -0.0000,  0.0000]]))
 
     Others by their names: GRPO and DAPO are ``ppo_clip``, with ``clip_high=0.28`` for the latter. LUSPO is
-    ``ratio_level="sequence"`` with ``"seq-mean-token-sum"``, and PPO of whole sequences (RLOO) is ``"sequence_sum"``. The
-    likelihood of good answers (VAPO) is another term: add ``mu * logprobs_sft_loss(logprobs, mask_of_those_answers)``.
+    ``ratio_level="sequence"`` with ``"seq-mean-token-sum"``, and PPO of whole sequences (RLOO) is ``"sequence_sum"``.
+    The likelihood of good answers (VAPO) is another term: add ``mu * logprobs_sft_loss(logprobs, mask_of_them)``.
 
     Schulman et al. 2017, arXiv:1707.06347 (PPO); Shao et al. 2024, arXiv:2402.03300 (GRPO); Zheng et al. 2025,
     arXiv:2507.18071 (GSPO).
