@@ -34,6 +34,7 @@ SOURCES = [
     "rows_f64",
     "token_stats",
     "backward",
+    "divergence",
     "fused_policy",
     "elementwise",
     "gae",

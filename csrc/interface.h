@@ -5,6 +5,6 @@
 
 namespace rlk {
 
-constexpr const char* kInterface = "0.1.0/3";
+constexpr const char* kInterface = "0.1.0/4";
 
 }  // namespace rlk

@@ -2,12 +2,14 @@
 #pragma once
 #include "objective_functions.h"
 
-#define RLK_OBJECTIVES_DIGEST "fa04363817fc4ddc"
+#define RLK_OBJECTIVES_DIGEST "fa39fe15c17ad4ae"
 
 #define RLK_OBJECTIVES(X) \
   X(k1, 2, 0) \
   X(k2, 2, 0) \
   X(k3, 2, 0) \
+  X(kl_abs, 2, 0) \
+  X(kl_term, 3, 8) \
   X(reinforce, 2, 0) \
   X(surrogate, 3, 0) \
   X(ppo_clip, 3, 2) \
@@ -45,6 +47,8 @@
   X(k1, 2, 0) \
   X(k2, 2, 0) \
   X(k3, 2, 0) \
+  X(kl_abs, 2, 0) \
+  X(kl_term, 3, 8) \
   X(reinforce, 2, 0) \
   X(surrogate, 3, 0) \
   X(ppo_clip, 3, 2) \
@@ -87,6 +91,39 @@ struct k3 {
   RLK_HD Term<S> operator()(S logp, S ref_logp) const {
     const S gap = (ref_logp - logp);
     return {(rlk::expm1(gap) - gap), (-rlk::expm1(gap))};
+  }
+};
+
+struct kl_abs {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S ref_logp) const {
+    const S gap = (logp - ref_logp);
+    return {rlk::where((gap < S(0.0)), (-gap), gap), rlk::where((gap > S(0.0)), S(1.0), rlk::where((gap < S(0.0)), (-S(1.0)), gap))};
+  }
+};
+
+struct kl_term {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S ref_logp, S old_logp, S order, S low, S high, S value_low, S value_high, S cap, S moving, S straight) const {
+    const S gap = (logp - ref_logp);
+    const S held = rlk::where((gap < low), low, rlk::where((gap > high), high, gap));
+    const S tail = rlk::expm1((-held));
+    const S first = rlk::where((order < S(0.5)), rlk::where((held < S(0.0)), (-held), held), held);
+    const S first_slope = rlk::where((order < S(0.5)), rlk::where((held > S(0.0)), S(1.0), rlk::where((held < S(0.0)), (-S(1.0)), held)), S(1.0));
+    const S second = rlk::where((order < S(2.5)), ((S(0.5) * held) * held), (tail + held));
+    const S second_slope = rlk::where((order < S(2.5)), held, (-tail));
+    const S estimate = rlk::where((order < S(1.5)), first, second);
+    const S inner = rlk::where((order < S(1.5)), first_slope, second_slope);
+    const S bounded = rlk::clip(estimate, value_low, value_high);
+    const S inside = rlk::where((gap < low), S(0.0), rlk::where((gap > high), S(0.0), inner));
+    const S slope = rlk::where((estimate < value_low), S(0.0), rlk::where((estimate > value_high), S(0.0), inside));
+    const S ratio = rlk::exp((logp - old_logp));
+    const S weight = rlk::where((ratio > cap), cap, ratio);
+    const S through = rlk::where((ratio > cap), slope, (slope + (moving * bounded)));
+    const S push = rlk::where((straight > S(0.5)), gap, through);
+    const S value = rlk::where((bounded > S(0.0)), (weight * bounded), rlk::where((bounded < S(0.0)), (weight * bounded), bounded));
+    const S grown = rlk::where((push > S(0.0)), (weight * push), rlk::where((push < S(0.0)), (weight * push), push));
+    return {rlk::where((straight > S(0.5)), bounded, value), grown};
   }
 };
 

@@ -4,6 +4,8 @@ page fresh.
 
 import re
 
+from rlkernels.losses.row_objectives import LOSSES
+from rlkernels.losses.row_options import ROW_KINDS
 from rlkernels.objectives import OBJECTIVES, codegen
 
 HEAD = """# Objectives
@@ -15,6 +17,18 @@ the fused kernels alike.
 
 | objective | columns | parameters | meaning |
 |---|---|---|---|
+"""
+
+ROWS = """
+## Of sequences, groups and batches
+
+The loss of a token depends on others here, so each is computed from log-probabilities: `logits_policy_loss` takes two
+passes, `linear_policy_loss` four matmuls. *One loss per* says what an aggregation weighs; where that is a sequence or a
+group, `token-mean` is the mean of these losses. Only where it is a token or a sequence do losses of micro-batches add
+up, and not for `kl_cov` and `clip_cov`, which look at the whole batch; those of groups add up where no group is cut.
+
+| objective | columns | one loss per | options and defaults | meaning |
+|---|---|---|---|---|
 """
 
 
@@ -32,7 +46,21 @@ def page():
         params = (f"{x}={defaults[x]}" if x in defaults else x for x in entry.params)
         columns, params = (", ".join(f"`{x}`" for x in names) or "-" for names in (entry.columns, params))
         rows.append(f"| `{name}` | {columns} | {params} | {meaning(entry.function)} |\n")
-    return HEAD + "".join(rows)
+    return HEAD + "".join(rows) + ROWS + "".join(of_rows())
+
+
+def of_rows():
+    """The rows of the second table."""
+    for name, kind in ROW_KINDS.items():
+        options = [f"`{option}={default}`" for option, default in kind.numbers.items()]
+        options += [f"`{option}`" for option in kind.tensors]
+        columns = ", ".join(f"`{x}`" for x in kind.columns)
+        yield f"| `{name}` | {columns} | {kind.unit} | {', '.join(options)} | {text(LOSSES[name])} |\n"
+
+
+def text(function):
+    """The whole docstring, as one table cell."""
+    return re.sub(r"``", "`", " ".join(function.__doc__.split())).replace("|", r"\|")
 
 
 if __name__ == "__main__":

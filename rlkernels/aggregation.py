@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import Groups, groups_of, result_dtype, segment_ids, sums, token_counts
 from rlkernels.types import Aggregation, Mask, Number, Offsets, PerSequence, PerToken, Scalar
 
@@ -206,6 +207,7 @@ def token_mean(caller: str, live: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(live, live.sum(dtype=torch.float64).reciprocal().to(dtype), 0.0)
 
 
+@takes_one_row(per_token=True)
 def token_weights(
     mask: Mask,
     mode: Aggregation = "token-mean",
@@ -273,7 +275,7 @@ def token_weights(
     caller = "token_weights"
     checks.tensor(caller, "mask", mask)
     checks.mask(caller, mask, mask.shape)
-    cu_seqlens = checks_tokens.rows(caller, "mask", mask, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "mask", mask, cu_seqlens, mask)
     return weights_for(
         caller,
         mask,
@@ -293,6 +295,7 @@ def token_weights(
     )
 
 
+@takes_one_row()
 def aggregate(
     values: PerToken,
     mask: Mask | None = None,
@@ -342,7 +345,7 @@ def aggregate(
         if mask is None
         else mask.contiguous()
     )
-    cu_seqlens = checks_tokens.rows("aggregate", "mask", mask, cu_seqlens)
+    cu_seqlens = checks_tokens.rows("aggregate", "mask", mask, cu_seqlens, mask)
     times = None if weights is None else _times("aggregate", weights, mask)
     weights = weights_for(
         "aggregate",

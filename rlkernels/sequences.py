@@ -3,9 +3,11 @@
 A loss at the sequence level is an objective on these sums or means.
 
 A batch of sequences is padded, ``[B, L]``, or packed, ``[N]`` with ``cu_seqlens`` (``[S + 1]``: a 0, then the end of
-each sequence). A token is live where the mask is not 0; ``torch.where`` leaves out the others. Sums run in float64 and
-are rounded once, so that a row's result does not depend on the padding behind it, and sums over 8192 float32 tokens
-keep all their digits. No shape here depends on data, so the host never waits for a device.
+each sequence). A packed batch may lie as one row, ``[1, N]``. Its offsets may end before its tokens where a mask is 0
+behind the end; these tokens are padding. A token is live where the mask is not 0; ``torch.where`` leaves out the
+others. Sums run in float64 and are rounded once, so that a row's result does not depend on the padding behind it, and
+sums over 8192 float32 tokens keep all their digits. No shape here depends on data, so the host never waits for a
+device.
 
 On a CPU, offsets that do not cover the tokens raise; in a program of ``torch.compile`` they raise when it runs. On an
 accelerator offsets are not read (unless ``RLKERNELS_CHECK=1``): wrong ones give wrong numbers, but address no memory
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.types import Mask, Offsets, PerSequence, PerToken, Spans
 
 
@@ -110,7 +113,7 @@ def _checked(
 ) -> tuple[Tensor, Tensor | None]:
     """Checks the arguments of the public functions; returns the mask as bool, and the offsets."""
     checks.floating(caller, "values", values)
-    offsets = checks_tokens.rows(caller, "values", values, cu_seqlens)
+    offsets = checks_tokens.rows(caller, "values", values, cu_seqlens, mask)
     if offsets is not None:  # because torch.segment_reduce has no forward-mode formula
         checks.no_forward_ad(caller, values)
     checks.mask(caller, mask, values.shape)
@@ -126,6 +129,7 @@ def _sums(live: Tensor, values: Tensor, offsets: Tensor | None) -> Tensor:
     return live_values.sum(-1) if offsets is None else segment_reduce(live_values, offsets)
 
 
+@takes_one_row()
 def sequence_sums(values: PerToken, mask: Mask | None = None, cu_seqlens: Offsets | None = None) -> PerSequence:
     r"""Sums of each sequence over its live tokens, differentiable.
 
@@ -150,6 +154,7 @@ def sequence_sums(values: PerToken, mask: Mask | None = None, cu_seqlens: Offset
     return sums(values, *_checked("sequence_sums", values, mask, cu_seqlens))
 
 
+@takes_one_row()
 def sequence_means(values: PerToken, mask: Mask | None = None, cu_seqlens: Offsets | None = None) -> PerSequence:
     r"""Means of each sequence over its live tokens, differentiable.
 
@@ -176,6 +181,7 @@ def sequence_means(values: PerToken, mask: Mask | None = None, cu_seqlens: Offse
     return means(values, *_checked("sequence_means", values, mask, cu_seqlens))
 
 
+@takes_one_row(main="mask", per_token=True)
 def broadcast_to_tokens(values: PerSequence, mask: Mask, cu_seqlens: Offsets | None = None) -> PerToken:
     r"""Gives every live token the value of its sequence, differentiable; dead tokens get 0.
 
@@ -197,7 +203,7 @@ def broadcast_to_tokens(values: PerSequence, mask: Mask, cu_seqlens: Offsets | N
     checks.floating(caller, "values", values)
     checks.tensor(caller, "mask", mask)
     checks.mask(caller, mask, mask.shape)
-    offsets = checks_tokens.rows(caller, "mask", mask, cu_seqlens)
+    offsets = checks_tokens.rows(caller, "mask", mask, cu_seqlens, mask)
     checks.one_device(caller, "values", values, mask=mask)
     checks.shape(caller, "values", values, mask.shape[:-1] if offsets is None else (offsets.shape[0] - 1,))
     return spread(values, mask != 0, offsets)

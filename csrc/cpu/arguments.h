@@ -115,6 +115,14 @@ void token_stats(const Batch&, const StatsOutputs&);
 template <class Real>
 void token_stats_backward(const Batch&, const BackwardInputs&, const Layout& out);
 
+// The kinds of a divergence, in the order of types.DivergenceKind.
+enum class Divergence : int { forward_kl, reverse_kl, jsd, cross_entropy };
+
+// The divergence of each row from that of the reference, the teacher, and the gradient of the sum of the divergences
+// times their weights. Writes no gradient where out.address is 0.
+template <class Real>
+void divergence(const Batch&, Divergence, double beta, uintptr_t weights, uintptr_t values, const Layout& out);
+
 // The objective and the estimator of its penalty, by name. `columns`: addresses, without that of the log-probability.
 struct PolicyArguments {
   const char* objective;

@@ -64,6 +64,14 @@ void backward(const Batch& b, const std::array<uintptr_t, 9>& from, const Place&
                         : token_stats_backward<float>(b, in, layout(out));
 }
 
+void compare(const Batch& b, int kind, double beta, uintptr_t weights, uintptr_t values, const Place& out) {
+  if (kind < 0 || kind > int(Divergence::cross_entropy) || !b.ref.address)
+    if (b.rows) throw py::value_error("divergence: an unknown kind, or no rows of a teacher");
+  py::gil_scoped_release release;
+  b.dtype == Dtype::f64 ? divergence<double>(b, Divergence(kind), beta, weights, values, layout(out))
+                        : divergence<float>(b, Divergence(kind), beta, weights, values, layout(out));
+}
+
 double policy(const Batch& b, const std::string& objective, const std::vector<uintptr_t>& columns,
               const std::vector<double>& params, uintptr_t weight, uintptr_t entropy_weight,
               const std::optional<std::string>& kl, uintptr_t ref_logp, uintptr_t kl_weight,
@@ -150,6 +158,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", &isa);
   m.def("token_stats", &stats);
   m.def("token_stats_backward", &backward);
+  m.def("divergence", &compare);
   m.def("fused_policy", &policy);
   m.def("elementwise_f32", &apply<float>);
   m.def("elementwise_f64", &apply<double>);

@@ -42,9 +42,24 @@ struct GradientJob {
   bool stream;  // store around the cache, because out is large and not read again soon
 };
 
+// A row of a student and that of its teacher, with the sums of both. With p and q their probabilities and the mixture
+// M = (1 - beta) p + beta q, the gradient is out = scale p (log p - log M - own), or out = scale (p - q) where beta is 0.
+struct PairJob {
+  const void* row;
+  const void* ref;
+  const uint8_t* mask;
+  void* out;  // may be row
+  int64_t columns;
+  double temperature, row_max, sum_exp, ref_row_max, ref_sum_exp;
+  double beta, scale, own;
+  bool stream;
+};
+
 struct RowKernels {
   void (*sums)(const SumsJob&, RowSums&);
   void (*gradient)(const GradientJob&);
+  void (*mixture_sums)(const PairJob&, double* own, double* others);  // KL(p || M) and KL(q || M)
+  void (*pair_gradient)(const PairJob&);
 };
 
 // rows.cpp is compiled once per instruction set. rows_f64.cpp alone serves Dtype::f64.

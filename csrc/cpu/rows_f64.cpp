@@ -47,8 +47,40 @@ void gradient(const GradientJob& job) {
   }
 }
 
+// The probabilities of one column, and log(M / p). Where p is 0, M is beta q.
+struct Mixed {
+  double p, q, u, ratio;  // ratio = log(q / M)
+};
+
+Mixed mixed(const PairJob& job, int64_t c) {
+  const double d = column(static_cast<const double*>(job.row), job.mask, c) - job.row_max,
+               ref_d = column(static_cast<const double*>(job.ref), job.mask, c) - job.ref_row_max;
+  const double p = std::exp(d / job.temperature) / job.sum_exp, q = std::exp(ref_d / job.temperature) / job.ref_sum_exp;
+  if (p < 1e-300) return {p, q, 0, q == 0 ? 0 : -std::log(job.beta)};
+  const double u = std::log1p(job.beta * (q / p - 1));
+  const double gap = (ref_d - d) / job.temperature + std::log(job.sum_exp) - std::log(job.ref_sum_exp);
+  return {p, q, u, q == 0 ? 0 : gap - u};
+}
+
+void mixture_sums(const PairJob& job, double* own, double* others) {
+  *own = *others = 0;
+  for (int64_t c = 0; c < job.columns; ++c) {
+    const Mixed m = mixed(job, c);
+    *own -= m.p * m.u, *others += m.q * m.ratio;
+  }
+}
+
+void pair_gradient(const PairJob& job) {
+  double* out = static_cast<double*>(job.out);
+  for (int64_t c = 0; c < job.columns; ++c) {
+    const Mixed m = mixed(job, c);
+    const double g = job.beta > 0 ? m.p * (-m.u - job.own) : m.p - m.q;
+    out[c] = job.mask && !job.mask[c] ? 0 : job.scale * g;
+  }
+}
+
 }  // namespace
 
-RowKernels row_kernels_f64() { return {sums, gradient}; }
+RowKernels row_kernels_f64() { return {sums, gradient, mixture_sums, pair_gradient}; }
 
 }  // namespace rlk

@@ -10,19 +10,23 @@ from rlkernels import checks
 from rlkernels.advantages.moments import Moments, given_moments, masked_moments, over_ranks
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.sequences import groups_of, result_dtype
-from rlkernels.types import Baseline, Mask, Number, PerResponse, Scale
+from rlkernels.types import Baseline, Mask, Number, PerResponse, Rewards, RewardWeights, Scale, Singleton
 
-BASELINES, SCALES = get_args(Baseline), get_args(Scale)
+BASELINES, SCALES, SINGLETONS = get_args(Baseline), get_args(Scale), get_args(Singleton)
+OF_A_GROUP = "mean", "leave-one-out", "length-mean", "runner-up"
+"""The baselines that compare a response with the others of its group."""
 
 
 def group_advantages(
-    rewards: PerResponse,
+    rewards: Rewards,
     group_ids: PerResponse,
     *,
     baseline: Baseline = "mean",
     scale: Scale = "std",
     eps: Number = 1e-6,
     unbiased: bool = True,
+    singleton: Singleton = "zero",
+    reward_weights: RewardWeights | None = None,
     lengths: PerResponse | None = None,
     moments: Moments | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
@@ -33,18 +37,27 @@ def group_advantages(
 
     * baseline ``"mean"``: ``b = sum_j R_j / n`` (GRPO); ``"leave-one-out"``: the mean of the others (RLOO);
       ``"length-mean"``: ``sum_j l_j R_j / sum_j l_j`` (OPO); ``"batch-mean"``: the mean over all groups; None: 0
+    * baseline ``"runner-up"`` (pass@k): the second largest reward of the group for its best response, and every other
+      one gets 0
     * scale ``"std"``: ``sqrt(sum_j (R_j - mean)^2 / (n - 1))``; ``"batch-std"``: the same over all groups; ``"mean"``:
       the group's mean (MaxRL), of rewards that are not negative; None: no division (Dr. GRPO)
 
     With the scale ``"mean"`` and a baseline of the group (or None) no advantage is larger than ``n``, however small the
     mean. With the baseline ``"batch-mean"`` a group whose mean is near 0 gets about ``-b / eps``.
 
+    Several rewards, ``[N, K]``, become advantages one by one, and these are added with ``reward_weights``. GDPO then
+    takes the baseline ``"batch-mean"`` and the scale ``"batch-std"`` of the sum, or whitens its tokens.
+
     Args:
-        rewards: ``R``, ``[N]``; any float dtype, bool or integers. NaN is a response that could not be scored: it
-            counts nowhere and gets 0.
+        rewards: ``R``, ``[N]`` or ``[N, K]``; any float dtype, bool or integers. NaN is a response that could not be
+            scored: it counts nowhere and gets 0.
         group_ids: integers ``[N]``, in any order; groups may differ in size.
         eps: added to the scale.
         unbiased: False divides the variance by ``n`` instead of ``n - 1``.
+        singleton: the advantage of the only scorable response of a group, where it is to be compared with its group:
+            ``"zero"``; ``"raw"``: its reward, not divided by a scale of the group; ``"scaled"``: ``R / (1 + eps)``, for
+            the scale ``"std"`` (GRPO of verl).
+        reward_weights: ``K`` numbers, or a tensor ``[K]``, for rewards ``[N, K]``, which need them.
         lengths: ``l``, ``[N]``, live tokens of each response, for ``"length-mean"`` alone; finite and not negative.
             That of a NaN reward is not read.
         moments: those of the scorable rewards of the whole batch, where ``rewards`` are a part of it, for
@@ -52,36 +65,40 @@ def group_advantages(
         process_group: the ranks over which the batch lies, instead of ``moments``.
 
     Returns:
-        ``[N]``: float32, float64 for float64; not differentiable. A group of one, or of equal rewards, has nothing to
-            compare: 0.
+        ``[N]``: float32, float64 for float64; not differentiable. A group of equal rewards has nothing to compare: 0.
 
     Raises:
         TypeError: ``rewards`` not real, ``group_ids`` not integers.
-        ValueError: shapes differ; unknown ``baseline`` or ``scale``; ``eps`` negative; ``lengths`` missing, or given
-            where it is not used. On a CPU: a negative reward with the scale ``"mean"``, a length that is negative or
-            not finite; elsewhere, and in a compiled program, where values are not read, its whole group gets NaN.
+        ValueError: shapes differ; unknown ``baseline``, ``scale`` or ``singleton``; ``eps`` negative; ``lengths``
+            missing, or given where it is not used; ``reward_weights`` likewise. On a CPU: a negative reward with the
+            scale ``"mean"``, a length that is negative or not finite; elsewhere, and in a compiled program, where
+            values are not read, its whole group gets NaN.
 
     Example:
         >>> group_advantages(torch.tensor([1.0, 5.0, 0.0]), torch.tensor([3, 7, 3]), scale=None)
         tensor([ 0.5000,  0.0000, -0.5000])
 
     Shao et al. 2024, arXiv:2402.03300, section 4.1.2; Ahmadian et al. 2024, arXiv:2402.14740; Liu et al. 2025,
-    arXiv:2503.20783.
+    arXiv:2503.20783; Chen et al. 2025 (pass@k), arXiv:2503.19595; Chu et al. 2025 (GPG), arXiv:2504.02546.
     """
     caller = "group_advantages"
     checks_tokens.numbers(caller, "rewards", rewards)
-    if rewards.dim() != 1:
-        raise ValueError(
-            f"{caller}: rewards has shape {tuple(rewards.shape)}, expected [N], one per response; flatten it"
-        )
-    checks_tokens.ids(caller, "group_ids", group_ids, rewards.shape)
+    if rewards.dim() != (1 if reward_weights is None else 2):
+        # [N, K] by the weights alone, because rewards of tokens would pass for K rewards, too.
+        expected = "[N], one per response, or [N, K] with reward_weights" if reward_weights is None else "[N, K]"
+        raise ValueError(f"{caller}: rewards has shape {tuple(rewards.shape)}, expected {expected}; flatten it")
+    checks_tokens.ids(caller, "group_ids", group_ids, rewards.shape[:1])
     checks.choice(caller, "baseline", baseline, BASELINES)
     checks.choice(caller, "scale", scale, SCALES)
+    checks.choice(caller, "singleton", singleton, SINGLETONS)
+    if singleton == "scaled" and scale != "std":
+        raise ValueError(f"{caller}: singleton 'scaled' needs scale 'std', got {scale!r}")
+    weights = _reward_weights(caller, rewards, reward_weights)
     eps = checks_tokens.not_negative(caller, "eps", eps, rewards)
     if (lengths is not None) != (baseline == "length-mean"):
         raise ValueError(f"{caller}: baseline {baseline!r} {'takes no' if lengths is not None else 'needs'} lengths")
     if lengths is not None:
-        checks.mask(caller, lengths, rewards.shape, name="lengths", counts=True)
+        checks.mask(caller, lengths, rewards.shape[:1], name="lengths", counts=True)
     checks.one_device(caller, "rewards", rewards, group_ids=group_ids, lengths=lengths)
     checks.no_forward_ad(caller, rewards, lengths)
     known = moments is not None or process_group is not None
@@ -90,6 +107,25 @@ def group_advantages(
         raise ValueError(f"{caller}: {name} is read with baseline 'batch-mean' or scale 'batch-std' alone")
     if moments is not None and process_group is not None:
         raise ValueError(f"{caller}: moments and process_group both give the statistics; pass one of them")
+    if weights is not None:
+        if moments is not None:
+            raise ValueError(f"{caller}: moments are those of one reward; call it for each column of rewards")
+        columns = [
+            group_advantages(
+                column,
+                group_ids,
+                baseline=baseline,
+                scale=scale,
+                eps=eps,
+                unbiased=unbiased,
+                singleton=singleton,
+                lengths=lengths,
+                process_group=process_group,
+            )
+            for column in rewards.detach().unbind(-1)
+        ]
+        stacked = torch.stack(columns, -1) if columns else rewards.detach().to(result_dtype(rewards))
+        return (stacked.double() * weights).sum(-1).to(stacked.dtype)
 
     scored = ~rewards.isnan()
     wide = torch.where(scored, rewards.detach().double(), 0.0)
@@ -115,18 +151,40 @@ def group_advantages(
         "leave-one-out": lambda: group.gap * group.count / (group.count - 1).clamp(min=1),
         "length-mean": lambda: group.offset - group.weighted_mean(lengths),
         "batch-mean": lambda: batch.gap,
+        "runner-up": lambda: group.lead(),
         None: lambda: wide,
     }[baseline]()
+    of_group = baseline in OF_A_GROUP or scale in ("std", "mean")
+    alone = (group.count < 2) if of_group else torch.zeros_like(scored)
+    if singleton != "zero":
+        centred = torch.where(alone, wide, centred)
     if scale is not None:
         size = {
             "std": lambda: group.spread(fewer),
+            "nonzero-share": lambda: (wide != 0).sum().clamp(min=1).double() / scored.sum().clamp(min=1),
             "batch-std": lambda: batch.spread(fewer),
             "mean": lambda: torch.where(group.base < 0, torch.nan, group.base + group.centre),
         }[scale]()
-        centred = torch.where(size == 0, 0.0, centred / torch.where(size == 0, 1.0, size + eps))
-    of_group = baseline in ("mean", "leave-one-out", "length-mean") or scale in ("std", "mean")
-    alone = (group.count < 2) if of_group else torch.zeros_like(scored)
-    return torch.where(scored & ~alone, centred, 0.0).to(result_dtype(rewards))
+        divided = torch.where(size == 0, 0.0, centred / torch.where(size == 0, 1.0, size + eps))
+        if scale in ("std", "mean") and singleton != "zero":  # one response has no spread
+            divided = torch.where(alone, centred / (1.0 + eps) if singleton == "scaled" else centred, divided)
+        centred = divided
+    kept = scored if singleton != "zero" else scored & ~alone
+    return torch.where(kept, centred, 0.0).to(result_dtype(rewards))
+
+
+def _reward_weights(caller: str, rewards: Tensor, weights: RewardWeights | None) -> Tensor | None:
+    """Returns the weight of each column of ``rewards`` in float64, or None where there is one reward."""
+    if weights is None:
+        return None
+    if isinstance(weights, (tuple, list)):
+        numbers = [checks.finite(caller, "reward_weights", x) for x in weights]
+        weights = torch.tensor(numbers, dtype=torch.float64, device="cpu").to(rewards.device)
+    checks.floating(caller, "reward_weights", weights)
+    checks.shape(caller, "reward_weights", weights, rewards.shape[1:])
+    checks.one_device(caller, "rewards", rewards, reward_weights=weights)
+    checks.no_forward_ad(caller, weights)
+    return weights.detach().double()
 
 
 def _refuse(caller: str, name: str, x: Tensor, bad: Tensor, needed: str) -> None:
@@ -163,6 +221,15 @@ class _Population:
 
     def spread(self, fewer: int) -> Tensor:
         return (self.reduce(self.gap * self.gap) / (self.count - fewer).clamp(min=1)).sqrt()
+
+    def lead(self) -> Tensor:
+        """The distance of the largest reward to the second largest one, at the largest one; elsewhere 0."""
+        best = self.reduce(self.offset, "max", 0.0)
+        at_best = self.scored & (self.offset == best)
+        second = self.reduce(torch.where(self.scored & ~at_best, self.offset, 0.0), "max", 0.0)
+        # Two best ones have no lead, and neither has a response without another one.
+        ahead = (self.reduce(at_best.double()) == 1) & (self.count > 1)
+        return torch.where(at_best & ahead, best - second, 0.0)
 
     def weighted_mean(self, weights: Tensor) -> Tensor:
         weights = torch.where(self.scored, weights, 0.0)
@@ -208,5 +275,6 @@ def broadcast_advantages(row_advantages: Tensor, is_last_step: Mask, trajectory_
     checks.one_device(
         caller, "row_advantages", row_advantages, is_last_step=is_last_step, trajectory_ids=trajectory_ids
     )
+    checks.no_forward_ad(caller, row_advantages)
     last = torch.where(is_last_step != 0, row_advantages.detach(), 0.0).double()
     return groups_of(trajectory_ids).reduce_each(last).to(result_dtype(row_advantages))

@@ -14,7 +14,7 @@ from rlkernels.backends.context import forced as forced
 from rlkernels.backends.measured_order import preferred
 from rlkernels.types import Availability, Backend
 
-OPS = ("token_stats", "token_stats_backward", "fused_policy", "elementwise", "weighted_loss", "gae")
+OPS = ("token_stats", "token_stats_backward", "fused_policy", "divergence", "elementwise", "weighted_loss", "gae")
 KNOWN = get_args(Backend)
 DEVICES = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager"), "xpu": ("triton", "eager"), "meta": ("eager",)}
 """Device type to the backends that can serve it, first choice first; ``measured_order.TABLE`` overrides the order where

@@ -1,11 +1,15 @@
 """Native CPU kernels: addresses, sizes and strides across, nothing else. Python owns shapes, dtypes and allocation."""
 
+from typing import get_args
+
 import torch
 
 from rlkernels.backends import cpu_memory, eager, gate, native
 from rlkernels.backends.cpu_module import ABSENT, _cpu
-from rlkernels.backends.protocol import PolicyRows, RowStats, column_kernel, presence, real_dtype
+from rlkernels.backends.protocol import DivergenceRows, PolicyRows, RowStats, column_kernel, presence, real_dtype
+from rlkernels.types import DivergenceKind
 
+KINDS = get_args(DivergenceKind)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 NO_ADDRESS = (0,)
 NUMBER = torch.zeros(())  # what a count is shaped like
@@ -72,6 +76,20 @@ def fused_policy(rows, policy, with_grad, out):
         gate.place(gradient) if with_grad else native.NOWHERE,
     )
     return PolicyRows(like.new_full((), loss), gate.stored(gradient, out if with_grad else None), *outputs)
+
+
+def divergence(rows, kind, beta, weight, out=None, unless=None):
+    caller = "divergence"
+    rows = _rows(caller, rows)
+    value = _like(rows.logits).new_empty(rows.targets.shape[0])
+    if weight is None:
+        _cpu.divergence(_batch(rows), KINDS.index(kind), beta, 0, gate.address(value), native.NOWHERE)
+        return DivergenceRows(value, rows.logits.new_empty(0, 0))
+    per_row, at = _per_row(caller, ("weight",), (weight,), rows)
+    kept = None if unless is None or unless.item() != 1.0 else out
+    gradient = _gradient(caller, rows, None if kept is not None else out)
+    _cpu.divergence(_batch(rows), KINDS.index(kind), beta, at[0], gate.address(value), gate.place(gradient))
+    return DivergenceRows(value, gate.stored(gradient, out) if kept is None else kept)
 
 
 def elementwise(objective, columns, params, weight):

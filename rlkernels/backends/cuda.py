@@ -97,6 +97,9 @@ def fused_policy(rows, policy, with_grad, out):
     return PolicyRows(loss, gate.stored(gradient, out if with_grad else None), *outputs)
 
 
+divergence = eager.divergence  # because no kernel of it is written in CUDA C++
+
+
 def elementwise(objective, columns, params, weight):
     _available_or_raise()
     if objective not in _cuda.OBJECTIVES:

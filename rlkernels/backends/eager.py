@@ -5,6 +5,7 @@ import math
 import torch
 
 from rlkernels.backends import gate
+from rlkernels.backends.eager_divergence import divergence as divergence
 from rlkernels.backends.protocol import (
     ENTROPY,
     IS_TOP1,

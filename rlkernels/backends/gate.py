@@ -15,7 +15,7 @@ from rlkernels.checks.tokens import read_offsets
 from rlkernels.objectives.cxx import digest
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-INTERFACE = "0.1.0/3"
+INTERFACE = "0.1.0/4"
 """The text that ``csrc/interface.h`` holds too: the package's version, and a number that rises with every change of
 what crosses.
 """

@@ -99,6 +99,15 @@ def presence(wanted: int, reference: bool) -> tuple[int, ...]:
     )
 
 
+class DivergenceRows(NamedTuple):
+    """The divergence of each row from the teacher's, ``[T]``, and the gradient of the logits (``[0, 0]``: not asked
+    for).
+    """
+
+    value: Tensor
+    dlogits: Tensor
+
+
 class SavedRows(NamedTuple):
     """The statistics that a gradient needs. The last three are those of a reference."""
 
@@ -171,6 +180,23 @@ class BackendModule(Protocol):
         ...
 
     def fused_policy(self, rows: RowBatch, policy: PolicyInputs, with_grad: bool, out: Tensor | None) -> PolicyRows: ...
+
+    def divergence(
+        self,
+        rows: RowBatch,
+        kind: str,
+        beta: float,
+        weight: Tensor | None,
+        out: Tensor | None = None,
+        unless: Tensor | None = None,
+    ) -> DivergenceRows:
+        """Returns the divergences from ``rows.ref_logits``, the teacher's.
+
+        With ``weight``, ``[T]``, the gradient of the sum of the divergences times their weights, too. A row whose
+        target is ``ignore_index`` is dead; targets have no other meaning. ``kind``: a name of ``types.DivergenceKind``;
+        ``beta`` is that of ``"jsd"``, strictly between 0 and 1. ``out``, ``unless``: as above.
+        """
+        ...
 
     def elementwise(
         self, objective: str, columns: list[Tensor], params: Params, weight: Tensor | None

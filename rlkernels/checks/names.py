@@ -20,6 +20,8 @@ FIELD = {
         "pg": "reinforce",
         "a2c": "reinforce",
         "reinforce++": "reinforce",
+        "geo_mean": "gmpo",
+        "a*po": "a2po",
     },
     "aggregation": {
         "mean": "token-mean",
@@ -36,7 +38,12 @@ FIELD = {
         "dr_grpo": "fixed-horizon with normalizers={'horizon': ...}",
         "drgrpo": "fixed-horizon with normalizers={'horizon': ...}",
     },
-    "kl": {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "full": "exact, of token_stats"},
+    "kl": {
+        "kl": "k1",
+        "mse": "k2",
+        "low_var_kl": "k3",
+        "full": "reverse_kl of logits_policy_loss, or exact of token_stats",
+    },
     "ratio_level": {
         "gspo": "sequence",
         "sentence": "sequence",
@@ -61,11 +68,21 @@ FIELD = {
         "rloo": "leave-one-out",
         "loo": "leave-one-out",
         "opo": "length-mean",
+        "passk": "runner-up",
+        "pass@k": "runner-up",
         "batch": "batch-mean",
         "none": "None",
         "dr_grpo": "mean with scale=None",
     },
-    "scale": {"group": "std", "grpo": "std", "batch": "batch-std", "maxrl": "mean", "none": "None", "dr_grpo": "None"},
+    "scale": {
+        "group": "std",
+        "grpo": "std",
+        "batch": "batch-std",
+        "maxrl": "mean",
+        "gpg": "nonzero-share",
+        "none": "None",
+        "dr_grpo": "None",
+    },
     "f_divergence": {"kl": "reverse_kl", "js": "js_divergence", "jsd": "js_divergence", "alpha": "alpha_divergence"},
 }
 """For each argument, the names that papers and trainers use, and their names here."""

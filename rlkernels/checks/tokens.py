@@ -23,17 +23,17 @@ def layout(caller, name, x, cu_seqlens):
         )
 
 
-def rows(caller, name, x, cu_seqlens):
+def rows(caller, name, x, cu_seqlens, mask=None):
     """Checks as ``layout`` does, but takes padded sequences of any leading shape, ``[..., L]``.
 
-    Returns the checked offsets of ``segments``, or None without ``cu_seqlens``.
+    Returns the checked offsets of ``segments``, or None without ``cu_seqlens``; ``mask``: see there.
     """
     if x.dim() == 0:
         raise ValueError(f"{caller}: {name} has shape (), expected [..., L], or [N] together with cu_seqlens")
     if cu_seqlens is None:
         return None
     layout(caller, name, x, cu_seqlens)
-    return segments(caller, cu_seqlens, x)
+    return segments(caller, cu_seqlens, x, mask=mask)
 
 
 def values_are_read(x):
@@ -41,20 +41,24 @@ def values_are_read(x):
     return checks.CHECK_VALUES or not isinstance(x, torch.Tensor) or x.device.type == "cpu"
 
 
-def segments(caller, cu_seqlens, tokens, filled=False):
+def segments(caller, cu_seqlens, tokens, filled=False, mask=None):
     """Returns ``cu_seqlens`` as offsets that form no address outside of ``tokens``: int64 and contiguous.
 
     They are a copy, so that no other thread can change them after the check. Where values are read, bad ones raise, and
     with ``filled`` an empty sequence raises, too. Elsewhere the offsets are clamped to the tokens. Under
     ``torch.compile`` a registered op reads them at run time. The program must use its result, because the compiler
     drops an unused op, and the check with it.
+
+    With a ``mask`` the offsets may end before the tokens do. What lies behind is padding: the mask is 0 there, and the
+    last sequence takes it in. Where values are not read, the mask is taken at its word.
     """
     count = tokens.shape[0]
+    if not isinstance(mask, torch.Tensor) or mask.shape != tokens.shape[:1]:
+        mask = None  # a mask of another shape is refused by its own check
     if isinstance(cu_seqlens, (list, tuple)):
         # On the CPU, because the host knows a list and can check it for every device.
-        return segments(caller, _listed(caller, cu_seqlens), tokens.new_empty((count,), device="cpu"), filled).to(
-            tokens.device
-        )
+        on_the_host = tokens.new_empty((count,), device="cpu")
+        return segments(caller, _listed(caller, cu_seqlens), on_the_host, filled, mask).to(tokens.device)
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
         raise TypeError(
@@ -74,16 +78,22 @@ def segments(caller, cu_seqlens, tokens, filled=False):
                 f"{caller}: cu_seqlens has shape (1,), which is no sequence, expected the ends of "
                 f"sequences that hold {count} tokens"
             )
-        return cu_seqlens.long().clamp(0, count)
+        offsets = cu_seqlens.long().clamp(0, count)
+        if mask is not None:
+            offsets[1:][-1:].fill_(count)
+        return offsets
     if not has_values(cu_seqlens):
-        return torch.ops.rlkernels.offsets.default(cu_seqlens, count, filled, caller)
-    return read_offsets(cu_seqlens, count, filled, caller)
+        return torch.ops.rlkernels.offsets.default(cu_seqlens, count, filled, caller, mask)
+    return read_offsets(cu_seqlens, count, filled, caller, mask)
 
 
-def read_offsets(cu_seqlens, count, filled, caller):
+def read_offsets(cu_seqlens, count, filled, caller, mask=None):
     """Reads and checks offsets, and returns them as ``segments`` does."""
     offsets = cu_seqlens.clone() if cu_seqlens.dtype == torch.int64 else cu_seqlens.long()
     ends = offsets.tolist()
+    if mask is not None and len(ends) > 1 and ends[-2] <= ends[-1] < count and _is_padding(mask, ends[-1]):
+        ends[-1] = count
+        offsets[-1:].fill_(count)
     # By sorting, because that takes 10 ns an entry of a sorted list, and a loop over neighbours takes 60.
     if ends[0] != 0 or ends[-1] != count or ends != sorted(ends):
         raise ValueError(f"{caller}: {_fault(ends, count)}")
@@ -97,6 +107,11 @@ def read_offsets(cu_seqlens, count, filled, caller):
     return offsets
 
 
+def _is_padding(mask, end):
+    """Tells whether a mask is 0 from ``end`` on, or may not be read."""
+    return end >= 0 and (not checks.host_reads(mask) or not bool((mask[end:] != 0).any()))
+
+
 def _fault(ends, count):
     """Returns the words for the first fault of bad offsets."""
     if ends[0] != 0:
@@ -104,7 +119,11 @@ def _fault(ends, count):
     for i in range(1, len(ends)):
         if ends[i] < ends[i - 1]:
             return f"cu_seqlens decreases from {ends[i - 1]} to {ends[i]} at entry {i}; it must hold cumulative lengths"
-    return f"cu_seqlens ends at {ends[-1]}, expected the number of tokens, {count}"
+    return (
+        f"cu_seqlens ends at {ends[-1]}, expected the number of tokens, {count}, or a mask that is 0 behind its end"
+        if ends[-1] < count
+        else f"cu_seqlens ends at {ends[-1]}, expected the number of tokens, {count}"
+    )
 
 
 def _listed(caller, values):

@@ -138,6 +138,6 @@ def answers_of(head, hidden, targets, mask, cu_seqlens):
         count, answer = hidden.shape[0], rows // max(hidden.shape[1], 1)
         offsets = torch.arange(count + 1, device=targets.device) * hidden.shape[1]
     else:
-        offsets = checks_tokens.segments(caller, cu_seqlens, targets)
+        offsets = checks_tokens.segments(caller, cu_seqlens, targets, mask=mask)
         count, answer = offsets.shape[0] - 1, segment_ids(offsets, targets.shape[0])
     return Answers(head, live.reshape(-1), answer, offsets, count)

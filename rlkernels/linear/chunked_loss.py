@@ -243,7 +243,7 @@ def differentiable(head, backend, function, *arguments):
 def detached_for_loss(head, live):
     """Detaches the head and replaces the targets of rows that are not ``live``, bool ``[T]``, by ``ignore_index``.
 
-    Targets and temperature are copies, because a second backward works on them again.
+    Targets, temperature and vocabulary mask are copies, because a second backward works on them again.
 
     Raises:
         IndexError: on the CPU, a live target outside the vocabulary.
@@ -256,6 +256,7 @@ def detached_for_loss(head, live):
         hidden=head.hidden.detach(),
         weight=head.weight.detach(),
         bias=None if head.bias is None else head.bias.detach(),
+        vocab_mask=None if head.vocab_mask is None else head.vocab_mask.clone(),
         temperature=temperature.clone() if ignored.temperature is temperature else ignored.temperature,
     )
     head.check_targets()

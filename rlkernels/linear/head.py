@@ -33,6 +33,7 @@ class HeadOptions(TypedDict):
     softcap: float | None
     logit_scale: float
     ignore_index: int
+    vocab_mask: torch.Tensor | None
     logits_dtype: torch.dtype
     chunk_tokens: int | None
     logits_budget: int | None
@@ -45,8 +46,9 @@ class HeadOptions(TypedDict):
 class LinearHead(NamedTuple):
     """Checked hidden states ``[T, H]``, a head, and what belongs to each row.
 
-    ``temperature``: ``[T]``, or one number as a tensor ``[]``. ``chunk_rows``: rows per chunk. ``caller``: the public
-    function that was called. Only methods, no properties: torch 2.8 traces no property of a named tuple.
+    ``temperature``: ``[T]``, or one number as a tensor ``[]``. ``vocab_mask``: ``[V]`` or ``[T, V]``. ``chunk_rows``:
+    rows per chunk. ``caller``: the public function that was called. Only methods, no properties: torch 2.8 traces no
+    property of a named tuple.
     """
 
     hidden: torch.Tensor
@@ -54,6 +56,7 @@ class LinearHead(NamedTuple):
     bias: torch.Tensor | None
     targets: torch.Tensor
     temperature: torch.Tensor
+    vocab_mask: torch.Tensor | None
     softcap: float | None
     logit_scale: float
     ignore_index: int
@@ -72,6 +75,7 @@ class LinearHead(NamedTuple):
             self.bias,
             self.targets,
             self.temperature,
+            self.vocab_mask,
             None if self.softcap is None else ops.number(self.softcap),
             ops.number(self.logit_scale),
             self.ignore_index,
@@ -112,8 +116,10 @@ class LinearHead(NamedTuple):
         )
 
     def row_arguments(self, rows):
-        """Returns ``targets, temperature, ignore_index`` of the selected rows, as a backend takes them."""
-        return rows.row_arguments(self.targets, self.temperature, self.ignore_index)
+        """Returns ``targets, temperature, ignore_index, vocab_mask`` of the selected rows, as a backend takes them."""
+        mask = self.vocab_mask
+        mask = mask if mask is None or mask.dim() == 1 else mask[rows.index]
+        return *rows.row_arguments(self.targets, self.temperature, self.ignore_index), mask
 
     def check_targets(self):
         """Raises on the CPU for a live row whose target is outside the vocabulary or whose temperature is not positive.
@@ -153,9 +159,9 @@ class LinearHead(NamedTuple):
 
 
 OPERANDS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor temperature, Tensor? softcap, "
-    "Tensor logit_scale, int ignore_index, ScalarType logits_dtype, int chunk_rows, int? max_live_tokens, "
-    "str? group, int start, int columns, int vocab, str caller"
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor temperature, Tensor? vocab_mask, "
+    "Tensor? softcap, Tensor logit_scale, int ignore_index, ScalarType logits_dtype, int chunk_rows, "
+    "int? max_live_tokens, str? group, int start, int columns, int vocab, str caller"
 )
 """The schema of ``LinearHead.flatten``. Numbers are tensors, because torch.compile specialises a Python float."""
 TENSORS = OPERANDS.count("Tensor")
@@ -186,11 +192,26 @@ def linear_head(caller, hidden, weight, targets, options):
         checks.positive_integer(caller, name, options[name])
         for name in ("chunk_tokens", "logits_budget", "max_live_tokens", "valid_vocab")
     )
-    checks.one_device(caller, "hidden", hidden, weight=weight, targets=targets, bias=bias, temperature=temperature)
+    vocab_mask = options["vocab_mask"]
+    checks.vocab_mask(caller, vocab_mask, torch.Size((*shape, weight.shape[0])))
+    checks.one_device(
+        caller,
+        "hidden",
+        hidden,
+        weight=weight,
+        targets=targets,
+        bias=bias,
+        temperature=temperature,
+        vocab_mask=vocab_mask,
+    )
     checks.no_forward_ad(caller, hidden, weight, bias)
     logits_dtype = _logits_dtype(caller, hidden, logits_dtype)
     vocab_start = options["vocab_start"]
     shard = vocab_parallel.shard_of(caller, weight, options["process_group"], vocab_start, valid_vocab)
+    if shard is not None and vocab_mask is not None:
+        raise ValueError(
+            f"{caller}: vocab_mask is not served over a process_group; gather the head, or leave the mask out"
+        )
     if shard is None and valid_vocab is not None and valid_vocab > weight.shape[0]:
         raise ValueError(f"{caller}: valid_vocab is {valid_vocab}, weight has {weight.shape[0]} rows")
     # Of the whole vocabulary, where shards may differ in size: a chunk is a collective, so all ranks must come to the
@@ -200,6 +221,9 @@ def linear_head(caller, hidden, weight, targets, options):
     if columns is not None and columns < weight.shape[0]:
         # Padding behind the vocabulary takes no part, so it is cut off before any matmul.
         weight, bias = weight[:columns], None if bias is None else bias[:columns]
+        vocab_mask = None if vocab_mask is None else vocab_mask[..., :columns]
+    if vocab_mask is not None:
+        vocab_mask = vocab_mask.reshape(*([-1] if vocab_mask.dim() > 1 else []), vocab_mask.shape[-1]).contiguous()
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.reshape(-1).to(real_dtype(hidden.dtype)).contiguous()
     else:
@@ -212,6 +236,7 @@ def linear_head(caller, hidden, weight, targets, options):
         bias,
         targets.reshape(-1),
         temperature,
+        vocab_mask,
         softcap,
         logit_scale,
         ignore_index,

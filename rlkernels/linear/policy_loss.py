@@ -3,36 +3,41 @@
 Three matmuls, because the gradient is made in the forward.
 """
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 
 from rlkernels import checks, ops
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.linear.chunked_loss import chunked_loss, detached_for_loss, differentiable
+from rlkernels.linear.distillation_loss import linear_distillation_loss
 from rlkernels.linear.head import HeadOptions, linear_head
 from rlkernels.linear.rank_agreement import same_on_every_rank
-from rlkernels.linear.sequence_chunks import SequencePlan, WholeBatchPlan, plan_sequences
+from rlkernels.linear.sequence_loss import sequence_loss
 from rlkernels.linear.token_loss import PolicyTerms, check_batch, token_loss
 from rlkernels.linear.token_stats import head_stats
-from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve
+from rlkernels.losses.kl_penalty import kl_penalty
+from rlkernels.losses.kl_term import KLObjective, KLTerm, exact_kind, simplified
+from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve_either
+from rlkernels.losses.policy_factors import policy_factors
 from rlkernels.losses.policy_metrics import policy_metrics
-from rlkernels.losses.policy_ratio import SQUARE, ratio_options, ratio_term, with_current
+from rlkernels.losses.policy_ratio import SQUARE, ratio_options, with_current
+from rlkernels.losses.policy_terms import policy_terms
 from rlkernels.losses.token_weights import (
-    REDUCTIONS,
     TokenWeights,
     aggregation_of_sequences,
+    aggregation_of_units,
     live_tokens,
     loss_weights,
     losses_of_tokens,
     token_weights_of,
 )
-from rlkernels.losses.weighted_sum import parameters, scaled_sum
-from rlkernels.objectives import OBJECTIVES
-from rlkernels.sequences import segment_ids, sums
+from rlkernels.losses.weighted_sum import parameters
+from rlkernels.packed_rows import takes_one_row
+from rlkernels.rollout.correction import CorrectionLike
 from rlkernels.types import (
     KL,
     Aggregation,
+    ExactKL,
     HeadBias,
     HeadWeight,
     HiddenStates,
@@ -42,6 +47,7 @@ from rlkernels.types import (
     Normalizers,
     Number,
     ObjectiveLike,
+    ObjectiveOption,
     Offsets,
     PerToken,
     PerTokenOrSequence,
@@ -51,7 +57,11 @@ from rlkernels.types import (
     Scalar,
     Targets,
     Temperature,
+    VocabMask,
 )
+
+NOT_OF_AN_EXACT_KL = ("ignore_index", "process_group", "vocab_start")
+"""The options of a head that its exact KL does not take: its weights tell which rows take part."""
 
 
 @overload
@@ -68,6 +78,7 @@ def linear_policy_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -79,19 +90,24 @@ def linear_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    ref_hidden: HiddenStates | None = None,
+    ref_weight: HeadWeight | None = None,
+    ref_bias: HeadBias | None = None,
+    kl: KL | ExactKL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar: ...
 
 
@@ -109,6 +125,7 @@ def linear_policy_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -120,19 +137,24 @@ def linear_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    ref_hidden: HiddenStates | None = None,
+    ref_weight: HeadWeight | None = None,
+    ref_bias: HeadBias | None = None,
+    kl: KL | ExactKL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -150,6 +172,7 @@ def linear_policy_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -161,22 +184,28 @@ def linear_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    ref_hidden: HiddenStates | None = None,
+    ref_weight: HeadWeight | None = None,
+    ref_bias: HeadBias | None = None,
+    kl: KL | ExactKL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 @same_on_every_rank
 def linear_policy_loss(
     hidden: HiddenStates,
@@ -191,6 +220,7 @@ def linear_policy_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -202,19 +232,24 @@ def linear_policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    ref_hidden: HiddenStates | None = None,
+    ref_weight: HeadWeight | None = None,
+    ref_bias: HeadBias | None = None,
+    kl: KL | ExactKL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""``policy_loss`` from hidden states and the lm_head, in three matmuls: the logits of a chunk become their own
     gradient.
@@ -224,16 +259,21 @@ def linear_policy_loss(
     gradient turns out to be 0 (clipped ones). With sequence-level ratios a chunk holds whole sequences; a sequence that
     outgrows a chunk is multiplied once more, but for its last part. ``old_logprobs=None`` costs no matmul, because a
     chunk knows its own log-probabilities. It and ``log_ratio_clamp`` take a few launches more per chunk, and so does
-    ``log_ratio_sq_coef`` beside a KL term. Under ``torch.compile``, and with ``reduction="none"``, the loss is
-    ``policy_loss`` of ``linear_token_stats``: four matmuls.
+    ``log_ratio_sq_coef`` beside a KL term. Under ``torch.compile``, and with objectives of sequences, groups and
+    batches, ``top_entropy_fraction``, ``opsm_delta`` and ``reduction="none"``, the loss is ``policy_loss`` of
+    ``linear_token_stats``: four matmuls.
 
     Args:
         hidden, weight, bias: as for ``linear_token_logprobs``; all three get gradients where they require them, scaled
             by the upstream gradient in the backward.
-        targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk_tokens, logits_budget,
+        targets, temperature, softcap, logit_scale, ignore_index, vocab_mask, logits_dtype, chunk_tokens, logits_budget,
             valid_vocab, process_group, vocab_start: as for ``linear_token_logprobs``.
         max_live_tokens: a bound on the tokens with a weight, as for ``linear_token_logprobs``. With sequence-level
             ratios it bounds the live tokens; where it does not fit in one chunk, they take four matmuls.
+        ref_hidden, ref_weight, ref_bias: ``[..., H']``, ``[V', H']`` and ``[V']`` of the reference's head, without
+            gradient, for ``kl="reverse_kl"`` and ``"forward_kl"``. Softcap, scale and temperature are the policy's. The
+            exact KL takes three matmuls of the policy's head and one of the reference's beside those of the loss, and
+            no process group.
         the rest: as for ``logits_policy_loss``; ``old_logprobs`` and ``ref_logprobs`` under the same temperature.
 
     Returns:
@@ -255,6 +295,7 @@ def linear_policy_loss(
         "softcap": softcap,
         "logit_scale": logit_scale,
         "ignore_index": ignore_index,
+        "vocab_mask": vocab_mask,
         "logits_dtype": logits_dtype,
         "chunk_tokens": chunk_tokens,
         "logits_budget": logits_budget,
@@ -265,146 +306,205 @@ def linear_policy_loss(
     }
     head = linear_head(caller, hidden, weight, targets, options)
     check_batch(caller, hidden)
-    entry, values, further = resolve(caller, objective, params, hidden)
     ignore_index = head.ignore_index
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=head.result_dtype())
-    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens, mask)
+    entry, values, further, choice = resolve_either(
+        caller, objective, params, like, cu_seqlens, ratio_level, advantages, ref_logprobs
+    )
     ratio = ratio_options(
         caller, entry, like, old_logprobs, rollout_logprobs, ratio_denominator, log_ratio_clamp, log_ratio_sq_coef
     )
     columns = objective_columns(
-        caller, entry, like, ratio.old, advantages, ref_logprobs, ratio.rollout, further, cu_seqlens, ratio_level
+        caller,
+        entry,
+        like,
+        ratio.old,
+        advantages,
+        ref_logprobs,
+        ratio.rollout,
+        further,
+        cu_seqlens,
+        ratio_level,
+        correction is not None,
     )
-    kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
-    live = live_tokens(caller, like, mask) & (targets != ignore_index)
+    kl = simplified(kl)
+    _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias, process_group)
+    reference = "ref_hidden", ref_hidden
+    kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef, reference)
+    scored = targets != ignore_index
+    live = live_tokens(caller, like, mask) & scored
+    factors = policy_factors(
+        caller, correction, top_entropy_fraction, like, old_logprobs, rollout_logprobs, ratio_level, entry, choice
+    )
     apart = reduction != "aggregation"
-    if ratio_level == "sequence_sum" and not apart:
+    if choice is not None and not apart:
+        aggregation, normalizers = aggregation_of_units(
+            caller, choice.kind.unit, choice.groups, aggregation, weights, normalizers
+        )
+    elif ratio_level == "sequence_sum" and not apart:
         aggregation = aggregation_of_sequences(aggregation, weights)
-    if apart:
-        checks.choice(caller, "reduction", reduction, REDUCTIONS)
-    if apart or torch.compiler.is_compiling():
-        share = (
-            losses_of_tokens(caller, live, aggregation, weights, normalizers, ratio_level)
-            if apart
-            else token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+    if choice is not None and process_group is not None and choice.draws():
+        raise ValueError(
+            f"{caller}: objective {objective!r} draws tokens, which every rank of process_group must do alike; pass "
+            "clip_cov_tokens, or a generator in the same state on every rank"
         )
-        stats = head_stats(head.without(~live.reshape(-1)), ("entropy",), like.shape)
-        coefficients = kl_coef, entropy_coef
-        sequences = live, cu_seqlens, ratio_level, ratio.clamp
-        loss = _composed_policy_loss(
-            caller, stats, entry, columns, values, share, sequences, ref_logprobs, kl, coefficients
-        )
-        if ratio.square is not None:
-            loss = loss + scaled_sum(ratio.square, SQUARE, stats.logprobs, [rollout_logprobs], share)
+    penalty, read, of_tokens = None, None, weights is not None
+    shared = aggregation, cu_seqlens, normalizers, of_tokens, ratio_level
+    exact, exact_coef = exact_kind(kl), None
+    if exact is not None:  # a term by itself: the rest has no KL
+        exact_coef, kl_coef = kl_coef, None
+        has_penalty = ref_hidden is not None and (exact_coef is not None or return_metrics)
+    else:
+        has_penalty = ref_logprobs is not None and (kl_coef is not None or isinstance(kl, KLTerm))
+    of_factors: Metrics = {}
+    composed = torch.compiler.is_compiling() or choice is not None or apart
+    if composed or factors is not None and factors.of_policy():
+        if apart:
+            whole = choice is not None or isinstance(kl, KLTerm) or exact is not None
+            share = losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers, ratio_level, whole)
+        else:
+            share = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+        if has_penalty:
+            penalty = kl_penalty(caller, kl, like, ref_logprobs, ratio.old, scored, live, share, *shared)
+        rows = live if penalty is None or exact is not None else live | penalty.live
+        stats = head_stats(head.without(~rows.reshape(-1)), ("entropy",), like.shape)
         logp, entropy = stats.logprobs, stats.entropy
+        loss, columns, of_factors = policy_terms(
+            caller,
+            entry,
+            logp,
+            entropy,
+            columns,
+            values,
+            share,
+            (live, cu_seqlens, ratio_level),
+            ratio,
+            rollout_logprobs,
+            choice,
+            factors,
+            ref_logprobs,
+            penalty,
+            (kl_coef, entropy_coef),
+        )
     else:
         weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
-        kl_weight, entropy_weight, square_weight = (
-            None if c is None else head.per_row(weights * c) for c in (kl_coef, entropy_coef, ratio.square)
+        if has_penalty:
+            share = TokenWeights(weights)
+            penalty = kl_penalty(caller, kl, like, ref_logprobs, ratio.old, scored, live, share, *shared)
+        entropy_weight, square_weight = (
+            None if c is None else head.per_row(weights * c) for c in (entropy_coef, ratio.square)
         )
-        estimator, reference = kl, ref_logprobs
-        if kl_weight is None and square_weight is not None:  # a KL, too, and without another one it needs no launch
-            kl_weight, square_weight, estimator, reference = square_weight, None, SQUARE, rollout_logprobs
+        kl_weight, estimator, reference, kl_old = None, KLObjective(SQUARE), rollout_logprobs, None
+        if kl_coef is not None:
+            kl_weight = head.per_row(penalty.weight_of_each(like) * kl_coef)
+            estimator, reference, kl_old = penalty.objective, ref_logprobs, penalty.old_logp
+        elif square_weight is not None:  # a KL, too, and without another one it needs no launch
+            kl_weight, square_weight = square_weight, None
+        if factors is not None:
+            columns = factors.columns(caller, columns, live, cu_seqlens)
+            factor, of_factors = factors.fixed(live, cu_seqlens, like.dtype)
+            weights = weights if factor is None else weights * factor
         terms = PolicyTerms(
             entry.function.__name__,
             [head.per_row(c) for c in columns],
             parameters(values),
             head.per_row(weights),
             entropy_weight,
-            None if kl_weight is None else estimator,
+            None if kl_weight is None else estimator.name,
             None if kl_weight is None else head.per_row(reference),
             kl_weight,
+            () if kl_weight is None else estimator.params,
+            None if kl_old is None else head.per_row(kl_old),
             ratio.clamp,
             None if square_weight is None else head.per_row(rollout_logprobs),
             square_weight,
+            None if kl_coef is None else penalty.sequences,
         )
         backend = ops.serving("fused_policy", hidden)
         needs_entropy = return_metrics or entropy_weight is not None
         if ratio_level == "token":
             loss, logp, entropy = token_loss(head, terms, needs_entropy, backend)
             if return_metrics:
-                live = live & terms.live().view(like.shape)  # the other rows are not read, so they have no metrics
+                read = terms.live().view(like.shape)
+                live = live & read  # the other rows are not read, so they have no metrics
         else:
-            loss, logp, entropy = _sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, backend)
+            loss, logp, entropy = sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, backend)
+    own_metrics = {}
+    if exact is not None and has_penalty:
+        of_head = {name: x for name, x in options.items() if name not in NOT_OF_AN_EXACT_KL}
+        reference = ref_hidden, ref_weight, ref_bias
+        term, own_metrics = _exact_kl(
+            hidden, weight, reference, of_head, exact, penalty.weight_of_each(like), exact_coef
+        )
+        loss = loss if exact_coef is None else loss + term
     if not return_metrics:
         return loss
     logp, entropy = logp.view(like.shape), entropy.view(like.shape)
     columns = with_current(columns, logp)
-    return loss, policy_metrics(
-        logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens, ratio.clamp
+    if exact is None and penalty is not None and isinstance(kl, KLTerm):
+        own_metrics = penalty.metrics(logp, read)
+    reference = ref_logprobs if exact is None else None
+    metrics = policy_metrics(
+        logp, columns, live, reference, kl, entropy, entry, values, ratio_level, cu_seqlens, ratio.clamp
     )
+    return loss, metrics | own_metrics | of_factors
 
 
-def _composed_policy_loss(caller, stats, entry, columns, values, share, sequences, ref_logprobs, kl, coefficients):
-    """Returns ``policy_loss`` of the TokenStats of a whole batch, without its checks; differentiable in them.
-
-    sequences: live tokens, ``cu_seqlens``, ``ratio_level`` and the clamp of the log-ratio. coefficients: of the KL and
-    the entropy term, or None.
-    """
-    columns = with_current(columns, stats.logprobs)
-    loss = ratio_term(caller, entry, stats.logprobs, columns, values, share, *sequences)
-    kl_coef, entropy_coef = coefficients
-    if kl_coef is not None:
-        loss = loss + scaled_sum(kl_coef, kl, stats.logprobs, [ref_logprobs], share)
-    if entropy_coef is not None:
-        loss = loss + scaled_sum(entropy_coef, "nll", stats.entropy, [], share)
-    return loss
-
-
-class SequenceLoss(NamedTuple):
-    """The ChunkedLoss of whole sequences: a policy loss whose ratio is a sequence's."""
-
-    caller: str
-    terms: PolicyTerms
-    plan: SequencePlan | WholeBatchPlan
-    ratio_level: str
-    live: torch.Tensor  # shaped as the caller's targets
-    cu_seqlens: torch.Tensor | None
-    needs_entropy: bool
-
-    def loss_of_chunk(self, rows, stats, first, last):
-        terms = self.terms.at(rows.index)
-        loss = ratio_term(
-            self.caller,
-            OBJECTIVES[terms.objective],
-            stats.logp,
-            with_current(terms.columns, stats.logp),
-            terms.params,
-            TokenWeights(terms.weight),
-            rows.live(stats.logp),
-            self.plan.cu_seqlens(first, last),
-            self.ratio_level,
-            terms.clamp,
-        )
-        return loss + terms.other_terms(stats)
-
-    def gradient_scale(self):
-        sequences = self.live.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-        if self.ratio_level != "sequence_sum" or not sequences:
-            return self.terms.gradient_scale()
-        # The derivative of a sum by each of its tokens is that of the whole sequence.
-        return sums(self.terms.weight.view(self.live.shape), self.live, self.cu_seqlens).abs().amax()
-
-
-def _sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, backend):
-    """Returns the loss of whole sequences, differentiable in the head, and log-probabilities and entropies ``[T]``.
-
-    Raises:
-        ValueError: rows that are in no sequence; as ``detached_for_loss`` and ``plan_sequences``.
-    """
-    shape = live.shape
-    if cu_seqlens is None and len(shape) != 2:
+def _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias, process_group):
+    """Refuses a reference's head that an exact KL cannot take, or that nothing would look at."""
+    if ref_hidden is None:
+        for name, x in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if x is not None:
+                raise ValueError(f"{caller}: {name} belongs to ref_hidden, got ref_hidden=None; pass both")
+        return
+    if exact_kind(kl) is None:
+        name = kl.estimator if isinstance(kl, KLTerm) else kl
         raise ValueError(
-            f"{head.caller}: ratio_level {ratio_level!r} needs hidden [B, L, H], or packed [T, H] with cu_seqlens; "
-            f"got targets of shape {tuple(shape)}"
+            f"{caller}: ref_hidden belongs to kl='reverse_kl' or 'forward_kl', got kl={name!r}; pass ref_logprobs, as "
+            "linear_token_logprobs gives them"
         )
-    rows = live.reshape(-1)
-    if cu_seqlens is None:
-        count, sequence = shape[0], torch.arange(rows.shape[0], device=live.device) // max(shape[-1], 1)
-    else:
-        count, sequence = cu_seqlens.shape[0] - 1, segment_ids(cu_seqlens, rows.shape[0])
-    work = detached_for_loss(head, rows)
-    plan = plan_sequences(rows, sequence, count, bound=work.max_live_tokens, zero_gradient=terms.zero_gradient())
-    loss = SequenceLoss(head.caller, terms, plan, ratio_level, live, cu_seqlens, needs_entropy)
-    return differentiable(head, backend, chunked_loss, work, plan, loss)
+    if ref_weight is None:
+        raise ValueError(f"{caller}: ref_hidden came without ref_weight; pass both")
+    if process_group is not None:
+        raise ValueError(f"{caller}: kl={exact_kind(kl)!r} takes no process_group; pass the whole heads")
+    for name, x in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight)):
+        checks.floating(caller, name, x)
+    checks.no_gradient(caller, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"{caller}: ref_hidden has shape {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}; expected the "
+            "same shape, the last dimension apart"
+        )
+
+
+def _exact_kl(hidden, weight, reference, options, kind, weights, coefficient):
+    """Returns the weighted sum of exact KLs, and their mean as the metric ``kl``.
+
+    reference: hidden states, weight and bias of its head. weights: ``[...]``, without the ``coefficient``, which is
+    None for the metric alone.
+    """
+    ref_hidden, ref_weight, ref_bias = reference
+    if coefficient is not None:
+        weights = weights * coefficient
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and coefficient is not None):
+            loss, metrics = linear_distillation_loss(
+                hidden,
+                weight,
+                ref_hidden,
+                ref_weight,
+                teacher_bias=ref_bias,
+                teacher_softcap=options["softcap"],
+                teacher_logit_scale=options["logit_scale"],
+                kind=kind,
+                weights=weights,
+                return_metrics=True,
+                **options,
+            )
+    except checks.NAMED as error:
+        if type(error) not in checks.NAMED:
+            raise
+        raise checks.named(error, "linear_distillation_loss") from error
+    return loss, {"kl": metrics["divergence"]}

@@ -19,6 +19,7 @@ from rlkernels.losses.preference import (
     references_there,
 )
 from rlkernels.losses.preference_options import PreferenceOptions
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.tracing import replaced
 from rlkernels.types import (
     FDivergence,
@@ -36,6 +37,7 @@ from rlkernels.types import (
     Scalar,
     Targets,
     Temperature,
+    VocabMask,
 )
 
 
@@ -51,6 +53,7 @@ def linear_dpo_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -89,6 +92,7 @@ def linear_dpo_loss(
     ld_alpha: Number = 1.0,
     cu_seqlens: Offsets | None = None,
     return_metrics: Literal[False] = False,
+    **params: Number,
 ) -> Scalar: ...
 
 
@@ -104,6 +108,7 @@ def linear_dpo_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -142,6 +147,7 @@ def linear_dpo_loss(
     ld_alpha: Number = 1.0,
     cu_seqlens: Offsets | None = None,
     return_metrics: Literal[True],
+    **params: Number,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -157,6 +163,7 @@ def linear_dpo_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -195,9 +202,11 @@ def linear_dpo_loss(
     ld_alpha: Number = 1.0,
     cu_seqlens: Offsets | None = None,
     return_metrics: bool,
+    **params: Number,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 @same_on_every_rank
 def linear_dpo_loss(
     hidden: HiddenStates,
@@ -210,6 +219,7 @@ def linear_dpo_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -248,6 +258,7 @@ def linear_dpo_loss(
     ld_alpha: Number = 1.0,
     cu_seqlens: Offsets | None = None,
     return_metrics: bool = False,
+    **params: Number,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""``dpo_loss``, of any of its types, from hidden states and the lm_head, without ``[T, V]`` logits: three matmuls.
 
@@ -261,14 +272,14 @@ def linear_dpo_loss(
             they require them.
         targets: ``[2B, L]`` or ``[T]``, shifted already. mask: the tokens of the answers; the others enter no matmul.
         ref_chosen_logps, ref_rejected_logps: sums under the reference, ``[B]``, as for ``dpo_loss``.
-        bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk_tokens, logits_budget, valid_vocab,
-            process_group, vocab_start: as for ``linear_token_logprobs``.
+        bias, temperature, softcap, logit_scale, ignore_index, vocab_mask, logits_dtype, chunk_tokens, logits_budget,
+            valid_vocab, process_group, vocab_start: as for ``linear_token_logprobs``.
         max_live_tokens: a bound on the live tokens, with which the host reads no lengths. Where it fits in one chunk
             they take three matmuls, else four.
         beta, loss_type, loss_weights, label_smoothing, reference_free, f_divergence, alpha, length_normalized,
             simpo_gamma, alphapo_alpha, discopop_tau, cpo_alpha, pair_weights, dpop_lambda, chosen_rewards,
             rejected_rewards, rpo_eta, gold_logps, gold_lengths, tpo_alpha, num_pairs, num_chosen_tokens,
-            num_gold_tokens: as for ``dpo_loss``. ``gold_logps`` get their gradient, too.
+            num_gold_tokens, params: as for ``dpo_loss``. ``gold_logps`` get their gradient, too.
         reduction: as for ``dpo_loss``; ``"none"`` takes four matmuls, because each pair waits for its own upstream
             gradient.
         ld_alpha: the weight of a token beyond the length of the pair's shorter answer, as for
@@ -297,6 +308,7 @@ def linear_dpo_loss(
         "softcap": softcap,
         "logit_scale": logit_scale,
         "ignore_index": ignore_index,
+        "vocab_mask": vocab_mask,
         "logits_dtype": logits_dtype,
         "chunk_tokens": chunk_tokens,
         "logits_budget": logits_budget,
@@ -339,6 +351,7 @@ def linear_dpo_loss(
         "num_pairs": num_pairs,
         "num_chosen_tokens": num_chosen_tokens,
         "num_gold_tokens": num_gold_tokens,
+        **params,
     }
     references = ref_chosen_logps, ref_rejected_logps
     checks.choice(caller, "reduction", reduction, REDUCTIONS)

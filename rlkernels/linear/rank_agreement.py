@@ -7,6 +7,7 @@ differ, gloo ends the process. Reading a gathered number waits for the device, s
 
 import contextlib
 import contextvars
+import dataclasses
 import datetime
 import functools
 import inspect
@@ -252,6 +253,7 @@ def _text(x):
 
     An object is named by its type alone, because its repr may hold an address.
     """
+    x = vars(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else x
     if isinstance(x, dict):
         return ", ".join(f"{name}: {_text(x[name])}" for name in sorted(x, key=str))
     if isinstance(x, (list, tuple)):

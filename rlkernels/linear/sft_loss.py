@@ -13,6 +13,7 @@ from rlkernels.linear.token_stats import head_logprobs
 from rlkernels.losses.sft import KINDS, sft_metrics, sft_weights
 from rlkernels.losses.token_weights import TokenWeights, live_tokens
 from rlkernels.losses.weighted_sum import weighted_sum
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.types import (
     Aggregation,
     HeadBias,
@@ -29,6 +30,7 @@ from rlkernels.types import (
     SftKind,
     Targets,
     Temperature,
+    VocabMask,
 )
 
 
@@ -44,6 +46,7 @@ def linear_sft_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -74,6 +77,7 @@ def linear_sft_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -104,6 +108,7 @@ def linear_sft_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -122,6 +127,7 @@ def linear_sft_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 @same_on_every_rank
 def linear_sft_loss(
     hidden: HiddenStates,
@@ -134,6 +140,7 @@ def linear_sft_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -156,7 +163,7 @@ def linear_sft_loss(
 
     Args:
         hidden, weight, bias: as for ``linear_token_logprobs``; all three get gradients where they require them.
-        targets, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk_tokens, logits_budget,
+        targets, temperature, softcap, logit_scale, ignore_index, vocab_mask, logits_dtype, chunk_tokens, logits_budget,
             max_live_tokens, valid_vocab, process_group, vocab_start: as for ``linear_token_logprobs``. Targets are
             shifted already.
         mask, kind, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers: as for
@@ -180,6 +187,7 @@ def linear_sft_loss(
         "softcap": softcap,
         "logit_scale": logit_scale,
         "ignore_index": ignore_index,
+        "vocab_mask": vocab_mask,
         "logits_dtype": logits_dtype,
         "chunk_tokens": chunk_tokens,
         "logits_budget": logits_budget,
@@ -194,7 +202,7 @@ def linear_sft_loss(
     ignore_index = head.ignore_index
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=head.result_dtype())
-    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens, mask)
     live = live_tokens(caller, like, mask) & (targets != ignore_index)
     weights = head.per_row(
         sft_weights(

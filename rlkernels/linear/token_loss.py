@@ -9,6 +9,8 @@ from rlkernels.backends.protocol import PolicyInputs, RowBatch
 from rlkernels.linear.chunked_loss import ChunkLoop, chunked_loss, detached_for_loss, differentiable
 from rlkernels.linear.chunking import live_rows, rows_by_gradient
 from rlkernels.linear.sequence_chunks import plan_rows
+from rlkernels.losses.kl_penalty import KLSequences, kl_sum
+from rlkernels.losses.kl_term import PLAIN, KLObjective
 from rlkernels.losses.policy_ratio import SQUARE, Clamp, ratio_term, with_current
 from rlkernels.losses.token_weights import TokenWeights
 from rlkernels.losses.weighted_sum import weighted_sum
@@ -19,6 +21,7 @@ from rlkernels.objectives.zero_gradient import still_where_zero
 class PolicyTerms(NamedTuple):
     """A loss of tokens: ``sum_t weight_t l_t + kl_weight_t KL_t - entropy_weight_t H_t``; everything ``[T]``.
 
+    ``kl``, ``kl_params``: a ``KLObjective``. ``kl_old_logp``: None where no ratio weighs the KL.
     A column that is None is the current policy. ``square_weight``: of half the squared log-ratio to ``square_logp``.
     """
 
@@ -30,9 +33,12 @@ class PolicyTerms(NamedTuple):
     kl: str | None
     ref_logp: torch.Tensor | None
     kl_weight: torch.Tensor | None
+    kl_params: tuple = ()
+    kl_old_logp: torch.Tensor | None = None
     clamp: Clamp | None = None
     square_logp: torch.Tensor | None = None
     square_weight: torch.Tensor | None = None
+    kl_sequences: KLSequences | None = None
 
     def live(self):
         """Returns bool ``[T]``: the rows with a weight in any term."""
@@ -70,19 +76,24 @@ class PolicyTerms(NamedTuple):
         )
 
     def in_one_launch(self):
-        """Tells whether the kernels over rows serve the loss: they hold no clamp, and one term beside the objective."""
-        return self.clamp is None and self.square_weight is None and all(c is not None for c in self.columns)
+        """Tells whether the kernels over rows serve the loss.
 
-    def other_terms(self, stats):
+        They hold no clamp, no KL term of other options, and one term beside the objective.
+        """
+        plain = self.clamp is None and self.square_weight is None and (self.kl is None or self.kl in PLAIN)
+        return plain and all(c is not None for c in self.columns)
+
+    def other_terms(self, stats, sequences=None):
         """Returns what is added to the objective: the KL, the squared log-ratio and the entropy term.
 
-        Differentiable in ``stats``.
+        Differentiable in ``stats``. ``sequences``: of these rows, where their ratio weighs the KL.
         """
         total = stats.logp.new_zeros(())
         if self.square_weight is not None:
             total = total + weighted_sum(SQUARE, stats.logp, [self.square_logp], (), TokenWeights(self.square_weight))
         if self.kl is not None:
-            total = total + weighted_sum(self.kl, stats.logp, [self.ref_logp], (), TokenWeights(self.kl_weight))
+            columns = self.ref_logp, self.kl_old_logp, TokenWeights(self.kl_weight), sequences
+            total = total + kl_sum(KLObjective(self.kl, self.kl_params), stats.logp, *columns)
         if self.entropy_weight is not None:
             total = total + weighted_sum("nll", stats.entropy, [], (), TokenWeights(self.entropy_weight))
         return total

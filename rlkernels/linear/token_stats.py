@@ -18,7 +18,17 @@ from rlkernels.linear.head import OPERANDS, TENSORS, HeadOptions, LinearHead, li
 from rlkernels.linear.projection import HeadProjection
 from rlkernels.linear.rank_agreement import meeting, pattern, ranks_compare, same_on_every_rank
 from rlkernels.logprobs import TokenStats, collect
-from rlkernels.types import HeadBias, HeadWeight, HiddenStates, Number, Outputs, PerToken, Targets, Temperature
+from rlkernels.types import (
+    HeadBias,
+    HeadWeight,
+    HiddenStates,
+    Number,
+    Outputs,
+    PerToken,
+    Targets,
+    Temperature,
+    VocabMask,
+)
 
 
 @same_on_every_rank
@@ -32,6 +42,7 @@ def linear_token_logprobs(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -49,6 +60,8 @@ def linear_token_logprobs(
         hidden: ``[..., H]``. weight: ``[V, H]``, same dtype. bias: ``[V]``. All three get gradients where they require
             them.
         targets, temperature, ignore_index: as for ``token_logprobs``. A token with an ignored target enters no matmul.
+        vocab_mask: bool ``[V]`` or ``[..., V]``, True keeps a column, as for ``token_logprobs``; not over a process
+            group.
         softcap, logit_scale: from ``2**-40`` to ``2**40``; no cap is None, and a scale may be negative or 0.
         logits_dtype: float32 keeps the matmul's accumulator; bfloat16 or float16 rounds the logits as an inference
             engine may.
@@ -88,6 +101,7 @@ def linear_token_logprobs(
         "softcap": softcap,
         "logit_scale": logit_scale,
         "ignore_index": ignore_index,
+        "vocab_mask": vocab_mask,
         "logits_dtype": logits_dtype,
         "chunk_tokens": chunk_tokens,
         "logits_budget": logits_budget,
@@ -110,6 +124,7 @@ def linear_token_stats(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -143,6 +158,7 @@ def linear_token_stats(
         "softcap": softcap,
         "logit_scale": logit_scale,
         "ignore_index": ignore_index,
+        "vocab_mask": vocab_mask,
         "logits_dtype": logits_dtype,
         "chunk_tokens": chunk_tokens,
         "logits_budget": logits_budget,

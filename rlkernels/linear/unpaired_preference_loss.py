@@ -17,6 +17,7 @@ from rlkernels.losses.unpaired_preference import (
     unpaired_options,
     unpaired_preference_loss,
 )
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.tracing import replaced
 from rlkernels.types import (
     HeadBias,
@@ -31,6 +32,7 @@ from rlkernels.types import (
     Targets,
     Temperature,
     UnpairedLossType,
+    VocabMask,
 )
 
 
@@ -48,6 +50,7 @@ def linear_unpaired_preference_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -63,6 +66,9 @@ def linear_unpaired_preference_loss(
     kl_logps: PerAnswer | None = None,
     ref_kl_logps: PerAnswer | None = None,
     delta: Number | None = None,
+    length_normalized: bool = False,
+    lengths: PerAnswer | None = None,
+    kl_group: "torch.distributed.ProcessGroup | None" = None,
     cu_seqlens: Offsets | None = None,
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
@@ -82,6 +88,7 @@ def linear_unpaired_preference_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -97,6 +104,9 @@ def linear_unpaired_preference_loss(
     kl_logps: PerAnswer | None = None,
     ref_kl_logps: PerAnswer | None = None,
     delta: Number | None = None,
+    length_normalized: bool = False,
+    lengths: PerAnswer | None = None,
+    kl_group: "torch.distributed.ProcessGroup | None" = None,
     cu_seqlens: Offsets | None = None,
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
@@ -116,6 +126,7 @@ def linear_unpaired_preference_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -131,11 +142,15 @@ def linear_unpaired_preference_loss(
     kl_logps: PerAnswer | None = None,
     ref_kl_logps: PerAnswer | None = None,
     delta: Number | None = None,
+    length_normalized: bool = False,
+    lengths: PerAnswer | None = None,
+    kl_group: "torch.distributed.ProcessGroup | None" = None,
     cu_seqlens: Offsets | None = None,
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 @same_on_every_rank
 def linear_unpaired_preference_loss(
     hidden: HiddenStates,
@@ -150,6 +165,7 @@ def linear_unpaired_preference_loss(
     softcap: Number | None = None,
     logit_scale: Number = 1.0,
     ignore_index: int = -100,
+    vocab_mask: VocabMask | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_tokens: int | None = None,
     logits_budget: int | None = None,
@@ -165,6 +181,9 @@ def linear_unpaired_preference_loss(
     kl_logps: PerAnswer | None = None,
     ref_kl_logps: PerAnswer | None = None,
     delta: Number | None = None,
+    length_normalized: bool = False,
+    lengths: PerAnswer | None = None,
+    kl_group: "torch.distributed.ProcessGroup | None" = None,
     cu_seqlens: Offsets | None = None,
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
@@ -177,12 +196,13 @@ def linear_unpaired_preference_loss(
         hidden: ``[N, L, H]``, or packed ``[T, H]`` with ``cu_seqlens`` ``[N + 1]``. weight: ``[V, H]``.
         targets: ``[N, L]`` or ``[T]``, shifted already. mask: the tokens of the answers.
         ref_logps, desirable: ``[N]``, as for ``unpaired_preference_loss``.
-        bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, chunk_tokens, logits_budget, valid_vocab,
-            process_group, vocab_start: as for ``linear_token_logprobs``.
+        bias, temperature, softcap, logit_scale, ignore_index, vocab_mask, logits_dtype, chunk_tokens, logits_budget,
+            valid_vocab, process_group, vocab_start: as for ``linear_token_logprobs``.
         max_live_tokens: a bound on the live tokens, with which the host reads no lengths. Where it fits in one chunk
             they take three matmuls, else four.
-        loss_type, beta, desirable_weight, undesirable_weight, kl, kl_logps, ref_kl_logps, delta: as for
-            ``unpaired_preference_loss``.
+        loss_type, beta, desirable_weight, undesirable_weight, kl, kl_logps, ref_kl_logps, delta, length_normalized,
+            kl_group: as for ``unpaired_preference_loss``.
+        lengths: as there; the numbers of live tokens unless given.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``.
@@ -207,6 +227,7 @@ def linear_unpaired_preference_loss(
         "softcap": softcap,
         "logit_scale": logit_scale,
         "ignore_index": ignore_index,
+        "vocab_mask": vocab_mask,
         "logits_dtype": logits_dtype,
         "chunk_tokens": chunk_tokens,
         "logits_budget": logits_budget,
@@ -227,6 +248,9 @@ def linear_unpaired_preference_loss(
         "kl_logps": kl_logps,
         "ref_kl_logps": ref_kl_logps,
         "delta": delta,
+        "length_normalized": length_normalized,
+        "lengths": answers.lengths() if length_normalized and lengths is None else lengths,
+        "kl_group": kl_group,
     }
     checked = unpaired_options(caller, torch.empty(count, dtype=torch.float64, device=hidden.device), **loss_options)
     checks.floating(caller, "ref_logps", ref_logps)
@@ -246,6 +270,8 @@ def linear_unpaired_preference_loss(
     of_batch = functools.partial(_unpaired_of_batch, answers, ref_logps, desirable, loss_options)
     if isinstance(checked.baseline, torch.Tensor):
         checked = replaced(checked, baseline=checked.baseline.clone())
+    if checked.loss_type == "kto" and kl_group is not None:  # once for all, because ranks meet for it
+        loss_options |= {"kl": checked.baseline, "kl_logps": None, "ref_kl_logps": None, "kl_group": None}
     if checked.separable():
         references = torch.where(weighs, ref_logps, 0.0)
         loss, logp = answers.chunked(
@@ -279,5 +305,6 @@ class UnpairedLoss(AnswerLoss):
     def loss_of_answers(self, logps, first, last):
         here = slice(first, last)
         logps = torch.where(self.weighs[here], logps, 0.0)
-        losses = sequence_losses(self.caller, logps, self.references[here], self.desirable[here], self.options)
+        options = self.options.part(first, last)
+        losses = sequence_losses(self.caller, logps, self.references[here], self.desirable[here], options)
         return losses.sum() / max(self.count, 1)

@@ -9,18 +9,23 @@ from rlkernels import checks
 from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
-from rlkernels.losses.policy_arguments import check_terms, objective_columns, resolve
+from rlkernels.losses.kl_penalty import kl_penalty
+from rlkernels.losses.kl_term import KLTerm, simplified
+from rlkernels.losses.policy_arguments import check_terms, objective_columns, resolve_either
+from rlkernels.losses.policy_factors import policy_factors
 from rlkernels.losses.policy_metrics import policy_metrics
-from rlkernels.losses.policy_ratio import SQUARE, ratio_options, ratio_term, with_current
+from rlkernels.losses.policy_ratio import ratio_options
+from rlkernels.losses.policy_terms import policy_terms
 from rlkernels.losses.token_weights import (
-    REDUCTIONS,
     aggregation_of_sequences,
+    aggregation_of_units,
     full_mask,
     live_mask,
     losses_of_tokens,
     token_weights_of,
 )
-from rlkernels.losses.weighted_sum import scaled_sum
+from rlkernels.packed_rows import takes_one_row
+from rlkernels.rollout.correction import CorrectionLike
 from rlkernels.types import (
     KL,
     Aggregation,
@@ -30,6 +35,7 @@ from rlkernels.types import (
     Normalizers,
     Number,
     ObjectiveLike,
+    ObjectiveOption,
     Offsets,
     PerToken,
     PerTokenOrSequence,
@@ -51,20 +57,22 @@ def policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar: ...
 
 
@@ -79,20 +87,22 @@ def policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -107,23 +117,26 @@ def policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row()
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
@@ -134,20 +147,22 @@ def policy_loss(
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     ref_logprobs: PerToken | None = None,
-    kl: KL = "k3",
+    kl: KL | KLTerm = "k3",
     kl_coef: Number = 0.0,
     entropy: PerToken | None = None,
     entropy_coef: Number = 0.0,
+    top_entropy_fraction: Number | None = None,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
     ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
     log_ratio_clamp: LogRatioClamp = None,
     log_ratio_sq_coef: Number = 0.0,
+    correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
     reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
-    **params: Number | PerToken,
+    **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""A policy objective over log-probabilities, with a KL and an entropy term.
 
@@ -170,14 +185,20 @@ def policy_loss(
             token touches neither loss nor gradient, whatever it holds.
         objective: the name of a registered objective with first column ``logp``, or its function. Its parameters are
             further keywords (``clip_low``, ``clip_high``, ...), with the defaults of its signature. So are the columns
-            that no argument here fills: tensors shaped like ``logprobs``, without gradient.
+            that no argument here fills: tensors shaped like ``logprobs``, without gradient. Or an objective of
+            sequences, groups or batches: ``"gmpo"``, ``"vespo"``, ``"fipo"``, ``"real"``, ``"kl_cov"``, ``"clip_cov"``,
+            ``"a2po"``; docs/objectives.md has their formulas and options. The mean of a loss per sequence (``"gmpo"``,
+            ``"a2po"``) or per group (``"real"``) is one over these: ``"token-mean"`` stands for ``"seq-mean"`` or
+            ``"group-mean"`` there.
         aggregation, normalizers: mode and keyword arguments of ``token_weights``: totals of the whole batch, where this
             call sees a part of it.
         weights: per-token weights, same shape, instead of an aggregation.
-        ref_logprobs, kl, kl_coef: reference log-probabilities, the estimator ``"k1"``, ``"k2"`` or ``"k3"``, and its
-            coefficient. With a coefficient of 0 they are for the metric alone. An objective
-            with the column ``ref_logp`` takes them, too.
+        ref_logprobs, kl, kl_coef: reference log-probabilities, the estimator (``"k1"``, ``"k2"``, ``"k3"``, ``"abs"``,
+            or a ``KLTerm`` with clamps, another gradient, the ratio, a mask of its own), and its coefficient. With a
+            coefficient of 0 they are for the metric alone. An objective with the column ``ref_logp`` takes them, too.
         entropy, entropy_coef: per-token entropies and the coefficient of their bonus; with 0, for the metric alone.
+        top_entropy_fraction: the objective and the bonus keep the tokens of ``top_entropy_mask(entropy, mask,
+            fraction)`` alone; the KL term and the count of a mean keep all. None keeps all everywhere.
         cu_seqlens: ``[S + 1]`` offsets of a packed batch, int32, int64 or a list. On a CPU wrong ones raise, in a
             compiled program, too.
         ratio_level: ``"token"``; ``"sequence"``: one ratio ``exp(mean_t d_t)`` per sequence (GSPO);
@@ -186,14 +207,19 @@ def policy_loss(
             one over sequences: ``"token-mean"`` stands for ``"seq-mean"`` there.
         ratio_denominator: ``"old"``; ``"rollout"``: ``rollout_logprobs`` take the place of ``old_logprobs``.
         rollout_logprobs: same shape, the log-probabilities that the rollout engine reported, for an objective with the
-            column ``rollout_logp`` and for the two options that name them. Log-probabilities of all kinds are reduced
-            alike at a sequence level.
+            column ``rollout_logp`` and for the options that name them. Log-probabilities of all kinds are reduced alike
+            at a sequence level.
         log_ratio_clamp: bounds of the log-ratio, behind its reduction at a sequence level: a number ``c`` for ``[-c,
             c]``, or a pair in which None is no bound. Beyond them the log-ratio has no gradient; the constant weight of
             CISPO and of ``rollout_is`` is bounded, and their gradient stays. For objectives of the log-ratio alone.
             OpenRLHF and verl take 20.
         log_ratio_sq_coef: adds ``log_ratio_sq_coef (logp_t - rollout_t)^2`` on the tokens of the loss, with its
             weights. Kimi K2.5, arXiv:2602.02276.
+        correction: a ``Correction`` of ``rollout_logprobs`` or a dict of its options; or, without these, a tensor of
+            factors, same shape, bool or floating, such as ``rho_correction`` and ``rejection_mask`` return. The
+            objective's loss of a token is multiplied by it; KL, bonus and the count of a mean are not. With the ratio
+            of ``"sequence"`` and ``"sequence_token"`` a ``Correction`` multiplies nothing: the engine takes the place
+            of the behaviour policy in the ratio (OpenRLHF's GSPO).
         reduction: ``"none"``: the loss of each token in place of the sum, shaped like ``logprobs`` and 0 at dead
             tokens. It has no weights, so that none may be given.
         Coefficients and parameters: numbers, or tensors of shape ``()`` without gradient. One on a device is never
@@ -228,39 +254,72 @@ def policy_loss(
     caller = "policy_loss"
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs, entropy)
-    cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
-    entry, values, further = resolve(caller, objective, params, logprobs)
+    cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens, mask)
+    entry, values, further, choice = resolve_either(
+        caller, objective, params, logprobs, cu_seqlens, ratio_level, advantages, ref_logprobs
+    )
     ratio = ratio_options(
         caller, entry, logprobs, old_logprobs, rollout_logprobs, ratio_denominator, log_ratio_clamp, log_ratio_sq_coef
     )
     columns = objective_columns(
-        caller, entry, logprobs, ratio.old, advantages, ref_logprobs, ratio.rollout, further, cu_seqlens, ratio_level
+        caller,
+        entry,
+        logprobs,
+        ratio.old,
+        advantages,
+        ref_logprobs,
+        ratio.rollout,
+        further,
+        cu_seqlens,
+        ratio_level,
+        correction is not None,
     )
     live = live_mask(caller, logprobs, mask)
-    if ratio_level == "sequence_sum" and reduction == "aggregation":
+    kl = simplified(kl)
+    if reduction != "aggregation":
+        whole = choice is not None or isinstance(kl, KLTerm)
+        token_weights = losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers, ratio_level, whole)
+    elif choice is not None:
+        aggregation, normalizers = aggregation_of_units(
+            caller, choice.kind.unit, choice.groups, aggregation, weights, normalizers
+        )
+    elif ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
     if reduction == "aggregation":
         token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
-    else:
-        checks.choice(caller, "reduction", reduction, REDUCTIONS)
-        token_weights = losses_of_tokens(caller, live, aggregation, weights, normalizers, ratio_level)
     kl_coef, entropy_coef = check_terms(caller, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
+    factors = policy_factors(
+        caller, correction, top_entropy_fraction, logprobs, old_logprobs, rollout_logprobs, ratio_level, entry, choice
+    )
+    if top_entropy_fraction is not None and entropy is None:
+        raise ValueError(f"{caller}: top_entropy_fraction needs entropy")
+    penalty = None
+    if ref_logprobs is not None and (kl_coef is not None or isinstance(kl, KLTerm)):
+        shared = token_weights, aggregation, cu_seqlens, normalizers, weights is not None, ratio_level
+        penalty = kl_penalty(caller, kl, logprobs, ref_logprobs, ratio.old, None, live, *shared)
 
     real = real_dtype(logprobs.dtype)
     logp = dense(logprobs, real)
-    if ratio.old is None:
-        columns = with_current(columns, logp)
-    loss = ratio_term(caller, entry, logp, columns, values, token_weights, live, cu_seqlens, ratio_level, ratio.clamp)
-    if ratio.square is not None:
-        loss = loss + scaled_sum(ratio.square, SQUARE, logp, [rollout_logprobs], token_weights)
-    if kl_coef is not None:
-        loss = loss + scaled_sum(kl_coef, kl, logp, [ref_logprobs], token_weights)
-    if entropy_coef is not None:
-        # By the objective "nll", which is minus its column, because it takes one launch and plain torch takes six.
-        loss = loss + scaled_sum(entropy_coef, "nll", dense(entropy, real), [], token_weights)
+    loss, columns, of_factors = policy_terms(
+        caller,
+        entry,
+        logp,
+        entropy if entropy is None else dense(entropy, real),
+        columns,
+        values,
+        token_weights,
+        (live, cu_seqlens, ratio_level),
+        ratio,
+        rollout_logprobs,
+        choice,
+        factors,
+        ref_logprobs,
+        penalty,
+        (kl_coef, entropy_coef),
+    )
     if not return_metrics:
         return loss
-    return loss, policy_metrics(
+    metrics = policy_metrics(
         logp,
         columns,
         full_mask(logprobs, live),
@@ -273,3 +332,6 @@ def policy_loss(
         cu_seqlens,
         ratio.clamp,
     )
+    if penalty is not None and isinstance(kl, KLTerm):
+        metrics |= penalty.metrics(logp)
+    return loss, metrics | of_factors

@@ -9,9 +9,20 @@ import torch
 from torch import Tensor
 
 from rlkernels import checks
+from rlkernels.losses.kl_term import EXACT, KLS, KLTerm, exact_kind
+from rlkernels.losses.row_options import ROW_KINDS, RowChoice, row_choice
 from rlkernels.objectives import OBJECTIVES, Objective, registered
 from rlkernels.sequences import per_token
-from rlkernels.types import KL, Number, ObjectiveLike, PerToken, PerTokenOrSequence, RatioLevel
+from rlkernels.types import (
+    KL,
+    ExactKL,
+    Number,
+    ObjectiveLike,
+    ObjectiveOption,
+    PerToken,
+    PerTokenOrSequence,
+    RatioLevel,
+)
 
 ARGUMENTS = {
     "old_logp": "old_logprobs",
@@ -24,7 +35,7 @@ LOG_PROBABILITIES = tuple(name for name in ARGUMENTS if name != "advantage")
 """The columns that are log-probabilities of the tokens, of which a sequence has a sum and a mean."""
 ROW = "the entropy of its row"
 """Stands for the entropy of each row of logits, which such a loss computes itself."""
-RATIO_LEVELS, KLS = get_args(RatioLevel), get_args(KL)
+RATIO_LEVELS = get_args(RatioLevel)
 
 
 def resolve(
@@ -36,13 +47,14 @@ def resolve(
     """
     entry = registered(objective)
     if entry is None or not _is_policy(entry):
-        checks.choice(caller, "objective", objective, [name for name, entry in OBJECTIVES.items() if _is_policy(entry)])
+        known = [name for name, entry in OBJECTIVES.items() if _is_policy(entry)]
+        checks.choice(caller, "objective", objective, [*known, *ROW_KINDS])
     params, further = divided(entry, keywords, ARGUMENTS)
     return entry, checks.params(caller, entry.function.__name__, entry, params, like), further
 
 
 def divided(
-    entry: Objective, keywords: dict[str, Number | PerToken], arguments: Collection[str]
+    entry: Objective, keywords: dict[str, Any], arguments: Collection[str]
 ) -> tuple[dict[str, Number], dict[str, PerToken]]:
     """Divides a caller's keywords into parameters of an objective and columns that no argument fills.
 
@@ -53,6 +65,28 @@ def divided(
         return keywords, {}
     further: dict[str, Any] = {name: keywords[name] for name in names}  # column() refuses what is no tensor
     return {k: x for k, x in keywords.items() if k not in names}, further
+
+
+def resolve_either(
+    caller: str,
+    objective: ObjectiveLike,
+    params: dict[str, ObjectiveOption],
+    like: Tensor,
+    cu_seqlens: Tensor | None,
+    ratio_level: RatioLevel,
+    advantages: PerTokenOrSequence | None,
+    ref_logprobs: PerToken | None,
+) -> tuple[Objective, list[Number], dict[str, PerToken], RowChoice | None]:
+    """Returns what ``resolve`` does, and the RowChoice of an objective of sequences, groups or batches, or None.
+
+    The Objective of such a one has its columns and, for the metrics, the widths of its clip. It is not registered.
+    """
+    choice = row_choice(caller, objective, params, like, cu_seqlens, ratio_level, advantages, ref_logprobs)
+    if choice is None:
+        return *resolve(caller, objective, params, like), None
+    widths = list(choice.clip_widths())
+    entry = Objective(row_choice, choice.kind.columns, ("clip_low", "clip_high")[: len(widths)], None)
+    return entry, widths, {}, choice
 
 
 def _is_policy(entry: Objective) -> bool:
@@ -73,12 +107,14 @@ def objective_columns(
     further: dict[str, PerToken],
     cu_seqlens: Tensor | None,
     ratio_level: RatioLevel,
+    engine_read: bool = False,
 ) -> list[Any]:
     """Returns the columns that the objective takes after ``logp``, shaped like the log-probabilities ``like``.
 
     None stands for the current policy in the place of ``old_logp``.
 
-    ``further``: the columns that the caller passed by their names.
+    ``further``: the columns that the caller passed by their names. ``engine_read``: whether another option reads
+    ``rollout_logprobs``.
     """
     checks.choice(caller, "ratio_level", ratio_level, RATIO_LEVELS)
     if ratio_level != "token" and not any(name in entry.columns for name in LOG_PROBABILITIES):
@@ -86,10 +122,10 @@ def objective_columns(
             f"{caller}: ratio_level={ratio_level!r} needs an objective of a ratio; this one has columns "
             f"{', '.join(entry.columns)}"
         )
-    if rollout_logprobs is not None and "rollout_logp" not in entry.columns:
+    if rollout_logprobs is not None and not engine_read and "rollout_logp" not in entry.columns:
         raise ValueError(
             f"{caller}: objective {entry.function.__name__!r} has no column 'rollout_logp', so that rollout_logprobs "
-            "would have no effect; leave it out"
+            "would have no effect; leave it out, or pass a correction, which reads it"
         )
     if advantages is not None and "advantage" not in entry.columns:
         raise ValueError(
@@ -156,22 +192,36 @@ def check_terms(
     caller: str,
     like: Tensor,
     ref_logprobs: PerToken | None,
-    kl: KL,
+    kl: KL | ExactKL | KLTerm,
     kl_coef: Number,
     entropy: PerToken | str | None,
     entropy_coef: Number,
+    reference: tuple[str, Tensor | None] | None = None,
 ) -> tuple[Number | None, Number | None]:
     """Checks the KL and the entropy term; returns their two coefficients, None where a term takes no part.
 
-    ``entropy``: the caller's entropies, or ``ROW`` for those of the rows of logits.
+    ``entropy``: the caller's entropies, or ``ROW`` for those of the rows of logits. ``reference``: the name and the
+    value of the argument by which a loss over rows takes the reference's rows.
     """
-    checks.choice(caller, "kl", kl, KLS)
+    exact = exact_kind(kl)
+    if exact is None and not isinstance(kl, KLTerm):
+        checks.choice(caller, "kl", kl, KLS if reference is None else KLS + EXACT)
+    if exact is not None and reference is None:
+        raise ValueError(
+            f"{caller}: kl={exact!r} needs whole rows of logits; call logits_policy_loss or linear_policy_loss"
+        )
     kl_coef, entropy_coef = (
         _coefficient(caller, "kl_coef", kl_coef, like),
         _coefficient(caller, "entropy_coef", entropy_coef, like),
     )
-    if kl_coef is not None and ref_logprobs is None:
-        raise ValueError(f"{caller}: kl={kl!r} needs ref_logprobs where kl_coef is not 0")
+    name, rows = ("", None) if reference is None else reference
+    if exact is not None and kl_coef is not None and rows is None:
+        raise ValueError(f"{caller}: kl={exact!r} needs {name} where kl_coef is not 0")
+    if exact is None and rows is not None and ref_logprobs is not None:
+        raise ValueError(f"{caller}: ref_logprobs and {name} both give the reference; pass one of them")
+    if exact is None and kl_coef is not None and ref_logprobs is None and rows is None:
+        name = kl.estimator if isinstance(kl, KLTerm) else kl
+        raise ValueError(f"{caller}: kl={name!r} needs ref_logprobs where kl_coef is not 0")
     if ref_logprobs is not None:
         column(caller, "ref_logprobs", ref_logprobs, like)
     if entropy_coef is not None and entropy is None:

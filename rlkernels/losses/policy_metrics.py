@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rlkernels import ops
+from rlkernels.losses.kl_term import KLTerm
 from rlkernels.losses.policy_ratio import Clamp
 from rlkernels.losses.weighted_sum import parameters
 from rlkernels.objectives import Objective
@@ -25,7 +26,7 @@ def policy_metrics(
     columns: list[Tensor],
     live: Tensor,
     ref_logprobs: Tensor | None,
-    kl: KL,
+    kl: KL | KLTerm,
     entropy: Tensor | None,
     entry: Objective,
     params: list[Number],
@@ -74,9 +75,9 @@ def policy_metrics(
                 metrics[f"seq_{key}"] = shares.sum() / (token_counts(live, cu_seqlens) > 0).sum().clamp(min=1)
         if name in GATES:
             metrics["clip_fraction"] = mean(_left_out(name, logprobs.detach(), columns, params, known.get("advantage")))
-    if ref_logprobs is not None:
+    if ref_logprobs is not None and not isinstance(kl, KLTerm):  # such a term tells its own mean
         gap = ref_logprobs - logprobs.detach()
-        metrics["kl"] = mean({"k1": -gap, "k2": 0.5 * gap * gap, "k3": gap.expm1() - gap}[kl])
+        metrics["kl"] = mean({"k1": -gap, "k2": 0.5 * gap * gap, "k3": gap.expm1() - gap, "abs": gap.abs()}[kl])
     if entropy is not None:
         metrics["entropy"] = mean(entropy.detach().to(logprobs.dtype))  # a mean in bf16 has two digits
     return metrics

@@ -126,6 +126,10 @@ def _clamp(caller: str, entry: Objective, bounds: Any) -> Clamp | None:
         return None
     if not (-torch.inf if low is None else low) < (torch.inf if high is None else high):  # NaN fails too
         raise ValueError(f"{caller}: log_ratio_clamp must be a pair low < high, got {bounds}")
+    if entry.tree is None:
+        raise ValueError(
+            f"{caller}: an objective of sequences, groups or batches takes no log_ratio_clamp; leave it out"
+        )
     found = log_ratio(entry)
     if found is None:
         raise ValueError(

@@ -136,6 +136,7 @@ def dpo_loss(
     num_gold_tokens: Number | None = None,
     reduction: Reduction = "mean",
     return_metrics: Literal[False] = False,
+    **params: Number,
 ) -> Scalar: ...
 
 
@@ -173,6 +174,7 @@ def dpo_loss(
     num_gold_tokens: Number | None = None,
     reduction: Reduction = "mean",
     return_metrics: Literal[True],
+    **params: Number,
 ) -> tuple[Scalar, Metrics]: ...
 
 
@@ -210,6 +212,7 @@ def dpo_loss(
     num_gold_tokens: Number | None = None,
     reduction: Reduction = "mean",
     return_metrics: bool,
+    **params: Number,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
@@ -246,6 +249,7 @@ def dpo_loss(
     num_gold_tokens: Number | None = None,
     reduction: Reduction = "mean",
     return_metrics: bool = False,
+    **params: Number,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Direct preference optimisation and its relatives, from the summed log-probabilities of pairs: one launch a term.
 
@@ -281,7 +285,10 @@ def dpo_loss(
         beta: strength of the tie to the reference, or inverse temperature; a number, or one per pair, ``[B]``. At 0 a
             loss is a constant; one that divides by it wants more. It, and every other number here, may be a tensor of
             shape ``()``, as for ``policy_loss``.
-        loss_type, loss_weights: a name, or a tuple of names with a weight ``c`` each (1).
+        loss_type, loss_weights: a name, or a tuple of names with a weight ``c`` each (1). An objective of your own with
+            the one column ``margin``, which is ``D``, is a loss type, too: its function, or its name.
+        params: parameters of your own objectives, with the defaults of their signatures; ``beta`` and
+            ``label_smoothing`` are the options.
         label_smoothing: ``e``, the assumed share of flipped labels, in ``[0, 1]``; not 0 or 1 with ``"exo_pair"``, not
             0.5 with ``"robust"``.
         reference_free: the reference counts as 0 in the loss, not in the metrics.
@@ -312,6 +319,7 @@ def dpo_loss(
     Raises:
         ValueError: an option out of range, unknown, or not looked at by the loss; unequal numbers of pairs; a reference
             or lengths missing; log-probabilities of tokens, ``[B, L]``; on a CPU lengths below 0.
+        TypeError: a parameter that no loss of the mixture takes, or one that an objective of your own needs.
 
     Example:
         >>> chosen, rejected = torch.tensor([-10.0, -12.0]), torch.tensor([-11.0, -11.0])
@@ -358,6 +366,7 @@ def dpo_loss(
         num_pairs=num_pairs,
         num_chosen_tokens=num_chosen_tokens,
         num_gold_tokens=num_gold_tokens,
+        **params,
     )
     checks.choice(caller, "reduction", reduction, REDUCTIONS)
     if reduction != "mean" and num_pairs is not None:

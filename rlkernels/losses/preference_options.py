@@ -1,5 +1,6 @@
 """The options of the losses of preference pairs, checked once for a batch."""
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import column, present
-from rlkernels.losses.preference_types import KINDS, Kind
+from rlkernels.losses.preference_types import FROM_OPTIONS, KINDS, Kind, kind_of_user
 from rlkernels.tracing import replaced
 from rlkernels.types import FDivergence, LossTypes, LossWeights, Number, PerPair
 
@@ -48,6 +49,7 @@ class PreferenceOptions(NamedTuple):
     pair_weights: torch.Tensor | None = None
     win_and_lose: tuple[torch.Tensor, torch.Tensor] | None = None  # the shares that the rewards ask for
     num_pairs: Number = 1.0  # the divisor of a mean
+    params: dict[str, tuple[Number, ...]] = {}  # of each objective of a user's own, by its name
 
     def separable(self) -> bool:
         """Tells whether the loss of each pair depends on that pair alone, so that a batch may be cut into parts."""
@@ -61,7 +63,7 @@ class PreferenceOptions(NamedTuple):
         """Returns the options of the pairs ``[start, end)`` of the batch."""
         lengths = None if self.lengths is None else tuple(x[start:end] for x in self.lengths)
         empty, weights = (None if x is None else x[start:end] for x in (self.empty, self.pair_weights))
-        beta = self.beta[start:end] if self.each_has_a_beta() else self.beta
+        beta = self.beta[start:end] if isinstance(self.beta, torch.Tensor) and self.beta.dim() else self.beta
         shares = None if self.win_and_lose is None else tuple(x[start:end] for x in self.win_and_lose)
         return replaced(self, beta=beta, lengths=lengths, empty=empty, pair_weights=weights, win_and_lose=shares)
 
@@ -99,11 +101,12 @@ def preference_options(
     num_pairs: Number | None = None,
     num_chosen_tokens: Number | None = None,
     num_gold_tokens: Number | None = None,
+    **params: Number,
 ) -> PreferenceOptions:
     """Checks the options of ``dpo_loss``. ``like``: a tensor ``[B]`` of the dtype and device of the losses."""
-    names = (loss_type,) if isinstance(loss_type, str) else checks.several(caller, "loss_type", loss_type)
-    for name in names:
-        checks.choice(caller, "loss_type", name, KINDS)
+    single = isinstance(loss_type, str) or inspect.isfunction(loss_type)
+    kinds = [_kind(caller, x) for x in ((loss_type,) if single else checks.several(caller, "loss_type", loss_type))]
+    names = tuple(name for name, _ in kinds)
     weights = (1.0,) * len(names) if loss_weights is None else checks.several(caller, "loss_weights", loss_weights)
     if not names or len(weights) != len(names):
         raise ValueError(
@@ -116,7 +119,7 @@ def preference_options(
         raise ValueError(f"{caller}: alpha needs f_divergence='alpha_divergence', got {f_divergence!r}")
     options = PreferenceOptions(
         names,
-        tuple(KINDS[name] for name in names),
+        tuple(kind for _, kind in kinds),
         weights,
         beta,
         label_smoothing,
@@ -133,6 +136,8 @@ def preference_options(
         1.0 if tpo_alpha is None else tpo_alpha,
     )
     options = _numbers(caller, options, like)
+    if params or any(kind.objective is not None for kind in options.kinds):
+        options = _params(caller, options, like, params)
     _check_use(
         caller,
         options,
@@ -158,6 +163,45 @@ def preference_options(
     return _gold(caller, options, like, gold_logps, gold_lengths, num_gold_tokens)
 
 
+def _kind(caller: str, loss_type: object) -> tuple[str, Kind]:
+    """Returns the name of a loss type and its kind, of the library or of a user's objective."""
+    if isinstance(loss_type, str) and loss_type in KINDS:
+        return loss_type, KINDS[loss_type]
+    own = kind_of_user(loss_type)
+    if own is None:
+        checks.choice(caller, "loss_type", loss_type, KINDS)
+        raise AssertionError("unreachable, because every known name is in the table")
+    if own[0] in KINDS:
+        raise ValueError(f"{caller}: loss_type {own[0]!r} is a loss of the library; rename the function")
+    return own
+
+
+def _params(caller: str, options: PreferenceOptions, like: Tensor, params: dict[str, Number]) -> PreferenceOptions:
+    """Checks the parameters of users' objectives; returns the options with their values."""
+    found, known = {}, set()
+    for name, kind in zip(options.names, options.kinds, strict=True):
+        entry = kind.objective
+        if entry is None:
+            continue
+        own = [x for x in entry.params if x not in FROM_OPTIONS]
+        for x in (x for x in own if x in OPTIONS):
+            raise ValueError(f"{caller}: parameter {x!r} of loss_type {name!r} has the name of an option; rename it")
+        for x in (x for x, _ in entry.defaults if x in FROM_OPTIONS):
+            raise ValueError(f"{caller}: {x!r} of loss_type {name!r} is the option {x}; leave its default out")
+        if options.each_has_a_beta() and "beta" in entry.params:
+            raise ValueError(f"{caller}: loss_type {name!r} takes no beta per pair; pass a number")
+        known |= set(own)
+        given = {x: params[x] for x in own if x in params}
+        given |= {x: getattr(options, x) for x in FROM_OPTIONS if x in entry.params}
+        found[name] = tuple(checks.params(caller, name, entry, given, like))
+    for x in (x for x in params if x not in known):
+        raise TypeError(
+            f"{caller}: loss_type {_listed(options.names)} takes no {x!r}; "
+            f"{f'it takes {_listed(tuple(sorted(known)))}' if known else 'it takes no parameters of its own'}"
+        )
+    return replaced(options, params=found)
+
+
 def _numbers(caller: str, options: PreferenceOptions, like: Tensor) -> PreferenceOptions:
     """Checks the numbers among the options; returns the options with each as a Python number, or a tensor of one."""
     number = checks.coefficient
@@ -166,7 +210,7 @@ def _numbers(caller: str, options: PreferenceOptions, like: Tensor) -> Preferenc
     }
     if not options.each_has_a_beta():
         divides = any(kind.divides for kind in options.kinds)
-        check = checks.positive if divides else _from_zero
+        check = checks.positive if divides else from_zero
         numbers["beta"] = number(check, caller, "beta", options.beta, like)
     smoothing = numbers["label_smoothing"]
     if "exo_pair" in options.names and (not present(smoothing) or _is(smoothing, 1.0)):
@@ -190,14 +234,14 @@ def _is(x: Number, value: float) -> bool:
     return not isinstance(x, torch.Tensor) and x == value
 
 
-def _from_zero(caller: str, name: str, x: Number) -> float:
+def from_zero(caller: str, name: str, x: Number) -> float:
     """Returns a number that may be 0, and is positive otherwise."""
     return 0.0 if checks.real(caller, name, x) == 0 else checks.positive(caller, name, x)
 
 
 def _beta_per_pair(caller: str, options: PreferenceOptions, like: Tensor) -> PreferenceOptions:
     """Checks a beta per pair; a pair of weight 0 gets 1, whatever its own is."""
-    if not options.each_has_a_beta():
+    if not isinstance(options.beta, torch.Tensor) or not options.beta.dim():
         return options
     column(caller, "beta", options.beta, like, "chosen_logps")
     if not options.separable():
@@ -351,3 +395,7 @@ def _tensors(
 
 def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(map(repr, names))
+
+
+OPTIONS = frozenset(inspect.signature(preference_options).parameters)
+"""The names that a parameter of a user's objective cannot have, because a loss of pairs takes them itself."""

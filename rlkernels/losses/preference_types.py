@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlkernels.losses.policy_arguments import present
 from rlkernels.losses.weighted_sum import each
-from rlkernels.objectives import OBJECTIVES
+from rlkernels.objectives import OBJECTIVES, Objective, registered
 from rlkernels.types import Number
 
 if TYPE_CHECKING:  # because the options are made from the table below
@@ -136,6 +136,10 @@ def _margin(objective: str, *names: str, averaged: bool = False) -> Terms:
     ]
 
 
+def _of_user(objective: str) -> Terms:
+    return lambda p, o: [(1.0, objective, p.margin(o.length_normalized), o.params[objective])]
+
+
 def _policy(objective: str, *names: str) -> Terms:
     return lambda p, o: [
         (1.0, objective, p.policy_margin(o.length_normalized), tuple(getattr(o, name) for name in names))
@@ -224,6 +228,7 @@ class Kind(NamedTuple):
     # The coefficient of the mean over tokens of -log pi of the chosen answers. In losses that take cpo_alpha, that
     # option replaces it.
     likelihood: float = 0.0
+    objective: Objective | None = None  # of a user's own, with parameters of its own
 
     def likelihood_coefficient(self, options: "PreferenceOptions") -> Number:
         """Returns the coefficient of the likelihood of the chosen answers."""
@@ -232,7 +237,7 @@ class Kind(NamedTuple):
 
 SMOOTH, SCORE, AVERAGE = ("label_smoothing",), ("f_divergence", "length_normalized"), ("length_normalized",)
 POLICY = ("alphapo_alpha", "cpo_alpha", "length_normalized")
-TRIPLE = ("tpo_alpha", "gold_logps", "gold_lengths")
+TRIPLE = ("alphapo_alpha", "tpo_alpha", "gold_logps", "gold_lengths")
 KINDS = {
     "sigmoid": Kind(_margin("dpo_sigmoid", "beta", "label_smoothing"), SMOOTH + SCORE),
     "hinge": Kind(_margin("hinge", "beta"), SCORE),
@@ -267,5 +272,19 @@ KINDS = {
     "tpo_ipo": Kind(_policy("ipo", "beta"), AVERAGE + TRIPLE, reference=False, divides=True, gold=True),
     "tpo_l": Kind(_simpo, (*SMOOTH, *TRIPLE, "simpo_gamma"), averages=True, reference=False, divides=True, gold=True),
 }
+FROM_OPTIONS = ("beta", "label_smoothing")
+"""The parameters of a user's objective that are options of every loss of pairs."""
+
+
+def kind_of_user(loss_type: object) -> tuple[str, Kind] | None:
+    """Returns the name and the kind of a user's objective of one margin, None where it is no such objective."""
+    entry = registered(loss_type)
+    if entry is None or entry.columns != ("margin",) or entry.function.__module__.startswith("rlkernels.objectives."):
+        return None
+    name, params = entry.function.__name__, entry.params
+    takes = SCORE + tuple(x for x in FROM_OPTIONS[1:] if x in params)
+    return name, Kind(_of_user(name), takes, divides="beta" in params, objective=entry)
+
+
 SEPARABLE = {name: kind.separable for name, kind in KINDS.items()}
 """From the name of a loss to whether its batch may be cut into chunks of pairs."""

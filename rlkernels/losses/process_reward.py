@@ -12,6 +12,7 @@ from rlkernels.logits_layout import dense, flatten_logits
 from rlkernels.logprobs import shaped
 from rlkernels.losses.token_weights import full_mask, live_mask, loss_weights, token_weights_of
 from rlkernels.losses.weighted_sum import weighted_sum
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import result_dtype, segment_reduce, token_counts
 from rlkernels.types import (
     Aggregation,
@@ -88,6 +89,7 @@ def process_reward_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 def process_reward_loss(
     logits: Logits,
     labels: StepLabels,
@@ -159,7 +161,7 @@ def process_reward_loss(
         )
     checks.no_forward_ad(caller, logits)
     like = labels.new_empty(shape, dtype=real_dtype(logits.dtype))
-    cu_seqlens = checks_tokens.rows(caller, "labels", labels, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "labels", labels, cu_seqlens, mask)
     steps = full_mask(like, live_mask(caller, like, mask)) & _scoring(caller, labels, input_ids, placeholder_id)
     live = steps & ((labels.double() if soft else labels.long()) != ignore_index)
     steps = live if input_ids is None else steps
@@ -270,6 +272,7 @@ def _accuracy(right: Tensor, steps: Tensor, dtype: torch.dtype) -> Metrics:
     return {"accuracy": right.sum().to(dtype) / steps.sum().clamp(min=1)}
 
 
+@takes_one_row()
 def solution_scores(
     step_scores: PerToken, mask: Mask | None = None, *, kind: StepReduction = "min", cu_seqlens: Offsets | None = None
 ) -> PerSequence:
@@ -300,7 +303,7 @@ def solution_scores(
     caller = "solution_scores"
     checks.floating(caller, "step_scores", step_scores)
     checks.choice(caller, "kind", kind, STEP_REDUCTIONS)
-    offsets = checks_tokens.rows(caller, "step_scores", step_scores, cu_seqlens)
+    offsets = checks_tokens.rows(caller, "step_scores", step_scores, cu_seqlens, mask)
     checks.mask(caller, mask, step_scores.shape)
     checks.one_device(caller, "step_scores", step_scores, mask=mask)
     checks.no_forward_ad(caller, step_scores)

@@ -13,6 +13,7 @@ from rlkernels.logprobs import collect
 from rlkernels.losses.policy_arguments import column, present
 from rlkernels.losses.token_weights import TokenWeights, live_tokens, loss_weights
 from rlkernels.losses.weighted_sum import weighted_sum
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import per_token
 from rlkernels.types import (
     Aggregation,
@@ -84,6 +85,7 @@ def logprobs_sft_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row()
 def logprobs_sft_loss(
     logprobs: PerToken,
     mask: Mask | None = None,
@@ -123,7 +125,7 @@ def logprobs_sft_loss(
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs)
     checks.choice(caller, "kind", kind, KINDS)
-    cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens, mask)
     live = live_tokens(caller, logprobs, mask)
     weights = sft_weights(
         caller, logprobs, live, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers
@@ -207,6 +209,7 @@ def sft_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 def sft_loss(
     logits: Logits,
     targets: Targets,
@@ -280,7 +283,7 @@ def sft_loss(
     checks.choice(caller, "kind", kind, LOGITS_KINDS)
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=flat.real)
-    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens, mask)
     live = live_tokens(caller, like, mask) & (targets != ignore_index)
     everywhere = (
         mask is None
@@ -310,7 +313,7 @@ def sft_loss(
     rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
     if not return_metrics:
         return rows.loss
-    return rows.loss, {**sft_metrics(rows.logp, weights), "entropy": _mean(rows.entropy, weights)}
+    return rows.loss, {**sft_metrics(rows.logp, weights), "entropy": mean_where_read(rows.entropy, weights)}
 
 
 def _numbers(
@@ -384,8 +387,8 @@ def _of_statistics(
     loss = loss.to(flat.real)
     if not return_metrics:
         return loss
-    metrics = {**sft_metrics(stats.logprobs, weights), "entropy": _mean(stats.entropy, weights)}
-    return loss, {**metrics, "z_loss": _mean(squares, of_rows)} if present(z_loss_coef) else metrics
+    metrics = {**sft_metrics(stats.logprobs, weights), "entropy": mean_where_read(stats.entropy, weights)}
+    return loss, {**metrics, "z_loss": mean_where_read(squares, of_rows)} if present(z_loss_coef) else metrics
 
 
 def _dot(weights: Tensor, x: Tensor) -> Tensor:
@@ -425,10 +428,10 @@ def sft_weights(
 @torch.no_grad()
 def sft_metrics(logp: Tensor, weights: Tensor) -> Metrics:
     """Computes the mean NLL and the mean probability of the tokens whose weight is not 0."""
-    return {"nll": _mean(-logp, weights), "probability": _mean(logp.exp(), weights)}
+    return {"nll": mean_where_read(-logp, weights), "probability": mean_where_read(logp.exp(), weights)}
 
 
-def _mean(x: Tensor, weights: Tensor) -> Tensor:
+def mean_where_read(x: Tensor, weights: Tensor) -> Tensor:
     """Computes the mean over the tokens that were read, which are those whose weight is not 0."""
     read = weights != 0
     return torch.where(read, x.detach(), 0.0).sum() / read.sum().clamp(min=1)

@@ -32,6 +32,20 @@ class TokenWeights(NamedTuple):
         """Returns the same weights times a number."""
         return replaced(self, scale=product(self.scale, factor))
 
+    def dense(self, live: Tensor, real: torch.dtype) -> Tensor:
+        """Returns the weights as one tensor of the dtype ``real``, 0 where a token is not ``live``."""
+        weight = torch.ones_like(live, dtype=real) if self.values is None else self.values.to(real)
+        if self.count is not None:
+            weight = weight / self.count.clamp(min=1)
+        return torch.where(live, weight * self.scale, 0.0)
+
+    def times(self, factor: Tensor) -> "TokenWeights":
+        """Returns the same weights times a factor of each token, which is 0 at dead tokens."""
+        if self.values is None:
+            return replaced(self, values=factor)
+        values = factor if self.values.dtype == torch.bool else self.values * factor
+        return replaced(self, values=torch.where(self.values != 0, values, 0.0))
+
 
 def live_tokens(caller: str, like: Tensor, mask: Mask | None) -> Tensor:
     """Checks a mask and returns it as bool, shaped like ``like``; without one every token is live."""
@@ -69,20 +83,56 @@ def aggregation_of_sequences(aggregation: Aggregation, weights: PerToken | None)
 
 def losses_of_tokens(
     caller: str,
+    reduction: PolicyReduction,
     live: Tensor | None,
     aggregation: Aggregation,
     weights: PerToken | None,
     normalizers: Normalizers | None,
     ratio_level: RatioLevel,
+    whole: bool,
 ) -> TokenWeights:
-    """Returns the TokenWeights of a loss that is not summed; refuses what would weigh its tokens."""
+    """Returns the TokenWeights of a loss that is not summed; refuses what would weigh its tokens.
+
+    ``whole``: whether a term belongs to more than a token, or has weights of its own.
+    """
+    checks.choice(caller, "reduction", reduction, REDUCTIONS)
     if aggregation != "token-mean" or weights is not None or normalizers:
         raise ValueError(f"{caller}: reduction='none' weighs no token; leave out aggregation, weights and normalizers")
     if ratio_level == "sequence_sum":
         raise ValueError(
             f"{caller}: ratio_level='sequence_sum' has one loss per sequence; reduction must not be 'none'"
         )
+    if whole:
+        raise ValueError(
+            f"{caller}: an objective of sequences, groups or batches, a KLTerm and an exact KL are no losses of single "
+            "tokens; reduction must not be 'none'"
+        )
     return TokenWeights(live, each=True)
+
+
+def aggregation_of_units(
+    caller: str,
+    unit: str,
+    groups: Tensor | None,
+    aggregation: Aggregation,
+    weights: PerToken | None,
+    normalizers: Normalizers | None,
+) -> tuple[Aggregation, Normalizers | None]:
+    """Returns aggregation and normalisers of one loss per ``unit``: a token, a sequence, or a group of ``groups``.
+
+    ``"token-mean"`` becomes the mean over units.
+    """
+    if unit == "sequence":
+        return aggregation_of_sequences(aggregation, weights), normalizers
+    if unit != "group" or weights is not None:
+        return aggregation, normalizers
+    aggregation = "group-mean" if aggregation == "token-mean" else aggregation
+    if aggregation not in ("group-mean", "prompt-mean"):
+        return aggregation, normalizers
+    given = checks_tokens.keywords(caller, normalizers)
+    if "group_ids" in given:
+        raise ValueError(f"{caller}: the objective already has the groups; normalizers takes no group_ids here")
+    return aggregation, {**given, "group_ids": groups}
 
 
 def loss_weights(

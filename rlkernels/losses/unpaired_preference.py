@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from rlkernels import checks
+from rlkernels.advantages.moments import masked_moments, over_ranks
 from rlkernels.losses.policy_arguments import column
 from rlkernels.losses.preference import common_dtype, per_answer, weighted_terms
+from rlkernels.losses.preference_options import from_zero
 from rlkernels.losses.weighted_sum import each
+from rlkernels.tracing import replaced
 from rlkernels.types import Metrics, Number, PerAnswer, Scalar, UnpairedLossType
 
 LOSS_TYPES = get_args(UnpairedLossType)
@@ -17,7 +20,8 @@ LOSS_TYPES = get_args(UnpairedLossType)
 class UnpairedOptions(NamedTuple):
     """The checked options of ``unpaired_preference_loss``.
 
-    ``baseline``: the number that is subtracted from each log-ratio (kto) or reward (bco).
+    ``baseline``: the number that is subtracted from each log-ratio (kto) or reward (bco). ``lengths``: by which
+    log-ratios are divided, at least 1, or None.
     """
 
     loss_type: str
@@ -25,6 +29,11 @@ class UnpairedOptions(NamedTuple):
     desirable_weight: Number
     undesirable_weight: Number
     baseline: Number
+    lengths: Tensor | None = None
+
+    def part(self, first: int, last: int) -> "UnpairedOptions":
+        """Returns the options of the answers ``[first, last)``."""
+        return self if self.lengths is None else replaced(self, lengths=self.lengths[first:last])
 
     def separable(self) -> bool:
         """Tells whether the loss of each answer depends on that answer alone, so that a batch may be cut into parts."""
@@ -43,10 +52,13 @@ def unpaired_options(
     kl_logps: PerAnswer | None = None,
     ref_kl_logps: PerAnswer | None = None,
     delta: Number | None = None,
+    length_normalized: bool = False,
+    lengths: PerAnswer | None = None,
+    kl_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> UnpairedOptions:
     """Checks the options; ``like``: a tensor of the dtype and device of the losses."""
     checks.choice(caller, "loss_type", loss_type, LOSS_TYPES)
-    beta = checks.coefficient(checks.positive, caller, "beta", beta, like)
+    beta = checks.coefficient(from_zero, caller, "beta", beta, like)
     desirable_weight, undesirable_weight = (
         checks.coefficient(checks.finite, caller, name, x, like)
         for name, x in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight))
@@ -57,6 +69,8 @@ def unpaired_options(
                 f"{caller}: {name} must not be negative, got {x}; the labels say which way an answer moves"
             )
     takes = {"kto": ("kl", "kl_logps", "ref_kl_logps"), "bco": ("delta",)}.get(loss_type, ())
+    if kl_group is not None and kl_logps is None:
+        raise ValueError(f"{caller}: kl_group averages kl_logps over its ranks; it needs these")
     for name, x in {"kl": kl, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps, "delta": delta}.items():
         if x is not None and name not in takes:
             raise ValueError(f"{caller}: loss_type {loss_type!r} takes no {name}; leave it out")
@@ -66,8 +80,24 @@ def unpaired_options(
     elif loss_type == "kto" and kl_logps is None and ref_kl_logps is None:
         baseline = _number(caller, "kl", kl, like)
     elif loss_type == "kto":
-        baseline = _kl(caller, kl, kl_logps, ref_kl_logps, like)
-    return UnpairedOptions(loss_type, beta, desirable_weight, undesirable_weight, baseline)
+        baseline = _kl(caller, kl, kl_logps, ref_kl_logps, kl_group, like)
+    lengths = _lengths(caller, length_normalized, lengths, like)
+    return UnpairedOptions(loss_type, beta, desirable_weight, undesirable_weight, baseline, lengths)
+
+
+def _lengths(caller: str, normalized: bool, lengths: PerAnswer | None, like: Tensor) -> Tensor | None:
+    """Checks the lengths of the answers; returns them, at least 1, where log-ratios are divided by them."""
+    if lengths is not None:
+        checks.counts(caller, "lengths", lengths, like.shape)
+        checks.no_gradient(caller, lengths=lengths)
+        checks.one_device(caller, "logps", like, lengths=lengths)
+    if not normalized:
+        if lengths is not None:
+            raise ValueError(f"{caller}: lengths are looked at with length_normalized=True alone; leave them out")
+        return None
+    if lengths is None:
+        raise ValueError(f"{caller}: length_normalized needs lengths: the number of tokens of each answer")
+    return lengths.to(like.dtype).clamp(min=1.0)
 
 
 def _number(caller: str, name: str, x: Number | None, like: Tensor) -> Number:
@@ -88,7 +118,12 @@ def _number(caller: str, name: str, x: Number | None, like: Tensor) -> Number:
 
 
 def _kl(
-    caller: str, kl: Number | None, kl_logps: PerAnswer | None, ref_kl_logps: PerAnswer | None, like: Tensor
+    caller: str,
+    kl: Number | None,
+    kl_logps: PerAnswer | None,
+    ref_kl_logps: PerAnswer | None,
+    group: "torch.distributed.ProcessGroup | None",
+    like: Tensor,
 ) -> Tensor:
     """Estimates the KL by the mean log-ratio of answers to other prompts, at least 0."""
     if kl is not None or kl_logps is None or ref_kl_logps is None:
@@ -101,7 +136,11 @@ def _kl(
     column(caller, "ref_kl_logps", ref_kl_logps, kl_logps, "kl_logps")
     checks.one_device(caller, "logps", like, kl_logps=kl_logps)
     drift = kl_logps.detach().to(like.dtype) - ref_kl_logps.to(like.dtype)
-    return (drift.sum() / max(drift.numel(), 1)).clamp(min=0.0)
+    if group is None:
+        return (drift.sum() / max(drift.numel(), 1)).clamp(min=0.0)
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"{caller}: kl_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+    return torch.as_tensor(over_ranks(caller, masked_moments(drift), group).mean).clamp(min=0.0).to(like.dtype)
 
 
 def sequence_losses(
@@ -136,6 +175,8 @@ def _margins(
     checks.one_device(caller, "logps", logps, desirable=desirable)
     real, good = common_dtype(logps, ref_logps), desirable != 0
     log_ratio = logps.to(real) - ref_logps.to(real)
+    if options.lengths is not None:
+        log_ratio = log_ratio / options.lengths
     if options.loss_type == "bco":
         reward = options.beta * log_ratio - options.baseline
         return torch.where(good, reward, -reward), "pairwise", ()
@@ -162,6 +203,9 @@ def unpaired_preference_loss(
     kl_logps: PerAnswer | None = None,
     ref_kl_logps: PerAnswer | None = None,
     delta: Number | None = None,
+    length_normalized: bool = False,
+    lengths: PerAnswer | None = None,
+    kl_group: "torch.distributed.ProcessGroup | None" = None,
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
 
@@ -180,6 +224,9 @@ def unpaired_preference_loss(
     kl_logps: PerAnswer | None = None,
     ref_kl_logps: PerAnswer | None = None,
     delta: Number | None = None,
+    length_normalized: bool = False,
+    lengths: PerAnswer | None = None,
+    kl_group: "torch.distributed.ProcessGroup | None" = None,
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
 
@@ -198,6 +245,9 @@ def unpaired_preference_loss(
     kl_logps: PerAnswer | None = None,
     ref_kl_logps: PerAnswer | None = None,
     delta: Number | None = None,
+    length_normalized: bool = False,
+    lengths: PerAnswer | None = None,
+    kl_group: "torch.distributed.ProcessGroup | None" = None,
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
@@ -215,6 +265,9 @@ def unpaired_preference_loss(
     kl_logps: PerAnswer | None = None,
     ref_kl_logps: PerAnswer | None = None,
     delta: Number | None = None,
+    length_normalized: bool = False,
+    lengths: PerAnswer | None = None,
+    kl_group: "torch.distributed.ProcessGroup | None" = None,
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Losses of answers that are desirable or not, without pairs: value and derivative in one launch.
@@ -239,11 +292,14 @@ def unpaired_preference_loss(
         kl_logps, ref_kl_logps: instead of ``kl``: ``[M]``, log-probabilities of answers to other prompts; ``kl`` is
             then the mean of their difference, at least 0. None of them gives 0.
         delta: for ``"bco"``: the running mean of all rewards, a number or a tensor of shape ``()``.
+        length_normalized: ``rho / n`` instead of ``rho``, ``n`` the ``lengths``, tokens per answer, ``[N]``;
+            ``kl_logps`` are averages then, too.
+        kl_group: the ranks over whose ``kl_logps`` the mean runs; each may have another number of them.
 
     Returns:
         Scalar, fp32 (fp64 where any of the log-probabilities is). No answer gives 0. With ``return_metrics``, ``(loss,
-        dict)`` with the mean implicit reward ``beta rho`` of each class (0 where it has no answer), and ``kl`` with
-        ``"kto"``.
+        dict)`` with the mean implicit reward ``beta rho`` and the mean log-probability of each class (0 where it has no
+        answer), the difference of the rewards, and ``kl`` with ``"kto"``.
 
     Raises:
         ValueError: an option out of range, unknown, or not looked at by the loss; shapes that differ; ``kl`` or
@@ -274,6 +330,9 @@ def unpaired_preference_loss(
         kl_logps=kl_logps,
         ref_kl_logps=ref_kl_logps,
         delta=delta,
+        length_normalized=length_normalized,
+        lengths=lengths,
+        kl_group=kl_group,
     )
     margin, objective, params = _margins(caller, logps, ref_logps, desirable, options)
     loss = weighted_terms(
@@ -282,11 +341,14 @@ def unpaired_preference_loss(
     if not return_metrics:
         return loss
     with torch.no_grad():
-        rewards, good = options.beta * (like - ref_logps), desirable != 0
+        rewards, good = like - ref_logps, desirable != 0
+        rewards = options.beta * (rewards if options.lengths is None else rewards / options.lengths)
         metrics = {
-            f"reward_{name}": torch.where(one, rewards, 0.0).sum() / one.sum().clamp(min=1)
+            f"{what}_{name}": torch.where(one, x, 0.0).sum() / one.sum().clamp(min=1)
+            for what, x in (("reward", rewards), ("logps", like))
             for name, one in (("desirable", good), ("undesirable", ~good))
         }
+        metrics["reward_margin"] = metrics["reward_desirable"] - metrics["reward_undesirable"]
         if loss_type == "kto":
             kl = options.baseline
             # Filled on the device, because the host would wait for a copy.

@@ -13,6 +13,7 @@ from rlkernels.losses.policy_arguments import column, divided, missing_column
 from rlkernels.losses.token_weights import full_mask, live_mask, token_weights_of
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.objectives import OBJECTIVES, Objective, registered
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.types import Aggregation, Mask, Metrics, Normalizers, Number, ObjectiveLike, Offsets, PerToken, Scalar
 
 ARGUMENTS = {"old_value": "old_values", "returns": "returns"}
@@ -73,6 +74,7 @@ def value_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row()
 def value_loss(
     values: PerToken,
     old_values: PerToken | None,
@@ -123,7 +125,7 @@ def value_loss(
     caller = "value_loss"
     checks.floating(caller, "values", values)
     checks.no_forward_ad(caller, values)
-    cu_seqlens = checks_tokens.rows(caller, "values", values, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "values", values, cu_seqlens, mask)
     entry, settings, further = _objective(caller, objective, clip_range, params, values)
     name, inputs = entry.function.__name__, {"old_value": old_values, "returns": returns, **further}
     columns = []

@@ -61,23 +61,28 @@ def weighted_sum(objective: str, first: Tensor, others: list[Tensor], params: Pa
 
 
 def _terms(objective: str, first: Tensor, others: list[Tensor], params: Params, weights: TokenWeights) -> Tensor:
-    """Computes ``scale l(first_i, others_i)``, and 0 without a gradient where ``weights.values`` is 0."""
-    live = None if weights.values is None else weights.values.to(first.dtype).contiguous()
+    """Computes ``scale f_i l(first_i, others_i)``, and 0 without a gradient where ``weights.values`` is 0.
+
+    ``f``: ``weights.values`` where they are factors, not a mask.
+    """
+    live = None if weights.values is None else weights.values.detach().to(first.dtype).contiguous()
     value = ops.elementwise(objective, first, others, parameters(params), live, ops.serving("elementwise", first))[1]
+    if weights.values is not None and weights.values.dtype != torch.bool:
+        value = value * live
     return value if type(weights.scale) is float and weights.scale == 1.0 else value * weights.scale
 
 
 def scaled_sum(
-    coefficient: Number, objective: str, first: Tensor, others: list[Tensor], weights: TokenWeights
+    coefficient: Number, objective: str, first: Tensor, others: list[Tensor], weights: TokenWeights, params: Params = ()
 ) -> Tensor:
-    """Computes ``coefficient`` times the weighted sum of an objective without parameters.
+    """Computes ``coefficient`` times the weighted sum of an objective.
 
     A number becomes a factor of the weights. A tensor multiplies the sum.
     """
     if not isinstance(coefficient, torch.Tensor):
-        return weighted_sum(objective, first, others, (), weights.scaled(coefficient))
+        return weighted_sum(objective, first, others, params, weights.scaled(coefficient))
     # A copy, because a scheduler may write the next coefficient before the backward.
-    return weighted_sum(objective, first, others, (), weights) * coefficient.to(first.dtype, copy=True)
+    return weighted_sum(objective, first, others, params, weights) * coefficient.to(first.dtype, copy=True)
 
 
 def each(objective: str, x: Tensor, params: Params, weight: Tensor | None) -> Tensor:

@@ -12,6 +12,15 @@ module here has the name of a function, because one would hide the other.
 from rlkernels.backends import serving as _serving
 from rlkernels.backends.protocol import ENTROPY, IS_TOP1, KL, LOG_SUM_SQ, MEAN_LOGITS
 from rlkernels.ops.columns import elementwise, elementwise_backward, weighted_loss, weighted_loss_backward
+from rlkernels.ops.divergence import (
+    Teacher,
+    divergence_backward,
+    divergence_backward_into,
+    divergence_op,
+    divergences,
+    run_divergence,
+    weighted,
+)
 from rlkernels.ops.loss_with_gradients import with_gradients
 from rlkernels.ops.packed import gae, offsets
 from rlkernels.ops.policy import fused_policy, fused_policy_op, run_fused
@@ -24,14 +33,20 @@ from rlkernels.ops.rows import (
     token_stats_fake,
     token_stats_op,
 )
+from rlkernels.ops.several_targets import target_logprobs, target_logprobs_op
 from rlkernels.tracing import number, numbers
 
 __all__ = [
     "ENTROPY",
     "FLAGS",
     "KL",
+    "Teacher",
     "calls",
     "define",
+    "divergence_backward",
+    "divergence_backward_into",
+    "divergence_op",
+    "divergences",
     "elementwise",
     "elementwise_backward",
     "fused_policy",
@@ -41,14 +56,18 @@ __all__ = [
     "numbers",
     "offsets",
     "run",
+    "run_divergence",
     "run_fused",
     "serving",
+    "target_logprobs",
+    "target_logprobs_op",
     "token_stats",
     "token_stats_backward",
     "token_stats_backward_",
     "token_stats_backward_into",
     "token_stats_fake",
     "token_stats_op",
+    "weighted",
     "weighted_loss",
     "weighted_loss_backward",
     "with_gradients",

@@ -31,5 +31,8 @@ def offsets_fake(cu_seqlens, *rest):
 # The check of offsets in a compiled program, because their values are there at run time alone.
 # ``checks.tokens.segments`` calls it.
 offsets = register.define(
-    "offsets", "(Tensor cu_seqlens, SymInt tokens, bool filled, str where) -> Tensor", read_offsets, offsets_fake
+    "offsets",
+    "(Tensor cu_seqlens, SymInt tokens, bool filled, str where, Tensor? mask=None) -> Tensor",
+    read_offsets,
+    offsets_fake,
 )

@@ -74,7 +74,7 @@ def log_ratios(
         checks.floating(caller, name, x)
         checks.shape(caller, name, x, old_logprobs.shape)
     checks.no_gradient(caller, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs)
-    offsets = checks_tokens.rows(caller, "old_logprobs", old_logprobs, cu_seqlens)
+    offsets = checks_tokens.rows(caller, "old_logprobs", old_logprobs, cu_seqlens, mask)
     checks.mask(caller, mask, old_logprobs.shape)
     checks.one_device(caller, "old_logprobs", old_logprobs, rollout_logprobs=rollout_logprobs, mask=mask)
     needs_sequences(caller, sequences, old_logprobs, offsets)

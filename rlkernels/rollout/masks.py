@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.rollout.log_ratios import LogRatios, all_live, clamped, log_ratios, needs_sequences, outside
 from rlkernels.sequences import means, per_token, spread, sums
 from rlkernels.types import Mask, Metrics, Number, Offsets, PerToken, PerTokenOrSequence, RejectionRule, RejectionRules
@@ -56,6 +57,7 @@ def rejection_mask(
 ) -> Tensor | tuple[Tensor, Metrics]: ...
 
 
+@takes_one_row(per_token=True)
 @torch.no_grad()
 def rejection_mask(
     old_logprobs: PerToken,
@@ -149,6 +151,7 @@ def _at(ratios: LogRatios, level: str, values: Tensor) -> Tensor:
     return ratios.at({"token": "token", "seq_sum": "sequence", "seq_mean": "sequence_mean"}[level], values)
 
 
+@takes_one_row(per_token=True)
 @torch.no_grad()
 def off_policy_sequence_mask(
     logprobs: PerToken,
@@ -194,7 +197,7 @@ def off_policy_sequence_mask(
         checks.floating(caller, name, x)
         checks.no_gradient(caller, **{name: x})
     checks.shape(caller, "old_logprobs", old_logprobs, logprobs.shape)
-    offsets = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
+    offsets = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens, mask)
     needs_sequences(caller, "the mask", logprobs, offsets)
     checks.mask(caller, mask, logprobs.shape)
     advantages = per_token(caller, "advantages", advantages, logprobs, offsets)

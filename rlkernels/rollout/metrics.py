@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.rollout.log_ratios import LogRatios, log_ratios
 from rlkernels.sequences import sums
 from rlkernels.types import Mask, Metrics, Number, Offsets, PerToken
 
 
+@takes_one_row()
 @torch.no_grad()
 def rollout_metrics(
     old_logprobs: PerToken,

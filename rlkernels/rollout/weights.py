@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.rollout.log_ratios import LogRatios, bound, clamped, log_ratios, ordered, outside
 from rlkernels.sequences import means, per_token
 from rlkernels.types import (
@@ -87,6 +88,7 @@ def rollout_weights(
 ) -> PerToken | tuple[PerToken, Metrics]: ...
 
 
+@takes_one_row(per_token=True)
 @torch.no_grad()
 def rollout_weights(
     old_logprobs: PerToken,
@@ -224,6 +226,7 @@ def _gate(ratios: LogRatios, gate: RolloutGate, level: RolloutLevel) -> Tensor:
     return ratios.at(level, taken + other)
 
 
+@takes_one_row(per_token=True)
 @torch.no_grad()
 def rho_correction(
     old_logprobs: PerToken,

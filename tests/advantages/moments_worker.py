@@ -38,6 +38,11 @@ def complaints(rank, ranks):
         options = {"baseline": baseline, "scale": "batch-std"}
         got = rlk.group_advantages(rewards[mine], groups[mine], process_group=dist.group.WORLD, **options)
         compare(f"group_advantages {options}", got, rlk.group_advantages(rewards, groups, **options)[mine])
+    drift, answers, good = x.flatten(), -torch.arange(4.0), torch.arange(4) < 2
+    own = drift.view(6, 5)[mine].flatten()
+    kl = {"kl_logps": own, "ref_kl_logps": torch.zeros_like(own), "kl_group": dist.group.WORLD}
+    got = rlk.unpaired_preference_loss(answers, answers * 1.1, good, **kl)
+    compare("kl of KTO", got, rlk.unpaired_preference_loss(answers, answers * 1.1, good, kl=drift.mean()))
     # A rank without a live element takes part.
     dead = mask & (torch.arange(6) >= begin if rank else torch.zeros(6, dtype=torch.bool))[:, None]
     got = rlk.masked_moments(x[mine], dead[mine], process_group=dist.group.WORLD)

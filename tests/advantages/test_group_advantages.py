@@ -41,6 +41,7 @@ def group_loop(rewards, ids, baseline, scale, eps, unbiased, weights):
                     sum(weights[j] * rewards[j] for j in g) / sum(weights[j] for j in g)
                 ),
                 "batch-mean": lambda: math.fsum(everyone) / len(everyone),
+                "runner-up": lambda s=scores, o=own: sorted(s)[-2] if o == max(s) else o,
                 None: lambda: 0.0,
             }[baseline]()
         )
@@ -48,6 +49,7 @@ def group_loop(rewards, ids, baseline, scale, eps, unbiased, weights):
             "std": lambda s=scores: std(s),
             "batch-std": lambda: std(everyone),
             "mean": lambda s=scores: math.fsum(s) / len(s),
+            "nonzero-share": lambda: sum(r != 0 for r in everyone) / len(everyone),
             None: lambda: None,
         }[scale]()
         equal = scale == "std" and len(set(scores)) == 1

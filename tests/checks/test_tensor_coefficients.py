@@ -122,9 +122,13 @@ CALLS = {
                         "alphapo_alpha": 0.3,
                         "discopop_tau": 0.2,
                         "cpo_alpha": 0.7,
+                        "dpop_lambda": 5.0,
+                        "rpo_eta": 0.6,
                     }.items()
                     if k in KINDS[name].takes
                 },
+                **({"gold_logps": F, "gold_lengths": N, "tpo_alpha": n(0.4)} if KINDS[name].gold else {}),
+                **({"chosen_rewards": F, "rejected_rewards": G} if name == "rpo" else {}),
             ),
         )
         for name in KINDS

@@ -10,6 +10,6 @@ before each call, so a crash is a finding like any other. A finding is printed w
 exit status is 1 where there was one.
 
 ``draws`` random values and layouts; ``trial`` one call and its verdict; ``rows``, ``policies``, ``heads``,
-``preferences``, ``sequences`` the cases; ``batches``, ``terms`` their truth; ``hostile`` the hostile calls; ``ranges``
-the child processes; ``sanitized`` the build; ``threads`` and ``races`` several threads at once.
+``preferences``, ``sequences``, ``advantages`` the cases; ``batches``, ``terms`` their truth; ``hostile`` the hostile
+calls; ``ranges`` the child processes; ``sanitized`` the build; ``threads`` and ``races`` several threads at once.
 """

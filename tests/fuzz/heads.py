@@ -189,7 +189,8 @@ def linear_policy_loss(trial):
     batch = Batch(draw)
     terms = PolicyTerms(draw, batch)
     head = Head(draw, batch)
-    old = None if terms.name == "reinforce" and draw.flag(0.5) else terms.old
+    old, every = None if terms.name == "reinforce" and draw.flag(0.5) else terms.old, draw.flag(0.1)
+    terms.options |= {"top_entropy_fraction": 1.0} if every else {}
     loss, metrics = with_metrics(
         trial,
         "linear_policy_loss",
@@ -203,9 +204,8 @@ def linear_policy_loss(trial):
     truth, what = head.statistics(), f"{terms.name}, {terms.level}, {terms.weighting.mode}, {head.hidden.dtype}"
     total = terms.truth(batch, truth["logprobs"], truth["entropy"])
     check_loss(trial, what, head, loss, total, truth, 1 + total.size)
-    expect_metrics(
-        trial, what, metrics, head.smooth(terms.metrics(batch, truth["logprobs"], truth["entropy"])), head.slack()
-    )
+    known = terms.metrics(batch, truth["logprobs"], truth["entropy"], all_read=every)
+    expect_metrics(trial, what, metrics, head.smooth(known), head.slack())
 
 
 @case("valid")

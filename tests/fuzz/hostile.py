@@ -24,10 +24,11 @@ FUNCTIONS = [
 ]
 TENSORS = """
     hidden weight bias logits targets old_logprobs advantages mask ref_logprobs weights cu_seqlens logprobs entropy
-    vocab_mask ref_logits values old_values returns rewards sample_weights chosen_logps rejected_logps
+    rollout_logprobs vocab_mask ref_logits values old_values returns rewards sample_weights chosen_logps rejected_logps
     ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps ref_logps desirable
     kl_logps ref_kl_logps chosen rejected margin attention_mask group_ids rollout_ids lengths bootstrap_values x
-    spans chosen_mask rejected_mask
+    spans chosen_mask rejected_mask teacher_logits teacher_hidden teacher_weight teacher_bias
+    spans chosen_mask rejected_mask tensors
 """.split()
 OPS = tuple(f"{op}: " for op in (*OF_BACKENDS, "offsets", "linear_stats"))
 ALLOWED = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)
@@ -42,7 +43,8 @@ def arguments(draw, name):
         seldom = name in MANY and p.kind == p.KEYWORD_ONLY and p.name not in OFTEN
         if p.kind != p.VAR_KEYWORD and (p.default is p.empty or draw.flag(0.12 if seldom else 0.3)):
             given[p.name] = value(draw, name, p.name, packed)
-    given |= {hidden: value(draw, name, hidden, packed) for hidden in HIDDEN.get(name, ()) if draw.flag(0.12)}
+    hidden = HIDDEN.get(name, ())
+    given |= {k: value(draw, name, k, packed) for k in hidden if draw.flag(0.24 / len(hidden))}
     if "cu_seqlens" in signature.parameters:
         given.pop("cu_seqlens", None)
         if packed or draw.flag(0.1):

@@ -14,6 +14,7 @@ PER_TOKEN = {
     "old_logprobs",
     "advantages",
     "ref_logprobs",
+    "rollout_logprobs",
     "weights",
     "entropy",
     "values",
@@ -40,7 +41,16 @@ TRAINED = {
     "margin",
     "x",
 }
-PER_PAIR = {"chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "pair_weights"}
+PER_PAIR = {
+    "chosen_rewards",
+    "rejected_rewards",
+    "gold_logps",
+    "chosen_logps",
+    "rejected_logps",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "pair_weights",
+}
 
 
 def good(draw, function, name, packed):
@@ -48,13 +58,18 @@ def good(draw, function, name, packed):
     shape = (B * L,) if packed else (B, L)
     if function in ("aggregate", "sequence_sums", "sequence_means") and name == "values":
         return draw.normal(shape, torch.float32)
-    if name in ("logits", "ref_logits"):
+    if name == "tensors":
+        shape = (B, L) if function == "pack" else (B * L,)
+        return {"x": draw.normal(shape, torch.float32), "ids": draw.integers(0, V, shape)}
+    if function in ("pack", "unpack") and name == "attention_mask":
+        return draw.coins((B, L), 0.7) if function == "pack" else torch.arange(L) < torch.tensor([[5], [2], [5], [8]])
+    if name in ("logits", "ref_logits", "teacher_logits"):
         return draw.normal((*shape, V), torch.float32)
-    if name == "hidden":
+    if name in ("hidden", "teacher_hidden"):
         return draw.normal((*shape, H), torch.float32)
-    if name == "weight":
+    if name in ("weight", "teacher_weight"):
         return draw.normal((1 if function == "reward_scores" else V, H), torch.float32)
-    if name == "bias":
+    if name in ("bias", "teacher_bias"):
         return draw.normal((1 if function == "reward_scores" else V,), torch.float32)
     if name == "targets":
         return draw.integers(0, V, shape)
@@ -135,13 +150,18 @@ KINDS_OF_NAMES = {
     ),
     "mode": ("token-mean", "seq-mean", "fixed-horizon", "rollout-mean", "mean"),
     "kl": ("k1", "k2", "k3", "exact", "k4"),
-    "objective": ("ppo_clip", "cispo", "sapo", "dual_clip", "reinforce", "k3", "nll", "ppo"),
+    "objective": (
+        *("ppo_clip", "cispo", "sapo", "dual_clip", "reinforce"),
+        *("gmpo", "vespo", "fipo", "kl_cov", "real", "a2po"),
+        *("k3", "nll", "ppo"),
+    ),
     "ratio_level": ("token", "sequence", "sequence_token", "sequence_sum", "row"),
-    "kind": ("nll", "dft", "ce"),
+    "kind": ("nll", "dft", "eaft", "forward_kl", "reverse_kl", "jsd", "ce"),
     "masked": ("skip", "zero", "none", "all"),
     "baseline": ("mean", "leave-one-out", "length-mean", "batch-mean", "median"),
     "scale": ("std", "batch-std", "mean", "max"),
     "f_divergence": ("reverse_kl", "js_divergence", "alpha_divergence", "kl"),
+    "padding": ("right", "left", "top"),
     "eps_mode": ("add", "clamp", "max"),
     "loss_type": (
         "sigmoid",
@@ -170,11 +190,28 @@ OTHERS = {
         [1],
     ),
     "normalizers": NORMALIZERS,
+    "correction": (
+        None,
+        {"high": 2.0},
+        {"mode": "mask", "level": "sequence", "low": 0.5},
+        {"mode": None, "opsm_delta": 0.1},
+        {"high": NAN, "batch_normalize": 1},
+        {"nan_ratio": INF},
+        {"hihg": 1.0},
+        torch.full((B, L), 0.5),
+        torch.ones(B * L, dtype=torch.bool),
+        torch.tensor(1.0),
+    ),
+    "group_size": (None, 1, 2, 3, 0),
     "logits_dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, "float32"),
     "dtype": (torch.float32, torch.float64, torch.int64, 3),
     "loss_weights": ((1.0,), (1.0, 2.0), 1.0, (NAN,), ("a",)),
     "dim": (None, 0, -1, 1, 5, "x", (0, 1)),
     "process_group": (None, "x", 3),
+    "pad_to": (1, 4, 0, -1, 1.5),
+    "num_tokens": (20, 21, 1, 0, -1, 1.5),
+    "fill": (None, {}, {"x": 1.5}, {"ids": -100}, {"ids": 1.5}, {"y": 0}, 3),
+    "kl_group": (None, "x", 3),
     "length": (0, 1, 5, -1, 2.5, "5"),
     "ignore_index": (-100, 0, 3, 2**31, 2**62, -(2**63), 2**63, 1.0, True, "x"),
     "vocab_start": (None, 0, 3, -1),
@@ -182,6 +219,14 @@ OTHERS = {
     "chunk_tokens": (1, 3, 0, -1, 1.5, 2**62),
     "logits_budget": (1, 10**6, 0, -1, 1.5),
     "valid_vocab": (1, 5, V, V + 1, 0, -1),
+    "teacher_topk": (
+        None,
+        (torch.zeros(B, L, 1, dtype=torch.int64), torch.full((B, L, 1), -1.0)),
+        (torch.zeros(B * L, 1, dtype=torch.int64), torch.full((B * L, 1), -1.0)),
+        (torch.full((B, L, 1), 2**40), torch.full((B, L, 1), -1.0)),
+        torch.zeros(B, L, 1),
+        (1, 2),
+    ),
 }
 FLAGS = {
     "inplace_backward",
@@ -192,6 +237,7 @@ FLAGS = {
     "shift_mean",
     "shift",
     "count_empty_rows",
+    "normalize_by_weight",
 }
 USUAL = {
     "temperature": 0.7,
@@ -208,16 +254,25 @@ USUAL = {
     "clip_low": 0.2,
     "clip_high": 0.2,
     "clip_range": 0.2,
+    "fraction": 0.5,
+    "top_entropy_fraction": 0.5,
     "kl_coef": 0.1,
     "entropy_coef": 0.1,
     "label_smoothing": 0.1,
     "num_sequences": 2,
     "batch_num_tokens": 3,
+    "z_loss_coef": 0.1,
+    "rpo_eta": 1.0,
+    "dpop_lambda": 5.0,
+    "num_pairs": 9,
+    "count": 1,
+    "reduction": "sum",
 }
+OF_OBJECTIVES = ("clip_low", "clip_high", "tau", "group_size", "group_ids", "kl_cov_ratio", "half_life")
 HIDDEN = {
-    "policy_loss": ("clip_low", "clip_high"),
-    "logits_policy_loss": ("clip_low", "clip_high"),
-    "linear_policy_loss": ("clip_low", "clip_high"),
+    "policy_loss": OF_OBJECTIVES,
+    "logits_policy_loss": OF_OBJECTIVES,
+    "linear_policy_loss": OF_OBJECTIVES,
     "aggregate": ("horizon", "num_sequences", "group_ids"),
 }
 """Options behind ``**``, which no signature shows."""

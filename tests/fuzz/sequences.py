@@ -1,6 +1,4 @@
-"""Sums and means of sequences, aggregations, advantages of tokens and of groups, whitening, spans: each
-against a loop.
-"""
+"""Sums and means of sequences, aggregations, advantages of tokens, whitening, spans: each against a loop."""
 
 import math
 
@@ -107,13 +105,16 @@ class Steps:
         for s in range(batch.count):
             following = 0.0 if bootstrap is None else bootstrap[s]
             trace, begun = 0.0, False
+            decay = self.gamma * (lam[s] if isinstance(lam, list) else lam)
             for t in reversed([t for t in range(len(rewards)) if batch.sequence[t] == s]):
                 if live[t]:
-                    trace = rewards[t] + self.gamma * following - values[t] + self.gamma * lam * trace
+                    trace = rewards[t] + self.gamma * following - values[t] + decay * trace
                     following, begun = values[t], True
                     advantages[t], returns[t] = trace, trace + values[t]
+                elif self.masked == "reset":
+                    trace = following = 0.0
                 elif self.masked == "zero" and begun:
-                    trace, following = self.gamma * following + self.gamma * lam * trace, 0.0
+                    trace, following = self.gamma * following + decay * trace, 0.0
         return [torch.tensor(x, dtype=torch.float64).view(batch.shape) for x in (advantages, returns)]
 
     def expect(self, trial, names, got, truth, unit):
@@ -128,6 +129,8 @@ class Steps:
 def gae(trial):
     draw = trial.draw
     steps, lam = Steps(draw), draw.choice((0, 0.5, 0.95, 1.0))
+    if draw.flag(0.3):
+        lam = draw.laid_out(draw.uniform((steps.batch.count,), 0.0, 1.0, draw.choice((torch.float32, torch.float64))))
     seen = steps.live  # with masked="none" what a dead position holds counts
     rewards, values = draw.column(seen), draw.column(seen)
     bootstrap = (
@@ -136,6 +139,7 @@ def gae(trial):
         else None
     )
     got = trial.call("gae", rewards, values, steps.batch.mask, lam=lam, bootstrap_values=bootstrap, **steps.options)
+    lam = lam.tolist() if isinstance(lam, torch.Tensor) else lam
     real = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
     ends = None if bootstrap is None else bootstrap.to(real).tolist()
     steps.expect(
@@ -147,86 +151,28 @@ def gae(trial):
 def discounted_returns(trial):
     draw = trial.draw
     steps = Steps(draw)
+    if draw.flag(0.2):
+        steps.masked = steps.options["masked"] = "reset"
+        steps.live = steps.batch.live
     rewards = draw.column(steps.live)
     got = trial.call("discounted_returns", rewards, steps.batch.mask, **steps.options)
     truth = steps.loop(rewards.double(), torch.zeros(rewards.shape), 1.0)[1]
     steps.expect(trial, ("returns",), (got,), (truth,), eps(got))
 
 
-def mean_of(values):
-    return sum(values) / len(values)
-
-
-def spread_of(values, unbiased):
-    return math.sqrt(sum((x - mean_of(values)) ** 2 for x in values) / max(len(values) - unbiased, 1))
-
-
-def baseline_of(kind, i, group, scored, values, lengths):
-    """What response ``i`` is compared with; ``group``, ``scored``: responses of its group, and of all groups."""
-    match kind:
-        case "mean":
-            return mean_of([values[j] for j in group])
-        case "leave-one-out":
-            return mean_of([values[j] for j in group if j != i])
-        case "length-mean":
-            return sum(float(lengths[j]) * values[j] for j in group) / sum(float(lengths[j]) for j in group)
-        case "batch-mean":
-            return mean_of([values[j] for j in scored])
-    return 0.0
-
-
-def scale_of(kind, group, scored, values, unbiased):
-    match kind:
-        case "std":
-            return spread_of([values[j] for j in group], unbiased)
-        case "batch-std":
-            return spread_of([values[j] for j in scored], unbiased)
-        case "mean":
-            return mean_of([values[j] for j in group])
-    return None
-
-
 @case("valid")
-def group_advantages(trial):
+def best_of_n(trial):
     draw = trial.draw
-    count, scale = draw.choice((0, 1, 2, 5, 9)), draw.choice(("std", "batch-std", "mean", None))
-    rewards = draw.normal((count,), draw.choice((torch.float32, *draw.floats)))
-    rewards = rewards.round() if draw.flag(0.3) else rewards
-    rewards = rewards.abs() + 0.1 if scale == "mean" else rewards
-    rewards = draw.laid_out(torch.where(draw.coins((count,), 0.1), NAN, rewards).to(rewards.dtype))
-    some = (
-        draw.integers(-(2**63), 2**63 - 1, (3,))
-        if draw.flag(0.5)
-        else torch.tensor([0, 1, 7], dtype=draw.choice((torch.int8, torch.uint8, torch.int32)))
-    )
-    ids = some[draw.integers(0, 3, (count,))]
-    baseline, small, unbiased = (
-        draw.choice(("mean", "leave-one-out", "length-mean", "batch-mean", None)),
-        draw.choice((1e-6, 0, 0.1)),
-        draw.flag(0.5),
-    )
-    lengths = draw.laid_out(draw.integers(1, 9, (count,))) if baseline == "length-mean" else None
-    got = trial.call(
-        "group_advantages",
-        rewards,
-        draw.laid_out(ids, keep=True),
-        baseline=baseline,
-        scale=scale,
-        eps=small,
-        unbiased=unbiased,
-        lengths=lengths,
-    )
-    values, names = rewards.double().tolist(), ids.tolist()
-    scored = [i for i, x in enumerate(values) if not math.isnan(x)]
-    truth = torch.zeros(count, dtype=torch.float64)
-    for i in scored:
-        group = [j for j in scored if names[j] == names[i]]
-        if len(group) < 2 and (baseline in ("mean", "leave-one-out", "length-mean") or scale in ("std", "mean")):
-            continue  # alone: nothing to compare it with
-        size = scale_of(scale, group, scored, values, unbiased)
-        gap = values[i] - baseline_of(baseline, i, group, scored, values, lengths)
-        truth[i] = gap if size is None else 0.0 if size < 1e-12 else gap / (size + small)
-    trial.expect(f"advantages over {baseline} by {scale}", got, truth, 1e-6 * (1 + truth.abs()))
+    size, count = draw.choice((0, 1, 5, 9)), draw.choice((1, 2, 4))
+    rewards = draw.normal((size,), draw.choice((torch.float32, *draw.floats))).round()
+    rewards = draw.laid_out(torch.where(draw.coins((size,), 0.2), NAN, rewards).to(rewards.dtype))
+    ids = draw.integers(0, 3, (size,))
+    got = trial.call("best_of_n", rewards, draw.laid_out(ids, keep=True), count=count)
+    truth, values = torch.zeros(size, dtype=torch.float64), rewards.double().tolist()
+    for group in set(ids.tolist()):
+        scored = [i for i in range(size) if ids[i] == group and not math.isnan(values[i])]
+        truth[sorted(scored, key=lambda i: (-values[i], i))[:count]] = 1.0
+    trial.expect("selected", got.double(), truth, 0.0)
 
 
 @case("valid")

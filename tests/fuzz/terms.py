@@ -131,6 +131,7 @@ class PolicyTerms:
         self.entropy_coef = draw.choice((0.01, 1.0, -0.3)) if draw.flag(0.4) else 0.0
         if self.entropy_coef:
             self.options["entropy_coef"] = self.entropy_coef
+        self.factor = self._factor(draw, batch)
 
     def _advantages(self, draw, batch):
         """``(argument, float64 per token)``: per token or per sequence."""
@@ -139,6 +140,17 @@ class PolicyTerms:
             x = torch.where(draw.coins(batch.shape, 0.3), 0.0, x).to(x.dtype) if draw.flag(0.2) else x
             return x, x.double()
         return per_sequence(draw, batch, draw.choice((torch.float32, torch.bfloat16, torch.float64)))
+
+    def _factor(self, draw, batch):
+        """What multiplies the objective's loss of a token, float64, or None: a correction."""
+        kind = draw.choice((None,) * 7 + ("factors", "engine", "engine"))
+        if kind == "factors":
+            self.options["correction"] = draw.column(batch.live)
+            return self.options["correction"].double()
+        if kind is None or self.name == "reinforce" or self.level in ("sequence", "sequence_token"):
+            return None
+        self.options |= {"correction": {"high": 1.5, "low": 0.6}, "rollout_logprobs": draw.column(batch.live, 0.5)}
+        return (self.old.double() - self.options["rollout_logprobs"].double()).exp().clamp(0.6, 1.5)
 
     def objective(self, logp, old, advantage):
         if self.bounds is not None:
@@ -155,9 +167,10 @@ class PolicyTerms:
 
         logp, old, advantage, weight = clean(logp), clean(self.old), clean(self.advantage), self.weighting.truth(batch)
         total = Sum()
+        own = weight if self.factor is None else torch.where(weight != 0, weight * clean(self.factor), 0.0)
         if self.level == "sequence_sum":
             total = total.plus(
-                batch.sums(weight), self.objective(batch.sums(logp), batch.sums(old), batch.means(advantage))
+                batch.sums(own), self.objective(batch.sums(logp), batch.sums(old), batch.means(advantage))
             )
         else:
             if self.level == "sequence":
@@ -166,7 +179,7 @@ class PolicyTerms:
                 logp_, old_ = logp, logp.detach() - batch.spread(batch.means(logp.detach() - old))
             else:
                 logp_, old_ = logp, old
-            total = total.plus(weight, self.objective(logp_, old_, advantage))
+            total = total.plus(own, self.objective(logp_, old_, advantage))
         if self.kl_coef:
             total = total.plus(weight * self.kl_coef, getattr(oracles, self.kl)(logp, clean(self.ref)))
         if self.square:

@@ -246,6 +246,61 @@ def test_every_term_of_a_policy_loss_is_additive_over_any_split(function, mode):
     run()
 
 
+def of_sequences(column, more):
+    """The rewards that stand for advantages, one of each sequence, and four drawn for it."""
+    offsets = {"cu_seqlens": more["cu_seqlens"]} if "cu_seqlens" in more else {}
+    means = [rlk.sequence_means(column(name), column("inside"), **offsets) for name in ("advantages", "old", "ref")]
+    return {"rewards": means[0], "value_pool": torch.stack(means, -1), "ref_logprobs": column("ref")}
+
+
+def of_rows(name, column, more):
+    if name == "a2po":
+        given = of_sequences(column, more)
+        return rlk.policy_loss(column("logp"), None, None, column("mask"), objective=name, **given, **more)
+    return rlk.policy_loss(column("logp"), column("old"), column("advantages"), column("mask"), objective=name, **more)
+
+
+@pytest.mark.fault(125)
+@pytest.mark.parametrize("mode", WITH_WEIGHTS)
+def test_objectives_of_tokens_and_sequences_and_corrections_are_additive_over_any_split(mode):
+    """Not those of the batch: KL-Cov, Clip-Cov, a quantile of entropies, a mean of weights without ``batch_mean``."""
+    correction = rlk.Correction(level="sequence", high=2.0, opsm_delta=0.01)
+
+    @settled
+    @given(batches())
+    def run(batch):
+        d = data(batch, torch.float64)
+        for name in ("gmpo", "vespo", "fipo", "a2po"):
+            level = "sequence_sum" if name in ("gmpo", "a2po") else "token"
+            check(lambda column, more, name=name: of_rows(name, column, more), ["logp"], mode, batch, d, level)
+        check(
+            lambda column, more: policy(
+                "policy_loss", column, {}, {}, rollout_logprobs=column("ref"), correction=correction, **more
+            ),
+            ["logp"],
+            mode,
+            batch,
+            d,
+        )
+
+    run()
+
+
+@pytest.mark.fault(125)
+def test_an_objective_of_groups_is_additive_where_no_group_is_cut():
+    draw = torch.Generator().manual_seed(0)
+    logp, old = (torch.randn(6, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+    advantages, groups = torch.tensor([1.0, -1, 1, -1, -1, 1], dtype=torch.float64), torch.tensor([3, 1, 3, 7, 1, 3])
+
+    def loss(rows, **options):
+        return rlk.policy_loss(
+            logp[rows], old[rows], advantages[rows], objective="real", group_ids=groups[rows], **options
+        )
+
+    parts = [loss(torch.isin(groups, torch.tensor(ids)), normalizers={"num_sequences": 3}) for ids in ([3], [1, 7])]
+    torch.testing.assert_close(sum(parts), loss(slice(None)))
+
+
 OTHERS = {
     "value_loss": (
         ["values"],

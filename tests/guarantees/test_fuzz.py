@@ -18,17 +18,32 @@ FUZZ = Path(ranges.HERE)
 VALID, HOSTILE = 12, 25
 """Seeds of each kind: seconds here, minutes under ``make fuzz``."""
 WITHOUT_GRADIENT = {
+    "assemble_rewards",
+    "broadcast_advantages",
+    "best_of_n",
     "discounted_returns",
+    "dynamic_sampling_mask",
+    "extended_mask",
     "gae",
+    "gae_of_turns",
+    "gigpo_advantages",
     "group_advantages",
     "length_desensitized_weights",
+    "length_penalty",
+    "optimal_token_advantages",
+    "process_sequences",
+    "rollout_gae",
+    "shift_targets",
     "spans_to_mask",
+    "step_advantages",
     "token_weights",
+    "truncation_penalty",
+    "vtrace",
+    "wpo_weights",
 }
 ONE_AGAINST_ANOTHER = {"row_alone"}
 """Compares two of our own results, so a change of both is not seen."""
-# Several processes: test_vocab_parallel. A column that objectives of users alone have: test_user_columns.
-ELSEWHERE = {"process_group", "vocab_start", "rollout_logprobs"}
+ELSEWHERE = {"process_group", "vocab_start", "kl_group"}  # several processes: test_vocab_parallel
 
 
 def run(kind, end, *cases, change=None):

@@ -15,11 +15,16 @@ from rlkernels import backends
 from rlkernels.backends import BACKENDS, absent, use_backend
 
 NO_TENSORS = {
+    "EntropyController",
+    "KLController",
     "Moments",
+    "ProcessedSequences",
     "RewardNormalizer",
+    "WeightAverage",
     "TokenStats",
     "available_backends",
     "check_objective",
+    "Correction",
     "objective",
     "objectives",
     "use_backend",

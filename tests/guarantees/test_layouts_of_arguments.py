@@ -20,38 +20,44 @@ TENSORS = set(
     cu_seqlens logprobs entropy values old_values returns rewards bootstrap_values chosen_logps rejected_logps
     ref_chosen_logps ref_rejected_logps chosen_lengths rejected_lengths pair_weights logps ref_logps desirable
     kl_logps ref_kl_logps chosen_mask rejected_mask sample_weights chosen rejected margin attention_mask x group_ids
-    lengths rollout_ids group_tokens group_rows spans temperature
-    input_ids labels reward_token_ids scores step_scores
-    lengths rollout_ids rollout_logprobs group_tokens group_rows spans temperature
+    lengths rollout_ids group_tokens group_rows spans temperature ref_hidden ref_weight ref_bias teacher_logits
+    teacher_hidden teacher_weight teacher_bias chosen_rewards rejected_rewards gold_logps gold_lengths
+    log_sum_sq_probs input_ids labels reward_token_ids scores step_scores turn_ends terminated truncated dones
+    last_dones last_values next_values reward_weights row_advantages is_last_step trajectory_ids step_rewards
+    step_ends episode_rewards anchor_ids token_rewards sequences rollout_logprobs correction
 """.split()
 )
-NUMBERS_OR_TENSORS = set("kl delta batch_num_tokens num_sequences horizon".split())
+NUMBERS_OR_TENSORS = set("kl delta lam turn_lam batch_num_tokens num_sequences horizon".split())
 OTHERS = set(
     """
-    ignore_index inplace_backward outputs softcap logit_scale logits_dtype chunk_tokens logits_budget max_live_tokens
-    valid_vocab process_group vocab_start objective aggregation kl_coef entropy_coef ratio_level normalizers
-    return_metrics params clip_range kind gamma lam masked baseline scale eps unbiased shift_mean eps_mode dim beta
-    loss_type loss_weights label_smoothing reference_free f_divergence alpha length_normalized simpo_gamma
+    ignore_index inplace_backward outputs softcap logit_scale logits_dtype chunk_tokens logits_budget
+    max_live_tokens valid_vocab process_group vocab_start objective aggregation kl_coef entropy_coef ratio_level
+    normalizers return_metrics params clip_range kind gamma masked baseline scale eps unbiased shift_mean eps_mode
+    dim beta loss_type loss_weights label_smoothing reference_free f_divergence alpha length_normalized simpo_gamma
     alphapo_alpha discopop_tau cpo_alpha desirable_weight undesirable_weight ld_alpha center_coef options
-    count_empty_rows dp_size dtype mode length shift
-    reduction positions pad_id prompt_length num_padding_at_beginning allow_first_difference placeholder_id
-    stop_gradient grid tolerance
-    moments parts level low high gate gate_level batch_normalize batch_mean nan_ratio rules threshold
-    count normalize_by_weight eaft_alpha z_loss_coef
-    mask_low mask_high clamp_low clamp_high log_ratio_clamp
-    ratio_denominator log_ratio_sq_coef count_empty_rows dp_size dtype mode length shift
+    count_empty_rows dp_size dtype mode length shift teacher_topk teacher_softcap teacher_logit_scale turn_gamma
+    rho_max c_max advantage_rho_max time_dim dones_at singleton step_weight alignment score_clip placement eos_id
+    max_length buffer factor coef low high reduction positions pad_id prompt_length num_padding_at_beginning
+    allow_first_difference placeholder_id diff_clamp value_clamp gradient ratio_weighted ratio_detached ratio_cap
+    stop_gradient grid tolerance tensors pad_to num_tokens fill padding moments parts level gate gate_level
+    batch_normalize batch_mean nan_ratio rules threshold count normalize_by_weight eaft_alpha z_loss_coef
+    dpop_lambda rpo_eta tpo_alpha num_pairs num_chosen_tokens num_gold_tokens kl_group fraction top_entropy_fraction
+    mask_low mask_high clamp_low clamp_high log_ratio_clamp ratio_denominator log_ratio_sq_coef
 """.split()
 )
 FURTHER = {"aggregate": (rlk.token_weights,)}
 """Functions whose keywords are those of others."""
-KL_IS_A_NAME = {"token_stats", "policy_loss", "logits_policy_loss", "linear_policy_loss"}
+KL_IS_A_NAME = {"assemble_rewards", "token_stats", "policy_loss", "logits_policy_loss", "linear_policy_loss"}
+
+ONE_NUMBER = {"vtrace": {"lam"}, "rollout_gae": {"lam"}}
+"""Arguments that a function takes as a number alone."""
 
 
 def parameters(function):
     found = set(inspect.signature(getattr(rlk, function)).parameters)
     for other in FURTHER.get(function, ()):
         found |= {name for name, p in inspect.signature(other).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    return found - ({"kl"} if function in KL_IS_A_NAME else set())
+    return found - ({"kl"} if function in KL_IS_A_NAME else set()) - ONE_NUMBER.get(function, set())
 
 
 FUNCTIONS = sorted({name.split(" ")[0] for name in CALLS})

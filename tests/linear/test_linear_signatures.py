@@ -14,10 +14,13 @@ COUNTERPARTS = {
     "linear_token_stats": "token_stats",
     "linear_policy_loss": "policy_loss",
     "linear_sft_loss": "logprobs_sft_loss",
+    "linear_distillation_loss": "divergence_loss",
     "linear_dpo_loss": "dpo_loss",
     "linear_unpaired_preference_loss": "unpaired_preference_loss",
 }
 """Each function, and the one whose keywords it has besides those of the head."""
+NO_TARGETS_AND_NO_SHARDS = {"ignore_index", "process_group", "vocab_start"}
+"""Options of the head that ``linear_distillation_loss`` has no use for, or does not offer."""
 MADE_FROM_THE_HEAD = {"entropy"}
 OF_LOGITS = {"temperature", "ignore_index", "vocab_mask", "ref_logits", "kl", "inplace_backward"}
 
@@ -34,8 +37,11 @@ def test_these_are_all_functions_of_a_head():
 @pytest.mark.parametrize("function", COUNTERPARTS)
 def test_every_option_of_the_head_is_spelled_with_the_same_default(function):
     options = keywords("linear_token_logprobs")
-    assert list(options) == list(HeadOptions.__annotations__) and len(options) == 12
+    assert list(options) == list(HeadOptions.__annotations__) and len(options) == 13
     found = keywords(function)
+    if function == "linear_distillation_loss":
+        options = {name: default for name, default in options.items() if name not in NO_TARGETS_AND_NO_SHARDS}
+        assert not set(found) & NO_TARGETS_AND_NO_SHARDS
     assert {name: found.get(name, "absent") for name in options} == options
     assert [name for name in found if name in options] == list(options)  # in one order too
 
@@ -43,22 +49,25 @@ def test_every_option_of_the_head_is_spelled_with_the_same_default(function):
 @pytest.mark.parametrize("function", [name for name, other in COUNTERPARTS.items() if other])
 def test_the_other_keywords_are_those_of_the_same_loss_without_a_head(function):
     theirs = keywords(COUNTERPARTS[function])
-    theirs = {
-        name: default
-        for name, default in theirs.items()
-        if name not in MADE_FROM_THE_HEAD and not (function == "linear_token_stats" and name in OF_LOGITS)
-    }
+    of_logits = OF_LOGITS if function in ("linear_token_stats", "linear_distillation_loss") else set()
+    theirs = {name: default for name, default in theirs.items() if name not in MADE_FROM_THE_HEAD | of_logits}
     ours = {name: x for name, x in keywords(function).items() if name not in HeadOptions.__annotations__}
-    references = {"ref_chosen_logps": None, "ref_rejected_logps": None} if function == "linear_dpo_loss" else {}
+    of_pairs = {"ref_chosen_logps": None, "ref_rejected_logps": None, "ld_alpha": 1.0}
+    references = of_pairs if function == "linear_dpo_loss" else {}
     packing = {"cu_seqlens": None} if function.endswith(("dpo_loss", "unpaired_preference_loss")) else {}
-    assert ours == {**theirs, **references, **packing}
+    teacher = (
+        {"teacher_bias": None, "teacher_softcap": None, "teacher_logit_scale": 1.0}
+        if function == "linear_distillation_loss"
+        else {}
+    )
+    assert ours == {**theirs, **references, **packing, **teacher}
 
 
 @pytest.mark.parametrize("function", COUNTERPARTS)
 def test_nothing_hides_behind_a_double_star_but_the_parameters_of_an_objective(function):
     parameters = inspect.signature(getattr(rlk, function)).parameters.values()
     hidden = [p.name for p in parameters if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    assert hidden == (["params"] if function == "linear_policy_loss" else [])
+    assert hidden == (["params"] if function in ("linear_policy_loss", "linear_dpo_loss") else [])
 
 
 def test_the_schema_of_an_op_has_the_operands_of_a_head_in_order():

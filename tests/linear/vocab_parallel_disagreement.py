@@ -151,6 +151,7 @@ LOSSES = {
     "entropy_coef": (0.0, 0.1, "entropy"),
     "return_metrics": (False, True, "entropy False.*entropy True"),
     "aggregation": ("token-mean", "token-sum", "aggregation"),
+    "correction": (*(rlk.Correction(mode=None, opsm_delta=x) for x in (0.1, 0.2)), "opsm_delta: 0.1.*opsm_delta: 0.2"),
 }
 
 

@@ -28,12 +28,20 @@ PARAMS = {
     "delta_low": 0.03,
     "delta_high": 0.02,
     "delta": 0.05,
+    "order": 3.0,
+    "low": -0.5,
+    "high": 0.7,
+    "value_low": -0.1,
+    "value_high": 0.2,
+    "cap": 1.5,
+    "moving": 1.0,
+    "straight": 0.0,
 }
 
 OF_RATIOS = [
     n
     for n in BUILTIN
-    if {"old_logp", "rollout_logp"} & set(OBJECTIVES[n].columns) and OBJECTIVES[n].columns[2] == "advantage"
+    if "advantage" in OBJECTIVES[n].columns and {"old_logp", "rollout_logp"} & set(OBJECTIVES[n].columns)
 ]
 
 

@@ -121,12 +121,15 @@ def heads(dtype, packed=False):
     references = {"ref_chosen_logps": made(N // 2), "ref_rejected_logps": made(N // 2)}
 
     def policy(level, **more):
-        return lambda **o: rlk.linear_policy_loss(
-            h, w, y, a, a, mask, bias=b, ratio_level=level, kl_coef=0.1, ref_logprobs=a, **cu, **more, **o
-        )
+        def call(**o):
+            options = {"bias": b, "ratio_level": level, "kl_coef": 0.1, "ref_logprobs": a, **cu, **more, **o}
+            return rlk.linear_policy_loss(h, w, y, a, a, mask, **options)
+
+        return call
 
     def pairs(name):
-        given = {"label_smoothing": 0.1} if name == "exo_pair" else {}
+        given = {"label_smoothing": 0.1} if name == "exo_pair" else {"tpo_alpha": 0.0} if KINDS[name].gold else {}
+        given |= {"chosen_rewards": made(N // 2), "rejected_rewards": made(N // 2)} if name == "rpo" else {}
         return lambda **o: rlk.linear_dpo_loss(
             h, w, y, mask, bias=b, loss_type=name, **given, **cu, **(references if KINDS[name].reference else {}), **o
         )
@@ -186,6 +189,22 @@ IDS = {
     "fixed-horizon": {"horizon": 9},
     "global-token-mean": {"batch_num_tokens": made()},
 }
+OF_ROWS = {
+    "gmpo": {},
+    "vespo": {},
+    "fipo": {},
+    "real": {"group_size": 2},
+    "kl_cov": {},
+    "clip_cov": {"clip_cov_tokens": MASK},
+}
+
+
+def corrected(function, *inputs, **options):
+    """A policy loss with weights of the engine and the off-policy mask."""
+    correction = rlk.Correction(high=number(), batch_normalize=True, opsm_delta=number())
+    return function(*inputs, A, A, MASK, rollout_logprobs=A, correction=correction, **options)
+
+
 CALLS = {
     "token_stats": lambda: rlk.token_stats(LOGITS, TARGETS, temperature=A).logprobs.sum(),
     "token_stats, one temperature": lambda: rlk.token_stats(LOGITS, TARGETS, temperature=made()).logprobs.sum(),
@@ -218,6 +237,24 @@ CALLS = {
     },
     "policy_loss packed": lambda: rlk.policy_loss(
         ONE.view(-1), A.view(-1), A.view(-1), MASK.view(-1), cu_seqlens=CU, ratio_level="sequence"
+    ),
+    **{
+        f"policy_loss by {name}": lambda name=name, more=more: rlk.policy_loss(ONE, A, A, MASK, objective=name, **more)
+        for name, more in OF_ROWS.items()
+    },
+    "policy_loss by a2po": lambda: rlk.policy_loss(
+        ONE, None, None, MASK, objective="a2po", rewards=made(N), value_pool=made(N, 3), ref_logprobs=A
+    ),
+    "logits_policy_loss by real": lambda: rlk.logits_policy_loss(
+        LOGITS, TARGETS, A, A, MASK, objective="real", group_ids=whole(N)
+    ),
+    "linear_policy_loss by fipo": lambda: rlk.linear_policy_loss(
+        leaf(N, L, H), leaf(V, H), TARGETS, A, A, MASK, objective="fipo", max_live_tokens=N * L
+    ),
+    "policy_loss of a correction": lambda: corrected(rlk.policy_loss, ONE, entropy=A, top_entropy_fraction=number()),
+    "logits_policy_loss of a correction": lambda: corrected(rlk.logits_policy_loss, LOGITS, TARGETS),
+    "linear_policy_loss of a correction": lambda: corrected(
+        rlk.linear_policy_loss, leaf(N, L, H), leaf(V, H), TARGETS, top_entropy_fraction=0.5, max_live_tokens=N * L
     ),
     "value_loss": lambda: rlk.value_loss(ONE, A, A, MASK, clip_range=0.2),
     "pairwise_reward_loss": lambda: rlk.pairwise_reward_loss(TWO, made(N)),
@@ -286,8 +323,11 @@ SCHEDULED = {
             **{
                 k: number()
                 for k in ("label_smoothing", "simpo_gamma", "alphapo_alpha", "discopop_tau", "cpo_alpha")
+                + ("dpop_lambda", "rpo_eta")
                 if k in KINDS[name].takes
             },
+            **({"gold_logps": made(N), "gold_lengths": whole(N), "tpo_alpha": number()} if KINDS[name].gold else {}),
+            **({"chosen_rewards": made(N), "rejected_rewards": made(N)} if name == "rpo" else {}),
         )
         for name in KINDS
     },
@@ -329,6 +369,41 @@ PLAIN = {
     "group_advantages of a part": lambda: (
         rlk.group_advantages(made(N), whole(N), scale="batch-std", moments=rlk.masked_moments(A)),
     ),
+    **{
+        f"gae {name}": lambda options=options: rlk.gae(A, A, MASK, **options)
+        for name, options in {"of turns": {"turn_ends": MASK}, "with lambdas": {"lam": made(N)}}.items()
+    },
+    "discounted_returns with resets": lambda: (rlk.discounted_returns(A, MASK, masked="reset"),),
+    "vtrace": lambda: rlk.vtrace(A, A, A, A, MASK, terminated=MASK, bootstrap_values=made(N)),
+    "vtrace packed": lambda: rlk.vtrace(*[A.view(-1)] * 4, MASK.view(-1), cu_seqlens=CU),
+    "rollout_gae": lambda: rlk.rollout_gae(A, A, time_dim=1, dones=MASK, terminated=MASK, next_values=A),
+    "rollout_gae of starts": lambda: rlk.rollout_gae(A, A, made(N), time_dim=1, dones=MASK, dones_at="start"),
+    "group_advantages of several rewards": lambda: (
+        rlk.group_advantages(A, whole(N), baseline="runner-up", singleton="scaled", reward_weights=made(L)),
+    ),
+    "broadcast_advantages": lambda: (rlk.broadcast_advantages(made(N), whole(N), whole(N)),),
+    "step_advantages": lambda: (rlk.step_advantages(A, MASK, whole(N), MASK),),
+    "gigpo_advantages": lambda: (
+        rlk.gigpo_advantages(*[made(N)] * 2, *[whole(N)] * 2, step_weight=number(), trajectory_ids=whole(N)),
+    ),
+    "optimal_token_advantages": lambda: rlk.optimal_token_advantages(A, A, A, whole(N), MASK, alignment="live"),
+    "optimal_token_advantages packed": lambda: rlk.optimal_token_advantages(
+        *[A.view(-1)] * 3, whole(N), MASK.view(-1), cu_seqlens=CU
+    ),
+    **{
+        f"assemble_rewards {placement}": lambda placement=placement: (
+            rlk.assemble_rewards(
+                made(N), MASK, logprobs=A, ref_logprobs=A, kl_coef=number(), score_clip=(-1, 1), placement=placement
+            ),
+        )
+        for placement in ("last-action", "trl-end", "deepspeed-end")
+    },
+    "assemble_rewards packed": lambda: (rlk.assemble_rewards(made(N), MASK.view(-1), cu_seqlens=CU),),
+    "extended_mask": lambda: (rlk.extended_mask(MASK),),
+    "process_sequences": lambda: rlk.process_sequences(whole(N, L), 1, eos_id=1, pad_id=0),
+    "length_penalty": lambda: (rlk.length_penalty(whole(N), max_length=4, buffer=2),),
+    "truncation_penalty": lambda: (rlk.truncation_penalty(made(N), whole(N), 0.5),),
+    "dynamic_sampling_mask": lambda: (rlk.dynamic_sampling_mask(made(N), whole(N)),),
     "rollout_weights": lambda: (rlk.rollout_weights(A, A, MASK, high=number(), batch_normalize=True),),
     "metrics of rollout_weights": lambda: rlk.rollout_weights(A, A, MASK, return_metrics=True)[1].values(),
     "rollout_weights of sequences": lambda: (
@@ -343,8 +418,13 @@ PLAIN = {
     "off_policy_sequence_mask": lambda: (rlk.off_policy_sequence_mask(A, A, A, MASK, delta=number()),),
     "m2po_mask": lambda: (rlk.m2po_mask(A, A, MASK, threshold=number()),),
     "rollout_metrics": lambda: rlk.rollout_metrics(A, A, MASK).values(),
+    "top_entropy_mask": lambda: (rlk.top_entropy_mask(A, MASK, number()),),
     "token_weights": lambda: (rlk.token_weights(MASK, "seq-mean-token-mean"),),
 }
+
+
+def kl_term():
+    return rlk.KLTerm(value_clamp=5.0, ratio_weighted=True, ratio_level="loss", mask=MASK)
 
 
 METRICS = {
@@ -354,6 +434,32 @@ METRICS = {
         )
         for level in LEVELS
     },
+    **{
+        f"policy_loss {level}, a KL term": lambda level=level: rlk.policy_loss(
+            ONE, A, A, MASK, ratio_level=level, kl=kl_term(), kl_coef=number(), ref_logprobs=A, return_metrics=True
+        )
+        for level in LEVELS
+    },
+    **{
+        f"{kl} of logits": lambda kl=kl: rlk.logits_policy_loss(
+            LOGITS, TARGETS, A, A, MASK, kl=kl, kl_coef=number(), ref_logits=made(N, L, V), return_metrics=True
+        )
+        for kl in ("reverse_kl", "forward_kl", "k3")
+    },
+    **{
+        f"head: policy {level}, a KL term": lambda level=level: heads(torch.bfloat16)[f"policy {level}"](
+            max_live_tokens=N * L, kl=kl_term(), kl_coef=number(), return_metrics=True
+        )
+        for level in ("token", "sequence")
+    },
+    "head: forward_kl": lambda: heads(torch.bfloat16)["policy token"](
+        max_live_tokens=N * L,
+        kl="forward_kl",
+        kl_coef=number(),
+        ref_hidden=made(N, L, H, dtype=torch.bfloat16),
+        ref_weight=made(V, H, dtype=torch.bfloat16),
+        return_metrics=True,
+    ),
     "logits_policy_loss": lambda: rlk.logits_policy_loss(LOGITS, TARGETS, A, A, MASK, return_metrics=True),
     "value_loss": lambda: rlk.value_loss(ONE, A, A, MASK, clip_range=0.2, return_metrics=True),
     "sft_loss": lambda: rlk.sft_loss(LOGITS, TARGETS, MASK, return_metrics=True),

@@ -27,20 +27,22 @@ CODE = [
 
 LAYERS = [
     {"types", "tracing"},
-    {"checks"},
+    {"checks", "packed_rows"},
     {"objectives"},
     {"backends", "sequences"},
-    {"aggregation"},
+    {"aggregation", "packing"},
     {"ops"},
     {"logits_layout"},
     {"logprobs", "advantages", "rollout"},
     {"losses"},
+    {"linear", "presets"},
+    {"losses", "trajectories"},
     {"linear"},
     {"integrations"},
     {"cli"},
 ]
 """Lowest first. A module imports from layers below its own, and a package from itself."""
-WITHOUT_OPS = {"types", "tracing", "checks", "objectives", "sequences", "aggregation"}
+WITHOUT_OPS = {"types", "tracing", "packed_rows", "checks", "objectives", "sequences", "aggregation", "packing"}
 COMPILED = {"_cpu": "backends/cpu_module.py", "_cuda": "backends/cuda.py"}
 
 

@@ -15,7 +15,9 @@ from rlkernels.cli import COMMANDS
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 BACKENDS = ROOT / "rlkernels" / "backends"
 PROSE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
-PROSE += [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / ".github").rglob("*.md")), BACKENDS / "README.md"]
+PROSE += [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / ".github").rglob("*.md"))]
+READMES = [BACKENDS / "README.md", *(ROOT / name / "README.md" for name in ("csrc", "tests", "benchmarks"))]
+PROSE += READMES
 DOCSTRINGS = [path for folder in ("rlkernels", "benchmarks", "csrc") for path in sorted((ROOT / folder).rglob("*.py"))]
 DOCSTRINGS += sorted(ROOT.glob("setup*.py"))
 HEADLESS = re.compile(r"\s*(What|Which|Of|Where|How|None|Whether)\b")
@@ -133,6 +135,14 @@ def test_the_readme_of_the_backends_names_every_file_and_every_op_there():
         [*(p.name for p in BACKENDS.glob("*.py")), *(f"{p.parent.name}/" for p in BACKENDS.glob("*/__init__.py"))]
     )
     assert re.findall(r"^\* `(\w+)`", page, re.MULTILINE) == list(OPS)
+
+
+def test_the_readme_of_the_native_code_names_files_that_are_there_and_every_shared_header():
+    csrc = ROOT / "csrc"
+    names = re.findall(r"`((?:c\w+/)?[\w*]+\.(?:h|cpp|cuh?|\*))`", (csrc / "README.md").read_text())
+    for name in names:
+        assert list(csrc.glob(name) if "/" in name else csrc.rglob(name)), f"csrc/README.md names {name}"
+    assert {path.name for path in csrc.glob("*.h")} <= set(names)
 
 
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -25,7 +25,8 @@ PER_TOKEN = (
     "advantages.whitening",
     "rollout.weights",
 )
-PER_TOKEN += ("rollout.masks", "rollout.metrics")
+PER_TOKEN += ("rollout.masks", "rollout.metrics", "packing")
+PER_TOKEN += ("trajectories.batches", "trajectories.logs", "trajectories.rows")
 
 
 @pytest.mark.parametrize("name", MODULES)

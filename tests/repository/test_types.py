@@ -15,8 +15,8 @@ import subprocesses
 from paths import ROOT
 
 import rlkernels
-from rlkernels import types
-from rlkernels.advantages import gae, group, whitening
+from rlkernels import packing, trajectories, types
+from rlkernels.advantages import assemble, controllers, environments, gae, group, steps, whitening
 from rlkernels.aggregation import AGGREGATIONS
 from rlkernels.backends import KNOWN, OPS, protocol
 from rlkernels.backends import native as native_backends
@@ -25,6 +25,8 @@ from rlkernels.checks.tokens import RESERVED
 from rlkernels.integrations import trl
 from rlkernels.logprobs import TokenStats
 from rlkernels.losses import (
+    divergence,
+    kl_term,
     policy_arguments,
     policy_ratio,
     preference_options,
@@ -39,7 +41,8 @@ from rlkernels.losses import (
 )
 from rlkernels.objectives import functions, kl
 from rlkernels.ops import FLAGS
-from rlkernels.rollout import masks, weights
+from rlkernels.rollout import correction, masks, weights
+from rlkernels.trajectories import batches, model
 
 TYPED = ROOT / "tests/repository/typed"
 FUNCTIONS = {name: f for name, f in vars(rlkernels).items() if name in rlkernels.__all__ and inspect.isfunction(f)}
@@ -48,6 +51,7 @@ FURTHER = {
     "trl.patch": trl.patch,
     "trl.unpatch": trl.unpatch,
     "trl.status": trl.status,
+    **{f"trajectories.{name}": getattr(trajectories, name) for name in trajectories.__all__},
     **{f"objectives.{name}": f for name, f in functions.FUNCTIONS.items()},
     **{f"protocol.{f.__name__}": f for f in (protocol.real_dtype, protocol.presence, protocol.check_rows)},
     "protocol.column_kernel": protocol.column_kernel,
@@ -57,13 +61,17 @@ FURTHER = {
 WITH_METRICS = [name for name, f in FUNCTIONS.items() if "return_metrics" in inspect.signature(f).parameters]
 TABLES = {
     "RatioLevel": policy_arguments.RATIO_LEVELS,
+    "KL": kl_term.KLS,
+    "ExactKL": kl_term.EXACT,
+    "KLGradient": kl_term.GRADIENTS,
+    "KLRatioLevel": kl_term.LEVELS,
     "RatioDenominator": policy_ratio.DENOMINATORS,
     "PolicyReduction": token_weights.REDUCTIONS,
-    "KL": policy_arguments.KLS,
     "RowKL": ROW_KLS,
     "Output": tuple(FLAGS),
     "Aggregation": AGGREGATIONS,
     "SftKind": sft.KINDS,
+    "DivergenceKind": divergence.KINDS,
     "PairwiseKind": reward_model.KINDS,
     "Reduction": reward_model.REDUCTIONS,
     "ScorePositions": reward_head.POSITIONS,
@@ -74,9 +82,20 @@ TABLES = {
     "FDivergence": tuple(preference_options.F_DIVERGENCES),
     "UnpairedLossType": unpaired_preference.LOSS_TYPES,
     "Masked": gae.MASKED,
+    "ReturnsMasked": gae.RETURNS_MASKED,
+    "StepScale": steps.STEP_SCALES,
+    "Alignment": steps.ALIGNMENTS,
+    "DonesAt": environments.DONES_AT,
+    "Placement": assemble.PLACEMENTS,
+    "KLControl": controllers.KINDS,
     "EpsMode": whitening.EPS_MODES,
     "Baseline": group.BASELINES,
     "Scale": group.SCALES,
+    "CorrectionMode": correction.CORRECTION_MODES,
+    "Singleton": group.SINGLETONS,
+    "BatchLayout": batches.LAYOUTS,
+    "Provenance": model.PROVENANCES,
+    "PaddingSide": packing.PADDING_SIDES,
     "RolloutLevel": weights.LEVELS,
     "RolloutMode": weights.MODES,
     "RolloutGate": weights.GATES,
@@ -100,9 +119,9 @@ def test_every_literal_is_compared_with_a_table():
 
 def test_the_names_that_other_tables_share_with_a_literal_are_its_own():
     assert tuple(native_backends.MASKED) == get_args(types.Masked)
-    assert {name for name, f in vars(kl).items() if inspect.isfunction(f) and f.__module__ == kl.__name__} == set(
-        get_args(types.KL)
-    )
+    estimators = {name for name, f in vars(kl).items() if inspect.isfunction(f) and f.__module__ == kl.__name__}
+    assert estimators - {"kl_term"} == set(map(kl_term.named_objective, get_args(types.KL)))
+    assert set(kl_term.ORDERS) == set(get_args(types.KL))
     assert set(get_args(types.Output)) <= set(TokenStats._fields)
     assert set(rlkernels.objectives.OBJECTIVES) >= set(get_args(types.SftKind))
 

@@ -408,7 +408,11 @@ CASES = {
     ),
     "B41": (lambda: policy(entropy_coef=0.1), ValueError, "entropy_coef needs entropy"),
     "B41 NaN": (lambda: logits_policy(entropy_coef=NAN), ValueError, "entropy_coef must be finite, got nan"),
-    "B42 zero": (lambda: dpo(beta=0.0), ValueError, "dpo_loss: beta must be positive and finite, got 0.0"),
+    "B42 zero": (
+        lambda: dpo(beta=0.0, loss_type="ipo"),
+        ValueError,
+        "dpo_loss: beta must be positive and finite, got 0.0",
+    ),
     "B42 NaN": (lambda: dpo(beta=NAN), ValueError, "beta must be positive"),
     "B42 clip_range": (
         lambda: rlk.value_loss(A, A, A, clip_range=0.0),

@@ -23,6 +23,8 @@ INTEGERS = {
     "is_last_step",
     "mask",
 }
+LISTS = {"process_advantage": {"step_end", "step_reward"}, "gigpo_advantage": {"anchor"}}
+"""Inputs of an operation that stay lists: of several lengths, or of names."""
 NORMALIZERS = {
     "horizon": "horizon",
     "batch_num_tokens": "batch_num_tokens",
@@ -105,7 +107,7 @@ class Case:
         wanted = {name for grad in self.expected.get("grads", ()) for name in grad["wrt"]}
         result = {}
         for name, value in self.inputs.items():
-            if not isinstance(value, (list, dict)):
+            if not isinstance(value, (list, dict)) or name in LISTS.get(self.op, ()):
                 result[name] = value
             elif name == "vocab_mask":
                 result[name] = torch.tensor(value)

@@ -6,6 +6,7 @@ An adapter takes the input tensors and the parameters and pops each parameter th
 offered.
 """
 
+import golden_advantages
 import golden_preferences
 import golden_rewards
 import golden_rollout
@@ -14,6 +15,7 @@ import torch
 from golden_adapter import aggregation, expect
 
 import rlkernels as rlk
+from rlkernels.losses.row_options import ROW_KINDS
 
 
 def token_logprob(x, p):
@@ -65,31 +67,8 @@ def sequence_logprob(x, p):
 
 
 def kl_estimate(x, p):
-    estimator = p.pop("estimator")
-    expect(estimator in ("k1", "k2", "k3"), f"estimator {estimator}")
-    gap, mask = (x["logp"] - x["ref_logp"]).detach(), x.get("mask", torch.ones_like(x["logp"]))
-    _inactive(gap, p.pop("diff_clamp", None))
-    bound = p.pop("value_clamp", None)
-    values = []
-    for k in range(gap.numel()):  # one token at a time: the loss is a sum, the file lists the terms
-        weights = torch.zeros_like(gap)
-        weights.view(-1)[k] = 1.0
-        values.append(
-            rlk.policy_loss(
-                x["logp"],
-                None,
-                torch.zeros_like(gap),
-                mask,
-                objective="reinforce",
-                weights=weights,
-                ref_logprobs=x["ref_logp"],
-                kl=estimator,
-                kl_coef=1.0,
-            )
-        )
-    value = torch.stack(values).view(gap.shape)
-    _inactive(value.detach(), bound)
-    return {"value": value}
+    options = {name: p.pop(name) for name in ("diff_clamp", "value_clamp", "gradient") if name in p}
+    return {"value": rlk.kl_estimate(x["logp"], x["ref_logp"], p.pop("estimator"), mask=x.get("mask"), **options)}
 
 
 def _inactive(x, bounds):
@@ -100,25 +79,37 @@ def _inactive(x, bounds):
 
 
 def vocab_divergence(x, p):
-    expect(p.pop("kind") == "reverse_kl", "only KL(pi || ref)")
-    targets = torch.zeros(x["logits"].shape[:-1], dtype=torch.int64)
-    return {
-        "value": rlk.token_stats(
-            x["logits"], targets, ref_logits=x["ref_logits"], kl="exact", temperature=p.pop("temperature")
-        ).kl
-    }
+    options = {name: p.pop(name) for name in ("beta",) if name in p}
+    kind, temperature = p.pop("kind"), p.pop("temperature")
+    value = rlk.token_divergences(x["logits"], x["ref_logits"], kind=kind, temperature=temperature, **options)
+    if kind == "reverse_kl":  # offered twice, so that both give these numbers
+        targets = torch.zeros(x["logits"].shape[:-1], dtype=torch.int64)
+        stats = rlk.token_stats(x["logits"], targets, ref_logits=x["ref_logits"], kl="exact", temperature=temperature)
+        value = 0.5 * (value + stats.kl)
+    return {"value": value}
+
+
+def distillation_loss(x, p):
+    expect(p.pop("kind") == "forward_cross_entropy" and not p.pop("shift"), "cross-entropy of every position")
+    mode, normalizers = aggregation(p)
+    mask = x["labels"] != p.pop("ignore_index")
+    options = {"aggregation": mode, "normalizers": normalizers}
+    return {"loss": rlk.divergence_loss(x["logits"], x["teacher_logits"], mask, kind="cross_entropy", **options)}
 
 
 def policy_loss(x, p):
     p.pop("trl_loss_type", None)  # a label
     objective, options = _objective(p)
+    options |= {name: x[name] for name in ("rewards", "value_pool") if name in x}
+    if objective == "a2po":
+        options["ref_logprobs"] = x["ref_logp"]
     mask = x["mask"] if "tool_mask" not in x else x["mask"] * (x["tool_mask"] != 0)
     options["ratio_level"] = p.pop("ratio_level", "token")
     old = x.get("old_logp")
     if "old_logp_sum" in x:  # only the sum is given: it stands at each row's first token
         old = torch.zeros_like(x["logp"], requires_grad=False)
         old[:, 0] = x["old_logp_sum"]
-    expect(old is not None or "rollout_logp" in x, "no behaviour policy")
+    expect(old is not None or "rollout_logp" in x or objective == "a2po", "no behaviour policy")
     clamp = p.pop("log_ratio_clamp", None)
     if clamp and objective.startswith("dppo"):  # ours has no clamp beside ratio_max
         _inactive((x["logp"].detach() - old)[mask != 0], clamp)
@@ -129,8 +120,8 @@ def policy_loss(x, p):
             options |= {name: p.pop(name), "rollout_logprobs": x["rollout_logp"]}
     if "kl" in p:
         kl = p.pop("kl")
-        expect(not kl.get("is_weighted"), "importance-weighted KL")
-        options |= {"kl": kl["estimator"], "kl_coef": kl["coef"], "ref_logprobs": x["ref_logp"]}
+        term = rlk.KLTerm(kl["estimator"], ratio_weighted=kl.get("is_weighted", False))
+        options |= {"kl": term, "kl_coef": kl["coef"], "ref_logprobs": x["ref_logp"]}
     bonus = 0.0
     if "entropy" in x:  # a token mean in TRL, whatever the loss is; ours has the weights of the loss
         bonus = p.pop("entropy_coef") * rlk.aggregate(x["entropy"], mask)
@@ -140,9 +131,13 @@ def policy_loss(x, p):
         options["weights"] = torch.where(mask != 0, weights * x["is_weight"], 0.0)
     else:
         options |= {"aggregation": mode, "normalizers": normalizers}
+    if "correction" in p:
+        options |= {"correction": golden_rollout.correction(p.pop("correction")), "rollout_logprobs": x["rollout_logp"]}
+    if "opsm_delta" in p:
+        options["correction"] = rlk.Correction(mode=None, opsm_delta=p.pop("opsm_delta"))
     expect(not p, f"parameters {sorted(p)}")
     loss, metrics = rlk.policy_loss(
-        x["logp"], old, x["advantages"], mask, objective=objective, return_metrics=True, **options
+        x["logp"], old, x.get("advantages"), mask, objective=objective, return_metrics=True, **options
     )
     names = {
         "clip_fraction": "clip_fraction",
@@ -153,17 +148,34 @@ def policy_loss(x, p):
         "clip_fraction_lower": "clip_fraction_dual",
         "mean_old_minus_new": "ppo_kl",
         "kl_mean": "kl",
+        "filtered_fraction": "rollout_filtered",
     }
     if options["ratio_level"] != "token":  # TRL counts sequences there
         for name in ("clip_fraction_low", "clip_fraction_high", "clip_fraction_region"):
             names[name] = f"seq_{names[name]}"
-    return {"loss": loss - bonus, **{theirs: metrics[ours] for theirs, ours in names.items() if ours in metrics}}
+    found = {theirs: metrics[ours] for theirs, ours in names.items() if ours in metrics}
+    if "rollout_logprobs" in options and old is not None:
+        found["mean_rollout_minus_old"] = rlk.rollout_metrics(old, x["rollout_logp"], mask)["rollout_kl"]
+    return {"loss": loss - bonus, **found}
+
+
+def policy_loss_from_logits(x, p):
+    expect(p.pop("objective") == "ppo_kl_penalty", "the penalty of PPO's paper")
+    mode, normalizers = aggregation(p)
+    rows, targets, old_rows = x["logits"], x["labels"], x["old_logits"]
+    old = rlk.token_logprobs(old_rows, targets)
+    options = {"objective": "surrogate", "aggregation": mode, "normalizers": normalizers, "kl_coef": p.pop("kl_coef")}
+    penalty = {"kl": "forward_kl", "ref_logits": old_rows}
+    return {"loss": rlk.logits_policy_loss(rows, targets, old, x["advantages"], x["mask"], **options, **penalty)}
 
 
 def _objective(p):
     """Objective and its parameters."""
     objective = {"gspo": "ppo_clip"}.get(p["objective"], p["objective"])
     p.pop("objective")
+    if objective in ROW_KINDS:
+        kind = ROW_KINDS[objective]
+        return objective, {name: p.pop(name) for name in (*kind.numbers, *kind.tensors) if name in p}
     known = ("ppo_clip", "cispo", "sapo", "reinforce", "surrogate", "dppo_tv", "dppo_kl", "dro")
     expect(objective in known, f"objective {objective}")
     names = ("clip_low", "clip_high", "tau_pos", "tau_neg", "ratio_max", "delta_low", "delta_high")
@@ -247,7 +259,9 @@ LOSSES = (
     sequence_logprob,
     kl_estimate,
     vocab_divergence,
+    distillation_loss,
     policy_loss,
+    policy_loss_from_logits,
     ppo_step_per_sample,
     ppo_step_masked,
     combined_loss,
@@ -263,10 +277,9 @@ TOKENS = (
     golden_tokens.gae,
     golden_tokens.discounted_returns,
     golden_tokens.group_advantage,
-    golden_tokens.token_advantage,
     golden_tokens.whiten,
-    golden_tokens.broadcast_advantage,
     golden_tokens.spans_to_mask,
+    *golden_advantages.ADAPTERS,
     golden_rollout.rollout_weights,
     golden_rollout.rejection_mask,
     golden_rollout.off_policy_sequence_mask,

@@ -37,20 +37,15 @@ def preference_loss(x, p):
     arguments = [x.get(name) for name in ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")]
     loss, metrics = rlk.dpo_loss(*arguments, **options, return_metrics=True)
 
-    def single(i):
-        one = {name: value[i : i + 1] if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-        return rlk.dpo_loss(*(None if a is None else a[i : i + 1] for a in arguments), **one, return_metrics=True)
-
+    each, of_pairs = rlk.dpo_loss(*arguments, **options, reduction="none", return_metrics=True)
     outputs = {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["reward_margin"]}
     if "log_odds_ratio" in metrics:
         outputs["log_odds"] = metrics["log_odds_ratio"]
-    singles = [single(i) for i in range(len(arguments[0]))]
-    if singles:
-        outputs |= {
-            "per_pair": torch.stack([one for one, _ in singles]),
-            "chosen_rewards": torch.stack([one["reward_chosen"] for _, one in singles]),
-            "rejected_rewards": torch.stack([one["reward_rejected"] for _, one in singles]),
-        }
+    outputs |= {
+        "per_pair": each,
+        "chosen_rewards": of_pairs["reward_chosen"],
+        "rejected_rewards": of_pairs["reward_rejected"],
+    }
     return outputs
 
 
@@ -58,8 +53,7 @@ def preference_loss_from_tokens(x, p):
     live, logp, ref = x["completion_mask"][:, 1:], x["per_token_logp"], x["ref_per_token_logp"]
     pairs, options = logp.shape[0] // 2, _options(p)
     if p.pop("wpo_weighting", False):
-        likelihood = rlk.sequence_means(logp.detach() - x["log_sum_sq_probs"], live).exp()
-        options["pair_weights"] = likelihood[:pairs] * likelihood[pairs:]
+        options["pair_weights"] = rlk.wpo_weights(logp, live, log_sum_sq_probs=x["log_sum_sq_probs"])
     weights = torch.ones_like(logp, requires_grad=False)
     if "ld_alpha" in p:
         weights = torch.cat(rlk.length_desensitized_weights(live[:pairs], live[pairs:], p.pop("ld_alpha")))
@@ -115,25 +109,28 @@ def unpaired_preference_loss(x, p):
 
 def nll(x, p):
     mode, normalizers = aggregation(p)
-    expect(not p.pop("normalize_by_weight", False), "weights in the denominator")
     return {
         "loss": rlk.logprobs_sft_loss(
-            x["logp"], x["mask"], sample_weights=x.get("weight"), aggregation=mode, normalizers=normalizers
+            x["logp"],
+            x["mask"],
+            sample_weights=x.get("weight"),
+            normalize_by_weight=p.pop("normalize_by_weight", False),
+            aggregation=mode,
+            normalizers=normalizers,
         )
     }
 
 
 def sft_loss(x, p):
     kind = p.pop("kind")
-    expect(kind in ("nll", "dft") and p.pop("shift"), f"kind {kind}")
+    expect(kind in ("nll", "dft", "asft") and p.pop("shift"), f"kind {kind}")
     mode, normalizers = aggregation(p)
-    return {
-        "loss": rlk.sft_loss(
-            x["logits"][:, :-1],
-            x["labels"][:, 1:],
-            kind=kind,
-            ignore_index=p.pop("ignore_index"),
-            aggregation=mode,
-            normalizers=normalizers,
+    options = {"aggregation": mode, "normalizers": normalizers}
+    logits, labels, ignored = x["logits"][:, :-1], x["labels"][:, 1:], p.pop("ignore_index")
+    penalty = 0.0
+    if kind == "asft":  # DFT and a KL(ref || pi)
+        kind = "dft"
+        penalty = p.pop("asft_alpha") * rlk.divergence_loss(
+            logits, x["ref_logits"][:, :-1], labels != ignored, kind="forward_kl", **options
         )
-    }
+    return {"loss": rlk.sft_loss(logits, labels, kind=kind, ignore_index=ignored, **options) + penalty}

@@ -24,6 +24,12 @@ def rollout_weights(x, p):
     return {"weight": weights.amax(-1, keepdim=True) if of_rows else Live(weights, x["mask"]), **found}
 
 
+def correction(p):
+    """The correction of a policy loss. OpenRLHF's level "seq" bounds the mean of a sequence and weighs tokens."""
+    of_sequences = {"level": "token", "gate_level": "sequence_mean"}
+    return rlk.Correction(**{**p, **(of_sequences if p["level"] == "seq" else {})})
+
+
 def rejection_mask(x, p):
     rules = {}
     for rule, text in zip(p.pop("rules"), p.pop("thresholds"), strict=True):

@@ -76,16 +76,28 @@ def live_of(d, ignore_index=-100, **options):
     return d["mask"] & (d["targets"] != ignore_index)
 
 
-def rows(d, operands, *, temperature=1.0, softcap=None, logit_scale=1.0, valid_vocab=None, ignore_index=-100, **others):
+def rows(
+    d,
+    operands,
+    *,
+    temperature=1.0,
+    softcap=None,
+    logit_scale=1.0,
+    valid_vocab=None,
+    ignore_index=-100,
+    vocab_mask=None,
+    **others,
+):
     """Log-probability and entropy of every token that has a target, 0 elsewhere; differentiable in ``operands``."""
     hidden, weight, bias = operands
     u = hidden @ weight.t() + (0.0 if bias is None else bias)
     u = logit_scale * u if softcap is None else softcap * torch.tanh(logit_scale * u / softcap)
     t = temperature.to(u.dtype)[..., None] if isinstance(temperature, torch.Tensor) else temperature
-    log_p = (u[..., :valid_vocab] / t).log_softmax(-1)
+    z = u if vocab_mask is None else u.masked_fill(~vocab_mask, -torch.inf)
+    log_p = (z[..., :valid_vocab] / t).log_softmax(-1)
     known = d["targets"] != ignore_index
     logp = log_p.gather(-1, torch.where(known, d["targets"], 0).long()[..., None])[..., 0]
-    return torch.where(known, logp, 0.0), torch.where(known, -(log_p.exp() * log_p).sum(-1), 0.0)
+    return torch.where(known, logp, 0.0), torch.where(known, -(log_p.exp() * log_p.clamp_min(-1e300)).sum(-1), 0.0)
 
 
 def sequences(shape, cu_seqlens=None):

@@ -111,6 +111,22 @@ def k3(logp, ref_logp):
     return (ref_logp - logp).exp() - 1 - (ref_logp - logp)
 
 
+def kl_abs(logp, ref_logp):
+    return (logp - ref_logp).abs()
+
+
+def kl_term(logp, ref_logp, old_logp, order, low, high, value_low, value_high, cap, moving, straight):
+    gap = (logp - ref_logp).clamp(low, high)
+    estimate = {0: gap.abs(), 1: gap, 2: gap.square() / 2, 3: (-gap).exp() - 1 + gap}[order].clamp(
+        value_low, value_high
+    )
+    ratio = (logp - old_logp).exp().clamp(max=cap)
+    if straight:
+        weighted = ratio.detach() * (logp - ref_logp).square() / 2
+        return estimate.detach() + weighted - weighted.detach()
+    return (ratio if moving else ratio.detach()) * estimate
+
+
 def value_plain(value, returns):
     return (value - returns).square() / 2
 

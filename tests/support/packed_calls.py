@@ -25,6 +25,17 @@ CALLS = {
         rlk.gae(REWARDS, VALUES, cu_seqlens=cu, bootstrap_values=_ones(cu))
     ),
     "discounted_returns": lambda cu: rlk.discounted_returns(REWARDS, gamma=0.9, cu_seqlens=cu),
+    "discounted_returns with resets": lambda cu: rlk.discounted_returns(REWARDS, masked="reset", cu_seqlens=cu),
+    "gae of turns": lambda cu: torch.stack(
+        rlk.gae(REWARDS, VALUES, turn_ends=EVERY, lam=_ones(cu), cu_seqlens=cu, bootstrap_values=_ones(cu))
+    ),
+    "vtrace": lambda cu: torch.stack(rlk.vtrace(REWARDS, VALUES, Z, OLD, cu_seqlens=cu, bootstrap_values=_ones(cu))),
+    "step_advantages": lambda cu: rlk.step_advantages(REWARDS, EVERY, _ones(cu).long(), cu_seqlens=cu),
+    "optimal_token_advantages": lambda cu: torch.stack(
+        rlk.optimal_token_advantages(REWARDS, OLD, OLD, _ones(cu).long(), cu_seqlens=cu)
+    ),
+    "assemble_rewards": lambda cu: rlk.assemble_rewards(_ones(cu), EVERY, placement="trl-end", cu_seqlens=cu),
+    "extended_mask": lambda cu: rlk.extended_mask(EVERY, cu),
     "sequence_sums": lambda cu: rlk.sequence_sums(Z, cu_seqlens=cu),
     "sequence_means": lambda cu: rlk.sequence_means(Z, EVERY, cu),
     "broadcast_to_tokens": lambda cu: rlk.broadcast_to_tokens(_ones(cu), EVERY, cu),
@@ -68,9 +79,14 @@ CALLS = {
     "linear_sft_loss with weights": lambda cu: rlk.linear_sft_loss(
         HIDDEN, WEIGHT, TARGETS, weights=EVERY, cu_seqlens=cu
     ),
+    "wpo_weights": lambda cu: rlk.wpo_weights(Z, cu_seqlens=cu),
     "linear_dpo_loss": lambda cu: rlk.linear_dpo_loss(HIDDEN, WEIGHT, TARGETS, reference_free=True, cu_seqlens=cu),
     "linear_unpaired_preference_loss": lambda cu: rlk.linear_unpaired_preference_loss(
         HIDDEN, WEIGHT, TARGETS, _ones(cu), _ones(cu), kl=0.0, cu_seqlens=cu
+    ),
+    "divergence_loss": lambda cu: rlk.divergence_loss(LOGITS, LOGITS.flip(0), cu_seqlens=cu),
+    "linear_distillation_loss": lambda cu: rlk.linear_distillation_loss(
+        HIDDEN, WEIGHT, HIDDEN.flip(0), WEIGHT, cu_seqlens=cu
     ),
     "process_reward_loss": lambda cu: rlk.process_reward_loss(LOGITS, TARGETS, cu_seqlens=cu),
     "solution_scores": lambda cu: rlk.solution_scores(Z, cu_seqlens=cu),

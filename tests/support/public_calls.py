@@ -10,6 +10,12 @@ import inspect
 import threading
 from contextlib import contextmanager
 
+import advantage_calls
+import divergence_calls
+import kl_calls
+import packing_calls
+import policy_calls
+import preference_calls
 import reward_calls
 import rollout_calls
 import torch
@@ -81,6 +87,8 @@ def data(seed=0):
         "temperature": torch.rand(B, L, generator=draw) + 0.5,
         "entropy": torch.rand(B, L, generator=draw),
         "cu": torch.tensor([0, 4, 9, 15]),
+        "rows_of_five": torch.tensor([0, 5, 10, 15]),
+        "there": torch.ones(B, L, dtype=torch.bool),
         "hidden": torch.randn(B, L, H, generator=draw),
         "weight": torch.randn(V, H, generator=draw),
         "bias": torch.randn(V, generator=draw),
@@ -99,6 +107,8 @@ def data(seed=0):
         "number": torch.tensor(0.3),
         "spans": torch.tensor([[0, 4], [9, 15]]),
         **reward_calls.data((B, L), draw),
+        **divergence_calls.data((B, L), V, H, draw),
+        **advantage_calls.data((B, L), draw),
     }
 
 
@@ -290,29 +300,13 @@ CALLS = {
         sample_weights=d["advantages"],
         return_metrics=True,
     ),
-    "sft_loss of terms": lambda d: rlk.sft_loss(
-        d["logits"],
-        d["targets"],
-        d["mask"],
-        temperature=d["temperature"],
-        vocab_mask=d["vocab_mask"],
-        z_loss_coef=0.1,
-        label_smoothing=0.2,
-        return_metrics=True,
-    ),
-    "sft_loss of entropies": lambda d: rlk.sft_loss(
-        d["logits"],
-        d["targets"],
-        d["mask"],
-        kind="eaft",
-        vocab_mask=d["vocab_mask"],
-        sample_weights=d["advantages"],
-        normalize_by_weight=True,
-    ),
     "logprobs_sft_loss": lambda d: rlk.logprobs_sft_loss(
         d["logprobs"], d["mask"], kind="dft", sample_weights=d["advantages"][:, 0], return_metrics=True
     ),
+    **preference_calls.calls(rlk),
     **reward_calls.calls(rlk),
+    **kl_calls.calls(rlk),
+    **advantage_calls.calls(rlk),
     "gae": lambda d: rlk.gae(d["rewards"], d["values"], d["mask"], lam=0.9),
     "discounted_returns": lambda d: rlk.discounted_returns(
         d["rewards"].view(-1), d["mask"].view(-1), gamma=0.9, cu_seqlens=d["cu"]
@@ -326,7 +320,6 @@ CALLS = {
         [rlkernels.Moments(2, 0.5, 3.0), rlkernels.masked_moments(d["old"], d["mask"])]
     ),
     "group_advantages": lambda d: rlk.group_advantages(d["pair_c"], d["groups"]),
-    "best_of_n": lambda d: rlk.best_of_n(d["pair_c"], d["groups"]),
     "token_weights": lambda d: rlk.token_weights(d["mask"].view(-1), "seq-mean-token-mean", cu_seqlens=d["cu"]),
     "aggregate": lambda d: rlk.aggregate(d["values"], d["mask"], "seq-mean-token-mean"),
     "sequence_sums": lambda d: rlk.sequence_sums(d["values"], d["mask"]),
@@ -528,7 +521,10 @@ CALLS = {
     ),
 }
 
+CALLS |= rollout_calls.calls(rlk) | divergence_calls.calls(rlk)
+CALLS |= rollout_calls.calls(rlk) | policy_calls.calls(rlk)
 CALLS |= rollout_calls.calls(rlk)
+CALLS |= packing_calls.calls(rlk)
 
 
 def tensors(x):

@@ -7,7 +7,7 @@ import ctypes
 import functools
 import types
 from contextlib import nullcontext
-from math import gcd
+from math import gcd, isinf
 
 import torch
 import triton
@@ -60,7 +60,7 @@ def options(device, threads):
 def split(x):
     """A number as the sum of two fp32 numbers: what a kernel can be given of an fp64 number."""
     high = ctypes.c_float(x).value
-    return high, x - high
+    return high, 0.0 if isinf(high) else x - high  # because inf - inf is NaN
 
 
 def inverse(temperature):

@@ -58,6 +58,8 @@ MASKED = {
     ("token_stats_ref", 2): ((SMALL, Config(128, 128)), (LARGE, Config(512, 1024))),
     ("fused_policy", 2): ((SMALL, Config(128, 128)), (LARGE, Config(512, 512, 2))),
 }
+LIKE = {"divergence": "token_stats_ref"}
+"""Operations that take the entries of another one, because they keep as much per column."""
 BLOCK, SCAN, THREADS = 1024, 512, 128
 """Elements of a program of ``elementwise``, elements of a step of ``gae`` (1024 spill on gfx942), threads of both."""
 _overrides = {}
@@ -65,6 +67,7 @@ _overrides = {}
 
 def row_config(op, itemsize, vocab, masked=False):
     """The entry of the table; ``override`` wins."""
+    op = LIKE.get(op, op)
     name = op.removesuffix("_ref")
     if name in _overrides:
         return _overrides[name]

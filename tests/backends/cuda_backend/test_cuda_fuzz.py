@@ -12,6 +12,7 @@ SEEDS = range(6)
 CALLED = sorted(
     set(CASES["valid"])
     - {"spans_to_mask", "length_desensitized_weights", "group_advantages", "masked_whiten", "token_weights"}
+    - {"pack", "unpack", "shift_targets"}
 )
 
 

@@ -22,6 +22,9 @@ ASKED = {
     "losses/policy_arguments.py": (LOSSES, MASKING, TRUTH),
     "losses/token_weights.py": (LOSSES, MASKING, TRUTH),
     "losses/value.py": (TRUTH, MASKING, LOSSES),
+    "losses/row_objectives.py": ("test_row_objectives.py",),
+    **{f"losses/{name}.py": ("test_policy_correction.py",) for name in ("policy_factors", "top_entropy")},
+    "rollout/correction.py": ("test_policy_correction.py",),
     **{f"ops/{name}.py": (AUTOGRAD, LAYOUTS, TRUTH) for name in ("rows", "policy", "columns")},
     "objectives/policy.py": (OBJECTIVES, TRUTH),
     "objectives/policy_gates.py": (OBJECTIVES, TRUTH),
@@ -175,8 +178,8 @@ MUTANTS = (
     _m(
         "a group of one has an advantage",
         "advantages/group.py",
-        "torch.where(scored & ~alone, centred, 0.0)",
-        "torch.where(scored, centred, 0.0)",
+        'kept = scored if singleton != "zero" else scored & ~alone',
+        "kept = scored",
     ),
     _m("whitening of a population", "advantages/whitening.py", "fewer=1 if unbiased else 0", "fewer=0"),
     _m(
@@ -196,9 +199,41 @@ MUTANTS = (
     _m(
         "the penalty is left out",
         "losses/policy.py",
-        "loss = loss + scaled_sum(kl_coef, kl, logp, [ref_logprobs], token_weights)",
+        "loss = loss + scaled_sum(kl_coef, kl, logp, [ref_logprobs], weights)",
         "loss = loss + 0.0",
         22,
+    ),
+    _m(
+        "the clip of a geometric mean holds the other side",
+        "losses/row_objectives.py",
+        "clamped(gap, None, high), clamped(gap, -low, None)",
+        "clamped(gap, -low, None), clamped(gap, None, high)",
+    ),
+    _m("a group of one sign has a loss", "losses/row_objectives.py", "torch.where(both, total, 0.0)", "total"),
+    _m("a gap between tokens is no distance", "losses/row_objectives.py", 'masked="zero"', 'masked="skip"'),
+    _m(
+        "a correction multiplies the entropy bonus",
+        "losses/policy_factors.py",
+        "policy = policy.times(factor)",
+        "policy, bonus = policy.times(factor), bonus.times(factor)",
+    ),
+    _m(
+        "the off-policy mask compares with the old policy alone",
+        "losses/policy_factors.py",
+        "self.old_logprobs if self.rollout_logprobs is None else self.rollout_logprobs",
+        "self.old_logprobs",
+    ),
+    _m(
+        "the token at the quantile is left out",
+        "losses/top_entropy.py",
+        "live & ~(entropy < quantile)",
+        "live & (entropy > quantile)",
+    ),
+    _m(
+        "weights of a loss in float64 come in float32",
+        "rollout/correction.py",
+        "old_logprobs = old_logprobs.double()",
+        "pass",
     ),
     _m(
         "the entropy bonus has the wrong sign",

@@ -15,6 +15,20 @@ def bounded(logp: Tensor, old_logp: Tensor, advantage: Tensor, bound: float) -> 
     return -where(bound < ratio, bound, ratio) * advantage, -where(bound < ratio, 0.0, ratio) * advantage
 
 
+@rlk.objective(columns=3)
+def gated(logp: Tensor, advantage: Tensor, gate: Tensor, scale: float = 0.5) -> tuple[Tensor, Tensor]:
+    r"""``-scale g A log pi``, with a column of its own."""
+    return -scale * gate * advantage * logp, -scale * gate * advantage
+
+
+@rlk.objective
+def squared(margin: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    r"""``(beta m - 1)^2``."""
+    gap = beta * margin - 1.0
+    return gap * gap, 2.0 * beta * gap
+
+
+rlk.check_objective(gated, grid={"gate": [0.5, 1.0]}, scale=2.0)
 logits = torch.randn(2, 3, 5, requires_grad=True)
 targets = torch.tensor([[0, 1, 2], [3, 4, 0]])
 mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -30,6 +44,8 @@ advantages: Tensor = rlk.group_advantages(rewards, group_ids, baseline="leave-on
 
 loss: Tensor = rlk.policy_loss(stats.logprobs, old, advantages, mask, clip_high=0.28, kl_coef=0.01, ref_logprobs=old)
 loss = rlk.policy_loss(stats.logprobs, old, advantages, mask, objective="bounded", bound=torch.tensor(1.2))
+loss = rlk.policy_loss(stats.logprobs, None, advantages, mask, objective=gated, gate=torch.ones(2, 3), scale=1.0)
+loss = rlk.dpo_loss(rewards, -rewards, rewards, rewards, loss_type=(squared, "sigmoid"))
 loss = rlk.policy_loss(
     stats.logprobs, old, advantages, ratio_level="sequence", aggregation="fixed-horizon", normalizers={"horizon": 3}
 )

@@ -9,6 +9,7 @@ SEEDS = range(3)
 CALLED = sorted(
     set(CASES["valid"])
     - {"spans_to_mask", "length_desensitized_weights", "group_advantages", "masked_whiten", "token_weights"}
+    - {"pack", "unpack", "shift_targets"}
 )
 
 

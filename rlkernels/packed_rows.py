@@ -1,0 +1,65 @@
+"""Packed batches that lie as one row, ``[1, T]``, as models without padding take and return them."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+NOT_OF_TOKENS = ("weight", "bias", "ref_weight", "ref_bias", "value_pool", "cu_seqlens")
+"""Arguments that have no dimension of tokens, whatever their shape."""
+
+
+class Decorator(Protocol):
+    """A decorator that keeps the type of its function."""
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]: ...
+
+
+def takes_one_row(rank: int = 1, *, main: str | None = None, per_token: bool = False) -> Decorator:
+    """Lets a function of packed tokens take ``[1, T, ...]`` beside ``[T, ...]``.
+
+    ``rank``: the dimensions of the argument ``main``, else of the first one, in a packed batch. ``per_token``: the
+    results have an entry per token, and come back as one row where that argument did.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        names = tuple(inspect.signature(function).parameters)
+        of_offsets, of_main = names.index("cu_seqlens"), 0 if main is None else names.index(main)
+
+        @functools.wraps(function)
+        def with_one_row(*args: P.args, **kwargs: P.kwargs) -> R:
+            offsets = args[of_offsets] if len(args) > of_offsets else kwargs.get("cu_seqlens")
+            if offsets is None:
+                return function(*args, **kwargs)
+            x = args[of_main] if len(args) > of_main else kwargs.get(names[of_main])
+            if not isinstance(x, torch.Tensor) or x.dim() != rank + 1 or x.shape[0] != 1:
+                return function(*args, **kwargs)
+            row = x.shape[:2]
+            flat = [y if name in NOT_OF_TOKENS else _flat(y, row) for name, y in zip(names, args, strict=False)]
+            named = {name: y if name in NOT_OF_TOKENS else _flat(y, row) for name, y in kwargs.items()}
+            found = cast(Callable[..., Any], function)(*flat, **named)
+            if not per_token:
+                return cast(R, found)
+            if type(found) is tuple:
+                return cast(R, tuple(_as_row(y) for y in found))
+            return cast(R, _as_row(found))
+
+        return with_one_row
+
+    return decorate
+
+
+def _flat(x: Any, row: torch.Size) -> Any:
+    """Returns a tensor ``[1, T, ...]`` as ``[T, ...]``, an option with such fields likewise, and all else as it is."""
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return dataclasses.replace(x, **{f.name: _flat(getattr(x, f.name), row) for f in dataclasses.fields(x)})
+    return x[0] if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[:2] == row else x
+
+
+def _as_row(x: Any) -> Any:
+    return x[None] if isinstance(x, torch.Tensor) else x
