@@ -255,6 +255,12 @@ def test_the_loss_of_each_token_is_that_of_the_paper(backend):
     wide = d["logp"].double().requires_grad_()
     want = torch.where(m, oracles.ppo_clip(wide, d["old"].double(), d["advantages"].double(), 0.2, 0.2), 0.0)
     torch.testing.assert_close(each.double(), want, rtol=4e-6, atol=1e-6)
+    factors = torch.rand(m.shape)
+    corrected = rlk.policy_loss(
+        leaf, d["old"], d["advantages"], m, correction=factors, reduction="none", ref_logprobs=d["ref"], kl_coef=0.3
+    )
+    kl = torch.where(m, 0.3 * oracles.k3(wide, d["ref"].double()), 0.0)
+    torch.testing.assert_close(corrected.double(), factors * want + kl, rtol=4e-6, atol=1e-6)
     upstream = torch.rand(m.shape)
     (got,), (slope,) = torch.autograd.grad(each, leaf, upstream), torch.autograd.grad(want, wide, upstream.double())
     torch.testing.assert_close(got.double(), slope, rtol=4e-6, atol=1e-6)
@@ -346,6 +352,12 @@ WRONG = [
     ({"reduction": "none", "weights": X}, ValueError, "reduction='none' weighs no token"),
     ({"reduction": "none", "aggregation": "token-sum"}, ValueError, "reduction='none' weighs no token"),
     ({"reduction": "none", "ratio_level": "sequence_sum"}, ValueError, "reduction must not be 'none'"),
+    ({"reduction": "none", "objective": "gmpo"}, ValueError, "no losses of single tokens"),
+    (
+        {"reduction": "none", "kl": rlk.KLTerm("k3", weights=X), "kl_coef": 0.1, "ref_logprobs": X},
+        ValueError,
+        "no losses of single tokens",
+    ),
     ({"objective": "dro"}, TypeError, "'dro' needs 'beta'"),
     ({"objective": "ppo_clip_cap", "ratio_cap": 0.0}, ValueError, "ratio_cap must be positive"),
     ({"objective": "dppo_kl", "delta_low": -0.1}, ValueError, "delta_low must be >= 0"),

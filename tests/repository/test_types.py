@@ -71,6 +71,7 @@ TABLES = {
     "Output": tuple(FLAGS),
     "Aggregation": AGGREGATIONS,
     "SftKind": sft.KINDS,
+    "LogitsSftKind": sft.LOGITS_KINDS,
     "DivergenceKind": divergence.KINDS,
     "PairwiseKind": reward_model.KINDS,
     "Reduction": reward_model.REDUCTIONS,
