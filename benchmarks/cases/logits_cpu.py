@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.cases import logits
+from benchmarks.cases import divergence, logits
 from benchmarks.cases.case import Case
 from benchmarks.cases.logits import FORWARD, LOGPROBS, POLICY, STATS, Make
 from benchmarks.judge import Judge
@@ -38,7 +38,13 @@ def policy(problem: Problem, judge: Judge, lineup: Lineup) -> Case:
     return logits.policy(problem, judge, lineup, passes)
 
 
-CASES: dict[str, Make] = {FORWARD: logits.forward, LOGPROBS: logits.logprobs, STATS: logits.statistics, POLICY: policy}
+CASES: dict[str, Make] = {
+    FORWARD: logits.forward,
+    LOGPROBS: logits.logprobs,
+    STATS: logits.statistics,
+    POLICY: policy,
+    **divergence.CASES,
+}
 
 
 def lineup(peers: dict[str, Callable], compile_too: bool) -> Lineup:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rlkernels
-from benchmarks.cases import linear_cpu, logits_cpu
+from benchmarks.cases import divergence, linear_cpu, logits_cpu
 from benchmarks.cases.case import COMPILED, EAGER, IN_PLACE, OURS
 from benchmarks.cases.logits import FORWARD, LOGPROBS, POLICY, STATS
 from benchmarks.judge import wrong
@@ -27,6 +27,7 @@ CONTENDERS = {
     LOGPROBS: [OURS, OURS + IN_PLACE, EAGER, COMPILED],
     STATS: [OURS, EAGER, COMPILED],
     POLICY: [OURS, logits_cpu.PASS_FORWARD, logits_cpu.PASS_BACKWARD, EAGER, COMPILED],
+    **{name: [OURS, EAGER, COMPILED] for name in divergence.CASES},
 }
 
 # One chunk of logits for every case; for one of them two by the default budget, and a vocabulary that no block divides.

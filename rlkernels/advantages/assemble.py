@@ -11,7 +11,8 @@ from rlkernels.objectives.language import OBJECTIVES
 from rlkernels.sequences import last_live_index, result_dtype, segment_ids, segment_reduce
 from rlkernels.types import KL, Mask, Number, Offsets, PerToken, PerTokenOrSequence, Placement, TokenIds
 
-KLS, PLACEMENTS = get_args(KL), get_args(Placement)
+# Those that are objectives, because a gradient that differs from the value is of no use to a reward.
+KLS, PLACEMENTS = tuple(name for name in get_args(KL) if name in OBJECTIVES), get_args(Placement)
 
 
 @torch.no_grad()

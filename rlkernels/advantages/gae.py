@@ -62,8 +62,8 @@ def gae(
             differentiable.
 
     Raises:
-        TypeError: an argument is not a tensor of such a dtype, or ``cu_seqlens`` neither int32 or int64 nor a list of
-            ints.
+        TypeError: an argument is not a tensor of such a dtype, ``lam`` neither a number nor one of each sequence, or
+            ``cu_seqlens`` neither int32 or int64 nor a list of ints.
         ValueError: shapes differ; a discount or decay outside [0, 1], be it of one sequence where the host reads it;
             unknown ``masked``; ``cu_seqlens`` does not cover the tokens; ``turn_ends`` with another ``masked``, or
             ``turn_gamma`` or ``turn_lam`` without it.
@@ -201,8 +201,12 @@ def _decay(caller: str, name: str, x: Number | PerSequence, like: Tensor, sequen
     """Returns a trace decay as a number, or as float64 of each sequence."""
     if not isinstance(x, Tensor) or x.dim() == 0:
         return checks.interval(caller, name, x, 0, 1)
+    if x.shape != torch.Size(sequences):
+        raise TypeError(
+            f"{caller}: {name} must be a number, or one of each sequence, {tuple(sequences)}; got a tensor of shape "
+            f"{tuple(x.shape)} on {x.device}"
+        )
     checks.floating(caller, name, x)
-    checks.shape(caller, name, x, sequences)
     checks.one_device(caller, "rewards", like, **{name: x})
     checks.no_forward_ad(caller, x)
     x = x.detach().double()

@@ -90,9 +90,7 @@ def group_advantages(
     checks_tokens.ids(caller, "group_ids", group_ids, rewards.shape[:1])
     checks.choice(caller, "baseline", baseline, BASELINES)
     checks.choice(caller, "scale", scale, SCALES)
-    checks.choice(caller, "singleton", singleton, SINGLETONS)
-    if singleton == "scaled" and scale != "std":
-        raise ValueError(f"{caller}: singleton 'scaled' needs scale 'std', got {scale!r}")
+    check_singleton(caller, singleton, scale)
     weights = _reward_weights(caller, rewards, reward_weights)
     eps = checks_tokens.not_negative(caller, "eps", eps, rewards)
     if (lengths is not None) != (baseline == "length-mean"):
@@ -171,6 +169,13 @@ def group_advantages(
         centred = divided
     kept = scored if singleton != "zero" else scored & ~alone
     return torch.where(kept, centred, 0.0).to(result_dtype(rewards))
+
+
+def check_singleton(caller: str, singleton: Singleton, scale: Scale) -> None:
+    """Refuses an unknown advantage of a group of one, and the scaled one without a scale."""
+    checks.choice(caller, "singleton", singleton, SINGLETONS)
+    if singleton == "scaled" and scale != "std":
+        raise ValueError(f"{caller}: singleton 'scaled' needs scale 'std', got {scale!r}")
 
 
 def _reward_weights(caller: str, rewards: Tensor, weights: RewardWeights | None) -> Tensor | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.advantages.gae import discounted_returns
-from rlkernels.advantages.group import group_advantages
+from rlkernels.advantages.group import check_singleton, group_advantages
 from rlkernels.advantages.recurrence import running_sums
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.sequences import groups_of, result_dtype, segment_ids
@@ -133,6 +133,7 @@ def gigpo_advantages(
     checks.one_device(caller, "episode_rewards", episode_rewards, step_rewards=step_rewards, **given)
     checks.no_forward_ad(caller, episode_rewards, step_rewards)
     checks.choice(caller, "scale", scale, STEP_SCALES)
+    check_singleton(caller, singleton, scale)
     step_weight = checks.coefficient(checks.finite, caller, "step_weight", step_weight, episode_rewards)
     eps = checks_tokens.not_negative(caller, "eps", eps, episode_rewards)
 

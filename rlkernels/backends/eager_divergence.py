@@ -22,6 +22,7 @@ def divergence(rows, kind, beta, weight, out=None, unless=None):
     logits, targets, temperature, ignore_index, vocab_mask, teacher = rows
     targets = targets.clone() if targets.device.type == "cpu" else targets
     vocab, count = logits.shape[-1], targets.shape[0]
+    vocab_mask = vocab_mask if vocab_mask is None else vocab_mask.contiguous()
     check_rows(targets, vocab, ignore_index, temperature)
     live, real = targets != ignore_index, real_dtype(logits.dtype)
     value = logits.new_empty(count, dtype=real)
@@ -54,7 +55,7 @@ def topk_divergence(rows, ids, logprobs, kind, beta, weight, out=None, unless=No
     statistics, backward = passes
     logits, targets, temperature, ignore_index, vocab_mask, _ = rows
     live, real = targets != ignore_index, real_dtype(logits.dtype)
-    ids, logprobs = torch.where(live[:, None], ids, 0), torch.where(live[:, None], logprobs.double(), -math.inf)
+    ids, logprobs = torch.where(live[:, None], ids.long(), 0), torch.where(live[:, None], logprobs.double(), -math.inf)
     known = logprobs > -math.inf
     # An entry that stands for nothing repeats the likeliest one: its id is then written twice with one value.
     likeliest = logprobs.argmax(-1, keepdim=True)

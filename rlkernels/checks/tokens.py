@@ -96,7 +96,7 @@ def read_offsets(cu_seqlens, count, filled, caller, mask=None):
         offsets[-1:].fill_(count)
     # By sorting, because that takes 10 ns an entry of a sorted list, and a loop over neighbours takes 60.
     if ends[0] != 0 or ends[-1] != count or ends != sorted(ends):
-        raise ValueError(f"{caller}: {_fault(ends, count)}")
+        raise ValueError(f"{caller}: {_fault(ends, count, mask is not None)}")
     if filled and len(set(ends)) != len(ends):
         empty = next(i for i in range(len(ends) - 1) if ends[i] == ends[i + 1])
         raise ValueError(
@@ -112,18 +112,15 @@ def _is_padding(mask, end):
     return end >= 0 and (not checks.host_reads(mask) or not bool((mask[end:] != 0).any()))
 
 
-def _fault(ends, count):
-    """Returns the words for the first fault of bad offsets."""
+def _fault(ends, count, masked):
+    """Returns the words for the first fault of bad offsets; ``masked``: padding was looked for."""
     if ends[0] != 0:
         return f"cu_seqlens starts at {ends[0]}, expected 0"
     for i in range(1, len(ends)):
         if ends[i] < ends[i - 1]:
             return f"cu_seqlens decreases from {ends[i - 1]} to {ends[i]} at entry {i}; it must hold cumulative lengths"
-    return (
-        f"cu_seqlens ends at {ends[-1]}, expected the number of tokens, {count}, or a mask that is 0 behind its end"
-        if ends[-1] < count
-        else f"cu_seqlens ends at {ends[-1]}, expected the number of tokens, {count}"
-    )
+    words = f"cu_seqlens ends at {ends[-1]}, expected the number of tokens, {count}"
+    return f"{words}, or a mask that is 0 behind its end" if masked and ends[-1] < count else words
 
 
 def _listed(caller, values):

@@ -69,7 +69,8 @@ def token_divergences(
             and a number between is the JSD; ``kind="jsd"`` takes all of them. The JSD of Jensen and Shannon is 0.5.
         teacher_topk: ``(ids, logprobs)``, ``[..., K]`` each, in place of ``teacher_logits``: the teacher's likeliest
             tokens under the temperature ``T``. All other tokens count as one outcome, with the mass that is left in
-            each distribution, 1.2e-7 (2.2e-16 in fp64) at the least. Entries of log-probability -inf are not used.
+            each distribution: 1 less the sum over the ids, 1.2e-7 (2.2e-16 in fp64) at the least and no more exact
+            than that. Entries of log-probability -inf are not used.
         temperature: ``T``, of both models; a number, or one per row, as for ``token_logprobs``. The value is not
             multiplied by ``T**2``.
         vocab_mask: bool ``[V]`` or ``[..., V]``, True keeps a column, in both models; not with ``teacher_topk``.

@@ -15,7 +15,7 @@ def target_logprobs(rows, inplace, backend):
 
 
 def _scored(targets, ignore_index, vocab, vocab_mask):
-    """Which targets are columns of the support, bool ``[T, K]``, and one column per row that the kernels may take.
+    """Tells which targets are in the support, bool ``[T, K]``, and returns a column per row that the kernels may take.
 
     The column is that of the first such target, else some column of the support, else ``ignore_index``, where all
     targets of a row are ignored.

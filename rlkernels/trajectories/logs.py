@@ -172,7 +172,8 @@ def from_autogen(
     found: list[Message] = []
     thought = None
     for index, m in enumerate(log):
-        kind, own = m.get("type"), m.get("source") == agent
+        # The type of a structured message names its content in brackets.
+        kind, own = str(m.get("type")).split("[")[0], m.get("source") == agent
         usage = m.get("models_usage") is not None if chosen is None else chosen(m, index)
         provenance = "environment" if not own else "model" if usage else "framework"
         known = {**_metadata(m), **{k: x for k, x in m.items() if k not in ("content", "metadata")}}

@@ -116,6 +116,15 @@ def test_gigpo_adds_the_episode_and_the_step_among_equal_states():
     torch.testing.assert_close(got[[0, 2]], 0.5 + of_steps[[0, 2]] / spread)
 
 
+def test_a_trajectory_of_many_rows_counts_once():
+    # Three rollouts of one prompt in 1, 3 and 2 rows, the reward at the last row.
+    trajectories, last = torch.tensor([4, 9, 9, 2, 9, 2]), torch.tensor([True, False, False, False, True, True])
+    scores = torch.tensor([1.0, NAN, NAN, NAN, 0.0, 5.0])
+    once = rlk.group_advantages(torch.where(last, scores, NAN), torch.zeros(6).long(), scale=None)
+    got = rlk.broadcast_advantages(once, last, trajectories)
+    assert got.tolist() == [-1.0, -2.0, -2.0, 3.0, -2.0, 3.0]
+
+
 def baseline_loop(rewards, logp, log_squares, ids, live, weights, aligned, singleton):
     """The optimal token baseline, one token at a time."""
     rows, length = rewards.shape
@@ -199,6 +208,10 @@ def test_16_bit_rewards_give_float32_of_the_rounded_rewards():
 
 Z, I2 = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
 REFUSED = [
+    (
+        lambda: rlk.gigpo_advantages(*[Z[:, 0]] * 2, I2, I2, singleton="scaled"),
+        "gigpo_advantages: singleton 'scaled' needs scale 'std', got None",
+    ),
     (
         lambda: rlk.group_advantages(Z[:, 0], I2, singleton="scaled", scale=None),
         "group_advantages: singleton 'scaled' needs",

@@ -67,6 +67,30 @@ def test_the_kl_in_the_reward_of_rloo_is_the_sum_of_the_row():
     torch.testing.assert_close(rows, SCORES - 0.05 * torch.where(MASK, LOGP - REF, 0.0).sum(-1))
 
 
+def test_a_baseline_comes_before_the_clip_and_the_kl():
+    # OpenRLHF: reward less the mean of the group, then the range, then the KL of each token, then returns.
+    ids, options = torch.tensor([1, 2, 1, 2]), {"logprobs": LOGP, "ref_logprobs": REF, "kl_coef": 0.1}
+    gap = torch.stack([SCORES[0] - 1.75, SCORES[1] + 6.5, SCORES[2] - 1.75, SCORES[3] + 6.5]).clamp(-5, 5)
+    want = torch.where(MASK, -0.1 * (LOGP - REF), 0.0)
+    want[range(4), LAST] += gap
+    baseline = rlk.group_advantages(SCORES, ids, scale=None)
+    got = rlk.assemble_rewards(baseline, MASK, score_clip=(-5, 5), **options)
+    torch.testing.assert_close(got, want)
+    returns = rlk.discounted_returns(got, MASK, masked="zero")
+    torch.testing.assert_close(
+        returns, torch.where(MASK, torch.where(MASK, want, 0.0).flip(-1).cumsum(-1).flip(-1), 0.0)
+    )
+    # RLOO: the sum of the KL in the reward, the mean of the others, and TRL's normalisation of the batch.
+    rows = SCORES - 0.1 * torch.where(MASK, LOGP - REF, 0.0).sum(-1)
+    others = rows - rows[[2, 3, 0, 1]]
+    got = rlk.group_advantages(
+        rlk.sequence_sums(rlk.assemble_rewards(SCORES, MASK, **options)), ids, baseline="leave-one-out", scale=None
+    )
+    torch.testing.assert_close(got, others)
+    got = rlk.group_advantages(got, ids, baseline="batch-mean", scale="batch-std", eps=1e-4)
+    torch.testing.assert_close(got, (others - others.mean()) / (others.std() + 1e-4))
+
+
 def test_the_mask_of_values_goes_one_token_further():
     want = MASK.clone()
     want[0, 5] = want[3, 1] = True
@@ -133,6 +157,7 @@ def test_the_coefficient_of_a_kl_follows_its_rule():
         (paper, 0.19, 0.5),
         (paper, torch.tensor(0.3).bfloat16(), 0.5),
         (paper, NAN, 0.5),
+        (paper, 0.449, 0.5),
         (paper, 0.46, 1.0),
     ):
         controller.update(kl, 50)

@@ -69,6 +69,18 @@ REALS = {
     "gae gamma": lambda x: rlk.gae(Z, OLD, gamma=x)[0],
     "gae lam": lambda x: rlk.gae(Z, OLD, lam=x)[0],
     "discounted_returns gamma": lambda x: rlk.discounted_returns(Z, gamma=x),
+    "gae turn_gamma": lambda x: rlk.gae(Z, OLD, turn_ends=Z > 0, turn_gamma=x)[0],
+    "gae turn_lam": lambda x: rlk.gae(Z, OLD, turn_ends=Z > 0, turn_lam=x)[0],
+    "vtrace rho_max": lambda x: rlk.vtrace(Z, OLD, Z, OLD, rho_max=x)[0],
+    "vtrace lam": lambda x: rlk.vtrace(Z, OLD, Z, OLD, lam=x)[0],
+    "rollout_gae gamma": lambda x: rlk.rollout_gae(Z, OLD, time_dim=0, next_values=A, gamma=x)[0],
+    "assemble_rewards kl_coef": lambda x: rlk.assemble_rewards(
+        Z, Z > 0, logprobs=Z, ref_logprobs=OLD, kl_coef=x, placement="token-level"
+    ),
+    "length_penalty buffer": lambda x: rlk.length_penalty(PAIRS[0], max_length=1e9, buffer=x),
+    "truncation_penalty coef": lambda x: rlk.truncation_penalty(PAIRS[0], PAIRS[0] > 0, x),
+    "dynamic_sampling_mask low": lambda x: rlk.dynamic_sampling_mask(PAIRS[0], GROUPS, low=x),
+    "gigpo_advantages step_weight": lambda x: rlk.gigpo_advantages(*PAIRS[:2], GROUPS, GROUPS, step_weight=x),
     "linear_token_logprobs softcap": lambda x: head(softcap=x),
     "linear_token_logprobs logit_scale": lambda x: head(logit_scale=x),
     "linear_dpo_loss beta": lambda x: rlk.linear_dpo_loss(
@@ -88,6 +100,8 @@ COEFFICIENTS = {
         "unpaired_preference_loss",
         "pairwise_reward_loss",
         "linear_dpo_loss",
+        "assemble_rewards",
+        "gigpo_advantages",
     )
 }
 COUNTS = ("token_weights batch_num_tokens", "token_weights horizon", "aggregate num_sequences")
@@ -95,6 +109,8 @@ NORMALISERS = {  # of them, too
     "policy_loss scale": lambda x: policy(normalizers={"scale": x}),
     "masked_whiten eps": lambda x: rlk.masked_whiten(Z, eps=x),
     "group_advantages eps": lambda x: rlk.group_advantages(PAIRS[0], GROUPS, eps=x),
+    "optimal_token_advantages eps": lambda x: rlk.optimal_token_advantages(Z, OLD, OLD, Y[:, 0], eps=x)[0],
+    "step_advantages eps": lambda x: rlk.step_advantages(Z, Z > -9, Y[:, 0], eps=x),
     "token_weights batch_num_tokens": lambda x: rlk.token_weights(Z > 0, batch_num_tokens=x),
     "token_weights horizon": lambda x: rlk.token_weights(Z > 0, "fixed-horizon", horizon=x, scale=x, dp_size=x),
     "aggregate num_sequences": lambda x: rlk.aggregate(Z, None, "seq-mean-token-mean", num_sequences=x),
@@ -112,6 +128,8 @@ INTEGERS = {  # x = 2
         HIDDEN[:1, :2], HEAD, Y[:1, :2], max_live_tokens=x
     ),
     "masked_whiten dim": lambda x: rlk.masked_whiten(X, dim=x),
+    "process_sequences eos_id": lambda x: rlk.process_sequences(Y, 1, eos_id=x, pad_id=0)[0],
+    "process_sequences prompt_length": lambda x: rlk.process_sequences(Y, x, eos_id=2, pad_id=0)[2],
     "spans_to_mask length": lambda x: rlk.spans_to_mask([[0, 2]], x, shift=False),
 }
 

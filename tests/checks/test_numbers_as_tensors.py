@@ -40,6 +40,10 @@ NUMBERS = {
     "linear_token_logprobs softcap": lambda n: rlk.linear_token_logprobs(HIDDEN, HEAD, Y, softcap=n),
     "token_logprobs temperature": lambda n: rlk.token_logprobs(X, Y, temperature=n),
     "gae gamma": lambda n: rlk.gae(A, OLD, gamma=n),
+    "vtrace c_max": lambda n: rlk.vtrace(A, OLD, LOGP, OLD, c_max=n),
+    "assemble_rewards kl_coef": lambda n: rlk.assemble_rewards(
+        A, MASK, logprobs=LOGP, ref_logprobs=OLD, kl_coef=n, placement="token-level"
+    ),
     "masked_whiten eps": lambda n: rlk.masked_whiten(A, MASK, eps=n),
     "group_advantages eps": lambda n: rlk.group_advantages(SUMS, GOOD.long(), eps=n),
     "token_weights scale": lambda n: rlk.token_weights(MASK, scale=n),

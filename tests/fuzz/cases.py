@@ -13,4 +13,26 @@ from fuzz import (  # noqa: F401  (a module's cases register themselves)
 )
 from fuzz.trial import CASES
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "WITHOUT_KERNELS"]
+WITHOUT_KERNELS = {
+    "assemble_rewards",
+    "broadcast_advantages",
+    "dynamic_sampling_mask",
+    "extended_mask",
+    "gae_of_turns",
+    "gigpo_advantages",
+    "group_advantages",
+    "length_desensitized_weights",
+    "length_penalty",
+    "masked_whiten",
+    "pack",
+    "process_sequences",
+    "rollout_gae",
+    "shift_targets",
+    "spans_to_mask",
+    "token_weights",
+    "truncation_penalty",
+    "unpack",
+    "vtrace",
+}
+"""Cases without kernels of their own: what they are made of is called by the others."""

@@ -29,6 +29,9 @@ TENSORS = """
     kl_logps ref_kl_logps chosen rejected margin attention_mask group_ids rollout_ids lengths bootstrap_values x
     spans chosen_mask rejected_mask teacher_logits teacher_hidden teacher_weight teacher_bias
     spans chosen_mask rejected_mask tensors
+    spans chosen_mask rejected_mask scores turn_ends terminated truncated dones last_dones last_values next_values
+    row_advantages is_last_step trajectory_ids step_rewards step_ends episode_rewards anchor_ids token_rewards
+    log_sum_sq_probs sequences
 """.split()
 OPS = tuple(f"{op}: " for op in (*OF_BACKENDS, "offsets", "linear_stats"))
 ALLOWED = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)

@@ -22,9 +22,13 @@ PER_TOKEN = {
     "returns",
     "rewards",
     "sample_weights",
+    "next_values",
+    "token_rewards",
+    "log_sum_sq_probs",
     "x",
 }
 MASKS = {"mask", "attention_mask", "chosen_mask", "rejected_mask"}
+MASKS_OF_STEPS = {"turn_ends", "terminated", "truncated", "dones", "step_ends"}
 TRAINED = {
     "logits",
     "hidden",
@@ -75,13 +79,21 @@ def good(draw, function, name, packed):
         return draw.integers(0, V, shape)
     if name in MASKS:
         return draw.coins(shape if name in ("mask", "attention_mask") else (B, L), 0.7)
+    if name in MASKS_OF_STEPS and function != "truncation_penalty":
+        return draw.coins(shape, 0.3)
+    if name in ("is_last_step", "last_dones", "truncated"):
+        return draw.coins((B,), 0.5)
+    if name == "sequences":
+        return draw.integers(0, 4, (B, L))
+    if name == "step_rewards" and function == "step_advantages":
+        return draw.normal(shape, torch.float32)
     if name == "vocab_mask":
         return draw.coins((V,), 0.8)
     if name == "cu_seqlens":
         return torch.tensor([0, 5, 7, 12, 20])
     if name == "temperature":
         return draw.uniform(shape, 0.5, 1.5, torch.float32)
-    if name == "group_ids":
+    if name in ("group_ids", "trajectory_ids", "anchor_ids"):
         return draw.integers(0, 3, (B,))
     if name == "spans":
         return draw.integers(0, 4, (2, 2))
@@ -157,11 +169,15 @@ KINDS_OF_NAMES = {
     ),
     "ratio_level": ("token", "sequence", "sequence_token", "sequence_sum", "row"),
     "kind": ("nll", "dft", "eaft", "forward_kl", "reverse_kl", "jsd", "ce"),
-    "masked": ("skip", "zero", "none", "all"),
-    "baseline": ("mean", "leave-one-out", "length-mean", "batch-mean", "median"),
-    "scale": ("std", "batch-std", "mean", "max"),
-    "f_divergence": ("reverse_kl", "js_divergence", "alpha_divergence", "kl"),
     "padding": ("right", "left", "top"),
+    "masked": ("skip", "zero", "none", "reset", "all"),
+    "baseline": ("mean", "leave-one-out", "length-mean", "batch-mean", "runner-up", "median"),
+    "scale": ("std", "batch-std", "mean", "nonzero-share", "max"),
+    "f_divergence": ("reverse_kl", "js_divergence", "alpha_divergence", "kl"),
+    "singleton": ("zero", "raw", "scaled", "nan"),
+    "alignment": ("position", "live", "column"),
+    "placement": ("last-action", "trl-end", "deepspeed-end", "token-level", "end"),
+    "dones_at": ("end", "start", "after"),
     "eps_mode": ("add", "clamp", "max"),
     "loss_type": (
         "sigmoid",
@@ -207,6 +223,11 @@ OTHERS = {
     "dtype": (torch.float32, torch.float64, torch.int64, 3),
     "loss_weights": ((1.0,), (1.0, 2.0), 1.0, (NAN,), ("a",)),
     "dim": (None, 0, -1, 1, 5, "x", (0, 1)),
+    "time_dim": (1, 1, -1, 0, 5, "x"),
+    "prompt_length": (1, 2, 3, 0, L, -1, 1.5),
+    "score_clip": (None, (-1.0, 1.0), (1, -1), 5.0, (0.0,), ("a", "b")),
+    "reward_weights": (None, (1.0, 2.0), (), "x", 3),
+    "moments": (None, (3, 0.5, 1.0), (1, 2), "x"),
     "process_group": (None, "x", 3),
     "pad_to": (1, 4, 0, -1, 1.5),
     "num_tokens": (20, 21, 1, 0, -1, 1.5),
@@ -259,6 +280,20 @@ USUAL = {
     "kl_coef": 0.1,
     "entropy_coef": 0.1,
     "label_smoothing": 0.1,
+    "turn_gamma": 0.9,
+    "turn_lam": 0.9,
+    "rho_max": 1.0,
+    "c_max": 1.0,
+    "advantage_rho_max": 1.0,
+    "step_weight": 0.5,
+    "eos_id": 2,
+    "pad_id": 0,
+    "max_length": 9,
+    "buffer": 4,
+    "factor": 1.0,
+    "coef": 0.5,
+    "low": 0.0,
+    "high": 1.0,
     "num_sequences": 2,
     "batch_num_tokens": 3,
     "z_loss_coef": 0.1,
@@ -288,7 +323,7 @@ def option(draw, function, name):
     if name in FLAGS:
         return draw.choice((True, False, False, None, 1))
     known = KINDS_OF_NAMES.get(name, ())
-    if name == "scale" and function != "group_advantages" or name == "kl" and "unpaired" in function:
+    if name == "scale" and "advantages" not in function or name == "kl" and "unpaired" in function:
         known = ()
     known = known or OTHERS.get(name, ())
     if known:

@@ -17,7 +17,9 @@ from rlkernels.backends import BACKENDS, absent, use_backend
 NO_TENSORS = {
     "EntropyController",
     "KLController",
+    "KLTerm",
     "Moments",
+    "Packed",
     "ProcessedSequences",
     "RewardNormalizer",
     "WeightAverage",
@@ -27,6 +29,7 @@ NO_TENSORS = {
     "Correction",
     "objective",
     "objectives",
+    "presets",
     "use_backend",
 }
 

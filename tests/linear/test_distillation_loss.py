@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peak_memory import peak_bytes
 
 import rlkernels as rlk
 
@@ -131,6 +132,22 @@ def test_nothing_alive_is_zero_with_zero_gradients_and_a_packed_batch_is_the_pad
 def test_a_small_budget_changes_the_chunks_and_not_the_loss(backend):
     d = problem(torch.float32)
     torch.testing.assert_close(call(d, logits_budget=1), call(d))
+
+
+def test_the_logits_of_a_chunk_are_all_that_exists_of_them():
+    draw = torch.Generator().manual_seed(2)
+    hidden, theirs = (torch.randn(512, n, generator=draw) for n in (8, 4))
+    weight, head = (torch.randn(4096, n, generator=draw).requires_grad_(n == 8) for n in (8, 4))
+    leaf = hidden.requires_grad_()
+
+    def run(chunk):
+        loss = rlk.linear_distillation_loss(leaf, weight, theirs, head, kind="jsd", chunk_tokens=chunk)
+        return torch.autograd.grad(loss, [leaf, weight])
+
+    with rlk.use_backend("eager"):
+        one_model = 512 * 4096 * 4
+        assert peak_bytes(lambda: run(16)) < 0.6 * one_model
+        assert peak_bytes(lambda: run(512)) > 2 * one_model
 
 
 BAD = {

@@ -7,8 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak_memory import peak_bytes
+from present_backends import PRESENT
+from torch.library import opcheck
 
 import rlkernels as rlk
+from rlkernels import ops
+from rlkernels.backends import eager_divergence
 
 B, L, V = 2, 3, 11
 KINDS = {"forward_kl": None, "reverse_kl": None, "jsd": 0.3, "cross_entropy": None}
@@ -149,8 +154,6 @@ def test_a_packed_batch_is_the_padded_one_and_strides_change_no_number(kind, bac
 
 
 def test_more_rows_than_a_chunk_and_a_shifted_view_give_the_same_rows(monkeypatch):
-    from rlkernels.backends import eager_divergence
-
     draw = torch.Generator().manual_seed(3)
     x, y = (torch.randn(3, 6, V, generator=draw) for _ in range(2))
     with rlk.use_backend("eager"):
@@ -161,6 +164,19 @@ def test_more_rows_than_a_chunk_and_a_shifted_view_give_the_same_rows(monkeypatc
         (gradient,) = torch.autograd.grad(got.sum(), leaf)
     torch.testing.assert_close(got.detach(), want)
     assert (gradient[:, -1] == 0).all() and (gradient[:, :-1] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_no_second_tensor_of_the_size_of_the_logits_exists(kind, monkeypatch):
+    x, y = (torch.randn(64, 4096, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(2))
+    leaf, size = x.requires_grad_(), 2 * 64 * 4096
+    monkeypatch.setattr(eager_divergence, "CHUNK_BYTES", 4 * 4096)  # one row
+    for backend in PRESENT:
+        with rlk.use_backend(backend):
+            loss = peak_bytes(lambda: torch.autograd.grad(rlk.divergence_loss(leaf, y, kind=kind), leaf))
+            assert size <= loss < 1.5 * size
+            with torch.no_grad():
+                assert peak_bytes(lambda: rlk.token_divergences(leaf, y, kind=kind)) < 0.5 * size
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -307,3 +323,17 @@ def test_a_bad_argument_raises_and_says_which(function, name):
     arguments, error, text = BAD[name]
     with pytest.raises(error, match=f"^{function}: .*{text}"):
         getattr(rlk, function)(torch.zeros(B, L, V), **arguments)
+
+
+@pytest.mark.parametrize("kind", ["jsd"])
+def test_the_op_keeps_the_contract_of_torch(kind, backend):
+    """Schema, fake, autograd registration, and the dispatcher of AOTAutograd."""
+    x, y = (z.detach().flatten(0, 1).float() for z in problem())
+    targets, weight = torch.tensor([0, 0, -100, 0, 0, 0]), torch.tensor([1.0, 0.5, 0.0, 0.0, 2.0, 1.0])
+    rows = targets, ops.number(0.7), -100, torch.arange(V) > 0, y
+    beta = ops.number(0.3)
+    opcheck(ops.divergence_op.op, (x.requires_grad_(), *rows, None, None, kind, beta, weight, False, backend))
+    opcheck(ops.divergence_op.op, (x, *rows, None, None, kind, beta, None, False, backend))
+    ids, known = y.topk(2).indices, torch.full((6, 2), -2.0)
+    opcheck(ops.divergence_op.op, (x, *rows[:3], None, None, ids, known, kind, beta, weight, False, backend))
+    opcheck(ops.divergence_backward.op, (x.detach(), *rows, None, None, kind, beta, weight, backend))

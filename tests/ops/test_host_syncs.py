@@ -218,6 +218,20 @@ CALLS = {
         leaf(N, L, H), leaf(V, H), TARGETS, temperature=made(N, 1), max_live_tokens=N * L
     ).sum(),
     "sft_loss": lambda: rlk.sft_loss(LOGITS, TARGETS, MASK),
+    "token_divergences": lambda: rlk.token_divergences(LOGITS, LOGITS.detach(), MASK, temperature=A).sum(),
+    **{
+        f"divergence_loss {kind}": lambda kind=kind: rlk.divergence_loss(LOGITS, LOGITS.detach(), MASK, kind=kind)
+        for kind in ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
+    },
+    "divergence_loss of top log-probabilities": lambda: rlk.divergence_loss(
+        LOGITS, teacher_topk=(whole(N, L, 3), made(N, L, 3)), mask=MASK
+    ),
+    "linear_distillation_loss": lambda: rlk.linear_distillation_loss(
+        leaf(N, L, H), leaf(V, H), made(N, L, 3), made(V + 1, 3), MASK, max_live_tokens=N * L
+    ),
+    "linear_distillation_loss of top log-probabilities": lambda: rlk.linear_distillation_loss(
+        leaf(N, L, H), leaf(V, H), teacher_topk=(whole(N, L, 3), made(N, L, 3)), max_live_tokens=N * L
+    ),
     "logprobs_sft_loss": lambda: rlk.logprobs_sft_loss(ONE, MASK),
     **{
         f"logits_policy_loss {level}": lambda level=level: rlk.logits_policy_loss(
@@ -463,6 +477,7 @@ METRICS = {
     "logits_policy_loss": lambda: rlk.logits_policy_loss(LOGITS, TARGETS, A, A, MASK, return_metrics=True),
     "value_loss": lambda: rlk.value_loss(ONE, A, A, MASK, clip_range=0.2, return_metrics=True),
     "sft_loss": lambda: rlk.sft_loss(LOGITS, TARGETS, MASK, return_metrics=True),
+    "divergence_loss": lambda: rlk.divergence_loss(LOGITS, LOGITS.detach(), MASK, return_metrics=True),
     "dpo_loss": lambda: rlk.dpo_loss(TWO, TWO * 2, made(N), made(N), return_metrics=True),
     "unpaired_preference_loss": lambda: rlk.unpaired_preference_loss(TWO, made(N), GOOD, kl=0.1, return_metrics=True),
     **{

@@ -34,10 +34,8 @@ LAYERS = [
     {"ops"},
     {"logits_layout"},
     {"logprobs", "advantages", "rollout"},
-    {"losses"},
-    {"linear", "presets"},
     {"losses", "trajectories"},
-    {"linear"},
+    {"linear", "presets"},
     {"integrations"},
     {"cli"},
 ]

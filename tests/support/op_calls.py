@@ -62,6 +62,11 @@ def _saved(backend):
     return [per_row[k] for k in (1, 2, 3, 8, 9, 10)], found[1:4]
 
 
+def _likeliest():
+    known, ids = torch.randn(T, V, generator=torch.Generator().manual_seed(7)).log_softmax(-1).topk(3)
+    return ids.int(), known
+
+
 def op_calls(backend):
     """Name to ``(op, arguments)``, as the registered ops take them: numbers are tensors.
 
@@ -99,6 +104,16 @@ def op_calls(backend):
                 False,
                 backend,
             ),
+        ),
+        "divergence": (ops.divergence_op, (*rows, None, None, "jsd", one * 0.3, w, True, backend)),
+        "divergence of top log-probabilities": (
+            ops.divergence_op,
+            (*rows[:4], None, None, *_likeliest(), "forward_kl", one * 0.5, w, True, backend),
+        ),
+        "divergence_backward": (ops.divergence_backward, (*rows, None, None, "reverse_kl", one * 0.5, a, backend)),
+        "divergence_backward_into": (
+            ops.divergence_backward_into,
+            (*rows, None, None, "forward_kl", one * 0.5, a, backend, torch.ones(T, V), torch.tensor(0.5)),
         ),
         "elementwise": (ops.elementwise, ("ppo_clip", a, [b, c], numbers((0.2, 0.28)), w, backend)),
         "elementwise of a grid": (ops.elementwise, ("k2", grid, [values], numbers(()), None, backend)),
@@ -201,10 +216,9 @@ def check_layout(name, layout, backend):
     """
     for place in places(op_calls(backend)[name][1]):
         last = len(op_calls(backend)[name][1]) - 2
-        written = name in ("token_stats_backward_", "token_stats_backward_into") and place[0] == (
-            3 if name.endswith("_") else last
-        )
-        if layout == "spread" and (written or "backward" in name and place[0] in range(9, 15)):
+        written = name in ("token_stats_backward_", "token_stats_backward_into", "divergence_backward_into")
+        written = written and place[0] == (3 if name.endswith("_") else last)
+        if layout == "spread" and (written or "stats_backward" in name and place[0] in range(9, 15)):
             continue  # memory that overlaps is refused; a maximum that is not the row's is no statistic
         op = op_calls(backend)[name][0]
         for call in (op, op.op):

@@ -1,11 +1,13 @@
 """Losses and advantages of batches of rows: padded, packed, and with more masked tokens between the sampled ones."""
 
 import math
+import runpy
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ROOT
 
 import rlkernels as rlk
 from rlkernels.trajectories import TokenRow, token_batch
@@ -81,7 +83,7 @@ def test_padded_on_either_side_and_packed_batches_agree(mode):
         assert_same(trained(batch, logp, mode), expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.data())
 def test_more_masked_tokens_change_no_loss_no_other_gradient_and_no_skip_advantage(data):
     rows, longer = [], []
@@ -131,3 +133,11 @@ def test_rollout_weights_take_an_answer_whose_log_probabilities_were_not_recorde
     batch = token_batch([row])
     weights = rlk.rollout_weights(torch.full((1, 3), -0.5), batch.rollout_logprobs, batch.mask, high=5.0)
     torch.testing.assert_close(weights, torch.tensor([[math.exp(0.5), 1.0, 0.0]]))
+
+
+def test_the_example_trains_the_answers_alone_and_the_rewarded_rollout_gains(capsys):
+    runpy.run_path(str(ROOT / "examples/agent_trajectories.py"), run_name="__main__")
+    trained, changes = capsys.readouterr().out.splitlines()
+    assert trained == "trained: search(capital of France) | Paris | search(capital of France) | Lyon | "
+    better, worse = (float(word) for word in changes.split() if word[0] in "+-")
+    assert better > 1 and worse < -1

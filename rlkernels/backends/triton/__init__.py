@@ -1,6 +1,6 @@
 """Triton backend: every op on the GPUs that Triton compiles for. Imported only where it serves."""
 
-from rlkernels.backends.triton.divergence import divergence
+from rlkernels.backends.triton.divergence_kernel import divergence
 from rlkernels.backends.triton.launch import (
     elementwise,
     fused_policy,

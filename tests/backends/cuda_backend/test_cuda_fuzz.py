@@ -4,16 +4,11 @@ masked garbage.
 
 import pytest
 import torch
-from fuzz.cases import CASES
+from fuzz.cases import CASES, WITHOUT_KERNELS
 from fuzz.trial import Trial
 
 SEEDS = range(6)
-# Without kernels of their own: what they are made of is called by the others.
-CALLED = sorted(
-    set(CASES["valid"])
-    - {"spans_to_mask", "length_desensitized_weights", "group_advantages", "masked_whiten", "token_weights"}
-    - {"pack", "unpack", "shift_targets"}
-)
+CALLED = sorted(set(CASES["valid"]) - WITHOUT_KERNELS)
 
 
 @pytest.mark.parametrize("name", CALLED)

@@ -8,6 +8,7 @@ WEIGHTS, SEGMENTS, GROUPS, ADVANTAGES = (
 TRUTH, MASKING, LOSSES, AUTOGRAD = (
     f"test_{name}.py" for name in ("losses_values", "losses_masking", "losses_details", "op_autograd")
 )
+RECURRENCES, REWARDS = "test_recurrences.py", "test_rewards_and_coefficients.py"
 WEIGHTED, ADDITIVITY = "test_weighted_loss.py", "test_additivity.py"
 LAYOUTS, OBJECTIVES = "test_logprobs_layouts.py", "test_objectives.py"
 ASKED = {
@@ -16,6 +17,13 @@ ASKED = {
     "advantages/group.py": (GROUPS,),
     "advantages/gae.py": (ADVANTAGES,),
     "advantages/whitening.py": ("test_whitening.py",),
+    "advantages/moments.py": ("test_whitening.py",),
+    "advantages/recurrence.py": (RECURRENCES,),
+    "advantages/environments.py": (RECURRENCES,),
+    "advantages/vtrace.py": (RECURRENCES,),
+    "advantages/steps.py": ("test_estimators.py",),
+    "advantages/assemble.py": (REWARDS,),
+    "advantages/controllers.py": (REWARDS,),
     "losses/policy.py": (TRUTH, MASKING, LOSSES),
     "losses/logits_policy.py": (TRUTH, MASKING, LOSSES),
     "losses/policy_ratio.py": ("test_ratio_options.py", TRUTH),
@@ -181,10 +189,15 @@ MUTANTS = (
         'kept = scored if singleton != "zero" else scored & ~alone',
         "kept = scored",
     ),
-    _m("whitening of a population", "advantages/whitening.py", "fewer=1 if unbiased else 0", "fewer=0"),
+    _m(
+        "whitening of a population",
+        "advantages/whitening.py",
+        "variance = squares / (count - int(unbiased)).clamp(min=1)",
+        "variance = squares / count.clamp(min=1)",
+    ),
     _m(
         "whitening sees dead elements",
-        "advantages/whitening.py",
+        "advantages/moments.py",
         "offset = torch.where(live, wide - base, 0.0)",
         "offset = (wide - base) * live",
         17,
@@ -194,6 +207,54 @@ MUTANTS = (
         "advantages/gae.py",
         "return torch.where(count == count_at_end, rewards + gains, rewards)",
         "return rewards + gains",
+    ),
+    _m(
+        "NaN comes through a decay of 0",
+        "advantages/recurrence.py",
+        "torch.where(here == 0, 0.0, here * ahead)",
+        "here * ahead",
+    ),
+    _m(
+        "the last step of a packed sequence sees the next one",
+        "advantages/recurrence.py",
+        "follows = follows & (ids[index] == ids)",
+        "pass",
+    ),
+    _m(
+        "a decay is rounded to the default dtype",
+        "advantages/recurrence.py",
+        "decay if isinstance(decay, Tensor) else x.new_full((), decay)",
+        "torch.tensor(decay, dtype=torch.float32) if not isinstance(decay, Tensor) else decay",
+    ),
+    _m(
+        "a cut counts as a termination",
+        "advantages/environments.py",
+        "difference = reward + gamma * torch.where(terminal, 0.0, following) - value",
+        "difference = reward + gamma * torch.where(end, 0.0, following) - value",
+    ),
+    _m(
+        "V-trace's advantage has the value for the target",
+        "advantages/vtrace.py",
+        "gain = reward + gamma * steps.ahead(targets, at_end) - value",
+        "gain = reward + gamma * steps.ahead(value, at_end) - value",
+    ),
+    _m(
+        "a token alone is its own baseline",
+        "advantages/steps.py",
+        "baseline = torch.where(live & (column <= last), gain / (factor + eps), 0.0)",
+        "baseline = torch.where(live, gain / (factor + eps), 0.0)",
+    ),
+    _m(
+        "the KL behind the end is left out",
+        "advantages/assemble.py",
+        'counted = live | place if placement == "deepspeed-end" else live',
+        "counted = live",
+    ),
+    _m(
+        "a KL at the edge moves the coefficient",
+        "advantages/controllers.py",
+        "kl > FAR_FROM_TARGET * self.target",
+        "kl >= 0.99 * FAR_FROM_TARGET * self.target",
     ),
     # losses and terms
     _m(

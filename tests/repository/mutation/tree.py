@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mutant import located
+from mutant import located, places
 
 COPIED = (
     "rlkernels",
@@ -53,7 +53,9 @@ class Tree:
 
     def pytest(self, tests, first_failure=True):
         """``(status, output)``; status None: it did not end in time."""
-        arguments = ["-q", "--tb=line", "-rfE", *["-x"] * first_failure, f"--deselect={located(self.root, LEFT_OUT)}"]
+        arguments = ["-q", "--tb=line", "-rfE", *["-x"] * first_failure]
+        if LEFT_OUT.partition("::")[0] in places(self.root):
+            arguments.append(f"--deselect={located(self.root, LEFT_OUT)}")
         arguments += [located(self.root, test) for test in tests]
         self.warm.stdin.write(json.dumps([LIMIT if first_failure else 12 * LIMIT, *arguments]) + "\n")
         self.warm.stdin.flush()

@@ -5,6 +5,7 @@ from torch import Tensor
 
 import rlkernels as rlk
 from rlkernels.objectives import exp, where
+from rlkernels.trajectories import TokenBatch, TokenRow, Trajectory, from_openai, token_batch
 from rlkernels.types import Aggregation, Normalizers
 
 
@@ -65,6 +66,19 @@ one: Tensor = rlk.aggregate(old, mask, "seq-mean-token-mean", num_sequences=2)
 sums: Tensor = rlk.sequence_sums(torch.ones(4), cu_seqlens=[0, 1, 4])
 per_token: Tensor = rlk.broadcast_to_tokens(rlk.sequence_means(old, mask), mask)
 spans: Tensor = rlk.spans_to_mask([[1, 2]], 4)
+packed: rlk.Packed = rlk.pack({"targets": targets, "old": old}, mask, pad_to=8, fill={"targets": -100})
+padded: dict[str, Tensor] = rlk.unpack(packed.tensors, packed.cu_seqlens, mask)
+shifted: Tensor = rlk.shift_targets(targets, attention_mask=mask)
+log: list[dict[str, object]] = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo", "token_ids": [7, 2]},
+]
+trajectory: Trajectory = from_openai(log, reward=1.0)
+row = TokenRow((5, 7, 2), (False, True, True), (0.0, -0.1, -0.2), (0.0, 0.0, 0.0), ())
+batch: TokenBatch = token_batch([row], layout="packed")
+loss = rlk.policy_loss(
+    batch.rollout_logprobs, batch.rollout_logprobs, rewards[:1], batch.mask, cu_seqlens=batch.cu_seqlens
+)
 
 loss = rlk.dpo_loss(
     rewards, -rewards, rewards, rewards, loss_type=("sigmoid", "ipo"), loss_weights=(1.0, 0.5), beta=0.2
@@ -82,6 +96,18 @@ loss, metrics = rlk.linear_sft_loss(states, head, targets, kind="dft", return_me
 loss = rlk.linear_dpo_loss(states, head, targets, reference_free=True, loss_type="simpo")
 
 gained, returns = rlk.gae(old, old, mask, gamma=0.99, lam=0.95, masked="zero", bootstrap_values=rewards)
+gained, returns = rlk.gae(old, old, mask, lam=rewards, turn_ends=mask, turn_gamma=0.9)
+gained, targets_of_values = rlk.vtrace(old, old, old, old, mask, rho_max=1.0, bootstrap_values=rewards)
+gained, returns = rlk.rollout_gae(old, old, rewards, time_dim=1, dones=mask, dones_at="start")
+several: Tensor = rlk.group_advantages(old, group_ids, reward_weights=(1.0, 0.5, 0.5), singleton="raw")
+of_steps: Tensor = rlk.step_advantages(old, mask, group_ids, mask, scale=None)
+of_agents: Tensor = rlk.gigpo_advantages(rewards, rewards, group_ids, group_ids, trajectory_ids=group_ids)
+over_baseline, returns = rlk.optimal_token_advantages(old, old, old, group_ids, mask, alignment="live")
+assembled: Tensor = rlk.assemble_rewards(rewards, mask, score_clip=(-1, 1), placement="trl-end")
+ended: rlk.ProcessedSequences = rlk.process_sequences(targets, 1, eos_id=2, pad_id=0)
+controller = rlk.KLController(0.1, kind="adaptive", target=6.0, horizon=10000)
+controller.update(torch.tensor(5.0), 64)
+coefficient: Tensor = controller.coef
 discounted: Tensor = rlk.discounted_returns(old, mask, gamma=0.9)
 white: Tensor = rlk.masked_whiten(gained, mask, eps_mode="clamp", dim=(0, 1))
 

@@ -1,16 +1,11 @@
 """A few random valid calls on interpreted Triton kernels: layouts, special values, masked garbage."""
 
 import pytest
-from fuzz.cases import CASES
+from fuzz.cases import CASES, WITHOUT_KERNELS
 from fuzz.trial import Trial
 
 SEEDS = range(3)
-# Without kernels of their own: what they are made of is called by the others.
-CALLED = sorted(
-    set(CASES["valid"])
-    - {"spans_to_mask", "length_desensitized_weights", "group_advantages", "masked_whiten", "token_weights"}
-    - {"pack", "unpack", "shift_targets"}
-)
+CALLED = sorted(set(CASES["valid"]) - WITHOUT_KERNELS)
 
 
 @pytest.mark.parametrize("name", CALLED)

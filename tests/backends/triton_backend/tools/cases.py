@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from flat_backend import Flat
 
+from rlkernels.backends.protocol import RowBatch
+from rlkernels.backends.triton import divergence_kernel as two_models
 from rlkernels.backends.triton import launch as backend
 from rlkernels.backends.triton import launch_configs
 from rlkernels.objectives import OBJECTIVES
@@ -72,6 +74,14 @@ def policy(name, dtype, vocab, entropy=True, kl="k3", with_grad=True, out=None, 
     return lambda: Flat(backend).fused_policy(
         name, x, *rest, [column] * (len(entry.columns) - 1), [0.5] * len(entry.params), column, *extra, with_grad, out
     )
+
+
+def divergence(kind, dtype, vocab, with_grad=True, out=None, **flags):
+    x, *rest = rows(dtype, vocab, **flags)
+    weight = torch.zeros(ROWS, dtype=real(dtype)) if with_grad else None
+    out = out and torch.empty_like(x, dtype=out)
+    batch = RowBatch(x, *rest, torch.empty_like(x))
+    return lambda: two_models.divergence(batch, kind, 0.5, weight, out)
 
 
 def objective(name, weighted, dtype=torch.float32):
@@ -134,6 +144,11 @@ def every_case():
     yield Case("weighted loss", weighted("ppo_clip", mask=True, counted=True), EVERY)
     yield Case("weighted pairs", weighted("pairwise", taken=1), EVERY)
     yield Case("scan", scan("skip", False, True), EVERY)
+    yield Case("divergence forward_kl", divergence("forward_kl", torch.bfloat16, BIG), TWO)
+    yield Case("divergence jsd", divergence("jsd", torch.bfloat16, BIG), TWO)
+    yield Case("divergence jsd masked", divergence("jsd", torch.float32, BIG, masked=True, per_row=True), ONE)
+    yield Case("divergence reverse_kl", divergence("reverse_kl", torch.float32, BIG, out=torch.bfloat16), ONE)
+    yield Case("divergence cross_entropy", divergence("cross_entropy", torch.bfloat16, BIG, with_grad=False), ONE)
     for (op, itemsize), entries in launch_configs.TABLE.items():
         for largest, config in entries:
             vocab = min(largest, BIG) // 16 * 16
