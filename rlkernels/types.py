@@ -88,6 +88,7 @@ Aggregation: TypeAlias = Literal[
     "group-mean",
 ]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
+PolicyReduction: TypeAlias = Literal["aggregation", "none"]
 PairwiseKind: TypeAlias = Literal["logsigmoid", "logexp"]
 ScorePositions: TypeAlias = Literal["end", "all"]
 RankKind: TypeAlias = Literal["logsigmoid", "sigmoid"]

@@ -28,6 +28,7 @@ from rlkernels.losses.token_weights import (
     aggregation_of_units,
     live_tokens,
     loss_weights,
+    losses_of_tokens,
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import parameters
@@ -50,6 +51,7 @@ from rlkernels.types import (
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    PolicyReduction,
     RatioDenominator,
     RatioLevel,
     Scalar,
@@ -103,6 +105,7 @@ def linear_policy_loss(
     log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
     **params: ObjectiveOption,
 ) -> Scalar: ...
@@ -149,6 +152,7 @@ def linear_policy_loss(
     log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
     **params: ObjectiveOption,
 ) -> tuple[Scalar, Metrics]: ...
@@ -195,6 +199,7 @@ def linear_policy_loss(
     log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
     **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
@@ -242,6 +247,7 @@ def linear_policy_loss(
     log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
     **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]:
@@ -254,7 +260,7 @@ def linear_policy_loss(
     outgrows a chunk is multiplied once more, but for its last part. ``old_logprobs=None`` costs no matmul, because a
     chunk knows its own log-probabilities. It and ``log_ratio_clamp`` take a few launches more per chunk, and so does
     ``log_ratio_sq_coef`` beside a KL term. Under ``torch.compile``, and with objectives of sequences, groups and
-    batches, ``top_entropy_fraction`` and ``opsm_delta``, the loss is ``policy_loss`` of
+    batches, ``top_entropy_fraction``, ``opsm_delta`` and ``reduction="none"``, the loss is ``policy_loss`` of
     ``linear_token_stats``: four matmuls.
 
     Args:
@@ -271,7 +277,7 @@ def linear_policy_loss(
         the rest: as for ``logits_policy_loss``; ``old_logprobs`` and ``ref_logprobs`` under the same temperature.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``.
+        Scalar, or one number per token, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``.
 
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``policy_loss``.
@@ -332,11 +338,12 @@ def linear_policy_loss(
     factors = policy_factors(
         caller, correction, top_entropy_fraction, like, old_logprobs, rollout_logprobs, ratio_level, entry, choice
     )
-    if choice is not None:
+    apart = reduction != "aggregation"
+    if choice is not None and not apart:
         aggregation, normalizers = aggregation_of_units(
             caller, choice.kind.unit, choice.groups, aggregation, weights, normalizers
         )
-    elif ratio_level == "sequence_sum":
+    elif ratio_level == "sequence_sum" and not apart:
         aggregation = aggregation_of_sequences(aggregation, weights)
     if choice is not None and process_group is not None and choice.draws():
         raise ValueError(
@@ -352,8 +359,13 @@ def linear_policy_loss(
     else:
         has_penalty = ref_logprobs is not None and (kl_coef is not None or isinstance(kl, KLTerm))
     of_factors: Metrics = {}
-    if torch.compiler.is_compiling() or choice is not None or factors is not None and factors.of_policy():
-        share = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+    composed = torch.compiler.is_compiling() or choice is not None or apart
+    if composed or factors is not None and factors.of_policy():
+        if apart:
+            whole = choice is not None or isinstance(kl, KLTerm) or exact is not None
+            share = losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers, ratio_level, whole)
+        else:
+            share = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
         if has_penalty:
             penalty = kl_penalty(caller, kl, like, ref_logprobs, ratio.old, scored, live, share, *shared)
         rows = live if penalty is None or exact is not None else live | penalty.live

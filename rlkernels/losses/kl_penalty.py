@@ -66,7 +66,7 @@ def _values(objective: KLObjective, logp: Tensor, others: list[Tensor]) -> Tenso
 
 def each_weight(weights: TokenWeights, like: Tensor) -> Tensor:
     """Returns TokenWeights as one tensor, shaped like ``like``."""
-    values, count, scale = weights
+    values, count, scale = weights.values, weights.count, weights.scale
     real = real_dtype(like.dtype)
     values = torch.ones_like(like, dtype=real) if values is None else values.to(real)
     if isinstance(scale, torch.Tensor) or scale != 1.0:

@@ -21,6 +21,7 @@ from rlkernels.losses.token_weights import (
     aggregation_of_units,
     live_tokens,
     loss_weights,
+    losses_of_tokens,
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import parameters
@@ -42,6 +43,7 @@ from rlkernels.types import (
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    PolicyReduction,
     RatioDenominator,
     RatioLevel,
     Scalar,
@@ -79,6 +81,7 @@ def logits_policy_loss(
     log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: Literal[False] = False,
     **params: ObjectiveOption,
@@ -113,6 +116,7 @@ def logits_policy_loss(
     log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: Literal[True],
     **params: ObjectiveOption,
@@ -147,6 +151,7 @@ def logits_policy_loss(
     log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: bool,
     **params: ObjectiveOption,
@@ -181,6 +186,7 @@ def logits_policy_loss(
     log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: bool = False,
     **params: ObjectiveOption,
@@ -191,7 +197,7 @@ def logits_policy_loss(
     The row of a token of weight 0 is never read, nor its target and temperature: any id will do. What needs every row
     before any gradient takes the two passes of ``token_stats``: sequence-level ratios, objectives of sequences, groups
     and batches, a ``KLTerm``, ``ref_logits``, ``old_logprobs=None``, ``log_ratio_clamp``, ``top_entropy_fraction``, an
-    ``opsm_delta``, and ``log_ratio_sq_coef`` beside a KL term.
+    ``opsm_delta``, ``reduction="none"``, and ``log_ratio_sq_coef`` beside a KL term.
 
     Args:
         logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; ``old_logprobs`` and
@@ -204,7 +210,7 @@ def logits_policy_loss(
         the rest: as for ``policy_loss``; the entropy is that of the row.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, dict)``.
+        Scalar, or one number per token, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, dict)``.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs`` and ``policy_loss``.
@@ -257,10 +263,12 @@ def logits_policy_loss(
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(caller, like, mask) & scored
     two_passes = ratio_level != "token" or choice is not None or isinstance(kl, KLTerm) or ref_logits is not None
-    two_passes = two_passes or not ratio.in_one_launch(entry, penalty)
+    two_passes = two_passes or not ratio.in_one_launch(entry, penalty) or reduction != "aggregation"
     if two_passes or factors is not None and factors.of_policy():
         kl, read = own_tokens(caller, kl, like, scored, live)
         exact = None if ref_logits is None else exact_kind(kl)
+        if exact is not None and reduction != "aggregation":
+            losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers, ratio_level, True)
         if exact == "forward_kl" and inplace_backward:
             raise ValueError(
                 f"{caller}: inplace_backward=True with kl='forward_kl': two gradients meet in the logits; leave "
@@ -294,6 +302,7 @@ def logits_policy_loss(
                 log_ratio_sq_coef=log_ratio_sq_coef,
                 correction=correction,
                 normalizers=normalizers,
+                reduction=reduction,
                 return_metrics=return_metrics,
                 **params,
             )

@@ -21,6 +21,7 @@ from rlkernels.losses.token_weights import (
     aggregation_of_units,
     full_mask,
     live_mask,
+    losses_of_tokens,
     token_weights_of,
 )
 from rlkernels.packed_rows import takes_one_row
@@ -38,6 +39,7 @@ from rlkernels.types import (
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    PolicyReduction,
     RatioDenominator,
     RatioLevel,
     Scalar,
@@ -68,6 +70,7 @@ def policy_loss(
     log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
     **params: ObjectiveOption,
 ) -> Scalar: ...
@@ -97,6 +100,7 @@ def policy_loss(
     log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
     **params: ObjectiveOption,
 ) -> tuple[Scalar, Metrics]: ...
@@ -126,6 +130,7 @@ def policy_loss(
     log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
     **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
@@ -155,6 +160,7 @@ def policy_loss(
     log_ratio_sq_coef: Number = 0.0,
     correction: CorrectionLike | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
     **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]:
@@ -214,12 +220,15 @@ def policy_loss(
             objective's loss of a token is multiplied by it; KL, bonus and the count of a mean are not. With the ratio
             of ``"sequence"`` and ``"sequence_token"`` a ``Correction`` multiplies nothing: the engine takes the place
             of the behaviour policy in the ratio (OpenRLHF's GSPO).
+        reduction: ``"none"``: the loss of each token in place of the sum, shaped like ``logprobs`` and 0 at dead
+            tokens. It has no weights, so that none may be given.
         Coefficients and parameters: numbers, or tensors of shape ``()`` without gradient. One on a device is never
             read: its range is not checked, and an objective with such a parameter runs in plain torch between the
             kernels (for a schedule or a learned bound).
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, dict)`` of masked, detached scalars.
+        Scalar, or one number per token, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, dict)`` of
+        masked, detached scalars.
 
     Raises:
         ValueError: shapes that do not match, unknown names, a coefficient or a column of the objective without its
@@ -234,6 +243,10 @@ def policy_loss(
         >>> loss.backward()
         >>> round(loss.item(), 4), logprobs.grad
         (-1.1, tensor([[-0.5000, -0.0000,  0.0000]]))
+
+    Others by their names: GRPO and DAPO are ``ppo_clip``, with ``clip_high=0.28`` for the latter. LUSPO is
+    ``ratio_level="sequence"`` with ``"seq-mean-token-sum"``, and PPO of whole sequences (RLOO) is ``"sequence_sum"``.
+    The likelihood of good answers (VAPO) is another term: add ``mu * logprobs_sft_loss(logprobs, mask_of_them)``.
 
     Schulman et al. 2017, arXiv:1707.06347 (PPO); Shao et al. 2024, arXiv:2402.03300 (GRPO); Zheng et al. 2025,
     arXiv:2507.18071 (GSPO).
@@ -262,14 +275,18 @@ def policy_loss(
         correction is not None,
     )
     live = live_mask(caller, logprobs, mask)
-    if choice is not None:
+    kl = simplified(kl)
+    if reduction != "aggregation":
+        whole = choice is not None or isinstance(kl, KLTerm)
+        token_weights = losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers, ratio_level, whole)
+    elif choice is not None:
         aggregation, normalizers = aggregation_of_units(
             caller, choice.kind.unit, choice.groups, aggregation, weights, normalizers
         )
     elif ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
-    token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
-    kl = simplified(kl)
+    if reduction == "aggregation":
+        token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
     kl_coef, entropy_coef = check_terms(caller, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
     factors = policy_factors(
         caller, correction, top_entropy_fraction, logprobs, old_logprobs, rollout_logprobs, ratio_level, entry, choice

@@ -224,6 +224,48 @@ def test_packed_equals_padded_with_every_option():
         torch.testing.assert_close(packed, padded, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
+def test_without_a_reduction_the_tokens_have_their_losses_and_their_sum_is_the_loss(level, backend):
+    d = problem()
+    options = {
+        "ratio_level": level,
+        "ref_logprobs": d["ref"],
+        "kl_coef": 0.3,
+        "rollout_logprobs": d["rollout"],
+        "log_ratio_sq_coef": torch.tensor(0.2, dtype=torch.float64),
+        "entropy_coef": 0.1,
+    }
+    for way in ("logits_policy_loss", "linear_policy_loss"):
+        found = []
+        for more in ({"reduction": "none"}, {"aggregation": "token-sum"}):
+            hidden, weight = d["hidden"].clone().requires_grad_(), d["weight"].clone().requires_grad_()
+            head = (hidden, weight) if way == "linear_policy_loss" else (hidden @ weight.T,)
+            loss = getattr(rlk, way)(*head, d["targets"], d["old"], d["advantages"], d["mask"], **options, **more)
+            if more == {"reduction": "none"}:
+                assert loss.shape == d["mask"].shape and (loss[~d["mask"]] == 0).all() and (loss[d["mask"]] != 0).all()
+            found.append((loss.sum(), *torch.autograd.grad(loss.sum(), (hidden, weight))))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda text, way=way: f"{way}: {text}")
+
+
+def test_the_loss_of_each_token_is_that_of_the_paper(backend):
+    d = batch()
+    leaf, m = d["logp"].clone().requires_grad_(), d["mask"]
+    each = rlk.policy_loss(leaf, d["old"].masked_fill(~m, torch.nan), d["advantages"], m, reduction="none")
+    wide = d["logp"].double().requires_grad_()
+    want = torch.where(m, oracles.ppo_clip(wide, d["old"].double(), d["advantages"].double(), 0.2, 0.2), 0.0)
+    torch.testing.assert_close(each.double(), want, rtol=4e-6, atol=1e-6)
+    factors = torch.rand(m.shape)
+    corrected = rlk.policy_loss(
+        leaf, d["old"], d["advantages"], m, correction=factors, reduction="none", ref_logprobs=d["ref"], kl_coef=0.3
+    )
+    kl = torch.where(m, 0.3 * oracles.k3(wide, d["ref"].double()), 0.0)
+    torch.testing.assert_close(corrected.double(), factors * want + kl, rtol=4e-6, atol=1e-6)
+    upstream = torch.rand(m.shape)
+    (got,), (slope,) = torch.autograd.grad(each, leaf, upstream), torch.autograd.grad(want, wide, upstream.double())
+    torch.testing.assert_close(got.double(), slope, rtol=4e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (2, 3)])
 def test_without_a_live_token_every_option_gives_0(shape):
     logp = torch.full(shape, torch.nan, requires_grad=True)
@@ -306,6 +348,16 @@ WRONG = [
     ({"log_ratio_sq_coef": 0.1, "rollout_logprobs": X[0]}, ValueError, "rollout_logprobs"),
     ({"rollout_logprobs": X}, ValueError, "rollout_logprobs would have no effect"),
     ({"objective": "ref_kl", "rollout_logprobs": X, "ref_logprobs": X}, ValueError, "advantages would have no effect"),
+    ({"reduction": "mean"}, ValueError, "reduction must be one of .*aggregation.*none"),
+    ({"reduction": "none", "weights": X}, ValueError, "reduction='none' weighs no token"),
+    ({"reduction": "none", "aggregation": "token-sum"}, ValueError, "reduction='none' weighs no token"),
+    ({"reduction": "none", "ratio_level": "sequence_sum"}, ValueError, "reduction must not be 'none'"),
+    ({"reduction": "none", "objective": "gmpo"}, ValueError, "no losses of single tokens"),
+    (
+        {"reduction": "none", "kl": rlk.KLTerm("k3", weights=X), "kl_coef": 0.1, "ref_logprobs": X},
+        ValueError,
+        "no losses of single tokens",
+    ),
     ({"objective": "dro"}, TypeError, "'dro' needs 'beta'"),
     ({"objective": "ppo_clip_cap", "ratio_cap": 0.0}, ValueError, "ratio_cap must be positive"),
     ({"objective": "dppo_kl", "delta_low": -0.1}, ValueError, "delta_low must be >= 0"),

@@ -36,6 +36,7 @@ from rlkernels.losses import (
     reward_head,
     reward_model,
     sft,
+    token_weights,
     unpaired_preference,
 )
 from rlkernels.objectives import functions, kl
@@ -65,6 +66,7 @@ TABLES = {
     "KLGradient": kl_term.GRADIENTS,
     "KLRatioLevel": kl_term.LEVELS,
     "RatioDenominator": policy_ratio.DENOMINATORS,
+    "PolicyReduction": token_weights.REDUCTIONS,
     "RowKL": ROW_KLS,
     "Output": tuple(FLAGS),
     "Aggregation": AGGREGATIONS,
