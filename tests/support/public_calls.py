@@ -10,7 +10,6 @@ import inspect
 import threading
 from contextlib import contextmanager
 
-import policy_calls
 import reward_calls
 import rollout_calls
 import torch
@@ -509,7 +508,7 @@ CALLS = {
     ),
 }
 
-CALLS |= rollout_calls.calls(rlk) | policy_calls.calls(rlk)
+CALLS |= rollout_calls.calls(rlk)
 
 
 def tensors(x):
