@@ -85,7 +85,7 @@ def checked_correction(
         checks.one_device(caller, "logprobs", like, rollout_logprobs=rollout_logprobs)
     if given is None:
         if rollout_logprobs is not None:
-            raise ValueError(f"{caller}: rollout_logprobs is read with a correction alone; pass correction=, too")
+            raise ValueError(f"{caller}: rollout_logprobs would have no effect; pass a correction, which reads it")
         return None
     if isinstance(given, torch.Tensor):
         return _factors(caller, given, like, rollout_logprobs)
