@@ -7,6 +7,7 @@ differ, gloo ends the process. Reading a gathered number waits for the device, s
 
 import contextlib
 import contextvars
+import dataclasses
 import datetime
 import functools
 import inspect
@@ -254,6 +255,8 @@ def _text(x):
     """
     if isinstance(x, dict):
         return ", ".join(f"{name}: {_text(x[name])}" for name in sorted(x, key=str))
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return f"{type(x).__name__}({_text({field.name: getattr(x, field.name) for field in dataclasses.fields(x)})})"
     if isinstance(x, (list, tuple)):
         return f"[{', '.join(map(_text, x))}]"
     if isinstance(x, torch.Tensor):
