@@ -248,8 +248,8 @@ MUTANTS = (
     _m(
         "a sum per sequence is averaged in every part",
         "losses/policy.py",
-        "for x in (now, old, weights.values.double()))",
-        "for x in (now, old, live / live.sum(-1, keepdim=True).double() / len(live)))",
+        "sums(weights.values.double(), live, cu_seqlens)",
+        "sums(live / live.sum(-1, keepdim=True).double() / len(live), live, cu_seqlens)",
         tests=(ADDITIVITY,),
     ),
     _m(
@@ -269,14 +269,14 @@ MUTANTS = (
     _m(
         "sums for means in the ratio of a sequence",
         "losses/policy.py",
-        "spread(means(x, live, cu_seqlens), live, cu_seqlens) for x in (now, old)",
-        "spread(sums(x, live, cu_seqlens), live, cu_seqlens) for x in (now, old)",
+        "now = spread(means(now, live, cu_seqlens), live, cu_seqlens)",
+        "now = spread(sums(now, live, cu_seqlens), live, cu_seqlens)",
     ),
     _m(
         "log-ratios of sequences in fp32",
         "losses/policy.py",
-        "(x.double() for x in (logp, *columns))",
-        "(logp, *columns)",
+        "now, wide = logp.double(), dict(zip(entry.columns[1:], (x.double() for x in columns), strict=True))",
+        "now, wide = logp, dict(zip(entry.columns[1:], columns, strict=True))",
         tests=("test_sequence_log_ratios.py",),
     ),
     _m(
