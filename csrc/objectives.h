@@ -2,17 +2,29 @@
 #pragma once
 #include "objective_functions.h"
 
-#define RLK_OBJECTIVES_DIGEST "0a327e0eaa886c56"
+#define RLK_OBJECTIVES_DIGEST "fa04363817fc4ddc"
 
 #define RLK_OBJECTIVES(X) \
   X(k1, 2, 0) \
   X(k2, 2, 0) \
   X(k3, 2, 0) \
   X(reinforce, 2, 0) \
+  X(surrogate, 3, 0) \
   X(ppo_clip, 3, 2) \
   X(dual_clip, 3, 3) \
+  X(ppo_clip_cap, 3, 3) \
   X(cispo, 3, 2) \
+  X(cispo_max_only, 3, 1) \
+  X(cispo_absolute, 3, 1) \
+  X(dro, 3, 1) \
   X(sapo, 3, 2) \
+  X(rollout_is, 3, 2) \
+  X(dppo_tv, 3, 3) \
+  X(dppo_tv_surrogate, 3, 2) \
+  X(dppo_kl, 3, 3) \
+  X(dppo_kl_surrogate, 3, 2) \
+  X(tv_symmetric, 3, 1) \
+  X(ref_kl, 3, 1) \
   X(pairwise, 1, 0) \
   X(dpo_sigmoid, 1, 2) \
   X(robust, 1, 2) \
@@ -34,10 +46,22 @@
   X(k2, 2, 0) \
   X(k3, 2, 0) \
   X(reinforce, 2, 0) \
+  X(surrogate, 3, 0) \
   X(ppo_clip, 3, 2) \
   X(dual_clip, 3, 3) \
+  X(ppo_clip_cap, 3, 3) \
   X(cispo, 3, 2) \
+  X(cispo_max_only, 3, 1) \
+  X(cispo_absolute, 3, 1) \
+  X(dro, 3, 1) \
   X(sapo, 3, 2) \
+  X(rollout_is, 3, 2) \
+  X(dppo_tv, 3, 3) \
+  X(dppo_tv_surrogate, 3, 2) \
+  X(dppo_kl, 3, 3) \
+  X(dppo_kl_surrogate, 3, 2) \
+  X(tv_symmetric, 3, 1) \
+  X(ref_kl, 3, 1) \
   X(nll, 1, 0) \
   X(dft, 1, 0)
 
@@ -73,6 +97,16 @@ struct reinforce {
   }
 };
 
+struct surrogate {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage) const {
+    const S gap = (logp - old_logp);
+    const S ratio = rlk::exp(gap);
+    const S free = rlk::where((advantage > S(0.0)), (ratio * advantage), rlk::where((advantage < S(0.0)), (ratio * advantage), (advantage * gap)));
+    return {(-free), (-free)};
+  }
+};
+
 struct ppo_clip {
   template <class S>
   RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S clip_low, S clip_high) const {
@@ -98,11 +132,50 @@ struct dual_clip {
   }
 };
 
+struct ppo_clip_cap {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S ratio_cap, S clip_low, S clip_high) const {
+    const S ratio = rlk::exp((logp - old_logp));
+    const S free = (rlk::where((ratio > ratio_cap), ratio_cap, ratio) * advantage);
+    const S held = (rlk::clip(ratio, (S(1.0) - clip_low), (S(1.0) + clip_high)) * advantage);
+    const S slope = rlk::where((ratio > ratio_cap), (S(0.0) * advantage), free);
+    const S inside = rlk::where((ratio < (S(1.0) - clip_low)), S(0.0), rlk::where((ratio > (S(1.0) + clip_high)), S(0.0), held));
+    return {(-rlk::where((held < free), held, free)), (-rlk::where((held < free), inside, slope))};
+  }
+};
+
 struct cispo {
   template <class S>
   RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S clip_low, S clip_high) const {
     const S weight = (rlk::clip(rlk::exp((logp - old_logp)), (S(1.0) - clip_low), (S(1.0) + clip_high)) * advantage);
     return {((-weight) * logp), (-weight)};
+  }
+};
+
+struct cispo_max_only {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S clip_high) const {
+    const S ratio = rlk::exp((logp - old_logp));
+    const S cap = (S(1.0) + clip_high);
+    const S weight = (rlk::where((ratio > cap), cap, ratio) * advantage);
+    return {((-weight) * logp), (-weight)};
+  }
+};
+
+struct cispo_absolute {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S ratio_max) const {
+    const S ratio = rlk::exp((logp - old_logp));
+    const S weight = (rlk::where((ratio > ratio_max), ratio_max, ratio) * advantage);
+    return {((-weight) * logp), (-weight)};
+  }
+};
+
+struct dro {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S beta) const {
+    const S gap = (logp - old_logp);
+    return {((((S(0.5) * beta) * gap) * gap) - (advantage * logp)), ((beta * gap) - advantage)};
   }
 };
 
@@ -116,6 +189,96 @@ struct sapo {
     const S tail = rlk::sigmoid((-reach));
     const S slope = rlk::where((tail <= S(0.0)), (S(0.0) * advantage), (tail * ratio));
     return {((((-S(4.0)) / tau) * gate) * advantage), ((((-S(4.0)) * gate) * slope) * advantage)};
+  }
+};
+
+struct rollout_is {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S rollout_logp, S advantage, S clip_low, S clip_high) const {
+    const S ratio = rlk::exp((logp - rollout_logp));
+    const S inside = rlk::where((ratio <= (S(1.0) - clip_low)), (S(0.0) * advantage), (ratio * advantage));
+    const S weight = rlk::where((ratio >= (S(1.0) + clip_high)), (S(0.0) * advantage), inside);
+    return {((-weight) * logp), (-weight)};
+  }
+};
+
+struct dppo_tv {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S delta_low, S delta_high, S ratio_max) const {
+    const S ratio = rlk::exp((logp - old_logp));
+    const S shift = (rlk::exp(logp) - rlk::exp(old_logp));
+    const S gate = rlk::where((advantage > S(0.0)), (shift - delta_high), ((-shift) - delta_low));
+    const S weight = rlk::where((gate > S(0.0)), (S(0.0) * advantage), (rlk::where((ratio > ratio_max), ratio_max, ratio) * advantage));
+    return {((-weight) * logp), (-weight)};
+  }
+};
+
+struct dppo_tv_surrogate {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S delta_low, S delta_high) const {
+    const S gap = (logp - old_logp);
+    const S ratio = rlk::exp(gap);
+    const S free = rlk::where((advantage > S(0.0)), (ratio * advantage), rlk::where((advantage < S(0.0)), (ratio * advantage), (advantage * gap)));
+    const S shift = (rlk::exp(logp) - rlk::exp(old_logp));
+    const S gate = rlk::where((advantage > S(0.0)), (shift - delta_high), ((-shift) - delta_low));
+    const S kept = rlk::where((gate > S(0.0)), (S(0.0) * advantage), free);
+    return {(-kept), (-kept)};
+  }
+};
+
+struct dppo_kl {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S delta_low, S delta_high, S ratio_max) const {
+    const S gap = (logp - old_logp);
+    const S ratio = rlk::exp(gap);
+    const S other = (-rlk::expm1(old_logp));
+    const S divergence = ((other * rlk::log(((other + S(1e-08)) / (S(1e-08) - rlk::expm1(logp))))) - (rlk::exp(old_logp) * gap));
+    const S gate = rlk::where((advantage > S(0.0)), (divergence - delta_high), (divergence - delta_low));
+    const S away = rlk::where((advantage > S(0.0)), gap, (-gap));
+    const S far = rlk::where((away > S(0.0)), gate, (-S(1.0)));
+    const S weight = rlk::where((far > S(0.0)), (S(0.0) * advantage), (rlk::where((ratio > ratio_max), ratio_max, ratio) * advantage));
+    return {((-weight) * logp), (-weight)};
+  }
+};
+
+struct dppo_kl_surrogate {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S old_logp, S advantage, S delta_low, S delta_high) const {
+    const S gap = (logp - old_logp);
+    const S ratio = rlk::exp(gap);
+    const S free = rlk::where((advantage > S(0.0)), (ratio * advantage), rlk::where((advantage < S(0.0)), (ratio * advantage), (advantage * gap)));
+    const S other = (-rlk::expm1(old_logp));
+    const S divergence = ((other * rlk::log(((other + S(1e-08)) / (S(1e-08) - rlk::expm1(logp))))) - (rlk::exp(old_logp) * gap));
+    const S gate = rlk::where((advantage > S(0.0)), (divergence - delta_high), (divergence - delta_low));
+    const S away = rlk::where((advantage > S(0.0)), gap, (-gap));
+    const S far = rlk::where((away > S(0.0)), gate, (-S(1.0)));
+    const S kept = rlk::where((far > S(0.0)), (S(0.0) * advantage), free);
+    return {(-kept), (-kept)};
+  }
+};
+
+struct tv_symmetric {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S rollout_logp, S advantage, S delta) const {
+    const S gap = (logp - rollout_logp);
+    const S ratio = rlk::exp(gap);
+    const S free = rlk::where((advantage > S(0.0)), (ratio * advantage), rlk::where((advantage < S(0.0)), (ratio * advantage), (advantage * gap)));
+    const S shift = (rlk::exp(logp) - rlk::exp(rollout_logp));
+    const S kept = rlk::where((shift > delta), (S(0.0) * advantage), rlk::where(((-shift) > delta), (S(0.0) * advantage), free));
+    return {(-kept), (-kept)};
+  }
+};
+
+struct ref_kl {
+  template <class S>
+  RLK_HD Term<S> operator()(S logp, S rollout_logp, S ref_logp, S delta_low) const {
+    const S gap = (logp - rollout_logp);
+    const S ratio = rlk::exp(gap);
+    const S gain = (ref_logp - logp);
+    const S free = rlk::where((gain > S(0.0)), (ratio * gain), rlk::where((gain < S(0.0)), (ratio * gain), (gain * gap)));
+    const S gate = ((rlk::exp(rollout_logp) - rlk::exp(logp)) - delta_low);
+    const S kept = rlk::where((gate > S(0.0)), (S(0.0) * gain), free);
+    return {(-kept), (-kept)};
   }
 };
 

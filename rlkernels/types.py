@@ -46,6 +46,9 @@ Metrics: TypeAlias = dict[str, Tensor]
 """Detached tensors of shape ``()`` by their names."""
 
 RatioLevel: TypeAlias = Literal["token", "sequence", "sequence_token", "sequence_sum"]
+RatioDenominator: TypeAlias = Literal["old", "rollout"]
+LogRatioClamp: TypeAlias = float | tuple[float | None, float | None] | list[float | None] | None
+"""A bound on both sides of 0, or a pair of which None is no bound."""
 KL: TypeAlias = Literal["k1", "k2", "k3"]
 RowKL: TypeAlias = Literal["k1", "k2", "k3", "exact"]
 """The KL of ``token_stats``, which sees whole rows."""
@@ -65,6 +68,7 @@ Aggregation: TypeAlias = Literal[
     "group-mean",
 ]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
+PolicyReduction: TypeAlias = Literal["aggregation", "none"]
 PairwiseKind: TypeAlias = Literal["logsigmoid", "logexp"]
 ScorePositions: TypeAlias = Literal["end", "all"]
 RankKind: TypeAlias = Literal["logsigmoid", "sigmoid"]

@@ -6,6 +6,7 @@ one, ``name``, is the name of the argument.
 
 import math
 import os
+import sys
 from typing import get_args
 
 import torch
@@ -379,13 +380,19 @@ def params(caller, objective, entry, keywords, like):
             values[name] = coefficient(real, caller, name, values[name], like)
             plain = plain and not isinstance(values[name], torch.Tensor)
     known = values if plain else {name: x for name, x in values.items() if not isinstance(x, torch.Tensor)}
-    for name, low, high in (("clip_low", 0, 1), ("clip_high", 0, math.inf)):
-        # CISPO's paper has no lower bound, which is clip_low = 1, so that 1 is allowed there.
-        if name in known and not (low <= known[name] <= high if objective == "cispo" else low <= known[name] < high):
-            raise ValueError(f"{caller}: {name} must be in [{low}, {high}), got {known[name]}")
+    # clip_low = 1 is no lower bound, because a ratio is never below 0.
+    if "clip_low" in known and not 0 <= known["clip_low"] <= 1:
+        raise ValueError(f"{caller}: clip_low must be in [0, 1], got {known['clip_low']}")
+    # CISPO's weight may have no upper bound either.
+    top = math.inf if objective == "cispo" else sys.float_info.max
+    if "clip_high" in known and not 0 <= known["clip_high"] <= top:
+        raise ValueError(f"{caller}: clip_high must be in [0, inf), got {known['clip_high']}")
     if "dual_clip" in known and not known["dual_clip"] > 1:
         raise ValueError(f"{caller}: dual_clip must be > 1, got {values['dual_clip']}")
-    for name in ("beta", "tau_pos", "tau_neg", "clip_range"):
+    for name in ("delta", "delta_low", "delta_high"):
+        if name in known and name in entry.params and not known[name] >= 0:
+            raise ValueError(f"{caller}: {name} must be >= 0, got {known[name]}")
+    for name in ("beta", "tau_pos", "tau_neg", "clip_range", "ratio_cap", "ratio_max"):
         if name in known and name in entry.params:
             positive(caller, name, known[name])
     return [values[name] for name in entry.params]

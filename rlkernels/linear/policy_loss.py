@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 
-from rlkernels import ops
+from rlkernels import checks, ops
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.linear.chunked_loss import chunked_loss, detached_for_loss, differentiable
 from rlkernels.linear.head import HeadOptions, linear_head
@@ -15,14 +15,16 @@ from rlkernels.linear.rank_agreement import same_on_every_rank
 from rlkernels.linear.sequence_chunks import SequencePlan, WholeBatchPlan, plan_sequences
 from rlkernels.linear.token_loss import PolicyTerms, check_batch, token_loss
 from rlkernels.linear.token_stats import head_stats
-from rlkernels.losses.policy import ratio_term
 from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
+from rlkernels.losses.policy_ratio import SQUARE, ratio_options, ratio_term, with_current
 from rlkernels.losses.token_weights import (
+    REDUCTIONS,
     TokenWeights,
     aggregation_of_sequences,
     live_tokens,
     loss_weights,
+    losses_of_tokens,
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import parameters, scaled_sum
@@ -34,6 +36,7 @@ from rlkernels.types import (
     HeadBias,
     HeadWeight,
     HiddenStates,
+    LogRatioClamp,
     Mask,
     Metrics,
     Normalizers,
@@ -42,6 +45,8 @@ from rlkernels.types import (
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    PolicyReduction,
+    RatioDenominator,
     RatioLevel,
     Scalar,
     Targets,
@@ -55,7 +60,7 @@ def linear_policy_loss(
     weight: HeadWeight,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     bias: HeadBias | None = None,
@@ -79,8 +84,12 @@ def linear_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
     **params: Number | PerToken,
 ) -> Scalar: ...
@@ -92,7 +101,7 @@ def linear_policy_loss(
     weight: HeadWeight,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     bias: HeadBias | None = None,
@@ -116,8 +125,12 @@ def linear_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
     **params: Number | PerToken,
 ) -> tuple[Scalar, Metrics]: ...
@@ -129,7 +142,7 @@ def linear_policy_loss(
     weight: HeadWeight,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     bias: HeadBias | None = None,
@@ -153,8 +166,12 @@ def linear_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
     **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
@@ -166,7 +183,7 @@ def linear_policy_loss(
     weight: HeadWeight,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     bias: HeadBias | None = None,
@@ -190,8 +207,12 @@ def linear_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
     **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]:
@@ -201,8 +222,10 @@ def linear_policy_loss(
     Tokens whose weights are all 0 enter no matmul. Tokens without advantage, KL and entropy term skip the two matmuls
     of the gradient, where the objective's source shows that their gradient is 0. On the CPU so do all tokens whose
     gradient turns out to be 0 (clipped ones). With sequence-level ratios a chunk holds whole sequences; a sequence that
-    outgrows a chunk is multiplied once more, but for its last part. Under ``torch.compile`` the loss is ``policy_loss``
-    of ``linear_token_stats``: four matmuls.
+    outgrows a chunk is multiplied once more, but for its last part. ``old_logprobs=None`` costs no matmul, because a
+    chunk knows its own log-probabilities. It and ``log_ratio_clamp`` take a few launches more per chunk, and so does
+    ``log_ratio_sq_coef`` beside a KL term. Under ``torch.compile``, and with ``reduction="none"``, the loss is
+    ``policy_loss`` of ``linear_token_stats``: four matmuls.
 
     Args:
         hidden, weight, bias: as for ``linear_token_logprobs``; all three get gradients where they require them, scaled
@@ -214,7 +237,7 @@ def linear_policy_loss(
         the rest: as for ``logits_policy_loss``; ``old_logprobs`` and ``ref_logprobs`` under the same temperature.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``.
+        Scalar, or one number per token, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``.
 
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``policy_loss``.
@@ -247,34 +270,54 @@ def linear_policy_loss(
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=head.result_dtype())
     cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    ratio = ratio_options(
+        caller, entry, like, old_logprobs, rollout_logprobs, ratio_denominator, log_ratio_clamp, log_ratio_sq_coef
+    )
     columns = objective_columns(
-        caller, entry, like, old_logprobs, advantages, ref_logprobs, rollout_logprobs, further, cu_seqlens, ratio_level
+        caller, entry, like, ratio.old, advantages, ref_logprobs, ratio.rollout, further, cu_seqlens, ratio_level
     )
     kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     live = live_tokens(caller, like, mask) & (targets != ignore_index)
-    if ratio_level == "sequence_sum":
+    apart = reduction != "aggregation"
+    if ratio_level == "sequence_sum" and not apart:
         aggregation = aggregation_of_sequences(aggregation, weights)
-    if torch.compiler.is_compiling():
-        share = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+    if apart:
+        checks.choice(caller, "reduction", reduction, REDUCTIONS)
+    if apart or torch.compiler.is_compiling():
+        share = (
+            losses_of_tokens(caller, live, aggregation, weights, normalizers, ratio_level)
+            if apart
+            else token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+        )
         stats = head_stats(head.without(~live.reshape(-1)), ("entropy",), like.shape)
         coefficients = kl_coef, entropy_coef
-        sequences = live, cu_seqlens, ratio_level
+        sequences = live, cu_seqlens, ratio_level, ratio.clamp
         loss = _composed_policy_loss(
             caller, stats, entry, columns, values, share, sequences, ref_logprobs, kl, coefficients
         )
+        if ratio.square is not None:
+            loss = loss + scaled_sum(ratio.square, SQUARE, stats.logprobs, [rollout_logprobs], share)
         logp, entropy = stats.logprobs, stats.entropy
     else:
         weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
-        kl_weight, entropy_weight = (None if c is None else head.per_row(weights * c) for c in (kl_coef, entropy_coef))
+        kl_weight, entropy_weight, square_weight = (
+            None if c is None else head.per_row(weights * c) for c in (kl_coef, entropy_coef, ratio.square)
+        )
+        estimator, reference = kl, ref_logprobs
+        if kl_weight is None and square_weight is not None:  # a KL, too, and without another one it needs no launch
+            kl_weight, square_weight, estimator, reference = square_weight, None, SQUARE, rollout_logprobs
         terms = PolicyTerms(
             entry.function.__name__,
             [head.per_row(c) for c in columns],
             parameters(values),
             head.per_row(weights),
             entropy_weight,
-            None if kl_weight is None else kl,
-            None if kl_weight is None else head.per_row(ref_logprobs),
+            None if kl_weight is None else estimator,
+            None if kl_weight is None else head.per_row(reference),
             kl_weight,
+            ratio.clamp,
+            None if square_weight is None else head.per_row(rollout_logprobs),
+            square_weight,
         )
         backend = ops.serving("fused_policy", hidden)
         needs_entropy = return_metrics or entropy_weight is not None
@@ -287,14 +330,19 @@ def linear_policy_loss(
     if not return_metrics:
         return loss
     logp, entropy = logp.view(like.shape), entropy.view(like.shape)
-    return loss, policy_metrics(logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens)
+    columns = with_current(columns, logp)
+    return loss, policy_metrics(
+        logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens, ratio.clamp
+    )
 
 
 def _composed_policy_loss(caller, stats, entry, columns, values, share, sequences, ref_logprobs, kl, coefficients):
     """Returns ``policy_loss`` of the TokenStats of a whole batch, without its checks; differentiable in them.
 
-    sequences: live tokens, ``cu_seqlens`` and ``ratio_level``. coefficients: of the KL and the entropy term, or None.
+    sequences: live tokens, ``cu_seqlens``, ``ratio_level`` and the clamp of the log-ratio. coefficients: of the KL and
+    the entropy term, or None.
     """
+    columns = with_current(columns, stats.logprobs)
     loss = ratio_term(caller, entry, stats.logprobs, columns, values, share, *sequences)
     kl_coef, entropy_coef = coefficients
     if kl_coef is not None:
@@ -321,14 +369,15 @@ class SequenceLoss(NamedTuple):
             self.caller,
             OBJECTIVES[terms.objective],
             stats.logp,
-            terms.columns,
+            with_current(terms.columns, stats.logp),
             terms.params,
             TokenWeights(terms.weight),
             rows.live(stats.logp),
             self.plan.cu_seqlens(first, last),
             self.ratio_level,
+            terms.clamp,
         )
-        return loss + terms.kl_and_entropy(stats)
+        return loss + terms.other_terms(stats)
 
     def gradient_scale(self):
         sequences = self.live.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1

@@ -9,6 +9,7 @@ from rlkernels.backends.protocol import PolicyInputs, RowBatch
 from rlkernels.linear.chunked_loss import ChunkLoop, chunked_loss, detached_for_loss, differentiable
 from rlkernels.linear.chunking import live_rows, rows_by_gradient
 from rlkernels.linear.sequence_chunks import plan_rows
+from rlkernels.losses.policy_ratio import SQUARE, Clamp, ratio_term, with_current
 from rlkernels.losses.token_weights import TokenWeights
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.objectives import OBJECTIVES
@@ -16,7 +17,10 @@ from rlkernels.objectives.zero_gradient import still_where_zero
 
 
 class PolicyTerms(NamedTuple):
-    """A loss of tokens: ``sum_t weight_t l_t + kl_weight_t KL_t - entropy_weight_t H_t``; everything ``[T]``."""
+    """A loss of tokens: ``sum_t weight_t l_t + kl_weight_t KL_t - entropy_weight_t H_t``; everything ``[T]``.
+
+    A column that is None is the current policy. ``square_weight``: of half the squared log-ratio to ``square_logp``.
+    """
 
     objective: str
     columns: list
@@ -26,11 +30,14 @@ class PolicyTerms(NamedTuple):
     kl: str | None
     ref_logp: torch.Tensor | None
     kl_weight: torch.Tensor | None
+    clamp: Clamp | None = None
+    square_logp: torch.Tensor | None = None
+    square_weight: torch.Tensor | None = None
 
     def live(self):
         """Returns bool ``[T]``: the rows with a weight in any term."""
         live = self.weight != 0
-        for weight in (self.entropy_weight, self.kl_weight):
+        for weight in (self.entropy_weight, self.kl_weight, self.square_weight):
             live = live if weight is None else live | (weight != 0)
         return live
 
@@ -39,14 +46,17 @@ class PolicyTerms(NamedTuple):
 
         They have no advantage, and the loss has neither a KL nor an entropy term.
         """
-        if self.kl is not None or self.entropy_weight is not None or not still_where_zero(self.objective, "advantage"):
+        others = self.kl, self.entropy_weight, self.square_weight
+        if any(x is not None for x in others) or not still_where_zero(self.objective, "advantage"):
             return None
         return self.columns[OBJECTIVES[self.objective].columns.index("advantage") - 1] == 0
 
     def gradient_scale(self):
         """Returns the largest weight, by which a gradient of 1 per token is multiplied."""
         weights = [
-            x.abs().amax() for x in (self.weight, self.entropy_weight, self.kl_weight) if x is not None and x.numel()
+            x.abs().amax()
+            for x in (self.weight, self.entropy_weight, self.kl_weight, self.square_weight)
+            if x is not None and x.numel()
         ]
         return torch.stack(weights).amax() if weights else 1.0
 
@@ -54,14 +64,23 @@ class PolicyTerms(NamedTuple):
         """Returns the terms of the rows ``index``."""
         return PolicyTerms(
             self.objective,
-            [c[index] for c in self.columns],
+            [None if c is None else c[index] for c in self.columns],
             self.params,
             *(x[index] if isinstance(x, torch.Tensor) else x for x in self[3:]),
         )
 
-    def kl_and_entropy(self, stats):
-        """Returns the KL and the entropy term, differentiable in ``stats``."""
+    def in_one_launch(self):
+        """Tells whether the kernels over rows serve the loss: they hold no clamp, and one term beside the objective."""
+        return self.clamp is None and self.square_weight is None and all(c is not None for c in self.columns)
+
+    def other_terms(self, stats):
+        """Returns what is added to the objective: the KL, the squared log-ratio and the entropy term.
+
+        Differentiable in ``stats``.
+        """
         total = stats.logp.new_zeros(())
+        if self.square_weight is not None:
+            total = total + weighted_sum(SQUARE, stats.logp, [self.square_logp], (), TokenWeights(self.square_weight))
         if self.kl is not None:
             total = total + weighted_sum(self.kl, stats.logp, [self.ref_logp], (), TokenWeights(self.kl_weight))
         if self.entropy_weight is not None:
@@ -70,15 +89,27 @@ class PolicyTerms(NamedTuple):
 
 
 class TokenLoss(NamedTuple):
-    """The ChunkedLoss of tokens, for a head whose rows are spread over a process group."""
+    """The ChunkedLoss of tokens, for a head over a process group and for terms that no kernel holds."""
 
     terms: PolicyTerms
     needs_entropy: bool
 
     def loss_of_chunk(self, rows, stats, first, last):
         terms = self.terms.at(rows.index)
-        loss = weighted_sum(terms.objective, stats.logp, terms.columns, terms.params, TokenWeights(terms.weight))
-        return loss + terms.kl_and_entropy(stats)
+        columns, weights = with_current(terms.columns, stats.logp), TokenWeights(terms.weight)
+        loss = ratio_term(
+            "linear_policy_loss",
+            OBJECTIVES[terms.objective],
+            stats.logp,
+            columns,
+            terms.params,
+            weights,
+            None,
+            None,
+            "token",
+            terms.clamp,
+        )
+        return loss + terms.other_terms(stats)
 
     def gradient_scale(self):
         return self.terms.gradient_scale()
@@ -99,7 +130,7 @@ def token_loss(head, terms, needs_entropy, backend):
         IndexError, ValueError: as ``detached_for_loss`` and ``live_rows``.
     """
     work = detached_for_loss(head, terms.live() & (head.targets != head.ignore_index))
-    if work.shard is None:
+    if work.shard is None and terms.in_one_launch():
         return differentiable(head, backend, _fused_loss, work, terms)
     plan = plan_rows(live_rows(work.targets != work.ignore_index, work.max_live_tokens), work.chunk_rows)
     return differentiable(head, backend, chunked_loss, work, plan, TokenLoss(terms, needs_entropy))

@@ -11,12 +11,14 @@ from rlkernels.logits_layout import flatten_logits
 from rlkernels.losses.policy import policy_loss
 from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
+from rlkernels.losses.policy_ratio import SQUARE, ratio_options
 from rlkernels.losses.token_weights import live_tokens, loss_weights
 from rlkernels.losses.weighted_sum import parameters
 from rlkernels.types import (
     KL,
     Aggregation,
     Logits,
+    LogRatioClamp,
     Mask,
     Metrics,
     Normalizers,
@@ -25,6 +27,8 @@ from rlkernels.types import (
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    PolicyReduction,
+    RatioDenominator,
     RatioLevel,
     Scalar,
     Targets,
@@ -38,7 +42,7 @@ def logits_policy_loss(
     logits: Logits,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     temperature: Temperature = 1.0,
@@ -53,8 +57,12 @@ def logits_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: Literal[False] = False,
     **params: Number | PerToken,
@@ -66,7 +74,7 @@ def logits_policy_loss(
     logits: Logits,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     temperature: Temperature = 1.0,
@@ -81,8 +89,12 @@ def logits_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: Literal[True],
     **params: Number | PerToken,
@@ -94,7 +106,7 @@ def logits_policy_loss(
     logits: Logits,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     temperature: Temperature = 1.0,
@@ -109,8 +121,12 @@ def logits_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: bool,
     **params: Number | PerToken,
@@ -121,7 +137,7 @@ def logits_policy_loss(
     logits: Logits,
     targets: Targets,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     temperature: Temperature = 1.0,
@@ -136,8 +152,12 @@ def logits_policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: bool = False,
     **params: Number | PerToken,
@@ -146,7 +166,8 @@ def logits_policy_loss(
     pass over each row.
 
     The row of a token of weight 0 is never read, nor its target and temperature: any id will do. Sequence-level ratios
-    need every row before any gradient: they take the two passes of ``token_stats``.
+    need every row before any gradient: they take the two passes of ``token_stats``. So do ``old_logprobs=None``,
+    ``log_ratio_clamp``, ``reduction="none"``, and ``log_ratio_sq_coef`` beside a KL term.
 
     Args:
         logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; ``old_logprobs`` and
@@ -155,7 +176,7 @@ def logits_policy_loss(
         the rest: as for ``policy_loss``; the entropy is that of the row.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, dict)``.
+        Scalar, or one number per token, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, dict)``.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs`` and ``policy_loss``.
@@ -179,13 +200,16 @@ def logits_policy_loss(
     targets = checks_tokens.holding(caller, targets, ignore_index)
     like = targets.new_empty(targets.shape, dtype=flat.real)
     cu_seqlens = checks_tokens.rows(caller, "targets", targets, cu_seqlens)
+    ratio = ratio_options(
+        caller, entry, like, old_logprobs, rollout_logprobs, ratio_denominator, log_ratio_clamp, log_ratio_sq_coef
+    )
     columns = objective_columns(
-        caller, entry, like, old_logprobs, advantages, ref_logprobs, rollout_logprobs, further, cu_seqlens, ratio_level
+        caller, entry, like, ratio.old, advantages, ref_logprobs, ratio.rollout, further, cu_seqlens, ratio_level
     )
     penalty, bonus = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef)
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(caller, like, mask) & scored
-    if ratio_level != "token":
+    if ratio_level != "token" or reduction != "aggregation" or not ratio.in_one_launch(entry, penalty):
         flat = flat.without(~live)
         stats = ops.token_stats(flat.rows, ops.ENTROPY, inplace_backward, ops.serving("token_stats", logits))
         try:
@@ -204,8 +228,12 @@ def logits_policy_loss(
                 entropy_coef=entropy_coef,
                 cu_seqlens=cu_seqlens,
                 ratio_level=ratio_level,
+                ratio_denominator=ratio_denominator,
                 rollout_logprobs=rollout_logprobs,
+                log_ratio_clamp=log_ratio_clamp,
+                log_ratio_sq_coef=log_ratio_sq_coef,
                 normalizers=normalizers,
+                reduction=reduction,
                 return_metrics=return_metrics,
                 **params,
             )
@@ -220,14 +248,18 @@ def logits_policy_loss(
     with_grad = (
         torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
     )
+    # The square of the log-ratio takes the place of the KL, because it is another KL's k2.
+    estimator, reference = kl, ref_logprobs
+    if ratio.square is not None:
+        penalty, estimator, reference = ratio.square, SQUARE, rollout_logprobs
     policy = PolicyInputs(
         entry.function.__name__,
         [flat.per_row(c) for c in columns],
         parameters(values),
         flat.per_row(weights),
         None if bonus is None else flat.per_row(weights * bonus),
-        None if penalty is None else kl,
-        None if penalty is None else flat.per_row(ref_logprobs),
+        None if penalty is None else estimator,
+        None if penalty is None else flat.per_row(reference),
         None if penalty is None else flat.per_row(weights * penalty),
     )
     of_rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))

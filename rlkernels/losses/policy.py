@@ -5,27 +5,26 @@ The objective is an argument by name, and so is the aggregation: no loss here is
 
 from typing import Literal, overload
 
-from torch import Tensor
-
 from rlkernels import checks
 from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
-from rlkernels.losses.policy_arguments import LOG_PROBABILITIES, check_terms, objective_columns, resolve
+from rlkernels.losses.policy_arguments import check_terms, objective_columns, resolve
 from rlkernels.losses.policy_metrics import policy_metrics
+from rlkernels.losses.policy_ratio import SQUARE, ratio_options, ratio_term, with_current
 from rlkernels.losses.token_weights import (
-    TokenWeights,
+    REDUCTIONS,
     aggregation_of_sequences,
     full_mask,
     live_mask,
+    losses_of_tokens,
     token_weights_of,
 )
-from rlkernels.losses.weighted_sum import Params, scaled_sum, weighted_sum
-from rlkernels.objectives import Objective
-from rlkernels.sequences import means, spread, sums
+from rlkernels.losses.weighted_sum import scaled_sum
 from rlkernels.types import (
     KL,
     Aggregation,
+    LogRatioClamp,
     Mask,
     Metrics,
     Normalizers,
@@ -34,6 +33,8 @@ from rlkernels.types import (
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    PolicyReduction,
+    RatioDenominator,
     RatioLevel,
     Scalar,
 )
@@ -43,7 +44,7 @@ from rlkernels.types import (
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     objective: ObjectiveLike = "ppo_clip",
@@ -56,8 +57,12 @@ def policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
     **params: Number | PerToken,
 ) -> Scalar: ...
@@ -67,7 +72,7 @@ def policy_loss(
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     objective: ObjectiveLike = "ppo_clip",
@@ -80,8 +85,12 @@ def policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
     **params: Number | PerToken,
 ) -> tuple[Scalar, Metrics]: ...
@@ -91,7 +100,7 @@ def policy_loss(
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     objective: ObjectiveLike = "ppo_clip",
@@ -104,8 +113,12 @@ def policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
     **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
@@ -114,7 +127,7 @@ def policy_loss(
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     mask: Mask | None = None,
     *,
     objective: ObjectiveLike = "ppo_clip",
@@ -127,8 +140,12 @@ def policy_loss(
     entropy_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     ratio_level: RatioLevel = "token",
+    ratio_denominator: RatioDenominator = "old",
     rollout_logprobs: PerToken | None = None,
+    log_ratio_clamp: LogRatioClamp = None,
+    log_ratio_sq_coef: Number = 0.0,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
     **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]:
@@ -144,10 +161,11 @@ def policy_loss(
     Args:
         logprobs: ``[B, L]``, or packed ``[T]``; the log-probabilities under the policy, the only argument besides
             ``entropy`` that gets a gradient.
-        old_logprobs: same shape, under the behaviour policy. An objective without this column (``reinforce``) ignores
-            it; None will do there.
+        old_logprobs: same shape, under the behaviour policy. None stands for the current policy, detached: every ratio
+            is then 1 and has its gradient. An objective without this column (``reinforce``) ignores it.
         advantages: same shape, or one per sequence: ``[B]``, ``[B, 1]``, or, with ``cu_seqlens``, ``[S, 1]`` or
-            ``[S]``. Where ``[S]`` could be ``[T]``, too, it raises.
+            ``[S]``. Where ``[S]`` could be ``[T]``, too, it raises. None for an objective without an
+            advantage (``ref_kl``).
         mask: live tokens, same shape, any pattern: bool, integers (not 0: live), or floats that are 0 and 1. A dead
             token touches neither loss nor gradient, whatever it holds.
         objective: the name of a registered objective with first column ``logp``, or its function. Its parameters are
@@ -166,18 +184,29 @@ def policy_loss(
             ``"sequence_token"``: its value with a gradient per token (GSPO-token); ``"sequence_sum"``: ``exp(sum_t
             d_t)``, one loss per sequence, which weighs what its live tokens weigh together. The mean of such losses is
             one over sequences: ``"token-mean"`` stands for ``"seq-mean"`` there.
+        ratio_denominator: ``"old"``; ``"rollout"``: ``rollout_logprobs`` take the place of ``old_logprobs``.
         rollout_logprobs: same shape, the log-probabilities that the rollout engine reported, for an objective with the
-            column ``rollout_logp``. Log-probabilities of all kinds are reduced alike at a sequence level.
+            column ``rollout_logp`` and for the two options that name them. Log-probabilities of all kinds are reduced
+            alike at a sequence level.
+        log_ratio_clamp: bounds of the log-ratio, behind its reduction at a sequence level: a number ``c`` for ``[-c,
+            c]``, or a pair in which None is no bound. Beyond them the log-ratio has no gradient; the constant weight of
+            CISPO and of ``rollout_is`` is bounded, and their gradient stays. For objectives of the log-ratio alone.
+            OpenRLHF and verl take 20.
+        log_ratio_sq_coef: adds ``log_ratio_sq_coef (logp_t - rollout_t)^2`` on the tokens of the loss, with its
+            weights. Kimi K2.5, arXiv:2602.02276.
+        reduction: ``"none"``: the loss of each token in place of the sum, shaped like ``logprobs`` and 0 at dead
+            tokens. It has no weights, so that none may be given.
         Coefficients and parameters: numbers, or tensors of shape ``()`` without gradient. One on a device is never
             read: its range is not checked, and an objective with such a parameter runs in plain torch between the
             kernels (for a schedule or a learned bound).
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, dict)`` of masked, detached scalars.
+        Scalar, or one number per token, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, dict)`` of
+        masked, detached scalars.
 
     Raises:
         ValueError: shapes that do not match, unknown names, a coefficient or a column of the objective without its
-            input, ``rollout_logprobs`` that the objective does not take, two sources of weights; on a CPU (elsewhere
+            input, ``rollout_logprobs`` or advantages that nothing takes, two sources of weights; on a CPU (elsewhere
             with ``RLKERNELS_CHECK=1``) a float mask of other values than 0 and 1.
         TypeError: a parameter that the objective does not take, or one it needs.
 
@@ -189,6 +218,10 @@ def policy_loss(
         >>> round(loss.item(), 4), logprobs.grad
         (-1.1, tensor([[-0.5000, -0.0000,  0.0000]]))
 
+    Others by their names: GRPO and DAPO are ``ppo_clip``, with ``clip_high=0.28`` for the latter. LUSPO is
+    ``ratio_level="sequence"`` with ``"seq-mean-token-sum"``, and PPO of whole sequences (RLOO) is ``"sequence_sum"``.
+    The likelihood of good answers (VAPO) is another term: add ``mu * logprobs_sft_loss(logprobs, mask_of_them)``.
+
     Schulman et al. 2017, arXiv:1707.06347 (PPO); Shao et al. 2024, arXiv:2402.03300 (GRPO); Zheng et al. 2025,
     arXiv:2507.18071 (GSPO).
     """
@@ -197,27 +230,29 @@ def policy_loss(
     checks.no_forward_ad(caller, logprobs, entropy)
     cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
     entry, values, further = resolve(caller, objective, params, logprobs)
+    ratio = ratio_options(
+        caller, entry, logprobs, old_logprobs, rollout_logprobs, ratio_denominator, log_ratio_clamp, log_ratio_sq_coef
+    )
     columns = objective_columns(
-        caller,
-        entry,
-        logprobs,
-        old_logprobs,
-        advantages,
-        ref_logprobs,
-        rollout_logprobs,
-        further,
-        cu_seqlens,
-        ratio_level,
+        caller, entry, logprobs, ratio.old, advantages, ref_logprobs, ratio.rollout, further, cu_seqlens, ratio_level
     )
     live = live_mask(caller, logprobs, mask)
-    if ratio_level == "sequence_sum":
+    if ratio_level == "sequence_sum" and reduction == "aggregation":
         aggregation = aggregation_of_sequences(aggregation, weights)
-    token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
+    if reduction == "aggregation":
+        token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
+    else:
+        checks.choice(caller, "reduction", reduction, REDUCTIONS)
+        token_weights = losses_of_tokens(caller, live, aggregation, weights, normalizers, ratio_level)
     kl_coef, entropy_coef = check_terms(caller, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
 
     real = real_dtype(logprobs.dtype)
     logp = dense(logprobs, real)
-    loss = ratio_term(caller, entry, logp, columns, values, token_weights, live, cu_seqlens, ratio_level)
+    if ratio.old is None:
+        columns = with_current(columns, logp)
+    loss = ratio_term(caller, entry, logp, columns, values, token_weights, live, cu_seqlens, ratio_level, ratio.clamp)
+    if ratio.square is not None:
+        loss = loss + scaled_sum(ratio.square, SQUARE, logp, [rollout_logprobs], token_weights)
     if kl_coef is not None:
         loss = loss + scaled_sum(kl_coef, kl, logp, [ref_logprobs], token_weights)
     if entropy_coef is not None:
@@ -226,49 +261,15 @@ def policy_loss(
     if not return_metrics:
         return loss
     return loss, policy_metrics(
-        logp, columns, full_mask(logprobs, live), ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens
+        logp,
+        columns,
+        full_mask(logprobs, live),
+        ref_logprobs,
+        kl,
+        entropy,
+        entry,
+        values,
+        ratio_level,
+        cu_seqlens,
+        ratio.clamp,
     )
-
-
-def ratio_term(
-    caller: str,
-    entry: Objective,
-    logp: Tensor,
-    columns: list[Tensor],
-    params: Params,
-    weights: TokenWeights,
-    live: Tensor | None,
-    cu_seqlens: Tensor | None,
-    level: RatioLevel,
-) -> Tensor:
-    """Computes the weighted sum of a policy objective whose ratio is that of a token or of a sequence."""
-    objective = entry.function.__name__
-    if level == "token":
-        return weighted_sum(objective, logp, columns, params, weights)
-    live = full_mask(logp, live)
-    if cu_seqlens is None and logp.dim() != 2:
-        raise ValueError(
-            f"{caller}: ratio_level {level!r} needs logprobs [B, L], or packed [T] with cu_seqlens; got "
-            f"shape {tuple(logp.shape)}"
-        )
-    # float64 to the end, because a log-ratio is the small difference of large numbers. Sums over 32768 tokens that are
-    # rounded to fp32 miss it by 4e-3.
-    now, wide = logp.double(), dict(zip(entry.columns[1:], (x.double() for x in columns), strict=True))
-    if level == "sequence_sum":
-        # One loss per sequence. An advantage per token enters as its mean, because it is constant along the sequence in
-        # every published use. So does every other column that is no log-probability.
-        for name, x in wide.items():
-            wide[name] = (sums if name in LOG_PROBABILITIES else means)(x, live, cu_seqlens)
-        now, weights = sums(now, live, cu_seqlens), TokenWeights(sums(weights.values.double(), live, cu_seqlens))
-    else:
-        fixed = now.detach()
-        for name in LOG_PROBABILITIES:
-            if name not in wide:
-                continue
-            if level == "sequence":
-                wide[name] = spread(means(wide[name], live, cu_seqlens), live, cu_seqlens)
-            else:
-                wide[name] = fixed - spread(means(fixed - wide[name], live, cu_seqlens), live, cu_seqlens)
-        if level == "sequence":
-            now = spread(means(now, live, cu_seqlens), live, cu_seqlens)
-    return weighted_sum(objective, now, list(wide.values()), params, weights).to(logp.dtype)

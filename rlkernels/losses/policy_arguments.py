@@ -81,9 +81,10 @@ def divided(
 
 
 def _is_policy(entry: Objective) -> bool:
-    """Tells whether an objective has the columns of a policy objective."""
-    # One without an advantage is refused, because it would ignore the caller's in silence.
-    return entry.columns[0] == "logp" and "advantage" in entry.columns
+    """Tells whether an objective has the columns of a policy objective: an advantage, or a behaviour policy."""
+    return entry.columns[0] == "logp" and any(
+        name in entry.columns for name in ("advantage", "old_logp", "rollout_logp")
+    )
 
 
 def objective_columns(
@@ -91,14 +92,16 @@ def objective_columns(
     entry: Objective,
     like: Tensor,
     old_logprobs: PerToken | None,
-    advantages: PerTokenOrSequence,
+    advantages: PerTokenOrSequence | None,
     ref_logprobs: PerToken | None,
     rollout_logprobs: PerToken | None,
     further: dict[str, PerToken],
     cu_seqlens: Tensor | None,
     ratio_level: RatioLevel,
-) -> list[Tensor]:
+) -> list[Any]:
     """Returns the columns that the objective takes after ``logp``, shaped like the log-probabilities ``like``.
+
+    None stands for the current policy in the place of ``old_logp``.
 
     ``further``: the columns that the caller passed by their names.
     """
@@ -113,17 +116,25 @@ def objective_columns(
             f"{caller}: objective {entry.function.__name__!r} has no column 'rollout_logp', so that rollout_logprobs "
             "would have no effect; leave it out"
         )
+    if advantages is not None and "advantage" not in entry.columns:
+        raise ValueError(
+            f"{caller}: objective {entry.function.__name__!r} has no column 'advantage', so that advantages would have "
+            "no effect; pass None"
+        )
     inputs = {
         "old_logp": old_logprobs,
         "advantage": advantages,
         "ref_logp": ref_logprobs,
         "rollout_logp": rollout_logprobs,
     }
-    columns = []
+    columns: list[Any] = []
     for name in entry.columns[1:]:
         argument = ARGUMENTS.get(name, name)
         x = inputs[name] if name in inputs else further.get(name)
-        if x is None and name not in ("old_logp", "advantage"):
+        if x is None and name == "old_logp":
+            columns.append(None)  # the current policy, which the loss knows
+            continue
+        if x is None and name != "advantage":
             raise ValueError(missing_column(caller, entry, name, argument))
         if name == "advantage":
             checks.floating(caller, argument, x)

@@ -3,15 +3,20 @@
 import torch
 from torch import Tensor
 
+from rlkernels import ops
+from rlkernels.losses.policy_ratio import Clamp
+from rlkernels.losses.weighted_sum import parameters
 from rlkernels.objectives import Objective
-from rlkernels.sequences import means, spread, sums
+from rlkernels.sequences import means, spread, sums, token_counts
 from rlkernels.types import KL, Metrics, Number, RatioLevel
 
-OF_THE_RATIO = ("cispo",)
-"""The objectives that clip the ratio itself.
+OF_THE_RATIO = {"cispo": "clip_high", "cispo_max_only": "clip_high", "cispo_absolute": "ratio_max"}
+"""The objectives that clip the ratio itself, and the parameter of their upper bound.
 
 The others take the smaller of two surrogates, and the sign of the advantage decides which one is smaller.
 """
+GATES = ("rollout_is", "dppo_tv", "dppo_tv_surrogate", "dppo_kl", "dppo_kl_surrogate", "tv_symmetric", "ref_kl")
+"""The objectives that leave tokens out: their derivative is 0 there, although the advantage is not."""
 
 
 @torch.no_grad()
@@ -26,16 +31,22 @@ def policy_metrics(
     params: list[Number],
     ratio_level: RatioLevel = "token",
     cu_seqlens: Tensor | None = None,
+    clamp: Clamp | None = None,
 ) -> Metrics:
     """Computes means over live tokens: ``ppo_kl``, ``approx_kl``, ``ratio``, clip fractions, ``kl``, ``entropy``.
 
     ``ppo_kl`` is k1 of the old against the new policy, and ``approx_kl`` is their k2. Ratio and clip fractions belong
-    to the ratio that the loss clips, which is the sequence's at a sequence level.
+    to the ratio that the loss clips, which is the sequence's at a sequence level. ``ratio_min`` and ``ratio_max`` are
+    its extremes, and 0 without a live token.
 
     ``clip_fraction_low``: ``rho < 1 - clip_low`` with ``A < 0``; ``clip_fraction_high``: ``rho > 1 + clip_high`` with
     ``A > 0``; ``clip_fraction``: their sum, the tokens whose clipped surrogate is the smaller one. CISPO clips a weight
     whatever the advantage is, so that the ratio alone counts there. ``clip_fraction_dual``: ``rho > dual_clip`` with
-    ``A < 0``, beside the others.
+    ``A < 0``, beside the others. ``clip_fraction_cap``: ``rho > ratio_cap``. An objective with a gate has
+    ``clip_fraction`` alone: the tokens with an advantage that the gate leaves out.
+
+    At a sequence level ``seq_clip_fraction`` and its two parts are the same as shares of the sequences with a live
+    token, whatever their lengths.
     """
     count = live.sum().clamp(min=1)
 
@@ -44,29 +55,65 @@ def policy_metrics(
 
     known = dict(zip(entry.columns[1:], columns, strict=True))
     settings = dict(zip(entry.params, params, strict=True))
+    name = entry.function.__name__
     metrics: Metrics = {}
-    if "old_logp" in known:
-        gap = logprobs.detach() - known["old_logp"]
+    behaviour = known.get("old_logp", known.get("rollout_logp"))
+    if behaviour is not None:
+        gap = logprobs.detach() - behaviour
         drift = gap
         if ratio_level != "token":
             reduce = sums if ratio_level == "sequence_sum" else means
             drift = spread(reduce(gap, live, cu_seqlens), live, cu_seqlens)
-        ratio = drift.exp()
+        ratio = (drift if clamp is None else clamp.of(drift)).exp()
         metrics |= {"ppo_kl": mean(-gap), "approx_kl": mean(0.5 * gap * gap), "ratio": mean(ratio)}
-        if "clip_low" in settings:
-            advantage = known["advantage"]
-            low, high = ratio < 1 - settings["clip_low"], ratio > 1 + settings["clip_high"]
-            if entry.function.__name__ not in OF_THE_RATIO:
-                low, high = low & (advantage < 0), high & (advantage > 0)
-            metrics |= {"clip_fraction_low": mean(low.to(gap.dtype)), "clip_fraction_high": mean(high.to(gap.dtype))}
-            metrics["clip_fraction"] = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
-        if "dual_clip" in settings:
-            metrics["clip_fraction_dual"] = mean(
-                ((ratio > settings["dual_clip"]) & (known["advantage"] < 0)).to(gap.dtype)
-            )
+        metrics |= _extremes(ratio, live)
+        for key, clipped in _clipped(name, settings, ratio, known.get("advantage")).items():
+            metrics[key] = mean(clipped.to(gap.dtype))
+            if ratio_level != "token" and not key.endswith(("dual", "cap")):
+                shares = means(clipped.to(gap.dtype), live, cu_seqlens)
+                metrics[f"seq_{key}"] = shares.sum() / (token_counts(live, cu_seqlens) > 0).sum().clamp(min=1)
+        if name in GATES:
+            metrics["clip_fraction"] = mean(_left_out(name, logprobs.detach(), columns, params, known.get("advantage")))
     if ref_logprobs is not None:
         gap = ref_logprobs - logprobs.detach()
         metrics["kl"] = mean({"k1": -gap, "k2": 0.5 * gap * gap, "k3": gap.expm1() - gap}[kl])
     if entropy is not None:
         metrics["entropy"] = mean(entropy.detach().to(logprobs.dtype))  # a mean in bf16 has two digits
     return metrics
+
+
+def _extremes(ratio: Tensor, live: Tensor) -> Metrics:
+    """Returns the smallest and the largest ratio of the live tokens."""
+    if not ratio.numel():
+        return dict.fromkeys(("ratio_min", "ratio_max"), ratio.sum())
+    low, high = torch.where(live, ratio, torch.inf).amin(), torch.where(live, ratio, 0.0).amax()
+    return {"ratio_min": torch.where(live.any(), low, 0.0), "ratio_max": high}
+
+
+def _clipped(name: str, settings: dict[str, Number], ratio: Tensor, advantage: Tensor | None) -> Metrics:
+    """Returns, for each clip fraction by its name, the tokens that it counts."""
+    found: Metrics = {}
+    if name in OF_THE_RATIO:
+        bound = OF_THE_RATIO[name]
+        high = ratio > (settings[bound] if bound == "ratio_max" else 1 + settings[bound])
+        low = ratio < 1 - settings["clip_low"] if "clip_low" in settings else torch.zeros_like(high)
+        found = {"clip_fraction_low": low, "clip_fraction_high": high, "clip_fraction": low | high}
+    elif {"clip_low", "clip_high"} <= set(settings) and name not in GATES and advantage is not None:
+        low = (ratio < 1 - settings["clip_low"]) & (advantage < 0)
+        high = (ratio > 1 + settings["clip_high"]) & (advantage > 0)
+        found = {"clip_fraction_low": low, "clip_fraction_high": high, "clip_fraction": low | high}
+    if "dual_clip" in settings and advantage is not None:
+        found["clip_fraction_dual"] = (ratio > settings["dual_clip"]) & (advantage < 0)
+    if "ratio_cap" in settings:
+        found["clip_fraction_cap"] = ratio > settings["ratio_cap"]
+    return found
+
+
+def _left_out(name: str, logp: Tensor, columns: list[Tensor], params: list[Number], advantage: Tensor | None) -> Tensor:
+    """Returns 1 at the tokens with an advantage and without a derivative, else 0."""
+    logp = logp.contiguous()
+    others = [x.to(logp.dtype).contiguous() for x in columns]
+    serving = ops.serving("elementwise", logp)
+    derivative = ops.elementwise(name, logp, others, parameters(params), None, serving)[2]
+    still = derivative == 0
+    return (still if advantage is None else still & (advantage != 0)).to(logp.dtype)

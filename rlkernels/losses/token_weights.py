@@ -1,6 +1,6 @@
 """The weight of each token in a loss: its mask and its aggregation as one tensor."""
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -11,18 +11,22 @@ from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.losses.policy_arguments import column
 from rlkernels.tracing import product, replaced
-from rlkernels.types import Aggregation, Mask, Normalizers, Number, PerToken
+from rlkernels.types import Aggregation, Mask, Normalizers, Number, PerToken, PolicyReduction, RatioLevel
+
+REDUCTIONS = get_args(PolicyReduction)
 
 
 class TokenWeights(NamedTuple):
     """The weight of each token in a loss: ``values * scale / count``.
 
     ``values``: a float tensor, a bool mask (1 or 0), or None for 1 everywhere. ``count``: a tensor, or None for 1.
+    ``each``: nothing is summed; ``values`` say which tokens have a loss, and there is no count.
     """
 
     values: Tensor | None
     count: Tensor | None = None
     scale: Number = 1.0
+    each: bool = False
 
     def scaled(self, factor: Number) -> "TokenWeights":
         """Returns the same weights times a number."""
@@ -61,6 +65,24 @@ def _is_token_mean(
 def aggregation_of_sequences(aggregation: Aggregation, weights: PerToken | None) -> Aggregation:
     """Returns the aggregation of one loss per sequence: ``"token-mean"`` becomes the mean over sequences."""
     return "seq-mean" if aggregation == "token-mean" and weights is None else aggregation
+
+
+def losses_of_tokens(
+    caller: str,
+    live: Tensor | None,
+    aggregation: Aggregation,
+    weights: PerToken | None,
+    normalizers: Normalizers | None,
+    ratio_level: RatioLevel,
+) -> TokenWeights:
+    """Returns the TokenWeights of a loss that is not summed; refuses what would weigh its tokens."""
+    if aggregation != "token-mean" or weights is not None or normalizers:
+        raise ValueError(f"{caller}: reduction='none' weighs no token; leave out aggregation, weights and normalizers")
+    if ratio_level == "sequence_sum":
+        raise ValueError(
+            f"{caller}: ratio_level='sequence_sum' has one loss per sequence; reduction must not be 'none'"
+        )
+    return TokenWeights(live, each=True)
 
 
 def loss_weights(

@@ -46,8 +46,10 @@ def parameters(values: Params) -> tuple[Number, ...] | Tensor:
 
 
 def weighted_sum(objective: str, first: Tensor, others: list[Tensor], params: Params, weights: TokenWeights) -> Tensor:
-    """Computes ``sum_i w_i l(first_i, others_i)``, differentiable in ``first``."""
+    """Computes ``sum_i w_i l(first_i, others_i)``, differentiable in ``first``; the terms where ``weights.each``."""
     others = [dense(x.detach() if x.requires_grad else x, first.dtype) for x in others]
+    if weights.each:
+        return _terms(objective, first.contiguous(), others, params, weights)
     values = weights.values
     if values is not None:
         values = values.contiguous() if values.dtype == torch.bool else dense(values.detach(), first.dtype)
@@ -56,6 +58,13 @@ def weighted_sum(objective: str, first: Tensor, others: list[Tensor], params: Pa
     return ops.weighted_loss(
         objective, first, None, None, others, parameters(params), values, weights.count, weights.scale, serving
     )[0]
+
+
+def _terms(objective: str, first: Tensor, others: list[Tensor], params: Params, weights: TokenWeights) -> Tensor:
+    """Computes ``scale l(first_i, others_i)``, and 0 without a gradient where ``weights.values`` is 0."""
+    live = None if weights.values is None else weights.values.to(first.dtype).contiguous()
+    value = ops.elementwise(objective, first, others, parameters(params), live, ops.serving("elementwise", first))[1]
+    return value if type(weights.scale) is float and weights.scale == 1.0 else value * weights.scale
 
 
 def scaled_sum(

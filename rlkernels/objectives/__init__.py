@@ -1,6 +1,6 @@
 """The objectives of the library, the decorator that registers one, and the functions that an objective may call."""
 
-from rlkernels.objectives import kl, policy, preference, sft, value  # noqa: F401  (registers the built-in objectives)
+from rlkernels.objectives import kl, policy, policy_gates, preference, sft, value  # noqa: F401  (registers the built-in objectives)
 from rlkernels.objectives.check import check_objective
 from rlkernels.objectives.functions import (
     abs,

@@ -22,6 +22,18 @@ def reinforce(logp, advantage):
 
 
 @objective
+def surrogate(logp, old_logp, advantage):
+    r"""Surrogate without a clip: ``-rho A``, ``rho = exp(logp - old_logp)``.
+
+    Schulman et al. 2017, arXiv:1707.06347, eq. 6.
+    """
+    gap = logp - old_logp
+    ratio = exp(gap)
+    free = where(advantage > 0.0, ratio * advantage, where(advantage < 0.0, ratio * advantage, advantage * gap))
+    return -free, -free
+
+
+@objective
 def ppo_clip(logp, old_logp, advantage, clip_low=0.2, clip_high=0.2):
     r"""PPO: ``-min(rho A, clip(rho, 1-clip_low, 1+clip_high) A)``, ``rho = exp(logp - old_logp)``.
 
@@ -51,14 +63,55 @@ def dual_clip(logp, old_logp, advantage, clip_low=0.2, clip_high=0.2, dual_clip=
 
 
 @objective
+def ppo_clip_cap(logp, old_logp, advantage, ratio_cap, clip_low=0.2, clip_high=0.2):
+    r"""PPO with a cap on the ratio that is not clipped: ``-min(min(rho, ratio_cap) A, clip(rho, 1-clip_low,
+    1+clip_high) A)``.
+
+    TRL's ``delta``, after Prime Intellect 2025, arXiv:2505.07291. The cap holds for both signs of ``A``. A cap above
+    ``1 + clip_high`` is that of ``dual_clip`` where ``A < 0``, and changes nothing where ``A > 0``.
+    """
+    ratio = exp(logp - old_logp)
+    free = where(ratio > ratio_cap, ratio_cap, ratio) * advantage
+    held = clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantage
+    slope = where(ratio > ratio_cap, 0.0 * advantage, free)
+    # The clipped surrogate has a gradient inside the bounds, because a cap below them makes it the smaller one there.
+    inside = where(ratio < 1.0 - clip_low, 0.0, where(ratio > 1.0 + clip_high, 0.0, held))
+    return -where(held < free, held, free), -where(held < free, inside, slope)
+
+
+@objective
 def cispo(logp, old_logp, advantage, clip_low, clip_high):
     r"""CISPO: ``-sg[clip(rho, 1-clip_low, 1+clip_high)] A log pi``; every token keeps a gradient.
 
-    MiniMax-M1 2025, arXiv:2506.13585, eq. 4-5. The bounds are distances from 1; the paper sets no lower one:
-    ``clip_low=1``. TRL's bound is the cap itself: ``clip_high = cap - 1``.
+    MiniMax-M1 2025, arXiv:2506.13585, eq. 4-5. The bounds are distances from 1. The paper sets no lower one, which is
+    ``cispo_max_only``. TRL's bound is the cap itself, which is ``cispo_absolute``.
     """
     weight = clip(exp(logp - old_logp), 1.0 - clip_low, 1.0 + clip_high) * advantage
     return -weight * logp, -weight
+
+
+@objective
+def cispo_max_only(logp, old_logp, advantage, clip_high):
+    r"""CISPO without a lower bound: ``-sg[min(rho, 1+clip_high)] A log pi``. ScaleRL 2025, arXiv:2510.13786."""
+    ratio = exp(logp - old_logp)
+    cap = 1.0 + clip_high
+    weight = where(ratio > cap, cap, ratio) * advantage
+    return -weight * logp, -weight
+
+
+@objective
+def cispo_absolute(logp, old_logp, advantage, ratio_max):
+    r"""CISPO with the cap itself, below 1 too: ``-sg[min(rho, ratio_max)] A log pi``; TRL's convention."""
+    ratio = exp(logp - old_logp)
+    weight = where(ratio > ratio_max, ratio_max, ratio) * advantage
+    return -weight * logp, -weight
+
+
+@objective
+def dro(logp, old_logp, advantage, beta):
+    r"""DRO: ``-(A log pi - beta/2 (logp - old_logp)^2)``. Richemond et al. 2024, arXiv:2405.19107."""
+    gap = logp - old_logp
+    return 0.5 * beta * gap * gap - advantage * logp, beta * gap - advantage
 
 
 @objective

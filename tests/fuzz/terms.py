@@ -13,16 +13,24 @@ PARAMETERS = {
     "dual_clip": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0},
     "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
     "cispo": {"clip_low": 1.0, "clip_high": 0.3},
+    "surrogate": {},
+    "ppo_clip_cap": {"ratio_cap": 1.5, "clip_low": 0.2, "clip_high": 0.2},
+    "cispo_max_only": {"clip_high": 0.3},
+    "cispo_absolute": {"ratio_max": 1.3},
 }
 CHOICES = {
     "clip_low": (0.1, 0.3, 0.7),
     "clip_high": (0.1, 0.3, 0.7),
     "dual_clip": (1.5, 2, 4.0),
+    "ratio_cap": (0.7, 1.1, 3),
+    "ratio_max": (0.7, 2.0),
     "tau_pos": (0.5, 2.0),
     "tau_neg": (0.5, 2.0),
 }
 ORACLES = {name: getattr(oracles, name) for name in PARAMETERS}
-WITHOUT_DEFAULTS = ("cispo", "regression")
+WITHOUT_DEFAULTS = ("cispo", "regression", "ppo_clip_cap", "cispo_max_only", "cispo_absolute")
+OF_A_RATIO = ("ppo_clip", "dual_clip", "sapo", "surrogate", "ppo_clip_cap")
+"""The objectives that depend on the log-ratio alone, whose log-ratio may have bounds."""
 LEVELS = ("sequence", "sequence_token", "sequence_sum")
 
 
@@ -113,6 +121,13 @@ class PolicyTerms:
                 draw.column(batch.live, 0.5),
             )
             self.options |= {"kl": self.kl, "kl_coef": self.kl_coef, "ref_logprobs": self.ref}
+        self.bounds, self.square, self.rollout = None, 0.0, None
+        if self.name in OF_A_RATIO and draw.flag(0.2):
+            self.bounds = draw.choice(((-0.2, 0.2), (None, 0.3), (-1.0, 0.1)))
+            self.options["log_ratio_clamp"] = 0.2 if self.bounds == (-0.2, 0.2) else self.bounds
+        if draw.flag(0.2):
+            self.square, self.rollout = draw.choice((0.1, 1.0)), draw.column(batch.live, 0.5)
+            self.options |= {"log_ratio_sq_coef": self.square, "rollout_logprobs": self.rollout}
         self.entropy_coef = draw.choice((0.01, 1.0, -0.3)) if draw.flag(0.4) else 0.0
         if self.entropy_coef:
             self.options["entropy_coef"] = self.entropy_coef
@@ -126,6 +141,8 @@ class PolicyTerms:
         return per_sequence(draw, batch, draw.choice((torch.float32, torch.bfloat16, torch.float64)))
 
     def objective(self, logp, old, advantage):
+        if self.bounds is not None:
+            logp, old = (logp - old).clamp(*self.bounds), torch.zeros_like(old)
         columns = (logp, advantage) if self.name == "reinforce" else (logp, old, advantage)
         return ORACLES[self.name](*columns, **self.parameters)
 
@@ -152,6 +169,8 @@ class PolicyTerms:
             total = total.plus(weight, self.objective(logp_, old_, advantage))
         if self.kl_coef:
             total = total.plus(weight * self.kl_coef, getattr(oracles, self.kl)(logp, clean(self.ref)))
+        if self.square:
+            total = total.plus(weight * self.square, (logp - clean(self.rollout)).square())
         if self.entropy_coef:
             total = total.plus(-weight * self.entropy_coef, clean(entropy))
         return total
@@ -175,9 +194,9 @@ class PolicyTerms:
         spread = gap
         if self.level != "token":
             spread = batch.spread((batch.sums if self.level == "sequence_sum" else batch.means)(gap))
-        ratio = spread.exp()
+        ratio = (spread if self.bounds is None else spread.clamp(*self.bounds)).exp()
         found |= {"ppo_kl": mean(-gap), "approx_kl": mean(gap * gap / 2), "ratio": mean(ratio)}
-        if "clip_low" in self.parameters:
+        if {"clip_low", "clip_high"} <= set(self.parameters):
             low, high = ratio < 1 - self.parameters["clip_low"], ratio > 1 + self.parameters["clip_high"]
             # A surrogate is clipped on the side where that makes it smaller; CISPO's weight on both.
             if self.name != "cispo":

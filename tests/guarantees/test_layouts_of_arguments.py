@@ -41,6 +41,9 @@ OTHERS = set(
     count normalize_by_weight eaft_alpha z_loss_coef dpop_lambda rpo_eta tpo_alpha num_pairs num_chosen_tokens
     num_gold_tokens kl_group
     mask_low mask_high clamp_low clamp_high log_ratio_clamp count_empty_rows dp_size dtype mode length shift
+    count normalize_by_weight eaft_alpha z_loss_coef
+    mask_low mask_high clamp_low clamp_high log_ratio_clamp
+    ratio_denominator log_ratio_sq_coef count_empty_rows dp_size dtype mode length shift
 """.split()
 )
 FURTHER = {"aggregate": (rlk.token_weights,)}
@@ -48,15 +51,11 @@ FURTHER = {"aggregate": (rlk.token_weights,)}
 KL_IS_A_NAME = {"token_stats", "policy_loss", "logits_policy_loss", "linear_policy_loss"}
 
 
-OF_USERS = {name: {"rollout_logprobs"} for name in ("policy_loss", "logits_policy_loss", "linear_policy_loss")}
-"""Arguments that objectives of users alone take: tests/objectives/test_user_columns.py passes them in other layouts."""
-
-
 def parameters(function):
     found = set(inspect.signature(getattr(rlk, function)).parameters)
     for other in FURTHER.get(function, ()):
         found |= {name for name, p in inspect.signature(other).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    return found - OF_USERS.get(function, set()) - ({"kl"} if function in KL_IS_A_NAME else set())
+    return found - ({"kl"} if function in KL_IS_A_NAME else set())
 
 
 FUNCTIONS = sorted({name.split(" ")[0] for name in CALLS})

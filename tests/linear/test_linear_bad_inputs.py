@@ -185,7 +185,7 @@ OWN = {
         "objective 'cispo' takes no 'dual_clip'",
     ),
     "B34 missing": (policy, {"objective": "cispo", "clip_low": 1.0}, TypeError, "objective 'cispo' needs 'clip_high'"),
-    "B35": (policy, {"clip_low": NAN}, ValueError, r"clip_low must be in \[0, 1\)"),
+    "B35": (policy, {"clip_low": NAN}, ValueError, r"clip_low must be in \[0, 1\]"),
     "B36": (policy, {"objective": "dual_clip", "dual_clip": 1.0}, ValueError, "dual_clip must be > 1, got 1.0"),
     "B37": (
         policy,

@@ -79,7 +79,9 @@ BLANK = {"temperature": 1.0, "token_weights": 0.0, "advantages": torch.zeros(1, 
 
 def test_every_objective_of_a_policy_is_tested():
     assert set(PARAMS) == {
-        name for name, entry in OBJECTIVES.items() if entry.columns[0] == "logp" and "ref_logp" not in entry.columns
+        name
+        for name, entry in OBJECTIVES.items()
+        if entry.columns[0] == "logp" and not {"ref_logp", "rollout_logp"} & set(entry.columns)
     } - {"nll", "dft"}
 
 
@@ -89,9 +91,9 @@ def test_every_objective_of_a_policy_is_tested():
 def test_every_objective_at_every_level_is_that_of_all_logits(name, level, dtype, backend):
     if level != "token" and name == "reinforce":
         return  # no ratio; that this raises is a row of the bad inputs
-    # The log-probability of a whole sequence is about -50: CISPO multiplies by it what the rounded logits move the
-    # ratio by, and the signs cancel.
-    size = 10.0 if (name, level) == ("cispo", "sequence_sum") else 1.0
+    # The log-probability of a whole sequence is about -50: CISPO and DPPO multiply by it what the rounded logits move
+    # the ratio by, and the signs cancel.
+    size = 10.0 if level == "sequence_sum" and name.startswith(("cispo", "dppo")) else 1.0
     for seed in range(2):
         judge(
             problem(dtype, seed=seed),
@@ -253,12 +255,17 @@ def test_metrics_are_those_of_all_logits(level, dtype, backend):
         "ppo_kl": -gap.sum() / n,
         "approx_kl": (gap**2).sum() / 2 / n,
         "ratio": ratio[live].mean(),
+        "ratio_min": ratio[live].min(),
+        "ratio_max": ratio[live].max(),
         "clip_fraction_low": low.sum() / n,
         "clip_fraction_high": high.sum() / n,
         "clip_fraction": (low | high).sum() / n,
         "kl": (k.expm1() - k)[live].mean(),
         "entropy": entropy[live].mean().detach(),
     }
+    if level != "token":  # shares of sequences, each of which has a live token
+        for kind, clipped in (("_low", low), ("_high", high), ("", low | high)):
+            want[f"seq_clip_fraction{kind}"] = (clipped.sum(-1) / live.sum(-1)).mean()
     assert z.shape[-1] == V and live.sum() < B * L
     for coefficient in (0.0, 0.1):  # the entropy is a metric with and without a bonus
         loss, metrics = loss_of(

@@ -82,6 +82,8 @@ def test_every_metric_is_a_mean_over_live_tokens(backend):
         "ppo_kl": (old - logp).mean(),
         "approx_kl": ((logp - old).square() / 2).mean(),
         "ratio": ratio.mean(),
+        "ratio_min": ratio.min(),
+        "ratio_max": ratio.max(),
         "clip_fraction_low": low,
         "clip_fraction_high": high,
         "clip_fraction": low + high,

@@ -6,7 +6,12 @@ from test_objectives import PARAMS
 import rlkernels as rlk
 from rlkernels.objectives import OBJECTIVES, codegen, exp, objective, where
 
-STOPPED = {"cispo": ["weight"], "dft": ["prob"]}  # what their papers take as constants
+WEIGHTED = ("cispo", "cispo_max_only", "cispo_absolute", "rollout_is", "dppo_tv", "dppo_kl")
+STOPPED = {
+    **dict.fromkeys(WEIGHTED, ["weight"]),
+    "ref_kl": ["gain"],
+    "dft": ["prob"],
+}  # what their papers take as constants
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from rlkernels.integrations import trl
 from rlkernels.logprobs import TokenStats
 from rlkernels.losses import (
     policy_arguments,
+    policy_ratio,
     preference_options,
     preference_types,
     process_reward,
@@ -33,6 +34,7 @@ from rlkernels.losses import (
     reward_head,
     reward_model,
     sft,
+    token_weights,
     unpaired_preference,
 )
 from rlkernels.objectives import functions, kl
@@ -55,6 +57,8 @@ FURTHER = {
 WITH_METRICS = [name for name, f in FUNCTIONS.items() if "return_metrics" in inspect.signature(f).parameters]
 TABLES = {
     "RatioLevel": policy_arguments.RATIO_LEVELS,
+    "RatioDenominator": policy_ratio.DENOMINATORS,
+    "PolicyReduction": token_weights.REDUCTIONS,
     "KL": policy_arguments.KLS,
     "RowKL": ROW_KLS,
     "Output": tuple(FLAGS),

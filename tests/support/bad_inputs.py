@@ -348,9 +348,9 @@ CASES = {
         TypeError,
         "objective 'reinforce' takes no 'beta'; it takes no parameters",
     ),
-    "B35 negative": (lambda: policy(clip_low=-0.1), ValueError, r"clip_low must be in \[0, 1\)"),
-    "B35 one": (lambda: policy(clip_low=1.0), ValueError, r"clip_low must be in \[0, 1\)"),
-    "B35 NaN": (lambda: policy(clip_low=NAN), ValueError, r"clip_low must be in \[0, 1\)"),
+    "B35 negative": (lambda: policy(clip_low=-0.1), ValueError, r"clip_low must be in \[0, 1\]"),
+    "B35 above one": (lambda: policy(clip_low=1.1), ValueError, r"clip_low must be in \[0, 1\]"),
+    "B35 NaN": (lambda: policy(clip_low=NAN), ValueError, r"clip_low must be in \[0, 1\]"),
     "B35 high negative": (lambda: logits_policy(clip_high=-0.1), ValueError, r"clip_high must be in \[0, inf\)"),
     "B35 high NaN": (
         lambda: policy(objective="cispo", clip_low=0.2, clip_high=NAN),

@@ -16,7 +16,6 @@ NOT_COVERED = {
     "length_penalty": "a reward function: the trainer's",
     "kl_controller": "coefficients over time: no controllers yet",
     "entropy_controller": "coefficients over time: no controllers yet",
-    "combined_loss": "a weighted sum of numbers: nothing of ours in it",
     # cases of operations that are covered otherwise
     "adv.verl.otb": "optimal token baseline",
     "returns.reset_on_mask": "SkyRL: a masked gap blocks the reward",
@@ -31,11 +30,6 @@ NOT_COVERED = {
     "policy.openrlhf-0.11.seq_mask_tis": "corrections of the rollout mismatch",
     "policy.trl.grpo.opsm0.2": "corrections of the rollout mismatch",
     "policy.trl.grpo.kl_is_weighted": "KL term weighted by the policy ratio",
-    "policy.ppo_paper.no_clip": "no objective 'surrogate' yet",
-    "policy.verl.dppo_tv": "no objective yet",
-    "policy.verl.dppo_kl": "no objective yet",
-    "policy.prime_rl.dppo_tv_log_ratio2": "no objective yet",
-    "policy.verl.dro": "no objective yet",
     "policy.verl.gmpo": "no objective yet",
     "policy.trl.gmpo": "no objective yet",
     "policy.trl.vespo": "no objective yet",
@@ -50,16 +44,11 @@ OUTPUTS_NOT_OFFERED = {
     ("token_logprob", "max_logit"): "bookkeeping of the softmax",
     ("token_logprob", "argmax"): "is_top1 says whether the target is it",
     ("token_logprob", "flags"): "logp is -inf there",
-    ("policy_loss", "metrics.clip_fraction_lower"): "how often the dual clip bites",
+    ("policy.verl.dppo_tv", "metrics.clip_fraction_lower"): "a constant 0: there is no dual clip",
+    ("policy.verl.dppo_kl", "metrics.clip_fraction_lower"): "a constant 0: there is no dual clip",
     ("policy.verl.sapo", "metrics.clip_fraction"): "a constant 0: nothing is clipped",
     ("policy.verl.reinforce.is_weight", "metrics.mean_old_minus_new"): "logged beside an objective without old "
     "log-probabilities",
-    ("policy.trl.gspo", "metrics.clip_fraction_low"): "a share of sequences, ours is one of tokens",
-    ("policy.trl.gspo", "metrics.clip_fraction_high"): "a share of sequences, ours is one of tokens",
-    ("policy.trl.gspo", "metrics.clip_fraction_region"): "a share of sequences, ours is one of tokens",
-    ("policy.trl.luspo", "metrics.clip_fraction_low"): "a share of sequences, ours is one of tokens",
-    ("policy.trl.luspo", "metrics.clip_fraction_high"): "a share of sequences, ours is one of tokens",
-    ("policy.trl.luspo", "metrics.clip_fraction_region"): "a share of sequences, ours is one of tokens",
 }
 
 

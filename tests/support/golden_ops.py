@@ -120,8 +120,13 @@ def policy_loss(x, p):
         old[:, 0] = x["old_logp_sum"]
     expect(old is not None or "rollout_logp" in x, "no behaviour policy")
     clamp = p.pop("log_ratio_clamp", None)
-    if clamp and old is not None:
+    if clamp and objective.startswith("dppo"):  # ours has no clamp beside ratio_max
         _inactive((x["logp"].detach() - old)[mask != 0], clamp)
+    elif clamp:
+        options["log_ratio_clamp"] = clamp
+    for name in ("ratio_denominator", "log_ratio_sq_coef"):
+        if name in p:
+            options |= {name: p.pop(name), "rollout_logprobs": x["rollout_logp"]}
     if "kl" in p:
         kl = p.pop("kl")
         expect(not kl.get("is_weighted"), "importance-weighted KL")
@@ -145,28 +150,32 @@ def policy_loss(x, p):
         "clip_fraction_region": "clip_fraction",
         "clip_fraction_low": "clip_fraction_low",
         "clip_fraction_high": "clip_fraction_high",
+        "clip_fraction_lower": "clip_fraction_dual",
         "mean_old_minus_new": "ppo_kl",
         "kl_mean": "kl",
     }
-    if options["ratio_level"] != "token":  # TRL counts sequences there; we count tokens, by the ratio of their sequence
+    if options["ratio_level"] != "token":  # TRL counts sequences there
         for name in ("clip_fraction_low", "clip_fraction_high", "clip_fraction_region"):
-            del names[name]
+            names[name] = f"seq_{names[name]}"
     return {"loss": loss - bonus, **{theirs: metrics[ours] for theirs, ours in names.items() if ours in metrics}}
 
 
 def _objective(p):
-    """Objective and its parameters; CISPO's three conventions as distances from 1."""
+    """Objective and its parameters."""
     objective = {"gspo": "ppo_clip"}.get(p["objective"], p["objective"])
     p.pop("objective")
-    expect(objective in ("ppo_clip", "cispo", "sapo", "reinforce"), f"objective {objective}")
-    options = {name: p.pop(name) for name in ("clip_low", "clip_high", "tau_pos", "tau_neg") if name in p}
+    known = ("ppo_clip", "cispo", "sapo", "reinforce", "surrogate", "dppo_tv", "dppo_kl", "dro")
+    expect(objective in known, f"objective {objective}")
+    names = ("clip_low", "clip_high", "tau_pos", "tau_neg", "ratio_max", "delta_low", "delta_high")
+    options = {name: p.pop(name) for name in names if name in p}
     if p.get("dual_clip") is not None:
         objective, options["dual_clip"] = "dual_clip", p.pop("dual_clip")
-    convention = p.pop("clip_convention", None)
-    if convention == "absolute_max":
-        options |= {"clip_low": 1.0, "clip_high": p.pop("ratio_max") - 1.0}
-    elif convention == "one_plus_max_only":
-        options |= {"clip_low": 1.0}
+    if p.pop("ratio_gradient", False):
+        objective += "_surrogate"
+    if objective == "dro":
+        options["beta"] = p.pop("dro_beta")
+    conventions = {"absolute_max": "cispo_absolute", "one_plus_max_only": "cispo_max_only", "one_plus": "cispo"}
+    objective = conventions.get(p.pop("clip_convention", None), objective)
     return objective, options
 
 
@@ -201,6 +210,22 @@ def ppo_step_masked(x, p):
     return {"policy_loss": policy, "value_loss": value, "loss": policy + p.pop("vf_coef") * value}
 
 
+def combined_loss(x, p):
+    """One token whose terms have the listed values, each by its public function."""
+    one = {name: torch.tensor([[float(value)]], dtype=torch.float64) for name, value in x.items()}
+    policy = rlk.policy_loss(
+        -one["policy_loss"],
+        None,
+        torch.ones(1, 1, dtype=torch.float64),
+        objective="reinforce",
+        entropy=one["entropy"],
+        entropy_coef=p.pop("entropy_coef"),
+    )
+    value = rlk.value_loss((2 * one["value_loss"]).sqrt(), None, torch.zeros(1, 1, dtype=torch.float64))
+    ptx = rlk.logprobs_sft_loss(-one["ptx_loss"])
+    return {"loss": policy + p.pop("value_coef") * value + p.pop("ptx_coef") * ptx}
+
+
 def value_loss(x, p):
     mode, normalizers = aggregation(p)
     loss, metrics = rlk.value_loss(
@@ -225,6 +250,7 @@ LOSSES = (
     policy_loss,
     ppo_step_per_sample,
     ppo_step_masked,
+    combined_loss,
     value_loss,
     *golden_rewards.ADAPTERS,
     golden_preferences.preference_loss,

@@ -15,6 +15,15 @@ PARAMS = {
     "cispo": {"clip_low": 1.0, "clip_high": 0.5},
     "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
     "reinforce": {},
+    "surrogate": {},
+    "ppo_clip_cap": {"ratio_cap": 1.1, "clip_low": 0.2, "clip_high": 0.28},
+    "cispo_max_only": {"clip_high": 0.5},
+    "cispo_absolute": {"ratio_max": 0.9},
+    "dro": {"beta": 0.5},
+    "dppo_tv": {"delta_low": 0.03, "delta_high": 0.02, "ratio_max": 1.5},
+    "dppo_tv_surrogate": {"delta_low": 0.03, "delta_high": 0.02},
+    "dppo_kl": {"delta_low": 0.03, "delta_high": 0.02, "ratio_max": 1.5},
+    "dppo_kl_surrogate": {"delta_low": 0.03, "delta_high": 0.02},
     "linear_squared": {"pull": 0.7},
 }
 OF_RATIOS = ("ppo_clip", "dual_clip", "cispo", "sapo")

@@ -9,7 +9,17 @@ PARAMS = {
     "cispo": {"clip_low": 1.0, "clip_high": 0.5},
     "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
     "reinforce": {},
+    "surrogate": {},
+    "ppo_clip_cap": {"ratio_cap": 1.1, "clip_low": 0.2, "clip_high": 0.28},
+    "cispo_max_only": {"clip_high": 0.5},
+    "cispo_absolute": {"ratio_max": 0.9},
+    "dro": {"beta": 0.5},
+    "dppo_tv": {"delta_low": 0.03, "delta_high": 0.02, "ratio_max": 1.5},
+    "dppo_tv_surrogate": {"delta_low": 0.03, "delta_high": 0.02},
+    "dppo_kl": {"delta_low": 0.03, "delta_high": 0.02, "ratio_max": 1.5},
+    "dppo_kl_surrogate": {"delta_low": 0.03, "delta_high": 0.02},
 }
+OF_ROLLOUT = {"rollout_is": {"clip_low": 0.5, "clip_high": 0.5}, "tv_symmetric": {"delta": 0.05}}
 LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 AGGREGATED = [
     (level, a) for level in LEVELS for a in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum")

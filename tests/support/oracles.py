@@ -11,6 +11,10 @@ def reinforce(logp, advantage):
     return -advantage * logp
 
 
+def surrogate(logp, old_logp, advantage):
+    return -(logp - old_logp).exp() * advantage
+
+
 def ppo_clip(logp, old_logp, advantage, clip_low, clip_high):
     ratio = (logp - old_logp).exp()
     return -torch.min(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
@@ -21,8 +25,73 @@ def dual_clip(logp, old_logp, advantage, clip_low, clip_high, dual_clip):
     return torch.where(advantage < 0, torch.min(loss, -dual_clip * advantage), loss)
 
 
+def ppo_clip_cap(logp, old_logp, advantage, ratio_cap, clip_low, clip_high):
+    ratio = (logp - old_logp).exp()
+    held = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
+    return -torch.min(ratio.clamp(max=ratio_cap) * advantage, held)
+
+
 def cispo(logp, old_logp, advantage, clip_low, clip_high):
     return -(logp - old_logp).exp().clamp(1 - clip_low, 1 + clip_high).detach() * advantage * logp
+
+
+def cispo_max_only(logp, old_logp, advantage, clip_high):
+    return -(logp - old_logp).exp().clamp(max=1 + clip_high).detach() * advantage * logp
+
+
+def cispo_absolute(logp, old_logp, advantage, ratio_max):
+    return -(logp - old_logp).exp().clamp(max=ratio_max).detach() * advantage * logp
+
+
+def dro(logp, old_logp, advantage, beta):
+    return -(advantage * logp - beta / 2 * (logp - old_logp).square())
+
+
+def rollout_is(logp, rollout_logp, advantage, clip_low, clip_high):
+    ratio = (logp - rollout_logp).exp().detach()
+    out = (ratio <= 1 - clip_low) | (ratio >= 1 + clip_high)
+    return -torch.where(out, 0.0, ratio) * advantage * logp
+
+
+def _left_by_tv(logp, old_logp, advantage, delta_low, delta_high):
+    shift = (logp.exp() - old_logp.exp()).detach()
+    return torch.where(advantage > 0, shift > delta_high, shift < -delta_low)
+
+
+def _left_by_kl(logp, old_logp, advantage, delta_low, delta_high):
+    p, q = logp.detach().exp(), old_logp.exp()
+    kl = q * (old_logp - logp.detach()) + (1 - q) * torch.log((1 - q + 1e-8) / (1 - p + 1e-8))
+    return torch.where(advantage > 0, (kl > delta_high) & (p > q), (kl > delta_low) & (p < q))
+
+
+def dppo_tv(logp, old_logp, advantage, delta_low, delta_high, ratio_max):
+    weight = (logp - old_logp).exp().clamp(max=ratio_max).detach() * advantage
+    return -torch.where(_left_by_tv(logp, old_logp, advantage, delta_low, delta_high), 0.0, weight) * logp
+
+
+def dppo_tv_surrogate(logp, old_logp, advantage, delta_low, delta_high):
+    free = (logp - old_logp).exp() * advantage
+    return -torch.where(_left_by_tv(logp, old_logp, advantage, delta_low, delta_high), 0.0, free)
+
+
+def dppo_kl(logp, old_logp, advantage, delta_low, delta_high, ratio_max):
+    weight = (logp - old_logp).exp().clamp(max=ratio_max).detach() * advantage
+    return -torch.where(_left_by_kl(logp, old_logp, advantage, delta_low, delta_high), 0.0, weight) * logp
+
+
+def dppo_kl_surrogate(logp, old_logp, advantage, delta_low, delta_high):
+    free = (logp - old_logp).exp() * advantage
+    return -torch.where(_left_by_kl(logp, old_logp, advantage, delta_low, delta_high), 0.0, free)
+
+
+def tv_symmetric(logp, rollout_logp, advantage, delta):
+    far = (logp.exp() - rollout_logp.exp()).abs() > delta
+    return -torch.where(far, 0.0, (logp - rollout_logp).exp() * advantage)
+
+
+def ref_kl(logp, rollout_logp, ref_logp, delta_low):
+    out = logp.exp() - rollout_logp.exp() < -delta_low
+    return -torch.where(out, 0.0, (logp - rollout_logp).exp() * (ref_logp - logp).detach())
 
 
 def sapo(logp, old_logp, advantage, tau_pos, tau_neg):

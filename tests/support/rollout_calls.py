@@ -1,4 +1,4 @@
-"""Calls of the functions of the rollout mismatch; see ``public_calls``."""
+"""Calls of the functions of the rollout mismatch, and of losses that know the rollout; see ``public_calls``."""
 
 
 def calls(rlk):
@@ -58,5 +58,40 @@ def calls(rlk):
         "rollout_metrics": lambda d: rlk.rollout_metrics(d["old"], d["ref"], d["mask"]),
         "rollout_metrics of a packed batch": lambda d: rlk.rollout_metrics(
             d["old"].view(-1), d["ref"].view(-1), d["mask"].view(-1), cu_seqlens=d["cu"]
+        ),
+        "policy_loss of a rollout": lambda d: rlk.policy_loss(
+            d["logprobs"],
+            None,
+            d["advantages"],
+            d["mask"],
+            rollout_logprobs=d["old"],
+            log_ratio_clamp=0.5,
+            log_ratio_sq_coef=0.1,
+            return_metrics=True,
+        ),
+        "logits_policy_loss of a rollout": lambda d: rlk.logits_policy_loss(
+            d["logits"],
+            d["targets"],
+            None,
+            d["advantages"],
+            d["mask"],
+            ratio_denominator="rollout",
+            rollout_logprobs=d["old"],
+            log_ratio_clamp=0.5,
+            log_ratio_sq_coef=0.1,
+            return_metrics=True,
+        ),
+        "linear_policy_loss of a rollout": lambda d: rlk.linear_policy_loss(
+            d["hidden"],
+            d["weight"],
+            d["targets"],
+            None,
+            d["advantages"],
+            d["mask"],
+            chunk_tokens=4,
+            rollout_logprobs=d["old"],
+            log_ratio_clamp=0.5,
+            log_ratio_sq_coef=0.1,
+            return_metrics=True,
         ),
     }

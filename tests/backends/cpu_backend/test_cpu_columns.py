@@ -29,6 +29,11 @@ pytestmark = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1
 
 NAN = float("nan")
 PARAMS = {
+    "ratio_cap": 1.1,
+    "ratio_max": 1.5,
+    "delta_low": 0.03,
+    "delta_high": 0.02,
+    "delta": 0.05,
     "clip_low": 0.2,
     "clip_high": 0.3,
     "dual_clip": 3.0,
@@ -132,7 +137,7 @@ def test_the_fused_pass_is_float64_autograd(name, dtype):
     truth = statistics(wide, y, 0.9, vocab_mask=mask)
     near = (truth["logprobs"].detach() + 0.3 * torch.randn(rows, generator=generator, dtype=torch.float64)).to(real)
     others = [
-        near if c in ("old_logp", "ref_logp") else torch.randn(rows, generator=generator).to(real)
+        near if c in ("old_logp", "ref_logp", "rollout_logp") else torch.randn(rows, generator=generator).to(real)
         for c in OBJECTIVES[name].columns[1:]
     ]
     weight, entropy, kl_weight = (torch.rand(rows, generator=generator).to(real) for _ in range(3))

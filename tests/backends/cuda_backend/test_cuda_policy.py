@@ -16,6 +16,11 @@ from rlkernels.ops import policy
 
 TEAMS = (-1, 1, 2, 4, 8)  # two sweeps over device memory; a row in the shared memory of so many blocks
 PARAMS = {
+    "ratio_cap": 1.1,
+    "ratio_max": 1.5,
+    "delta_low": 0.03,
+    "delta_high": 0.02,
+    "delta": 0.05,
     "clip_low": 0.2,
     "clip_high": 0.28,
     "dual_clip": 3.0,
@@ -40,6 +45,7 @@ def problem(vocab, dtype, *, rows=5, seed=0, masked=False):
     columns = {
         "old_logp": near[0],
         "ref_logp": near[1],
+        "rollout_logp": near[0] + 0.1,
         "advantage": torch.randn(rows, generator=generator),
         "returns": near[1],
         "old_value": near[0],

@@ -13,6 +13,11 @@ from rlkernels.backends import eager
 from rlkernels.objectives import OBJECTIVES
 
 PARAMS = {
+    "ratio_cap": 1.1,
+    "ratio_max": 1.5,
+    "delta_low": 0.03,
+    "delta_high": 0.02,
+    "delta": 0.05,
     "clip_low": 0.2,
     "clip_high": 0.28,
     "dual_clip": 3.0,

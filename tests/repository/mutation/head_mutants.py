@@ -50,8 +50,8 @@ MUTANTS = (
     _m(
         "a row with a KL term has no gradient",
         "linear/token_loss.py",
-        "if self.kl is not None or self.entropy_weight is not None or not still",
-        "if self.entropy_weight is not None or not still",
+        "others = self.kl, self.entropy_weight, self.square_weight",
+        "others = self.entropy_weight, self.square_weight",
         ROWS,
     ),
     _m(

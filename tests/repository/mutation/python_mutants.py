@@ -18,11 +18,13 @@ ASKED = {
     "advantages/whitening.py": ("test_whitening.py",),
     "losses/policy.py": (TRUTH, MASKING, LOSSES),
     "losses/logits_policy.py": (TRUTH, MASKING, LOSSES),
+    "losses/policy_ratio.py": ("test_ratio_options.py", TRUTH),
     "losses/policy_arguments.py": (LOSSES, MASKING, TRUTH),
     "losses/token_weights.py": (LOSSES, MASKING, TRUTH),
     "losses/value.py": (TRUTH, MASKING, LOSSES),
     **{f"ops/{name}.py": (AUTOGRAD, LAYOUTS, TRUTH) for name in ("rows", "policy", "columns")},
     "objectives/policy.py": (OBJECTIVES, TRUTH),
+    "objectives/policy_gates.py": (OBJECTIVES, TRUTH),
     "objectives/kl.py": (OBJECTIVES, TRUTH),
 }
 
@@ -234,8 +236,8 @@ MUTANTS = (
     _m(
         "CISPO's clip has a sign",
         "losses/policy_metrics.py",
-        "if entry.function.__name__ not in OF_THE_RATIO:",
-        "if True:",
+        "if name in OF_THE_RATIO:",
+        "if False:",
         tests=("test_clip_metrics.py",),
     ),
     _m(
@@ -247,9 +249,9 @@ MUTANTS = (
     ),
     _m(
         "a sum per sequence is averaged in every part",
-        "losses/policy.py",
-        "sums(weights.values.double(), live, cu_seqlens)",
-        "sums(live / live.sum(-1, keepdim=True).double() / len(live), live, cu_seqlens)",
+        "losses/policy_ratio.py",
+        "TokenWeights(sums(weights.values.double(), live, cu_seqlens))",
+        "TokenWeights(sums(live / live.sum(-1, keepdim=True).double() / len(live), live, cu_seqlens))",
         tests=(ADDITIVITY,),
     ),
     _m(
@@ -268,16 +270,29 @@ MUTANTS = (
     ),
     _m(
         "sums for means in the ratio of a sequence",
-        "losses/policy.py",
+        "losses/policy_ratio.py",
         "now = spread(means(now, live, cu_seqlens), live, cu_seqlens)",
         "now = spread(sums(now, live, cu_seqlens), live, cu_seqlens)",
     ),
     _m(
         "log-ratios of sequences in fp32",
-        "losses/policy.py",
+        "losses/policy_ratio.py",
         "now, wide = logp.double(), dict(zip(entry.columns[1:], (x.double() for x in columns), strict=True))",
         "now, wide = logp, dict(zip(entry.columns[1:], columns, strict=True))",
         tests=("test_sequence_log_ratios.py",),
+    ),
+    _m(
+        "a clamped log-ratio keeps its gradient",
+        "losses/policy_ratio.py",
+        "return torch.clamp(gap, self.low, self.high)",
+        "return gap + (torch.clamp(gap, self.low, self.high) - gap).detach()",
+    ),
+    _m("half of the square", "losses/policy_ratio.py", "square = 2 * square if", "square = square if"),
+    _m(
+        "a gate of total variation without a sign",
+        "objectives/policy_gates.py",
+        "where(advantage > 0.0, shift - delta_high, -shift - delta_low)\n    weight",
+        "where(advantage > 0.0, shift - delta_high, shift - delta_low)\n    weight",
     ),
     _m(
         "one advantage per row goes along the row",

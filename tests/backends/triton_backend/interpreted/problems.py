@@ -8,6 +8,11 @@ from reference import draw_rows, gradient_allowance, statistics
 
 NAN = float("nan")
 PARAMS = {
+    "ratio_cap": 1.1,
+    "ratio_max": 1.5,
+    "delta_low": 0.03,
+    "delta_high": 0.02,
+    "delta": 0.05,
     "clip_low": 0.2,
     "clip_high": 0.28,
     "dual_clip": 3.0,
@@ -35,6 +40,7 @@ def policy_problem(vocab, dtype=torch.float32, rows=6, seed=0):
 
     logp = statistics(x.double(), targets)["logprobs"]
     columns = {"old_logp": logp + 0.4 * draw(), "advantage": draw(), "ref_logp": logp + 0.4 * draw()}
+    columns["rollout_logp"] = columns["old_logp"] + 0.1
     columns |= {"weight": draw().abs() + 0.1, "entropy_weight": 0.3 * draw().abs(), "kl_weight": 0.5 * draw().abs()}
     for k, name in enumerate(("weight", "entropy_weight", "kl_weight")):
         columns[name][k] = 0.0  # one term off: the row lives by the others
