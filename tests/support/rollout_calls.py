@@ -1,5 +1,3 @@
-"""Calls of the functions of the rollout mismatch, and of losses that know the rollout; see ``public_calls``."""
-
 """Calls of the functions of the rollout mismatch, and of the policy losses with their corrections; see
 ``public_calls``.
 """
