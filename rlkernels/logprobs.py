@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlkernels import checks, ops
 from rlkernels.backends.protocol import RowStats
+from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import flatten_logits, matrix
 from rlkernels.tracing import replaced
 from rlkernels.types import Logits, Outputs, RowKL, Targets, Temperature, VocabMask
@@ -49,7 +50,8 @@ def token_logprobs(
 
     Args:
         logits: ``[..., V]``, float32, bfloat16, float16 or float64. A unit last stride and any others cost no copy.
-        targets: ``[...]`` token ids, int32 or int64. ``logits[t]`` scores ``targets[t]``: nothing is shifted here.
+        targets: ``[...]`` token ids, int32 or int64. ``logits[t]`` scores ``targets[t]``: nothing is shifted here. Or
+            ``[..., K]``, ``K`` ids per row, which take one read of the row; an id may occur twice.
         temperature: ``T``, from ``2**-40`` (9.1e-13) to ``2**40``; a number, or a tensor: ``[...]`` with one per token,
             ``[B]`` or ``[B, 1]`` with one per sequence of ``[B, L]``, ``[]`` with one for all. That of an ignored token
             is not looked at.
@@ -60,7 +62,7 @@ def token_logprobs(
             ``set_`` or numpy is overwritten in silence.
 
     Returns:
-        Tensor ``[...]``, fp32 (fp64 for fp64 logits), differentiable once.
+        Tensor ``[...]``, or ``[..., K]``, fp32 (fp64 for fp64 logits), differentiable once.
 
     Raises:
         TypeError, ValueError: wrong type, dtype or shape.
@@ -72,9 +74,24 @@ def token_logprobs(
         >>> token_logprobs(torch.tensor([[0.0, 1.0], [2.0, 2.0]]), torch.tensor([1, 0]))
         tensor([-0.3133, -0.6931])
     """
-    flat = flatten_logits("token_logprobs", logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
+    caller = "token_logprobs"
+    several = _several(logits, targets)
+    first = targets[..., 0] if several else targets
+    flat = flatten_logits(caller, logits, first, temperature, ignore_index, vocab_mask, inplace_backward)
+    if several:
+        ids = checks_tokens.holding(caller, targets, flat.rows.ignore_index).reshape(flat.rows.targets.shape[0], -1)
+        rows = replaced(flat.rows, targets=ids)
+        return ops.target_logprobs(rows, inplace_backward, ops.serving("token_stats", logits)).view(targets.shape)
     stats = ops.token_stats(flat.rows, 0, inplace_backward, ops.serving("token_stats", logits))
     return shaped(stats.logp, flat.shape)
+
+
+def _several(logits: Logits, targets: Targets) -> bool:
+    """Tells whether there are several targets per row: one dimension more than that of one per row."""
+    if not isinstance(logits, torch.Tensor) or not isinstance(targets, torch.Tensor):
+        return False
+    same = logits.dim() == targets.dim() > 0 and logits.shape[:-1] == targets.shape[:-1]
+    return same and targets.shape[-1] > 0
 
 
 def token_stats(

@@ -63,7 +63,7 @@ class PreferenceOptions(NamedTuple):
         """Returns the options of the pairs ``[start, end)`` of the batch."""
         lengths = None if self.lengths is None else tuple(x[start:end] for x in self.lengths)
         empty, weights = (None if x is None else x[start:end] for x in (self.empty, self.pair_weights))
-        beta = self.beta[start:end] if self.each_has_a_beta() else self.beta
+        beta = self.beta[start:end] if isinstance(self.beta, torch.Tensor) and self.beta.dim() else self.beta
         shares = None if self.win_and_lose is None else tuple(x[start:end] for x in self.win_and_lose)
         return replaced(self, beta=beta, lengths=lengths, empty=empty, pair_weights=weights, win_and_lose=shares)
 
@@ -208,7 +208,8 @@ def _numbers(caller: str, options: PreferenceOptions, like: Tensor) -> Preferenc
     numbers = {
         "label_smoothing": number(checks.interval, caller, "label_smoothing", options.label_smoothing, like, 0, 1)
     }
-    if not options.each_has_a_beta():
+    # One number in a tensor of one dimension is refused as any number is, unless there is one pair.
+    if not options.each_has_a_beta() or options.beta.numel() == 1 != like.numel():  # type: ignore[union-attr]
         divides = any(kind.divides for kind in options.kinds)
         check = checks.positive if divides else from_zero
         numbers["beta"] = number(check, caller, "beta", options.beta, like)
@@ -241,7 +242,7 @@ def from_zero(caller: str, name: str, x: Number) -> float:
 
 def _beta_per_pair(caller: str, options: PreferenceOptions, like: Tensor) -> PreferenceOptions:
     """Checks a beta per pair; a pair of weight 0 gets 1, whatever its own is."""
-    if not options.each_has_a_beta():
+    if not isinstance(options.beta, torch.Tensor) or not options.beta.dim():
         return options
     column(caller, "beta", options.beta, like, "chosen_logps")
     if not options.separable():

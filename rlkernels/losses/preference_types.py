@@ -237,7 +237,7 @@ class Kind(NamedTuple):
 
 SMOOTH, SCORE, AVERAGE = ("label_smoothing",), ("f_divergence", "length_normalized"), ("length_normalized",)
 POLICY = ("alphapo_alpha", "cpo_alpha", "length_normalized")
-TRIPLE = ("tpo_alpha", "gold_logps", "gold_lengths")
+TRIPLE = ("alphapo_alpha", "tpo_alpha", "gold_logps", "gold_lengths")
 KINDS = {
     "sigmoid": Kind(_margin("dpo_sigmoid", "beta", "label_smoothing"), SMOOTH + SCORE),
     "hinge": Kind(_margin("hinge", "beta"), SCORE),

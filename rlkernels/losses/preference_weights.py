@@ -50,8 +50,11 @@ def wpo_weights(
         raise ValueError(
             f"{caller}: logprobs has shape {tuple(logprobs.shape)}, expected [2B, L], or [N] with cu_seqlens"
         )
+    checks.no_forward_ad(caller, logprobs)
     live, logprobs = live_tokens(caller, logprobs, mask), logprobs.detach()
     if log_sum_sq_probs is not None:
+        checks.floating(caller, "log_sum_sq_probs", log_sum_sq_probs)
+        checks.no_forward_ad(caller, log_sum_sq_probs)
         logprobs = logprobs - column(caller, "log_sum_sq_probs", log_sum_sq_probs.detach(), logprobs)
     of_answers = means(logprobs, live, offsets)
     pairs, odd = divmod(of_answers.shape[0], 2)

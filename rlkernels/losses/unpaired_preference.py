@@ -140,7 +140,7 @@ def _kl(
         return (drift.sum() / max(drift.numel(), 1)).clamp(min=0.0)
     if not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(f"{caller}: kl_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
-    return over_ranks(caller, masked_moments(drift), group).mean.clamp(min=0.0).to(like.dtype)
+    return torch.as_tensor(over_ranks(caller, masked_moments(drift), group).mean).clamp(min=0.0).to(like.dtype)
 
 
 def sequence_losses(

@@ -17,6 +17,7 @@ from rlkernels.ops.packed import gae, offsets
 from rlkernels.ops.policy import fused_policy, fused_policy_op, run_fused
 from rlkernels.ops.register import calls, define, run, without_gradient
 from rlkernels.ops.rows import (
+    target_gradient,
     token_stats,
     token_stats_backward,
     token_stats_backward_,
@@ -24,6 +25,7 @@ from rlkernels.ops.rows import (
     token_stats_fake,
     token_stats_op,
 )
+from rlkernels.ops.several_targets import target_logprobs, target_logprobs_op
 from rlkernels.tracing import number, numbers
 
 __all__ = [
@@ -43,6 +45,9 @@ __all__ = [
     "run",
     "run_fused",
     "serving",
+    "target_gradient",
+    "target_logprobs",
+    "target_logprobs_op",
     "token_stats",
     "token_stats_backward",
     "token_stats_backward_",

@@ -40,7 +40,16 @@ TRAINED = {
     "margin",
     "x",
 }
-PER_PAIR = {"chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "pair_weights"}
+PER_PAIR = {
+    "chosen_rewards",
+    "rejected_rewards",
+    "gold_logps",
+    "chosen_logps",
+    "rejected_logps",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "pair_weights",
+}
 
 
 def good(draw, function, name, packed):
@@ -137,7 +146,7 @@ KINDS_OF_NAMES = {
     "kl": ("k1", "k2", "k3", "exact", "k4"),
     "objective": ("ppo_clip", "cispo", "sapo", "dual_clip", "reinforce", "k3", "nll", "ppo"),
     "ratio_level": ("token", "sequence", "sequence_token", "sequence_sum", "row"),
-    "kind": ("nll", "dft", "ce"),
+    "kind": ("nll", "dft", "eaft", "ce"),
     "masked": ("skip", "zero", "none", "all"),
     "baseline": ("mean", "leave-one-out", "length-mean", "batch-mean", "median"),
     "scale": ("std", "batch-std", "mean", "max"),
@@ -175,6 +184,7 @@ OTHERS = {
     "loss_weights": ((1.0,), (1.0, 2.0), 1.0, (NAN,), ("a",)),
     "dim": (None, 0, -1, 1, 5, "x", (0, 1)),
     "process_group": (None, "x", 3),
+    "kl_group": (None, "x", 3),
     "length": (0, 1, 5, -1, 2.5, "5"),
     "ignore_index": (-100, 0, 3, 2**31, 2**62, -(2**63), 2**63, 1.0, True, "x"),
     "vocab_start": (None, 0, 3, -1),
@@ -192,6 +202,7 @@ FLAGS = {
     "shift_mean",
     "shift",
     "count_empty_rows",
+    "normalize_by_weight",
 }
 USUAL = {
     "temperature": 0.7,
@@ -213,6 +224,12 @@ USUAL = {
     "label_smoothing": 0.1,
     "num_sequences": 2,
     "batch_num_tokens": 3,
+    "z_loss_coef": 0.1,
+    "rpo_eta": 1.0,
+    "dpop_lambda": 5.0,
+    "num_pairs": 9,
+    "count": 1,
+    "reduction": "sum",
 }
 HIDDEN = {
     "policy_loss": ("clip_low", "clip_high"),

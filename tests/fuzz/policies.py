@@ -187,6 +187,50 @@ def sft_loss(trial):
     expect_metrics(trial, what, metrics, sft.metrics(batch, truth["logprobs"], truth["entropy"]), 8 * eps(rows.x))
 
 
+@case("valid")
+def sft_loss_of_rows(trial):
+    """The terms that look at a whole row."""
+    draw = trial.draw
+    batch = Batch(draw)
+    vocab, dtype = draw.choice((1, 3, 30, 70)), draw.choice((torch.float32, torch.float64))
+    everywhere = batch.live[..., None].expand(*batch.shape, vocab)
+    x = leaf(draw.with_garbage(draw.normal((*batch.shape, vocab), dtype, 2), everywhere))
+    targets = torch.where(batch.live, draw.integers(0, vocab, batch.shape), -100)
+    kind, z = draw.choice(("nll", "dft", "eaft")), draw.choice((0.0, 0.1))
+    smoothing = draw.choice((0.0, 0.2, 1.0)) if kind == "nll" else 0.0
+    more = {"eaft_alpha": draw.choice((0.5, 1.0))} if kind == "eaft" else {}
+    loss = trial.call(
+        "sft_loss",
+        x,
+        targets,
+        batch.mask,
+        kind=kind,
+        z_loss_coef=z,
+        label_smoothing=smoothing,
+        **more,
+        **batch.packing(),
+    )
+    wide_x = wide(x)
+    rows = torch.where(batch.live[..., None], wide_x, 0.0)
+    logp = torch.log_softmax(rows, -1)
+    target = logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    losses = -(1 - smoothing) * target - smoothing * logp.mean(-1)
+    if kind == "dft":
+        losses = oracles.dft(target)
+    if kind == "eaft":
+        top = torch.log_softmax(rows.detach().topk(min(20, vocab)).values, -1)
+        losses = -((-(top.exp() * top).sum(-1) / 3) ** more["eaft_alpha"]) * target
+    share = batch.live.double() / batch.live.sum().clamp(min=1)
+    total = Sum().plus(share, losses).plus(share, z * rows.logsumexp(-1) ** 2)
+    what, up = f"{kind}, {dtype}", upstream(draw, loss)
+    expect_loss(trial, f"loss of {what}", loss, total, eps(x), 256)
+    (got,) = trial.gradients([loss], [x], [up])
+    (want,) = torch.autograd.grad(total.value, wide_x, up.double())
+    want = torch.where(batch.live[..., None], want, 0.0)
+    largest = want.abs().max() if want.numel() else 0.0
+    trial.expect(f"gradient of {what}", got, want, 256 * eps(x) * (want.abs() + largest) + 2.0**-45)
+
+
 class SupervisedTerms:
     """Kind, weights and sample weights of a supervised loss."""
 
@@ -199,11 +243,19 @@ class SupervisedTerms:
             self.options["sample_weights"], self.sample_weight = (
                 per_sequence(draw, batch, torch.float32) if whole else (x, x.double())
             )
+            if "normalizers" not in self.options and draw.flag(0.2):
+                x, wide = self.options["sample_weights"], self.sample_weight
+                # Positive, because a sum of either sign may be near 0.
+                self.options |= {"sample_weights": x.abs() + 0.5, "normalize_by_weight": True}
+                self.sample_weight = wide.abs() + 0.5
 
     def weights(self, batch):
         weight = self.weighting.truth(batch)
         if self.sample_weight is not None:
+            plain = weight
             weight = torch.where(weight != 0, weight * torch.where(batch.live, self.sample_weight, 0.0), 0.0)
+            if self.options.get("normalize_by_weight") and weight.sum() != 0:
+                weight = weight * plain.sum() / weight.sum()
         return weight
 
     def truth(self, batch, logp):

@@ -94,12 +94,18 @@ class UnpairedOptions:
             self.baseline = max(0.0, float((drift[0].double() - drift[1].double()).sum() / max(size[0], 1)))
             self.given |= {"kl_logps": drift[0], "ref_kl_logps": drift[1]}
 
+        self.lengths = torch.ones((), dtype=torch.float64)
+        if draw.flag(0.2):
+            lengths = draw.laid_out(draw.integers(0, 9, (count,)))
+            self.given |= {"length_normalized": True, "lengths": lengths}
+            self.lengths = lengths.double().clamp(min=1)
+
     def base(self):
         """The baseline as it was given: a number in float32 is not the decimal that was meant."""
         return float(self.given.get("kl", self.given.get("delta", self.baseline)))
 
     def metrics(self, logps, refs):
-        rewards = self.beta * (logps.detach() - refs)
+        rewards = self.beta * (logps.detach() - refs) / self.lengths
         found = {
             f"reward_{name}": torch.where(one, rewards, 0.0).sum() / one.sum().clamp(min=1)
             for name, one in (("desirable", self.good), ("undesirable", ~self.good))
@@ -107,7 +113,13 @@ class UnpairedOptions:
         return found | ({"kl": torch.tensor(self.base(), dtype=torch.float64)} if self.name == "kto" else {})
 
     def truth(self, logps, refs):
-        rho, good, beta, n, base = logps - refs, self.good, self.beta, max(self.good.numel(), 1), self.base()
+        rho, good, beta, n, base = (
+            (logps - refs) / self.lengths,
+            self.good,
+            self.beta,
+            max(self.good.numel(), 1),
+            self.base(),
+        )
         if self.name == "bco":
             x = beta * rho - base
             each = -logsigmoid(torch.where(good, x, -x))
@@ -211,6 +223,20 @@ def length_desensitized_weights(trial):
 
 
 @case("valid")
+def wpo_weights(trial):
+    draw = trial.draw
+    batch = Batch(draw, 2 * draw.choice((0, 1, 3)), longest=5)
+    x, squares = (draw.uniform(batch.shape, -1.0, 0.0, torch.float32) for _ in range(2))
+    given = draw.with_garbage(draw.laid_out(x, keep=True), batch.live)
+    more = {"log_sum_sq_probs": draw.laid_out(squares, keep=True)} if draw.flag(0.5) else {}
+    got = trial.call("wpo_weights", given, batch.mask, **more, **batch.packing())
+    x = x.double() - squares.double() if more else x.double()
+    means = batch.sums(x) / batch.counts().clamp(min=1)
+    truth = means.view(2, -1).sum(0).exp() if means.numel() else means
+    trial.expect("weights", got, truth if more else truth.clamp(max=1), 64 * eps(x.float()) * truth)
+
+
+@case("valid")
 def linear_dpo_loss(trial):
     draw = trial.draw
     pairs = draw.choice((0, 1, 2, 3))
@@ -239,6 +265,7 @@ def linear_dpo_loss(trial):
         ref_rejected_logps=refs[1],
         **batch.packing(),
         **options.given,
+        **({"ld_alpha": 1.0} if draw.flag(0.1) else {}),
         **head.options,
     )
     what = f"{options.names}, {head.hidden.dtype}"

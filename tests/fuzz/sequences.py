@@ -230,6 +230,21 @@ def group_advantages(trial):
 
 
 @case("valid")
+def best_of_n(trial):
+    draw = trial.draw
+    size, count = draw.choice((0, 1, 5, 9)), draw.choice((1, 2, 4))
+    rewards = draw.normal((size,), draw.choice((torch.float32, *draw.floats))).round()
+    rewards = draw.laid_out(torch.where(draw.coins((size,), 0.2), NAN, rewards).to(rewards.dtype))
+    ids = draw.integers(0, 3, (size,))
+    got = trial.call("best_of_n", rewards, draw.laid_out(ids, keep=True), count=count)
+    truth, values = torch.zeros(size, dtype=torch.float64), rewards.double().tolist()
+    for group in set(ids.tolist()):
+        scored = [i for i in range(size) if ids[i] == group and not math.isnan(values[i])]
+        truth[sorted(scored, key=lambda i: (-values[i], i))[:count]] = 1.0
+    trial.expect("selected", got.double(), truth, 0.0)
+
+
+@case("valid")
 def masked_whiten(trial):
     draw = trial.draw
     shape = draw.choice(((0,), (1,), (5,), (2, 3), (3, 0), (2, 3, 4)))

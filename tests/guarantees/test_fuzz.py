@@ -18,17 +18,20 @@ FUZZ = Path(ranges.HERE)
 VALID, HOSTILE = 12, 25
 """Seeds of each kind: seconds here, minutes under ``make fuzz``."""
 WITHOUT_GRADIENT = {
+    "best_of_n",
     "discounted_returns",
     "gae",
     "group_advantages",
     "length_desensitized_weights",
     "spans_to_mask",
     "token_weights",
+    "wpo_weights",
 }
 ONE_AGAINST_ANOTHER = {"row_alone"}
 """Compares two of our own results, so a change of both is not seen."""
 # Several processes: test_vocab_parallel. A column that objectives of users alone have: test_user_columns.
 ELSEWHERE = {"process_group", "vocab_start", "rollout_logprobs"}
+ELSEWHERE = {"process_group", "vocab_start", "kl_group"}  # several processes: test_vocab_parallel
 
 
 def run(kind, end, *cases, change=None):

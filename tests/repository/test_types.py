@@ -64,6 +64,7 @@ TABLES = {
     "Output": tuple(FLAGS),
     "Aggregation": AGGREGATIONS,
     "SftKind": sft.KINDS,
+    "LogitsSftKind": sft.LOGITS_KINDS,
     "PairwiseKind": reward_model.KINDS,
     "Reduction": reward_model.REDUCTIONS,
     "ScorePositions": reward_head.POSITIONS,

@@ -10,6 +10,7 @@ import inspect
 import threading
 from contextlib import contextmanager
 
+import preference_calls
 import reward_calls
 import rollout_calls
 import torch
@@ -276,27 +277,6 @@ CALLS = {
         rejected_lengths=d["lengths"],
         return_metrics=True,
     ),
-    "dpo_loss of rewards and gold": lambda d: rlk.dpo_loss(
-        d["pair_a"],
-        d["pair_b"],
-        d["pair_c"],
-        d["pair_d"],
-        loss_type=("rpo", "tpo_l", "dpop"),
-        beta=d["token_weights"].view(-1)[:6],
-        chosen_lengths=d["lengths"],
-        rejected_lengths=d["lengths"],
-        chosen_rewards=d["pair_d"],
-        rejected_rewards=d["pair_c"],
-        gold_logps=d["pair_b"],
-        gold_lengths=d["lengths"],
-        return_metrics=True,
-    ),
-    "wpo_weights": lambda d: rlk.wpo_weights(
-        d["values"].view(-1), d["mask"].view(-1), log_sum_sq_probs=d["old"].view(-1), cu_seqlens=d["answers"]
-    ),
-    "unpaired_preference_loss of averages": lambda d: rlk.unpaired_preference_loss(
-        d["pair_a"], d["pair_c"], d["groups"] == 4, kl=0.1, length_normalized=True, lengths=d["lengths"]
-    ),
     "unpaired_preference_loss": lambda d: rlk.unpaired_preference_loss(
         d["pair_a"], d["pair_c"], d["groups"] == 4, kl_logps=d["pair_d"], ref_kl_logps=d["pair_c"], return_metrics=True
     ),
@@ -311,28 +291,10 @@ CALLS = {
         sample_weights=d["advantages"],
         return_metrics=True,
     ),
-    "sft_loss of terms": lambda d: rlk.sft_loss(
-        d["logits"],
-        d["targets"],
-        d["mask"],
-        temperature=d["temperature"],
-        vocab_mask=d["vocab_mask"],
-        z_loss_coef=0.1,
-        label_smoothing=0.2,
-        return_metrics=True,
-    ),
-    "sft_loss of entropies": lambda d: rlk.sft_loss(
-        d["logits"],
-        d["targets"],
-        d["mask"],
-        kind="eaft",
-        vocab_mask=d["vocab_mask"],
-        sample_weights=d["advantages"],
-        normalize_by_weight=True,
-    ),
     "logprobs_sft_loss": lambda d: rlk.logprobs_sft_loss(
         d["logprobs"], d["mask"], kind="dft", sample_weights=d["advantages"][:, 0], return_metrics=True
     ),
+    **preference_calls.calls(rlk),
     **reward_calls.calls(rlk),
     "gae": lambda d: rlk.gae(d["rewards"], d["values"], d["mask"], lam=0.9),
     "discounted_returns": lambda d: rlk.discounted_returns(
@@ -347,7 +309,6 @@ CALLS = {
         [rlkernels.Moments(2, 0.5, 3.0), rlkernels.masked_moments(d["old"], d["mask"])]
     ),
     "group_advantages": lambda d: rlk.group_advantages(d["pair_c"], d["groups"]),
-    "best_of_n": lambda d: rlk.best_of_n(d["pair_c"], d["groups"]),
     "token_weights": lambda d: rlk.token_weights(d["mask"].view(-1), "seq-mean-token-mean", cu_seqlens=d["cu"]),
     "aggregate": lambda d: rlk.aggregate(d["values"], d["mask"], "seq-mean-token-mean"),
     "sequence_sums": lambda d: rlk.sequence_sums(d["values"], d["mask"]),
@@ -398,34 +359,6 @@ CALLS = {
         ref_rejected_logps=d["pair_d"][:2],
         chosen_lengths=d["lengths"][:2],
         rejected_lengths=d["lengths"][2:4],
-    ),
-    "linear_dpo_loss of rewards and gold": lambda d: rlk.linear_dpo_loss(
-        d["hidden"].view(-1, H),
-        d["weight"],
-        d["targets"].view(-1),
-        d["mask"].view(-1),
-        cu_seqlens=d["answers"],
-        chunk_tokens=4,
-        loss_type=("rpo", "tpo"),
-        beta=d["token_weights"].view(-1)[:2],
-        ref_chosen_logps=d["pair_c"][:2],
-        ref_rejected_logps=d["pair_d"][:2],
-        chosen_rewards=d["old"].view(-1)[:2],
-        rejected_rewards=d["old"].view(-1)[2:4],
-        gold_logps=d["pair_a"][:2],
-        gold_lengths=d["lengths"][:2],
-        ld_alpha=0.5,
-    ),
-    "linear_unpaired_preference_loss of averages": lambda d: rlk.linear_unpaired_preference_loss(
-        d["hidden"],
-        d["weight"],
-        d["targets"],
-        d["pair_c"][:3],
-        d["groups"][:3] == 4,
-        d["mask"],
-        kl=0.1,
-        length_normalized=True,
-        lengths=d["lengths"][:3],
     ),
     "linear_unpaired_preference_loss of a packed batch": lambda d: rlk.linear_unpaired_preference_loss(
         d["hidden"].view(-1, H),
