@@ -126,7 +126,7 @@ MUTANTS = (
     _m(
         "a chunk's mean for its share",
         "linear/preference_loss.py",
-        "losses.sum() / max(self.count // 2, 1)",
+        "losses.sum() / options.num_pairs",
         "losses.mean()",
         PREFERENCES,
     ),

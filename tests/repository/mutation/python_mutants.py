@@ -291,8 +291,8 @@ MUTANTS = (
     # losses and terms
     _m(
         "the penalty is left out",
-        "losses/policy.py",
-        "loss = loss + scaled_sum(kl_coef, kl, logp, [ref_logprobs], weights)",
+        "losses/policy_terms.py",
+        "loss = loss + penalty.loss(logp, kl_coef)",
         "loss = loss + 0.0",
         22,
     ),
@@ -330,7 +330,7 @@ MUTANTS = (
     ),
     _m(
         "the entropy bonus has the wrong sign",
-        "losses/policy.py",
+        "losses/policy_terms.py",
         'loss = loss + scaled_sum(entropy_coef, "nll"',
         'loss = loss - scaled_sum(entropy_coef, "nll"',
     ),
