@@ -64,7 +64,9 @@ class FusedHead(Replacement):
                 outputs=tuple(name for name in OUTPUTS if name in outputs),
             )
         self.served()
-        return (stats.logprobs, *(getattr(stats, name) if name in outputs else None for name in OUTPUTS))
+        # Statistics are detached, as TRL's are.
+        found = (getattr(stats, name) if name in outputs else None for name in OUTPUTS)
+        return (stats.logprobs, *(x if x is None or x is stats.entropy else x.detach() for x in found))
 
     @staticmethod
     def _outside(hidden, weight, bias, outputs) -> str | None:
