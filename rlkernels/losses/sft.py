@@ -212,8 +212,8 @@ def sft_loss(
         mask: live tokens, shaped like ``targets``. A dead token's row is never read, nor its target and temperature.
             None alive: the loss is 0, its gradient too.
         kind: ``"nll"``: ``l = -log pi``; ``"dft"``: ``-sg[pi] log pi``, which follows a token the less, the less likely
-            it is. (ASFT is this and ``alpha`` times ``divergence_loss`` to the reference's logits. EAFT needs an entropy
-            over the 20 largest logits, which no backend has.)
+            it is. (ASFT is this and ``alpha`` times ``divergence_loss`` to the reference's logits. EAFT needs an
+            entropy over the 20 largest logits, which no backend has.)
         aggregation, normalizers, weights, cu_seqlens: as for ``policy_loss``; ``weights`` stand in for an aggregation.
         sample_weights: ``v``, shaped like ``targets`` or one per sequence (as ``advantages`` of ``policy_loss``), of
             any sign, without gradient. The aggregation goes on counting all live tokens; where ``v`` is 0 the gradient
