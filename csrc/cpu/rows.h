@@ -43,7 +43,8 @@ struct GradientJob {
 };
 
 // A row of a student and that of its teacher, with the sums of both. With p and q their probabilities and the mixture
-// M = (1 - beta) p + beta q, the gradient is out = scale p (log p - log M - own), or out = scale (p - q) where beta is 0.
+// M = (1 - beta) p + beta q, the gradient is out = scale p (log p - log M - own), or out = scale (p - q) where beta is
+// 0.
 struct PairJob {
   const void* row;
   const void* ref;

@@ -1,5 +1,5 @@
-// The kernels over a row of a student and the row of its teacher, once the sums of both are known: what a mixture of the
-// two distributions adds to a divergence, and the gradients that need both probabilities of a column.
+// The kernels over a row of a student and the row of its teacher, once the sums of both are known: what a mixture of
+// the two distributions adds to a divergence, and the gradients that need both probabilities of a column.
 #pragma once
 #include "gradient.h"
 #include "sums.h"

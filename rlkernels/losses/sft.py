@@ -244,7 +244,8 @@ def sft_loss(
             None alive: the loss is 0, its gradient too.
         kind: ``"nll"``: ``l = -log pi``; ``"dft"``: ``-sg[pi] log pi``, which follows a token the less, the less likely
             it is; ``"eaft"``: ``-sg[(H_20 / 3)^eaft_alpha] log pi``, ``H_20`` the entropy over the row's 20 largest
-            logits alone, so that a token of which the model is sure moves little.
+            logits alone, so that a token of which the model is sure moves little. ASFT is ``"dft"`` and ``alpha`` times
+            ``divergence_loss`` to the reference's logits.
         eaft_alpha: for ``"eaft"``, at least 0; 1 unless given.
         z_loss_coef: at least 0. It, and a ``label_smoothing``, take a second pass over the rows for the gradient.
         label_smoothing: ``e`` in ``[0, 1]``, for ``"nll"``: ``l = -(1-e) log pi(y) - e/V sum_v log pi(v)``, over the
