@@ -26,6 +26,7 @@ ASKED = {
     "advantages/controllers.py": (REWARDS,),
     "losses/policy.py": (TRUTH, MASKING, LOSSES),
     "losses/logits_policy.py": (TRUTH, MASKING, LOSSES),
+    "losses/policy_terms.py": (TRUTH, MASKING, LOSSES),
     "losses/policy_ratio.py": ("test_ratio_options.py", TRUTH),
     "losses/policy_arguments.py": (LOSSES, MASKING, TRUTH),
     "losses/token_weights.py": (LOSSES, MASKING, TRUTH),
@@ -259,8 +260,8 @@ MUTANTS = (
     # losses and terms
     _m(
         "the penalty is left out",
-        "losses/policy.py",
-        "loss = loss + scaled_sum(kl_coef, kl, logp, [ref_logprobs], weights)",
+        "losses/policy_terms.py",
+        "loss = loss + penalty.loss(logp, kl_coef)",
         "loss = loss + 0.0",
         22,
     ),
@@ -298,7 +299,7 @@ MUTANTS = (
     ),
     _m(
         "the entropy bonus has the wrong sign",
-        "losses/policy.py",
+        "losses/policy_terms.py",
         'loss = loss + scaled_sum(entropy_coef, "nll"',
         'loss = loss - scaled_sum(entropy_coef, "nll"',
     ),
