@@ -67,6 +67,14 @@ class RatioOptions(NamedTuple):
         current = self.old is None and "old_logp" in entry.columns
         return self.clamp is None and not current and (self.square is None or kl_coef is None)
 
+    def engine(self, entry: Objective, correction: Any, rollout_logprobs: PerToken | None) -> PerToken | None:
+        """Returns the engine's log-probabilities for a correction; a tensor of factors takes none.
+
+        They stay where nothing else takes them, so that the correction refuses them.
+        """
+        taken = self.square is not None or "rollout_logp" in entry.columns or self.old is rollout_logprobs
+        return None if taken and isinstance(correction, Tensor) else rollout_logprobs
+
 
 def ratio_options(
     caller: str,
