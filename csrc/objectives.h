@@ -2,7 +2,7 @@
 #pragma once
 #include "objective_functions.h"
 
-#define RLK_OBJECTIVES_DIGEST "fa39fe15c17ad4ae"
+#define RLK_OBJECTIVES_DIGEST "00d9b2b21cc29dd7"
 
 #define RLK_OBJECTIVES(X) \
   X(k1, 2, 0) \
@@ -48,7 +48,6 @@
   X(k2, 2, 0) \
   X(k3, 2, 0) \
   X(kl_abs, 2, 0) \
-  X(kl_term, 3, 8) \
   X(reinforce, 2, 0) \
   X(surrogate, 3, 0) \
   X(ppo_clip, 3, 2) \

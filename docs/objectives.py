@@ -6,7 +6,7 @@ import re
 
 from rlkernels.losses.row_objectives import LOSSES
 from rlkernels.losses.row_options import ROW_KINDS
-from rlkernels.objectives import OBJECTIVES, codegen
+from rlkernels.objectives import OBJECTIVES, codegen, functions
 
 HEAD = """# Objectives
 
@@ -31,6 +31,21 @@ up, and not for `kl_cov` and `clip_cov`, which look at the whole batch; those of
 |---|---|---|---|---|
 """
 
+TAIL = """
+## Your own
+
+Decorate a function with `@rlkernels.objective`. It may call {}, imported from `rlkernels.objectives`; anything else
+raises and says what to write instead. `clip`, `maximum` and `minimum` of a NaN are NaN. Where a function has no
+derivative, the convention is 0 for `abs` at 0, infinity for `sqrt` at 0, and that of the second operand for `maximum`
+and `minimum` of equal operands. `rlkernels.check_objective` holds the derivative to central differences and says
+where it is wrong.
+
+With `@objective(columns=k)` the first `k` arguments are columns, whatever their names. A loss takes those that it has
+no argument for as keywords, tensors shaped like its other columns. First column `logp`, with an `advantage`:
+`policy_loss`, `logits_policy_loss`, `linear_policy_loss`. First column `value`: `value_loss`. The one column `margin`:
+`dpo_loss` and `linear_dpo_loss`, as `loss_type`.
+"""
+
 
 def meaning(function):
     """The first paragraph of the docstring, as one table cell."""
@@ -46,7 +61,13 @@ def page():
         params = (f"{x}={defaults[x]}" if x in defaults else x for x in entry.params)
         columns, params = (", ".join(f"`{x}`" for x in names) or "-" for names in (entry.columns, params))
         rows.append(f"| `{name}` | {columns} | {params} | {meaning(entry.function)} |\n")
-    return HEAD + "".join(rows) + ROWS + "".join(of_rows())
+    return (
+        HEAD
+        + "".join(rows)
+        + ROWS
+        + "".join(of_rows())
+        + TAIL.format(", ".join(f"`{name}`" for name in functions.FUNCTIONS))
+    )
 
 
 def of_rows():

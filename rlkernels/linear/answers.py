@@ -11,7 +11,7 @@ from rlkernels.checks import tokens as checks_tokens
 from rlkernels.linear.chunked_loss import chunked_loss, detached_for_loss, differentiable
 from rlkernels.linear.head import LinearHead
 from rlkernels.linear.sequence_chunks import SequencePlan, WholeBatchPlan, plan_sequences
-from rlkernels.linear.token_stats import head_logprobs
+from rlkernels.linear.token_stats import head_logprobs, head_stats
 from rlkernels.losses.token_weights import live_tokens
 from rlkernels.sequences import segment_ids, sums, token_counts
 from rlkernels.tracing import replaced
@@ -29,6 +29,7 @@ class Answers(NamedTuple):
     offsets: torch.Tensor
     count: int
     row_weights: torch.Tensor | None = None
+    watched: dict | None = None
 
     def sums(self, logp):
         """Returns the sum over each answer, ``[count]``.
@@ -37,6 +38,16 @@ class Answers(NamedTuple):
         """
         logp = logp.double() if self.row_weights is None else logp.double() * self.row_weights
         return sums(logp, self.live, self.offsets)
+
+    def watching(self, *names):
+        """Returns the answers whose chunks write these statistics of the live rows to ``watched``, ``[T]``."""
+        like = self.head.hidden.new_zeros(self.live.shape, dtype=self.head.result_dtype())
+        return replaced(self, watched={name: torch.zeros_like(like) for name in names})
+
+    def statistics(self, *names):
+        """Returns the log-probabilities ``[T]`` of the live rows, differentiable, and other statistics, detached."""
+        stats = head_stats(self.head.without(~self.live), names, self.live.shape)
+        return stats.logprobs, {name: getattr(stats, name).detach() for name in names}
 
     def weighing(self, row_weights):
         """Returns the answers whose sums weigh each row, float64 ``[T]``."""
@@ -70,7 +81,7 @@ class Answers(NamedTuple):
         work = detached_for_loss(self.head, self.live)
         plan = plan_sequences(self.live, place, self.count, per_unit, work.max_live_tokens)
         backend = ops.serving("fused_policy", self.head.hidden)
-        of_answers = loss(plan, self.count, self.row_weights, *fields)
+        of_answers = loss(plan, self.count, self.row_weights, self.watched, *fields)
         loss, logp, _ = differentiable(self.head, backend, chunked_loss, work, plan, of_answers)
         return loss, logp
 
@@ -83,12 +94,13 @@ class Answers(NamedTuple):
 class AnswerLoss:
     """A ChunkedLoss of the summed log-probabilities of ``count`` answers; a base class.
 
-    ``row_weights``: of each token in the sum, ``[T]``, or None.
+    ``row_weights``: of each token in the sum, ``[T]``, or None. ``watched``: as a ChunkedLoss may have it.
     """
 
     plan: SequencePlan | WholeBatchPlan
     count: int
     row_weights: torch.Tensor | None
+    watched: dict | None
     needs_entropy: ClassVar[bool] = False
 
     def loss_of_answers(self, logps, first, last):

@@ -5,11 +5,14 @@ multiplied once more: four matmuls. Over a process group every loss is scored th
 complete only when the ranks have exchanged theirs.
 """
 
+import functools
+import operator
 from typing import NamedTuple, Protocol
 
 import torch
 
 from rlkernels import ops
+from rlkernels.backends.protocol import RowStats
 from rlkernels.linear.chunking import filled_up
 from rlkernels.linear.gradients import Gradients
 from rlkernels.linear.head import without_autocast
@@ -30,7 +33,8 @@ class ChunkStats(NamedTuple):
 class ChunkedLoss(Protocol):
     """A loss that is a sum over units, of which a chunk scores some.
 
-    ``needs_entropy``: whether the statistics of a chunk hold entropies.
+    ``needs_entropy``: whether the statistics of a chunk hold entropies. A loss may have ``watched``, a dict from the
+    name of a statistic to memory ``[T]`` that takes it.
     """
 
     needs_entropy: bool
@@ -149,7 +153,12 @@ def chunked_loss(head, plan, loss, backend, needs):
 def _work_on_units(loop, loss, rows, first, last, has_gradient):
     """Adds the loss of the units ``[first, last)`` and its gradients; ``rows``: theirs."""
     parts = loop.parts(rows)
-    logp, row_max, sum_exp, entropy, buffered = _statistics(loop, parts, ops.ENTROPY if loss.needs_entropy else 0)
+    watched = getattr(loss, "watched", None)
+    wanted = (ops.ENTROPY if loss.needs_entropy else 0) | (0 if watched is None else _flags(watched))
+    stats, buffered = _statistics(loop, parts, wanted)
+    logp, row_max, sum_exp, entropy, *_ = stats
+    for name, x in (watched or {}).items():
+        x[rows.index] = getattr(stats, name).to(x.dtype)
     value, dlogp, dentropy = _score(
         loss, rows, logp, entropy if loss.needs_entropy else None, first, last, has_gradient
     )
@@ -173,15 +182,20 @@ def _work_on_units(loop, loss, rows, first, last, has_gradient):
         loop.add(part, dlogits, logits, hidden, torch.stack([d != 0 for d in upstream if d is not None]).any(0))
 
 
+def _flags(watched):
+    """Returns the bits of the statistics by these names."""
+    return functools.reduce(operator.or_, (ops.FLAGS[name] for name in watched))
+
+
 def _statistics(loop, parts, wanted):
-    """Returns the first four statistics of all parts, and the logits and hidden states of the last part."""
+    """Returns the RowStats of all parts, and the logits and hidden states of the last part."""
     statistics, buffered = [], None
     for part in parts:
         buffered = loop.logits(part)
-        statistics.append(loop.projection.statistics(buffered[0], loop.head.row_arguments(part), wanted)[:4])
+        statistics.append(loop.projection.statistics(buffered[0], loop.head.row_arguments(part), wanted))
     if not parts:
-        return *(loop.logp[:0],) * 4, None
-    return *(torch.cat(x) for x in zip(*statistics, strict=True)), buffered
+        return RowStats.empty(loop.logp, 0, wanted, False), None
+    return RowStats(*(torch.cat(x) for x in zip(*statistics, strict=True))), buffered
 
 
 def _score(loss, rows, logp, entropy, first, last, has_gradient):

@@ -40,6 +40,8 @@ from rlkernels.types import (
     VocabMask,
 )
 
+WATCHED = ("entropy", "mean_logits", "is_top1")
+
 
 @overload
 def linear_dpo_loss(
@@ -288,7 +290,8 @@ def linear_dpo_loss(
 
     Returns:
         Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)`` as ``dpo_loss``,
-        and the sums of each answer, ``chosen_logps`` and ``rejected_logps``, ``[B]``, detached.
+        and the sums of each answer, ``chosen_logps`` and ``rejected_logps``, ``[B]``, detached; and over tokens the
+        means of the logits of each side, of the entropy, and the share of chosen tokens that are the likeliest.
 
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``dpo_loss``; an odd number of answers.
@@ -365,9 +368,12 @@ def linear_dpo_loss(
     if ld_alpha != 1.0:
         answers = answers.weighing(_length_desensitized(answers, ld_alpha))
     if torch.compiler.is_compiling() or reduction == "none":
-        logps = answers.sums(answers.logprobs())
+        logp, of_rows = answers.statistics(*(WATCHED if return_metrics else ()))
+        logps = answers.sums(logp)
         loss = _dpo_of_batch(answers, references, loss_options, logps, return_metrics, reduction)
-        return (loss[0], _with_sums(answers, logps, loss[1])) if return_metrics else loss
+        return (loss[0], _with_tokens(answers, logps, of_rows, loss[1])) if return_metrics else loss
+    if return_metrics:
+        answers = answers.watching(*WATCHED)
     references = _copies_of_references(caller, references, pairs)
     gold = None if gold_logps is None else gold_losses(checked, gold_logps)
     if gold is not None:  # its gradient is autograd's, and the chunks know nothing of it
@@ -387,7 +393,7 @@ def linear_dpo_loss(
     if not return_metrics:
         return loss
     logps = answers.sums(logp)
-    return loss, _with_sums(answers, logps, of_batch(logps, True)[1])
+    return loss, _with_tokens(answers, logps, answers.watched, of_batch(logps, True)[1])
 
 
 def _dpo_of_batch(answers, references, loss_options, logps, return_metrics=False, reduction="mean"):
@@ -405,10 +411,25 @@ def _dpo_of_batch(answers, references, loss_options, logps, return_metrics=False
     )
 
 
-def _with_sums(answers, logps, metrics):
-    """Adds the summed log-probabilities of each answer to the metrics."""
-    chosen, rejected = answers.rounded(logps.detach()).split([answers.count // 2, answers.count // 2])
-    return {**metrics, "chosen_logps": chosen, "rejected_logps": rejected}
+@torch.no_grad()
+def _with_tokens(answers, logps, of_rows, metrics):
+    """Adds the summed log-probabilities of each answer to the metrics, and what TRL plots of the tokens of answers."""
+    pairs, live = answers.count // 2, answers.live
+    first, last = (live & half for half in (answers.answer < pairs, answers.answer >= pairs))
+
+    def mean(name, rows):
+        return answers.rounded(torch.where(rows, of_rows[name], 0.0).sum() / rows.sum().clamp(min=1))
+
+    chosen, rejected = answers.rounded(logps.detach()).split([pairs, pairs])
+    return {
+        **metrics,
+        "chosen_logps": chosen,
+        "rejected_logps": rejected,
+        "logits_chosen": mean("mean_logits", first),
+        "logits_rejected": mean("mean_logits", last),
+        "entropy": mean("entropy", live),
+        "token_accuracy": mean("is_top1", first),
+    }
 
 
 def _length_desensitized(answers, ld_alpha):

@@ -64,6 +64,22 @@ class HeadProjection:
             self.shard, self.backend, dlogp, dentropy, logits, *row_arguments[:3], *saved, out
         )
 
+    def target_repair(self, dlogp, dentropy, dlse, logits, row_arguments, saved):
+        """Returns the column and the gradient of each row's target, ``[m, 1]``, under one of the logsumexp, ``dlse``.
+
+        ``dlogits`` gets that one subtracted from ``dlogp``, which is right everywhere but at the target. Asked before
+        it, because it overwrites the logits. Over a process group the target of another shard is the column behind the
+        last, which enters no matmul.
+        """
+        targets, temperature, ignore_index = row_arguments
+        live = targets != ignore_index
+        if self.shard is not None:
+            targets, _ = vocab_parallel.local_targets(self.shard, targets, ignore_index)
+        index = torch.where(live & (targets >= 0) & (targets < self.width), targets, 0).long()[:, None]
+        upstream = Upstream(dlogp, dentropy)
+        made = ops.target_gradient(upstream, dlse, logits.gather(1, index), live, temperature, SavedRows(*saved))
+        return index, made[:, None]
+
     def gradient_buffer(self, logits):
         """Returns the memory for the gradient of the logits.
 

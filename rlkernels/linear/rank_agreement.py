@@ -256,6 +256,8 @@ def _text(x):
     x = vars(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else x
     if isinstance(x, dict):
         return ", ".join(f"{name}: {_text(x[name])}" for name in sorted(x, key=str))
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return f"{type(x).__name__}({_text({field.name: getattr(x, field.name) for field in dataclasses.fields(x)})})"
     if isinstance(x, (list, tuple)):
         return f"[{', '.join(map(_text, x))}]"
     if isinstance(x, torch.Tensor):

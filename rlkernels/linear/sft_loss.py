@@ -9,8 +9,9 @@ from rlkernels.checks import tokens as checks_tokens
 from rlkernels.linear.head import HeadOptions, linear_head
 from rlkernels.linear.rank_agreement import same_on_every_rank
 from rlkernels.linear.token_loss import PolicyTerms, check_batch, token_loss
-from rlkernels.linear.token_stats import head_logprobs
-from rlkernels.losses.sft import KINDS, sft_metrics, sft_weights
+from rlkernels.linear.token_stats import head_logprobs, head_stats
+from rlkernels.losses.policy_arguments import present
+from rlkernels.losses.sft import KINDS, not_negative, sft_metrics, sft_weights, weighted_total, z_metric
 from rlkernels.losses.token_weights import TokenWeights, live_tokens
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.packed_rows import takes_one_row
@@ -59,6 +60,7 @@ def linear_sft_loss(
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
     normalize_by_weight: bool = False,
+    z_loss_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[False] = False,
@@ -90,6 +92,7 @@ def linear_sft_loss(
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
     normalize_by_weight: bool = False,
+    z_loss_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: Literal[True],
@@ -121,6 +124,7 @@ def linear_sft_loss(
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
     normalize_by_weight: bool = False,
+    z_loss_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool,
@@ -153,6 +157,7 @@ def linear_sft_loss(
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
     normalize_by_weight: bool = False,
+    z_loss_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
@@ -168,10 +173,11 @@ def linear_sft_loss(
             shifted already.
         mask, kind, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers: as for
             ``logprobs_sft_loss``; a token of weight 0 enters no matmul.
+        z_loss_coef: as for ``sft_loss``; it takes four matmuls.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, {"nll": ..., "probability":
-        ...})``.
+        ...})``, and ``"z_loss"`` as ``sft_loss`` has it.
 
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``sft_loss``.
@@ -209,6 +215,13 @@ def linear_sft_loss(
             caller, like, live, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers
         )
     )
+    z_loss_coef = checks.coefficient(not_negative, caller, "z_loss_coef", z_loss_coef, like)
+    if present(z_loss_coef):
+        stats = head_stats(head.without(weights == 0), (), weights.shape)
+        logp, squares = stats.logprobs, stats.logsumexp**2
+        loss = weighted_sum(kind, logp, [], (), TokenWeights(weights))
+        loss = (loss + weighted_total(weights.abs(), squares) * z_loss_coef).to(logp.dtype)
+        return (loss, sft_metrics(logp, weights) | z_metric(squares, weights)) if return_metrics else loss
     if torch.compiler.is_compiling():
         logp = head_logprobs(head.without(~live.reshape(-1)))
         loss = weighted_sum(kind, logp, [], (), TokenWeights(weights))

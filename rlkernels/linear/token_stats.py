@@ -140,7 +140,7 @@ def linear_token_stats(
         outputs: as for ``token_stats``; the rest as for ``linear_token_logprobs``.
 
     Returns:
-        TokenStats of tensors ``[...]``; ``logprobs`` and ``entropy`` are differentiable.
+        TokenStats of tensors ``[...]``; ``logprobs``, ``logsumexp`` and ``entropy`` are differentiable.
 
     Raises:
         TypeError, ValueError, IndexError: as for ``linear_token_logprobs``; an unknown output.
@@ -280,7 +280,7 @@ def _linear_stats_fake(hidden, weight, bias, targets, temperature, *rest):
 def _linear_stats_setup(ctx, inputs, output):
     *operands, wanted, ctx.backend = inputs
     logp, row_max, sum_exp, entropy, *rest = output
-    ctx.mark_non_differentiable(row_max, sum_exp, *rest, *(() if wanted & ops.ENTROPY else (entropy,)))
+    ctx.mark_non_differentiable(row_max, *rest, *(() if wanted & ops.ENTROPY else (entropy,)))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*operands[:TENSORS], row_max, sum_exp, entropy)
     ctx.rest = operands[TENSORS:]
@@ -288,17 +288,24 @@ def _linear_stats_setup(ctx, inputs, output):
 
 def _linear_stats_grad(ctx, dlogp, drow_max, dsum_exp, dentropy, *_):
     needs, tensors = ctx.needs_input_grad, ctx.saved_tensors
-    if dlogp is None and dentropy is None:
+    if dlogp is None and dentropy is None and dsum_exp is None:
         return (None,) * len(needs)
-    operands = *tensors[:TENSORS], *ctx.rest
+    operands, dlse = (*tensors[:TENSORS], *ctx.rest), None
+    if dsum_exp is not None:
+        # The row maximum counts as a constant, so that the sum stands for the logsumexp. It is 0 in ignored rows.
+        sum_exp = tensors[TENSORS + 1]
+        dlse = torch.where(sum_exp == 0, 0.0, dsum_exp * sum_exp)
+        dlogp = -dlse if dlogp is None else dlogp - dlse
     gradients = linear_stats_backward(
-        dlogp, dentropy, *operands, *tensors[TENSORS:], needs[0], needs[1], needs[2], ctx.backend
+        dlogp, dentropy, *operands, *tensors[TENSORS:], needs[0], needs[1], needs[2], ctx.backend, dlse
     )
     trained = (g if need else None for g, need in zip(gradients, needs[:3], strict=True))
     return *trained, *(None,) * (len(needs) - 3)
 
 
 def _linear_stats_backward(dlogp, dentropy, *arguments):
+    """``dlse``: the upstream gradient of the logsumexp, by which that of the log-probability is less already."""
+    *arguments, dlse = arguments if not isinstance(arguments[-1], str) else (*arguments, None)
     *operands, row_max, sum_exp, entropy, need_hidden, need_weight, need_bias, backend = arguments
     head, needs = LinearHead.unflatten(operands), (need_hidden, need_weight, need_bias)
     with without_autocast(head.hidden.device.type):
@@ -306,47 +313,63 @@ def _linear_stats_backward(dlogp, dentropy, *arguments):
             head,
             dlogp=dlogp,
             dentropy=dentropy,
+            dlse=dlse,
             row_max=row_max,
             sum_exp=sum_exp,
             entropy=None if dentropy is None else entropy,
         )
         # Prompt and padding rows arrive with a gradient of exactly 0: they enter no matmul.
-        moves = torch.stack([d != 0 for d in (dlogp, dentropy) if d is not None]).any(0)
+        moves = torch.stack([d != 0 for d in (dlogp, dentropy, dlse) if d is not None]).any(0)
         live = (head.targets != head.ignore_index) & moves
         _check_values(
-            head, ", backward", functools.partial(_upstream_in_common, head.targets, live, dlogp, dentropy, needs)
+            head,
+            ", backward",
+            functools.partial(_upstream_in_common, head.targets, live, (dlogp, dentropy, dlse), needs),
         )
         gradients = Gradients(head, needs, backend)
-        _accumulate(gradients, live, dlogp, dentropy, (row_max, sum_exp, entropy), backend)
+        _accumulate(gradients, live, (dlogp, dentropy, dlse), (row_max, sum_exp, entropy), backend)
         # The buffer of the chunks went with the function's frame, so it does not stand beside the rounded gradients.
         return gradients.rounded()
 
 
-def _upstream_in_common(targets, live, dlogp, dentropy, needs):
+def _upstream_in_common(targets, live, upstream, needs):
     """Returns facts about the upstream gradients that all ranks must have alike, and their sums."""
     facts = [
         ("gradients of hidden, weight, bias", needs),
         ("rows with an upstream gradient", live.sum().item()),
         ("their digest", pattern(live, targets)),
     ]
-    sums = [0.0 if d is None else torch.where(live, d, 0.0).double().abs().sum().item() for d in (dlogp, dentropy)]
+    dlogp, dentropy, dlse = (
+        0.0 if d is None else torch.where(live, d, 0.0).double().abs().sum().item() for d in upstream
+    )
+    # Together, because a message between ranks has room for two sums.
     return facts, [
-        (f"sizes of upstream gradients of {name}", x, x) for name, x in zip(("logprobs", "entropy"), sums, strict=True)
+        (f"sizes of upstream gradients of {name}", x, x)
+        for name, x in (("logprobs", dlogp + dlse), ("entropy", dentropy))
     ]
 
 
-def _accumulate(gradients, live, dlogp, dentropy, saved, backend):
-    """Adds the gradients of the live rows, chunk by chunk; ``saved``: row maximum, sum of exponentials, entropy."""
+def _accumulate(gradients, live, upstream, saved, backend):
+    """Adds the gradients of the live rows, chunk by chunk.
+
+    ``upstream``: of the log-probability, the entropy and the logsumexp. ``saved``: row maximum, sum of exponentials,
+    entropy.
+    """
     head = gradients.head
     for projection, rows in _chunks(head, live, backend, gradients.needs[2]):
         hidden = rows.hidden(head.hidden)
         logits = projection.logits(hidden)[: len(rows)]
-        upstream = (None if d is None else rows.select(d).contiguous() for d in (dlogp, dentropy))
-        dlogits = projection.dlogits(*upstream, logits, head.row_arguments(rows), [rows.select(x) for x in saved])
+        *of_rows, dlse = (None if d is None else rows.select(d).contiguous() for d in upstream)
+        arguments, stats = head.row_arguments(rows), [rows.select(x) for x in saved]
+        repair = None if dlse is None else projection.target_repair(*of_rows, dlse, logits, arguments, stats)
+        dlogits = projection.dlogits(*of_rows, logits, arguments, stats)
+        if repair is not None:
+            dlogits.scatter_(1, repair[0], repair[1].to(dlogits.dtype))
         gradients.add(projection, rows, dlogits, logits, hidden)
 
 
 def _linear_stats_backward_fake(dlogp, dentropy, hidden, weight, *rest):
+    rest = rest if isinstance(rest[-1], str) else rest[:-1]
     *_, need_hidden, need_weight, need_bias, _ = rest
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),
@@ -366,7 +389,7 @@ linear_stats = ops.define(
 linear_stats_backward = ops.define(
     "linear_stats_backward",
     f"(Tensor? dlogp, Tensor? dentropy, {OPERANDS}, Tensor row_max, Tensor sum_exp, Tensor entropy, bool need_hidden, "
-    "bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor)",
+    "bool need_weight, bool need_bias, str backend, Tensor? dlse=None) -> (Tensor, Tensor, Tensor)",
     _linear_stats_backward,
     _linear_stats_backward_fake,
 )

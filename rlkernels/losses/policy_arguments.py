@@ -1,5 +1,6 @@
 """The arguments of a policy loss, checked: its objective, its columns, its KL and entropy terms."""
 
+import functools
 import inspect
 import sys
 from collections.abc import Collection
@@ -49,8 +50,32 @@ def resolve(
     if entry is None or not _is_policy(entry):
         known = [name for name, entry in OBJECTIVES.items() if _is_policy(entry)]
         checks.choice(caller, "objective", objective, [*known, *ROW_KINDS])
+    own_names(caller, entry)
     params, further = divided(entry, keywords, ARGUMENTS)
     return entry, checks.params(caller, entry.function.__name__, entry, params, like), further
+
+
+def own_names(caller: str, entry: Objective, shared: str = "") -> None:
+    """Refuses an objective one of whose parameters has the name of an argument of the loss.
+
+    The loss would take the number, and the objective its default. ``shared``: an argument that goes to the objective.
+    """
+    # Not in a compiled program, because Dynamo cannot trace a signature.
+    if torch.compiler.is_compiling() or _arguments(caller).isdisjoint(entry.params):
+        return
+    for name in entry.params:
+        if name in _arguments(caller) and name != shared:
+            raise ValueError(
+                f"{caller}: parameter {name!r} of objective {entry.function.__name__!r} has the name of an argument of "
+                f"{caller}; rename it"
+            )
+
+
+@functools.cache
+def _arguments(caller: str) -> frozenset[str]:
+    """Returns the names of the arguments of a public function, without those that it hands to an objective."""
+    found = inspect.signature(getattr(sys.modules["rlkernels"], caller)).parameters.values()
+    return frozenset(x.name for x in found if x.kind is not x.VAR_KEYWORD)
 
 
 def divided(
@@ -156,8 +181,7 @@ def objective_columns(
 
 def missing_column(caller: str, entry: Objective, name: str, argument: str) -> str:
     """Returns the message for a column that the caller did not pass."""
-    own = inspect.signature(getattr(sys.modules["rlkernels"], caller)).parameters
-    if name == argument and name in own:
+    if name == argument and name in _arguments(caller):
         instead = f"{caller} has an argument of that name, so rename the column"
     else:
         instead = f"pass {argument}=, a floating point tensor with one number for each element of the loss"

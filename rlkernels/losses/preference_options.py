@@ -208,7 +208,8 @@ def _numbers(caller: str, options: PreferenceOptions, like: Tensor) -> Preferenc
     numbers = {
         "label_smoothing": number(checks.interval, caller, "label_smoothing", options.label_smoothing, like, 0, 1)
     }
-    if not options.each_has_a_beta():
+    # One number in a tensor of one dimension is refused as any number is, unless there is one pair.
+    if not options.each_has_a_beta() or options.beta.numel() == 1 != like.numel():  # type: ignore[union-attr]
         divides = any(kind.divides for kind in options.kinds)
         check = checks.positive if divides else from_zero
         numbers["beta"] = number(check, caller, "beta", options.beta, like)

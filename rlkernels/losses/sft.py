@@ -316,6 +316,14 @@ def sft_loss(
     return rows.loss, {**sft_metrics(rows.logp, weights), "entropy": mean_where_read(rows.entropy, weights)}
 
 
+def not_negative(caller: str, name: str, x: Number) -> float:
+    """Returns a finite number from 0 on."""
+    number: float = checks.finite(caller, name, x)
+    if number < 0:
+        raise ValueError(f"{caller}: {name} must not be negative, got {number}")
+    return number
+
+
 def _numbers(
     caller: str, kind: str, eaft_alpha: Number | None, z_loss_coef: Number, label_smoothing: Number, like: Tensor
 ) -> tuple[Number, Number, Number]:
@@ -323,12 +331,9 @@ def _numbers(
     if eaft_alpha is not None and kind != "eaft":
         raise ValueError(f"{caller}: eaft_alpha goes with kind 'eaft', got {kind!r}; leave it out")
     number = checks.coefficient
-    alpha = number(checks.finite, caller, "eaft_alpha", 1.0 if eaft_alpha is None else eaft_alpha, like)
-    z_loss_coef = number(checks.finite, caller, "z_loss_coef", z_loss_coef, like)
+    alpha = number(not_negative, caller, "eaft_alpha", 1.0 if eaft_alpha is None else eaft_alpha, like)
+    z_loss_coef = number(not_negative, caller, "z_loss_coef", z_loss_coef, like)
     label_smoothing = number(checks.interval, caller, "label_smoothing", label_smoothing, like, 0, 1)
-    for name, x in {"eaft_alpha": alpha, "z_loss_coef": z_loss_coef}.items():
-        if not isinstance(x, torch.Tensor) and x < 0:
-            raise ValueError(f"{caller}: {name} must not be negative, got {x}")
     if present(label_smoothing) and kind != "nll":
         raise ValueError(f"{caller}: label_smoothing goes with kind 'nll', got {kind!r}; leave it out")
     return alpha, z_loss_coef, label_smoothing
@@ -380,18 +385,18 @@ def _of_statistics(
     stats = collect(found, weights.shape, flat.rows.temperature, outputs, False, None)
     loss, squares = weighted_sum(objective, stats.logprobs, [], (), TokenWeights(weights)), stats.logsumexp**2
     if stats.mean_logits is not None:
-        spread = _dot(weights, stats.logsumexp - stats.mean_logits)  # the mean of -log pi over the vocabulary
+        spread = weighted_total(weights, stats.logsumexp - stats.mean_logits)  # the mean of -log pi over the vocabulary
         loss = loss * (1.0 - label_smoothing) + spread * label_smoothing
     if present(z_loss_coef):
-        loss = loss + _dot(of_rows, squares) * z_loss_coef
+        loss = loss + weighted_total(of_rows, squares) * z_loss_coef
     loss = loss.to(flat.real)
     if not return_metrics:
         return loss
     metrics = {**sft_metrics(stats.logprobs, weights), "entropy": mean_where_read(stats.entropy, weights)}
-    return loss, {**metrics, "z_loss": mean_where_read(squares, of_rows)} if present(z_loss_coef) else metrics
+    return loss, metrics | z_metric(squares, of_rows) if present(z_loss_coef) else metrics
 
 
-def _dot(weights: Tensor, x: Tensor) -> Tensor:
+def weighted_total(weights: Tensor, x: Tensor) -> Tensor:
     """Computes ``sum_t w_t x_t``; a token of weight 0 is left out, whatever it holds."""
     return (torch.where(weights != 0, x, 0.0) * weights).sum(dtype=torch.float64).to(x.dtype)
 
@@ -429,6 +434,11 @@ def sft_weights(
 def sft_metrics(logp: Tensor, weights: Tensor) -> Metrics:
     """Computes the mean NLL and the mean probability of the tokens whose weight is not 0."""
     return {"nll": mean_where_read(-logp, weights), "probability": mean_where_read(logp.exp(), weights)}
+
+
+def z_metric(squares: Tensor, weights: Tensor) -> Metrics:
+    """Returns the mean of the squared logsumexp over the tokens that were read."""
+    return {"z_loss": mean_where_read(squares, weights)}
 
 
 def mean_where_read(x: Tensor, weights: Tensor) -> Tensor:

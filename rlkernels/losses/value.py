@@ -9,7 +9,7 @@ from rlkernels import checks
 from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
-from rlkernels.losses.policy_arguments import column, divided, missing_column
+from rlkernels.losses.policy_arguments import column, divided, missing_column, own_names
 from rlkernels.losses.token_weights import full_mask, live_mask, token_weights_of
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.objectives import OBJECTIVES, Objective, registered
@@ -171,6 +171,7 @@ def _objective(
         known = [name for name, other in OBJECTIVES.items() if other.columns[0] == "value"]
         checks.choice(caller, "objective", objective, known)
     name = entry.function.__name__
+    own_names(caller, entry, "clip_range")
     params, further = divided(entry, keywords, ARGUMENTS)
     if clip_range is not None:
         if "clip_range" not in entry.params:

@@ -5,6 +5,8 @@ import hashlib
 
 from rlkernels.objectives.language import OBJECTIVES
 
+WIDEST = 4
+"""The columns and the parameters that a kernel over rows holds: ``kWidest`` of ``csrc/cuda/objective.cuh``."""
 SYMBOLS = {
     ast.Add: "+",
     ast.Sub: "-",
@@ -60,9 +62,17 @@ def table(macro, names):
     )
 
 
+def _of_rows(entry):
+    """Tells whether the kernels over rows evaluate an objective: one of log-probabilities, of few numbers.
+
+    ``kl_term`` is left out, because a KL term has no numbers in those kernels, and eight cost all others registers.
+    """
+    return entry.columns[0] == "logp" and len(entry.params) <= WIDEST
+
+
 def body(names):
     """Returns the lists of objectives, and a functor for each objective."""
-    of_rows = [n for n in names if OBJECTIVES[n].columns[0] == "logp"]
+    of_rows = [n for n in names if _of_rows(OBJECTIVES[n])]
     tables = f"{table('RLK_OBJECTIVES', names)}\n\n{table('RLK_ROW_OBJECTIVES', of_rows)}"
     functors = "\n\n".join(map(functor, names))
     return f"{tables}\n\nnamespace rlk {{\n\n{functors}\n\n}}  // namespace rlk\n"

@@ -26,6 +26,7 @@ from rlkernels.ops.packed import gae, offsets
 from rlkernels.ops.policy import fused_policy, fused_policy_op, run_fused
 from rlkernels.ops.register import calls, define, run, without_gradient
 from rlkernels.ops.rows import (
+    target_gradient,
     token_stats,
     token_stats_backward,
     token_stats_backward_,
@@ -59,6 +60,7 @@ __all__ = [
     "run_divergence",
     "run_fused",
     "serving",
+    "target_gradient",
     "target_logprobs",
     "target_logprobs_op",
     "token_stats",

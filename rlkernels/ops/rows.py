@@ -105,19 +105,10 @@ def _gradient_of_all(ctx, upstream, dsum, dmean, logits, targets, per_row, vocab
     shift = zero if dmean is None else torch.where(live, dmean / support / temperature, 0.0)
     leading = (*logits.shape[:-1], 1)
     index = targets.view(leading)
-    column = RowBatch(
-        *(
-            logits.gather(-1, index).to(saved.row_max.dtype).view(-1, 1),
-            torch.where(live, 0, -1),
-            temperature,
-            -1,
-            None,
-        ),
-        None if ref_logits is None else ref_logits.gather(-1, index).to(saved.row_max.dtype).view(-1, 1),
-    )
     upstream = Upstream(dlogp - dlse, dentropy, dkl)
-    at_target = BACKENDS["eager"].token_stats_backward(upstream, column, saved)[:, 0]
-    at_target = torch.where(live, at_target + dlse / temperature + shift, 0.0)
+    reference = None if ref_logits is None else ref_logits.gather(-1, index)
+    at_target = target_gradient(upstream, dlse, logits.gather(-1, index), live, temperature, saved, reference)
+    at_target = torch.where(live, at_target + shift, 0.0)
     targets = torch.where(live, targets, ctx.ignore_index)
     gradient = logits_gradient(ctx, upstream, logits, targets, per_row, vocab_mask, ref_logits, saved)
     if dmean is not None:
@@ -126,6 +117,19 @@ def _gradient_of_all(ctx, upstream, dsum, dmean, logits, targets, per_row, vocab
             shift = torch.where(vocab_mask if vocab_mask.dim() == 1 else vocab_mask.view(logits.shape), shift, 0.0)
         gradient.add_(shift)
     return gradient.scatter_(-1, index, at_target.to(gradient.dtype).view(leading))
+
+
+def target_gradient(upstream, dlse, column, live, temperature, saved, reference=None):
+    """The gradient of the logit of each row's target, ``[T]``, 0 where the row is not ``live``.
+
+    ``upstream``: what a kernel gets, in which that of the log-probability is less ``dlse``, that of the logsumexp.
+    ``column``, ``reference``: the logits of the targets, ``[T, 1]`` or ``[..., 1]``.
+    """
+    column = column.to(saved.row_max.dtype).view(-1, 1)
+    reference = None if reference is None else reference.to(saved.row_max.dtype).view(-1, 1)
+    rows = RowBatch(column, torch.where(live, 0, -1), temperature, -1, None, reference)
+    made = BACKENDS["eager"].token_stats_backward(upstream, rows, saved)[:, 0]
+    return torch.where(live, made + dlse / temperature, 0.0)
 
 
 def divisor(temperature):

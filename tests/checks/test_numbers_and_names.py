@@ -206,6 +206,8 @@ def test_what_is_no_number_is_refused_by_name(name):
     for x, error, came in wrong:
         if name in COEFFICIENTS and isinstance(x, torch.Tensor) and x.is_meta:
             continue
+        if name == "linear_dpo_loss beta" and isinstance(x, torch.Tensor) and x.shape == (1,):
+            continue  # one pair, and its beta
         with pytest.raises(error, match=f"{said}.*{came}"):
             function(x)
     if name in REALS:

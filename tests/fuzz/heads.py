@@ -214,7 +214,10 @@ def linear_sft_loss(trial):
     batch = Batch(draw)
     sft = SupervisedTerms(draw, batch)
     head = Head(draw, batch)
-    loss, metrics = with_metrics(trial, "linear_sft_loss", *head.arguments(), batch.mask, **sft.options, **head.options)
+    further = {"z_loss_coef": 0.0} if draw.flag(0.1) else {}
+    loss, metrics = with_metrics(
+        trial, "linear_sft_loss", *head.arguments(), batch.mask, **sft.options, **head.options, **further
+    )
     truth, what = head.statistics(), f"{sft.kind}, {sft.weighting.mode}, {head.hidden.dtype}"
     total = sft.truth(batch, truth["logprobs"])
     check_loss(trial, what, head, loss, total, truth, 1 + total.size)

@@ -275,7 +275,14 @@ def test_objectives_of_tokens_and_sequences_and_corrections_are_additive_over_an
             check(lambda column, more, name=name: of_rows(name, column, more), ["logp"], mode, batch, d, level)
         check(
             lambda column, more: policy(
-                "policy_loss", column, {}, {}, rollout_logprobs=column("ref"), correction=correction, **more
+                "policy_loss",
+                column,
+                {},
+                {},
+                objective="ppo_clip",
+                rollout_logprobs=column("ref"),
+                correction=correction,
+                **more,
             ),
             ["logp"],
             mode,

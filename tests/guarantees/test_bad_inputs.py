@@ -57,7 +57,7 @@ def test_shapes_that_would_broadcast_are_refused_with_both_shapes():
     with pytest.raises(ValueError, match=r"returns has shape \(8, 1\), expected \(8,\)"):
         rlk.value_loss(row, None, column)
     with pytest.raises(ValueError, match=r"targets has shape \(8, 1\), expected \(8,\)"):
-        rlk.token_logprobs(torch.zeros(8, 3), column.long())
+        rlk.token_stats(torch.zeros(8, 3), column.long())  # token_logprobs takes K targets per row
 
 
 @pytest.mark.fault(28)

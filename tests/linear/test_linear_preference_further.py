@@ -32,6 +32,20 @@ def sums_of(hidden, weight, targets, mask, ld_alpha=1.0):
     return (torch.where(mask, logp, 0.0) * weights).sum(-1), mask.sum(-1)
 
 
+@torch.no_grad()
+def of_tokens(hidden, weight, targets, mask):
+    logits = (torch.where(mask[..., None], hidden, 0.0) @ weight.T).view(2 * P, L, V)
+    mask, targets = mask.view(2 * P, L), targets.view(2 * P, L)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    right = (logits.argmax(-1) == targets).double()
+    return {
+        "logits_chosen": logits[:P].mean(-1)[mask[:P]].mean(),
+        "logits_rejected": logits[P:].mean(-1)[mask[P:]].mean(),
+        "entropy": entropy[mask].mean(),
+        "token_accuracy": right[:P][mask[:P]].mean(),
+    }
+
+
 def same(got, want, leaves):
     torch.testing.assert_close(got, want)
     found, truth = (torch.autograd.grad(x.sum(), leaves, retain_graph=True) for x in (got, want))
@@ -64,6 +78,8 @@ def test_the_loss_is_that_of_the_sums(case, packed, chunk):
     same(loss, want, (hidden, weight))
     torch.testing.assert_close(metrics.pop("chosen_logps"), sums[:P].detach())
     torch.testing.assert_close(metrics.pop("rejected_logps"), sums[P:].detach())
+    for name, x in of_tokens(hidden, weight, targets, mask).items():
+        torch.testing.assert_close(metrics.pop(name), x)
     torch.testing.assert_close(metrics, of_sums)
 
 

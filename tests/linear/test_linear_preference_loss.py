@@ -14,6 +14,7 @@ from rlkernels.losses.preference_types import KINDS
 from rlkernels.losses.unpaired_preference import LOSS_TYPES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OF_TOKENS = ("chosen_logps", "rejected_logps", "logits_chosen", "logits_rejected", "entropy", "token_accuracy")
 P, BETA, SMOOTHING = 4, 0.4, 0.1
 HEAD = {"temperature": 0.8, "softcap": 6.0, "logit_scale": 1.2}
 CU = torch.tensor([0, 6, 9, 10, 14, 20, 25, 27, 33])  # eight answers, one of a single token
@@ -147,7 +148,7 @@ def test_metrics_are_those_of_the_true_sums(names, packed, backend):
     for chunk in CHUNKS:
         loss, metrics = loss_of(d, own(d), names, **chunk, return_metrics=True, pair_weights=given["pair_weights"])
         assert (
-            metrics.keys() == {*want, "chosen_logps", "rejected_logps"}
+            metrics.keys() == {*want, *OF_TOKENS}
             and loss.requires_grad
             and not any(x.requires_grad for x in metrics.values())
         )

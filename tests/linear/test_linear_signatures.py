@@ -54,6 +54,7 @@ def test_the_other_keywords_are_those_of_the_same_loss_without_a_head(function):
     ours = {name: x for name, x in keywords(function).items() if name not in HeadOptions.__annotations__}
     of_pairs = {"ref_chosen_logps": None, "ref_rejected_logps": None, "ld_alpha": 1.0}
     references = of_pairs if function == "linear_dpo_loss" else {}
+    references |= {"z_loss_coef": 0.0} if function == "linear_sft_loss" else {}
     packing = {"cu_seqlens": None} if function.endswith(("dpo_loss", "unpaired_preference_loss")) else {}
     teacher = (
         {"teacher_bias": None, "teacher_softcap": None, "teacher_logit_scale": 1.0}

@@ -340,20 +340,25 @@ def other_losses(me, dtype):
         (
             "sft",
             lambda h, w, **o: rlk.linear_sft_loss(h, w, p.targets, p.mask, **o),
-            lambda logp: -torch.where(live, logp, 0.0).sum() / live.sum(),
+            lambda truth: -torch.where(live, truth["logprobs"], 0.0).sum() / live.sum(),
+        ),
+        (
+            "z-loss",
+            lambda h, w, **o: rlk.linear_sft_loss(h, w, p.targets, p.mask, z_loss_coef=0.1, **o),
+            lambda truth: torch.where(live, 0.1 * truth["logsumexp"] ** 2 - truth["logprobs"], 0.0).sum() / live.sum(),
         ),
         (
             "dpo",
             lambda h, w, **o: rlk.linear_dpo_loss(
                 h, w, p.targets, p.mask, ref_chosen_logps=references[0], ref_rejected_logps=references[1], beta=0.3, **o
             ),
-            margin_loss,
+            lambda truth: margin_loss(truth["logprobs"]),
         ),
     ):
         for chunk in (4, 64):  # an answer has up to 7 live tokens
             shard, wide = p.shard(me, "padded" if chunk == 4 else "uneven"), p.leaves()
             leaf, options = p.arguments(shard)
-            loss, truth = call(leaf, shard.weight, chunk_tokens=chunk, **options), true(p.truth(wide)["logprobs"])
+            loss, truth = call(leaf, shard.weight, chunk_tokens=chunk, **options), true(p.truth(wide))
             torch.testing.assert_close(loss.double(), truth, rtol=1e-12 if p.real == torch.float64 else 1e-5, atol=0)
             got = torch.autograd.grad(3 * loss, (leaf, shard.weight, shard.bias))
             assert_gradients(got, torch.autograd.grad(3 * truth, wide), shard, name, factor=5)

@@ -95,6 +95,31 @@ def test_a_loss_of_a_statistic_without_a_gradient_raises():
 def test_a_loss_of_a_statistic_of_a_head_without_a_gradient_raises():
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
     stats = rlk.linear_token_stats(hidden, weight, torch.tensor([0, 1, 2]), outputs=("mean_logits",))
-    for name in ("logsumexp", "mean_logits"):
-        with pytest.raises(RuntimeError, match=f"{name} has no gradient; detach"):
-            getattr(stats, name).sum().backward()
+    with pytest.raises(RuntimeError, match="mean_logits has no gradient; detach"):
+        stats.mean_logits.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("chunk", (2, 64))
+def test_the_logsumexp_of_a_head_is_differentiable(chunk, dtype, backend):
+    draw = torch.Generator().manual_seed(1)
+    leaves = [torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype) for shape in ((7, 5), (V, 5), (V,))]
+    leaves, targets = [x.requires_grad_() for x in leaves], torch.randint(V, (7,), generator=draw)
+    targets[2] = -100
+    options = {"temperature": torch.rand(7, generator=draw).to(leaves[0].dtype).double().float() + 0.5}
+    options["temperature"] = options["temperature"].double() if dtype == torch.float64 else options["temperature"]
+    stats = rlk.linear_token_stats(
+        leaves[0], leaves[1], targets, bias=leaves[2], softcap=4.0, logit_scale=1.1, chunk_tokens=chunk, **options
+    )
+    for terms in ((1, 1, 1), (0, 1, 0)):
+        loss = (terms[0] * stats.logprobs + terms[1] * stats.logsumexp**2 + terms[2] * stats.entropy).sum()
+        wide = [x.detach().double().requires_grad_() for x in leaves]
+        z = 4.0 * torch.tanh(1.1 * (wide[0] @ wide[1].T + wide[2]) / 4.0) / options["temperature"].double()[:, None]
+        logp = torch.log_softmax(z, -1)
+        each = terms[0] * logp.gather(-1, targets.clamp(min=0)[:, None])[:, 0] + terms[1] * z.logsumexp(-1) ** 2
+        each = each - terms[2] * (logp.exp() * logp).sum(-1)
+        want = torch.autograd.grad(torch.where(targets != -100, each, 0.0).sum(), wide)
+        rtol = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+        got = torch.autograd.grad(loss, leaves, retain_graph=True)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=rtol, atol=rtol * b.abs().max().item())

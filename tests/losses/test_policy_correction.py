@@ -270,7 +270,7 @@ def test_factors_of_16_bits_and_what_dead_tokens_hold():
 
 X, A = torch.zeros(2, 3), torch.ones(2)
 BAD = {
-    "without a correction": ({"rollout_logprobs": X}, ValueError, "rollout_logprobs is read with a correction alone"),
+    "without a correction": ({"rollout_logprobs": X}, ValueError, "rollout_logprobs would have no effect"),
     "without the engine": ({"correction": Correction()}, ValueError, "mode 'clip' needs rollout_logprobs"),
     "nothing": ({"correction": Correction(mode=None)}, ValueError, "needs opsm_delta"),
     "an option of weights": (

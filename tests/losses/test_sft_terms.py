@@ -194,6 +194,26 @@ def test_a_step_of_reft_is_gae_whitening_the_clipped_policy_and_the_value_loss()
     torch.testing.assert_close(loss.detach(), total, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("kind", ("nll", "dft"))
+def test_the_z_loss_of_a_head_is_that_of_its_logits(kind, dtype):
+    _, targets, mask, live = problem()
+    draw = torch.Generator().manual_seed(2)
+    hidden, weight = (torch.randn(*x, generator=draw, dtype=torch.float64).to(dtype) for x in ((B, L, 5), (V, 5)))
+    hidden[~live] = torch.nan
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    options = {"kind": kind, "z_loss_coef": 0.2, "sample_weights": torch.tensor([1.0, -2.0, 0.5])}
+    loss, metrics = rlk.linear_sft_loss(*leaves, targets, mask, chunk_tokens=4, return_metrics=True, **options)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    logits = torch.where(live[..., None], wide[0], 0.0) @ wide[1].T
+    want, of_logits = rlk.sft_loss(logits, targets, mask, return_metrics=True, **options)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(metrics["z_loss"].double(), of_logits["z_loss"], rtol=1e-5, atol=1e-7)
+    slopes = torch.autograd.grad(want, wide)
+    for got, slope in zip(torch.autograd.grad(loss, leaves), slopes, strict=True):
+        torch.testing.assert_close(got.double(), slope.nan_to_num(0.0), rtol=1e-4, atol=1e-6)
+
+
 def test_numbers_out_of_range_and_unread_options_are_refused():
     logits, targets = torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.long)
     for wrong, words in (

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import rlkernels as rlk
+from rlkernels.linear import rank_agreement
 from rlkernels.objectives import OBJECTIVES, exp, objective, where
 
 B, L, V, H = 3, 5, 7, 4
@@ -210,6 +211,21 @@ def test_a_column_with_the_name_of_an_argument_is_to_be_renamed(batch):
     with pytest.raises(ValueError, match="policy_loss has an argument of that name, so rename the column"):
         rlk.policy_loss(batch["logp"], None, batch["advantage"], objective=of_entropy, entropy=batch["gate"])
     del OBJECTIVES["of_entropy"]
+
+
+def test_a_parameter_with_the_name_of_an_argument_is_to_be_renamed(batch):
+    @objective
+    def of_a_coefficient(logp, advantage, kl_coef=0.5):
+        """d"""
+        return -kl_coef * advantage * logp, -kl_coef * advantage
+
+    with pytest.raises(ValueError, match="parameter 'kl_coef' of objective 'of_a_coefficient' has the name of an"):
+        rlk.policy_loss(batch["logp"], None, batch["advantage"], objective=of_a_coefficient, kl_coef=0.0)
+    del OBJECTIVES["of_a_coefficient"]
+
+
+def test_ranks_know_an_objective_by_its_name():
+    assert rank_agreement._text(mixed) == rank_agreement._text("mixed")
 
 
 def test_a_function_that_another_has_replaced_is_refused(batch):

@@ -525,6 +525,7 @@ CALLS |= rollout_calls.calls(rlk) | divergence_calls.calls(rlk)
 CALLS |= rollout_calls.calls(rlk) | policy_calls.calls(rlk)
 CALLS |= rollout_calls.calls(rlk)
 CALLS |= packing_calls.calls(rlk)
+CALLS |= rollout_calls.calls(rlk)
 
 
 def tensors(x):

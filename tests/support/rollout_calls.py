@@ -1,9 +1,14 @@
-"""Calls of the functions of the rollout mismatch, and of losses that know the rollout; see ``public_calls``."""
+"""Calls of the functions of the rollout mismatch, and of the policy losses with their corrections; see
+``public_calls``.
+"""
+
+import policy_calls
 
 
 def calls(rlk):
     """Returns the calls by their names; ``rlk``: the library, as ``public_calls`` sees it."""
     return {
+        **policy_calls.calls(rlk),
         "rollout_weights": lambda d: rlk.rollout_weights(
             d["old"],
             d["ref"],

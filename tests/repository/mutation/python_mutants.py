@@ -10,7 +10,7 @@ TRUTH, MASKING, LOSSES, AUTOGRAD = (
 )
 RECURRENCES, REWARDS = "test_recurrences.py", "test_rewards_and_coefficients.py"
 WEIGHTED, ADDITIVITY = "test_weighted_loss.py", "test_additivity.py"
-LAYOUTS, OBJECTIVES = "test_logprobs_layouts.py", "test_objectives.py"
+LAYOUTS, OBJECTIVES, KL_TERM = "test_logprobs_layouts.py", "test_objectives.py", "test_kl_term.py"
 ASKED = {
     "aggregation.py": (WEIGHTS,),
     "sequences.py": (SEGMENTS,),
@@ -38,6 +38,8 @@ ASKED = {
     "objectives/policy.py": (OBJECTIVES, TRUTH),
     "objectives/policy_gates.py": (OBJECTIVES, TRUTH),
     "objectives/kl.py": (OBJECTIVES, TRUTH),
+    "losses/kl_penalty.py": (KL_TERM,),
+    "losses/kl_term.py": (KL_TERM, "test_kl_estimate.py"),
 }
 
 
@@ -96,6 +98,36 @@ MUTANTS = (
         22,
     ),
     _m("k2 without its half", "objectives/kl.py", "return 0.5 * gap * gap, gap", "return gap * gap, gap"),
+    _m(
+        "a clamp of the difference that keeps its slope",
+        "objectives/kl.py",
+        "inside = where(gap < low, 0.0, where(gap > high, 0.0, inner))",
+        "inside = where(gap < low, inner, where(gap > high, inner, inner))",
+    ),
+    _m(
+        "a ratio beyond its cap keeps its slope",
+        "objectives/kl.py",
+        "through = where(ratio > cap, slope, slope + moving * bounded)",
+        "through = where(ratio > cap, slope + moving * bounded, slope + moving * bounded)",
+    ),
+    _m(
+        "no gradient through the ratio of a sequence",
+        "losses/kl_penalty.py",
+        "of_sequence - of_sequence.detach()",
+        "of_sequence.detach() - of_sequence.detach()",
+    ),
+    _m(
+        "the mask of the objective for that of the KL term",
+        "losses/kl_penalty.py",
+        "live = live if kl.mask is None else _both(live_mask(caller, like, kl.mask), scored)",
+        "live = live",
+    ),
+    _m(
+        "a KL term whose ratio is always a constant",
+        "losses/kl_term.py",
+        "moving = ratio_weighted and not ratio_detached and not straight",
+        "moving = False",
+    ),
     # weights
     _m(
         "a token mean over all tokens",

@@ -50,6 +50,12 @@ loss = rlk.dpo_loss(rewards, -rewards, rewards, rewards, loss_type=(squared, "si
 loss = rlk.policy_loss(
     stats.logprobs, old, advantages, ratio_level="sequence", aggregation="fixed-horizon", normalizers={"horizon": 3}
 )
+term = rlk.KLTerm("k3", ratio_weighted=True, value_clamp=(None, 10.0), mask=mask)
+loss = rlk.policy_loss(stats.logprobs, old, advantages, mask, kl=term, kl_coef=0.01, ref_logprobs=old)
+loss = rlk.logits_policy_loss(
+    logits, targets, old, advantages, mask, kl="reverse_kl", kl_coef=0.01, ref_logits=logits.detach()
+)
+each: Tensor = rlk.kl_estimate(stats.logprobs, old, "abs", mask=mask, diff_clamp=20.0)
 loss, metrics = rlk.logits_policy_loss(logits, targets, old, advantages, mask, entropy_coef=0.01, return_metrics=True)
 ratio: Tensor = metrics["ratio"]
 for wanted in (True, False):
