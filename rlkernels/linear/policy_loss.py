@@ -335,8 +335,9 @@ def linear_policy_loss(
     kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef, reference)
     scored = targets != ignore_index
     live = live_tokens(caller, like, mask) & scored
+    engine = ratio.engine(entry, correction, rollout_logprobs)
     factors = policy_factors(
-        caller, correction, top_entropy_fraction, like, old_logprobs, rollout_logprobs, ratio_level, entry, choice
+        caller, correction, top_entropy_fraction, like, old_logprobs, engine, ratio_level, entry, choice
     )
     apart = reduction != "aggregation"
     if choice is not None and not apart:

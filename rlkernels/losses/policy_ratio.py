@@ -54,18 +54,27 @@ class RatioOptions(NamedTuple):
     """The columns and terms that the options of the ratio make of a loss.
 
     ``old``, ``rollout``: the columns ``old_logp`` and ``rollout_logp`` of the objective, None where the caller gave
-    none. ``square``: the coefficient of ``SQUARE``, or None.
+    none. ``square``: the coefficient of ``SQUARE``, or None. ``divides``: whether the rollout stands for ``old``.
     """
 
     old: PerToken | None
     rollout: PerToken | None
     clamp: Clamp | None = None
     square: Number | None = None
+    divides: bool = False
 
     def in_one_launch(self, entry: Objective, kl_coef: Number | None) -> bool:
         """Tells whether the kernels over rows serve the loss: they hold no clamp, and one term beside the objective."""
         current = self.old is None and "old_logp" in entry.columns
         return self.clamp is None and not current and (self.square is None or kl_coef is None)
+
+    def engine(self, entry: Objective, correction: Any, rollout_logprobs: PerToken | None) -> PerToken | None:
+        """Returns the engine's log-probabilities for a correction; a tensor of factors takes none.
+
+        They stay where nothing else takes them, so that the correction refuses them.
+        """
+        taken = self.square is not None or self.divides or "rollout_logp" in entry.columns
+        return None if taken and isinstance(correction, Tensor) else rollout_logprobs
 
 
 def ratio_options(
@@ -108,7 +117,7 @@ def ratio_options(
         column(caller, "rollout_logprobs", rollout_logprobs, like)
         of_column = None
     clamp = _clamp(caller, entry, log_ratio_clamp)
-    return RatioOptions(rollout_logprobs if divides else old_logprobs, of_column, clamp, square)
+    return RatioOptions(rollout_logprobs if divides else old_logprobs, of_column, clamp, square, divides)
 
 
 def _clamp(caller: str, entry: Objective, bounds: Any) -> Clamp | None:

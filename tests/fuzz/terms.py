@@ -149,7 +149,8 @@ class PolicyTerms:
             return self.options["correction"].double()
         if kind is None or self.name == "reinforce" or self.level in ("sequence", "sequence_token"):
             return None
-        self.options |= {"correction": {"high": 1.5, "low": 0.6}, "rollout_logprobs": draw.column(batch.live, 0.5)}
+        engine = draw.column(batch.live, 0.5) if self.rollout is None else self.rollout
+        self.options |= {"correction": {"high": 1.5, "low": 0.6}, "rollout_logprobs": engine}
         return (self.old.double() - self.options["rollout_logprobs"].double()).exp().clamp(0.6, 1.5)
 
     def objective(self, logp, old, advantage):

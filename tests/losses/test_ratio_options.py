@@ -261,6 +261,10 @@ def test_the_loss_of_each_token_is_that_of_the_paper(backend):
     )
     kl = torch.where(m, 0.3 * oracles.k3(wide, d["ref"].double()), 0.0)
     torch.testing.assert_close(corrected.double(), factors * want + kl, rtol=4e-6, atol=1e-6)
+    both = {"log_ratio_sq_coef": 0.1, "rollout_logprobs": d["ref"]}  # factors beside an option that takes the engine
+    squared = rlk.policy_loss(leaf, d["old"], d["advantages"], m, correction=factors, reduction="none", **both)
+    square = torch.where(m, 0.1 * (wide - d["ref"].double()).square(), 0.0)
+    torch.testing.assert_close(squared.double(), factors * want + square, rtol=4e-6, atol=1e-6)
     upstream = torch.rand(m.shape)
     (got,), (slope,) = torch.autograd.grad(each, leaf, upstream), torch.autograd.grad(want, wide, upstream.double())
     torch.testing.assert_close(got.double(), slope, rtol=4e-6, atol=1e-6)

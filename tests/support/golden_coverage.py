@@ -15,7 +15,7 @@ OUTPUTS_NOT_OFFERED = {
     ("token_logprob", "flags"): "logp is -inf there",
     ("policy.verl.dppo_tv", "metrics.clip_fraction_lower"): "a constant 0: there is no dual clip",
     ("policy.verl.dppo_kl", "metrics.clip_fraction_lower"): "a constant 0: there is no dual clip",
-    ("policy_loss", "metrics.clip_fraction_lower"): "how often the dual clip bites",
+    ("policy.verl.gmpo", "metrics.clip_fraction_lower"): "the part of A < 0",
     ("policy.swift.fipo", "influence_weight"): "an intermediate, which loss and gradient hold",
     ("policy.trl.a2po", "v_star"): "an intermediate, which loss and gradient hold",
     ("policy.verl.sapo", "metrics.clip_fraction"): "a constant 0: nothing is clipped",

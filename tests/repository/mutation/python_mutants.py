@@ -26,6 +26,7 @@ ASKED = {
     "advantages/controllers.py": (REWARDS,),
     "losses/policy.py": (TRUTH, MASKING, LOSSES),
     "losses/logits_policy.py": (TRUTH, MASKING, LOSSES),
+    "losses/policy_terms.py": (TRUTH, MASKING, LOSSES),
     "losses/policy_ratio.py": ("test_ratio_options.py", TRUTH),
     "losses/policy_arguments.py": (LOSSES, MASKING, TRUTH),
     "losses/token_weights.py": (LOSSES, MASKING, TRUTH),
