@@ -23,9 +23,10 @@ ROWS = """
 ## Of sequences, groups and batches
 
 The loss of a token depends on others here, so each is computed from log-probabilities: `logits_policy_loss` takes two
-passes, `linear_policy_loss` four matmuls. *One loss per* says what an aggregation weighs; where that is a sequence or a
-group, `token-mean` is the mean of these losses. Only where it is a token or a sequence do losses of micro-batches add
-up, and not for `kl_cov` and `clip_cov`, which look at the whole batch; those of groups add up where no group is cut.
+passes, `linear_policy_loss` four matmuls. *One loss per* says what an aggregation weighs: the loss of a sequence or a
+group weighs what its live tokens weigh together, and `token-mean` is the mean of these losses. Only where it is a
+token or a sequence do losses of micro-batches add up, and not for `kl_cov` and `clip_cov`, which look at the whole
+batch; those of groups add up where no group is cut.
 
 | objective | columns | one loss per | options and defaults | meaning |
 |---|---|---|---|---|
