@@ -288,7 +288,7 @@ def policy_loss(
     if reduction == "aggregation":
         token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
     kl_coef, entropy_coef = check_terms(caller, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
-    engine = ratio.engine(entry, correction, rollout_logprobs)
+    engine = None if correction is None else ratio.engine(entry, correction, rollout_logprobs)
     factors = policy_factors(
         caller, correction, top_entropy_fraction, logprobs, old_logprobs, engine, ratio_level, entry, choice
     )

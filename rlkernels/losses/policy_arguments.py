@@ -116,9 +116,9 @@ def resolve_either(
 
 def _is_policy(entry: Objective) -> bool:
     """Tells whether an objective has the columns of a policy objective: an advantage, or a behaviour policy."""
-    return entry.columns[0] == "logp" and any(
-        name in entry.columns for name in ("advantage", "old_logp", "rollout_logp")
-    )
+    columns = entry.columns
+    # Written out, because a generator takes a microsecond of each call.
+    return columns[0] == "logp" and ("advantage" in columns or "old_logp" in columns or "rollout_logp" in columns)
 
 
 def objective_columns(
