@@ -14,6 +14,23 @@ NOT_OF_TOKENS = ("weight", "bias", "ref_weight", "ref_bias", "value_pool", "cu_s
 """Arguments that have no dimension of tokens, whatever their shape."""
 
 
+def is_one_row(x: Any) -> bool:
+    """Tells whether a column of tokens lies as one row."""
+    return isinstance(x, torch.Tensor) and x.dim() == 2 and x.shape[0] == 1
+
+
+def on_one_row(function: Callable[..., R], arguments: dict[str, Any], main: str) -> R:
+    """Calls a function of packed tokens with its ``arguments`` as they stand without the row; ``main``: a column.
+
+    What ``takes_one_row`` does, for a function that asks in its first line. A decorator takes two microseconds of each
+    call, 4 % of a small policy loss.
+    """
+    row = arguments[main].shape
+    named = {name: x if name in NOT_OF_TOKENS else _flat(x, row) for name, x in arguments.items()}
+    named |= {name: _flat(x, row) for name, x in named.pop("params").items()}
+    return function(**named)
+
+
 class Decorator(Protocol):
     """A decorator that keeps the type of its function."""
 

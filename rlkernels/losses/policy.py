@@ -24,7 +24,7 @@ from rlkernels.losses.token_weights import (
     losses_of_tokens,
     token_weights_of,
 )
-from rlkernels.packed_rows import takes_one_row
+from rlkernels.packed_rows import is_one_row, on_one_row
 from rlkernels.rollout.correction import CorrectionLike
 from rlkernels.types import (
     KL,
@@ -136,7 +136,6 @@ def policy_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row()
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,
@@ -251,6 +250,8 @@ def policy_loss(
     Schulman et al. 2017, arXiv:1707.06347 (PPO); Shao et al. 2024, arXiv:2402.03300 (GRPO); Zheng et al. 2025,
     arXiv:2507.18071 (GSPO).
     """
+    if cu_seqlens is not None and is_one_row(logprobs):
+        return on_one_row(policy_loss, locals(), "logprobs")
     caller = "policy_loss"
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs, entropy)

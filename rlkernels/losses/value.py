@@ -13,7 +13,7 @@ from rlkernels.losses.policy_arguments import column, divided, missing_column, o
 from rlkernels.losses.token_weights import full_mask, live_mask, token_weights_of
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.objectives import OBJECTIVES, Objective, registered
-from rlkernels.packed_rows import takes_one_row
+from rlkernels.packed_rows import is_one_row, on_one_row
 from rlkernels.types import Aggregation, Mask, Metrics, Normalizers, Number, ObjectiveLike, Offsets, PerToken, Scalar
 
 ARGUMENTS = {"old_value": "old_values", "returns": "returns"}
@@ -74,7 +74,6 @@ def value_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row()
 def value_loss(
     values: PerToken,
     old_values: PerToken | None,
@@ -122,6 +121,8 @@ def value_loss(
 
     Schulman et al. 2017, arXiv:1707.06347, eq. 9; clipping and the half: OpenAI Baselines (ppo2).
     """
+    if cu_seqlens is not None and is_one_row(values):
+        return on_one_row(value_loss, locals(), "values")
     caller = "value_loss"
     checks.floating(caller, "values", values)
     checks.no_forward_ad(caller, values)
@@ -165,6 +166,8 @@ def _objective(
     Without an objective ``clip_range`` says which one of the library's it is.
     """
     if objective is None:
+        if clip_range is None and not keywords:
+            return OBJECTIVES["value_plain"], [], {}
         objective = "value_plain" if clip_range is None else "value_clip"
     entry = registered(objective)
     if entry is None or entry.columns[0] != "value":

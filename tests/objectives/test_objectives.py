@@ -1,10 +1,13 @@
 """Every registered objective on every backend against its oracle: value, derivative, NaN, tails, ties."""
 
+import inspect
+
 import oracles
 import pytest
 import torch
 from loss_batches import objective_columns
 
+import rlkernels
 from rlkernels import available_backends, objectives
 from rlkernels.backends import BACKENDS, DEVICES, absent
 from rlkernels.objectives import codegen
@@ -225,3 +228,12 @@ def test_a_users_objective_is_served_on_every_backend():
             torch.testing.assert_close(derivative, slope.float(), atol=2e-6, rtol=2e-6)
     finally:
         del OBJECTIVES["regression_to_old"]
+
+
+def test_no_objective_of_ours_has_a_parameter_with_the_name_of_an_argument_of_its_loss():
+    losses = (rlkernels.policy_loss, rlkernels.logits_policy_loss, rlkernels.linear_policy_loss)
+    taken = set().union(*(inspect.signature(loss).parameters for loss in losses))
+    of_values = set(inspect.signature(rlkernels.value_loss).parameters) - {"clip_range"}
+    for name in BUILTIN:
+        entry = OBJECTIVES[name]
+        assert not set(entry.params) & (of_values if entry.columns[0] == "value" else taken), name
