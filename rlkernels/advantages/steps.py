@@ -10,12 +10,14 @@ from rlkernels.advantages.gae import discounted_returns
 from rlkernels.advantages.group import check_singleton, group_advantages
 from rlkernels.advantages.recurrence import running_sums
 from rlkernels.checks import tokens as checks_tokens
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import groups_of, result_dtype, segment_ids
 from rlkernels.types import Alignment, Mask, Number, Offsets, PerResponse, PerSequence, PerToken, Singleton, StepScale
 
 ALIGNMENTS, STEP_SCALES = get_args(Alignment), get_args(StepScale)
 
 
+@takes_one_row(per_token=True)
 @torch.no_grad()
 def step_advantages(
     step_rewards: PerToken,
@@ -152,6 +154,7 @@ def gigpo_advantages(
     return (episodes.double() + step_weight * steps.double()).to(real)
 
 
+@takes_one_row(per_token=True)
 @torch.no_grad()
 def optimal_token_advantages(
     token_rewards: PerToken,

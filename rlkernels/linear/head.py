@@ -193,7 +193,7 @@ def linear_head(caller, hidden, weight, targets, options):
         for name in ("chunk_tokens", "logits_budget", "max_live_tokens", "valid_vocab")
     )
     vocab_mask = options["vocab_mask"]
-    checks.vocab_mask(caller, vocab_mask, torch.Size((*shape, weight.shape[0])))
+    checks.vocab_mask(caller, vocab_mask, (*shape, weight.shape[0]))
     checks.one_device(
         caller,
         "hidden",

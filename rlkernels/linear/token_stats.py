@@ -218,6 +218,7 @@ def _check_shapes(head, **per_row):
     for name, x in (("weight", weight), ("bias", head.bias)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(f"linear_stats: {name} has dtype {x.dtype}, hidden has {hidden.dtype}; cast one of them")
+    checks.vocab_mask("linear_stats", head.vocab_mask, (targets.shape[0], weight.shape[0]))
     if head.temperature.dim():
         per_row["temperature"] = head.temperature
     for name, x, shape in (
@@ -361,11 +362,26 @@ def _accumulate(gradients, live, upstream, saved, backend):
         logits = projection.logits(hidden)[: len(rows)]
         *of_rows, dlse = (None if d is None else rows.select(d).contiguous() for d in upstream)
         arguments, stats = head.row_arguments(rows), [rows.select(x) for x in saved]
+        if dlse is not None and arguments[3] is not None:
+            of_rows[0], arguments = _inside_the_support(of_rows[0], dlse, *arguments)
         repair = None if dlse is None else projection.target_repair(*of_rows, dlse, logits, arguments, stats)
         dlogits = projection.dlogits(*of_rows, logits, arguments, stats)
         if repair is not None:
             dlogits.scatter_(1, repair[0], repair[1].to(dlogits.dtype))
         gradients.add(projection, rows, dlogits, logits, hidden)
+
+
+def _inside_the_support(dlogp, dlse, targets, temperature, ignore_index, vocab_mask):
+    """Returns ``dlogp`` and row arguments in which every target is a column that the mask keeps.
+
+    The log-probability of another target moves nothing, and the kernels give a row with such a target no gradient. The
+    logsumexp has one, so the row gets a column inside, and of ``dlogp``, which is less ``dlse``, that part alone.
+    """
+    live, vocab = targets != ignore_index, vocab_mask.shape[-1]
+    index = torch.where(live & (targets >= 0) & (targets < vocab), targets, 0).long()[:, None]
+    inside = vocab_mask.expand(len(targets), -1).gather(1, index)[:, 0] | ~live
+    targets = torch.where(inside, targets, vocab_mask.byte().argmax(-1).to(targets.dtype))
+    return torch.where(inside, dlogp, -dlse), (targets, temperature, ignore_index, vocab_mask)
 
 
 def _linear_stats_backward_fake(dlogp, dentropy, hidden, weight, *rest):

@@ -120,6 +120,21 @@ def test_a_divergence_is_over_the_columns_that_the_mask_keeps(backend, divergenc
     check(gradients(got, ours), gradients(want, truth), torch.float64)
 
 
+@pytest.mark.parametrize("kind", ("per row", "one"))
+def test_the_logsumexp_of_the_kept_columns_has_a_gradient_whatever_the_target_is(backend, kind):
+    d = problems.problem(torch.float64)
+    vocab_mask, ours, truth = masks(d, kind), problems.own(d), problems.leaves(d)
+    targets = torch.randint(problems.V, d["targets"].shape, generator=torch.Generator().manual_seed(3))
+    stats = rlk.linear_token_stats(*ours[:2], targets, bias=ours[2], vocab_mask=vocab_mask, outputs=(), chunk_tokens=4)
+    z = (truth[0] @ truth[1].t() + truth[2]).masked_fill(~vocab_mask, -torch.inf)
+    inside = torch.broadcast_to(vocab_mask, z.shape).gather(-1, targets[..., None])[..., 0]
+    assert not inside.all()
+    logp = torch.where(inside, z.gather(-1, targets[..., None])[..., 0] - z.logsumexp(-1), 0.0)
+    weight = d["token_weights"]
+    got = gradients((weight * (stats.logsumexp + torch.where(inside, stats.logprobs, 0.0))).sum(), ours)
+    check(got, gradients((weight * (z.logsumexp(-1) + logp)).sum(), truth), torch.float64)
+
+
 def test_a_second_backward_has_the_mask_of_the_call():
     d = problems.problem(torch.float64)
     mask, ours = masks(d, "one"), problems.own(d)

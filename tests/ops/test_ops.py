@@ -139,6 +139,7 @@ def test_opcheck_of_the_linear_ops(backend):
         head = (
             targets,
             temperature,
+            None if bound is None else torch.arange(V) != 3,
             softcap,
             ops.number(1.2),
             -100,

@@ -33,6 +33,7 @@ def _drawn():
         bias,
         targets,
         w + 0.5,
+        torch.ones(V, dtype=torch.bool),
         ops.number(30.0),
         ops.number(0.9),
         -100,
