@@ -210,7 +210,8 @@ def broadcast_to_tokens(values: PerSequence, mask: Mask, cu_seqlens: Offsets | N
 
 
 def spans_to_mask(spans: Spans, length: int, *, shift: bool = True) -> Tensor:
-    r"""Mask of the positions that the policy sampled, from the token spans ``[start, end)`` recorded while it sampled.
+    r"""Returns the mask of the positions that the policy sampled, from the token spans ``[start, end)`` recorded while
+    it sampled.
 
     Args:
         spans: ``[..., K, 2]``, integers; a nested list will do. ``start == end`` is no span: pad with it.

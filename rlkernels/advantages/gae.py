@@ -34,7 +34,7 @@ def gae(
     turn_gamma: Number | None = None,
     turn_lam: Number | PerSequence | None = None,
 ) -> tuple[PerToken, PerToken]:
-    r"""Generalised advantage estimation by one reverse scan.
+    r"""Computes generalised advantage estimation by one reverse scan.
 
     ``A_t = d_t + gamma lam A_{t+1}``,  ``d_t = r_t + gamma V_{t+1} - V_t``,  ``R_t = A_t + V_t``; after the last live
     token ``A = 0`` and ``V`` is the bootstrap value, 0 without one.
@@ -123,7 +123,7 @@ def discounted_returns(
     masked: ReturnsMasked = "skip",
     cu_seqlens: Offsets | None = None,
 ) -> PerToken:
-    r"""Discounted sum of the rewards from each token to the end of its sequence.
+    r"""Computes the discounted sum of the rewards from each token to the end of its sequence.
 
     ``G_t = r_t + gamma G_{t+1}``.
 

@@ -10,7 +10,7 @@ from rlkernels.tracing import value
 
 
 def target_logprobs(rows, inplace, backend):
-    """The log-probabilities ``[T, K]`` of a ``RowBatch`` whose ``targets`` are ``[T, K]``, differentiable."""
+    """Computes the log-probabilities ``[T, K]`` of a ``RowBatch`` whose ``targets`` are ``[T, K]``, differentiable."""
     return target_logprobs_op(*rows[:5], inplace, backend)[0]
 
 
@@ -33,7 +33,7 @@ def _scored(targets, ignore_index, vocab, vocab_mask):
 
 
 def _centred(logits, index, temperature, row_max):
-    """The logits of columns ``[T, K]``, less the row maximum, over the temperature."""
+    """Returns the logits of columns ``[T, K]``, less the row maximum, over the temperature."""
     x = logits.gather(-1, index.view(*logits.shape[:-1], index.shape[-1])).to(row_max.dtype).view(index.shape)
     x = x - row_max[:, None]
     return x / (temperature[:, None] if isinstance(temperature, torch.Tensor) and temperature.dim() else temperature)

@@ -12,6 +12,7 @@ from test_architecture import LAYERS
 
 from rlkernels.backends import KNOWN, OPS
 from rlkernels.cli import COMMANDS
+from rlkernels.losses import row_objectives
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 BACKENDS = ROOT / "rlkernels" / "backends"
@@ -228,3 +229,24 @@ def test_docstrings_of_modules_functions_classes_and_constants_are_found():
 def test_no_docstring_begins_with_a_clause_that_lacks_its_noun(path):
     for line, text in docstrings(ast.parse(path.read_text())):
         assert not HEADLESS.match(text), f"{path.relative_to(ROOT)}:{line}: {text.splitlines()[0]}; name the noun first"
+
+
+VERB = re.compile(r"\s*(?!Is\b|Its\b|This\b|Was\b|Loss\b|Less\b|Bias\b|As\b)[A-Z][a-z]+s\b")
+"""The first word of a function's docstring, in the third person."""
+NATIVE = ("backends", "cli")  # their older files still begin with nouns
+SPEAKING = [
+    path
+    for path in DOCSTRINGS
+    if path.parts[len(ROOT.parts)] == "rlkernels" and path.parts[len(ROOT.parts) + 1] not in NATIVE
+]
+
+
+@pytest.mark.parametrize("path", SPEAKING, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_docstring_of_a_function_begins_with_a_verb(path):
+    """That of an objective begins with its name, because a page prints it."""
+    printed = {f.__name__ for f in row_objectives.LOSSES.values()} if path.stem == "row_objectives" else {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        own = isinstance(node, ast.FunctionDef) and any("objective" in ast.unparse(x) for x in node.decorator_list)
+        if isinstance(node, ast.FunctionDef) and not own and node.name not in printed:
+            text = ast.get_docstring(node)
+            assert text is None or VERB.match(text), f"{path.relative_to(ROOT)}:{node.lineno}: {text.splitlines()[0]}"
