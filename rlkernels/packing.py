@@ -295,7 +295,9 @@ def _named(
                 f"{caller}: {argument} has dtype {x.dtype}; supported: {checks.FLOAT_NAMES}, bool, {checks.WHOLE_NAMES}"
             )
         if x.shape[: len(leading)] != leading:
-            raise ValueError(f"{caller}: {argument} has shape {tuple(x.shape)}, expected {[*leading, '...']}")
+            raise ValueError(
+                f"{caller}: {argument} has shape {tuple(x.shape)}, expected [{', '.join(map(str, leading))}, ...]"
+            )
         checks.one_device(caller, like_name, like, **{argument: x})
         number = given.get(name, 0)
         if x.dtype.is_floating_point:
