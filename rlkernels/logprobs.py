@@ -158,7 +158,8 @@ def collect(
     stats: RowStats, shape: torch.Size, temperature: Temperature, outputs: Outputs, reference: bool, kl: RowKL | None
 ) -> TokenStats:
     """Returns ``RowStats`` as the ``TokenStats`` that were asked for, of the caller's shape."""
-    empty = stats.sum_exp == 0  # ignored rows alone; the log of 1 in their place, because that of 0 has no gradient
+    # Only ignored rows are empty. They get the log of 1, because that of 0 has no gradient.
+    empty = stats.sum_exp == 0
     # A number stays on the CPU: copying it to the device would make the host wait.
     logsumexp = torch.where(empty, 0.0, stats.row_max / temperature + torch.where(empty, 1.0, stats.sum_exp).log())
     optional = {

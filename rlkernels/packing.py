@@ -1,4 +1,4 @@
-"""From padded batches to packed ones and back, and the targets that positions score.
+"""Padded batches as packed ones and back, and the targets that positions score.
 
 A padded batch is ``[B, L]`` with an attention mask, on whichever side its padding lies. A packed batch is ``[T]`` with
 offsets. Padding behind the last token of a packed batch is a part of its last sequence, so that the offsets cover every

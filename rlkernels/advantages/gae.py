@@ -221,7 +221,8 @@ def _steps(rewards: PerToken, live: Tensor | None, offsets: Tensor | None, maske
     if live is None or masked == "none":
         return steps_of(torch.ones_like(rewards, dtype=torch.bool, memory_format=torch.contiguous_format), offsets)
     steps = steps_of(live.contiguous(), offsets)
-    # With "zero" the dead tokens up to the last live one are steps, too; behind it the bootstrap value stands.
+    # With "zero" the dead tokens up to the last live one are steps, too, because behind it the
+    # bootstrap value stands.
     return steps if masked == "skip" else steps_of(steps.live | steps.follows, offsets)
 
 

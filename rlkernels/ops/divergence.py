@@ -100,8 +100,8 @@ def _gradient(ctx, dloss, dvalues, _):
     upstream = dvalues if weight is None else dloss
     if upstream is None:
         return None, *nothing
-    # Returned as it was made where the upstream gradient is exactly 1, else made anew in the same memory, because
-    # scaling would round a second time.
+    # The gradient is returned as it was made where the upstream gradient is exactly 1. Else it is made anew in the same
+    # memory, because scaling would round a second time.
     ready, ctx.dlogits = None if torch.is_grad_enabled() else ctx.dlogits, None
     if ready is not None and known_to_be_one(upstream):
         return ready.view(logits.shape), *nothing

@@ -51,7 +51,7 @@ def _target_logprobs(logits, targets, temperature, ignore_index, vocab_mask, inp
     stats = register.run("token_stats", backend, rows, 0)
     index = torch.where(scored, targets, 0).long()
     logp = _centred(logits, index, temperature, stats.row_max) - stats.sum_exp.log()[:, None]
-    # A target outside of the support has probability 0; one outside of the vocabulary is met on an accelerator only.
+    # A target outside of the support has probability 0. One outside of the vocabulary is met on an accelerator only.
     absent = torch.where((targets >= 0) & (targets < vocab), -torch.inf, torch.nan).to(logp.dtype)
     absent = torch.where(logp.isnan().any(-1, keepdim=True) & scored.any(-1, keepdim=True), torch.nan, absent)
     logp = torch.where(targets == ignore_index, 0.0, torch.where(scored, logp, absent))
