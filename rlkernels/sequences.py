@@ -215,6 +215,7 @@ def spans_to_mask(spans: Spans, length: int, *, shift: bool = True) -> Tensor:
 
     Args:
         spans: ``[..., K, 2]``, integers; a nested list will do. ``start == end`` is no span: pad with it.
+            What lies outside of the row is cut off.
         length: tokens per row.
         shift: the mask is over the ``length - 1`` scored positions: position ``t`` scores token ``t + 1``, and none
             scores the first.
