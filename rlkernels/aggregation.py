@@ -225,8 +225,8 @@ def token_weights(
     scale: Number = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    r"""The weights ``w`` that make an aggregation of per-token losses ``l`` the sum ``sum_t w_t l_t``; 0 on dead
-    tokens.
+    r"""Returns the weights ``w`` that make an aggregation of per-token losses ``l`` the sum ``sum_t w_t l_t``; 0 on
+    dead tokens.
 
     The weights of micro-batches and ranks, each made with the totals of the whole batch, are those of the batch,
     whichever way it is cut between its rows. With ``n_i`` live tokens in row ``i``, ``R`` rows, ``R+`` of them with a

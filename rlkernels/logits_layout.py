@@ -35,7 +35,7 @@ class FlatLogits(NamedTuple):
         return replaced(self, rows=replaced(rows, targets=targets, temperature=or_one(dead, rows.temperature)))
 
     def per_row(self, x: Tensor | None) -> Tensor | None:
-        """A per-row tensor as a contiguous ``[T]`` of the arithmetic's dtype; None stays None."""
+        """Returns a per-row tensor as a contiguous ``[T]`` of the arithmetic's dtype; None stays None."""
         if x is None:
             return None
         x = dense(x.detach() if x.requires_grad else x, self.real)

@@ -44,7 +44,7 @@ def token_logprobs(
     vocab_mask: VocabMask | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Log-probability of each target token under a softmax over the vocabulary, in one pass over the row.
+    r"""Computes the log-probability of each target token under a softmax over the vocabulary, in one pass over the row.
 
     ``log pi(y) = z_y - log sum_v exp(z_v)``, ``z = logits / temperature``, computed from the row maximum in fp32.
 
@@ -106,8 +106,8 @@ def token_stats(
     outputs: Outputs = ("entropy",),
     inplace_backward: bool = False,
 ) -> TokenStats:
-    r"""Log-probability, logsumexp and the wanted statistics of each row, of one model or of two, in one pass over the
-    row(s).
+    r"""Computes log-probability, logsumexp and the wanted statistics of each row, of one model or of two, in one pass
+    over the row(s).
 
     ``H = -sum_v p_v log p_v``;  ``log_sum_sq_probs = log sum_v p_v^2``;  ``mean_logits``: mean of ``z`` over the
     vocabulary (over the mask's support);  ``is_top1``: the target is the first maximal column;  ``kl="exact"``: ``KL(pi
@@ -157,8 +157,9 @@ def shaped(x: Tensor, shape: torch.Size) -> Tensor:
 def collect(
     stats: RowStats, shape: torch.Size, temperature: Temperature, outputs: Outputs, reference: bool, kl: RowKL | None
 ) -> TokenStats:
-    """``RowStats`` as the ``TokenStats`` that were asked for, of the caller's shape."""
-    empty = stats.sum_exp == 0  # ignored rows alone; the log of 1 in their place, because that of 0 has no gradient
+    """Returns ``RowStats`` as the ``TokenStats`` that were asked for, of the caller's shape."""
+    # Only ignored rows are empty. They get the log of 1, because that of 0 has no gradient.
+    empty = stats.sum_exp == 0
     # A number stays on the CPU: copying it to the device would make the host wait.
     logsumexp = torch.where(empty, 0.0, stats.row_max / temperature + torch.where(empty, 1.0, stats.sum_exp).log())
     optional = {

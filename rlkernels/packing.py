@@ -1,4 +1,4 @@
-"""From padded batches to packed ones and back, and the targets that positions score.
+"""Padded batches as packed ones and back, and the targets that positions score.
 
 A padded batch is ``[B, L]`` with an attention mask, on whichever side its padding lies. A packed batch is ``[T]`` with
 offsets. Padding behind the last token of a packed batch is a part of its last sequence, so that the offsets cover every
@@ -295,7 +295,9 @@ def _named(
                 f"{caller}: {argument} has dtype {x.dtype}; supported: {checks.FLOAT_NAMES}, bool, {checks.WHOLE_NAMES}"
             )
         if x.shape[: len(leading)] != leading:
-            raise ValueError(f"{caller}: {argument} has shape {tuple(x.shape)}, expected {[*leading, '...']}")
+            raise ValueError(
+                f"{caller}: {argument} has shape {tuple(x.shape)}, expected [{', '.join(map(str, leading))}, ...]"
+            )
         checks.one_device(caller, like_name, like, **{argument: x})
         number = given.get(name, 0)
         if x.dtype.is_floating_point:

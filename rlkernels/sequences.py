@@ -210,10 +210,12 @@ def broadcast_to_tokens(values: PerSequence, mask: Mask, cu_seqlens: Offsets | N
 
 
 def spans_to_mask(spans: Spans, length: int, *, shift: bool = True) -> Tensor:
-    r"""Mask of the positions that the policy sampled, from the token spans ``[start, end)`` recorded while it sampled.
+    r"""Returns the mask of the positions that the policy sampled, from the token spans ``[start, end)`` recorded while
+    it sampled.
 
     Args:
         spans: ``[..., K, 2]``, integers; a nested list will do. ``start == end`` is no span: pad with it.
+            What lies outside of the row is cut off.
         length: tokens per row.
         shift: the mask is over the ``length - 1`` scored positions: position ``t`` scores token ``t + 1``, and none
             scores the first.

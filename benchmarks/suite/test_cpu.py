@@ -20,7 +20,7 @@ from benchmarks.problems import logits as logits_problem
 from benchmarks.timing import cpu as cpu_timing
 
 CPU = torch.device("cpu")
-# One batch below and one above the last-level cache of common machines; a vocabulary that no block divides.
+# One batch below and one above the last-level cache of common machines, and a vocabulary that no block divides.
 SHAPES = {"16 x 32000": (16, 32000), "512 x 50257": (512, 50257)}
 CONTENDERS = {
     FORWARD: [OURS, EAGER, COMPILED],
@@ -30,7 +30,7 @@ CONTENDERS = {
     **{name: [OURS, EAGER, COMPILED] for name in divergence.CASES},
 }
 
-# One chunk of logits for every case; for one of them two by the default budget, and a vocabulary that no block divides.
+# One chunk of logits for every case. One of them has two by the default budget, and a vocabulary that no block divides.
 HEADS = {"64 x 256 x 8192": (64, 256, 8192), "2048 x 64 x 50257": (2048, 64, 50257)}
 PRODUCTS = {"linear_policy_loss": 3, "linear_token_stats": 4, "linear_dpo_loss": 3, "linear_sft_loss": 3}
 FUSED = [

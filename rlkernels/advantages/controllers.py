@@ -135,7 +135,7 @@ class EntropyController:
 
     @property
     def applied(self) -> Scalar:
-        """The coefficient of the next step's bonus; float64."""
+        """Returns the coefficient of the next step's bonus; float64."""
         return torch.where(self.below != 0, self.coef, 0.0)
 
     @torch.no_grad()

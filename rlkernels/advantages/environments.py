@@ -30,7 +30,7 @@ def rollout_gae(
     truncated: Mask | None = None,
     next_values: Rollout | None = None,
 ) -> tuple[Rollout, Rollout]:
-    r"""Generalised advantage estimation over a rollout of environments, with the ends of their episodes.
+    r"""Computes generalised advantage estimation over a rollout of environments, with the ends of their episodes.
 
     ``A_t = d_t + gamma lam (1 - end_t) A_{t+1}``,  ``d_t = r_t + gamma (1 - terminated_t) V'_t - V_t``,  ``R_t = A_t +
     V_t``;  ``V'_t``: the value of the state to which step ``t`` leads, ``end = dones or terminated or truncated``.

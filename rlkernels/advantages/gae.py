@@ -34,7 +34,7 @@ def gae(
     turn_gamma: Number | None = None,
     turn_lam: Number | PerSequence | None = None,
 ) -> tuple[PerToken, PerToken]:
-    r"""Generalised advantage estimation by one reverse scan.
+    r"""Computes generalised advantage estimation by one reverse scan.
 
     ``A_t = d_t + gamma lam A_{t+1}``,  ``d_t = r_t + gamma V_{t+1} - V_t``,  ``R_t = A_t + V_t``; after the last live
     token ``A = 0`` and ``V`` is the bootstrap value, 0 without one.
@@ -123,7 +123,7 @@ def discounted_returns(
     masked: ReturnsMasked = "skip",
     cu_seqlens: Offsets | None = None,
 ) -> PerToken:
-    r"""Discounted sum of the rewards from each token to the end of its sequence.
+    r"""Computes the discounted sum of the rewards from each token to the end of its sequence.
 
     ``G_t = r_t + gamma G_{t+1}``.
 
@@ -221,7 +221,8 @@ def _steps(rewards: PerToken, live: Tensor | None, offsets: Tensor | None, maske
     if live is None or masked == "none":
         return steps_of(torch.ones_like(rewards, dtype=torch.bool, memory_format=torch.contiguous_format), offsets)
     steps = steps_of(live.contiguous(), offsets)
-    # With "zero" the dead tokens up to the last live one are steps, too; behind it the bootstrap value stands.
+    # With "zero" the dead tokens up to the last live one are steps, too, because behind it the
+    # bootstrap value stands.
     return steps if masked == "skip" else steps_of(steps.live | steps.follows, offsets)
 
 

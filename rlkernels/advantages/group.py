@@ -31,7 +31,7 @@ def group_advantages(
     moments: Moments | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> PerResponse:
-    r"""Advantage of each response within its group: the reward less a baseline, over a scale.
+    r"""Computes the advantage of each response within its group: the reward less a baseline, over a scale.
 
     ``A_i = (R_i - b_i) / (s_i + eps)``, with sums over the ``n`` scorable responses ``j`` of the group of ``i``:
 
@@ -228,7 +228,7 @@ class _Population:
         return (self.reduce(self.gap * self.gap) / (self.count - fewer).clamp(min=1)).sqrt()
 
     def lead(self) -> Tensor:
-        """The distance of the largest reward to the second largest one, at the largest one; elsewhere 0."""
+        """Returns the distance of the largest reward to the second largest one, at the largest one; elsewhere 0."""
         best = self.reduce(self.offset, "max", 0.0)
         at_best = self.scored & (self.offset == best)
         second = self.reduce(torch.where(self.scored & ~at_best, self.offset, 0.0), "max", 0.0)

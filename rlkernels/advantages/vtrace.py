@@ -28,7 +28,7 @@ def vtrace(
     cu_seqlens: Offsets | None = None,
     bootstrap_values: PerSequence | None = None,
 ) -> tuple[PerToken, PerToken]:
-    r"""V-trace targets of the value function, and the advantages of the policy gradient that belong to them.
+    r"""Computes V-trace targets of the value function, and the advantages of the policy gradient that belong to them.
 
     ``v_t = V_t + d_t + gamma c_t (v_{t+1} - V_{t+1})``,  ``d_t = rho_t (r_t + gamma V_{t+1} - V_t)``,  ``A_t = rho'_t
     (r_t + gamma v_{t+1} - V_t)``;  ``rho = min(rho_max, pi / pi_old)``, ``rho'`` with ``advantage_rho_max``, ``c = lam

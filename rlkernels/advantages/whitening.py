@@ -34,7 +34,7 @@ def masked_whiten(
     moments: Moments | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
-    r"""Zero mean and unit variance over live elements; dead ones return 0.
+    r"""Gives live elements zero mean and unit variance; dead ones return 0.
 
     ``y = (x - mean) / sqrt(var + eps)``, or ``/ sqrt(max(var, eps))`` with ``eps_mode="clamp"``;  ``var = sum (x -
     mean)^2 / (n - 1)``.

@@ -119,7 +119,7 @@ def serving(
 
 
 class use_backend(contextlib.ContextDecorator):
-    """Every op runs on backend ``name`` inside the context: ``"eager"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+    """The context in which every op runs on backend ``name``: ``"eager"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     An op, dtype or device that the backend lacks raises; nothing falls back in silence. The choice belongs to the
     context of ``contextvars``: a task of asyncio has its own, a new thread starts without one, and a generator that

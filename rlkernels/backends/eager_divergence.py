@@ -15,7 +15,7 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def divergence(rows, kind, beta, weight, out=None, unless=None):
-    """The divergence of each row from ``rows.ref_logits``, and the gradient of the logits.
+    """Computes the divergence of each row from ``rows.ref_logits``, and the gradient of the logits.
 
     Of everything in the dtype of the arithmetic only a chunk of rows exists at a time.
     """
@@ -47,7 +47,8 @@ def divergence(rows, kind, beta, weight, out=None, unless=None):
 
 
 def topk_divergence(rows, ids, logprobs, kind, beta, weight, out=None, unless=None, *, passes):
-    """The same for a teacher of whom the ``K`` likeliest ids and their log-probabilities are known, ``[T, K]``.
+    """Computes the same for a teacher of whom the ``K`` likeliest ids and their log-probabilities are known,
+    ``[T, K]``.
 
     All other columns are one outcome. An entry of log-probability -inf stands for nothing. ``passes``: ``token_stats``
     and ``token_stats_backward`` of a backend.
@@ -90,7 +91,7 @@ def topk_divergence(rows, ids, logprobs, kind, beta, weight, out=None, unless=No
 
 
 def terms(kind, beta, student, teacher):
-    """The divergence of each row, and its derivative by the logits of the student.
+    """Computes the divergence of each row, and its derivative by the logits of the student.
 
     ``student``, ``teacher``: log-probabilities of the outcomes, the last dimension. An outcome without mass counts for
     nothing where its mass is a factor.
@@ -113,7 +114,7 @@ def _expected(mass, x):
 
 
 def _with_tail(logprobs, least):
-    """Log-probabilities with that of all other outcomes behind them, ``least`` of it at the least."""
+    """Returns log-probabilities with that of all other outcomes behind them, ``least`` of it at the least."""
     tail = (1.0 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=least)
     return torch.cat([logprobs, tail.log()], -1)
 
@@ -127,7 +128,7 @@ def _log_softmax(x, alive, keep, temperature, real):
 
 
 def _part(x, here):
-    """Some rows of ``[T, V]`` or ``[B, L, V]``, of which nothing else is copied."""
+    """Returns some rows of ``[T, V]`` or ``[B, L, V]``, of which nothing else is copied."""
     if x.dim() == 2:
         return x[here]
     row = torch.arange(here.start, here.stop, device=x.device)
@@ -135,7 +136,7 @@ def _part(x, here):
 
 
 def _memory(logits, count, weight, out):
-    """The rows that take the gradient: those of ``out`` where it is a matrix."""
+    """Returns the rows that take the gradient: those of ``out`` where it is a matrix."""
     if weight is None:
         return logits.new_empty((0, 0))
     return logits.new_empty((count, logits.shape[-1])) if out is None or out.dim() != 2 else out

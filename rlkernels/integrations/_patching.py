@@ -102,13 +102,13 @@ class PatchStatus:
 
 
 def loaded_modules(package: str) -> list[Any]:
-    """The modules of ``package`` imported so far, sorted by name."""
+    """Returns the modules of ``package`` imported so far, sorted by name."""
     names = [name for name in sys.modules if name == package or name.startswith(package + ".")]
     return [sys.modules[name] for name in sorted(names) if sys.modules[name] is not None]
 
 
 def holders(package: str, value: Any) -> tuple[tuple[Any, str], ...]:
-    """Every ``(module, attribute)`` of the loaded modules of ``package`` whose value *is* ``value``.
+    """Returns every ``(module, attribute)`` of the loaded modules of ``package`` whose value *is* ``value``.
 
     ``vars`` and not ``getattr``: a lazy module would import half of its package to answer.
     """

@@ -31,7 +31,7 @@ class FusedHead(Replacement):
         logit_scale=1.0,
         outputs=OUTPUTS,
     ):
-        """``log softmax(softcap(scale (h W + b)) / T)`` of the targets, with TRL's four optional statistics.
+        """Computes ``log softmax(softcap(scale (h W + b)) / T)`` of the targets, with TRL's four optional statistics.
 
         Args:
             hidden, weight, bias, targets: ``[N, H]``, ``[V, H]``, ``[V]`` or None, ``[N]``.

@@ -118,8 +118,8 @@ def unpatch() -> None:
 
 
 def status() -> PatchStatus:
-    """The attributes that are replaced now, and the calls and delegations counted since; the counts outlive ``unpatch``
-    until the next ``patch``.
+    """Returns the attributes that are replaced now, and the calls and delegations counted since; the counts outlive
+    ``unpatch`` until the next ``patch``.
     """
     with _lock:
         held = [

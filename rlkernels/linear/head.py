@@ -214,8 +214,8 @@ def linear_head(caller, hidden, weight, targets, options):
         )
     if shard is None and valid_vocab is not None and valid_vocab > weight.shape[0]:
         raise ValueError(f"{caller}: valid_vocab is {valid_vocab}, weight has {weight.shape[0]} rows")
-    # Of the whole vocabulary, where shards may differ in size: a chunk is a collective, so all ranks must come to the
-    # same number of rows, or they wait for ever.
+    # Of the whole vocabulary, because shards may differ in size. A chunk is a collective, so that ranks with different
+    # numbers of rows would wait for ever.
     width = weight.shape[0] if vocab_start is None else shard.vocab
     columns = valid_vocab if shard is None else shard.columns
     if columns is not None and columns < weight.shape[0]:

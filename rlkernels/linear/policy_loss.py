@@ -251,8 +251,8 @@ def linear_policy_loss(
     return_metrics: bool = False,
     **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]:
-    r"""``policy_loss`` from hidden states and the lm_head, in three matmuls: the logits of a chunk become their own
-    gradient.
+    r"""Computes ``policy_loss`` from hidden states and the lm_head, in three matmuls: the logits of a chunk become
+    their own gradient.
 
     Tokens whose weights are all 0 enter no matmul. Tokens without advantage, KL and entropy term skip the two matmuls
     of the gradient, where the objective's source shows that their gradient is 0. On the CPU so do all tokens whose

@@ -262,7 +262,8 @@ def linear_dpo_loss(
     return_metrics: bool = False,
     **params: Number,
 ) -> Scalar | tuple[Scalar, Metrics]:
-    r"""``dpo_loss``, of any of its types, from hidden states and the lm_head, without ``[T, V]`` logits: three matmuls.
+    r"""Computes ``dpo_loss``, of any of its types, from hidden states and the lm_head, without ``[T, V]`` logits: three
+    matmuls.
 
     The summed log-probabilities of each answer's live tokens go into ``dpo_loss``. A chunk holds whole pairs; a pair
     that outgrows a chunk is multiplied once more, but for its last part. ``"aot"`` and ``"aot_unpaired"`` sort the

@@ -162,7 +162,7 @@ def linear_sft_loss(
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
-    r"""``sft_loss`` from hidden states and the lm_head, without ``[T, V]`` logits.
+    r"""Computes ``sft_loss`` from hidden states and the lm_head, without ``[T, V]`` logits.
 
     Three matmuls, because the gradient is made in the forward.
 

@@ -51,7 +51,8 @@ def linear_token_logprobs(
     process_group: "torch.distributed.ProcessGroup | None" = None,
     vocab_start: int | None = None,
 ) -> PerToken:
-    r"""Log-probability of each target from hidden states and the lm_head, without ever holding ``[T, V]`` logits.
+    r"""Computes the log-probability of each target from hidden states and the lm_head, without ever holding ``[T, V]``
+    logits.
 
     ``token_logprobs`` of ``z / temperature``, ``z = softcap tanh(u / softcap)`` (``z = u`` without), ``u = logit_scale
     (hidden weight^T + bias)``.
@@ -134,7 +135,7 @@ def linear_token_stats(
     vocab_start: int | None = None,
     outputs: Outputs = ("entropy",),
 ) -> TokenStats:
-    r"""``token_stats`` from hidden states and the lm_head, without ever holding ``[T, V]`` logits.
+    r"""Computes ``token_stats`` from hidden states and the lm_head, without ever holding ``[T, V]`` logits.
 
     Args:
         outputs: as for ``token_stats``; the rest as for ``linear_token_logprobs``.
@@ -305,7 +306,9 @@ def _linear_stats_grad(ctx, dlogp, drow_max, dsum_exp, dentropy, *_):
 
 
 def _linear_stats_backward(dlogp, dentropy, *arguments):
-    """``dlse``: the upstream gradient of the logsumexp, by which that of the log-probability is less already."""
+    """Differentiates the statistics. ``dlse``: the upstream gradient of the logsumexp, by which that of the
+    log-probability is less already.
+    """
     *arguments, dlse = arguments if not isinstance(arguments[-1], str) else (*arguments, None)
     *operands, row_max, sum_exp, entropy, need_hidden, need_weight, need_bias, backend = arguments
     head, needs = LinearHead.unflatten(operands), (need_hidden, need_weight, need_bias)

@@ -187,8 +187,8 @@ def linear_unpaired_preference_loss(
     cu_seqlens: Offsets | None = None,
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
-    r"""``unpaired_preference_loss`` (KTO, APO-zero, BCO) from hidden states and the lm_head, without ``[T, V]`` logits:
-    three matmuls.
+    r"""Computes ``unpaired_preference_loss`` (KTO, APO-zero, BCO) from hidden states and the lm_head, without
+    ``[T, V]`` logits: three matmuls.
 
     ``"kto_paired_batch"`` looks at the whole batch: where that does not fit in one chunk, it takes four matmuls.
 

@@ -191,8 +191,8 @@ def logits_policy_loss(
     return_metrics: bool = False,
     **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]:
-    r"""``policy_loss`` straight from logits: statistics, objective and the gradient with respect to the logits in one
-    pass over each row.
+    r"""Computes ``policy_loss`` straight from logits: statistics, objective and the gradient with respect to the logits
+    in one pass over each row.
 
     The row of a token of weight 0 is never read, nor its target and temperature: any id will do. What needs every row
     before any gradient takes the two passes of ``token_stats``: sequence-level ratios, objectives of sequences, groups

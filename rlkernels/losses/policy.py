@@ -163,7 +163,7 @@ def policy_loss(
     return_metrics: bool = False,
     **params: ObjectiveOption,
 ) -> Scalar | tuple[Scalar, Metrics]:
-    r"""A policy objective over log-probabilities, with a KL and an entropy term.
+    r"""Computes a policy objective over log-probabilities, with a KL and an entropy term.
 
     One launch per term, and one to count the tokens of a masked mean.
 

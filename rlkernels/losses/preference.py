@@ -251,7 +251,8 @@ def dpo_loss(
     return_metrics: bool = False,
     **params: Number,
 ) -> Scalar | tuple[Scalar, Metrics]:
-    r"""Direct preference optimisation and its relatives, from the summed log-probabilities of pairs: one launch a term.
+    r"""Computes direct preference optimisation and its relatives, from the summed log-probabilities of pairs: one
+    launch a term.
 
     ``mean_i w_i sum_k c_k l_k(pair_i)``. With ``rho = logp - ref``, ``S = f(rho)``, ``D = S_c - S_r``, ``b = beta``,
     ``e = label_smoothing``, ``n`` the lengths, ``s`` the logistic function:

@@ -42,8 +42,8 @@ class PreferenceOptions(NamedTuple):
     tpo_alpha: Number
     lengths: tuple[torch.Tensor, torch.Tensor] | None = None  # of the chosen and the rejected answers, at least 1
     empty: torch.Tensor | None = None  # pairs with an answer of no tokens, where there are lengths
-    # The number of pairs in the batch over the tokens of its chosen answers, also in a part of the batch; and over the
-    # tokens of its gold answers.
+    # The number of pairs in the batch over the tokens of its chosen answers, also in a part of the batch. The second
+    # one is over the tokens of its gold answers.
     pairs_per_token: torch.Tensor | None = None
     pairs_per_gold_token: torch.Tensor | None = None
     pair_weights: torch.Tensor | None = None

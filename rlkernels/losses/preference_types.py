@@ -99,8 +99,8 @@ class Pairs:
         A term is its coefficient, the name of its objective, numbers per pair, and the objective's parameters.
         """
         for kind, weight in zip(self.options.kinds, self.options.loss_weights, strict=True):
-            # Not 1.0 times beta, because in torch 2.11 a product of two numbers is a constant of the graph, so that
-            # every beta would have a graph of its own.
+            # Not 1.0 times beta, because in torch 2.11 a product of two numbers is a constant of the graph. Every beta
+            # would have a graph of its own.
             plain = not isinstance(weight, torch.Tensor) and weight == 1.0
             for coefficient, objective, x, params in kind.terms(self, self.options):
                 x, params = of_each_beta(objective, x, params)

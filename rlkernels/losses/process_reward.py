@@ -105,7 +105,8 @@ def process_reward_loss(
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
-    r"""Cross-entropy of a process reward model at the ends of steps; only the rows of logits that score are read.
+    r"""Computes the cross-entropy of a process reward model at the ends of steps; only the rows of logits that score
+    are read.
 
     Hard labels: ``-log pi(y_t)`` over the whole vocabulary, or over the columns of ``reward_token_ids``. Soft labels:
     ``-p_t log pi(a) - (1 - p_t) log pi(b)`` over two columns, ``a`` the first reward token. The loss is their weighted

@@ -62,7 +62,7 @@ def rank_list_loss(
     aggregation: RankAggregation = "pair-mean",
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
-    r"""Loss of a reward model from ranked lists: every score should exceed those behind it in its list.
+    r"""Computes the loss of a reward model from ranked lists: every score should exceed those behind it in its list.
 
     ``-sum_lists w_list sum_{a < b} f(s_a - s_b)``, ``f`` the log of the logistic function (``"logsigmoid"``) or that
     function itself (``"sigmoid"``, whose loss is negative).

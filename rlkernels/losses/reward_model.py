@@ -71,7 +71,7 @@ def pairwise_reward_loss(
     reduction: Reduction = "mean",
     return_metrics: bool = False,
 ) -> Scalar | PerPair | tuple[Scalar | PerPair, Metrics]:
-    r"""Bradley-Terry loss of a reward model.
+    r"""Computes the Bradley-Terry loss of a reward model.
 
     One launch each way for fp32 scores without centring.
 

@@ -45,12 +45,12 @@ class RewardNormalizer:
 
     @property
     def mean(self) -> Scalar:
-        """The mean of all rewards so far, 0 before the first one; float64."""
+        """Returns the mean of all rewards so far, 0 before the first one; float64."""
         return self.moments[1]
 
     @property
     def std(self) -> Scalar:
-        """The standard deviation of all rewards so far, at least ``std_min``; 1 of fewer than two; float64."""
+        """Returns the standard deviation of all rewards so far, at least ``std_min``; 1 of fewer than two; float64."""
         count, _, squares = self.moments.unbind(0)
         spread = (squares / (count - (1 if self.unbiased else 0)).clamp(min=1)).sqrt().clamp(min=self.std_min)
         return torch.where(count < 2, 1.0, spread)

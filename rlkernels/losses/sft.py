@@ -99,7 +99,7 @@ def logprobs_sft_loss(
     normalizers: Normalizers | None = None,
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
-    r"""``sft_loss`` from the log-probabilities of the targets: value and derivative in one launch.
+    r"""Computes ``sft_loss`` from the log-probabilities of the targets: value and derivative in one launch.
 
     ``sum_t w_t v_t l(logp_t)``, ``l = -logp`` (``"nll"``) or ``-sg[exp(logp)] logp`` (``"dft"``).
 
@@ -231,7 +231,8 @@ def sft_loss(
     inplace_backward: bool = False,
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
-    r"""Likelihood of target tokens, from logits: loss and gradient of the logits in one pass over each row.
+    r"""Computes the likelihood of target tokens, from logits: loss and gradient of the logits in one pass over each
+    row.
 
     ``sum_t w_t v_t l(log pi(y_t)) + z_loss_coef sum_t |w_t v_t| Z_t^2``, ``w`` the aggregation's weights, ``v`` the
     ``sample_weights``, ``Z`` the logsumexp of a row. Row ``t`` of the logits scores ``targets[t]``: nothing is shifted

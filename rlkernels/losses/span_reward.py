@@ -20,7 +20,8 @@ def span_reward_loss(
     allow_first_difference: bool = False,
     normalizers: Normalizers | None = None,
 ) -> tuple[Scalar, PerPair, PerPair]:
-    r"""Bradley-Terry loss of a reward model that scores every token, over the span in which the answers differ.
+    r"""Computes the Bradley-Terry loss of a reward model that scores every token, over the span in which the answers
+    differ.
 
     ``mean_i mean_{t = div_i .. end_i - 1} softplus(-(c_it - q_it))``: ``div`` the first position whose ids differ,
     ``end`` the longer one of the two lengths. One launch, whatever the number of pairs.

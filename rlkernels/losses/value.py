@@ -89,7 +89,7 @@ def value_loss(
     return_metrics: bool = False,
     **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]:
-    r"""Value-function loss: ``1/2 sum_t w_t (V_t - R_t)^2``.
+    r"""Computes the value-function loss: ``1/2 sum_t w_t (V_t - R_t)^2``.
 
     With ``clip_range = c`` it is the larger of that and the clipped error,
     ``1/2 sum_t w_t max((V_t - R_t)^2, (V_old_t + clip(V_t - V_old_t, -c, c) - R_t)^2)``.

@@ -190,8 +190,10 @@ def _our_functions(module):
 def _parse(function):
     """Returns the syntax tree of a function."""
     try:
-        if _is_ours(function):
-            return _our_functions(function.__module__)[function.__name__]
+        # The example of a docstring has the name of our module, but is no function of its file.
+        ours = _our_functions(function.__module__).get(function.__name__) if _is_ours(function) else None
+        if ours is not None:
+            return ours
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, SyntaxError, LookupError, tokenize.TokenError) as error:
         raise TypeError(

@@ -81,7 +81,7 @@ FLAGS = {"entropy": ENTROPY, "log_sum_sq_probs": LOG_SUM_SQ, "mean_logits": MEAN
 
 
 def serving(op, tensor):
-    """The backend for ``op`` on this tensor; of logits, the last dimension counts too."""
+    """Returns the backend for ``op`` on this tensor; of logits, the last dimension counts too."""
     if tensor.is_cpu:
         return _serving(op, "cpu")
     return _serving(op, tensor.device.type, tensor.dtype, tensor.shape[-1] if tensor.dim() > 1 else None)

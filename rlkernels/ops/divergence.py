@@ -34,7 +34,7 @@ class WeightedDivergence(NamedTuple):
 
 
 def divergences(rows, teacher, weight, with_grad, backend):
-    """The ``WeightedDivergence`` of a ``RowBatch`` from a ``Teacher``.
+    """Computes the ``WeightedDivergence`` of a ``RowBatch`` from a ``Teacher``.
 
     With ``weight`` its ``loss`` is differentiable in the logits; without, its ``value`` is, and ``loss`` is 0.
     ``with_grad``: the gradient of the loss is made in the forward, in the same pass.
@@ -58,7 +58,7 @@ def run_divergence(backend, rows, teacher, weight, out=None, unless=None):
 
 
 def _split(arguments):
-    """The ``RowBatch`` and the ``Teacher`` that the first ten arguments of a registered op stand for."""
+    """Returns the ``RowBatch`` and the ``Teacher`` that the first ten arguments of a registered op stand for."""
     logits, targets, temperature, *rest = arguments[:6]
     rows = tuple.__new__(RowBatch, (logits, targets, value(temperature), *rest))
     ids, logprobs, kind, beta = arguments[6:10]
@@ -73,7 +73,7 @@ def _divergence(*arguments):
 
 
 def weighted(values, weight):
-    """The sum of values times their weights; one of weight 0 is not looked at."""
+    """Returns the sum of values times their weights; one of weight 0 is not looked at."""
     return torch.where(weight != 0, values * weight, 0.0).sum(dtype=torch.float64).to(values.dtype)
 
 
@@ -100,8 +100,8 @@ def _gradient(ctx, dloss, dvalues, _):
     upstream = dvalues if weight is None else dloss
     if upstream is None:
         return None, *nothing
-    # Returned as it was made where the upstream gradient is exactly 1, else made anew in the same memory, because
-    # scaling would round a second time.
+    # The gradient is returned as it was made where the upstream gradient is exactly 1. Else it is made anew in the same
+    # memory, because scaling would round a second time.
     ready, ctx.dlogits = None if torch.is_grad_enabled() else ctx.dlogits, None
     if ready is not None and known_to_be_one(upstream):
         return ready.view(logits.shape), *nothing

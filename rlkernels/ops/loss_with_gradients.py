@@ -47,7 +47,7 @@ def _scaled(gradient, upstream, like, backend):
 
 
 def with_gradients(loss, gradients, again, backend, *inputs):
-    """``loss``, differentiable in ``inputs``; their gradients (None: not wanted) are given away once, then ``again()``
-    makes them anew. ``backend``: asked for memory.
+    """Returns ``loss``, differentiable in ``inputs``; their gradients (None: not wanted) are given away once, then
+    ``again()`` makes them anew. ``backend``: asked for memory.
     """
     return _Held.apply(loss, gradients, again, backend, *inputs)

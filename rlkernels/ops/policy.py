@@ -11,8 +11,8 @@ from rlkernels.tracing import on_device, value, values
 
 
 def fused_policy(rows, policy, with_grad, inplace, backend):
-    """The ``PolicyRows`` of a ``RowBatch`` (no reference) and ``PolicyInputs``; the loss is differentiable in the
-    logits.
+    """Computes the ``PolicyRows`` of a ``RowBatch`` (no reference) and ``PolicyInputs``; the loss is differentiable in
+    the logits.
     """
     objective, *terms = policy
     return PolicyRows(*fused_policy_op(objective, *rows[:5], *terms, with_grad, inplace, backend))

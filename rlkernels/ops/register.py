@@ -69,7 +69,7 @@ def define(name, schema, implementation, fake, formula=None, setup=None, dispatc
 
 
 def _recorded(name, implementation, formula, setup):
-    """The same op for a call that autograd records outside of the dispatcher."""
+    """Wraps the same op for a call that autograd records outside of the dispatcher."""
 
     def forward(ctx, *arguments):
         output = implementation(*arguments)
@@ -102,7 +102,8 @@ class _Refusal(torch.autograd.Function):
 
 
 def without_gradient(name, x, logp):
-    """A copy of a statistic through which a backward raises, because a loss of it would train without that term.
+    """Returns a copy of a statistic through which a backward raises, because a loss of it would train without that
+    term.
 
     ``x`` itself where it is differentiable or ``logp`` is not, and in a compiled or transformed program.
     """

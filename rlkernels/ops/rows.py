@@ -25,9 +25,9 @@ SAVED = "Tensor row_max, Tensor sum_exp, Tensor entropy, Tensor? ref_row_max, Te
 
 
 def token_stats(rows, wanted, inplace, backend):
-    """The ``RowStats`` of a ``RowBatch``; log-probability, entropy, KL, mean of the logits and sum of exponentials are
-    differentiable in the logits. The sum is differentiated as if the row maximum were constant, which is exact for
-    ``row_max / T + log(sum_exp)``.
+    """Computes the ``RowStats`` of a ``RowBatch``; log-probability, entropy, KL, mean of the logits and sum of
+    exponentials are differentiable in the logits. The sum is differentiated as if the row maximum were constant, which
+    is exact for ``row_max / T + log(sum_exp)``.
 
     ``wanted``: bits of ``backends.protocol``. ``inplace``: the backward writes the gradient over the logits.
     """
@@ -40,7 +40,9 @@ def _token_stats(logits, targets, temperature, ignore_index, vocab_mask, ref_log
 
 
 def _dispatched_token_stats(*arguments):
-    """The same with an empty tensor of its own for each absent output, because an op's outputs must not be aliases."""
+    """Computes the same with an empty tensor of its own for each absent output, because an op's outputs must not be
+    aliases.
+    """
     first, *rest = _token_stats(*arguments)
     return first, *(x if x.numel() else torch.empty_like(x) for x in rest)
 
@@ -84,7 +86,8 @@ def _gradient(ctx, *arrived):
 
 
 def _gradient_of_all(ctx, upstream, dsum, dmean, logits, targets, per_row, vocab_mask, ref_logits, saved):
-    """The gradient of the logits where the sum of exponentials or the mean of the logits has an upstream gradient.
+    """Returns the gradient of the logits where the sum of exponentials or the mean of the logits has an upstream
+    gradient.
 
     With ``b`` that of the logsumexp, ``a (1[v = y] - p_v) + b p_v = (a - b) (1[v = y] - p_v) + b 1[v = y]``. The kernel
     makes the first term. The column of the target is written once more, because a sum of two rounded terms would be
@@ -120,7 +123,7 @@ def _gradient_of_all(ctx, upstream, dsum, dmean, logits, targets, per_row, vocab
 
 
 def target_gradient(upstream, dlse, column, live, temperature, saved, reference=None):
-    """The gradient of the logit of each row's target, ``[T]``, 0 where the row is not ``live``.
+    """Returns the gradient of the logit of each row's target, ``[T]``, 0 where the row is not ``live``.
 
     ``upstream``: what a kernel gets, in which that of the log-probability is less ``dlse``, that of the logsumexp.
     ``column``, ``reference``: the logits of the targets, ``[T, 1]`` or ``[..., 1]``.
@@ -133,12 +136,12 @@ def target_gradient(upstream, dlse, column, live, temperature, saved, reference=
 
 
 def divisor(temperature):
-    """The part of a temperature that a context keeps: the number itself, or the tensor to save."""
+    """Returns the part of a temperature that a context keeps: the number itself, or the tensor to save."""
     return (temperature, None) if isinstance(temperature, float) else (None, temperature)
 
 
 def logits_gradient(ctx, upstream, logits, targets, per_row, vocab_mask, ref_logits, saved, ready=None, unless=None):
-    """The gradient of the logits, in the logits' own memory where ``ctx`` says so.
+    """Returns the gradient of the logits, in the logits' own memory where ``ctx`` says so.
 
     ``ready``: the gradient that the forward made, for an upstream gradient of 1; it is kept where ``unless`` is 1, and
     made anew in its memory elsewhere.
@@ -159,7 +162,9 @@ def logits_gradient(ctx, upstream, logits, targets, per_row, vocab_mask, ref_log
 
 
 def _token_stats_backward(*arguments, out=None, unless=None):
-    """``arguments``: the fields of an ``Upstream``, a ``RowBatch`` and ``SavedRows``, then the backend."""
+    """Differentiates rows. ``arguments``: the fields of an ``Upstream``, a ``RowBatch`` and ``SavedRows``, then the
+    backend.
+    """
     upstream = tuple.__new__(Upstream, arguments[:3])
     logits, targets, temperature, *rest = arguments[3:9]
     rows = tuple.__new__(RowBatch, (logits, targets, value(temperature), *rest))
@@ -182,7 +187,7 @@ def gradient_fake(dlogp, dentropy, dkl, logits, *rest):
 
 
 def nothing_fake(*arguments):
-    """The fake of an op that writes into an argument."""
+    """Stands for an op that writes into an argument."""
 
 
 token_stats_op = register.define(

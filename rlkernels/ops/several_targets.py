@@ -10,7 +10,7 @@ from rlkernels.tracing import value
 
 
 def target_logprobs(rows, inplace, backend):
-    """The log-probabilities ``[T, K]`` of a ``RowBatch`` whose ``targets`` are ``[T, K]``, differentiable."""
+    """Computes the log-probabilities ``[T, K]`` of a ``RowBatch`` whose ``targets`` are ``[T, K]``, differentiable."""
     return target_logprobs_op(*rows[:5], inplace, backend)[0]
 
 
@@ -33,7 +33,7 @@ def _scored(targets, ignore_index, vocab, vocab_mask):
 
 
 def _centred(logits, index, temperature, row_max):
-    """The logits of columns ``[T, K]``, less the row maximum, over the temperature."""
+    """Returns the logits of columns ``[T, K]``, less the row maximum, over the temperature."""
     x = logits.gather(-1, index.view(*logits.shape[:-1], index.shape[-1])).to(row_max.dtype).view(index.shape)
     x = x - row_max[:, None]
     return x / (temperature[:, None] if isinstance(temperature, torch.Tensor) and temperature.dim() else temperature)
@@ -51,7 +51,7 @@ def _target_logprobs(logits, targets, temperature, ignore_index, vocab_mask, inp
     stats = register.run("token_stats", backend, rows, 0)
     index = torch.where(scored, targets, 0).long()
     logp = _centred(logits, index, temperature, stats.row_max) - stats.sum_exp.log()[:, None]
-    # A target outside of the support has probability 0; one outside of the vocabulary is met on an accelerator only.
+    # A target outside of the support has probability 0. One outside of the vocabulary is met on an accelerator only.
     absent = torch.where((targets >= 0) & (targets < vocab), -torch.inf, torch.nan).to(logp.dtype)
     absent = torch.where(logp.isnan().any(-1, keepdim=True) & scored.any(-1, keepdim=True), torch.nan, absent)
     logp = torch.where(targets == ignore_index, 0.0, torch.where(scored, logp, absent))

@@ -95,7 +95,7 @@ def checked_correction(
             f"{caller}: correction must be a Correction, a dict of its options, or a tensor of factors; got "
             f"{type(given).__name__}"
         )
-    checks.choice(caller, "mode", given.mode, CORRECTION_MODES)
+    checks.choice(caller, "correction: mode", given.mode, CORRECTION_MODES)
     if given.mode is None:
         if given.changed():
             raise ValueError(f"{caller}: correction of mode None makes no weights, so it takes no {given.changed()[0]}")
@@ -115,7 +115,7 @@ def checked_correction(
     if token_alone and given.mode is not None and given.level != "token":
         raise ValueError(f"{caller}: this objective takes a correction of level 'token' alone, got {given.level!r}")
     if given.opsm_delta is not None:
-        checks_tokens.not_negative(caller, "opsm_delta", given.opsm_delta, like)
+        checks_tokens.not_negative(caller, "correction: opsm_delta", given.opsm_delta, like)
     return given
 
 
@@ -177,7 +177,9 @@ def correction_weights(
     except checks.NAMED as error:
         if type(error) not in checks.NAMED:
             raise
-        raise checks.named(error, "rollout_weights") from error
+        # The words of rollout_weights name an option, which the loss has within its correction alone.
+        text = str(error).removeprefix("rollout_weights: ")
+        raise checks.named(type(error)(f"correction: {text}")) from error
     return weights.to(real), {name: x.to(real) for name, x in metrics.items()}
 
 

@@ -1,4 +1,4 @@
-"""From the logs of agents to batches: messages with their provenance, rows of tokens, padded and packed batches.
+"""The way from the logs of agents to batches: messages with their provenance, rows of tokens, batches of both layouts.
 
 The token ids and log-probabilities that were recorded at the call of the model are the reference. Text that is
 tokenised again drifts, so the converters from text are a convenience, and ``TokenRow.mismatches`` says where they

@@ -1,4 +1,4 @@
-"""From the logs of agent frameworks to trajectories.
+"""The converters from logs of agent frameworks to trajectories.
 
 A converter knows who wrote a message: from a mark in the log, or from the texts that a framework is known to write
 itself. A converter never takes the role for the writer where neither is there; it asks the caller.

@@ -1,4 +1,4 @@
-"""From the messages of a trajectory to rows of tokens, through a tokenizer with a chat template."""
+"""The way from the messages of a trajectory to rows of tokens, through a tokenizer with a chat template."""
 
 import math
 from collections.abc import Mapping

@@ -1,11 +1,12 @@
 """Coefficients that are tensors: on a device they are never read, so here the CPU is kept from reading them, too."""
 
+import host_reads
 import pytest
 import torch
 from linear_problems import gradients
 
 import rlkernels as rlk
-from rlkernels import checks, tracing
+from rlkernels import tracing
 from rlkernels.losses.preference_types import KINDS
 from rlkernels.ops import columns, policy
 
@@ -207,7 +208,7 @@ def results(name, n):
 @pytest.fixture
 def unread(monkeypatch):
     """As on a device: no coefficient is read, and no kernel is given one."""
-    monkeypatch.setattr(checks, "host_reads", lambda x: False)
+    host_reads.answer(monkeypatch, False)
     monkeypatch.setattr(tracing, "on_device", lambda x: isinstance(x, torch.Tensor))
     for module in (columns, policy):
         monkeypatch.setattr(module, "on_device", tracing.on_device)

@@ -279,11 +279,15 @@ BAD = {
         "makes no weights, so it takes no high",
     ),
     "an unknown option": ({"correction": {"hihg": 2.0}}, ValueError, "unknown 'hihg'.*did you mean high"),
-    "a mode": ({"correction": Correction(mode="drop"), "rollout_logprobs": X}, ValueError, "mode must be one of"),
+    "a mode": (
+        {"correction": Correction(mode="drop"), "rollout_logprobs": X},
+        ValueError,
+        "correction: mode must be one of",
+    ),
     "bounds": (
         {"correction": Correction(low=3.0, high=2.0), "rollout_logprobs": X},
         ValueError,
-        "low must not be above high",
+        "correction: low must not be above high",
     ),
     "a name": ({"correction": "tis"}, TypeError, "must be a Correction, a dict of its options, or a tensor"),
     "factors and engine": ({"correction": X, "rollout_logprobs": X}, ValueError, "leave rollout_logprobs out"),
@@ -299,7 +303,11 @@ BAD = {
         ValueError,
         "takes no high; for weights beside the ratio",
     ),
-    "delta": ({"correction": Correction(mode=None, opsm_delta=-1.0)}, ValueError, "opsm_delta must be finite"),
+    "delta": (
+        {"correction": Correction(mode=None, opsm_delta=-1.0)},
+        ValueError,
+        "correction: opsm_delta must be finite",
+    ),
     "fraction": ({"top_entropy_fraction": 0.0, "entropy": X}, ValueError, "top_entropy_fraction must be positive"),
     "entropy": ({"top_entropy_fraction": 0.5}, ValueError, "top_entropy_fraction needs entropy"),
 }

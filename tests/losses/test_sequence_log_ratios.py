@@ -1,11 +1,11 @@
 """Log-ratios of whole sequences are small differences of large sums: they keep their digits, whatever the length."""
 
+import host_reads
 import pytest
 import torch
 from linear_problems import PARAMS, gradients, objective_of
 
 import rlkernels as rlk
-from rlkernels import checks
 
 LONG = 32768
 LEVELS = ("sequence", "sequence_token", "sequence_sum")
@@ -176,7 +176,7 @@ def test_the_head_s_gradient_of_a_long_sequence_keeps_its_digits(backend):
 
 
 def test_a_factor_that_is_a_float32_tensor_does_not_round_the_weights(monkeypatch):
-    monkeypatch.setattr(checks, "host_reads", lambda x: False)  # as on a device
+    host_reads.answer(monkeypatch, False)  # as on a device
     for name in ("dp_size", "scale"):
         got = rlk.token_weights(
             torch.ones(1, 3), "token-mean", batch_num_tokens=3, dtype=torch.float64, **{name: torch.tensor(2.0)}

@@ -158,7 +158,7 @@ X = torch.zeros(2, 3)
 REFUSED = {
     "pack: tensors must be a dict of tensors by name, got list": lambda: rlk.pack([X], X),
     r"pack: attention_mask has shape \(3,\), expected \[B, L\]": lambda: rlk.pack({"x": X}, X[0]),
-    r"pack: tensors\['x'\] has shape \(3, 2\), expected \[2, 3, '...'\]": lambda: rlk.pack({"x": X.T}, X),
+    r"pack: tensors\['x'\] has shape \(3, 2\), expected \[2, 3, \.\.\.\]": lambda: rlk.pack({"x": X.T}, X),
     "pack: fill names 'y', expected names of tensors: x": lambda: rlk.pack({"x": X}, X, fill={"y": 0}),
     r"pack: fill\['x'\] is -100, which torch.uint8 does not have": lambda: rlk.pack(
         {"x": X.byte()}, X, fill={"x": -100}

@@ -4,6 +4,7 @@ backends, held against the files.
 
 import ast
 import re
+from fnmatch import fnmatch
 
 import pytest
 from paths import ROOT
@@ -11,6 +12,7 @@ from test_architecture import LAYERS
 
 from rlkernels.backends import KNOWN, OPS
 from rlkernels.cli import COMMANDS
+from rlkernels.losses import row_objectives
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 BACKENDS = ROOT / "rlkernels" / "backends"
@@ -18,6 +20,7 @@ PROSE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md",
 PROSE += [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / ".github").rglob("*.md"))]
 READMES = [BACKENDS / "README.md", *(ROOT / name / "README.md" for name in ("csrc", "tests", "benchmarks"))]
 PROSE += READMES
+WITHOUT_FIGURES = [path for path in PROSE if path.stem not in ("performance", "scaling", "versions")]
 DOCSTRINGS = [path for folder in ("rlkernels", "benchmarks", "csrc") for path in sorted((ROOT / folder).rglob("*.py"))]
 DOCSTRINGS += sorted(ROOT.glob("setup*.py"))
 HEADLESS = re.compile(r"\s*(What|Which|Of|Where|How|None|Whether)\b")
@@ -139,10 +142,13 @@ def test_the_readme_of_the_backends_names_every_file_and_every_op_there():
 
 def test_the_readme_of_the_native_code_names_files_that_are_there_and_every_shared_header():
     csrc = ROOT / "csrc"
-    names = re.findall(r"`((?:c\w+/)?[\w*]+\.(?:h|cpp|cuh?|\*))`", (csrc / "README.md").read_text())
+    names = re.findall(r"`((?:c\w+/)?[\w*]+\.(?:h|cpp|cuh?|\*)|cpu/\w+\*)`", (csrc / "README.md").read_text())
     for name in names:
         assert list(csrc.glob(name) if "/" in name else csrc.rglob(name)), f"csrc/README.md names {name}"
     assert {path.name for path in csrc.glob("*.h")} <= set(names)
+    for path in (path.relative_to(csrc) for path in csrc.glob("cpu/*.cpp")):
+        there = any(fnmatch(path.as_posix(), name) or fnmatch(path.name, name) for name in names)
+        assert there or path.name in ("bindings.cpp", "rows_f64.cpp"), f"csrc/README.md does not name {path}"
 
 
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -161,6 +167,32 @@ def test_every_path_link_and_command_on_a_page_is_there(path):
     for name in re.findall(r"(?:^ {4,}|(?<!was )`)rlkernels ([a-z]+)", text, re.MULTILINE):
         # Figures name their contenders so, by the backend that was forced, and say what their command was.
         assert name in {*COMMANDS, *KNOWN, "auto"}, f"{path.name} names rlkernels {name}, which is no command"
+
+
+@pytest.mark.parametrize("path", WITHOUT_FIGURES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_page_says_a_thing_twice(path):
+    """A merge may leave an old row or bullet beside the new one, which begins with the same words."""
+    text = path.read_text()
+    starts = re.findall(r"^(\* .{24})", text, re.MULTILINE)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        starts += re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
+        twice = {start for start in starts if starts.count(start) > 1}
+        assert not twice, f"{path.name} begins twice with {twice}"
+        starts = [start for start in starts if start.startswith("* ")]
+    assert len(starts) == len(set(starts)), f"{path.name}: {[start for start in starts if starts.count(start) > 1]}"
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_the_readme_of_a_folder_names_all_that_lies_there(folder):
+    page = (ROOT / folder / "README.md").read_text()
+    if folder == "tests":
+        parts = [path.parent.name for path in (ROOT / folder).glob("*/*.py")]
+        parts = [f"`{part}`" for part in parts]
+    else:
+        paths = [path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
+        parts = [f"\n{path.relative_to(ROOT / folder).as_posix()} " for path in paths]
+    for part in parts:
+        assert part in page, f"{folder}/README.md does not name {part.strip()}"
 
 
 def docstrings(tree):
@@ -197,3 +229,24 @@ def test_docstrings_of_modules_functions_classes_and_constants_are_found():
 def test_no_docstring_begins_with_a_clause_that_lacks_its_noun(path):
     for line, text in docstrings(ast.parse(path.read_text())):
         assert not HEADLESS.match(text), f"{path.relative_to(ROOT)}:{line}: {text.splitlines()[0]}; name the noun first"
+
+
+VERB = re.compile(r"\s*(?!Is\b|Its\b|This\b|Was\b|Loss\b|Less\b|Bias\b|As\b)[A-Z][a-z]+s\b")
+"""The first word of a function's docstring, in the third person."""
+NATIVE = ("backends", "cli")  # their older files still begin with nouns
+SPEAKING = [
+    path
+    for path in DOCSTRINGS
+    if path.parts[len(ROOT.parts)] == "rlkernels" and path.parts[len(ROOT.parts) + 1] not in NATIVE
+]
+
+
+@pytest.mark.parametrize("path", SPEAKING, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_docstring_of_a_function_begins_with_a_verb(path):
+    """That of an objective begins with its name, because a page prints it."""
+    printed = {f.__name__ for f in row_objectives.LOSSES.values()} if path.stem == "row_objectives" else {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        own = isinstance(node, ast.FunctionDef) and any("objective" in ast.unparse(x) for x in node.decorator_list)
+        if isinstance(node, ast.FunctionDef) and not own and node.name not in printed:
+            text = ast.get_docstring(node)
+            assert text is None or VERB.match(text), f"{path.relative_to(ROOT)}:{node.lineno}: {text.splitlines()[0]}"

@@ -192,6 +192,11 @@ def test_a_strict_checker_passes_a_right_script_and_names_each_mistake_of_a_wron
         assert any(part in text for text in said[wrong, number]), f"line {number}: {said[wrong, number]}"
 
 
+@pytest.mark.parametrize("name", rlkernels.__all__)
+def test_the_right_script_has_every_public_name(name):
+    assert f"rlk.{name}" in (TYPED / "right.py").read_text()
+
+
 def test_the_right_script_runs():
     done = subprocesses.child(TYPED / "right.py")
     assert done.returncode == 0, done.stderr

@@ -96,8 +96,8 @@ def one_result_objective():
 
 def default_objective():
     @objective
-    def mine(logp, advantage, scale=1.0):
-        """A default."""
+    def mine(logp, advantage=1.0, scale=1.0):
+        """A column with a default."""
         return -advantage * logp * scale, -advantage * scale
 
 

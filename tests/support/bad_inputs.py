@@ -568,7 +568,7 @@ CASES = {
         TypeError,
         "objective 'mine', line 4: .*write a final 'return value, derivative'",
     ),
-    "B57 default": (default_objective, TypeError, "objective 'mine': positional arguments without defaults only"),
+    "B57 default": (default_objective, TypeError, "objective 'mine': 'advantage' is a column and has a default"),
     "B58 double backward": (double_backward, RuntimeError, "double backward is not supported"),
     "B58 forward mode": (lambda: torch.func.jvp(logps, (X,), (X,)), RuntimeError, "forward-mode AD is not supported"),
 }

@@ -36,14 +36,15 @@ FORWARD, REVERSE, JSD, CROSS_ENTROPY = (tl.constexpr(k) for k in range(4))
 
 @triton.jit
 def _probability(row, v, stop, keep, scale, row_max, sum_exp, TAIL: tl.constexpr, MASKED: tl.constexpr):
-    """The probabilities of a tile, and its centred logits in units of log 2, not below ``FAR``."""
+    """Returns the probabilities of a tile, and its centred logits in units of log 2, not below ``FAR``."""
     z = (read(row, v, stop, keep, TAIL, MASKED, "evict_last") - row_max) * scale
     return tl.exp2(z) / sum_exp, tl.maximum(z, FAR)
 
 
 @triton.jit
 def _mixed(p, q, z, ref_z, offset, beta):
-    """``log(M / p)`` and ``log(q / M)`` of the mixture ``M = (1 - beta) p + beta q``; the first is 0 where p = q.
+    """Returns ``log(M / p)`` and ``log(q / M)`` of the mixture ``M = (1 - beta) p + beta q``; the first is 0 where p =
+    q.
 
     Where p is next to nothing, M is ``beta q``, and no term with p counts, because the division would overflow.
     """
@@ -157,8 +158,8 @@ def divergence_rows(
     OUT_ALIGN: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """One row: the sums of both models, those of the mixture for a JSD, and the gradient; nothing where ``unless`` is
-    exactly 1.
+    """Computes one row: the sums of both models, those of the mixture for a JSD, and the gradient; nothing where
+    ``unless`` is exactly 1.
     """
     if tl.load(unless_ptr, guarded != 0, other=0.0) == 1.0:
         return

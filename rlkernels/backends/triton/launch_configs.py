@@ -33,8 +33,8 @@ ONE_PASS_WIDE = ((SMALL, Config(128, 128)), (LARGE, Config(512, 512)))
 DOUBLE = ((LARGE, Config(128, 128)),)
 TABLE = {
     # (op, bytes per logit): ((largest vocabulary, config), ...). Lanes are the same for every op that sums and for 2
-    # and 4 bytes: a log-probability has the same bits from all of them, and bf16 logits give the bits of the same
-    # values in fp32.
+    # and 4 bytes, because a log-probability must have the same bits from all of them. So bf16 logits give the bits of
+    # the same values in fp32.
     ("token_stats", 2): STATISTICS,
     ("token_stats", 4): STATISTICS,
     ("token_stats", 8): DOUBLE,

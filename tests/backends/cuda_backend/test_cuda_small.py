@@ -12,6 +12,7 @@ from weighted_losses import CASES, check, check_without_a_live_element
 from rlkernels.backends import eager
 from rlkernels.objectives import OBJECTIVES
 
+KL_TERM = OBJECTIVES["kl_term"]
 PARAMS = {
     "ratio_cap": 1.1,
     "ratio_max": 1.5,
@@ -28,6 +29,7 @@ PARAMS = {
     "clip_range": 0.2,
     "tau": 0.05,
     "alpha": 0.5,
+    **dict(zip(KL_TERM.params, (3.0, -20.0, 20.0, -10.0, 10.0, 2.0, 1.0, 0.0), strict=True)),
 }
 NATIVE = [name for name, o in OBJECTIVES.items() if o.function.__module__.startswith("rlkernels.")]
 

@@ -357,7 +357,7 @@ MUTANTS = (
     ),
     _m(
         "a mask may weigh",
-        "checks/__init__.py",
+        "checks/losses.py",
         "if x.dtype.is_floating_point and not counts:",
         "if False:",
         tests=("test_refused_values.py",),

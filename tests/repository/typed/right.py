@@ -117,6 +117,58 @@ coefficient: Tensor = controller.coef
 discounted: Tensor = rlk.discounted_returns(old, mask, gamma=0.9)
 white: Tensor = rlk.masked_whiten(gained, mask, eps_mode="clamp", dim=(0, 1))
 
+ends, answers = torch.tensor([[0, 0, 1], [0, 1, 0]]), torch.tensor([[3, 4, 0], [3, 1, 0]])
+distilled: Tensor = rlk.divergence_loss(logits, logits.detach(), mask, kind="jsd", beta=0.3, temperature=2.0)
+distilled, metrics = rlk.divergence_loss(logits, teacher_topk=(targets[..., None], old[..., None]), return_metrics=True)
+each = rlk.token_divergences(logits, logits.detach(), mask, kind="reverse_kl")
+loss, metrics = rlk.linear_distillation_loss(
+    states, head, states, head, mask, kind="cross_entropy", return_metrics=True
+)
+more: rlk.TokenStats = rlk.linear_token_stats(states, head, targets, outputs=("entropy", "mean_logits"), softcap=30.0)
+loss = rlk.linear_unpaired_preference_loss(states, head, targets, rewards, rewards > 0, kl=0.0, bias=torch.zeros(8))
+
+corrected = rlk.Correction("mask", low=0.5, high=2.0, gate="ratio", opsm_delta=0.1)
+loss = rlk.policy_loss(stats.logprobs, old, advantages, mask, rollout_logprobs=old, correction=corrected)
+loss = rlk.policy_loss(stats.logprobs, old, advantages, mask, rollout_logprobs=old, correction={"high": 2.0})
+factors: Tensor = rlk.rollout_weights(old, old, mask, level="sequence", mode="clip", high=2.0)
+factors, metrics = rlk.rollout_weights(old, old, mask, high=2.0, return_metrics=True)
+factors = rlk.rho_correction(old, old, mask, mask_high=5.0, clamp_high=2.0)
+passed: Tensor = rlk.rejection_mask(old, old, mask, rules={"token_k1": (0.5, 2.0), "seq_mean_k3": 0.1})
+passed, metrics = rlk.rejection_mask(old, old, mask, rules={"token_k1": 2.0}, return_metrics=True)
+passed = rlk.off_policy_sequence_mask(old, old, advantages, mask, delta=0.1)
+passed = rlk.m2po_mask(old, old, mask, threshold=0.04)
+mismatch: dict[str, Tensor] = rlk.rollout_metrics(old, old, mask, nan_ratio=1.0)
+loss = rlk.policy_loss(stats.logprobs, old, advantages, rlk.top_entropy_mask(old.exp(), mask, 0.5))
+
+ranked: Tensor = rlk.rank_list_loss(old, kind="logsigmoid", aggregation="list-mean")
+judged: Tensor = rlk.process_reward_loss(logits, targets, mask=mask, reward_token_ids=[0, 1, 2, 3, 4])
+judged, metrics = rlk.process_reward_loss(logits, targets, mask=mask, return_metrics=True)
+solved: Tensor = rlk.solution_scores(old.exp(), ends, kind="product")
+at_the_end, places = rlk.end_scores(old, mask)
+loss, chosen_end, rejected_end = rlk.span_reward_loss(old, answers, 0)
+running = rlk.RewardNormalizer(unbiased=False)
+running.update(rewards)
+even: Tensor = running.normalize(rewards)
+pair_weights: Tensor = rlk.wpo_weights(old, mask)
+
+best: Tensor = rlk.best_of_n(rewards, group_ids, count=1)
+shared: Tensor = rlk.broadcast_advantages(rewards, torch.tensor([False, True]), group_ids)
+mixed: Tensor = rlk.dynamic_sampling_mask(rewards, group_ids, low=0.0, high=1.0)
+shaped: Tensor = rlk.length_penalty(torch.tensor([3, 9]), max_length=10, buffer=4.0)
+shaped = rlk.truncation_penalty(rewards, torch.tensor([True, False]), 0.5)
+whole: Tensor = rlk.extended_mask(mask)
+moments: rlk.Moments = rlk.merge_moments([rlk.masked_moments(old, mask), rlk.masked_moments(old)])
+white = rlk.masked_whiten(old, mask, moments=moments)
+bonus = rlk.EntropyController(0.01, target=0.2)
+bonus.update(torch.tensor(0.1))
+average = rlk.WeightAverage([head], decay=0.9)
+average.update([head])
+
+known: dict[str, object] = rlk.presets.settings("dapo", rlk.policy_loss)
+coefficients: dict[str, float] = rlk.presets.coefficients("dapo")
+told: str = rlk.presets.describe(rlk.presets.names()[0])
+registered: list[str] = list(rlk.objectives.OBJECTIVES)
+
 
 @rlk.use_backend("eager")
 def entropy(x: Tensor, ids: Tensor) -> Tensor:
