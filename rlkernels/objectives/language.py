@@ -190,8 +190,9 @@ def _our_functions(module):
 def _parse(function):
     """Returns the syntax tree of a function."""
     try:
-        if _is_ours(function):
-            return _our_functions(function.__module__)[function.__name__]
+        ours = _our_functions(function.__module__) if _is_ours(function) else {}
+        if function.__name__ in ours:  # an example in a docstring of ours is not
+            return ours[function.__name__]
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, SyntaxError, LookupError, tokenize.TokenError) as error:
         raise TypeError(
