@@ -22,8 +22,9 @@ states. Presets are those of [presets.md](presets.md).
 {letters}
 
 *Of* says whether the log-probabilities are sums or averages per token; *sums or averages* are averages with
-`length_normalized`. *Reference* says whether a loss looks at one. Every type takes `beta`, `reduction` and, but for
-those that sort the batch (`aot`, `aot_unpaired`), `pair_weights`. A tuple of names with `loss_weights` is a mixture.
+`length_normalized`. *Reference* says whether a loss looks at one. Every type takes `beta`. Those that sort the batch
+(`aot`, `aot_unpaired`) take no `pair_weights` and no `reduction="none"`. A tuple of names with `loss_weights` is a
+mixture.
 
 """
 UNPAIRED = """

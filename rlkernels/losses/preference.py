@@ -280,7 +280,8 @@ def dpo_loss(
     Without a reference, of ``D = logp_c - logp_r``:
 
     - ``"cpo"``: ``"sigmoid"`` of ``D``, plus ``cpo_alpha`` times ``"sft"``; Xu et al. 2024, arXiv:2401.08417.
-    - ``"cpo_hinge"``, ``"cpo_ipo"``: the same with ``"hinge"`` or ``"ipo"`` of ``D``; TRL.
+    - ``"cpo_hinge"``: ``"hinge"`` of ``D``, plus ``cpo_alpha`` times ``"sft"``; TRL.
+    - ``"cpo_ipo"``: ``"ipo"`` of ``D``, plus ``cpo_alpha`` times ``"sft"``; TRL.
     - ``"simpo"``: ``"sigmoid"`` of ``logp_c/n_c - logp_r/n_r - simpo_gamma/b``, plus ``cpo_alpha`` times ``"sft"``;
       Meng et al. 2024, arXiv:2405.14734.
     - ``"orpo_odds_ratio"``: ``-b log s(log odds_c - log odds_r)``, ``odds = p/(1-p)``, ``log p = logp/n``; Hong et al.
@@ -289,7 +290,8 @@ def dpo_loss(
       "sft")`` adds a mean over tokens instead.
     - ``"tpo"``: ``"sigmoid"`` of ``D``, plus ``tpo_alpha`` times ``-log pi`` of third answers, the gold ones, mean over
       all their tokens; Saeidi et al. 2024, arXiv:2405.16681.
-    - ``"tpo_hinge"``, ``"tpo_ipo"``: the same with ``"hinge"`` or ``"ipo"`` of ``D``; TRL.
+    - ``"tpo_hinge"``: ``"hinge"`` of ``D``, plus the likelihood of the gold answers as in ``"tpo"``; TRL.
+    - ``"tpo_ipo"``: ``"ipo"`` of ``D``, plus the likelihood of the gold answers as in ``"tpo"``; TRL.
     - ``"tpo_l"``: ``"simpo"`` with the likelihood of the gold answers in place of the chosen ones; arXiv:2405.16681.
 
     Args:

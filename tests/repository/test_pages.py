@@ -6,6 +6,7 @@ import runpy
 import pytest
 from paths import ROOT
 
+from rlkernels.losses.preference_types import KINDS
 from rlkernels.objectives import OBJECTIVES
 
 PRINTED = [path for path in sorted((ROOT / "docs").glob("*.py")) if path.with_suffix(".md").exists()]
@@ -17,6 +18,11 @@ def test_a_printed_page_is_fresh(path, monkeypatch):
     page = runpy.run_path(str(path))["page"]()
     name = f"docs/{path.stem}"
     assert path.with_suffix(".md").read_text() == page, f"run: python {name}.py > {name}.md"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
+def test_the_number_of_losses_of_pairs_is_theirs(name):
+    assert set(re.findall(r"(\d+) types", (ROOT / name).read_text())) == {str(len(KINDS))}
 
 
 def test_the_program_of_the_readme_runs(tmp_path):
