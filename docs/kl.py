@@ -63,7 +63,7 @@ def page():
             argument(logits_policy_loss, "ref_logits"),
             argument(linear_policy_loss, "ref_hidden"),
         )
-        + f"\nPresets: {users_of('policy_loss', 'kl', 'forward_kl')}.\n"
+        + f"\nPresets with `forward_kl`: {users_of('policy_loss', 'kl', 'forward_kl')}.\n"
         + DISTILLATION
         + table(("kind", "formula and source"), kinds)
         + "\n"
