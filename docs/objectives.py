@@ -2,7 +2,7 @@
 page fresh.
 """
 
-import re
+from tables import table, users, users_of
 
 from rlkernels.losses.row_objectives import LOSSES
 from rlkernels.losses.row_options import ROW_KINDS
@@ -14,9 +14,8 @@ Printed by `python docs/objectives.py` from the registry; a test holds it fresh.
 returns its value and its derivative with respect to the first column; it serves `policy_loss`, `logits_policy_loss` and
 the fused kernels alike.
 *Columns* are numbers per token (or per sequence, or per pair), *parameters* are run-time floats, some with a default.
+Presets are those of [presets.md](presets.md).
 
-| objective | columns | parameters | meaning |
-|---|---|---|---|
 """
 
 ROWS = """
@@ -28,8 +27,6 @@ group weighs what its live tokens weigh together, and `token-mean` is the mean o
 token or a sequence do losses of micro-batches add up, and not for `kl_cov` and `clip_cov`, which look at the whole
 batch; those of groups add up where no group is cut.
 
-| objective | columns | one loss per | options and defaults | meaning |
-|---|---|---|---|---|
 """
 
 TAIL = """
@@ -49,40 +46,48 @@ no argument for as keywords, tensors shaped like its other columns. First column
 
 
 def meaning(function):
-    """The first paragraph of the docstring, as one table cell."""
-    paragraph = function.__doc__.strip().split("\n\n")[0]
-    return re.sub(r"``", "`", " ".join(paragraph.split())).replace("|", r"\|")
+    """Returns the first paragraph of the docstring."""
+    return function.__doc__.strip().split("\n\n")[0]
+
+
+def used(name, function):
+    """Returns the presets that have an objective, or the page that tells."""
+    family = function.__module__.rsplit(".", 1)[-1]
+    if family in ("kl", "preference"):
+        return f"[{family}.md]({family}.md)"
+    if family == "value":
+        return users("value_loss", lambda keywords: (keywords["clip_range"] is None) == (name == "value_plain")) or "-"
+    if family == "sft":
+        return users_of("sft_loss", "kind", name)
+    return users_of("policy_loss", "objective", name)
 
 
 def page():
+    """Returns the whole page."""
     rows = []
     for name in codegen.builtin():
         entry = OBJECTIVES[name]
         defaults = dict(entry.defaults)
         params = (f"{x}={defaults[x]}" if x in defaults else x for x in entry.params)
         columns, params = (", ".join(f"`{x}`" for x in names) or "-" for names in (entry.columns, params))
-        rows.append(f"| `{name}` | {columns} | {params} | {meaning(entry.function)} |\n")
+        rows.append((f"`{name}`", columns, params, meaning(entry.function), used(name, entry.function)))
     return (
         HEAD
-        + "".join(rows)
+        + table(("objective", "columns", "parameters", "meaning", "presets"), rows)
         + ROWS
-        + "".join(of_rows())
+        + table(("objective", "columns", "one loss per", "options and defaults", "meaning", "presets"), of_rows())
         + TAIL.format(", ".join(f"`{name}`" for name in functions.FUNCTIONS))
     )
 
 
 def of_rows():
-    """The rows of the second table."""
+    """Yields the rows of the second table."""
     for name, kind in ROW_KINDS.items():
         options = [f"`{option}={default}`" for option, default in kind.numbers.items()]
         options += [f"`{option}`" for option in kind.tensors]
         columns = ", ".join(f"`{x}`" for x in kind.columns)
-        yield f"| `{name}` | {columns} | {kind.unit} | {', '.join(options)} | {text(LOSSES[name])} |\n"
-
-
-def text(function):
-    """The whole docstring, as one table cell."""
-    return re.sub(r"``", "`", " ".join(function.__doc__.split())).replace("|", r"\|")
+        presets = users_of("policy_loss", "objective", name)
+        yield f"`{name}`", columns, kind.unit, ", ".join(options), LOSSES[name].__doc__, presets
 
 
 if __name__ == "__main__":

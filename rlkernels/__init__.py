@@ -1,8 +1,9 @@
 """rlkernels: the loss layer of reinforcement learning for language models. Exact, fused, one import.
 
 Log-probabilities and statistics of logits (``token_logprobs``, ``token_stats``), the same from hidden states
-(``linear_*``), policy, value, reward and preference losses, aggregations (``token_weights``, ``aggregate``), advantages
-(``gae``, ``group_advantages``).
+(``linear_*``), policy, value, reward, preference, supervised and distillation losses, aggregations (``token_weights``,
+``aggregate``), advantages (``gae``, ``group_advantages``), the mismatch with a rollout engine (``rollout_weights``,
+``Correction``), batches of agents (``rlkernels.trajectories``), and the conventions of published systems (``presets``).
 """
 
 from rlkernels import objectives, presets

@@ -277,7 +277,8 @@ def linear_policy_loss(
         the rest: as for ``logits_policy_loss``; ``old_logprobs`` and ``ref_logprobs`` under the same temperature.
 
     Returns:
-        Scalar, or one number per token, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``.
+        Scalar, or one number per token, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``,
+        the metrics of ``policy_loss``.
 
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``policy_loss``.

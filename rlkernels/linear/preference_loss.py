@@ -290,9 +290,10 @@ def linear_dpo_loss(
         chosen_lengths, rejected_lengths: as for ``dpo_loss``; the numbers of live tokens unless given.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)`` as ``dpo_loss``,
-        and the sums of each answer, ``chosen_logps`` and ``rejected_logps``, ``[B]``, detached; and over tokens the
-        means of the logits of each side, of the entropy, and the share of chosen tokens that are the likeliest.
+        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``, the
+        metrics of ``dpo_loss``; ``chosen_logps`` and ``rejected_logps``, the sums of each answer, ``[B]``, detached;
+        and over tokens ``logits_chosen`` and ``logits_rejected``, means of all logits of each side, ``entropy``, and
+        ``token_accuracy``, the share of chosen tokens that are the likeliest.
 
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``dpo_loss``; an odd number of answers.

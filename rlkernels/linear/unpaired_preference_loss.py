@@ -205,7 +205,8 @@ def linear_unpaired_preference_loss(
         lengths: as there; the numbers of live tokens unless given.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``.
+        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``, the
+        metrics of ``unpaired_preference_loss``.
 
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``unpaired_preference_loss``.

@@ -57,9 +57,13 @@ def token_divergences(
 ) -> PerToken:
     r"""Computes the divergence of each token's distribution from a teacher's, over the whole vocabulary.
 
-    With ``p = softmax(logits / T)`` and ``q = softmax(teacher_logits / T)``: ``"forward_kl"``: ``KL(q || p) = sum_v q_v
-    (log q_v - log p_v)``; ``"reverse_kl"``: ``KL(p || q)``; ``"jsd"``: ``beta KL(q || m) + (1 - beta) KL(p || m)``,
-    ``m = (1 - beta) p + beta q``; ``"cross_entropy"``: ``-sum_v q_v log p_v``.
+    With ``p = softmax(logits / T)`` and ``q = softmax(teacher_logits / T)``:
+
+    - ``"forward_kl"``: ``KL(q || p) = sum_v q_v (log q_v - log p_v)``; Hinton et al. 2015, arXiv:1503.02531.
+    - ``"reverse_kl"``: ``KL(p || q) = sum_v p_v (log p_v - log q_v)``.
+    - ``"jsd"``: ``beta KL(q || m) + (1 - beta) KL(p || m)``, ``m = (1 - beta) p + beta q``; Agarwal et al. 2023,
+      arXiv:2306.13649 (GKD).
+    - ``"cross_entropy"``: ``-sum_v q_v log p_v``, the forward KL plus the teacher's entropy; ``KDLoss`` of OpenRLHF.
 
     Args:
         logits: ``[..., V]`` of the student; the only argument that gets a gradient.
@@ -89,8 +93,6 @@ def token_divergences(
         >>> teacher = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
         >>> token_divergences(torch.zeros(2, 2), teacher)
         tensor([0.0000, 0.3278])
-
-    Hinton et al. 2015, arXiv:1503.02531; Agarwal et al. 2023, arXiv:2306.13649 (generalised JSD).
     """
     of = compared("token_divergences", logits, teacher_logits, teacher_topk, mask, kind, beta, temperature, vocab_mask)
     found = ops.divergences(of.flat.rows, of.teacher, None, False, ops.serving("divergence", logits))
@@ -195,9 +197,6 @@ def divergence_loss(
         >>> teacher = torch.tensor([[[0.0, 0.0], [0.0, 2.0]]])
         >>> round(divergence_loss(torch.zeros(1, 2, 2), teacher, kind="jsd").item(), 4)
         0.0448
-
-    Hinton et al. 2015, arXiv:1503.02531; Agarwal et al. 2023, arXiv:2306.13649; ``KDLoss`` of OpenRLHF
-    (``"cross_entropy"``).
     """
     caller = "divergence_loss"
     of = compared(caller, logits, teacher_logits, teacher_topk, mask, kind, beta, temperature, vocab_mask)

@@ -210,7 +210,8 @@ def logits_policy_loss(
         the rest: as for ``policy_loss``; the entropy is that of the row.
 
     Returns:
-        Scalar, or one number per token, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, dict)``.
+        Scalar, or one number per token, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, dict)``, the
+        metrics of ``policy_loss``.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs`` and ``policy_loss``.

@@ -227,7 +227,17 @@ def policy_loss(
 
     Returns:
         Scalar, or one number per token, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, dict)`` of
-        masked, detached scalars.
+        detached means over live tokens:
+
+        - ``ppo_kl`` and ``approx_kl``: k1 and k2 of the old against the new policy; ``entropy`` where it is known.
+        - ``ratio``, ``ratio_min``, ``ratio_max``: mean and extremes of the ratio that the loss clips.
+        - ``clip_fraction``: the tokens whose clipped surrogate is the smaller one, or which a gate leaves out; of a
+          bounded objective its parts ``clip_fraction_low`` and ``clip_fraction_high``; ``clip_fraction_dual`` and
+          ``clip_fraction_cap`` of such bounds. At a sequence level ``seq_clip_fraction``, ``seq_clip_fraction_low`` and
+          ``seq_clip_fraction_high``: shares of sequences with a live token.
+        - ``kl``: the mean of the KL term over its own tokens, where there is a reference.
+        - ``rollout_weight``, ``rollout_weight_ess``, ``rollout_filtered`` of a ``Correction`` with weights, as
+          ``rollout_weights`` has them.
 
     Raises:
         ValueError: shapes that do not match, unknown names, a coefficient or a column of the objective without its

@@ -257,26 +257,43 @@ def dpo_loss(
     ``mean_i w_i sum_k c_k l_k(pair_i)``. With ``rho = logp - ref``, ``S = f(rho)``, ``D = S_c - S_r``, ``b = beta``,
     ``e = label_smoothing``, ``n`` the lengths, ``s`` the logistic function:
 
-    - ``"sigmoid"`` ``-(1-e) log s(b D) - e log s(-b D)``; ``"sigmoid_norm"`` the same of ``S_c/n_c - S_r/n_r``;
-    - ``"robust"`` ``(-(1-e) log s(b D) + e log s(-b D)) / (1-2e)``; ``"hinge"`` ``max(0, 1 - b D)``; ``"ipo"`` ``(D -
-      1/(2b))^2``;
-    - ``"exo_pair"`` ``KL((s(b D), s(-b D)) || (1-e, e))``, ``e > 0``; ``"discopop"`` ``-log s(x) (1-u) + e^-x u``, ``x
-      = b D``, ``u = s(x/tau)``;
-    - ``"nca_pair"`` ``-log s(b rho_c) - log s(-b rho_c)/2 - log s(-b rho_r)/2``; ``"bco_pair"`` ``-log s(b rho_c) - log
-      s(-b rho_r)``;
-    - ``"sppo_hard"`` ``(rho_c - 1/(2b))^2 + (rho_r + 1/(2b))^2``; ``"apo_zero"`` ``1 - s(b rho_c) + s(b rho_r)``;
-      ``"apo_down"`` ``s(b rho_c) + 1 - s(b (rho_c - rho_r))``;
-    - ``"aot"``, ``"aot_unpaired"`` ``"sigmoid"`` of differences between sorted columns: ``logp_c - logp_r`` less
-      ``ref_c - ref_r``, ``rho_c`` less ``rho_r``;
-    - ``"ipo_norm"`` ``"ipo"`` of ``S_c/n_c - S_r/n_r``; ``"dpop"`` ``"sigmoid"`` of ``rho_c - rho_r - dpop_lambda
-      max(0, -rho_c)``; ``"rpo"`` ``KL((t, 1-t) || (s(b D), s(-b D)))``, ``t = s(rpo_eta (reward_c - reward_r))``;
-    - ``"sft"`` ``-log pi`` of the chosen answers, mean over all their tokens;
-    - without a reference: ``"cpo"``, ``"cpo_hinge"``, ``"cpo_ipo"`` of ``D = logp_c - logp_r``, plus ``cpo_alpha``
-      times ``"sft"``; ``"simpo"`` ``"sigmoid"`` of ``D = logp_c/n_c - logp_r/n_r - simpo_gamma/b``;
-      ``"orpo_odds_ratio"`` ``-b log s(log odds_c - log odds_r)``, ``odds = p/(1-p)``, ``log p = logp/n``; ``"orpo"``
-      adds ``-logp_c/n_c``, a mean over pairs; ``("orpo_odds_ratio", "sft")`` adds a mean over tokens;
-    - of three answers: ``"tpo"``, ``"tpo_hinge"``, ``"tpo_ipo"`` of ``D = logp_c - logp_r``, ``"tpo_l"`` as
-      ``"simpo"``, plus ``tpo_alpha`` times ``-log pi`` of the gold answers, mean over all their tokens.
+    - ``"sigmoid"``: ``-(1-e) log s(b D) - e log s(-b D)``; Rafailov et al. 2023, arXiv:2305.18290 (DPO).
+    - ``"sigmoid_norm"``: ``"sigmoid"`` of ``S_c/n_c - S_r/n_r``; Lambert et al. 2024, arXiv:2411.15124.
+    - ``"robust"``: ``(-(1-e) log s(b D) + e log s(-b D)) / (1-2e)``; Chowdhury et al. 2024, arXiv:2403.00409.
+    - ``"hinge"``: ``max(0, 1 - b D)``; Zhao et al. 2023, arXiv:2305.10425 (SLiC); arXiv:2309.06657 (RSO).
+    - ``"ipo"``: ``(D - 1/(2b))^2``; Azar et al. 2023, arXiv:2310.12036.
+    - ``"ipo_norm"``: ``"ipo"`` of ``S_c/n_c - S_r/n_r``; arXiv:2310.12036, averaged as in TRL.
+    - ``"exo_pair"``: ``KL((s(b D), s(-b D)) || (1-e, e))``, ``e > 0``; Ji et al. 2024, arXiv:2402.00856.
+    - ``"discopop"``: ``-log s(x) (1-u) + e^-x u``, ``x = b D``, ``u = s(x/tau)``; Lu et al. 2024, arXiv:2406.08414.
+    - ``"nca_pair"``: ``-log s(b rho_c) - log s(-b rho_c)/2 - log s(-b rho_r)/2``; Chen et al. 2024, arXiv:2402.05369.
+    - ``"bco_pair"``: ``-log s(b rho_c) - log s(-b rho_r)``; Jung et al. 2024, arXiv:2404.04656, without ``delta``.
+    - ``"sppo_hard"``: ``(rho_c - 1/(2b))^2 + (rho_r + 1/(2b))^2``; Wu et al. 2024, arXiv:2405.00675.
+    - ``"apo_zero"``: ``1 - s(b rho_c) + s(b rho_r)``; D'Oosterlinck et al. 2024, arXiv:2408.06266.
+    - ``"apo_down"``: ``s(b rho_c) + 1 - s(b (rho_c - rho_r))``; arXiv:2408.06266.
+    - ``"aot"``: ``"sigmoid"`` of sorted ``logp_c - logp_r`` less sorted ``ref_c - ref_r``; Melnyk et al. 2024,
+      arXiv:2406.05882.
+    - ``"aot_unpaired"``: ``"sigmoid"`` of sorted ``rho_c`` less sorted ``rho_r``; arXiv:2406.05882.
+    - ``"dpop"``: ``"sigmoid"`` of ``rho_c - rho_r - dpop_lambda max(0, -rho_c)``; Pal et al. 2024, arXiv:2402.13228.
+    - ``"rpo"``: ``KL((t, 1-t) || (s(b D), s(-b D)))``, ``t = s(rpo_eta (reward_c - reward_r))``; Adler et al. 2024,
+      arXiv:2406.11704.
+    - ``"sft"``: ``-log pi`` of the chosen answers, mean over all their tokens.
+
+    Without a reference, of ``D = logp_c - logp_r``:
+
+    - ``"cpo"``: ``"sigmoid"`` of ``D``, plus ``cpo_alpha`` times ``"sft"``; Xu et al. 2024, arXiv:2401.08417.
+    - ``"cpo_hinge"``: ``"hinge"`` of ``D``, plus ``cpo_alpha`` times ``"sft"``; TRL.
+    - ``"cpo_ipo"``: ``"ipo"`` of ``D``, plus ``cpo_alpha`` times ``"sft"``; TRL.
+    - ``"simpo"``: ``"sigmoid"`` of ``logp_c/n_c - logp_r/n_r - simpo_gamma/b``, plus ``cpo_alpha`` times ``"sft"``;
+      Meng et al. 2024, arXiv:2405.14734.
+    - ``"orpo_odds_ratio"``: ``-b log s(log odds_c - log odds_r)``, ``odds = p/(1-p)``, ``log p = logp/n``; Hong et al.
+      2024, arXiv:2403.07691.
+    - ``"orpo"``: ``"orpo_odds_ratio"`` plus ``-logp_c/n_c``, a mean over pairs; arXiv:2403.07691. ``("orpo_odds_ratio",
+      "sft")`` adds a mean over tokens instead.
+    - ``"tpo"``: ``"sigmoid"`` of ``D``, plus ``tpo_alpha`` times ``-log pi`` of third answers, the gold ones, mean over
+      all their tokens; Saeidi et al. 2024, arXiv:2405.16681.
+    - ``"tpo_hinge"``: ``"hinge"`` of ``D``, plus the likelihood of the gold answers as in ``"tpo"``; TRL.
+    - ``"tpo_ipo"``: ``"ipo"`` of ``D``, plus the likelihood of the gold answers as in ``"tpo"``; TRL.
+    - ``"tpo_l"``: ``"simpo"`` with the likelihood of the gold answers in place of the chosen ones; arXiv:2405.16681.
 
     Args:
         chosen_logps, rejected_logps: sums of log-probabilities of the answers under the policy, ``[B]``; both get a
@@ -307,15 +324,18 @@ def dpo_loss(
         dpop_lambda, rpo_eta, tpo_alpha: see above; 50, 1 and 1 unless given.
         chosen_rewards, rejected_rewards: of ``"rpo"``, ``[B]``, without gradient.
         gold_logps, gold_lengths: of the third answers, ``[B]``; the sums get a gradient.
-        num_pairs: pairs of the whole batch, by which a mean divides where only a part is here. num_chosen_tokens,
-            num_gold_tokens: the tokens of its chosen and gold answers, where a likelihood is a mean over these.
+        num_pairs: pairs of the whole batch, by which a mean divides where only a part is here.
+        num_chosen_tokens, num_gold_tokens: the tokens of its chosen and gold answers, where a likelihood is a mean over
+            these.
         reduction: ``"mean"``; ``"sum"``: without the division; ``"none"``: the loss of each pair, ``[B]``.
 
     Returns:
         Scalar, fp32 (fp64 where any of the log-probabilities is). No pair gives 0. With ``return_metrics``, ``(loss,
-        dict)`` with means of the implicit rewards ``beta (logp - ref)`` (of averages per token where every loss is of
-        those and none has a reference), their margin, the accuracy (strict), the log-probabilities, and the log of
-        ORPO's odds ratio. With ``reduction="none"`` all of it per pair, ``[B]``.
+        dict)`` with means over the pairs of a weight that is not 0: ``reward_chosen`` and ``reward_rejected``, the
+        implicit rewards ``beta (logp - ref)`` (of averages per token where every loss is of those and none has a
+        reference); ``reward_margin``, their difference; ``accuracy``, the share of larger chosen rewards;
+        ``logps_chosen`` and ``logps_rejected``; and ``log_odds_ratio`` with ORPO. With ``reduction="none"`` all of it
+        per pair, ``[B]``.
 
     Raises:
         ValueError: an option out of range, unknown, or not looked at by the loss; unequal numbers of pairs; a reference
@@ -328,11 +348,8 @@ def dpo_loss(
         >>> round(dpo_loss(chosen, rejected, reference, reference, beta=1.0).item(), 4)
         0.8133
 
-    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing: Mitchell 2023; the others: see their objectives, and
-    Xu et al. 2024, arXiv:2401.08417 (CPO), Meng et al. 2024, arXiv:2405.14734 (SimPO), Melnyk et al. 2024,
-    arXiv:2406.05882 (AOT), Zhou et al. 2024, arXiv:2406.11827 (WPO), Chen et al. 2024, arXiv:2402.05369 (NCA), Wu et
-    al. 2024, arXiv:2405.00675 (SPPO), Pal et al. 2024, arXiv:2402.13228 (DPOP), Adler et al. 2024, arXiv:2406.11704
-    (RPO), Saeidi et al. 2024, arXiv:2405.16681 (TPO).
+    Papers stand beside their losses; label smoothing: Mitchell 2023; AlphaPO: arXiv:2501.03884; f-divergences: Wang et
+    al. 2023, arXiv:2309.16240; WPO: Zhou et al. 2024, arXiv:2406.11827.
     """
     caller = "dpo_loss"
     checks.pairs(caller, chosen_logps, rejected_logps, ("chosen_logps", "rejected_logps"))

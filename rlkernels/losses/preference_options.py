@@ -17,6 +17,9 @@ from rlkernels.types import FDivergence, LossTypes, LossWeights, Number, PerPair
 F_DIVERGENCES = {"reverse_kl": 1.0, "forward_kl": 0.0, "js_divergence": 1.0, "alpha_divergence": 0.5}
 """From the name of an f-divergence to its alpha; that of ``"alpha_divergence"`` is a default."""
 
+DEFAULTS = {"simpo_gamma": 0.5, "discopop_tau": 0.05, "dpop_lambda": 50.0, "rpo_eta": 1.0, "tpo_alpha": 1.0}
+"""The options whose None says that the caller did not pass them, because one that no loss takes is refused."""
+
 
 class PreferenceOptions(NamedTuple):
     """The checked options of ``dpo_loss`` for one batch.
@@ -127,13 +130,13 @@ def preference_options(
         f_divergence,
         F_DIVERGENCES[f_divergence] if alpha is None else alpha,
         length_normalized,
-        0.5 if simpo_gamma is None else simpo_gamma,
+        DEFAULTS["simpo_gamma"] if simpo_gamma is None else simpo_gamma,
         alphapo_alpha,
-        0.05 if discopop_tau is None else discopop_tau,
+        DEFAULTS["discopop_tau"] if discopop_tau is None else discopop_tau,
         cpo_alpha,
-        50.0 if dpop_lambda is None else dpop_lambda,
-        1.0 if rpo_eta is None else rpo_eta,
-        1.0 if tpo_alpha is None else tpo_alpha,
+        DEFAULTS["dpop_lambda"] if dpop_lambda is None else dpop_lambda,
+        DEFAULTS["rpo_eta"] if rpo_eta is None else rpo_eta,
+        DEFAULTS["tpo_alpha"] if tpo_alpha is None else tpo_alpha,
     )
     options = _numbers(caller, options, like)
     if params or any(kind.objective is not None for kind in options.kinds):

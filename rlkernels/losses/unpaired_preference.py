@@ -274,32 +274,35 @@ def unpaired_preference_loss(
 
     The mean over all answers of ``w l``. With ``rho = logp - ref``, ``b = beta``, ``s`` the logistic function:
 
-    - ``"kto"`` desirable ``1 - s(b (rho - kl))``, undesirable ``1 - s(b (kl - rho))``;
-    - ``"apo_zero_unpaired"`` the same without ``kl``: ``1 - s(b rho)`` and ``s(b rho)``;
-    - ``"kto_paired_batch"`` the same, where ``kl`` of each class is the mean ``rho`` of the other one, at least 0, with
-      its gradient;
-    - ``"bco"`` ``-log s(b rho - delta)`` and ``-log s(delta - b rho)``.
+    - ``"kto"``: desirable ``1 - s(b (rho - kl))``, undesirable ``1 - s(b (kl - rho))``; Ethayarajh et al. 2024,
+      arXiv:2402.01306.
+    - ``"apo_zero_unpaired"``: the same without ``kl``: ``1 - s(b rho)`` and ``s(b rho)``; D'Oosterlinck et al. 2024,
+      arXiv:2408.06266.
+    - ``"kto_paired_batch"``: the same, where ``kl`` of each class is the mean ``rho`` of the other one, at least 0,
+      with its gradient; TRL's ``kto_pair``.
+    - ``"bco"``: ``-log s(b rho - delta)`` and ``-log s(delta - b rho)``; Jung et al. 2024, arXiv:2404.04656.
 
     Args:
         logps: sums of log-probabilities of the answers under the policy, ``[N]``; the only argument that gets a
             gradient.
         ref_logps: the same under the reference.
         desirable: which answers are, ``[N]``, bool, or 1 and 0 in any dtype. A batch of one class will do.
-        beta: strength of the tie to the reference, > 0.
+        beta: strength of the tie to the reference, at least 0.
         desirable_weight, undesirable_weight: ``w`` of each class, at least 0.
         kl: for ``"kto"``: how far the policy has drifted, at least 0, a number or a tensor of shape ``()`` (averaged
             over ranks, say).
         kl_logps, ref_kl_logps: instead of ``kl``: ``[M]``, log-probabilities of answers to other prompts; ``kl`` is
             then the mean of their difference, at least 0. None of them gives 0.
         delta: for ``"bco"``: the running mean of all rewards, a number or a tensor of shape ``()``.
-        length_normalized: ``rho / n`` instead of ``rho``, ``n`` the ``lengths``, tokens per answer, ``[N]``;
+        length_normalized, lengths: ``rho / n`` instead of ``rho``, ``n`` the lengths, tokens per answer, ``[N]``;
             ``kl_logps`` are averages then, too.
         kl_group: the ranks over whose ``kl_logps`` the mean runs; each may have another number of them.
 
     Returns:
         Scalar, fp32 (fp64 where any of the log-probabilities is). No answer gives 0. With ``return_metrics``, ``(loss,
-        dict)`` with the mean implicit reward ``beta rho`` and the mean log-probability of each class (0 where it has no
-        answer), the difference of the rewards, and ``kl`` with ``"kto"``.
+        dict)`` with means over each class, 0 where it has no answer: ``reward_desirable`` and ``reward_undesirable``,
+        of ``beta rho``; ``reward_margin``, their difference; ``logps_desirable`` and ``logps_undesirable``; and ``kl``
+        with ``"kto"``.
 
     Raises:
         ValueError: an option out of range, unknown, or not looked at by the loss; shapes that differ; ``kl`` or
@@ -310,9 +313,6 @@ def unpaired_preference_loss(
         >>> loss = unpaired_preference_loss(logprobs, reference, torch.tensor([True, False]), beta=1.0, kl=0.0)
         >>> round(loss.item(), 4)
         0.2689
-
-    Ethayarajh et al. 2024, arXiv:2402.01306 (KTO); D'Oosterlinck et al. 2024, arXiv:2408.06266 (APO); Jung et al. 2024,
-    arXiv:2404.04656 (BCO).
     """
     caller = "unpaired_preference_loss"
     checks.floating(caller, "logps", logps)

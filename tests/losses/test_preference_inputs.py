@@ -77,6 +77,10 @@ def test_the_pair_of_the_report_leaves_the_others_as_they_are(backend):
 @pytest.mark.parametrize("name", KINDS)
 def test_no_loss_of_pairs_is_nan_for_empty_answers(name, backend):
     given = {"label_smoothing": 0.1} if name == "exo_pair" else {}
+    if name == "rpo":
+        given = {"chosen_rewards": torch.ones(3), "rejected_rewards": torch.zeros(3)}
+    if KINDS[name].gold:
+        given = {"gold_logps": torch.tensor([-1.0, 0.0, 0.0]), "gold_lengths": torch.tensor([2, 0, 0])}
     refs = {"ref_chosen_logps": torch.zeros(3), "ref_rejected_logps": torch.zeros(3)} if KINDS[name].reference else {}
     for normalized in (False, True) if "length_normalized" in KINDS[name].takes else (False,):
         c, r = (torch.tensor([-2.0, 0.0, 0.0], requires_grad=True) for _ in range(2))

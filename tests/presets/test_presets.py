@@ -2,14 +2,12 @@
 
 import inspect
 import json
-import runpy
 
 import golden_adapter
 import pytest
 import torch
 from golden_adapter import Live, check_gradients, check_outputs
 from golden_coverage import CASES
-from paths import ROOT
 from present_backends import PRESENT
 
 import rlkernels as rlk
@@ -207,8 +205,3 @@ def test_a_description_names_every_function_and_note(name):
     text = presets.describe(name)
     assert text.startswith(name) and all(key in text for key in presets.PRESETS[name].settings)
     assert all(note in text for note in presets.PRESETS[name].notes)
-
-
-def test_the_page_of_presets_is_fresh():
-    page = runpy.run_path(str(ROOT / "docs/presets.py"))["page"]()
-    assert (ROOT / "docs/presets.md").read_text() == page, "run: python docs/presets.py > docs/presets.md"

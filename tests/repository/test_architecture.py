@@ -4,7 +4,6 @@ costs.
 
 import ast
 import re
-import runpy
 import sys
 from pathlib import Path
 
@@ -304,8 +303,3 @@ def test_import_works_without_optional_packages_and_without_the_compiled_module(
     assert "compiler" in reason
     assert backend == "eager"
     assert numbers.split()[0] == "-0.407606" and float(numbers.split()[1]) == 0.0
-
-
-def test_page_of_objectives_is_fresh():
-    page = runpy.run_path(str(ROOT / "docs/objectives.py"))["page"]()
-    assert (ROOT / "docs/objectives.md").read_text() == page, "run: python docs/objectives.py > docs/objectives.md"

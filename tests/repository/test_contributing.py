@@ -124,7 +124,7 @@ def test_what_the_table_names_stands_in_the_file_beside_it(question, places):
 
 def test_the_layers_on_the_page_are_those_that_the_architecture_is_held_to():
     told = []
-    for number, line in enumerate(block(section("The eleven layers"))):
+    for number, line in enumerate(block(section("The twelve layers"))):
         rank, names = re.match(r" *(\d+)  (\S+(?:, \S+)*)  ", line).groups()
         assert int(rank) == number
         told.append(set(names.split(", ")))
