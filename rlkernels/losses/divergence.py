@@ -252,6 +252,8 @@ def compared(
         checks.no_gradient(caller, teacher_logits=teacher_logits)
         checks.one_device(caller, "logits", logits, teacher_logits=teacher_logits)
         vocab = min(logits.shape[-1], teacher_logits.shape[-1])
+        if isinstance(vocab_mask, Tensor) and vocab_mask.shape[-1:] == logits.shape[-1:]:
+            vocab_mask = vocab_mask[..., :vocab]
         logits, teacher_logits = logits[..., :vocab], teacher_logits[..., :vocab]
         shape = logits.shape[:-1]
     targets = torch.zeros(shape, dtype=torch.int64, device=logits.device)
