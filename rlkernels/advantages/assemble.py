@@ -107,7 +107,11 @@ def assemble_rewards(
         policy, reference = (torch.where(counted, x.to(real), 0.0) for x in (logprobs, ref_logprobs))
         estimate = torch.where(counted, OBJECTIVES[kl].function(policy, reference)[0], 0.0)
         factor = kl_coef.clamp(min=0).to(real) if isinstance(kl_coef, Tensor) else max(kl_coef, 0.0)
-        rewards = rewards - factor * estimate
+        # Selected, because 0 times the infinite KL of a token of probability 0 is NaN.
+        if isinstance(factor, Tensor):
+            rewards = rewards - torch.where(factor == 0, 0.0, factor * estimate)
+        elif factor:
+            rewards = rewards - factor * estimate
     return rewards
 
 

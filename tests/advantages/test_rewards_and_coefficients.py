@@ -61,6 +61,13 @@ def test_scores_of_tokens_stay_at_their_tokens():
     )
 
 
+@pytest.mark.parametrize("kl_coef", (0.0, -1.0, torch.tensor(0.0)), ids=str)
+def test_a_coefficient_of_zero_takes_no_penalty_of_an_impossible_token(kl_coef):
+    impossible, zeros = torch.full_like(LOGP, -torch.inf), torch.zeros_like(LOGP)
+    got = rlk.assemble_rewards(SCORES, MASK, logprobs=impossible, ref_logprobs=zeros, kl_coef=kl_coef)
+    assert torch.equal(got, rlk.assemble_rewards(SCORES, MASK))
+
+
 def test_the_kl_in_the_reward_of_rloo_is_the_sum_of_the_row():
     rewards = rlk.assemble_rewards(SCORES, MASK, logprobs=LOGP, ref_logprobs=REF, kl_coef=0.05)
     rows = rlk.sequence_sums(rewards)
