@@ -8,6 +8,7 @@ from torch import Tensor
 from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.objectives.language import OBJECTIVES
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import last_live_index, result_dtype, segment_ids, segment_reduce
 from rlkernels.types import KL, Mask, Number, Offsets, PerToken, PerTokenOrSequence, Placement, TokenIds
 
@@ -15,6 +16,7 @@ from rlkernels.types import KL, Mask, Number, Offsets, PerToken, PerTokenOrSeque
 KLS, PLACEMENTS = tuple(name for name in get_args(KL) if name in OBJECTIVES), get_args(Placement)
 
 
+@takes_one_row(main="mask", per_token=True)
 @torch.no_grad()
 def assemble_rewards(
     scores: PerTokenOrSequence,
@@ -115,6 +117,7 @@ def assemble_rewards(
     return rewards
 
 
+@takes_one_row(per_token=True)
 @torch.no_grad()
 def extended_mask(mask: Mask, cu_seqlens: Offsets | None = None) -> Tensor:
     r"""Marks the live tokens and the one behind the last of them, where a sequence has room.

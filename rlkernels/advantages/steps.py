@@ -10,12 +10,14 @@ from rlkernels.advantages.gae import discounted_returns
 from rlkernels.advantages.group import check_singleton, group_advantages
 from rlkernels.advantages.recurrence import running_sums
 from rlkernels.checks import tokens as checks_tokens
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import groups_of, result_dtype, segment_ids
 from rlkernels.types import Alignment, Mask, Number, Offsets, PerResponse, PerSequence, PerToken, Singleton, StepScale
 
 ALIGNMENTS, STEP_SCALES = get_args(Alignment), get_args(StepScale)
 
 
+@takes_one_row(per_token=True)
 @torch.no_grad()
 def step_advantages(
     step_rewards: PerToken,
@@ -60,7 +62,7 @@ def step_advantages(
     caller = "step_advantages"
     checks_tokens.numbers(caller, "step_rewards", step_rewards)
     checks_tokens.layout(caller, "step_rewards", step_rewards, cu_seqlens)
-    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, step_rewards)
+    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, step_rewards, mask=mask)
     checks.tensor(caller, "step_ends", step_ends)
     checks.mask(caller, step_ends, step_rewards.shape, name="step_ends")
     checks.mask(caller, mask, step_rewards.shape)
@@ -152,6 +154,7 @@ def gigpo_advantages(
     return (episodes.double() + step_weight * steps.double()).to(real)
 
 
+@takes_one_row(per_token=True)
 @torch.no_grad()
 def optimal_token_advantages(
     token_rewards: PerToken,
@@ -202,7 +205,7 @@ def optimal_token_advantages(
     caller = "optimal_token_advantages"
     checks_tokens.numbers(caller, "token_rewards", token_rewards)
     checks_tokens.layout(caller, "token_rewards", token_rewards, cu_seqlens)
-    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, token_rewards)
+    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, token_rewards, mask=mask)
     columns = {"logprobs": logprobs, "log_sum_sq_probs": log_sum_sq_probs}
     columns |= {} if weights is None else {"weights": weights}
     for name, x in columns.items():

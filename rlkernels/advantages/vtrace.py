@@ -5,10 +5,12 @@ import torch
 from rlkernels import checks
 from rlkernels.advantages.recurrence import steps_of
 from rlkernels.checks import tokens as checks_tokens
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import result_dtype
 from rlkernels.types import Mask, Number, Offsets, PerSequence, PerToken
 
 
+@takes_one_row(per_token=True)
 @torch.no_grad()
 def vtrace(
     rewards: PerToken,
@@ -71,7 +73,7 @@ def vtrace(
     checks_tokens.layout(caller, "rewards", rewards, cu_seqlens)
     checks.mask(caller, mask, rewards.shape)
     checks.mask(caller, terminated, rewards.shape, name="terminated")
-    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, rewards)
+    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, rewards, mask=mask)
     if bootstrap_values is not None:
         checks.floating(caller, "bootstrap_values", bootstrap_values)
         sequences = rewards.shape[:1] if offsets is None else (offsets.shape[0] - 1,)

@@ -14,6 +14,7 @@ from rlkernels.linear.projection import HeadProjection
 from rlkernels.linear.token_loss import check_batch
 from rlkernels.losses.divergence import DEAD, divergence_metrics, kind_and_beta, one_teacher, topk
 from rlkernels.losses.token_weights import live_tokens, loss_weights
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.tracing import replaced, value
 from rlkernels.types import (
     Aggregation,
@@ -167,6 +168,7 @@ def linear_distillation_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 def linear_distillation_loss(
     hidden: HiddenStates,
     weight: HeadWeight,
@@ -258,7 +260,7 @@ def linear_distillation_loss(
     head = linear_head(caller, hidden, weight, targets, options)
     check_batch(caller, hidden)
     like = targets.new_empty(targets.shape, dtype=head.result_dtype())
-    cu_seqlens = checks_tokens.rows(caller, "hidden without its last dimension", like, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "hidden without its last dimension", like, cu_seqlens, mask)
     live = live_tokens(caller, like, mask)
     numbers = kind_and_beta(caller, kind, beta)
     if teacher_topk is None:

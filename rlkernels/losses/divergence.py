@@ -11,6 +11,7 @@ from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import FlatLogits, flatten_logits, matrix
 from rlkernels.losses.sft import mean_where_read
 from rlkernels.losses.token_weights import live_tokens, loss_weights
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.tracing import replaced
 from rlkernels.types import (
     Aggregation,
@@ -153,6 +154,7 @@ def divergence_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
+@takes_one_row(2)
 def divergence_loss(
     logits: Logits,
     teacher_logits: Logits | None = None,
@@ -203,7 +205,7 @@ def divergence_loss(
         raise ValueError(
             f"{caller}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
         )
-    cu_seqlens = checks_tokens.rows(caller, "logits without its last dimension", of.like, cu_seqlens)
+    cu_seqlens = checks_tokens.rows(caller, "logits without its last dimension", of.like, cu_seqlens, mask)
     weight = of.flat.per_row(loss_weights(caller, of.like, of.live, aggregation, weights, cu_seqlens, normalizers))
     with_grad = torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling()
     rows = of.flat.without(weight == 0).rows
@@ -316,6 +318,8 @@ def topk(caller: str, teacher_topk: TeacherTopk, live: Tensor, vocab: int, like:
     logprobs = logprobs.reshape(ids.shape).to(like.dtype).masked_fill(dead, -torch.inf)
     if checks.host_reads(ids):
         _read_topk(caller, ids, logprobs, vocab)
+    # One that is NaN would pass for an entry that is not used, so that it becomes one that no row can hide.
+    logprobs = logprobs.masked_fill(logprobs.isnan(), torch.inf)
     return ids.contiguous(), logprobs.contiguous()
 
 
@@ -331,8 +335,9 @@ def _read_topk(caller: str, ids: Tensor, logprobs: Tensor, vocab: int) -> None:
     twice = (used[:, 1:] == used[:, :-1]).any(-1)
     if twice.any():
         raise ValueError(f"{caller}: ids of teacher_topk hold one id twice at row {int(twice.nonzero()[0, 0])}")
-    if (logprobs > 0).any():
+    wrong = ~(logprobs <= 0)
+    if wrong.any():
         raise ValueError(
-            f"{caller}: logprobs of teacher_topk hold {logprobs[logprobs > 0][0].item()}, expected log-probabilities, "
-            "which are 0 at most"
+            f"{caller}: logprobs of teacher_topk hold {logprobs[wrong][0].item()}, expected log-probabilities, which "
+            "are 0 at most"
         )

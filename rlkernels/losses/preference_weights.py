@@ -7,10 +7,12 @@ from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.losses.policy_arguments import column
 from rlkernels.losses.token_weights import live_tokens
+from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import means
 from rlkernels.types import Mask, Offsets, PerToken
 
 
+@takes_one_row()
 @torch.no_grad()
 def wpo_weights(
     logprobs: PerToken,
@@ -45,7 +47,7 @@ def wpo_weights(
     """
     caller = "wpo_weights"
     checks.floating(caller, "logprobs", logprobs)
-    offsets = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
+    offsets = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens, mask)
     if offsets is None and logprobs.dim() != 2:
         raise ValueError(
             f"{caller}: logprobs has shape {tuple(logprobs.shape)}, expected [2B, L], or [N] with cu_seqlens"

@@ -323,6 +323,7 @@ BAD = {
         ValueError,
         "hold one id twice at row 0",
     ),
+    "nan": ({"teacher_topk": (IDS, TOP * NAN)}, ValueError, "logprobs of teacher_topk hold nan"),
     "probabilities": ({"teacher_topk": (IDS, -TOP)}, ValueError, "logprobs of teacher_topk hold 1.0"),
 }
 
