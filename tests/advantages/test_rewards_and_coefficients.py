@@ -129,6 +129,12 @@ def test_sequences_end_with_eos_and_the_action_of_eos_is_live():
     assert got.action_mask.shape == (64, 4)
 
 
+def test_an_id_that_the_dtype_of_the_sequences_does_not_have_is_refused():
+    for name in ("eos_id", "pad_id"):
+        with pytest.raises(ValueError, match=f"process_sequences: {name} is 256, which torch.uint8 does not have"):
+            rlk.process_sequences(torch.zeros(1, 4, dtype=torch.uint8), 2, **{"eos_id": 2, "pad_id": 0, name: 256})
+
+
 def test_the_penalty_of_length_grows_over_the_buffer():
     lengths = torch.tensor([0, 80, 90, 100, 1000])
     got = rlk.length_penalty(lengths, max_length=100, buffer=20, factor=2.0)
