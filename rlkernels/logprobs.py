@@ -79,7 +79,8 @@ def token_logprobs(
     first = targets[..., 0] if several else targets
     flat = flatten_logits(caller, logits, first, temperature, ignore_index, vocab_mask, inplace_backward)
     if several:
-        ids = checks_tokens.holding(caller, targets, flat.rows.ignore_index).reshape(flat.rows.targets.shape[0], -1)
+        ids = checks_tokens.holding(caller, targets, flat.rows.ignore_index)
+        ids = ids.reshape(flat.rows.targets.shape[0], targets.shape[-1])
         rows = replaced(flat.rows, targets=ids)
         return ops.target_logprobs(rows, inplace_backward, ops.serving("token_stats", logits)).view(targets.shape)
     stats = ops.token_stats(flat.rows, 0, inplace_backward, ops.serving("token_stats", logits))

@@ -81,11 +81,14 @@ def takes_one_row(rank: int = 1, *, main: str | None = None, per_token: bool = F
 
 
 def _flat(x: Any, row: torch.Size) -> Any:
-    """Returns a tensor ``[1, T, ...]`` as ``[T, ...]``, a tuple or fields of such likewise, and all else as it is."""
-    if type(x) is tuple:
-        return tuple(_flat(y, row) for y in x)
+    """Returns a tensor ``[1, T, ...]`` as ``[T, ...]``, and all else as it is.
+
+    An option with such fields, and a tuple of such tensors, are taken apart.
+    """
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         return dataclasses.replace(x, **{f.name: _flat(getattr(x, f.name), row) for f in dataclasses.fields(x)})
+    if type(x) is tuple:
+        return tuple(_flat(y, row) for y in x)
     return x[0] if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[:2] == row else x
 
 

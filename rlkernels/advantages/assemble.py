@@ -109,7 +109,11 @@ def assemble_rewards(
         policy, reference = (torch.where(counted, x.to(real), 0.0) for x in (logprobs, ref_logprobs))
         estimate = torch.where(counted, OBJECTIVES[kl].function(policy, reference)[0], 0.0)
         factor = kl_coef.clamp(min=0).to(real) if isinstance(kl_coef, Tensor) else max(kl_coef, 0.0)
-        rewards = rewards - factor * estimate
+        # Selected, because 0 times the infinite KL of a token of probability 0 is NaN.
+        if isinstance(factor, Tensor):
+            rewards = rewards - torch.where(factor == 0, 0.0, factor * estimate)
+        elif factor:
+            rewards = rewards - factor * estimate
     return rewards
 
 
@@ -175,7 +179,8 @@ def process_sequences(sequences: TokenIds, prompt_length: int, *, eos_id: int, p
             prompt_length]``, over the positions of log-probabilities of the answer.
 
     Raises:
-        TypeError: ids that are no integers. ValueError: ``sequences`` not ``[B, L]``; ``prompt_length`` outside of it.
+        TypeError: ids that are no integers. ValueError: ``sequences`` not ``[B, L]``; ``prompt_length`` outside of it;
+            an id that the dtype of ``sequences`` does not have.
 
     Example:
         >>> found = process_sequences(torch.tensor([[0, 5, 7, 8, 2, 0], [5, 6, 7, 8, 9, 4]]), 2, eos_id=2, pad_id=0)
@@ -198,6 +203,10 @@ def process_sequences(sequences: TokenIds, prompt_length: int, *, eos_id: int, p
     if not 1 <= prompt_length < length:
         raise ValueError(f"{caller}: prompt_length must be from 1 to {length - 1}, got {prompt_length}")
     eos_id, pad_id = (checks.integer(caller, name, x) for name, x in (("eos_id", eos_id), ("pad_id", pad_id)))
+    held = torch.iinfo(sequences.dtype)
+    for name, x in (("eos_id", eos_id), ("pad_id", pad_id)):
+        if not held.min <= x <= held.max:  # because torch would compare the last bits alone
+            raise ValueError(f"{caller}: {name} is {x}, which {sequences.dtype} does not have; cast sequences")
     real = (sequences != eos_id) & (sequences != pad_id)
     place = torch.arange(length, device=sequences.device)
     # A sequence without a real token is one from its first token to its last.

@@ -40,7 +40,8 @@ def group_advantages(
     * baseline ``"runner-up"`` (pass@k): the second largest reward of the group for its best response, and every other
       one gets 0
     * scale ``"std"``: ``sqrt(sum_j (R_j - mean)^2 / (n - 1))``; ``"batch-std"``: the same over all groups; ``"mean"``:
-      the group's mean (MaxRL), of rewards that are not negative; None: no division (Dr. GRPO)
+      the group's mean (MaxRL), of rewards that are not negative; ``"nonzero-share"``: the share of all rewards that are
+      not 0 (GPG); None: no division (Dr. GRPO)
 
     With the scale ``"mean"`` and a baseline of the group (or None) no advantage is larger than ``n``, however small the
     mean. With the baseline ``"batch-mean"`` a group whose mean is near 0 gets about ``-b / eps``.

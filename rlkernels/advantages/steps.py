@@ -62,7 +62,7 @@ def step_advantages(
     caller = "step_advantages"
     checks_tokens.numbers(caller, "step_rewards", step_rewards)
     checks_tokens.layout(caller, "step_rewards", step_rewards, cu_seqlens)
-    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, step_rewards)
+    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, step_rewards, mask=mask)
     checks.tensor(caller, "step_ends", step_ends)
     checks.mask(caller, step_ends, step_rewards.shape, name="step_ends")
     checks.mask(caller, mask, step_rewards.shape)
@@ -205,7 +205,7 @@ def optimal_token_advantages(
     caller = "optimal_token_advantages"
     checks_tokens.numbers(caller, "token_rewards", token_rewards)
     checks_tokens.layout(caller, "token_rewards", token_rewards, cu_seqlens)
-    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, token_rewards)
+    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, token_rewards, mask=mask)
     columns = {"logprobs": logprobs, "log_sum_sq_probs": log_sum_sq_probs}
     columns |= {} if weights is None else {"weights": weights}
     for name, x in columns.items():

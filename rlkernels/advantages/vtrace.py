@@ -73,7 +73,7 @@ def vtrace(
     checks_tokens.layout(caller, "rewards", rewards, cu_seqlens)
     checks.mask(caller, mask, rewards.shape)
     checks.mask(caller, terminated, rewards.shape, name="terminated")
-    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, rewards)
+    offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, rewards, mask=mask)
     if bootstrap_values is not None:
         checks.floating(caller, "bootstrap_values", bootstrap_values)
         sequences = rewards.shape[:1] if offsets is None else (offsets.shape[0] - 1,)

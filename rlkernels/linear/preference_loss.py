@@ -420,7 +420,9 @@ def _with_tokens(answers, logps, of_rows, metrics):
     first, last = (live & half for half in (answers.answer < pairs, answers.answer >= pairs))
 
     def mean(name, rows):
-        return answers.rounded(torch.where(rows, of_rows[name], 0.0).sum() / rows.sum().clamp(min=1))
+        # Rounded first, because where makes a number of the default dtype from a bool.
+        x = answers.rounded(of_rows[name])
+        return torch.where(rows, x, 0.0).sum() / rows.sum().clamp(min=1)
 
     chosen, rejected = answers.rounded(logps.detach()).split([pairs, pairs])
     return {

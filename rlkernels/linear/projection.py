@@ -71,7 +71,7 @@ class HeadProjection:
         it, because it overwrites the logits. Over a process group the target of another shard is the column behind the
         last, which enters no matmul.
         """
-        targets, temperature, ignore_index = row_arguments[:3]
+        targets, temperature, ignore_index, _ = row_arguments
         live = targets != ignore_index
         if self.shard is not None:
             targets, _ = vocab_parallel.local_targets(self.shard, targets, ignore_index)

@@ -365,8 +365,8 @@ def _accumulate(gradients, live, upstream, saved, backend):
         logits = projection.logits(hidden)[: len(rows)]
         *of_rows, dlse = (None if d is None else rows.select(d).contiguous() for d in upstream)
         arguments, stats = head.row_arguments(rows), [rows.select(x) for x in saved]
-        if dlse is not None and arguments[3] is not None:
-            of_rows[0], arguments = _inside_the_support(of_rows[0], dlse, *arguments)
+        if dlse is not None:
+            of_rows[0], arguments = _scored_inside(of_rows[0], dlse, arguments)
         repair = None if dlse is None else projection.target_repair(*of_rows, dlse, logits, arguments, stats)
         dlogits = projection.dlogits(*of_rows, logits, arguments, stats)
         if repair is not None:
@@ -374,17 +374,19 @@ def _accumulate(gradients, live, upstream, saved, backend):
         gradients.add(projection, rows, dlogits, logits, hidden)
 
 
-def _inside_the_support(dlogp, dlse, targets, temperature, ignore_index, vocab_mask):
-    """Returns ``dlogp`` and row arguments in which every target is a column that the mask keeps.
+def _scored_inside(dlogp, dlse, row_arguments):
+    """Gives a row whose target is outside of the vocabulary mask a target inside, of gradient 0.
 
-    The log-probability of another target moves nothing, and the kernels give a row with such a target no gradient. The
-    logsumexp has one, so the row gets a column inside, and of ``dlogp``, which is less ``dlse``, that part alone.
+    A kernel makes nothing of the log-probability of a target outside, and with it goes the logsumexp's gradient.
     """
-    live, vocab = targets != ignore_index, vocab_mask.shape[-1]
-    index = torch.where(live & (targets >= 0) & (targets < vocab), targets, 0).long()[:, None]
-    inside = vocab_mask.expand(len(targets), -1).gather(1, index)[:, 0] | ~live
-    targets = torch.where(inside, targets, vocab_mask.byte().argmax(-1).to(targets.dtype))
-    return torch.where(inside, dlogp, -dlse), (targets, temperature, ignore_index, vocab_mask)
+    targets, temperature, ignore_index, mask = row_arguments
+    if mask is None:
+        return dlogp, row_arguments
+    of_rows = mask.expand(targets.shape[0], -1)
+    known = (targets != ignore_index) & (targets >= 0) & (targets < of_rows.shape[1])
+    outside = known & ~of_rows.gather(1, torch.where(known, targets, 0).long()[:, None])[:, 0]
+    targets = torch.where(outside, of_rows.byte().argmax(-1).to(targets.dtype), targets)
+    return torch.where(outside, -dlse, dlogp), (targets, temperature, ignore_index, mask)
 
 
 def _linear_stats_backward_fake(dlogp, dentropy, hidden, weight, *rest):

@@ -253,6 +253,8 @@ def compared(
         checks.no_gradient(caller, teacher_logits=teacher_logits)
         checks.one_device(caller, "logits", logits, teacher_logits=teacher_logits)
         vocab = min(logits.shape[-1], teacher_logits.shape[-1])
+        if isinstance(vocab_mask, Tensor) and vocab_mask.shape[-1:] == logits.shape[-1:]:
+            vocab_mask = vocab_mask[..., :vocab]
         logits, teacher_logits = logits[..., :vocab], teacher_logits[..., :vocab]
         shape = logits.shape[:-1]
     targets = torch.zeros(shape, dtype=torch.int64, device=logits.device)
@@ -315,6 +317,8 @@ def topk(caller: str, teacher_topk: TeacherTopk, live: Tensor, vocab: int, like:
     logprobs = logprobs.reshape(ids.shape).to(like.dtype).masked_fill(dead, -torch.inf)
     if checks.host_reads(ids):
         _read_topk(caller, ids, logprobs, vocab)
+    # One that is NaN would pass for an entry that is not used, so that it becomes one that no row can hide.
+    logprobs = logprobs.masked_fill(logprobs.isnan(), torch.inf)
     return ids.contiguous(), logprobs.contiguous()
 
 
@@ -330,8 +334,9 @@ def _read_topk(caller: str, ids: Tensor, logprobs: Tensor, vocab: int) -> None:
     twice = (used[:, 1:] == used[:, :-1]).any(-1)
     if twice.any():
         raise ValueError(f"{caller}: ids of teacher_topk hold one id twice at row {int(twice.nonzero()[0, 0])}")
-    if (logprobs > 0).any():
+    wrong = ~(logprobs <= 0)
+    if wrong.any():
         raise ValueError(
-            f"{caller}: logprobs of teacher_topk hold {logprobs[logprobs > 0][0].item()}, expected log-probabilities, "
-            "which are 0 at most"
+            f"{caller}: logprobs of teacher_topk hold {logprobs[wrong][0].item()}, expected log-probabilities, which "
+            "are 0 at most"
         )

@@ -47,7 +47,7 @@ def wpo_weights(
     """
     caller = "wpo_weights"
     checks.floating(caller, "logprobs", logprobs)
-    offsets = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens)
+    offsets = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens, mask)
     if offsets is None and logprobs.dim() != 2:
         raise ValueError(
             f"{caller}: logprobs has shape {tuple(logprobs.shape)}, expected [2B, L], or [N] with cu_seqlens"

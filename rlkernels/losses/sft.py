@@ -300,7 +300,7 @@ def sft_loss(
         )
     )
     flat = flat if everywhere else flat.without(weights == 0)
-    of_rows = weights.abs()
+    of_rows = weights.abs()  # also of the metrics, because the factor of EAFT is 0 where the model is sure
     if kind == "eaft":
         weights = torch.where(weights != 0, weights * (_top_entropies(flat) / 3.0) ** eaft_alpha, 0.0)
     objective = "dft" if kind == "dft" else "nll"
@@ -315,7 +315,7 @@ def sft_loss(
     rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
     if not return_metrics:
         return rows.loss
-    return rows.loss, {**sft_metrics(rows.logp, weights), "entropy": mean_where_read(rows.entropy, weights)}
+    return rows.loss, {**sft_metrics(rows.logp, of_rows), "entropy": mean_where_read(rows.entropy, of_rows)}
 
 
 def not_negative(caller: str, name: str, x: Number) -> float:
@@ -377,7 +377,7 @@ def _of_statistics(
 ) -> Scalar | tuple[Scalar, Metrics]:
     """Computes a loss that looks at more of a row than the log-probability of its target.
 
-    ``weights``: of the likelihood. ``of_rows``: of the z-loss, never negative.
+    ``weights``: of the likelihood. ``of_rows``: of the z-loss and the metrics, never negative.
     """
     outputs: list[Output] = (["mean_logits"] if present(label_smoothing) else []) + (
         ["entropy"] if return_metrics else []
@@ -394,7 +394,7 @@ def _of_statistics(
     loss = loss.to(flat.real)
     if not return_metrics:
         return loss
-    metrics = {**sft_metrics(stats.logprobs, weights), "entropy": mean_where_read(stats.entropy, weights)}
+    metrics = {**sft_metrics(stats.logprobs, of_rows), "entropy": mean_where_read(stats.entropy, of_rows)}
     return loss, metrics | z_metric(squares, of_rows) if present(z_loss_coef) else metrics
 
 

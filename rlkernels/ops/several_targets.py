@@ -92,7 +92,7 @@ def _gradient(ctx, dlogp, *_):
     columns = torch.where((live & (dlogp != 0).any(-1))[:, None], columns, 0.0)
     saved = row_max, sum_exp, row_max.new_empty(0), None, None, None
     gradient = logits_gradient(ctx, (total, None, None), logits, first, per_row, vocab_mask, None, saved)
-    columns = columns.to(gradient.dtype).view(*logits.shape[:-1], -1)
+    columns = columns.to(gradient.dtype).view(*logits.shape[:-1], columns.shape[-1])
     return gradient.scatter_(-1, index.view(columns.shape), columns), *(None,) * 6
 
 

@@ -9,13 +9,20 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from rlkernels.trajectories.model import Message, Trajectory
+from rlkernels.checks import names, numbers
+from rlkernels.trajectories.model import PROVENANCES, Message, Trajectory
 
 Log = Sequence[Mapping[str, Any]]
 Sampled = Callable[[Mapping[str, Any], int], bool] | Collection[int] | None
 
 OPENMANUS_TEXTS = ("Error encountered while processing: ", "Maximum token limit reached, cannot continue execution: ")
 """The beginnings of the messages that OpenManus writes in the role of the assistant."""
+
+MARKS = "provenance", "sampled", "token_ids", "logprobs"
+"""The keys of a message that say who wrote it. The first two are explicit and count before the other two."""
+
+NOT_OF_THE_MODEL = "system", "developer", "user", "tool", "function"
+"""The roles in which a model writes only where an explicit mark says so."""
 
 AUTOGEN_CHAT = (
     "TextMessage",
@@ -50,18 +57,21 @@ def from_openai(
     """Converts messages in the form of OpenAI's chat completions, with tool calls.
 
     The model wrote a message that bears a mark: ``"token_ids"``, ``"logprobs"``, a true ``"sampled"`` or the
-    ``"provenance"`` ``"model"``. In a log with a mark somewhere, an assistant's message without one is the framework's.
-    Further keys that are read: ``"prompt_token_ids"``, ``"reasoning_content"`` or ``"reasoning"``, ``"ended"`` or
-    ``"finish_reason"``, ``"reward"``.
+    ``"provenance"`` ``"model"``. Another ``"provenance"``, or a false ``"sampled"``, counts before recorded numbers. In
+    a log with a mark somewhere, an assistant's message without one is the framework's. Further keys that are read:
+    ``"prompt_token_ids"``, ``"reasoning_content"`` or ``"reasoning"``, ``"ended"`` or ``"finish_reason"``,
+    ``"reward"``.
 
     Args:
         sampled: the messages that the model wrote, where the log bears no marks: their indices, or a function of a
             message and its index.
-        agent: the agent of the trajectory; messages with another ``"name"`` are read as those of a user.
+        agent: the agent of the trajectory. Messages with another ``"name"`` are not sampled, and an assistant's among
+            them are read as those of a user.
 
     Raises:
-        TypeError: a message is no dict. ValueError: nothing says who wrote the messages of the assistant; content that
-            is not text.
+        TypeError: a message is no dict, ``sampled`` neither indices nor a function. ValueError: nothing says who wrote
+            the messages of the assistant; recorded numbers in the role of a user or a tool without an explicit mark; an
+            index outside of the log; an unknown ``"provenance"``; content that is not text.
 
     Example:
         >>> log = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo", "token_ids": [7, 2]}]
@@ -70,11 +80,12 @@ def from_openai(
     """
     caller = "from_openai"
     log = _log(caller, messages)
-    written = _written(caller, log, sampled)
+    own = [agent is None or m.get("name", agent) == agent for m in log]
+    written = _written(caller, log, sampled, own)
     found = []
     for index, m in enumerate(log):
         role, provenance = m.get("role", "user"), "environment"
-        if agent is not None and role == "assistant" and m.get("name", agent) != agent:
+        if role == "assistant" and not own[index]:
             role = "user"
         elif written[index]:
             provenance = "model"
@@ -121,7 +132,7 @@ def from_openmanus(
             )
         text = m.get("content") or ""
         if _says(m):
-            return _is_marked(m)
+            return _is_marked(caller, m, index)
         by_the_framework = isinstance(text, str) and text.startswith(tuple(framework_texts))
         return m.get("role") == "assistant" and not by_the_framework
 
@@ -164,11 +175,16 @@ def from_autogen(
     if not any(m.get("source", m.get("name")) == agent for m in log):
         raise ValueError(f"{caller}: agent {agent!r} wrote no message; the log has those of {_sources(log)}")
     if not any("type" in m for m in log):
-        old = [{**m, "role": "assistant" if m.get("name") == agent else _not_the_assistant(m)} for m in log]
+        old = [
+            {**m, "role": "assistant"}
+            if m.get("name") == agent
+            else {**{k: x for k, x in m.items() if k not in MARKS}, "role": _not_the_assistant(m)}
+            for m in log
+        ]
         return from_openai(
             old, sampled=sampled, reward=reward, group_id=group_id, rollout_id=rollout_id, tools=tools, agent=agent
         )
-    chosen = _choice(sampled)
+    chosen = _choice(caller, log, sampled)
     found: list[Message] = []
     thought = None
     for index, m in enumerate(log):
@@ -421,40 +437,55 @@ def _log(caller: str, messages: Log) -> Log:
     return messages
 
 
-def _is_marked(m: Mapping[str, Any]) -> bool:
+def _is_marked(caller: str, m: Mapping[str, Any], index: int) -> bool:
     """Tells whether a message says that the model wrote it."""
-    return bool(
-        m.get("sampled")
-        or m.get("provenance") == "model"
-        or m.get("token_ids") is not None
-        or m.get("logprobs") is not None
-    )
+    if m.get("provenance") is not None:
+        names.choice(caller, f"provenance of message {index}", m["provenance"], PROVENANCES)
+        return bool(m["provenance"] == "model")
+    if m.get("sampled") is not None:
+        return bool(m["sampled"])
+    recorded = [key for key in ("token_ids", "logprobs") if m.get(key) is not None]
+    if recorded and m.get("role") in NOT_OF_THE_MODEL:
+        raise ValueError(
+            f"{caller}: message {index} has {recorded[0]}, which mark a text of the model, but the role {m['role']!r}; "
+            'take them out, or say who wrote it with "sampled"'
+        )
+    return bool(recorded)
 
 
 def _says(m: Mapping[str, Any]) -> bool:
     """Tells whether a message says who wrote it, the model or not."""
-    return _is_marked(m) or m.get("sampled") is not None or m.get("provenance") is not None
+    return any(m.get(key) is not None for key in MARKS)
 
 
-def _choice(sampled: Sampled) -> Callable[[Mapping[str, Any], int], bool] | None:
+def _choice(caller: str, log: Log, sampled: Sampled) -> Callable[[Mapping[str, Any], int], bool] | None:
+    """Returns the function that tells whether a message was sampled, None where the caller does not say it."""
     if sampled is None or callable(sampled):
         return sampled
-    indices = set(sampled)
+    if isinstance(sampled, (str, bytes, Mapping, bool)) or not hasattr(sampled, "__iter__"):
+        raise TypeError(
+            f"{caller}: sampled must be indices of messages, or a function of a message and its index, got "
+            f"{type(sampled).__name__}"
+        )
+    indices = {numbers.integer(caller, "sampled", x) for x in sampled}
+    for x in sorted(indices):
+        if not 0 <= x < len(log):
+            raise ValueError(f"{caller}: sampled holds the index {x}, expected those of {len(log)} messages, from 0 on")
     return lambda m, index: index in indices
 
 
-def _written(caller: str, log: Log, sampled: Sampled) -> list[bool]:
-    """Tells for each message whether the model wrote it."""
-    chosen = _choice(sampled)
+def _written(caller: str, log: Log, sampled: Sampled, own: Sequence[bool]) -> list[bool]:
+    """Tells for each message whether the model wrote it; ``own``: whether it may be of the agent that is trained."""
+    chosen = _choice(caller, log, sampled)
     if chosen is not None:
-        return [bool(chosen(m, index)) for index, m in enumerate(log)]
-    unmarked = [index for index, m in enumerate(log) if m.get("role") == "assistant"]
-    if unmarked and not any(map(_says, log)):
+        return [own[index] and bool(chosen(m, index)) for index, m in enumerate(log)]
+    unmarked = [index for index, m in enumerate(log) if own[index] and m.get("role") == "assistant"]
+    if unmarked and not any(_says(m) for index, m in enumerate(log) if own[index]):
         raise ValueError(
             f"{caller}: nothing says who wrote the messages {unmarked} of the assistant, since a framework writes some "
             "in that role; pass sampled=, or record token_ids"
         )
-    return [_is_marked(m) for m in log]
+    return [own[index] and _is_marked(caller, m, index) for index, m in enumerate(log)]
 
 
 def _message(

@@ -27,7 +27,7 @@ class Message:
 
     Raises:
         ValueError: unknown ``provenance``; recorded numbers of a message that the model did not write; other numbers of
-            ``logprobs`` and ``token_ids``; a ``reward`` that is not finite.
+            ``logprobs`` and ``token_ids``; an id below 0; a ``reward`` that is not finite.
 
     Example:
         >>> Message("assistant", "Error: timeout", "framework").provenance
@@ -101,7 +101,12 @@ def _parsed(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ids(caller: str, name: str, x: Iterable[int] | None) -> tuple[int, ...] | None:
-    return None if x is None else tuple(numbers.integer(caller, name, i) for i in x)
+    if x is None:
+        return None
+    ids = tuple(numbers.integer(caller, name, i) for i in x)
+    if any(i < 0 for i in ids):  # because -100 would be a target that nobody scores
+        raise ValueError(f"{caller}: {name} must not be negative, got {min(ids)}")
+    return ids
 
 
 @dataclass(frozen=True)

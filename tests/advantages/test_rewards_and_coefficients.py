@@ -61,6 +61,13 @@ def test_scores_of_tokens_stay_at_their_tokens():
     )
 
 
+@pytest.mark.parametrize("kl_coef", (0.0, -1.0, torch.tensor(0.0)), ids=str)
+def test_a_coefficient_of_zero_takes_no_penalty_of_an_impossible_token(kl_coef):
+    impossible, zeros = torch.full_like(LOGP, -torch.inf), torch.zeros_like(LOGP)
+    got = rlk.assemble_rewards(SCORES, MASK, logprobs=impossible, ref_logprobs=zeros, kl_coef=kl_coef)
+    assert torch.equal(got, rlk.assemble_rewards(SCORES, MASK))
+
+
 def test_the_kl_in_the_reward_of_rloo_is_the_sum_of_the_row():
     rewards = rlk.assemble_rewards(SCORES, MASK, logprobs=LOGP, ref_logprobs=REF, kl_coef=0.05)
     rows = rlk.sequence_sums(rewards)
@@ -120,6 +127,12 @@ def test_sequences_end_with_eos_and_the_action_of_eos_is_live():
     for g, w in zip(got, sequences_loop(sequences.tolist(), 3, 2, 0), strict=True):
         assert torch.equal(g, w)
     assert got.action_mask.shape == (64, 4)
+
+
+def test_an_id_that_the_dtype_of_the_sequences_does_not_have_is_refused():
+    for name in ("eos_id", "pad_id"):
+        with pytest.raises(ValueError, match=f"process_sequences: {name} is 256, which torch.uint8 does not have"):
+            rlk.process_sequences(torch.zeros(1, 4, dtype=torch.uint8), 2, **{"eos_id": 2, "pad_id": 0, name: 256})
 
 
 def test_the_penalty_of_length_grows_over_the_buffer():

@@ -132,3 +132,11 @@ def test_lengths_that_nobody_looks_at_are_refused():
         with pytest.raises(ValueError, match=f"^unpaired_preference_loss: {words}"):
             rlk.unpaired_preference_loss(x, x, good, kl=0.0, **options)
     assert rlk.unpaired_preference_loss(x, x, good, kl=0.0, beta=0.0) == 0.5
+
+
+def test_the_accuracy_of_tokens_has_the_digits_of_the_other_metrics():
+    hidden, weight = torch.ones(2, 3, 1, dtype=torch.float64), torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    targets = torch.tensor([[0, 1, 1], [0, 0, 0]])
+    options = {"reference_free": True, "reduction": "none", "return_metrics": True}
+    _, metrics = rlk.linear_dpo_loss(hidden, weight, targets, **options)
+    assert metrics["token_accuracy"].item() == 1 / 3

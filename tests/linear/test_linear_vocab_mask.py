@@ -120,19 +120,25 @@ def test_a_divergence_is_over_the_columns_that_the_mask_keeps(backend, divergenc
     check(gradients(got, ours), gradients(want, truth), torch.float64)
 
 
-@pytest.mark.parametrize("kind", ("per row", "one"))
-def test_the_logsumexp_of_the_kept_columns_has_a_gradient_whatever_the_target_is(backend, kind):
-    d = problems.problem(torch.float64)
-    vocab_mask, ours, truth = masks(d, kind), problems.own(d), problems.leaves(d)
-    targets = torch.randint(problems.V, d["targets"].shape, generator=torch.Generator().manual_seed(3))
-    stats = rlk.linear_token_stats(*ours[:2], targets, bias=ours[2], vocab_mask=vocab_mask, outputs=(), chunk_tokens=4)
-    z = (truth[0] @ truth[1].t() + truth[2]).masked_fill(~vocab_mask, -torch.inf)
-    inside = torch.broadcast_to(vocab_mask, z.shape).gather(-1, targets[..., None])[..., 0]
-    assert not inside.all()
-    logp = torch.where(inside, z.gather(-1, targets[..., None])[..., 0] - z.logsumexp(-1), 0.0)
-    weight = d["token_weights"]
-    got = gradients((weight * (stats.logsumexp + torch.where(inside, stats.logprobs, 0.0))).sum(), ours)
-    check(got, gradients((weight * (z.logsumexp(-1) + logp)).sum(), truth), torch.float64)
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("per_row", (False, True), ids=("one", "per row"))
+def test_the_logsumexp_of_a_head_is_differentiated_over_the_columns_that_the_mask_keeps(per_row, chunk, backend):
+    draw = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(*x, generator=draw, dtype=torch.float64) for x in ((2, 3, 5), (7, 5)))
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    targets = torch.tensor([[0, 3, -1], [5, 1, 6]])  # some outside of the support; -1 is ignored
+    mask = torch.rand(2, 3, 7, generator=draw) < 0.5 if per_row else torch.arange(7) % 3 != 0
+    mask[..., 4] = True
+    options = {"vocab_mask": mask, "ignore_index": -1}
+    upstream = torch.linspace(-1, 2, 6, dtype=torch.float64).view(2, 3)
+    got = rlk.linear_token_stats(*leaves, targets, chunk_tokens=chunk, **options).logsumexp
+    want = rlk.token_stats(hidden @ weight.T, targets, **options).logsumexp
+    support = torch.where(mask, hidden @ weight.T, -torch.inf).logsumexp(-1)
+    truth = torch.where(targets != -1, support, 0.0)
+    found = [(x, *torch.autograd.grad((x * upstream).sum(), leaves)) for x in (got, want, truth)]
+    for ours in found[:2]:
+        for x, y in zip(ours, found[2], strict=True):
+            torch.testing.assert_close(x, y)
 
 
 def test_a_second_backward_has_the_mask_of_the_call():

@@ -59,6 +59,16 @@ def test_each_target_is_the_one_of_a_call_of_its_own():
     assert torch.equal(rlk.token_logprobs(logits[0, 0], targets[0, 0]), got[0, 0])
 
 
+@pytest.mark.parametrize("inplace", (False, True))
+@pytest.mark.parametrize("rows", ((0,), (0, 3), (2, 0)), ids=str)
+def test_no_row_has_no_log_probability_and_a_gradient_of_nothing(rows, inplace, backend):
+    logits = torch.zeros(*rows, V, requires_grad=True)
+    got = rlk.token_logprobs(logits * 1, torch.zeros(*rows, K, dtype=torch.long), inplace_backward=inplace)
+    assert got.shape == (*rows, K)
+    got.sum().backward()
+    assert logits.grad.shape == logits.shape
+
+
 def test_nan_stays_in_its_row_and_ids_outside_of_the_vocabulary_raise():
     logits, targets, *_ = problem(torch.float32)
     dirty = logits.clone()

@@ -200,6 +200,15 @@ def test_columns_outside_of_the_support_or_of_the_smaller_vocabulary_do_not_coun
     torch.testing.assert_close(rlk.token_divergences(x, teacher, **options(kind)), longer)
 
 
+@pytest.mark.parametrize("per_row", (False, True), ids=("one", "per row"))
+def test_the_mask_of_a_larger_vocabulary_than_the_teacher_s_is_the_student_s(per_row):
+    x, y = problem()
+    keep = torch.arange(V) % 3 != 0
+    want = rlk.token_divergences(x[..., :9], y[..., :9], vocab_mask=keep[:9])
+    got = rlk.token_divergences(x, y[..., :9], vocab_mask=keep.expand(B, L, V) if per_row else keep)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_column_of_minus_infinity_counts_for_nothing(kind, backend):
     x, y = problem()
@@ -314,6 +323,7 @@ BAD = {
         ValueError,
         "hold one id twice at row 0",
     ),
+    "nan": ({"teacher_topk": (IDS, TOP * NAN)}, ValueError, "logprobs of teacher_topk hold nan"),
     "probabilities": ({"teacher_topk": (IDS, -TOP)}, ValueError, "logprobs of teacher_topk hold 1.0"),
 }
 

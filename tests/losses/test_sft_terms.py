@@ -214,6 +214,17 @@ def test_the_z_loss_of_a_head_is_that_of_its_logits(kind, dtype):
         torch.testing.assert_close(got.double(), slope.nan_to_num(0.0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("more", ({}, {"z_loss_coef": 0.1}), ids=str)
+def test_the_metrics_count_a_token_of_which_the_model_is_sure(more):
+    # The factor of EAFT is 0 in the first row, whose support has one column.
+    logits, targets = torch.tensor([[0.0, 5.0], [0.0, 0.0]]), torch.tensor([0, 1])
+    support = torch.tensor([[True, False], [True, True]])
+    options = {"kind": "eaft", "vocab_mask": support, "return_metrics": True, **more}
+    _, metrics = rlk.sft_loss(logits, targets, **options)
+    for name, want in (("nll", math.log(2) / 2), ("probability", 0.75), ("entropy", math.log(2) / 2)):
+        torch.testing.assert_close(metrics[name], torch.tensor(want))
+
+
 def test_numbers_out_of_range_and_unread_options_are_refused():
     logits, targets = torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.long)
     for wrong, words in (

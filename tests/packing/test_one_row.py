@@ -64,62 +64,16 @@ def test_every_function_of_packed_tokens_takes_one_row():
     asking = {name for name in with_offsets if "on_one_row" in getattr(rlk, name).__code__.co_names}
     assert decorated | asking >= with_offsets - WITHOUT_A_ROW
     assert with_offsets - WITHOUT_A_ROW - set(FUNCTIONS) == {
-        "assemble_rewards",
-        "divergence_loss",
-        "extended_mask",
-        "linear_distillation_loss",
-        "optimal_token_advantages",
-        "step_advantages",
-        "vtrace",
-        "wpo_weights",
         "process_reward_loss",
         "rejection_mask",
         "rho_correction",
         "rollout_metrics",
+        *(
+            "divergence_loss",
+            "linear_distillation_loss",
+        ),  # in test_packed_advantages_and_divergences.py, as all of these
+        *("assemble_rewards", "extended_mask", "optimal_token_advantages", "step_advantages", "vtrace", "wpo_weights"),
     }
-
-
-@pytest.mark.parametrize(
-    "call",
-    (
-        lambda rlk, a, b, mask, cu: rlk.assemble_rewards(
-            torch.tensor([1.0, 2.0]), mask, logprobs=a, ref_logprobs=b, kl_coef=0.1, cu_seqlens=cu
-        ),
-        lambda rlk, a, b, mask, cu: rlk.extended_mask(mask, cu_seqlens=cu),
-        lambda rlk, a, b, mask, cu: rlk.optimal_token_advantages(
-            a, b, a - 1, torch.tensor([0, 0]), mask, cu_seqlens=cu
-        )[0],
-        lambda rlk, a, b, mask, cu: rlk.step_advantages(a, mask.bool(), torch.tensor([0, 0]), cu_seqlens=cu),
-        lambda rlk, a, b, mask, cu: rlk.vtrace(a, b, a, b, mask, cu_seqlens=cu)[0],
-        lambda rlk, a, b, mask, cu: rlk.wpo_weights(a, mask, cu_seqlens=cu),
-    ),
-    ids=("rewards", "mask", "optimal", "steps", "vtrace", "wpo"),
-)
-def test_what_rewards_and_advantages_take_lies_as_one_row_too(call):
-    draw = torch.Generator().manual_seed(0)
-    a, b = -torch.rand(2, 5, generator=draw)
-    mask, cu = torch.tensor([1, 1, 0, 1, 1]), torch.tensor([0, 2, 5])
-    expected = call(rlk, a, b, mask, cu)
-    got = call(rlk, a[None], b[None], mask[None], cu)
-    assert torch.equal(got.reshape(expected.shape), expected)
-
-
-def test_a_student_and_its_teacher_take_one_row():
-    draw = torch.Generator().manual_seed(0)
-    logits, teacher = torch.randn(2, 6, 9, generator=draw, dtype=torch.float64)
-    hidden, weight = torch.randn(6, 4, generator=draw), torch.randn(9, 4, generator=draw)
-    cu, mask = [0, 2, 5], torch.tensor([1, 1, 0, 1, 1, 0])  # a tail behind the last offset
-    top = torch.arange(3).expand(6, 3), torch.full((6, 3), -2.0, dtype=torch.float64)
-    options = {"cu_seqlens": cu, "aggregation": "seq-mean-token-mean"}
-    for args in ((logits, teacher, mask), (logits, None, mask)):
-        of_row = [x if x is None else x[None] for x in args]
-        more, of_more = ({}, {}) if args[1] is not None else ({"teacher_topk": top}, {})
-        if more:
-            of_more = {"teacher_topk": tuple(x[None] for x in top)}
-        got = rlk.divergence_loss(*of_row, **options, **of_more)
-        assert torch.equal(got, rlk.divergence_loss(*args, **options, **more))
-    got = rlk.linear_distillation_loss(hidden[None], weight, hidden[None] + 1, weight, mask[None], **options)
-    assert torch.equal(got, rlk.linear_distillation_loss(hidden, weight, hidden + 1, weight, mask, **options))
 
 
 def test_the_other_functions_take_one_row():

@@ -91,6 +91,57 @@ def test_a_log_without_marks_is_refused_and_one_with_marks_trains_those_alone():
     assert [m.provenance for m in from_openai(log).messages] == ["framework", "model"]
 
 
+ANSWER = {"role": "assistant", "content": "x", "token_ids": [7]}
+
+
+@pytest.mark.parametrize("convert", (from_openai, from_openmanus))
+@pytest.mark.parametrize(
+    "word", ({"sampled": False}, {"provenance": "framework"}, {"provenance": "environment"}), ids=str
+)
+def test_the_word_of_a_log_counts_before_recorded_ids(convert, word):
+    first, second = convert([{**ANSWER, **word}, ANSWER]).messages
+    assert (first.provenance, first.token_ids) == ("framework", None)
+    assert (second.provenance, second.token_ids) == ("model", (7,))
+
+
+def test_recorded_numbers_of_another_agent_or_of_a_tool_are_not_those_of_the_agent():
+    log = [{**ANSWER, "name": name} for name in ("ann", "bob")]
+    for found in (from_openai(log, agent="bob"), from_autogen(log, agent="bob")):
+        assert [(m.role, m.provenance) for m in found.messages] == [("user", "environment"), ("assistant", "model")]
+    # A mark of another agent does not say who wrote the messages of this one.
+    with pytest.raises(ValueError, match=r"nothing says who wrote the messages \[1\]"):
+        from_openai([log[0], {**log[1], "token_ids": None}], agent="bob")
+    for key, x in (("token_ids", [7]), ("logprobs", [-0.5])):
+        for convert in (from_openai, from_openmanus):
+            with pytest.raises(ValueError, match=f"message 1 has {key}, which mark .* the role 'tool'"):
+                convert([ANSWER, {"role": "tool", "content": "r", key: x}])
+    simulated = from_openai([{**ANSWER, "role": "user", "sampled": True}])
+    assert simulated.messages[0].provenance == "model"
+
+
+@pytest.mark.parametrize(
+    ("sampled", "error", "words"),
+    [
+        ([1], ValueError, "the index 1, expected those of 1 messages"),
+        ([-1], ValueError, "the index -1"),
+        ([True], TypeError, "must be int, got bool"),
+        ("0", TypeError, "got str"),
+        (True, TypeError, "got bool"),
+    ],
+)
+def test_what_says_nothing_of_a_message_is_refused(sampled, error, words):
+    with pytest.raises(error, match=words):
+        from_openai([{"role": "assistant", "content": "x"}], sampled=sampled)
+
+
+def test_an_unknown_provenance_and_an_id_below_zero_are_refused():
+    with pytest.raises(ValueError, match="provenance of message 0 must be one of"):
+        from_openai([{**ANSWER, "provenance": "modle"}])
+    for name in ("prompt_ids", "token_ids"):
+        with pytest.raises(ValueError, match=f"{name} must not be negative, got -100"):
+            Message("assistant", "x", "model", **{name: (3, -100)})
+
+
 def test_recorded_ids_and_log_probabilities_win_and_a_mismatch_is_reported_with_its_place(tokenizer):
     ids = tokenizer.encode("ab" + END, add_special_tokens=False)
     recorded = [ids[0], 77, ids[2]]
