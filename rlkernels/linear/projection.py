@@ -69,16 +69,25 @@ class HeadProjection:
 
         ``dlogits`` gets that one subtracted from ``dlogp``, which is right everywhere but at the target. Asked before
         it, because it overwrites the logits. Over a process group the target of another shard is the column behind the
-        last, which enters no matmul.
+        last, which enters no matmul. A target that the mask leaves out moves nothing, so a column inside stands for it.
+
+        Returns:
+            ``(index, made), dlogp, row_arguments``: the last two as ``dlogits`` has to get them.
         """
-        targets, temperature, ignore_index = row_arguments
+        targets, temperature, ignore_index, vocab_mask = row_arguments
         live = targets != ignore_index
         if self.shard is not None:
             targets, _ = vocab_parallel.local_targets(self.shard, targets, ignore_index)
         index = torch.where(live & (targets >= 0) & (targets < self.width), targets, 0).long()[:, None]
+        if vocab_mask is not None:
+            inside = vocab_mask.expand(index.shape[0], -1).gather(1, index)
+            dlogp = torch.where(inside[:, 0], dlogp, -dlse)
+            index = torch.where(inside, index, vocab_mask.byte().argmax(-1, keepdim=True))
+            known = torch.where(live, index[:, 0].to(targets.dtype), targets)
+            row_arguments = known, temperature, ignore_index, vocab_mask
         upstream = Upstream(dlogp, dentropy)
         made = ops.target_gradient(upstream, dlse, logits.gather(1, index), live, temperature, SavedRows(*saved))
-        return index, made[:, None]
+        return (index, made[:, None]), dlogp, row_arguments
 
     def gradient_buffer(self, logits):
         """Returns the memory for the gradient of the logits.

@@ -359,10 +359,11 @@ def _accumulate(gradients, live, upstream, saved, backend):
     for projection, rows in _chunks(head, live, backend, gradients.needs[2]):
         hidden = rows.hidden(head.hidden)
         logits = projection.logits(hidden)[: len(rows)]
-        *of_rows, dlse = (None if d is None else rows.select(d).contiguous() for d in upstream)
-        arguments, stats = head.row_arguments(rows), [rows.select(x) for x in saved]
-        repair = None if dlse is None else projection.target_repair(*of_rows, dlse, logits, arguments, stats)
-        dlogits = projection.dlogits(*of_rows, logits, arguments, stats)
+        dlogp, dentropy, dlse = (None if d is None else rows.select(d).contiguous() for d in upstream)
+        arguments, stats, repair = head.row_arguments(rows), [rows.select(x) for x in saved], None
+        if dlse is not None:
+            repair, dlogp, arguments = projection.target_repair(dlogp, dentropy, dlse, logits, arguments, stats)
+        dlogits = projection.dlogits(dlogp, dentropy, logits, arguments, stats)
         if repair is not None:
             dlogits.scatter_(1, repair[0], repair[1].to(dlogits.dtype))
         gradients.add(projection, rows, dlogits, logits, hidden)
