@@ -4,9 +4,11 @@ import math
 
 import torch
 
+import rlkernels
+
 from fuzz.batches import MODES, Batch, draw_normalizers, true_weights
-from fuzz.draws import NAN, leaf, wide
-from fuzz.trial import case, eps
+from fuzz.draws import FLOATS, NAN, leaf, wide
+from fuzz.trial import EPS64, case, eps
 
 
 def check(trial, what, got, truth, size, given, truth_of, steep=0.0):
@@ -242,3 +244,63 @@ def spans_to_mask(trial):
         [any(a <= t < b for a, b in row) for t in places] for row in spans.reshape(math.prod(shape), count, 2).tolist()
     ]
     trial.expect("mask of spans", got, torch.tensor(rows, dtype=torch.bool).reshape(*shape, len(places)), 0.0)
+
+
+def moments_of(values):
+    """Count, mean and sum of squared deviations of a list of numbers."""
+    mean = math.fsum(values) / max(len(values), 1)
+    return len(values), mean, math.fsum((x - mean) ** 2 for x in values)
+
+
+def expect_moments(trial, what, got, truth):
+    """``truth``: moments of each slice, shaped like the results."""
+    columns = zip(*truth, strict=True) if truth else ((), (), ())
+    for name, g, x in zip(("count", "mean", "squares"), got, columns, strict=True):
+        x = torch.tensor(x, dtype=torch.float64).view(g.shape)
+        trial.expect(f"{name} of {what}", g, x, 16 * EPS64 * (1 + x.abs()))
+
+
+def elements(draw, shape):
+    """Numbers of any kind, and which of them are live: ``(argument, mask, live, float64)``."""
+    live = draw.coins(shape, draw.choice((0.0, 0.5, 1.0)))
+    mask = draw.masked(live) if draw.flag(0.8) else None
+    live = live if mask is not None else torch.ones(shape, dtype=torch.bool)
+    x = draw.normal(shape, torch.float64, 3.0).to(draw.choice((torch.bool, torch.int64, torch.int32, *FLOATS)))
+    x = draw.with_garbage(x, live) if x.is_floating_point() else x
+    x = draw.laid_out(x, keep=True)
+    return x, mask, live, x.double()
+
+
+@case("valid")
+def masked_moments(trial):
+    draw = trial.draw
+    shape = draw.choice(((), (0,), (1,), (5,), (2, 3), (3, 0), (2, 3, 4)))
+    x, mask, live, wide_x = elements(draw, shape)
+    dim = draw.choice((None, None, -1, 0, (0, 1))) if shape else None
+    dim = 0 if dim == (0, 1) and len(shape) < 2 else dim
+    got = trial.call("masked_moments", x, mask, dim=dim)
+    along = (
+        tuple(range(len(shape))) if dim is None else tuple(d % len(shape) for d in (dim if dim == (0, 1) else (dim,)))
+    )
+    places = [i for i in range(len(shape)) if i not in along]
+    rows = torch.stack([wide_x, live.double()]).permute(0, *(i + 1 for i in (*places, *along)))
+    rows = rows.reshape(2, math.prod(shape[i] for i in places), math.prod(shape[i] for i in along)).tolist()
+    truth = [moments_of([y for y, alive in zip(*row, strict=True) if alive]) for row in zip(*rows, strict=True)]
+    kept = [1 if i in along else n for i, n in enumerate(shape)]
+    if list(got[1].shape) != ([] if dim is None else kept):
+        trial.findings.append(f"the mean has shape {tuple(got[1].shape)}, along {dim} of {shape}")
+        return
+    expect_moments(trial, f"{x.dtype} along {dim}", got, truth)
+
+
+@case("valid")
+def merge_moments(trial):
+    draw = trial.draw
+    parts = [draw.normal((draw.choice((0, 1, 2, 5)),), torch.float64, 3.0).tolist() for _ in range(draw.randint(1, 4))]
+    offset = draw.choice((0.0, 0.0, 100.0))
+    parts = [[x + offset for x in part] for part in parts]
+    given = [moments_of(part) for part in parts]
+    if draw.flag(0.5):
+        given = [tuple(torch.tensor(x, dtype=torch.float64) for x in part) for part in given]
+    got = trial.call("merge_moments", [rlkernels.Moments(*part) for part in given])
+    expect_moments(trial, "all parts", got, [moments_of([x for part in parts for x in part])])
