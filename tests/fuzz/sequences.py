@@ -5,7 +5,6 @@ import math
 import torch
 
 import rlkernels
-
 from fuzz.batches import MODES, Batch, draw_normalizers, true_weights
 from fuzz.draws import FLOATS, NAN, leaf, wide
 from fuzz.trial import EPS64, case, eps
