@@ -304,6 +304,7 @@ def value_loss(trial):
     draw = trial.draw
     batch = Batch(draw)
     weighting, clip = Weighting(draw, batch), draw.choice((None, 0.2, 1.0))
+    named = {"objective": "value_plain" if clip is None else "value_clip"} if draw.flag(0.2) else {}
     x = leaf(
         draw.with_garbage(
             draw.laid_out(draw.normal(batch.shape, draw.choice((torch.float32, *draw.floats)))), batch.live
@@ -318,6 +319,7 @@ def value_loss(trial):
         returns,
         batch.mask,
         clip_range=clip,
+        **named,
         **weighting.options,
         **batch.packing(),
     )
@@ -328,7 +330,7 @@ def value_loss(trial):
     check_columns_loss(trial, f"clip {clip}, {weighting.mode}, {x.dtype}", x, loss, total, leaf64)
     count = batch.live.sum().clamp(min=1)
     known = {"error": torch.where(batch.live, (v - r).square(), 0.0).detach().sum() / count}
-    if clip is not None:
+    if clip is not None and not named:
         larger = ((v - o).abs() > clip) & ((o + (v - o).clamp(-clip, clip) - r).square() > (v - r).square())
         known["clip_fraction"] = (batch.live & larger).sum().double() / count
     expect_metrics(trial, f"clip {clip}, {x.dtype}", metrics, known, eps(x))

@@ -71,9 +71,12 @@ def aggregate(trial):
     draw = trial.draw
     batch, mode = Batch(draw), draw.choice(MODES)
     normalizers, x = draw_normalizers(draw, mode, batch), values_of(draw, batch)
-    given = draw.choice(({}, {"dtype": torch.float64}))
+    given, times = dict(draw.choice(({}, {"dtype": torch.float64}))), None
+    if draw.flag(0.2):
+        times = draw.among(batch.shape, (0.0, 0.5, 1.0, 3.0), draw.choice(FLOATS))
+        given["weights"] = draw.laid_out(draw.with_garbage(times, batch.live), keep=True)
     got = trial.call("aggregate", x, batch.mask, mode, **batch.packing(), **normalizers, **given)
-    truth_of, weights = wide(x), true_weights(mode, batch, normalizers)
+    truth_of, weights = wide(x), true_weights(mode, batch, normalizers, None if times is None else times.double())
     terms = weights * torch.where(batch.live, truth_of, 0.0)
     check(trial, f"aggregate by {mode}", got, terms.sum(), terms.detach().abs().sum(), x, truth_of)
 
@@ -191,10 +194,14 @@ def masked_whiten(trial):
         draw.flag(0.5),
         draw.choice((None, -1, 0)),
     )
+    moments = None
+    if draw.flag(0.2):
+        moments = rlkernels.Moments(draw.number(9), draw.number(draw.choice((0.5, -1.0))), draw.number(20.0))
     got = trial.call(
         "masked_whiten",
         x,
         mask,
+        moments=moments,
         shift_mean=shift,
         unbiased=unbiased,
         eps=small,
@@ -204,8 +211,12 @@ def masked_whiten(trial):
     truth_of, along = wide(x), tuple(range(len(shape))) if dim is None else dim
     count = live.sum(along, keepdim=True)
     mean = torch.where(live, truth_of, 0.0).sum(along, keepdim=True) / count.clamp(min=1)
+    if moments is not None:
+        mean = torch.full_like(mean, float(moments.mean), requires_grad=False)
     gap = torch.where(live, truth_of - mean, 0.0)
     variance = gap.square().sum(along, keepdim=True) / (count - int(unbiased)).clamp(min=1)
+    if moments is not None:
+        variance = torch.full_like(mean, 20.0 / (9 - int(unbiased)))
     if bool((variance.detach() < 1e-9).any()):
         spread = torch.where(variance.detach() < 1e-9, 0.0, 1.0)  # equal elements: 0, without a derivative to speak of
         truth = torch.where(live, gap * spread * (variance + 1.0).rsqrt() * 0.0 + (0.0 if shift else mean), 0.0)
