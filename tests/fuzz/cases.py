@@ -8,6 +8,7 @@ from fuzz import (  # noqa: F401  (a module's cases register themselves)
     packing,  # noqa: F401  (a module's cases register themselves)
     policies,
     preferences,
+    references,
     rewards,
     rollouts,
     rows,

@@ -81,7 +81,7 @@ def policy_loss(trial):
                 draw.uniform(batch.shape, dtype=draw.choice((torch.float32, torch.bfloat16, torch.float64))), batch.live
             )
         )
-    old = None if terms.name == "reinforce" and draw.flag(0.5) else terms.old
+    old = terms.visible_old(draw)
     if entropy is not None and draw.flag(0.2):
         terms.options["top_entropy_fraction"] = 1.0
     loss, metrics = with_metrics(
@@ -137,7 +137,7 @@ def logits_policy_loss(trial):
     in_place, every = draw.flag(0.3), draw.flag(0.1)
     terms.options |= {"top_entropy_fraction": 1.0} if every else {}
     given = rows.x * 1.0 if in_place else rows.x
-    old = None if terms.name == "reinforce" and draw.flag(0.5) else terms.old
+    old = terms.visible_old(draw)
     options = {**terms.options, **rows.options, **({"inplace_backward": True} if in_place else {})}
     loss, metrics = with_metrics(
         trial, "logits_policy_loss", given, rows.visible, old, terms.advantages, batch.mask, **options
@@ -154,13 +154,17 @@ def logits_policy_loss(trial):
 
 def check_rows_loss(trial, what, rows, loss, total, truth):
     """A loss of logits and its gradient."""
+    expect_loss(trial, f"loss of {what}", loss, total, eps(rows.x), 256)
+    check_rows_gradient(trial, what, rows, loss, upstream(trial.draw, loss), total.value, truth)
+
+
+def check_rows_gradient(trial, what, rows, loss, up, value, truth):
+    """The gradient of a loss, or of the losses of tokens, whose truth is ``value``."""
     unit = eps(rows.x)
-    expect_loss(trial, f"loss of {what}", loss, total, unit, 256)
-    up = upstream(trial.draw, loss)
     (got,) = trial.gradients([loss], [rows.x], [up])
     names = ("logprobs", "entropy")
     (want, *inner) = torch.autograd.grad(
-        total.value, [rows.wide, *(truth[name] for name in names)], up.double(), allow_unused=True
+        value, [rows.wide, *(truth[name] for name in names)], up.double(), allow_unused=True
     )
     inner = {
         name: torch.zeros(rows.shape, dtype=torch.float64) if g is None else g
