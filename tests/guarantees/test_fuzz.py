@@ -118,7 +118,7 @@ def test_hostile_calls_raise_what_names_the_function_or_give_the_answer_of_eager
     ),
 )
 def test_an_error_of_one_percent_is_found_by_every_case(change, cases):
-    assert cases <= {finding.case for finding in run("valid", 8, *sorted(cases), change=change).findings}
+    assert cases <= {finding.case for finding in run("valid", 16, *sorted(cases), change=change).findings}
 
 
 def test_a_crash_is_a_finding_with_its_seed_and_the_range_goes_on_behind_it():
