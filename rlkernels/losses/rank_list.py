@@ -121,7 +121,8 @@ def rank_list_loss(
         wrong = segment_reduce((both & ~(first > second)).sum(-1).double(), offsets)
         real = (pairs > 0).sum().clamp(min=1)
         metrics = {
-            "accuracy": ((pairs > 0) & (wrong == 0)).sum() / real,
+            # double, because the quotient of two integers has the default dtype.
+            "accuracy": ((pairs > 0) & (wrong == 0)).sum().double() / real,
             "pair_accuracy": 1.0 - wrong.sum() / pairs.sum().clamp(min=1),
         }
         return loss, {name: torch.where(pairs.sum() > 0, x, 0.0).to(flat.dtype) for name, x in metrics.items()}

@@ -99,9 +99,9 @@ def _inverse(x):
     return 1.0 / float(x) if float(x) > 0 else 0.0
 
 
-def true_weights(mode, batch, normalizers):
-    """The weight of each token in float64, one sequence after another."""
-    n = batch.counts().tolist()
+def true_weights(mode, batch, normalizers, times=None):
+    """The weight of each token in float64, one sequence after another; ``times``: how often each one counts."""
+    n = (batch.counts() if times is None else batch.sums(times)).tolist()
     rows, given = batch.count, normalizers.get("num_sequences")
     counted = sum(x > 0 for x in n) if not normalizers.get("count_empty_rows") else rows
     rows, counted = (rows, counted) if given is None else (given, given)
@@ -140,4 +140,5 @@ def true_weights(mode, batch, normalizers):
 
     factor = float(normalizers.get("dp_size", 1)) * float(normalizers.get("scale", 1.0))
     per_sequence = torch.tensor([of_a_token(i) * factor for i in range(batch.count)], dtype=torch.float64)
-    return torch.where(batch.live, batch.spread(per_sequence), 0.0)
+    per_token = batch.spread(per_sequence) if times is None else batch.spread(per_sequence) * times
+    return torch.where(batch.live, per_token, 0.0)

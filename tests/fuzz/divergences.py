@@ -158,7 +158,8 @@ def linear_distillation_loss(trial):
     batch.mask = draw.masked(batch.live)
     head.statistics()
     options = {name: x for name, x in head.options.items() if name != "ignore_index"} | of.options
-    student = (head.z / head.t[..., None]).log_softmax(-1)
+    keep = torch.ones(head.columns, dtype=torch.bool) if head.vocab_mask is None else head.kept()
+    student = (head.z / head.t[..., None]).masked_fill(~keep, -math.inf).log_softmax(-1)
     features = draw.choice((1, 3, 8))
     shapes = (*batch.shape, features), (head.vocab, features)
     other, matrix = (draw.normal(shape, head.hidden.dtype) for shape in shapes)
@@ -166,9 +167,9 @@ def linear_distillation_loss(trial):
     cap, scale = draw.choice((None, 3.0)), draw.choice((1.0, 0.5))
     z = scale * (other.double() @ matrix.double().T + bias.double())[..., : head.columns]
     z = z if cap is None else cap * torch.tanh(z / cap)
-    teacher = (z / head.t[..., None]).log_softmax(-1)
+    teacher = (z / head.t[..., None]).masked_fill(~keep, -math.inf).log_softmax(-1)
     positional = ()
-    if head.columns > 1 and draw.flag(0.3):
+    if head.columns > 1 and head.vocab_mask is None and draw.flag(0.3):
         options["teacher_topk"] = of.likeliest(draw, teacher, batch.live)
         student, teacher = of.outcomes(student, head.hidden.dtype)
     else:

@@ -42,6 +42,9 @@ class Head:
             "logit_scale": self.scale,
             "valid_vocab": self.columns if self.columns < self.vocab else None,
         }
+        self.vocab_mask = self._vocab_mask(draw, batch, ignore) if draw.flag(0.2) else None
+        if self.vocab_mask is not None:
+            self.options["vocab_mask"] = self.vocab_mask
         if self.logits_dtype:
             self.options["logits_dtype"] = self.logits_dtype
         if draw.flag(0.4):
@@ -51,6 +54,17 @@ class Head:
         if draw.flag(0.2):
             self.options["max_live_tokens"] = max(1, int(batch.live.sum()) + draw.choice((0, 3, 100)))
         self.live, self.ignore_index = batch.live, ignore
+
+    def _vocab_mask(self, draw, batch, ignore):
+        """With every target in it: the log-probability of another is -inf, and no loss is finite."""
+        hit = torch.where(self.known == ignore, 0, self.known)
+        keep = draw.coins((self.vocab,) if draw.flag(0.5) else (*batch.shape, self.vocab), 0.7)
+        keep = keep.index_fill(-1, hit.flatten(), True) if keep.dim() == 1 else keep.scatter(-1, hit[..., None], True)
+        return draw.laid_out(keep.index_fill(-1, torch.tensor([0]), True), keep=True)
+
+    def kept(self):
+        """The mask of the columns, or None; those of the padding are none of the vocabulary."""
+        return None if self.vocab_mask is None else self.vocab_mask[..., : self.columns]
 
     def arguments(self):
         return self.hidden, self.weight, self.targets
@@ -72,7 +86,7 @@ class Head:
         if self.logits_dtype:
             z = z + (z.detach().float().to(self.logits_dtype).double() - z.detach())
         self.z = z
-        return statistics(z, self.known, self.t, ignore_index=self.ignore_index)
+        return statistics(z, self.known, self.t, ignore_index=self.ignore_index, vocab_mask=self.kept())
 
     def unit(self):
         """How far off a logit may be, over the temperature: its sum over the features, and what it is rounded to."""
@@ -107,11 +121,12 @@ class Head:
             if g.dtype != x.dtype:
                 trial.findings.append(f"the gradient of {name} has dtype {g.dtype}, {name} has {x.dtype}")
             w = torch.zeros(x.shape, dtype=torch.float64) if w is None else w
-            trial.expect(f"gradient of {name} of {what}", g, w, allowed[name])
+            # 2^-52: the truth's own, which has 0 where 1 - sigmoid is less.
+            trial.expect(f"gradient of {name} of {what}", g, w, allowed[name] + 2.0**-52)
 
     def _allowed(self, inner):
         """Each gradient is a sum of products: so is the error allowed to it."""
-        d = sizes(self.z, self.known, self.t, None, with_cancelled(inner)) * self.scale
+        d = sizes(self.z, self.known, self.t, self.kept(), with_cancelled(inner)) * self.scale
         stored = {self.hidden.dtype, self.logits_dtype}
         if torch.float16 in stored and d.numel():
             d = d + 2.0**-13 * d.max()  # what is small beside the largest one loses digits
@@ -189,7 +204,7 @@ def linear_policy_loss(trial):
     batch = Batch(draw)
     terms = PolicyTerms(draw, batch)
     head = Head(draw, batch)
-    old, every = None if terms.name == "reinforce" and draw.flag(0.5) else terms.old, draw.flag(0.1)
+    old, every = terms.visible_old(draw), draw.flag(0.1)
     terms.options |= {"top_entropy_fraction": 1.0} if every else {}
     loss, metrics = with_metrics(
         trial,

@@ -103,6 +103,8 @@ def outcome(function, given, leaves):
     except Exception as error:  # its type is judged
         return error, [], [], None
     summed = [x for x in results if x.requires_grad and x.is_floating_point() and x.device.type == "cpu"]
+    # A statistic without a gradient refuses to be trained, as its docstring says.
+    summed = [x for x in summed if type(x.grad_fn).__name__ != "_RefusalBackward"]
     if not summed or not leaves:
         return None, results, [], None
     try:

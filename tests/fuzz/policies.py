@@ -81,7 +81,7 @@ def policy_loss(trial):
                 draw.uniform(batch.shape, dtype=draw.choice((torch.float32, torch.bfloat16, torch.float64))), batch.live
             )
         )
-    old = None if terms.name == "reinforce" and draw.flag(0.5) else terms.old
+    old = terms.visible_old(draw)
     if entropy is not None and draw.flag(0.2):
         terms.options["top_entropy_fraction"] = 1.0
     loss, metrics = with_metrics(
@@ -137,30 +137,32 @@ def logits_policy_loss(trial):
     in_place, every = draw.flag(0.3), draw.flag(0.1)
     terms.options |= {"top_entropy_fraction": 1.0} if every else {}
     given = rows.x * 1.0 if in_place else rows.x
-    old = None if terms.name == "reinforce" and draw.flag(0.5) else terms.old
+    old = terms.visible_old(draw)
     options = {**terms.options, **rows.options, **({"inplace_backward": True} if in_place else {})}
     loss, metrics = with_metrics(
         trial, "logits_policy_loss", given, rows.visible, old, terms.advantages, batch.mask, **options
     )
     truth, what = rows.truth(), f"{terms.name}, {terms.level}, {terms.weighting.mode}, {rows.dtype}"
     check_rows_loss(trial, what, rows, loss, terms.truth(batch, truth["logprobs"], truth["entropy"]), truth)
-    known = terms.metrics(batch, truth["logprobs"], truth["entropy"], all_read=every)
-    expect_metrics(trial, what, metrics, known, 8 * eps(rows.x))
     # The two passes of a clamp, and of a square beside a KL, read every live row.
-    every = terms.bounds is not None or bool(terms.square and terms.kl_coef)
+    every = every or terms.bounds is not None or bool(terms.square and terms.kl_coef)
     found = terms.metrics(batch, truth["logprobs"], truth["entropy"], all_read=every)
     expect_metrics(trial, what, metrics, found, 8 * eps(rows.x))
 
 
 def check_rows_loss(trial, what, rows, loss, total, truth):
     """A loss of logits and its gradient."""
+    expect_loss(trial, f"loss of {what}", loss, total, eps(rows.x), 256)
+    check_rows_gradient(trial, what, rows, loss, upstream(trial.draw, loss), total.value, truth)
+
+
+def check_rows_gradient(trial, what, rows, loss, up, value, truth):
+    """The gradient of a loss, or of the losses of tokens, whose truth is ``value``."""
     unit = eps(rows.x)
-    expect_loss(trial, f"loss of {what}", loss, total, unit, 256)
-    up = upstream(trial.draw, loss)
     (got,) = trial.gradients([loss], [rows.x], [up])
     names = ("logprobs", "entropy")
     (want, *inner) = torch.autograd.grad(
-        total.value, [rows.wide, *(truth[name] for name in names)], up.double(), allow_unused=True
+        value, [rows.wide, *(truth[name] for name in names)], up.double(), allow_unused=True
     )
     inner = {
         name: torch.zeros(rows.shape, dtype=torch.float64) if g is None else g
@@ -304,6 +306,7 @@ def value_loss(trial):
     draw = trial.draw
     batch = Batch(draw)
     weighting, clip = Weighting(draw, batch), draw.choice((None, 0.2, 1.0))
+    named = {"objective": "value_plain" if clip is None else "value_clip"} if draw.flag(0.2) else {}
     x = leaf(
         draw.with_garbage(
             draw.laid_out(draw.normal(batch.shape, draw.choice((torch.float32, *draw.floats)))), batch.live
@@ -318,6 +321,7 @@ def value_loss(trial):
         returns,
         batch.mask,
         clip_range=clip,
+        **named,
         **weighting.options,
         **batch.packing(),
     )
@@ -328,7 +332,7 @@ def value_loss(trial):
     check_columns_loss(trial, f"clip {clip}, {weighting.mode}, {x.dtype}", x, loss, total, leaf64)
     count = batch.live.sum().clamp(min=1)
     known = {"error": torch.where(batch.live, (v - r).square(), 0.0).detach().sum() / count}
-    if clip is not None:
+    if clip is not None and not named:
         larger = ((v - o).abs() > clip) & ((o + (v - o).clamp(-clip, clip) - r).square() > (v - r).square())
         known["clip_fraction"] = (batch.live & larger).sum().double() / count
     expect_metrics(trial, f"clip {clip}, {x.dtype}", metrics, known, eps(x))

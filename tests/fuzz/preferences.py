@@ -155,15 +155,38 @@ def pairwise_reward_loss(trial):
         leaf(draw.laid_out(draw.normal(shape, draw.choice((torch.float32, *draw.floats)), scale)))
         for _ in range(3 if draw.flag(0.5) else 2)
     ]
-    centre = draw.choice((0.0, 0.1, 1.0))
-    loss = trial.call(
-        "pairwise_reward_loss", *given[:2], margin=given[2] if len(given) > 2 else None, center_coef=centre
-    )
+    centre, kind, reduction = draw.choice((0.0, 0.1, 1.0)), "logsigmoid", draw.choice(("mean", "mean", "sum", "none"))
+    live, weight = torch.ones(shape, dtype=torch.bool), torch.ones(shape, dtype=torch.float64)
+    options = {"center_coef": centre}
+    if draw.flag(0.3):
+        live = draw.coins(shape, 0.6)
+        options["mask"] = draw.masked(live)
+        given = [leaf(draw.with_garbage(x.detach(), live)) for x in given]
+    if draw.flag(0.3):
+        weight = draw.among(shape, (0.0, 0.5, 2.0))
+        options["pair_weights"] = draw.laid_out(draw.with_garbage(weight.float(), live), keep=True)
+    if len(given) > 2:
+        options["margin"] = given[2]
+    elif draw.flag(0.5):
+        options["kind"] = kind = draw.choice(("logexp", "logsigmoid"))
+    if reduction != "mean" or draw.flag(0.2):
+        options["reduction"] = reduction
+    loss, metrics = with_metrics(trial, "pairwise_reward_loss", *given[:2], **options)
     truths = [wide(x) for x in given]
-    c, r, margin = *truths[:2], truths[2] if len(truths) > 2 else torch.zeros(shape, dtype=torch.float64)
-    share = torch.full(shape, 1.0 / max(c.numel(), 1), dtype=torch.float64)
-    total = Sum().plus(share, -logsigmoid(c - r - margin)).plus(share * centre, (c + r).square())
-    check_pairs_loss(trial, f"{given[0].dtype}", loss, total, given, truths)
+    c, r, *margin = (torch.where(live, x, 0.0) for x in truths)
+    share = torch.where(live, weight / (max(int(live.sum()), 1) if reduction == "mean" else 1), 0.0)
+    each, square = -logsigmoid(c - r - (margin[0] if margin else 0.0)), centre * (c + r).square()
+    if reduction == "none":
+        terms = (share * (each + square)).detach()
+        trial.expect("terms", loss, terms, 64 * eps(loss) * (terms + share * (1 + c.abs() + r.abs()).detach()))
+        loss = loss.sum()  # which has the gradient of the loss that is a sum
+    total = Sum(sum(x.sum() for x in (c, r, *margin)) * 0.0).plus(share, each).plus(share, square)
+    check_pairs_loss(trial, f"{given[0].dtype}, {kind}, {reduction}", loss, total, given, truths)
+    count = live.sum().clamp(min=1)
+    known = {"reward_chosen": c, "reward_rejected": r, "reward_margin": c - r, "accuracy": (c > r).double()}
+    known = {name: x.detach().sum() / count for name, x in known.items()}
+    reach = 1 + max((float(x.detach().abs().max()) for x in (c, r) if x.numel()), default=0.0)
+    expect_metrics(trial, kind, metrics, known, eps(loss) * reach)
 
 
 @case("valid")
@@ -204,6 +227,31 @@ def reward_scores(trial):
     reach = float(g.double().abs().sum() * (1 + h.detach().abs().max() if h.numel() else 1))
     for (x, _), g_, w_ in zip(trained, got, want, strict=True):
         trial.expect(f"gradient of {x.dtype}", g_, w_, 16 * eps(hidden) * (w_.abs() + reach))
+
+
+@case("valid")
+def reward_scores_of_tokens(trial):
+    draw = trial.draw
+    features, labels, dtype = draw.choice((1, 3, 8)), draw.choice((1, 1, 3)), draw.dtype()
+    live = draw.coins(draw.choice(((4,), (0,), (2, 3), (2, 1, 3))), draw.choice((0.3, 1.0)))
+    mask = draw.masked(live) if draw.flag(0.7) else None
+    live = live if mask is not None else torch.ones_like(live)
+    hidden = leaf(
+        draw.laid_out(draw.with_garbage(draw.normal((*live.shape, features), dtype), live[..., None]), keep=True)
+    )
+    weight, bias = leaf(draw.laid_out(draw.normal((labels, features), dtype))), leaf(draw.normal((labels,), dtype))
+    got = trial.call("reward_scores", hidden, weight, attention_mask=mask, bias=bias, positions="all")
+    h, w, b = wide(hidden), wide(weight), wide(bias)
+    truth = torch.where(live[..., None], h, 0.0) @ w.T + b
+    truth = torch.where(live[..., None], truth, 0.0)
+    truth = truth if labels > 1 else truth[..., 0]
+    reach = 1 + sum(float(x.detach().abs().nan_to_num(0.0, 0.0, 0.0).max()) if x.numel() else 0.0 for x in (h, w, b))
+    trial.expect("scores of tokens", got, truth, 64 * eps(hidden) * reach**2)
+    g = draw.normal(truth.shape, got.dtype)
+    found = trial.gradients([got], [hidden, weight, bias], [g])
+    want = torch.autograd.grad(truth, [h, w, b], g.double())
+    for x, y in zip(found, want, strict=True):
+        trial.expect("gradient of scores of tokens", x, y, 64 * eps(hidden) * reach * (1 + float(g.abs().sum())))
 
 
 @case("valid")

@@ -4,9 +4,10 @@ import math
 
 import torch
 
+import rlkernels
 from fuzz.batches import MODES, Batch, draw_normalizers, true_weights
-from fuzz.draws import NAN, leaf, wide
-from fuzz.trial import case, eps
+from fuzz.draws import FLOATS, NAN, leaf, wide
+from fuzz.trial import EPS64, case, eps
 
 
 def check(trial, what, got, truth, size, given, truth_of, steep=0.0):
@@ -70,9 +71,12 @@ def aggregate(trial):
     draw = trial.draw
     batch, mode = Batch(draw), draw.choice(MODES)
     normalizers, x = draw_normalizers(draw, mode, batch), values_of(draw, batch)
-    given = draw.choice(({}, {"dtype": torch.float64}))
+    given, times = dict(draw.choice(({}, {"dtype": torch.float64}))), None
+    if draw.flag(0.2):
+        times = draw.among(batch.shape, (0.0, 0.5, 1.0, 3.0), draw.choice(FLOATS))
+        given["weights"] = draw.laid_out(draw.with_garbage(times, batch.live), keep=True)
     got = trial.call("aggregate", x, batch.mask, mode, **batch.packing(), **normalizers, **given)
-    truth_of, weights = wide(x), true_weights(mode, batch, normalizers)
+    truth_of, weights = wide(x), true_weights(mode, batch, normalizers, None if times is None else times.double())
     terms = weights * torch.where(batch.live, truth_of, 0.0)
     check(trial, f"aggregate by {mode}", got, terms.sum(), terms.detach().abs().sum(), x, truth_of)
 
@@ -190,10 +194,14 @@ def masked_whiten(trial):
         draw.flag(0.5),
         draw.choice((None, -1, 0)),
     )
+    moments = None
+    if draw.flag(0.2):
+        moments = rlkernels.Moments(draw.number(9), draw.number(draw.choice((0.5, -1.0))), draw.number(20.0))
     got = trial.call(
         "masked_whiten",
         x,
         mask,
+        moments=moments,
         shift_mean=shift,
         unbiased=unbiased,
         eps=small,
@@ -203,8 +211,12 @@ def masked_whiten(trial):
     truth_of, along = wide(x), tuple(range(len(shape))) if dim is None else dim
     count = live.sum(along, keepdim=True)
     mean = torch.where(live, truth_of, 0.0).sum(along, keepdim=True) / count.clamp(min=1)
+    if moments is not None:
+        mean = torch.full_like(mean, float(moments.mean), requires_grad=False)
     gap = torch.where(live, truth_of - mean, 0.0)
     variance = gap.square().sum(along, keepdim=True) / (count - int(unbiased)).clamp(min=1)
+    if moments is not None:
+        variance = torch.full_like(mean, 20.0 / (9 - int(unbiased)))
     if bool((variance.detach() < 1e-9).any()):
         spread = torch.where(variance.detach() < 1e-9, 0.0, 1.0)  # equal elements: 0, without a derivative to speak of
         truth = torch.where(live, gap * spread * (variance + 1.0).rsqrt() * 0.0 + (0.0 if shift else mean), 0.0)
@@ -242,3 +254,63 @@ def spans_to_mask(trial):
         [any(a <= t < b for a, b in row) for t in places] for row in spans.reshape(math.prod(shape), count, 2).tolist()
     ]
     trial.expect("mask of spans", got, torch.tensor(rows, dtype=torch.bool).reshape(*shape, len(places)), 0.0)
+
+
+def moments_of(values):
+    """Count, mean and sum of squared deviations of a list of numbers."""
+    mean = math.fsum(values) / max(len(values), 1)
+    return len(values), mean, math.fsum((x - mean) ** 2 for x in values)
+
+
+def expect_moments(trial, what, got, truth):
+    """``truth``: moments of each slice, shaped like the results."""
+    columns = zip(*truth, strict=True) if truth else ((), (), ())
+    for name, g, x in zip(("count", "mean", "squares"), got, columns, strict=True):
+        x = torch.tensor(x, dtype=torch.float64).view(g.shape)
+        trial.expect(f"{name} of {what}", g, x, 16 * EPS64 * (1 + x.abs()))
+
+
+def elements(draw, shape):
+    """Numbers of any kind, and which of them are live: ``(argument, mask, live, float64)``."""
+    live = draw.coins(shape, draw.choice((0.0, 0.5, 1.0)))
+    mask = draw.masked(live) if draw.flag(0.8) else None
+    live = live if mask is not None else torch.ones(shape, dtype=torch.bool)
+    x = draw.normal(shape, torch.float64, 3.0).to(draw.choice((torch.bool, torch.int64, torch.int32, *FLOATS)))
+    x = draw.with_garbage(x, live) if x.is_floating_point() else x
+    x = draw.laid_out(x, keep=True)
+    return x, mask, live, x.double()
+
+
+@case("valid")
+def masked_moments(trial):
+    draw = trial.draw
+    shape = draw.choice(((), (0,), (1,), (5,), (2, 3), (3, 0), (2, 3, 4)))
+    x, mask, live, wide_x = elements(draw, shape)
+    dim = draw.choice((None, None, -1, 0, (0, 1))) if shape else None
+    dim = 0 if dim == (0, 1) and len(shape) < 2 else dim
+    got = trial.call("masked_moments", x, mask, dim=dim)
+    along = (
+        tuple(range(len(shape))) if dim is None else tuple(d % len(shape) for d in (dim if dim == (0, 1) else (dim,)))
+    )
+    places = [i for i in range(len(shape)) if i not in along]
+    rows = torch.stack([wide_x, live.double()]).permute(0, *(i + 1 for i in (*places, *along)))
+    rows = rows.reshape(2, math.prod(shape[i] for i in places), math.prod(shape[i] for i in along)).tolist()
+    truth = [moments_of([y for y, alive in zip(*row, strict=True) if alive]) for row in zip(*rows, strict=True)]
+    kept = [1 if i in along else n for i, n in enumerate(shape)]
+    if list(got[1].shape) != ([] if dim is None else kept):
+        trial.findings.append(f"the mean has shape {tuple(got[1].shape)}, along {dim} of {shape}")
+        return
+    expect_moments(trial, f"{x.dtype} along {dim}", got, truth)
+
+
+@case("valid")
+def merge_moments(trial):
+    draw = trial.draw
+    parts = [draw.normal((draw.choice((0, 1, 2, 5)),), torch.float64, 3.0).tolist() for _ in range(draw.randint(1, 4))]
+    offset = draw.choice((0.0, 0.0, 100.0))
+    parts = [[x + offset for x in part] for part in parts]
+    given = [moments_of(part) for part in parts]
+    if draw.flag(0.5):
+        given = [tuple(torch.tensor(x, dtype=torch.float64) for x in part) for part in given]
+    got = trial.call("merge_moments", [rlkernels.Moments(*part) for part in given])
+    expect_moments(trial, "all parts", got, [moments_of([x for part in parts for x in part])])

@@ -132,6 +132,14 @@ class PolicyTerms:
         if self.entropy_coef:
             self.options["entropy_coef"] = self.entropy_coef
         self.factor = self._factor(draw, batch)
+        if self.name != "reinforce" and self.rollout is None and "correction" not in self.options and draw.flag(0.15):
+            self.options |= {"ratio_denominator": "rollout", "rollout_logprobs": self.old}
+
+    def visible_old(self, draw):
+        """``old_logprobs``, None or others where nobody looks at them."""
+        if "ratio_denominator" in self.options:
+            return draw.choice((None, torch.full_like(self.old, -7.0)))
+        return None if self.name == "reinforce" and draw.flag(0.5) else self.old
 
     def _advantages(self, draw, batch):
         """``(argument, float64 per token)``: per token or per sequence."""

@@ -60,6 +60,24 @@ def test_statistics_are_those_of_logits_with_minus_infinity(backend, kind, chunk
         assert torch.equal(got[1][dead], torch.zeros_like(got[1][dead]))
 
 
+@pytest.mark.parametrize("kind", ("per row", "one"))
+def test_the_logsumexp_is_differentiated_under_a_mask_and_beside_a_target_that_it_leaves_out(backend, kind):
+    d = problems.problem(torch.float64)
+    vocab_mask, targets = masks(d, kind), d["targets"].clone()
+    place = tuple((targets != -100).nonzero()[0].tolist())
+    targets[place] = (~(vocab_mask if kind == "one" else vocab_mask[place])).nonzero()[-1, 0]
+    ours, truth = problems.own(d), problems.leaves(d)
+    stats = rlk.linear_token_stats(*ours[:2], targets, bias=ours[2], vocab_mask=vocab_mask, chunk_tokens=4)
+    logits = (truth[0] @ truth[1].T + truth[2]).masked_fill(~vocab_mask, -torch.inf)
+    lse = torch.where(targets != -100, logits.logsumexp(-1), 0.0)
+    logp = torch.where(targets != -100, logits.gather(-1, targets.clamp_min(0)[..., None])[..., 0] - lse, 0.0)
+    check((stats.logsumexp, stats.logprobs), (lse.detach(), logp.detach()), torch.float64)
+    assert stats.logprobs[place] == -torch.inf
+    upstream, known = d["token_weights"], logp.detach() != -torch.inf
+    got = gradients((upstream * (stats.logsumexp + torch.where(known, stats.logprobs, 0.0))).sum(), ours)
+    check(got, gradients((upstream * (lse + torch.where(known, logp, 0.0))).sum(), truth), torch.float64)
+
+
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", ("token", "sequence", "sft", "dpo", "kto"))
 def test_a_loss_is_that_of_the_masked_log_probabilities(backend, name, chunk):

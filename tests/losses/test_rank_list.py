@@ -164,3 +164,15 @@ def test_rank_list_loss_refuses_what_it_would_guess(case):
     error, message, arguments, options = BAD[case]
     with pytest.raises(error, match=f"^rank_list_loss: .*{message}"):
         rlk.rank_list_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_the_accuracy_has_the_digits_of_the_scores_whatever_the_default_dtype_is(dtype):
+    lists = torch.tensor([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0]], dtype=dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        metrics = rlk.rank_list_loss(lists, return_metrics=True)[1]
+    finally:
+        torch.set_default_dtype(before)
+    assert metrics["accuracy"].item() == torch.tensor(1 / 3, dtype=dtype).item()

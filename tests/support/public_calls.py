@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import advantage_calls
 import divergence_calls
 import kl_calls
+import masked_head_calls
 import packing_calls
-import policy_calls
 import preference_calls
 import reward_calls
 import rollout_calls
@@ -521,11 +521,8 @@ CALLS = {
     ),
 }
 
-CALLS |= rollout_calls.calls(rlk) | divergence_calls.calls(rlk)
-CALLS |= rollout_calls.calls(rlk) | policy_calls.calls(rlk)
-CALLS |= rollout_calls.calls(rlk)
-CALLS |= packing_calls.calls(rlk)
-CALLS |= rollout_calls.calls(rlk)
+CALLS |= rollout_calls.calls(rlk) | divergence_calls.calls(rlk) | packing_calls.calls(rlk)
+CALLS |= masked_head_calls.calls(rlk)
 
 
 def tensors(x):
