@@ -62,4 +62,5 @@ def _flat(x: Any, row: torch.Size) -> Any:
 
 
 def _as_row(x: Any) -> Any:
-    return x[None] if isinstance(x, torch.Tensor) else x
+    """Returns a result per token as one row, and a scalar, such as a loss that is summed, as it is."""
+    return x[None] if isinstance(x, torch.Tensor) and x.dim() else x

@@ -205,7 +205,7 @@ def linear_policy_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row(2)
+@takes_one_row(2, per_token=True)
 @same_on_every_rank
 def linear_policy_loss(
     hidden: HiddenStates,

@@ -136,7 +136,7 @@ def policy_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row()
+@takes_one_row(per_token=True)
 def policy_loss(
     logprobs: PerToken,
     old_logprobs: PerToken | None,

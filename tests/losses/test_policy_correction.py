@@ -352,3 +352,21 @@ def test_an_objective_without_old_log_probabilities_takes_factors():
             value_pool=X,
             correction=Correction(mode=None, opsm_delta=0.1),
         )
+
+
+@pytest.mark.parametrize("terms", [{}, {"entropy_coef": 0.1}, {"kl_coef": 0.1}])
+def test_metrics_count_no_token_that_a_correction_kept_from_being_read(terms, backend):
+    d = problem(5)
+    kept = torch.rand(B, L, generator=torch.Generator().manual_seed(1)) < 0.5
+    read = d["mask"] if terms else d["mask"] & kept
+    options = {"correction": kept, "ref_logprobs": d["ref"], "return_metrics": True, **terms}
+    given = d["old"], d["advantages"], d["mask"]
+    _, want = rlk.policy_loss(
+        d["logp"], *given[:2], read, **{**options, "entropy": d["entropy"], "correction": kept & read}
+    )
+    for function, model in (
+        (rlk.logits_policy_loss, (d["hidden"] @ d["head"].T,)),
+        (rlk.linear_policy_loss, (d["hidden"], d["head"])),
+    ):
+        _, got = function(*model, d["targets"], *given, **options)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
