@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlkernels import checks, ops
+from rlkernels.aggregation import takes
 from rlkernels.backends.protocol import real_dtype
 from rlkernels.logits_layout import dense
 from rlkernels.losses.kl_term import KLObjective, KLTerm, named_objective
@@ -15,6 +16,10 @@ from rlkernels.losses.token_weights import TokenWeights, full_mask, live_mask, t
 from rlkernels.losses.weighted_sum import scaled_sum, weighted_sum
 from rlkernels.sequences import means, spread, sums
 from rlkernels.types import KL, Aggregation, ExactKL, Metrics, Normalizers, Number, PerToken, RatioLevel
+
+
+IDS = ("group_ids", "rollout_ids")
+"""The normalisers that say which sequences belong together."""
 
 
 class KLSequences(NamedTuple):
@@ -169,14 +174,21 @@ def kl_penalty(
                 "kl.aggregation"
             )
         own = kl.normalizers
+        mode = "token-mean" if kl.weights is not None else kl.aggregation or aggregation
         if own is None and normalizers and kl.weights is None:
-            if kl.mask is not None:
+            # Ids belong to the aggregation of the loss, and count no tokens.
+            own = {name: x for name, x in normalizers.items() if name not in IDS or takes(mode, name)}
+            if kl.mask is not None and not own.keys() <= set(IDS):
                 raise ValueError(
                     f"{caller}: kl has a mask of its own, and normalizers of the loss count other tokens; pass "
                     "kl.normalizers"
                 )
-            own = normalizers
-        mode = "token-mean" if kl.weights is not None else kl.aggregation or aggregation
+            if kl.aggregation is not None and not all(takes(mode, name) for name in own):
+                name = next(name for name in own if not takes(mode, name))
+                raise ValueError(
+                    f"{caller}: kl.aggregation={mode!r} takes no {name} of the normalizers of the loss; pass "
+                    "kl.normalizers"
+                )
         weights = token_weights_of(caller, like, live, mode, kl.weights, cu_seqlens, own)
     return KLPenalty(objective, ref_logprobs, old_logprobs, weights, live, sequences)
 
