@@ -17,7 +17,6 @@ from rlkernels.losses.weighted_sum import scaled_sum, weighted_sum
 from rlkernels.sequences import means, spread, sums
 from rlkernels.types import KL, Aggregation, ExactKL, Metrics, Normalizers, Number, PerToken, RatioLevel
 
-
 IDS = ("group_ids", "rollout_ids")
 """The normalisers that say which sequences belong together."""
 
