@@ -176,18 +176,19 @@ def kl_penalty(
         mode = "token-mean" if kl.weights is not None else kl.aggregation or aggregation
         if own is None and normalizers and kl.weights is None:
             # Ids belong to the aggregation of the loss, and count no tokens.
-            own = {name: x for name, x in normalizers.items() if name not in IDS or takes(mode, name)}
-            if kl.mask is not None and not own.keys() <= set(IDS):
+            of_loss = {name: x for name, x in normalizers.items() if name not in IDS or takes(mode, name)}
+            if kl.mask is not None and not of_loss.keys() <= set(IDS):
                 raise ValueError(
                     f"{caller}: kl has a mask of its own, and normalizers of the loss count other tokens; pass "
                     "kl.normalizers"
                 )
-            if kl.aggregation is not None and not all(takes(mode, name) for name in own):
-                name = next(name for name in own if not takes(mode, name))
+            beyond = [name for name in of_loss if not takes(mode, name)]
+            if kl.aggregation is not None and beyond:
                 raise ValueError(
-                    f"{caller}: kl.aggregation={mode!r} takes no {name} of the normalizers of the loss; pass "
-                    "kl.normalizers"
+                    f"{caller}: kl.aggregation={mode!r} takes no {beyond[0]} of the normalizers of the loss; "
+                    "pass kl.normalizers"
                 )
+            own = of_loss
         weights = token_weights_of(caller, like, live, mode, kl.weights, cu_seqlens, own)
     return KLPenalty(objective, ref_logprobs, old_logprobs, weights, live, sequences)
 
