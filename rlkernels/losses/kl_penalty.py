@@ -104,7 +104,6 @@ class KLPenalty(NamedTuple):
         """Computes the term from exact divergences ``values``, differentiable in them."""
         return -scaled_sum(coefficient, "nll", values, [], self.weights)  # nll is minus its column
 
-    @torch.no_grad()
     def exact_metrics(self, values: Tensor) -> Metrics:
         """Computes the mean of exact divergences over the tokens of the term."""
         live = full_mask(values, self.live)
@@ -114,12 +113,12 @@ class KLPenalty(NamedTuple):
         """Returns the weights as one tensor, shaped like ``like``."""
         return each_weight(self.weights, like)
 
-    @torch.no_grad()
     def metrics(self, logp: Tensor, read: Tensor | None = None) -> Metrics:
         """Computes the mean of the term over its tokens, under the name ``kl``.
 
         ``read``: the tokens that have a log-probability; None: all.
         """
+        # No decorator, because Dynamo cannot trace a decorated method of a NamedTuple.
         logp = logp.detach()
         live = full_mask(logp, self.live)
         live = live if read is None else live & read

@@ -328,3 +328,14 @@ def test_a_normalizer_of_the_loss_that_the_term_does_not_take_is_named():
         ValueError, match=r"policy_loss: kl.aggregation='seq-mean-token-mean' takes no batch_num_tokens"
     ):
         rlk.policy_loss(x, x, x, ref_logprobs=x, kl=term, kl_coef=0.1, normalizers={"batch_num_tokens": 4})
+
+
+def test_the_metric_of_a_term_in_a_compiled_program():
+    torch._dynamo.reset()
+    x, term = torch.tensor([[-1.0, -2.0]]), rlk.KLTerm("k2", value_clamp=1.0)
+
+    def call(x):
+        return rlk.policy_loss(x, x, x, ref_logprobs=x - 1.0, kl=term, kl_coef=0.5, return_metrics=True)
+
+    (loss, metrics), (want, of_eager) = torch.compile(call, backend="eager", fullgraph=True)(x), call(x)
+    assert torch.equal(loss, want) and torch.equal(metrics["kl"], of_eager["kl"])

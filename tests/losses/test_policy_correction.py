@@ -406,3 +406,11 @@ def test_options_that_would_have_no_effect_are_refused():
         rlk.policy_loss(*given, correction={"mode": None, "opsm_delta": 0.1, "nan_ratio": 0.5})
     with pytest.raises(ValueError, match="clip_cov_low must not be above clip_cov_high, got 5.0 and 1.0"):
         rlk.policy_loss(*given, objective="clip_cov", clip_cov_low=5.0, clip_cov_high=1.0)
+
+
+@pytest.mark.parametrize(("count", "fraction", "kept"), [(26, 0.4, 11), (51, 0.7, 36), (96, 0.4, 39), (91, 0.3, 28)])
+def test_the_token_at_the_quantile_stays_although_its_place_is_rounded(count, fraction, kept):
+    for dtype in (torch.float32, torch.float64):
+        entropy = torch.linspace(0.1, 2.0, count, dtype=dtype)
+        assert rlk.top_entropy_mask(entropy, None, fraction).sum() == kept
+        assert rlk.top_entropy_mask(entropy, None, torch.tensor(fraction)).sum() == kept
