@@ -339,3 +339,8 @@ def test_the_metric_of_a_term_in_a_compiled_program():
 
     (loss, metrics), (want, of_eager) = torch.compile(call, backend="eager", fullgraph=True)(x), call(x)
     assert torch.equal(loss, want) and torch.equal(metrics["kl"], of_eager["kl"])
+
+
+def test_an_unknown_aggregation_of_a_term_is_refused_even_where_no_reference_is_given():
+    with pytest.raises(ValueError, match="KLTerm: aggregation must be one of token-mean, .*; got 'mean'"):
+        rlk.KLTerm(aggregation="mean")
