@@ -129,6 +129,14 @@ _MODES = {
         _group_mean, required=("group_ids",), optional=("num_sequences", "group_rows"), needs_rows=False
     ),
 }
+
+
+def takes(mode: Aggregation, name: str) -> bool:
+    """Tells whether an aggregation reads a normaliser; an unknown mode is refused elsewhere."""
+    every = ("count_empty_rows", "dp_size", "scale")
+    return mode not in _MODES or name in (*every, *_MODES[mode].required, *_MODES[mode].optional)
+
+
 PER_ROW = ("group_ids", "rollout_ids", "group_tokens", "group_rows")
 AGGREGATIONS = tuple(_MODES)
 

@@ -37,7 +37,7 @@ def on_one_row(function: Callable[..., R], arguments: dict[str, Any], main: str)
     row = arguments[main].shape
     named = {name: x if name in NOT_OF_TOKENS else _flat(x, row) for name, x in arguments.items()}
     named |= {name: _flat(x, row) for name, x in named.pop("params").items()}
-    return function(**named)
+    return cast(R, _rows_of(function(**named)))
 
 
 class Decorator(Protocol):
@@ -71,9 +71,7 @@ def takes_one_row(rank: int = 1, *, main: str | None = None, per_token: bool = F
             found = cast(Callable[..., Any], function)(*flat, **named)
             if not per_token:
                 return cast(R, found)
-            if type(found) is tuple:
-                return cast(R, tuple(_as_row(y) for y in found))
-            return cast(R, _as_row(found))
+            return cast(R, _rows_of(found))
 
         return with_one_row
 
@@ -92,5 +90,11 @@ def _flat(x: Any, row: torch.Size) -> Any:
     return x[0] if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[:2] == row else x
 
 
+def _rows_of(found: Any) -> Any:
+    """Returns the results of a function with those per token as one row."""
+    return tuple(_as_row(x) for x in found) if type(found) is tuple else _as_row(found)
+
+
 def _as_row(x: Any) -> Any:
-    return x[None] if isinstance(x, torch.Tensor) else x
+    """Returns a result per token as one row, and a scalar, such as a loss that is summed, as it is."""
+    return x[None] if isinstance(x, torch.Tensor) and x.dim() else x

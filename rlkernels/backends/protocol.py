@@ -144,6 +144,13 @@ class PolicyInputs(NamedTuple):
     ref_logp: Tensor | None = None
     kl_weight: Tensor | None = None
 
+    def read(self) -> Tensor:
+        """Returns bool ``[T]``: the rows with a weight in any term; the others are not read."""
+        found = self.weight != 0
+        for weight in (self.entropy_weight, self.kl_weight):
+            found = found if weight is None else found | (weight != 0)
+        return found
+
 
 class PolicyRows(NamedTuple):
     """The loss, the gradient of the logits for an upstream gradient of 1 (``[0, 0]``: not asked for), and what each row

@@ -205,7 +205,7 @@ def linear_policy_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row(2)
+@takes_one_row(2, per_token=True)
 @same_on_every_rank
 def linear_policy_loss(
     hidden: HiddenStates,
@@ -254,14 +254,14 @@ def linear_policy_loss(
     r"""Computes ``policy_loss`` from hidden states and the lm_head, in three matmuls: the logits of a chunk become
     their own gradient.
 
-    Tokens whose weights are all 0 enter no matmul. Tokens without advantage, KL and entropy term skip the two matmuls
-    of the gradient, where the objective's source shows that their gradient is 0. On the CPU so do all tokens whose
-    gradient turns out to be 0 (clipped ones). With sequence-level ratios a chunk holds whole sequences; a sequence that
-    outgrows a chunk is multiplied once more, but for its last part. ``old_logprobs=None`` costs no matmul, because a
-    chunk knows its own log-probabilities. It and ``log_ratio_clamp`` take a few launches more per chunk, and so does
-    ``log_ratio_sq_coef`` beside a KL term. Under ``torch.compile``, and with objectives of sequences, groups and
-    batches, ``top_entropy_fraction``, ``opsm_delta`` and ``reduction="none"``, the loss is ``policy_loss`` of
-    ``linear_token_stats``: four matmuls.
+    Tokens whose weights are all 0 enter no matmul, and with the ratio of a token they have no metrics. Tokens without
+    advantage, KL and entropy term skip the two matmuls of the gradient, where the objective's source shows that their
+    gradient is 0. On the CPU so do all tokens whose gradient turns out to be 0 (clipped ones). With sequence-level
+    ratios a chunk holds whole sequences; a sequence that outgrows a chunk is multiplied once more, but for its last
+    part. ``old_logprobs=None`` costs no matmul, because a chunk knows its own log-probabilities. It and
+    ``log_ratio_clamp`` take a few launches more per chunk, and so does ``log_ratio_sq_coef`` beside a KL term. Under
+    ``torch.compile``, and with objectives of sequences, groups and batches, ``top_entropy_fraction``, ``opsm_delta``
+    and ``reduction="none"``, the loss is ``policy_loss`` of ``linear_token_stats``: four matmuls.
 
     Args:
         hidden, weight, bias: as for ``linear_token_logprobs``; all three get gradients where they require them, scaled

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlkernels import checks, ops
+from rlkernels.aggregation import takes
 from rlkernels.backends.protocol import real_dtype
 from rlkernels.logits_layout import dense
 from rlkernels.losses.kl_term import KLObjective, KLTerm, named_objective
@@ -15,6 +16,9 @@ from rlkernels.losses.token_weights import TokenWeights, full_mask, live_mask, t
 from rlkernels.losses.weighted_sum import scaled_sum, weighted_sum
 from rlkernels.sequences import means, spread, sums
 from rlkernels.types import KL, Aggregation, ExactKL, Metrics, Normalizers, Number, PerToken, RatioLevel
+
+IDS = ("group_ids", "rollout_ids")
+"""The normalisers that say which sequences belong together."""
 
 
 class KLSequences(NamedTuple):
@@ -100,7 +104,6 @@ class KLPenalty(NamedTuple):
         """Computes the term from exact divergences ``values``, differentiable in them."""
         return -scaled_sum(coefficient, "nll", values, [], self.weights)  # nll is minus its column
 
-    @torch.no_grad()
     def exact_metrics(self, values: Tensor) -> Metrics:
         """Computes the mean of exact divergences over the tokens of the term."""
         live = full_mask(values, self.live)
@@ -110,12 +113,12 @@ class KLPenalty(NamedTuple):
         """Returns the weights as one tensor, shaped like ``like``."""
         return each_weight(self.weights, like)
 
-    @torch.no_grad()
     def metrics(self, logp: Tensor, read: Tensor | None = None) -> Metrics:
         """Computes the mean of the term over its tokens, under the name ``kl``.
 
         ``read``: the tokens that have a log-probability; None: all.
         """
+        # No decorator, because Dynamo cannot trace a decorated method of a NamedTuple.
         logp = logp.detach()
         live = full_mask(logp, self.live)
         live = live if read is None else live & read
@@ -169,14 +172,22 @@ def kl_penalty(
                 "kl.aggregation"
             )
         own = kl.normalizers
+        mode = "token-mean" if kl.weights is not None else kl.aggregation or aggregation
         if own is None and normalizers and kl.weights is None:
-            if kl.mask is not None:
+            # Ids belong to the aggregation of the loss, and count no tokens.
+            of_loss = {name: x for name, x in normalizers.items() if name not in IDS or takes(mode, name)}
+            if kl.mask is not None and not of_loss.keys() <= set(IDS):
                 raise ValueError(
                     f"{caller}: kl has a mask of its own, and normalizers of the loss count other tokens; pass "
                     "kl.normalizers"
                 )
-            own = normalizers
-        mode = "token-mean" if kl.weights is not None else kl.aggregation or aggregation
+            beyond = [name for name in of_loss if not takes(mode, name)]
+            if kl.aggregation is not None and beyond:
+                raise ValueError(
+                    f"{caller}: kl.aggregation={mode!r} takes no {beyond[0]} of the normalizers of the loss; "
+                    "pass kl.normalizers"
+                )
+            own = of_loss
         weights = token_weights_of(caller, like, live, mode, kl.weights, cu_seqlens, own)
     return KLPenalty(objective, ref_logprobs, old_logprobs, weights, live, sequences)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple, cast, get_args
 from torch import Tensor
 
 from rlkernels import checks
+from rlkernels.aggregation import AGGREGATIONS
 from rlkernels.objectives import OBJECTIVES, Objective, registered
 from rlkernels.types import (
     KL,
@@ -210,6 +211,8 @@ class KLTerm:
         checks.choice("KLTerm", "ratio_level", self.ratio_level, LEVELS)
         if self.ratio_level != "token" and not self.ratio_weighted:
             raise ValueError("KLTerm: ratio_level belongs to ratio_weighted=True, got ratio_weighted=False")
+        if self.aggregation is not None:
+            checks.choice("KLTerm", "aggregation", self.aggregation, AGGREGATIONS)
         if self.weights is not None and (self.aggregation is not None or self.normalizers):
             raise ValueError("KLTerm: weights and aggregation or normalizers both decide the weights; pass one of them")
 

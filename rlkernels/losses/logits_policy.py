@@ -158,7 +158,7 @@ def logits_policy_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row(2)
+@takes_one_row(2, per_token=True)
 def logits_policy_loss(
     logits: Logits,
     targets: Targets,
@@ -194,7 +194,8 @@ def logits_policy_loss(
     r"""Computes ``policy_loss`` straight from logits: statistics, objective and the gradient with respect to the logits
     in one pass over each row.
 
-    The row of a token of weight 0 is never read, nor its target and temperature: any id will do. What needs every row
+    The row of a token of weight 0 is never read, nor its target and temperature: any id will do. Such a token, which a
+    correction of factor 0 makes of one without other terms, has no metrics either. What needs every row
     before any gradient takes the two passes of ``token_stats``: sequence-level ratios, objectives of sequences, groups
     and batches, a ``KLTerm``, ``ref_logits``, ``old_logprobs=None``, ``log_ratio_clamp``, ``top_entropy_fraction``, an
     ``opsm_delta``, ``reduction="none"``, and ``log_ratio_sq_coef`` beside a KL term.
@@ -352,7 +353,7 @@ def logits_policy_loss(
     if not return_metrics:
         return of_rows.loss
     shape = flat.shape
-    read = live & (weights != 0)  # a row of weight 0 is not read, and has no metrics
+    read = live & policy.read().view(shape)  # the other rows are not read, so they have no metrics
     logp, entropy = of_rows.logp.view(shape), of_rows.entropy.view(shape)
     metrics = policy_metrics(logp, columns, read, ref_logprobs, kl, entropy, entry, values)
     return of_rows.loss, {**metrics, **of_factors}

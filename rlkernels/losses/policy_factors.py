@@ -39,6 +39,7 @@ class PolicyFactors(NamedTuple):
     rollout_logprobs: PerToken | None
     ratio_level: RatioLevel
     advantage: int  # the place of that column after ``logp``, -1 where there is none
+    behaviour: int  # the place of the column of the behaviour policy, -1 where there is none
     of_ratio: bool  # whether the objective takes the weights of the correction into its own ratio
 
     def of_policy(self) -> bool:
@@ -50,8 +51,10 @@ class PolicyFactors(NamedTuple):
         """Returns the columns of the objective, the engine's log-probabilities where they are the denominator."""
         if not in_ratio(self.correction, self.ratio_level):
             return columns
-        old, engine = columns[0], self.rollout_logprobs
-        return [rollout_denominator(caller, self.correction, old, engine, live, cu_seqlens), *columns[1:]]
+        columns = list(columns)
+        old, engine = columns[self.behaviour], self.rollout_logprobs
+        columns[self.behaviour] = rollout_denominator(caller, self.correction, old, engine, live, cu_seqlens)
+        return columns
 
     def fixed(self, live: Tensor, cu_seqlens: Tensor | None, real: torch.dtype) -> tuple[Tensor | None, Metrics]:
         """Returns the factor that does not depend on the policy, or None, and its metrics."""
@@ -104,6 +107,12 @@ def policy_factors(
     advantage = entry.columns.index("advantage") - 1 if "advantage" in entry.columns else -1
     if advantage < 0 and isinstance(checked, Correction) and checked.opsm_delta is not None:
         raise ValueError(f"{caller}: opsm_delta needs an objective of advantages")
+    behaviour = next((entry.columns.index(x) - 1 for x in ("old_logp", "rollout_logp") if x in entry.columns), -1)
+    if behaviour < 0 and in_ratio(checked, ratio_level):
+        raise ValueError(
+            f"{caller}: correction with ratio_level {ratio_level!r} needs an objective with the column 'old_logp'; "
+            f"{entry.function.__name__!r} has {', '.join(entry.columns)}"
+        )
     return PolicyFactors(
-        checked, top_entropy_fraction, old_logprobs, rollout_logprobs, ratio_level, advantage, of_ratio
+        checked, top_entropy_fraction, old_logprobs, rollout_logprobs, ratio_level, advantage, behaviour, of_ratio
     )

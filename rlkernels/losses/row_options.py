@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlkernels import checks
 from rlkernels.checks import tokens as checks_tokens
+from rlkernels.rollout.log_ratios import ordered
 from rlkernels.types import Number, ObjectiveOption, RatioLevel
 
 
@@ -117,6 +118,8 @@ def row_choice(
     for name in kind.numbers:
         if name in CHECKS:
             options[name] = CHECKS[name](caller, name, options[name], like)
+    if "clip_cov_low" in options:
+        ordered(caller, options["clip_cov_low"], options["clip_cov_high"], ("clip_cov_low", "clip_cov_high"))
     rows = like.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _tensors(caller, options, like, rows)
     groups = _groups(caller, options, like, rows) if kind.unit == "group" else None

@@ -97,8 +97,9 @@ def checked_correction(
         )
     checks.choice(caller, "correction: mode", given.mode, CORRECTION_MODES)
     if given.mode is None:
-        if given.changed():
-            raise ValueError(f"{caller}: correction of mode None makes no weights, so it takes no {given.changed()[0]}")
+        changed = given.changed() + (["nan_ratio"] if given.nan_ratio is not PLAIN["nan_ratio"] else [])
+        if changed:
+            raise ValueError(f"{caller}: correction of mode None makes no weights, so it takes no {changed[0]}")
         if given.opsm_delta is None:
             raise ValueError(f"{caller}: correction of mode None needs opsm_delta; without it nothing is corrected")
     elif rollout_logprobs is None:

@@ -301,3 +301,46 @@ def test_an_estimator_of_a_users_own_in_the_three_functions(backend):
     finally:
         for name in ("half_square", "cubed"):
             OBJECTIVES.pop(name, None)
+
+
+@pytest.mark.parametrize(("mode", "of_tools"), [("token-mean", False), ("token-mean", True), (None, True)])
+@pytest.mark.parametrize("objective", ["real", "ppo_clip"])
+def test_groups_of_the_loss_are_no_normalizers_of_a_term_that_has_none(objective, mode, of_tools):
+    d, ids = problem(8), torch.tensor([0, 1, 0])
+    d["advantages"] = torch.zeros_like(d["advantages"])  # both objectives have a constant loss then
+    groups = {"group_ids": ids} if objective == "real" else {"normalizers": {"group_ids": ids}}
+    term = rlk.KLTerm("k2", aggregation=mode, mask=d["tools"] if of_tools else None)
+    logp = torch.log_softmax(d["hidden"] @ d["weight"].t(), -1).gather(-1, d["targets"][..., None])[..., 0]
+    given = logp, d["old"], d["advantages"], d["mask"]
+    options = {"objective": objective, "ref_logprobs": d["ref"], "kl": term, "kl_coef": 0.3, **groups}
+    loss = rlk.policy_loss(*given, aggregation="group-mean", **options)
+    tokens = d["tools"] if of_tools else d["mask"]
+    shares = rlk.token_weights(
+        tokens, mode or "group-mean", dtype=torch.float64, **({} if mode else {"group_ids": ids})
+    )
+    want = 0.3 * (shares * (logp - d["ref"]) ** 2 / 2).sum()
+    torch.testing.assert_close(loss, want, rtol=1e-9, atol=1e-12)
+
+
+def test_a_normalizer_of_the_loss_that_the_term_does_not_take_is_named():
+    term, x = rlk.KLTerm(aggregation="seq-mean-token-mean"), torch.zeros(1, 2)
+    with pytest.raises(
+        ValueError, match=r"policy_loss: kl.aggregation='seq-mean-token-mean' takes no batch_num_tokens"
+    ):
+        rlk.policy_loss(x, x, x, ref_logprobs=x, kl=term, kl_coef=0.1, normalizers={"batch_num_tokens": 4})
+
+
+def test_the_metric_of_a_term_in_a_compiled_program():
+    torch._dynamo.reset()
+    x, term = torch.tensor([[-1.0, -2.0]]), rlk.KLTerm("k2", value_clamp=1.0)
+
+    def call(x):
+        return rlk.policy_loss(x, x, x, ref_logprobs=x - 1.0, kl=term, kl_coef=0.5, return_metrics=True)
+
+    (loss, metrics), (want, of_eager) = torch.compile(call, backend="eager", fullgraph=True)(x), call(x)
+    assert torch.equal(loss, want) and torch.equal(metrics["kl"], of_eager["kl"])
+
+
+def test_an_unknown_aggregation_of_a_term_is_refused_even_where_no_reference_is_given():
+    with pytest.raises(ValueError, match="KLTerm: aggregation must be one of token-mean, .*; got 'mean'"):
+        rlk.KLTerm(aggregation="mean")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import rlkernels as rlk
 from rlkernels import Correction
+from rlkernels.objectives import OBJECTIVES, exp, objective
 
 B, L, V, H = 4, 5, 9, 6
 CU = [0, 5, 10, 15, 20]
@@ -360,3 +361,64 @@ def test_an_objective_without_old_log_probabilities_takes_factors():
             value_pool=X,
             correction=Correction(mode=None, opsm_delta=0.1),
         )
+
+
+@pytest.mark.parametrize("terms", [{}, {"entropy_coef": 0.1}, {"kl_coef": 0.1}])
+def test_metrics_count_no_token_that_a_correction_kept_from_being_read(terms, backend):
+    d = problem(5)
+    kept = torch.rand(B, L, generator=torch.Generator().manual_seed(1)) < 0.5
+    read = d["mask"] if terms else d["mask"] & kept
+    options = {"correction": kept, "ref_logprobs": d["ref"], "return_metrics": True, **terms}
+    given = d["old"], d["advantages"], d["mask"]
+    _, want = rlk.policy_loss(
+        d["logp"], *given[:2], read, **{**options, "entropy": d["entropy"], "correction": kept & read}
+    )
+    for function, model in (
+        (rlk.logits_policy_loss, (d["hidden"] @ d["head"].T,)),
+        (rlk.linear_policy_loss, (d["hidden"], d["head"])),
+    ):
+        _, got = function(*model, d["targets"], *given, **options)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", ["sequence", "sequence_token"])
+def test_the_engine_takes_the_column_of_the_behaviour_policy_wherever_it_stands(level):
+    @objective
+    def advantage_first(logp, advantage, old_logp):
+        """``-rho A``. A test."""
+        gain = exp(logp - old_logp) * advantage
+        return -gain, -gain
+
+    @objective
+    def of_the_reference(logp, advantage, ref_logp):
+        """``-A log pi``. A test."""
+        return -advantage * logp + 0.0 * ref_logp, -advantage
+
+    d = problem(6)
+    given = d["logp"], d["old"], d["advantages"], d["mask"]
+    options = {"rollout_logprobs": d["rollout"], "correction": {}, "ratio_level": level}
+    try:
+        want, got = (rlk.policy_loss(*given, objective=x, **options) for x in ("surrogate", advantage_first))
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+        with pytest.raises(ValueError, match="correction with ratio_level .* needs an objective with the column"):
+            rlk.policy_loss(*given, objective="of_the_reference", ref_logprobs=d["ref"], **options)
+    finally:
+        for name in ("advantage_first", "of_the_reference"):
+            OBJECTIVES.pop(name, None)
+
+
+def test_options_that_would_have_no_effect_are_refused():
+    d = problem(7)
+    given = d["logp"], d["old"], d["advantages"], d["mask"]
+    with pytest.raises(ValueError, match="correction of mode None makes no weights, so it takes no nan_ratio"):
+        rlk.policy_loss(*given, correction={"mode": None, "opsm_delta": 0.1, "nan_ratio": 0.5})
+    with pytest.raises(ValueError, match="clip_cov_low must not be above clip_cov_high, got 5.0 and 1.0"):
+        rlk.policy_loss(*given, objective="clip_cov", clip_cov_low=5.0, clip_cov_high=1.0)
+
+
+@pytest.mark.parametrize(("count", "fraction", "kept"), [(26, 0.4, 11), (51, 0.7, 36), (96, 0.4, 39), (91, 0.3, 28)])
+def test_the_token_at_the_quantile_stays_although_its_place_is_rounded(count, fraction, kept):
+    for dtype in (torch.float32, torch.float64):
+        entropy = torch.linspace(0.1, 2.0, count, dtype=dtype)
+        assert rlk.top_entropy_mask(entropy, None, fraction).sum() == kept
+        assert rlk.top_entropy_mask(entropy, None, torch.tensor(fraction)).sum() == kept

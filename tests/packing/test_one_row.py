@@ -94,6 +94,22 @@ def test_the_other_functions_take_one_row():
     assert found.keys() == known.keys() and all(torch.equal(found[k], known[k]) for k in known)
 
 
+def test_the_loss_of_each_token_of_one_row_is_a_row():
+    x, old, advantages = (y[: packed.END] for y in (packed.LOGP, packed.OLD, packed.LOGP))
+    targets, options = packed.TARGETS[: packed.END], {"cu_seqlens": packed.CU, "reduction": "none"}
+    head = torch.eye(packed.LOGITS.shape[-1], dtype=packed.LOGITS.dtype)
+    for function, model in (
+        ("policy_loss", (x,)),
+        ("logits_policy_loss", (packed.LOGITS[: packed.END], targets)),
+        ("linear_policy_loss", (packed.LOGITS[: packed.END], head, targets)),
+    ):
+        f = getattr(rlk, function)
+        flat = f(*model, old, advantages, **options)
+        rows = [y if y is head else y[None] for y in (*model, old, advantages)]
+        got, metrics = f(*rows, return_metrics=True, **options)
+        assert torch.equal(got, flat[None]) and {y.shape for y in metrics.values()} == {torch.Size(())}
+
+
 def test_two_rows_are_no_packed_batch():
     with pytest.raises(ValueError, match=r"policy_loss: logprobs has shape \(2, 5\), expected \[N\]"):
         rlk.policy_loss(*(torch.zeros(2, 5),) * 3, cu_seqlens=[0, 10])
