@@ -10,6 +10,7 @@ from rlkernels.checks import tokens as checks_tokens
 from rlkernels.objectives.language import OBJECTIVES
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import last_live_index, result_dtype, segment_ids, segment_reduce
+from rlkernels.tracing import without_gradient
 from rlkernels.types import KL, Mask, Number, Offsets, PerToken, PerTokenOrSequence, Placement, TokenIds
 
 # Those that are objectives, because a gradient that differs from the value is of no use to a reward.
@@ -17,7 +18,7 @@ KLS, PLACEMENTS = tuple(name for name in get_args(KL) if name in OBJECTIVES), ge
 
 
 @takes_one_row(main="mask", per_token=True)
-@torch.no_grad()
+@without_gradient
 def assemble_rewards(
     scores: PerTokenOrSequence,
     mask: Mask,
@@ -118,7 +119,7 @@ def assemble_rewards(
 
 
 @takes_one_row(per_token=True)
-@torch.no_grad()
+@without_gradient
 def extended_mask(mask: Mask, cu_seqlens: Offsets | None = None) -> Tensor:
     r"""Marks the live tokens and the one behind the last of them, where a sequence has room.
 

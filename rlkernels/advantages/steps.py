@@ -12,13 +12,14 @@ from rlkernels.advantages.recurrence import running_sums
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import groups_of, result_dtype, segment_ids
+from rlkernels.tracing import without_gradient
 from rlkernels.types import Alignment, Mask, Number, Offsets, PerResponse, PerSequence, PerToken, Singleton, StepScale
 
 ALIGNMENTS, STEP_SCALES = get_args(Alignment), get_args(StepScale)
 
 
 @takes_one_row(per_token=True)
-@torch.no_grad()
+@without_gradient
 def step_advantages(
     step_rewards: PerToken,
     step_ends: Mask,
@@ -155,7 +156,7 @@ def gigpo_advantages(
 
 
 @takes_one_row(per_token=True)
-@torch.no_grad()
+@without_gradient
 def optimal_token_advantages(
     token_rewards: PerToken,
     logprobs: PerToken,

@@ -7,11 +7,12 @@ from rlkernels.advantages.recurrence import steps_of
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import result_dtype
+from rlkernels.tracing import without_gradient
 from rlkernels.types import Mask, Number, Offsets, PerSequence, PerToken
 
 
 @takes_one_row(per_token=True)
-@torch.no_grad()
+@without_gradient
 def vtrace(
     rewards: PerToken,
     values: PerToken,

@@ -1,6 +1,5 @@
 """Weights of pairs."""
 
-import torch
 from torch import Tensor
 
 from rlkernels import checks
@@ -9,11 +8,12 @@ from rlkernels.losses.policy_arguments import column
 from rlkernels.losses.token_weights import live_tokens
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import means
+from rlkernels.tracing import without_gradient
 from rlkernels.types import Mask, Offsets, PerToken
 
 
 @takes_one_row()
-@torch.no_grad()
+@without_gradient
 def wpo_weights(
     logprobs: PerToken,
     mask: Mask | None = None,

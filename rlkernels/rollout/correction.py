@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
@@ -190,7 +190,7 @@ def kept_sequences(
     """Returns the off-policy sequence mask of a correction; ``sampled``: the log-probabilities that it compares."""
     try:
         return off_policy_sequence_mask(
-            logp.detach(), sampled, advantages, live, delta=correction.opsm_delta, cu_seqlens=cu_seqlens
+            logp.detach(), sampled, advantages, live, delta=cast(Number, correction.opsm_delta), cu_seqlens=cu_seqlens
         )
     except checks.NAMED as error:
         if type(error) not in checks.NAMED:

@@ -11,6 +11,7 @@ from rlkernels.checks import tokens as checks_tokens
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.rollout.log_ratios import LogRatios, all_live, clamped, log_ratios, needs_sequences, outside
 from rlkernels.sequences import means, per_token, spread, sums
+from rlkernels.tracing import without_gradient
 from rlkernels.types import Mask, Metrics, Number, Offsets, PerToken, PerTokenOrSequence, RejectionRule, RejectionRules
 
 RULES = get_args(RejectionRule)
@@ -58,7 +59,7 @@ def rejection_mask(
 
 
 @takes_one_row(per_token=True)
-@torch.no_grad()
+@without_gradient
 def rejection_mask(
     old_logprobs: PerToken,
     rollout_logprobs: PerToken,
@@ -152,7 +153,7 @@ def _at(ratios: LogRatios, level: str, values: Tensor) -> Tensor:
 
 
 @takes_one_row(per_token=True)
-@torch.no_grad()
+@without_gradient
 def off_policy_sequence_mask(
     logprobs: PerToken,
     old_logprobs: PerToken,

@@ -6,11 +6,12 @@ from torch import Tensor
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.rollout.log_ratios import LogRatios, log_ratios
 from rlkernels.sequences import sums
+from rlkernels.tracing import without_gradient
 from rlkernels.types import Mask, Metrics, Number, Offsets, PerToken
 
 
 @takes_one_row()
-@torch.no_grad()
+@without_gradient
 def rollout_metrics(
     old_logprobs: PerToken,
     rollout_logprobs: PerToken,

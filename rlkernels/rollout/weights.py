@@ -10,6 +10,7 @@ from rlkernels.checks import tokens as checks_tokens
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.rollout.log_ratios import LogRatios, bound, clamped, log_ratios, ordered, outside
 from rlkernels.sequences import means, per_token
+from rlkernels.tracing import without_gradient
 from rlkernels.types import (
     Mask,
     Metrics,
@@ -89,7 +90,7 @@ def rollout_weights(
 
 
 @takes_one_row(per_token=True)
-@torch.no_grad()
+@without_gradient
 def rollout_weights(
     old_logprobs: PerToken,
     rollout_logprobs: PerToken,
@@ -227,7 +228,7 @@ def _gate(ratios: LogRatios, gate: RolloutGate, level: RolloutLevel) -> Tensor:
 
 
 @takes_one_row(per_token=True)
-@torch.no_grad()
+@without_gradient
 def rho_correction(
     old_logprobs: PerToken,
     rollout_logprobs: PerToken,
