@@ -34,6 +34,8 @@ ARGUMENTS = {
 """From a column of a policy objective to the argument that fills it. Any other column is a keyword of its own name."""
 LOG_PROBABILITIES = tuple(name for name in ARGUMENTS if name != "advantage")
 """The columns that are log-probabilities of the tokens, of which a sequence has a sum and a mean."""
+OF_KL = "rlkernels.objectives.kl"
+"""The module of the KL estimators, which are terms and no objectives, although one has the old policy, too."""
 ROW = "the entropy of its row"
 """Stands for the entropy of each row of logits, which such a loss computes itself."""
 RATIO_LEVELS = get_args(RatioLevel)
@@ -120,7 +122,11 @@ def _is_policy(entry: Objective) -> bool:
     """Tells whether an objective has the columns of a policy objective: an advantage, or a behaviour policy."""
     columns = entry.columns
     # Written out, because a generator takes a microsecond of each call.
-    return columns[0] == "logp" and ("advantage" in columns or "old_logp" in columns or "rollout_logp" in columns)
+    return (
+        columns[0] == "logp"
+        and entry.function.__module__ != OF_KL
+        and ("advantage" in columns or "old_logp" in columns or "rollout_logp" in columns)
+    )
 
 
 def objective_columns(

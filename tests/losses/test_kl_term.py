@@ -344,3 +344,10 @@ def test_the_metric_of_a_term_in_a_compiled_program():
 def test_an_unknown_aggregation_of_a_term_is_refused_even_where_no_reference_is_given():
     with pytest.raises(ValueError, match="KLTerm: aggregation must be one of token-mean, .*; got 'mean'"):
         rlk.KLTerm(aggregation="mean")
+
+
+@pytest.mark.parametrize("name", ("k3", "kl_term", "kl_abs"))
+def test_an_estimator_is_no_objective_of_a_policy(name):
+    x = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="objective must be one of"):
+        rlk.policy_loss(x, x, torch.ones(1), ref_logprobs=x, objective=name)
