@@ -97,8 +97,8 @@ def truth(name, case, kl="k3", temperature=0.8):
     return loss.detach(), torch.autograd.grad(loss, leaf)[0], {"logprobs": dlogp, "entropy": entropy_weight}
 
 
-# The row kernels compile no others in.
-@pytest.mark.parametrize("name", [name for name in NATIVE if OBJECTIVES[name].columns[0] == "logp"])
+# The row kernels compile no others in: of those of log-probabilities not kl_term, which has eight numbers.
+@pytest.mark.parametrize("name", [n for n in NATIVE if OBJECTIVES[n].columns[0] == "logp" and n != "kl_term"])
 def test_every_objective_matches_float64(backend, name):
     case = problem(1031, torch.float32, seed=len(name))
     loss, expected, upstream = truth(name, case)
