@@ -32,5 +32,11 @@ def _of_difference(entry, column):
     """Tells whether every ``logp`` and every ``column`` of an objective's source stands in ``logp - column``."""
     nodes = [n for statement in entry.tree.body for n in ast.walk(statement)]
     single = [n.id for n in nodes if isinstance(n, ast.Name) and n.id in ("logp", column)]
-    pairs = sum(ast.unparse(n) == f"logp - {column}" for n in nodes if isinstance(n, ast.BinOp))
+    # By its parts, because a compiled program traces this and cannot trace ast.unparse.
+    differences = [n for n in nodes if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Sub)]
+    pairs = sum(_is_name(n.left, "logp") and _is_name(n.right, column) for n in differences)
     return pairs > 0 and len(single) == 2 * pairs
+
+
+def _is_name(node, name):
+    return isinstance(node, ast.Name) and node.id == name

@@ -260,14 +260,14 @@ OWN = {
     "B41 NaN": (policy, {"entropy_coef": NAN}, ValueError, "entropy_coef must be finite, got nan"),
     "B19": (policy, {"kl_coef": 0.1}, ValueError, "kl='k3' needs ref_logprobs where kl_coef is not 0"),
     "B20": (policy, {"kl": "k4"}, ValueError, "kl must be one of .*k1.* got 'k4'"),
-    "B42": (dpo, {"beta": 0.0}, ValueError, "beta must be positive and finite, got 0.0"),
+    "B42": (dpo, {"beta": -1.0}, ValueError, "beta must be positive and finite, got -1.0"),
     "B42 unpaired": (unpaired, {"beta": NAN}, ValueError, "beta must be positive and finite, got nan"),
-    "B43 one half": (dpo, {"label_smoothing": 0.5}, ValueError, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+    "B43 above one": (dpo, {"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
     "B43 exo_pair": (
         dpo,
         {"loss_type": "exo_pair"},
         ValueError,
-        r"label_smoothing must be in \(0, 0.5\) for loss_type "
+        r"label_smoothing must be in \(0, 1\) for loss_type "
         r"'exo_pair'",
     ),
     "B44 dpo": (dpo, {"loss_type": "dpo"}, ValueError, "loss_type must be one of sigmoid, hinge, .*; got 'dpo'"),
@@ -338,12 +338,17 @@ OWN = {
         ValueError,
         "max_live_tokens=31, but 32 tokens are live",
     ),
-    "an unknown option policy": (policy, {"vocab_mask": None}, TypeError, "objective 'ppo_clip' takes no 'vocab_mask'"),
+    "an unknown option policy": (
+        policy,
+        {"inplace_backward": None},
+        TypeError,
+        "objective 'ppo_clip' takes no 'inplace_backward'",
+    ),
     "an unknown option dpo": (
         dpo,
         {"inplace_backward": True},
         TypeError,
-        "got an unexpected keyword argument 'inplace_backward'",
+        "loss_type 'sigmoid' takes no 'inplace_backward'",
     ),
     "an unknown option unpaired": (
         unpaired,

@@ -50,10 +50,13 @@ def test_every_option_of_the_head_is_spelled_with_the_same_default(function):
 def test_the_other_keywords_are_those_of_the_same_loss_without_a_head(function):
     theirs = keywords(COUNTERPARTS[function])
     of_logits = OF_LOGITS if function in ("linear_token_stats", "linear_distillation_loss") else set()
+    of_logits |= {"ref_logits"} if function == "linear_policy_loss" else set()
     theirs = {name: default for name, default in theirs.items() if name not in MADE_FROM_THE_HEAD | of_logits}
     ours = {name: x for name, x in keywords(function).items() if name not in HeadOptions.__annotations__}
     of_pairs = {"ref_chosen_logps": None, "ref_rejected_logps": None, "ld_alpha": 1.0}
     references = of_pairs if function == "linear_dpo_loss" else {}
+    if function == "linear_policy_loss":
+        references |= {"ref_hidden": None, "ref_weight": None, "ref_bias": None}
     references |= {"z_loss_coef": 0.0} if function == "linear_sft_loss" else {}
     packing = {"cu_seqlens": None} if function.endswith(("dpo_loss", "unpaired_preference_loss")) else {}
     teacher = (
@@ -74,9 +77,10 @@ def test_nothing_hides_behind_a_double_star_but_the_parameters_of_an_objective(f
 def test_the_schema_of_an_op_has_the_operands_of_a_head_in_order():
     """A head that goes through an op and back is the same one, with a softcap, a shard and a bound and without."""
     tensors = torch.ones(3, 2), torch.ones(5, 2), torch.ones(5), torch.zeros(3, dtype=torch.long), torch.ones(3)
+    mask = torch.ones(5, dtype=torch.bool)
     heads = (
-        LinearHead(*tensors, 30.0, 0.9, -100, torch.float32, 16, 7, Shard("0", 5, 5, 10), "linear_token_stats"),
-        LinearHead(*tensors, None, -1.0, 2, torch.bfloat16, 4, None, None, "linear_token_logprobs"),
+        LinearHead(*tensors, mask, 30.0, 0.9, -100, torch.float32, 16, 7, Shard("0", 5, 5, 10), "linear_token_stats"),
+        LinearHead(*tensors, None, None, -1.0, 2, torch.bfloat16, 4, None, None, "linear_token_logprobs"),
     )
     for head in heads:
         flat = head.flatten()

@@ -206,7 +206,7 @@ BAD = {
     "no chance": (
         ValueError,
         "labels holds 1.5, expected soft labels from 0 to 1",
-        {"labels": SOFT + 1.5 - SOFT, "reward_token_ids": (1, 2)},
+        {"labels": torch.full_like(SOFT, 1.5), "reward_token_ids": (1, 2)},
     ),
     "a label that is no reward token": (
         ValueError,
