@@ -222,16 +222,24 @@ ALLOWED = {
             "fused_policy 3",
             "linear_stats 4",
             "linear_stats_backward 6",
+            *(f"divergence{end} 2" for end in ("", "_backward", "_backward_into")),
             "weighted_loss 7",
             *(f"token_stats_backward{end} 5" for end in ("", "_", "_into")),
         )
     ),
     "token_stats_backward_into 16 more dimensions",
+    "divergence_backward_into 12 more dimensions",
     "weighted_loss of columns 6 bool",
     "weighted_loss 7 huge",  # a weight of 1 or 0, any count
 }
 # Torch's arithmetic, by torch's rules.
-WITHOUT_KERNELS = ("elementwise_backward ", "weighted_loss_backward ", "token_stats_backward_into 17 ")
+WITHOUT_KERNELS = (
+    "elementwise_backward ",
+    "weighted_loss_backward ",
+    "token_stats_backward_into 17 ",
+    "divergence of top log-probabilities ",
+    "divergence_backward_into 13 ",
+)
 
 
 @pytest.mark.fault(135)

@@ -30,7 +30,7 @@ def test_nothing_is_left_unwritten_where_empty_memory_is_nan(name, backend):
         got = call(name, data())
     for k, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert same_bits(a, b), f"result {k} of {name}"
-        assert not a.is_floating_point() or a.isfinite().all(), f"result {k} of {name}"
+        assert not a.is_floating_point() or not a.isnan().any(), f"result {k} of {name}"
 
 
 @pytest.mark.fault(12)

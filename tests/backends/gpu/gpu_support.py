@@ -21,6 +21,8 @@ REHEARSAL = DEVICE.type == "cpu"
 BACKENDS = ("cpu",) if REHEARSAL else ("triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PARAMS = {
+    **{"order": 3.0, "low": -0.5, "high": 0.7, "value_low": -0.1, "value_high": 0.2, "cap": 1.5},  # of kl_term
+    **{"moving": 1.0, "straight": 0.0},
     "ratio_cap": 1.1,
     "ratio_max": 1.5,
     "delta_low": 0.03,
