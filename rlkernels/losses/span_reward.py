@@ -42,8 +42,8 @@ def span_reward_loss(
         count. No pair gives 0.
 
     Raises:
-        ValueError: an odd number of rows; shapes that do not match; on a CPU, and not in a compiled program, a pair that
-            differs at its first token.
+        ValueError: an odd number of rows; shapes that do not match; on a CPU, and not in a compiled program, a pair
+            that differs at its first token.
         TypeError: wrong dtypes.
 
     Example:

@@ -28,7 +28,7 @@ def policy_loss(logp, old, advantages, mask=None, **options):
     found = rlk.linear_policy_loss(*head_of(logp, live), old, advantages, mask, chunk_tokens=3, **options)
     if "correction" in options and isinstance(found, tuple):
         # A token of factor 0 enters no matmul, so that no metric of a head counts it.
-        return found[0], {name: x for name, x in found[1].items() if not name.startswith("clip_fraction")}
+        return found[0], {}
     return found
 
 
