@@ -143,6 +143,17 @@ PRESETS: dict[str, Preset] = {
         {"vf_coef": 0.1},
         ("The mask of the values has one position more than that of the actions: extended_mask.",),
     ),
+    "trl-0.9": Preset(
+        "TRL 0.9.6",
+        {
+            "policy_loss": PPO | {"aggregation": "token-mean"},
+            "value_loss": {"clip_range": 0.2, "aggregation": "token-mean"},
+            "dpo_loss": SIGMOID,
+            "dpo_loss/ipo": {"loss_type": "ipo", "beta": 0.1, "length_normalized": True},
+        },
+        {"vf_coef": 0.1},
+        ("The KL of a token is one of k1, its absolute value, its half square and the exact one.",),
+    ),
     "trl-0.1": Preset(
         "TRL of 2023, as in HarderThenHarder/transformers_tasks 5464a2c1",
         {
@@ -215,7 +226,7 @@ PRESETS: dict[str, Preset] = {
         {
             "policy_loss": PPO | {"aggregation": "token-mean"},
             "assemble_rewards": {"kl": "k1", "kl_coef": 0.1, "score_clip": (-20.0, 20.0)},
-            "gae": {"gamma": 1.0, "lam": 1.0, "masked": "skip"},
+            "gae": {"gamma": 1.0, "lam": 1.0},
         },
         notes=("The mean counts the tokens before rejection: multiply by correction=, and leave the mask alone.",),
     ),
@@ -328,7 +339,7 @@ PRESETS: dict[str, Preset] = {
             "policy_loss": PPO | {"aggregation": "seq-mean-token-mean", "normalizers": EMPTY_ROWS},
             "value_loss": {"clip_range": 0.2, "aggregation": "seq-mean-token-mean", "normalizers": EMPTY_ROWS},
             "assemble_rewards": {"kl": "k1", "kl_coef": 0.01, "placement": "last-action"},
-            "gae": {"gamma": 1.0, "lam": 0.95, "masked": "none"},
+            "gae": {"gamma": 1.0, "lam": 0.95},
             "masked_whiten": {"unbiased": True},
         },
         {"vf_coef": 5.0},

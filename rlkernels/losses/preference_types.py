@@ -286,5 +286,4 @@ def kind_of_user(loss_type: object) -> tuple[str, Kind] | None:
     return name, Kind(_of_user(name), takes, divides="beta" in params, objective=entry)
 
 
-SEPARABLE = {name: kind.separable for name, kind in KINDS.items()}
 """From the name of a loss to whether its batch may be cut into chunks of pairs."""

@@ -11,7 +11,7 @@ import torch
 import rlkernels as rlk
 from rlkernels.backends import DEVICES, absent, use_backend
 from rlkernels.losses.preference import pair_losses, preference_options
-from rlkernels.losses.preference_types import KINDS, SEPARABLE
+from rlkernels.losses.preference_types import KINDS
 
 PRESENT = [name for name in DEVICES["cpu"] if absent(name) is None]
 DTYPES = (torch.float64, torch.float32)
@@ -207,7 +207,7 @@ def test_the_likelihood_of_cpo_is_a_mean_over_the_tokens_of_all_chosen_answers()
     torch.testing.assert_close(with_it, simpo - 2.0 * C.sum() / n.sum(), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if SEPARABLE[name]])
+@pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name].separable])
 def test_parts_of_a_batch_give_the_bits_of_the_whole_batch(name):
     C, R, f, g, n, m = batch(pairs=9, dtype=torch.float32)
     options = preference_options("test", C, **options_for(name, n, m), pair_weights=torch.linspace(0.0, 2.0, 9))
@@ -230,7 +230,7 @@ def test_parts_of_a_batch_give_the_bits_of_the_whole_batch(name):
 
 
 def test_only_the_losses_that_sort_are_not_separable():
-    assert {name for name, separable in SEPARABLE.items() if not separable} == {"aot", "aot_unpaired"}
+    assert {name for name, kind in KINDS.items() if not kind.separable} == {"aot", "aot_unpaired"}
     assert not preference_options("test", torch.zeros(3), loss_type=("sigmoid", "aot")).separable()
     C, R, f, g, *_ = batch(pairs=8)
     options = preference_options("test", C, loss_type="aot")
@@ -238,7 +238,7 @@ def test_only_the_losses_that_sort_are_not_separable():
     assert not torch.allclose(torch.cat(halves), pair_losses("test", C, R, f, g, options))
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if SEPARABLE[name]])
+@pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name].separable])
 def test_a_pair_of_weight_0_is_left_out_whatever_it_holds(name):
     C, R, f, g, n, m = batch(dtype=torch.float32)
     weights = torch.tensor([0.5, 0.0, 2.0, 1.0, 0.0, 1.0, 0.25])
