@@ -284,6 +284,3 @@ def kind_of_user(loss_type: object) -> tuple[str, Kind] | None:
     name, params = entry.function.__name__, entry.params
     takes = SCORE + tuple(x for x in FROM_OPTIONS[1:] if x in params)
     return name, Kind(_of_user(name), takes, divides="beta" in params, objective=entry)
-
-
-"""From the name of a loss to whether its batch may be cut into chunks of pairs."""
