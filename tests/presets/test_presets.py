@@ -137,6 +137,36 @@ def test_a_golden_case_runs_with_the_name_of_its_preset(case, backend):
         check_gradients(case, inputs, outputs, torch.float64)
 
 
+FUNCTIONS = {
+    "policy_loss": "policy_loss",
+    "value_loss": "value_loss",
+    "gae": "gae",
+    "group_advantage": "group_advantages",
+    "preference_loss": "dpo_loss",
+    "preference_loss_from_tokens": "dpo_loss",
+    "assemble_rewards": "assemble_rewards",
+    "kl_controller": "KLController",
+}
+OURS = {"clip": "clip_range", "init": "coef", "kl_estimator": "kl"}
+NUMBERS = "clip_low clip_high dual_clip clip gamma lam eps beta loss_type kl_coef kl_estimator init target".split()
+COMPARED = [
+    (case, name)
+    for case in CASES
+    if case.id in NAMED and case.op in FUNCTIONS
+    for name in NUMBERS
+    if name in case.parameters
+]
+
+
+@pytest.mark.parametrize(("case", "name"), COMPARED, ids=lambda x: getattr(x, "id", x))
+def test_a_setting_is_the_number_that_the_system_was_run_with(case, name):
+    # A number may change without a change of the case's loss, where no token lies between the two bounds.
+    ours, function = OURS.get(name, name), FUNCTIONS[case.op]
+    settings = Conventions(case)(function)
+    default = inspect.signature(getattr(rlk, function)).parameters.get(ours)
+    assert settings.get(ours, default and default.default) == case.parameters[name]
+
+
 def test_every_preset_of_the_golden_files_is_there():
     assert set(NAMED.values()) <= set(presets.names())
     assert len(NAMED) == 27
