@@ -23,7 +23,7 @@ ADVANTAGES = randn(2)
 
 
 def loop(level="token", mode="clip", low=None, high=None, gate="ratio", gate_level=None, nan_ratio=1.0):
-    """The weights of OLD and ROLLOUT, token by token, as LOSSES writes them."""
+    """The weights of OLD and ROLLOUT, token by token."""
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     weights = []
     for olds, rollouts, live in zip(OLD.tolist(), ROLLOUT.tolist(), MASK.tolist(), strict=True):
@@ -238,3 +238,15 @@ def test_bad_arguments_are_named(case):
     error, message, call = BAD[case]
     with pytest.raises(error, match=f"^(rollout_weights|rho_correction): {message}"):
         call()
+
+
+@pytest.mark.parametrize("gate", ("ratio", "tv", "kl"))
+def test_a_bound_cuts_between_the_token_half_a_percent_inside_and_the_one_outside(gate):
+    old, rollout = torch.tensor([[-0.7, -0.7]], dtype=torch.float64), torch.tensor([[-1.2, -1.3]], dtype=torch.float64)
+    p, q = old.exp(), rollout.exp()
+    number = {"ratio": p / q, "tv": (p - q).abs(), "kl": q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()}[gate][
+        0, 0
+    ].item()
+    for factor, kept in ((1.005, True), (0.995, False)):
+        weights = rlk.rollout_weights(old[:, :1], rollout[:, :1], mode="mask", gate=gate, high=factor * number)
+        assert bool(weights[0, 0] != 0) is kept
