@@ -336,7 +336,7 @@ def linear_policy_loss(
     kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef, reference)
     scored = targets != ignore_index
     live = live_tokens(caller, like, mask) & scored
-    engine = None if correction is None else ratio.engine(entry, correction, rollout_logprobs)
+    engine = None if correction is None else ratio.engine(caller, entry, correction, rollout_logprobs)
     factors = policy_factors(
         caller, correction, top_entropy_fraction, like, old_logprobs, engine, ratio_level, entry, choice
     )

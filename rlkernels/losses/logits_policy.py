@@ -259,7 +259,7 @@ def logits_policy_loss(
     checks.one_device(caller, "logits", logits, ref_logits=ref_logits)
     reference = "ref_logits", ref_logits
     penalty, bonus = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef, reference)
-    engine = None if correction is None else ratio.engine(entry, correction, rollout_logprobs)
+    engine = None if correction is None else ratio.engine(caller, entry, correction, rollout_logprobs)
     factors = policy_factors(
         caller, correction, top_entropy_fraction, like, old_logprobs, engine, ratio_level, entry, choice
     )

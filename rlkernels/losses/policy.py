@@ -204,7 +204,8 @@ def policy_loss(
             ``"sequence_token"``: its value with a gradient per token (GSPO-token); ``"sequence_sum"``: ``exp(sum_t
             d_t)``, one loss per sequence, which weighs what its live tokens weigh together. The mean of such losses is
             one over sequences: ``"token-mean"`` stands for ``"seq-mean"`` there.
-        ratio_denominator: ``"old"``; ``"rollout"``: ``rollout_logprobs`` take the place of ``old_logprobs``.
+        ratio_denominator: ``"old"``; ``"rollout"``: ``rollout_logprobs`` take the place of ``old_logprobs``, which
+            corrects the mismatch, so that no ``Correction`` with weights goes with it.
         rollout_logprobs: same shape, the log-probabilities that the rollout engine reported, for an objective with the
             column ``rollout_logp`` and for the options that name them. Log-probabilities of all kinds are reduced alike
             at a sequence level.
@@ -299,7 +300,7 @@ def policy_loss(
     if reduction == "aggregation":
         token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
     kl_coef, entropy_coef = check_terms(caller, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
-    engine = None if correction is None else ratio.engine(entry, correction, rollout_logprobs)
+    engine = None if correction is None else ratio.engine(caller, entry, correction, rollout_logprobs)
     factors = policy_factors(
         caller, correction, top_entropy_fraction, logprobs, old_logprobs, engine, ratio_level, entry, choice
     )

@@ -1,5 +1,6 @@
 """The ratio of a policy loss: what it divides by, its level, and the bounds of its logarithm."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -68,11 +69,22 @@ class RatioOptions(NamedTuple):
         current = self.old is None and "old_logp" in entry.columns
         return self.clamp is None and not current and (self.square is None or kl_coef is None)
 
-    def engine(self, entry: Objective, correction: Any, rollout_logprobs: PerToken | None) -> PerToken | None:
+    def engine(
+        self, caller: str, entry: Objective, correction: Any, rollout_logprobs: PerToken | None
+    ) -> PerToken | None:
         """Returns the engine's log-probabilities for a correction; a tensor of factors takes none.
 
         They stay where nothing else takes them, so that the correction refuses them.
+
+        Raises:
+            ValueError: a correction with weights, where the engine is the denominator of the ratio already.
         """
+        mode = correction.get("mode", "clip") if isinstance(correction, Mapping) else getattr(correction, "mode", None)
+        if self.divides and mode is not None and not isinstance(correction, Tensor):
+            raise ValueError(
+                f"{caller}: ratio_denominator='rollout' and a correction of mode {mode!r} would each correct the "
+                "mismatch; leave one of them out"
+            )
         taken = self.square is not None or self.divides or "rollout_logp" in entry.columns
         return None if taken and isinstance(correction, Tensor) else rollout_logprobs
 

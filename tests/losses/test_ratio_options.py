@@ -389,3 +389,13 @@ def test_the_derivative_is_that_of_differences(name):
         return rlk.policy_loss(x, old, d["advantages"], m, objective=name, **PARAMS[name])
 
     assert torch.autograd.gradcheck(loss, leaf)
+
+
+@pytest.mark.parametrize("correction", ({"high": 2.0}, rlk.Correction(mode="mask", high=2.0)), ids=("dict", "object"))
+def test_the_mismatch_is_not_corrected_by_the_ratio_and_by_weights(correction):
+    x, advantages = -torch.ones(2, 3), torch.ones(2)
+    with pytest.raises(ValueError, match="each correct the mismatch"):
+        rlk.policy_loss(x, x, advantages, rollout_logprobs=x, ratio_denominator="rollout", correction=correction)
+    factors = torch.full((2, 3), 0.5)  # the caller's own stand
+    loss = rlk.policy_loss(x, x, advantages, rollout_logprobs=x, ratio_denominator="rollout", correction=factors)
+    assert loss.item() == -0.5
