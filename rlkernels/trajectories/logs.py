@@ -5,24 +5,26 @@ itself. A converter never takes the role for the writer where neither is there; 
 """
 
 import json
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from rlkernels.checks import names, numbers
-from rlkernels.trajectories.model import PROVENANCES, Message, Trajectory
-
-Log = Sequence[Mapping[str, Any]]
-Sampled = Callable[[Mapping[str, Any], int], bool] | Collection[int] | None
+from rlkernels.trajectories.log_fields import (
+    MARKS,
+    Log,
+    Sampled,
+    checked_log,
+    choice_of,
+    is_marked,
+    message_of,
+    metadata_of,
+    says_who,
+    text_of,
+    written_by_model,
+)
+from rlkernels.trajectories.model import Message, Trajectory
 
 OPENMANUS_TEXTS = ("Error encountered while processing: ", "Maximum token limit reached, cannot continue execution: ")
 """The beginnings of the messages that OpenManus writes in the role of the assistant."""
-
-MARKS = "provenance", "sampled", "token_ids", "logprobs"
-"""The keys of a message that say who wrote it. The first two are explicit and count before the other two."""
-
-NOT_OF_THE_MODEL = "system", "developer", "user", "tool", "function"
-"""The roles in which a model writes only where an explicit mark says so."""
 
 AUTOGEN_CHAT = (
     "TextMessage",
@@ -79,9 +81,9 @@ def from_openai(
         (7, 2)
     """
     caller = "from_openai"
-    log = _log(caller, messages)
+    log = checked_log(caller, messages)
     own = [agent is None or m.get("name", agent) == agent for m in log]
-    written = _written(caller, log, sampled, own)
+    written = written_by_model(caller, log, sampled, own)
     found = []
     for index, m in enumerate(log):
         role, provenance = m.get("role", "user"), "environment"
@@ -91,7 +93,7 @@ def from_openai(
             provenance = "model"
         elif role == "assistant":
             provenance = "framework"
-        found.append(_message(caller, m, index, role, provenance))
+        found.append(message_of(caller, m, index, role, provenance))
     return Trajectory(tuple(found), reward, group_id, rollout_id, agent, None if tools is None else tuple(tools))
 
 
@@ -122,7 +124,7 @@ def from_openmanus(
         'framework'
     """
     caller = "from_openmanus"
-    log = _log(caller, messages)
+    log = checked_log(caller, messages)
 
     def by_the_model(m: Mapping[str, Any], index: int) -> bool:
         if m.get("base64_image") is not None:
@@ -131,8 +133,8 @@ def from_openmanus(
                 "log to leave it out"
             )
         text = m.get("content") or ""
-        if _says(m):
-            return _is_marked(caller, m, index)
+        if says_who(m):
+            return is_marked(caller, m, index)
         by_the_framework = isinstance(text, str) and text.startswith(tuple(framework_texts))
         return m.get("role") == "assistant" and not by_the_framework
 
@@ -171,7 +173,7 @@ def from_autogen(
         [('user', 'environment'), ('assistant', 'model')]
     """
     caller = "from_autogen"
-    log = _log(caller, messages)
+    log = checked_log(caller, messages)
     if not any(m.get("source", m.get("name")) == agent for m in log):
         raise ValueError(f"{caller}: agent {agent!r} wrote no message; the log has those of {_sources(log)}")
     if not any("type" in m for m in log):
@@ -184,7 +186,7 @@ def from_autogen(
         return from_openai(
             old, sampled=sampled, reward=reward, group_id=group_id, rollout_id=rollout_id, tools=tools, agent=agent
         )
-    chosen = _choice(caller, log, sampled)
+    chosen = choice_of(caller, log, sampled)
     found: list[Message] = []
     thought = None
     for index, m in enumerate(log):
@@ -192,10 +194,10 @@ def from_autogen(
         kind, own = str(m.get("type")).split("[")[0], m.get("source") == agent
         usage = m.get("models_usage") is not None if chosen is None else chosen(m, index)
         provenance = "environment" if not own else "model" if usage else "framework"
-        known = {**_metadata(m), **{k: x for k, x in m.items() if k not in ("content", "metadata")}}
+        known = {**metadata_of(m), **{k: x for k, x in m.items() if k not in ("content", "metadata")}}
         if kind in AUTOGEN_CHAT:
             given = {**known, "content": m.get("content"), "reasoning": thought}
-            found.append(_message(caller, given, index, "assistant" if own else "user", provenance, m.get("source")))
+            found.append(message_of(caller, given, index, "assistant" if own else "user", provenance, m.get("source")))
         elif kind == "ToolCallRequestEvent":
             if not own:
                 continue
@@ -208,11 +210,11 @@ def from_autogen(
                 for c in m.get("content") or ()
             ]
             given = {**known, "content": None, "tool_calls": calls, "reasoning": thought}
-            found.append(_message(caller, given, index, "assistant", provenance, m.get("source")))
+            found.append(message_of(caller, given, index, "assistant", provenance, m.get("source")))
         elif kind == "ToolCallExecutionEvent":
             for r in (m.get("content") or ()) if own else ():
                 text, call = r.get("content"), r.get("call_id")
-                found.append(Message("tool", _text(caller, text, index), tool_call_id=call, name=r.get("name")))
+                found.append(Message("tool", text_of(caller, text, index), tool_call_id=call, name=r.get("name")))
             continue
         elif kind == "ThoughtEvent":
             thought = m.get("content") if own else thought
@@ -256,14 +258,14 @@ def from_metagpt(
     """
     caller = "from_metagpt"
     found = []
-    for index, m in enumerate(_log(caller, messages)):
-        data = _metadata(m)
+    for index, m in enumerate(checked_log(caller, messages)):
+        data = metadata_of(m)
         own = m.get("role") == "assistant" if agent is None else agent in (m.get("sent_from"), data.get("agent"))
         written = own and bool(data.get(mark) or data.get("token_ids") is not None)
         given = {**data, "content": m.get("content"), "reward": data.get("score", data.get("reward"))}
         provenance = "environment" if not own else "model" if written else "framework"
         role = "assistant" if own else _not_the_assistant(m)
-        found.append(_message(caller, given, index, role, provenance))
+        found.append(message_of(caller, given, index, role, provenance))
     if not any(m.provenance == "model" for m in found):
         raise ValueError(
             f"{caller}: no message bears metadata[{mark!r}] or token_ids, so that nothing says what the model wrote; "
@@ -292,19 +294,21 @@ def from_steps(
     """
     caller = "from_steps"
     found = []
-    for number, step in enumerate(_log(caller, steps)):
+    for number, step in enumerate(checked_log(caller, steps)):
         if not isinstance(step.get("prompt"), Sequence) or not isinstance(step.get("response"), Mapping):
             raise ValueError(
                 f"{caller}: step {number} has the keys {sorted(step)}, expected prompt, a list of messages, and "
                 "response, a message"
             )
         messages = []
-        for index, m in enumerate(_log(caller, step["prompt"])):
+        for index, m in enumerate(checked_log(caller, step["prompt"])):
             role = m.get("role", "user")
             plain = {k: x for k, x in m.items() if k not in ("token_ids", "logprobs", "prompt_token_ids", "reward")}
-            messages.append(_message(caller, plain, index, role, "framework" if role == "assistant" else "environment"))
+            messages.append(
+                message_of(caller, plain, index, role, "framework" if role == "assistant" else "environment")
+            )
         response = {"prompt_token_ids": step.get("prompt_token_ids"), "reward": step.get("reward"), **step["response"]}
-        messages.append(_message(caller, response, len(messages), "assistant", "model"))
+        messages.append(message_of(caller, response, len(messages), "assistant", "model"))
         found.append(
             Trajectory(tuple(messages), reward, group_id, rollout_id, None, None if tools is None else tuple(tools))
         )
@@ -342,7 +346,7 @@ def from_autogpt(
         '* Step 1: listed'
     """
     caller = "from_autogpt"
-    log = _log(caller, episodes)
+    log = checked_log(caller, episodes)
     steps: list[dict[str, Any]] = []
     for number, episode in enumerate(log):
         history = list(prompt)
@@ -423,130 +427,8 @@ def search_results(results: Log, *, tool_call_id: str | None = None, name: str =
         >>> search_results([{"title": "A", "url": "http://a", "content": "text"}], tool_call_id="c1").role
         'tool'
     """
-    text = json.dumps([dict(r) for r in _log("search_results", results)], ensure_ascii=False)
+    text = json.dumps([dict(r) for r in checked_log("search_results", results)], ensure_ascii=False)
     return Message("tool", text, tool_call_id=tool_call_id, name=name)
-
-
-def _log(caller: str, messages: Log) -> Log:
-    """Checks that a log is a list of dicts."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise TypeError(f"{caller}: expected a list of dicts, got {type(messages).__name__}")
-    for index, m in enumerate(messages):
-        if not isinstance(m, Mapping):
-            raise TypeError(f"{caller}: entry {index} must be a dict, got {type(m).__name__}; call to_dict() first")
-    return messages
-
-
-def _is_marked(caller: str, m: Mapping[str, Any], index: int) -> bool:
-    """Tells whether a message says that the model wrote it."""
-    if m.get("provenance") is not None:
-        names.choice(caller, f"provenance of message {index}", m["provenance"], PROVENANCES)
-        return bool(m["provenance"] == "model")
-    if m.get("sampled") is not None:
-        return bool(m["sampled"])
-    recorded = [key for key in ("token_ids", "logprobs") if m.get(key) is not None]
-    if recorded and m.get("role") in NOT_OF_THE_MODEL:
-        raise ValueError(
-            f"{caller}: message {index} has {recorded[0]}, which mark a text of the model, but the role {m['role']!r}; "
-            'take them out, or say who wrote it with "sampled"'
-        )
-    return bool(recorded)
-
-
-def _says(m: Mapping[str, Any]) -> bool:
-    """Tells whether a message says who wrote it, the model or not."""
-    return any(m.get(key) is not None for key in MARKS)
-
-
-def _choice(caller: str, log: Log, sampled: Sampled) -> Callable[[Mapping[str, Any], int], bool] | None:
-    """Returns the function that tells whether a message was sampled, None where the caller does not say it."""
-    if sampled is None or callable(sampled):
-        return sampled
-    if isinstance(sampled, (str, bytes, Mapping, bool)) or not hasattr(sampled, "__iter__"):
-        raise TypeError(
-            f"{caller}: sampled must be indices of messages, or a function of a message and its index, got "
-            f"{type(sampled).__name__}"
-        )
-    indices = {numbers.integer(caller, "sampled", x) for x in sampled}
-    for x in sorted(indices):
-        if not 0 <= x < len(log):
-            raise ValueError(f"{caller}: sampled holds the index {x}, expected those of {len(log)} messages, from 0 on")
-    return lambda m, index: index in indices
-
-
-def _written(caller: str, log: Log, sampled: Sampled, own: Sequence[bool]) -> list[bool]:
-    """Tells for each message whether the model wrote it; ``own``: whether it may be of the agent that is trained."""
-    chosen = _choice(caller, log, sampled)
-    if chosen is not None:
-        return [own[index] and bool(chosen(m, index)) for index, m in enumerate(log)]
-    unmarked = [index for index, m in enumerate(log) if own[index] and m.get("role") == "assistant"]
-    if unmarked and not any(_says(m) for index, m in enumerate(log) if own[index]):
-        raise ValueError(
-            f"{caller}: nothing says who wrote the messages {unmarked} of the assistant, since a framework writes some "
-            "in that role; pass sampled=, or record token_ids"
-        )
-    return [own[index] and _is_marked(caller, m, index) for index, m in enumerate(log)]
-
-
-def _message(
-    caller: str, m: Mapping[str, Any], index: int, role: str, provenance: Any, name: str | None = None
-) -> Message:
-    """Makes a message of a dict with the keys of OpenAI."""
-    recorded = provenance == "model"
-    return Message(
-        role,
-        _text(caller, m.get("content"), index),
-        provenance,
-        tuple(m.get("tool_calls") or ()),
-        m.get("tool_call_id"),
-        name or m.get("name"),
-        m.get("reasoning_content") or m.get("reasoning"),
-        _numbers(m.get("prompt_token_ids")) if recorded else None,
-        _numbers(m.get("token_ids")) if recorded else None,
-        _logprobs(m.get("logprobs")) if recorded else None,
-        bool(m.get("ended", m.get("finish_reason") != "length")),
-        m.get("reward"),
-    )
-
-
-def _text(caller: str, content: Any, index: int) -> str | None:
-    """Returns the text of a content that may be in parts."""
-    if isinstance(content, Mapping):  # of a StructuredMessage
-        return json.dumps(content, ensure_ascii=False)
-    if isinstance(content, (list, tuple)):
-        parts: list[str] = []
-        for p in content:
-            part = p.get("text") if isinstance(p, Mapping) else p
-            if not isinstance(part, str):
-                raise ValueError(
-                    f"{caller}: message {index} holds a part that is not text; take it out, or put a text in its place"
-                )
-            parts.append(part)
-        return "".join(parts)
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f"{caller}: message {index} has a content of type {type(content).__name__}, expected text")
-    return content
-
-
-def _numbers(x: Any) -> Any:
-    """Returns recorded numbers, which metadata of text holds as JSON."""
-    return json.loads(x) if isinstance(x, str) else x
-
-
-def _logprobs(x: Any) -> Any:
-    """Returns log-probabilities per token: a list, or the form of OpenAI's choices."""
-    x = _numbers(x)
-    if isinstance(x, Mapping):
-        x = x.get("content")
-    if x is None:
-        return None
-    found = [p.get("logprob") if isinstance(p, Mapping) else p for p in x]
-    return [math.nan if p is None else p for p in found]
-
-
-def _metadata(m: Mapping[str, Any]) -> dict[str, Any]:
-    data = m.get("metadata")
-    return dict(data) if isinstance(data, Mapping) else {}
 
 
 def _not_the_assistant(m: Mapping[str, Any]) -> str:
