@@ -23,9 +23,10 @@ NOT_OF_TOKENS = (
 """Arguments that have no dimension of tokens, whatever their shape."""
 
 
-def is_one_row(x: Any) -> bool:
-    """Tells whether a column of tokens lies as one row."""
-    return isinstance(x, torch.Tensor) and x.dim() == 2 and x.shape[0] == 1
+def is_one_row(x: Any, rank: int = 1) -> bool:
+    """Tells whether what has ``rank`` dimensions in a packed batch, such as a column of tokens, lies as one row."""
+    # A nested tensor has no shape to look at; the checks of the function refuse it.
+    return isinstance(x, torch.Tensor) and not x.is_nested and x.dim() == rank + 1 and x.shape[0] == 1
 
 
 def on_one_row(function: Callable[..., R], arguments: dict[str, Any], main: str) -> R:
@@ -63,9 +64,9 @@ def takes_one_row(rank: int = 1, *, main: str | None = None, per_token: bool = F
             if offsets is None:
                 return function(*args, **kwargs)
             x = args[of_main] if len(args) > of_main else kwargs.get(names[of_main])
-            if not isinstance(x, torch.Tensor) or x.dim() != rank + 1 or x.shape[0] != 1:
+            if not is_one_row(x, rank):
                 return function(*args, **kwargs)
-            row = x.shape[:2]
+            row = cast(torch.Tensor, x).shape[:2]
             flat = [y if name in NOT_OF_TOKENS else _flat(y, row) for name, y in zip(names, args, strict=False)]
             named = {name: y if name in NOT_OF_TOKENS else _flat(y, row) for name, y in kwargs.items()}
             found = cast(Callable[..., Any], function)(*flat, **named)
@@ -87,7 +88,9 @@ def _flat(x: Any, row: torch.Size) -> Any:
         return dataclasses.replace(x, **{f.name: _flat(getattr(x, f.name), row) for f in dataclasses.fields(x)})
     if type(x) is tuple:
         return tuple(_flat(y, row) for y in x)
-    return x[0] if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[:2] == row else x
+    if not isinstance(x, torch.Tensor) or x.is_nested or x.dim() < 2 or x.shape[:2] != row:
+        return x
+    return x[0]
 
 
 def _rows_of(found: Any) -> Any:

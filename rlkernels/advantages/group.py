@@ -83,6 +83,7 @@ def group_advantages(
     arXiv:2503.20783; Chen et al. 2025 (pass@k), arXiv:2503.19595; Chu et al. 2025 (GPG), arXiv:2504.02546.
     """
     caller = "group_advantages"
+    unbiased = checks.flag(caller, "unbiased", unbiased)
     checks_tokens.numbers(caller, "rewards", rewards)
     if rewards.dim() != (1 if reward_weights is None else 2):
         # [N, K] by the weights alone, because rewards of tokens would pass for K rewards, too.

@@ -61,6 +61,7 @@ def step_advantages(
     Shao et al. 2024 (process supervision), arXiv:2402.03300, section 4.1.3.
     """
     caller = "step_advantages"
+    unbiased = checks.flag(caller, "unbiased", unbiased)
     checks_tokens.numbers(caller, "step_rewards", step_rewards)
     checks_tokens.layout(caller, "step_rewards", step_rewards, cu_seqlens)
     offsets = None if cu_seqlens is None else checks_tokens.segments(caller, cu_seqlens, step_rewards, mask=mask)
@@ -124,6 +125,7 @@ def gigpo_advantages(
     Feng et al. 2025, arXiv:2505.10978.
     """
     caller = "gigpo_advantages"
+    unbiased = checks.flag(caller, "unbiased", unbiased)
     for name, x in (("episode_rewards", episode_rewards), ("step_rewards", step_rewards)):
         checks_tokens.numbers(caller, name, x)
         if x.dim() != 1:

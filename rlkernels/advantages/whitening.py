@@ -64,6 +64,8 @@ def masked_whiten(
     Schulman et al. 2017 (reference code); unbiased as in TRL and verl, population and clamp as in OpenRLHF.
     """
     caller = "masked_whiten"
+    unbiased = checks.flag(caller, "unbiased", unbiased)
+    shift_mean = checks.flag(caller, "shift_mean", shift_mean)
     checks.floating(caller, "x", x)
     checks.mask(caller, mask, x.shape)
     checks.one_device(caller, "x", x, mask=mask)

@@ -211,3 +211,26 @@ def test_what_is_no_process_group_is_refused_by_name(group):
     ):
         with pytest.raises(TypeError, match=f"^{where}: process_group must be a torch.distributed.ProcessGroup"):
             call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    (
+        lambda: rlk.masked_whiten(torch.ones(2), unbiased=None),
+        lambda: rlk.masked_whiten(torch.ones(2), shift_mean="no"),
+        lambda: rlk.group_advantages(torch.ones(2), torch.zeros(2, dtype=torch.int64), unbiased=None),
+    ),
+    ids=("whiten", "whiten, a word", "group"),
+)
+def test_a_switch_of_a_spread_is_true_or_false(call):
+    with pytest.raises(TypeError, match="(masked_whiten|group_advantages): .* must be True or False"):
+        call()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("function", ("sequence_means", "aggregate", "policy_loss"))
+def test_a_nested_tensor_beside_offsets_is_refused_by_name(function):
+    x = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    more = (x, torch.ones(2)) if function == "policy_loss" else ()
+    with pytest.raises(TypeError, match=f"{function}: .* dense"):
+        getattr(rlk, function)(x, *more, cu_seqlens=torch.tensor([0, 2, 5]))
