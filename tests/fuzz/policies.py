@@ -252,10 +252,12 @@ class SupervisedTerms:
                 per_sequence(draw, batch, torch.float32) if whole else (x, x.double())
             )
             if "normalizers" not in self.options and draw.flag(0.2):
-                x, wide = self.options["sample_weights"], self.sample_weight
+                x = self.options["sample_weights"]
                 # Positive, because a sum of either sign may be near 0.
-                self.options |= {"sample_weights": x.abs() + 0.5, "normalize_by_weight": True}
-                self.sample_weight = wide.abs() + 0.5
+                positive = x.abs() + 0.5
+                # Of the rounded argument, because x in half precision plus 0.5 is another number than in float64.
+                self.sample_weight = batch.spread(positive.flatten().double()) if whole else positive.double()
+                self.options |= {"sample_weights": positive, "normalize_by_weight": True}
 
     def weights(self, batch):
         weight = self.weighting.truth(batch)
