@@ -275,6 +275,7 @@ def broadcast_advantages(row_advantages: Tensor, is_last_step: Mask, trajectory_
     """
     caller = "broadcast_advantages"
     checks.floating(caller, "row_advantages", row_advantages)
+    checks.tensor(caller, "is_last_step", is_last_step)
     checks.mask(caller, is_last_step, row_advantages.shape, name="is_last_step")
     checks_tokens.ids(caller, "trajectory_ids", trajectory_ids, row_advantages.shape)
     if row_advantages.dim() != 1:

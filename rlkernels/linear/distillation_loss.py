@@ -297,6 +297,8 @@ def _two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, op
         raise ValueError(f"{caller}: teacher_hidden came without teacher_weight; pass both")
     checks.floating(caller, "teacher_hidden", teacher_hidden)
     checks.floating(caller, "teacher_weight", teacher_weight)
+    if options["bias"] is not None:
+        checks.floating(caller, "teacher_bias", options["bias"])
     if teacher_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"{caller}: teacher_hidden has shape {tuple(teacher_hidden.shape)}, hidden {tuple(hidden.shape)}; expected "

@@ -471,8 +471,9 @@ def _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias, proce
         raise ValueError(f"{caller}: ref_hidden came without ref_weight; pass both")
     if process_group is not None:
         raise ValueError(f"{caller}: kl={exact_kind(kl)!r} takes no process_group; pass the whole heads")
-    for name, x in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight)):
-        checks.floating(caller, name, x)
+    for name, x in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+        if x is not None:
+            checks.floating(caller, name, x)
     checks.no_gradient(caller, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(

@@ -206,6 +206,7 @@ def _columns(caller: str, logits: Logits, reward_token_ids: VocabIds) -> Tensor:
             [checks.integer(caller, name, x) for x in reward_token_ids], dtype=torch.int64, device="cpu"
         )
     else:
+        checks.tensor(caller, name, reward_token_ids)
         checks_tokens.ids(caller, name, reward_token_ids, (reward_token_ids.numel(),))
         checks.readable(caller, name, reward_token_ids)
     if reward_token_ids.numel() == 0:

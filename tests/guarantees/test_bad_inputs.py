@@ -2,6 +2,7 @@
 
 import re
 
+import public_calls
 import pytest
 import torch
 from bad_calls import A, dpo, linear, logits_policy, logps, pairs, policy, stats
@@ -40,6 +41,28 @@ def test_bad_values_are_met_by_every_backend_and_name_the_row():
                         function, error, message = CASES[case]
                         with pytest.raises(error, match=message):
                             function()
+
+
+# A value of PPO is looked at only with a clip range, which its packed call is without.
+NOT_LOOKED_AT = (("value_loss", "old_values"),)
+NOT_TENSORS = {"None": lambda x: None, "text": lambda x: "x", "an-array": lambda x: x.detach().numpy()}
+
+
+@pytest.mark.parametrize("kind", NOT_TENSORS)
+@pytest.mark.parametrize("case", public_calls.CALLS)
+def test_what_is_no_tensor_is_taken_or_refused_by_name(case, kind):
+    seen = dict.fromkeys(public_calls.tensor_arguments_of(case))
+    for place in seen:
+        function, argument = place
+        try:
+            with public_calls.arguments(lambda *at: NOT_TENSORS[kind](at[2]) if at[:2] == place else at[2]):
+                public_calls.CALLS[case](public_calls.data())
+        except (TypeError, ValueError) as error:
+            assert str(error).startswith(f"{function}: "), f"{argument}: {error}"
+            # A call that lacks an argument may say what the others expected without it.
+            assert kind == "None" or argument.split("[")[0] in str(error), f"{argument}: {error}"
+        else:
+            assert kind != "text" or place in NOT_LOOKED_AT, f"{argument} may be text"
 
 
 @pytest.mark.fault(73)

@@ -570,6 +570,14 @@ def tensor_arguments(name, d=None):
     return list(seen.items())
 
 
+def tensor_arguments_of(name):
+    """Every ``(function, argument)`` of a call that gets a tensor; a call may use several functions."""
+    seen = []
+    with arguments(lambda function, argument, x: seen.append((function, argument)) or x):
+        CALLS[name](data())
+    return seen
+
+
 def policy(x, targets, columns, **options):
     """Loss and gradient of the fused pass, with KL and entropy terms.
 
