@@ -55,7 +55,9 @@ def test_what_is_no_tensor_is_taken_or_refused_by_name(case, kind):
     for place in seen:
         function, argument = place
         try:
-            with public_calls.arguments(lambda *at: NOT_TENSORS[kind](at[2]) if at[:2] == place else at[2]):
+            with public_calls.arguments(
+                lambda *at, place=place: NOT_TENSORS[kind](at[2]) if at[:2] == place else at[2]
+            ):
                 public_calls.CALLS[case](public_calls.data())
         except (TypeError, ValueError) as error:
             assert str(error).startswith(f"{function}: "), f"{argument}: {error}"
