@@ -102,6 +102,21 @@ PEERS = {
         "LigerFusedLinearGRPOLoss",
         "_input lin_weight selected_token_ids attention_mask advantages old_per_token_logps",
     ),
+    "trl_divergence": Peer(
+        "TRL chunked divergence",
+        "trl",
+        "trl.kernels.chunked_divergence",
+        "ChunkedDivergenceFunction",
+        "student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta",
+        "the student's entropy too",
+    ),
+    "liger_jsd": Peer(
+        "Liger chunked JSD",
+        "liger-kernel",
+        "liger_kernel.chunked_loss",
+        "LigerFusedLinearJSDLoss",
+        "student_input student_weight teacher_input teacher_weight true_labels",
+    ),
     "liger_sm90": Peer(
         "Liger scaled CE",
         "liger-kernel",

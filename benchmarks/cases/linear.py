@@ -7,6 +7,7 @@ from torch import Tensor
 
 import rlkernels
 from benchmarks.cases.case import EAGER, Case, differentiated
+from benchmarks.judge import Judge
 from benchmarks.lineup import Lineup
 from benchmarks.peers import PEERS
 from benchmarks.problems import linear as problems
@@ -83,7 +84,6 @@ def build(
     loss: Callable[[Tensor], Tensor] | None = None,
     entropy: bool = False,
     others: dict[str, Head] | None = None,
-    further: Iterable[Contender] = (),
     slack: float = 0.0,
     **rules: object,
 ) -> Case:
@@ -94,9 +94,9 @@ def build(
         count: products of ``2 T H V`` operations that nobody can avoid, timed beside the others as ``floor``.
         loss: of log-probabilities ``[T]``; torch with full logits and the peers compute it from theirs.
         entropy: the statistics are log-probability and entropy.
-        others, further: what else is measured; ``further`` stands beside ours.
+        others: what else is measured, by name.
         slack: what the loss loses to its fp32 sums.
-        rules: what else the case says.
+        rules: what ``beside`` takes besides, and what else the case says.
     """
     y, known = p.targets, scores(lineup.peers, p.targets, entropy)
     if loss is not None:
@@ -111,6 +111,28 @@ def build(
         functions = {label: lambda h, w, f=f: f(h, w)[0] for label, f in known.items()} | (others or {})
         functions[EAGER] = lambda h, w: full_logits(h, w, y)
         judge, upstream = problems.judge(p), p.dlogp
+
+    return beside(name, p, lineup, fused, functions, judge, count=count, floor=floor, upstream=upstream, **rules)
+
+
+def beside(
+    name: str,
+    p: Problem,
+    lineup: Lineup,
+    fused: Head,
+    functions: dict[str, Head],
+    judge: Judge,
+    *,
+    count: int,
+    floor: str,
+    upstream: object = None,
+    further: Iterable[Contender] = (),
+    **rules: object,
+) -> Case:
+    """Forward and backward of ours, of ``functions`` by their names, and of the bare products.
+
+    ``upstream``: the gradients that arrive at what a function returns; None for a loss.
+    """
 
     def make(label: str, function: Head, **options: object) -> Contender:
         return Contender(label, differentiated(function, upstream), p.leaves, judge.everything, **options)

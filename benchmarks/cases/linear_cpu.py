@@ -9,8 +9,8 @@ from torch import Tensor
 
 import rlkernels
 from benchmarks import peers as libraries
-from benchmarks.cases import linear
-from benchmarks.cases.case import OURS, Case, differentiated
+from benchmarks.cases import divergence, linear
+from benchmarks.cases.case import EAGER, OURS, Case, differentiated
 from benchmarks.cases.linear import Make
 from benchmarks.judge import EPS
 from benchmarks.lineup import Lineup
@@ -101,18 +101,44 @@ def sft(p: Problem, lineup: Lineup) -> Case:
     return build("linear_sft_loss", p, lineup, fused, 3, loss=lambda logp: -logp.mean(), others=others)
 
 
+def distillation(p: Problem, lineup: Lineup) -> Case:
+    """The JSD with beta 1/2 from a teacher of the same size, whose head is the student's in another order."""
+    teacher = p.hidden.roll(1, 0), p.weight.flip(0)
+    wide = teacher[1].double()
+
+    def theirs(rows: Tensor) -> Tensor:
+        return teacher[0][rows].double() @ wide.T
+
+    judge = problems.judge_of_logits(p, lambda z, rows: divergence.composed("jsd", z, theirs(rows)))
+    functions = {EAGER: lambda h, w: divergence.composed("jsd", h @ w.T, teacher[0] @ teacher[1].T)}
+    if "trl_divergence" in lineup.peers:
+        function = lineup.peers["trl_divergence"]
+        functions[PEERS["trl_divergence"].name] = lambda h, w: function(h, w, None, *teacher, None, 0.5)[0].mean()
+    if "liger_jsd" in lineup.peers:
+        loss = lineup.peers["liger_jsd"](weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False)
+        functions[PEERS["liger_jsd"].name] = lambda h, w: loss(h, w, *teacher, p.targets)
+
+    def fused(h: Tensor, w: Tensor) -> Tensor:
+        return rlkernels.linear_distillation_loss(h, w, *teacher, kind="jsd")
+
+    kind, rules = "linear_distillation_loss", {"dtype": p.dtype, "products": 4, "beside_torch": p.dtype == "fp32"}
+    name = f"{kind} (jsd) forward+backward, {p.dtype} {list(p.shape)}"
+    return linear.beside(name, p, lineup, fused, functions, judge, count=4, floor=floor(4), kind=kind, **rules)
+
+
 CASES: dict[str, Make] = {
     "linear_policy_loss": policy,
     "linear_token_stats": statistics,
     "linear_dpo_loss": dpo,
     "linear_sft_loss": sft,
+    "linear_distillation_loss": distillation,
 }
 
 
 def peers() -> tuple[dict[str, Callable], list[str]]:
     """Fused heads of other libraries that run on a CPU, and one line for each that is not here."""
     found, remarks = {}, []
-    for key in ("trl_chunked", "liger_chunked"):
+    for key in ("trl_chunked", "liger_chunked", "trl_divergence", "liger_jsd"):
         function, line = libraries.load(key)
         if function is None:
             remarks.append(line)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from benchmarks.judge import Judge, relative
+from benchmarks.judge import EPS, Judge, relative
 from benchmarks.problems.logits import DTYPES, ENTROPY_COEF, log_softmax_gather
 
 CHECKED_ROWS, CHECKED_COLUMNS = 8, 32
@@ -194,3 +194,29 @@ def judge(
         values = {"loss": expected.detach()}
     dhidden, dweight = gradients(p, dlogp, dentropy)
     return Judge(values, {"dhidden": (p.rows, dhidden), "dweight": (p.columns, dweight)}, further=further)
+
+
+def judge_of_logits(p: Problem, loss: Callable[[Tensor, Tensor], Tensor]) -> Judge:
+    """The judge of a mean over tokens of a function of their logits.
+
+    Its gradient is a difference of log-probabilities, of which each is known to a few roundings of the largest logit.
+
+    Args:
+        loss: the mean over some rows, from their float64 logits and their indices.
+    """
+    weight, tokens, largest = p.weight.double(), p.hidden.shape[0], 0.0
+    value, dhidden = weight.new_zeros(()), torch.zeros_like(p.hidden[p.rows], dtype=torch.float64)
+    dweight = weight.new_zeros(len(p.columns), weight.shape[1])
+    for rows in torch.arange(tokens, device=weight.device).split(max(1, PIECE // weight.shape[0])):
+        hidden = p.hidden[rows].double()
+        logits = (hidden @ weight.T).requires_grad_()
+        largest = max(largest, logits.detach().abs().max().item())
+        part = loss(logits, rows) * len(rows) / tokens
+        (dlogits,) = torch.autograd.grad(part, logits)
+        value += part.detach()
+        dweight += dlogits[:, p.columns].T @ hidden
+        checked = torch.isin(p.rows, rows)
+        dhidden[checked] = dlogits[p.rows[checked] - rows[0]] @ weight
+    return Judge(
+        {"loss": value}, {"dhidden": (p.rows, dhidden), "dweight": (p.columns, dweight)}, further=4 * EPS * largest
+    )

@@ -68,6 +68,9 @@ def test_no_token_of_the_problem_may_skip_a_product(small):
     )
 
 
+WITHOUT_TRL = ("linear_sft_loss", "linear_distillation_loss")  # of the log-probabilities: a divergence has its own
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_contender_computes_what_is_asked_and_ours_within_the_policy(name, small):
     problem, dtype = small
@@ -77,7 +80,7 @@ def test_every_contender_computes_what_is_asked_and_ours_within_the_policy(name,
     for contender in case.contenders:
         cpu_timing.first_run(contender)
         assert contender.errors, contender.name
-        coarse = 1e-2 if dtype == "bf16" else 1e-5
+        coarse = (1e-2 if dtype == "bf16" else 1e-5) * (10 if name == "linear_distillation_loss" else 1)  # differences
         told = contender.name, contender.errors
         assert all(e < coarse for q, e in contender.errors.items() if q in ("product", "dhidden", "dweight")), told
         assert contender.errors.get("loss", 0.0) < (0.1 if dtype == "bf16" else 1e-5), told
@@ -86,7 +89,7 @@ def test_every_contender_computes_what_is_asked_and_ours_within_the_policy(name,
     assert case.flops == 2 * case.products * 32 * 1031 * case.shape[0] and gradient_bytes(case.shape) == 4 * 32 * (
         case.shape[0] + 1031
     )
-    assert (TRL in [c.name for c in case.contenders]) == ("trl_chunked" in peers and name != "linear_sft_loss")
+    assert (TRL in [c.name for c in case.contenders]) == ("trl_chunked" in peers and name not in WITHOUT_TRL)
 
 
 def test_what_ours_holds_beside_the_gradients_stays_within_the_budget(monkeypatch):

@@ -156,6 +156,8 @@ def hostile_call(trial):
         eager = outcome(getattr(rlkernels, name), {k: x for k, x in given.items() if k != "inplace_backward"}, leaves)
     if eager[0] is not None and way == "compiled" and isinstance(eager[0], (ValueError, IndexError)):
         return  # a compiled program does not look at values
+    if eager[0] is not None and way == "compiled" and "a tensor subclass that keeps its data" in str(eager[0]):
+        return  # the compiler takes such a tensor apart and calls us with the plain tensors inside
     if eager[0] is not None:
         trial.findings.append(f"only eager raises {type(eager[0]).__name__}: {_first_line(eager[0])} ({way})")
     elif not given.get("inplace_backward"):
