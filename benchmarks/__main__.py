@@ -20,6 +20,7 @@ from benchmarks.report import cpu as cpu_report
 from benchmarks.report.target import save
 from benchmarks.timing import cpu as cpu_timing
 from rlkernels.cli import machine
+from rlkernels.installing import how
 
 QUICK = {"tokens": 128, "vocab": 32000, "rounds": 5}
 FULL = {"tokens": 1024, "vocab": 128256, "rounds": 9}
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            tell("benchmarks: --plot needs matplotlib; install it with: pip install 'rlkernels[bench]'")
+            tell(f"benchmarks: --plot needs matplotlib; {how('bench')}")
             return 2
     known = [*logits_cpu.CASES, host_cost.NAME, *run_linear.NAMES] if args.device == "cpu" else run_gpu.NAMES
     unknown = [name for name in args.case or [] if name not in known]

@@ -12,6 +12,7 @@ import torch
 from rlkernels.backends import context, cpu, cuda, eager
 from rlkernels.backends.context import forced as forced
 from rlkernels.backends.measured_order import preferred
+from rlkernels.installing import how
 from rlkernels.types import Availability, Backend
 
 OPS = ("token_stats", "token_stats_backward", "fused_policy", "divergence", "elementwise", "weighted_loss", "gae")
@@ -48,7 +49,7 @@ def absent(name: str) -> str | None:
     if name == "triton":
         found = importlib.util.find_spec("triton")
         if found is None or found.origin is None:  # a folder of that name on the path is found too, as a namespace
-            return "Triton is not installed; install rlkernels[triton]"
+            return f"Triton is not installed; {how('triton')}"
         if not (torch.cuda.is_available() or torch.xpu.is_available() or interpreted()):
             return "torch sees no GPU here, and TRITON_INTERPRET=1 is not set"
         return None

@@ -1,14 +1,17 @@
 """``rlkernels doctor``: what is installed, which backend serves what here, and why one is absent."""
 
 import argparse
+import json
 import os
 import platform
 
 import torch
 
 import rlkernels
-from rlkernels.backends import DEVICES, cpu, measured_order
-from rlkernels.cli import machine, tables
+from rlkernels.backends import DEVICES, absent, cpu, measured_order
+from rlkernels.cli import machine, self_test, tables
+from rlkernels.cli.self_test import Verdict
+from rlkernels.installing import how
 
 ENVIRONMENT = {
     "RLKERNELS_CHECK": "run time, read at import: 1 also checks values (cu_seqlens, masks), and that shards cover the "
@@ -33,9 +36,23 @@ ENVIRONMENT = {
 }
 """Every environment variable that the library, its build included, reads."""
 
+OPTIONAL = {
+    "transformers": f"the demo needs it; {how('demo')}",
+    "trl": f"the demo and integrations.trl need it; {how('demo')}",
+    "rich": f"tables are plain text without it; {how('demo')}",
+    "matplotlib": f"the demo and the pictures of the benchmarks need it; {how('demo')}",
+}
+"""Packages that serve a part alone, and what is lost without each."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plain", action="store_true", help="plain text even where rich is installed")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare every backend present with float64, ten seconds or so; exit status 1 where one is wrong",
+    )
 
 
 def show_choices(*, plain: bool) -> None:
@@ -66,25 +83,61 @@ def show_choices(*, plain: bool) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the tables; always 0: an absent backend is a fact, not a failure."""
-    state = rlkernels.available_backends()
-    isa = "-" if "cpu" in state["absent"] else cpu.isa()
-    facts = [
-        ["rlkernels", rlkernels.__version__],
-        *([name, found or "not installed"] for name, found in machine.versions().items()),
-        ["platform", platform.platform()],
-        ["processor", f"{machine.processor()}, {machine.cores()} cores"],
-        ["instruction set of the cpu backend", isa],
-        ["torch threads", str(torch.get_num_threads())],
+    """Prints what is here; 0, because an absent backend is a fact, and 1 where ``--check`` found a wrong number."""
+    facts, state = facts_of_the_machine(), rlkernels.available_backends()
+    advice = {**state["absent"], **{name: text for name, text in OPTIONAL.items() if facts[name] is None}}
+    verdicts = self_test.check() if args.check else []
+    if args.json:
+        variables = {name: os.environ.get(name) for name in ENVIRONMENT}
+        found = {"machine": facts, **state, "advice": advice, "environment": variables}
+        print(json.dumps({**found, "check": [x.record() for x in verdicts]} if args.check else found, indent=1))
+    else:
+        show_tables(facts, state["serves"], advice, plain=args.plain)
+        show_verdicts(verdicts, plain=args.plain)
+    return int(not all(x.passed for x in verdicts))
+
+
+def facts_of_the_machine() -> dict[str, str | None]:
+    """Returns versions, processor and threads by name; None where a package is not installed."""
+    return {
+        "rlkernels": rlkernels.__version__,
+        **machine.versions(),
+        "platform": platform.platform(),
+        "processor": f"{machine.processor()}, {machine.cores()} cores",
+        "instruction set of the cpu backend": None if absent("cpu") else cpu.isa(),
+        "torch threads": str(torch.get_num_threads()),
+    }
+
+
+def show_tables(
+    facts: dict[str, str | None], serves: dict[str, dict[str, str]], advice: dict[str, str], *, plain: bool
+) -> None:
+    """Prints the machine, who serves what, and what to do about that which is absent."""
+    rows = [
+        [name, found or ("-" if name not in machine.PACKAGES else "not installed")] for name, found in facts.items()
     ]
-    tables.show("This machine", ["what", "found"], facts, plain=args.plain)
-    devices = list(state["serves"])
-    ops = list(state["serves"]["cpu"])
-    rows = [[op, *(state["serves"][device][op] for device in devices)] for op in ops]
-    tables.show("Which backend serves which op", ["op", *devices], rows, plain=args.plain)
-    show_choices(plain=args.plain)
-    rows = [[name, reason] for name, reason in state["absent"].items()] or [["none", "every backend is available"]]
-    tables.show("Absent backends", ["backend", "reason"], rows, plain=args.plain)
+    tables.show("This machine", ["what", "found"], rows, plain=plain)
+    rows = [[op, *(serves[device][op] for device in serves)] for op in serves["cpu"]]
+    tables.show("Which backend serves which op", ["op", *serves], rows, plain=plain)
+    show_choices(plain=plain)
+    rows = [[name, text] for name, text in advice.items()] or [["nothing", "every backend and package is here"]]
+    tables.show("Absent, and what to do", ["what", "why, and what to do"], rows, plain=plain)
     rows = [[name, os.environ.get(name, "not set"), meaning] for name, meaning in ENVIRONMENT.items()]
-    tables.show("Environment variables", ["name", "value", "meaning"], rows, plain=args.plain)
-    return 0
+    tables.show("Environment variables", ["name", "value", "meaning"], rows, plain=plain)
+
+
+def show_verdicts(verdicts: list[Verdict], *, plain: bool) -> None:
+    """Prints the errors of the check, and one line that says whether all are within their bounds."""
+    if not verdicts:
+        return
+    rows = [
+        [x.function, x.device, x.backend, x.dtype, f"{x.error:.1e}", f"{x.bound:.0e}", _judged(x)] for x in verdicts
+    ]
+    header = ["function", "device", "backend", "dtype", "error", "allowed", "verdict"]
+    tables.show("Values and gradients against float64", header, rows, plain=plain)
+    wrong = sum(not x.passed for x in verdicts)
+    print(f"\n{len(verdicts) - wrong} of {len(verdicts)} right" + (f", {wrong} WRONG" if wrong else ""))
+
+
+def _judged(x: Verdict) -> str:
+    return "right" if x.passed else x.failure or "WRONG"

@@ -19,6 +19,7 @@ from benchmarks.report import cpu as cpu_report
 from benchmarks.timing import cpu as cpu_timing
 from benchmarks.timing.contender import Contender
 from rlkernels.cli import machine
+from rlkernels.installing import how
 
 TINY = ["--device", "cpu", "--quick", "--tokens", "6", "--vocab", "515", "--rounds", "3", "--no-compile", "--no-peers"]
 TINY += ["--plain"]
@@ -137,7 +138,7 @@ def test_bench_without_a_peer_says_so(monkeypatch):
 def test_bench_plot_without_matplotlib_tells_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([*TINY, "--plot", "never.png"]) == 2
-    assert "rlkernels[bench]" in capsys.readouterr().err
+    assert how("bench") in capsys.readouterr().err
 
 
 def test_bench_stops_cleanly_on_interrupt(monkeypatch, capsys):

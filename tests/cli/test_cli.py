@@ -1,5 +1,6 @@
 """``rlkernels doctor`` end to end, the tables of the commands, and the README's example."""
 
+import json
 import os
 import re
 import subprocess
@@ -12,8 +13,9 @@ import torch
 from paths import ROOT
 
 import rlkernels
-from rlkernels.backends import DEVICES, measured_order
-from rlkernels.cli import doctor, machine, main, tables
+from rlkernels.backends import DEVICES, absent, measured_order
+from rlkernels.cli import doctor, machine, main, self_test, tables
+from rlkernels.installing import how
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_doctor_tells_the_reason_where_the_cpu_backend_is_absent(capsys, monkeyp
     assert main(["doctor", "--plain"]) == 0
     printed = capsys.readouterr().out
     assert "no C++ compiler was found" in printed
-    assert "every backend is available" not in printed
+    assert "every backend and package is here" not in printed
 
 
 def test_doctor_prints_the_measured_choice_or_says_that_nothing_is_measured(capsys, monkeypatch):
@@ -66,6 +68,70 @@ def test_doctor_prints_the_measured_choice_or_says_that_nothing_is_measured(caps
     assert re.search(r"^fused_policy +cuda +2 bytes +large +cuda, triton$", printed, re.MULTILINE)
     assert re.search(r"^fused_policy +cuda +2 bytes +small +triton, cuda$", printed, re.MULTILINE)
     assert "nothing has been measured" not in printed
+
+
+def test_the_command_alone_prints_its_help_and_its_version(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: rlkernels") and "doctor" in printed and "demo" in printed
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0 and capsys.readouterr().out == f"rlkernels {rlkernels.__version__}\n"
+    with pytest.raises(SystemExit) as done:
+        main(["doktor"])
+    assert done.value.code == 2
+
+
+def test_the_package_is_a_command_of_python():
+    program = [sys.executable, "-m", "rlkernels", "--version"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(rlkernels.__file__).resolve().parents[1])}
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == f"rlkernels {rlkernels.__version__}\n"
+
+
+def test_doctor_prints_one_object_of_json(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    state = rlkernels.available_backends()
+    assert found["serves"] == state["serves"] and found["absent"] == state["absent"]
+    assert found["machine"]["torch"] == torch.__version__ and found["environment"].keys() == doctor.ENVIRONMENT.keys()
+    assert found["advice"].keys() >= state["absent"].keys() and "check" not in found
+
+
+def test_doctor_says_what_to_do_about_a_package_that_is_absent(capsys, monkeypatch):
+    monkeypatch.setattr(machine, "version", lambda package: None if package == "trl" else "1.0")
+    main(["doctor", "--plain"])
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("trl ") and "not installed" not in x)
+    assert how("demo") in line
+
+
+def test_doctor_checks_every_backend_against_float64(capsys):
+    assert main(["doctor", "--check", "--json"]) == 0
+    verdicts = json.loads(capsys.readouterr().out)["check"]
+    present = {name for name in DEVICES["cpu"] if absent(name) is None}
+    assert {x["backend"] for x in verdicts if x["device"] == "cpu"} >= present
+    assert {x["function"] for x in verdicts} == {case[0] for case in self_test.CASES} | {"gae"}
+    assert all(x["passed"] and x["error"] <= x["bound"] for x in verdicts)
+
+
+def of_one_percent_more(function):
+    return lambda *args, **kwargs: function(*args, **kwargs) * 1.01
+
+
+@pytest.mark.parametrize("case", self_test.CASES, ids=lambda case: case[0])
+@pytest.mark.parametrize("change", ["a percent more", "an error"])
+def test_a_wrong_number_or_an_error_fails_the_check(case, change, capsys, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("the driver is gone")
+
+    name, ours, *rest = case
+    changed = (name, of_one_percent_more(ours) if change == "a percent more" else broken, *rest)
+    monkeypatch.setattr(self_test, "CASES", (changed,))
+    monkeypatch.setattr(self_test, "BOUNDS", {torch.float32: self_test.BOUNDS[torch.float32]})
+    assert main(["doctor", "--check", "--plain"]) == 1
+    printed = capsys.readouterr().out
+    assert ("WRONG" if change == "a percent more" else "RuntimeError: the driver is gone") in printed
+    assert f"{len(DEVICES['cpu'])} WRONG" in printed or "1 WRONG" in printed
 
 
 def test_what_doctor_prints_is_what_is_chosen(monkeypatch):

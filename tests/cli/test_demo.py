@@ -15,6 +15,7 @@ import torch
 
 from rlkernels.cli import demo, main
 from rlkernels.cli.demo import corpus
+from rlkernels.installing import how
 
 ENVIRONMENT = subprocesses.environment(COLUMNS="100", PYTHONUNBUFFERED="1")
 PATIENCE = 300
@@ -177,7 +178,7 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(monkeypatch, caps
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["demo"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err == 'rlkernels demo needs trl, matplotlib; pip install "rlkernels[demo]"\n'
+    assert out == "" and err == f"rlkernels demo needs trl, matplotlib; {how('demo')}\n"
 
 
 def test_a_gpu_that_is_not_there_is_one_line(libraries):

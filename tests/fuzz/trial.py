@@ -96,7 +96,9 @@ class Trial:
         given = [x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor)]
         before = [x.detach().clone() for x in given]
         function = getattr(rlkernels, name)
-        options = {option: self.draw.dressed(option, x) for option, x in options.items()}
+        # A compiled program cannot look into a tensor, so a 0 in one does not switch a term off.
+        kept = {option for option, x in options.items() if self._compiled and isinstance(x, (int, float)) and x == 0}
+        options = {option: x if option in kept else self.draw.dressed(option, x) for option, x in options.items()}
         if self._compiled:
             torch._dynamo.reset()
             function = torch.compile(function, backend="eager")

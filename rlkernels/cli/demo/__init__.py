@@ -10,6 +10,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from rlkernels.installing import how
+
 NEEDED = ("tokenizers", "transformers", "datasets", "accelerate", "trl", "rich", "matplotlib")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABLED": "true"}
 QUIET = {
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        return _refuse(f'rlkernels demo needs {", ".join(missing)}; pip install "rlkernels[demo]"')
+        return _refuse(f"rlkernels demo needs {', '.join(missing)}; {how('demo')}")
     # Read by the libraries when they are imported, so before the first import of any of them.
     os.environ.update(OFFLINE)
     for name, value in {**QUIET, **ONE_GPU}.items():
