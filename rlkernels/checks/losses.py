@@ -20,6 +20,21 @@ At 1e-20 that gradient was NaN, and at 1e-40 the best token had the log-probabil
 """
 
 
+NORMALIZERS = (
+    "batch_num_tokens",
+    "count_empty_rows",
+    "dp_size",
+    "group_ids",
+    "group_rows",
+    "group_tokens",
+    "horizon",
+    "num_sequences",
+    "rollout_ids",
+    "scale",
+)
+"""Names that an aggregation may be given. A caller who passes one as a keyword of its own is told where it belongs."""
+
+
 def logits(caller, x, name="logits"):
     """Refuses logits that are not ``[..., V]`` with at least one column."""
     tensors.floating(caller, name, x)
@@ -173,6 +188,8 @@ def params(caller, objective, entry, keywords, like):
     for name in keywords:
         if name not in entry.params:
             known = f"it takes {', '.join(entry.params)}" if entry.params else "it takes no parameters"
+            if name in NORMALIZERS:
+                known = f"pass normalizers={{{name!r}: ...}}"
             raise TypeError(f"{caller}: objective {objective!r} takes no {name!r}; {known}")
     values, plain = {**dict(entry.defaults), **keywords}, True
     for name in entry.params:

@@ -9,6 +9,8 @@ from bad_inputs import CASES, NOT_OF_A_FUNCTION
 from reference import same_bits
 
 import rlkernels as rlk
+from rlkernels import aggregation
+from rlkernels.checks import losses
 from rlkernels.checks.names import FIELD
 from rlkernels.losses.row_options import ROW_KINDS
 from rlkernels.objectives import OBJECTIVES
@@ -279,6 +281,15 @@ MEANT = [
 def test_an_unknown_name_is_told_what_was_meant(argument, name, offered, function):
     with pytest.raises(ValueError, match=rf"^\w+: {argument}.*(got|unknown) .*;.* ({offered})"):
         function(**{argument: name})
+
+
+def test_a_count_of_the_whole_batch_beside_normalizers_is_told_where_it_belongs():
+    named = {name for mode in aggregation._MODES.values() for name in (*mode.required, *mode.optional)}
+    assert named | {"count_empty_rows", "dp_size", "scale"} == set(losses.NORMALIZERS)
+    x = torch.zeros(2, 3)
+    for name in losses.NORMALIZERS:
+        with pytest.raises(TypeError, match=rf"^policy_loss: .*takes no '{name}'; pass normalizers={{'{name}': ...}}"):
+            rlk.policy_loss(x, x, x, **{name: 2})
 
 
 @pytest.mark.fault(148)

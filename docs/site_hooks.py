@@ -1,0 +1,74 @@
+"""Hooks of mkdocs: reference pages made from docs/api.md, links that leave the folder, formulas as MathML.
+
+MathML is what browsers typeset by themselves. So no page fetches a script, and formulas are readable without one.
+"""
+
+import html
+import re
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[1]
+OF_THE_REPOSITORY = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+
+
+def sections():
+    """Returns ``(title, names)`` of each section of docs/api.md: the names of a table, or of bullets a module's own."""
+    parts = re.split(r"^## (.+)\n", (ROOT / "docs/api.md").read_text(), flags=re.M)[1:]
+    for title, text in zip(parts[::2], parts[1::2], strict=True):
+        names = [f"rlkernels.{name}" for name in re.findall(r"^\| `(\w+)` \|", text, re.M)]
+        if not names:
+            module = re.search(r"^`(rlkernels\.\w+)`", text.strip())[1]
+            names = [f"{module}.{name}" for name in re.findall(r"`(\w+)`", "".join(re.findall(r"^\*.*", text, re.M)))]
+        yield title, names
+
+
+def slug(title):
+    return re.sub(r"\W+", "-", title.lower()).strip("-")
+
+
+def reference(title, names):
+    """Returns the page of a section: each name with its signature, its types and its docstring."""
+    return f"# {title}\n\n" + "\n\n".join(f"::: {name}" for name in names) + "\n"
+
+
+def on_files(files, config):
+    for title, names in sections():
+        files.append(File.generated(config, f"reference/{slug(title)}.md", content=reference(title, names)))
+    for name, path in OF_THE_REPOSITORY.items():
+        files.append(File.generated(config, name, content=(ROOT / path).read_text()))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Points a link of the repository to its page here, or makes it the name of the file where there is none."""
+    here = page.file.src_uri
+
+    def replace(match):
+        text, target = match[1], match[2]
+        if re.match(r"[a-z]+:|#", target):
+            return match[0]
+        path, _, anchor = target.partition("#")
+        inside = path.removeprefix("docs/") if here in OF_THE_REPOSITORY else path
+        moved = {source: name for name, source in OF_THE_REPOSITORY.items()}.get(Path(path).name, inside)
+        if files.get_file_from_path(moved) and moved == Path(moved).as_posix() and not moved.startswith(".."):
+            return f"[{text}]({moved}{'#' + anchor if anchor else ''})" if "/" not in here else match[0]
+        leaves = path.startswith("../") and not (ROOT / "docs" / Path(here).parent / path).resolve().is_relative_to(
+            ROOT / "docs"
+        )
+        return f"`{path.removeprefix('../')}`" if leaves or here in OF_THE_REPOSITORY else match[0]
+
+    return re.sub(r"(?<!!)\[([^\]\[]+)\]\(([^)\s]+)\)", replace, markdown)
+
+
+def on_page_content(content, page, config, files):
+    """Typesets the formulas that arithmatex found."""
+
+    def typeset(match):
+        formula = html.unescape(match[2]).strip()
+        display = formula.startswith(r"\[")
+        return convert(formula[2:-2], display="block" if display else "inline")
+
+    return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', typeset, content, flags=re.S)

@@ -1,0 +1,76 @@
+"""The built site in a real browser: no error in its console, formulas typeset, a search that finds, two widths.
+
+Skipped without Chromium, playwright or a built site: ``make docs`` first.
+"""
+
+import functools
+import http.server
+import shutil
+import threading
+
+import pytest
+from paths import ROOT
+
+SITE = ROOT / "site"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+if CHROMIUM is None or not (SITE / "index.html").exists():
+    pytest.skip("no Chromium, or the site is not built (make docs)", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        """Prints nothing, because the requests are ours."""
+
+
+@pytest.fixture(scope="module")
+def address():
+    """The site on the loopback interface: a browser gives pages of a folder no worker, and the search needs one."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_every_page_loads_without_an_error_and_fits(browser, address, width):
+    page, errors = browser.new_page(viewport={"width": width, "height": 900}), []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    pages = sorted(path for path in SITE.rglob("*.html") if path.name != "404.html")
+    assert len(pages) > 30
+    for path in pages:
+        page.goto(f"{address}/{path.relative_to(SITE).as_posix()}", wait_until="load")
+        assert page.locator("h1").count() == 1, path
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide <= 0, f"{path.name} is {wide} pixels wider than the window"
+    assert errors == []
+    page.close()
+
+
+def test_formulas_are_typeset(browser, address):
+    page = browser.new_page()
+    page.goto(f"{address}/index.html")
+    formulas = page.locator("math")
+    assert formulas.count() >= 3 and all(box["height"] > 5 for box in map(lambda x: x.bounding_box(), formulas.all()))
+    assert "\\rho" not in page.inner_text("article")
+    page.close()
+
+
+@pytest.mark.parametrize("words", ["GSPO", "entropy bonus", "cu_seqlens"])
+def test_the_search_finds(browser, address, words):
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.goto(f"{address}/index.html")
+    page.fill("input.md-search__input", words)
+    page.wait_for_selector(".md-search-result__item", timeout=20000)
+    found = page.inner_text(".md-search-result").lower()
+    assert all(word.lower() in found for word in words.split())
+    page.close()
