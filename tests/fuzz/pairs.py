@@ -128,11 +128,17 @@ class PairOptions:
         return self.given[name]
 
 
+def alpha_divergence(log_ratio, alpha):
+    """The oracle's, its exponent capped at 80 as the objective says, because fp32 ends at 88."""
+    cap = 80.0 / (alpha - 1.0)
+    return oracles.alpha_divergence(log_ratio.clamp(max=cap) if cap > 0 else log_ratio.clamp(min=cap), alpha)
+
+
 DIVERGENCES = {
     "reverse_kl": lambda rho, alpha: rho,
-    "forward_kl": lambda rho, alpha: oracles.alpha_divergence(rho, 0.0),
+    "forward_kl": lambda rho, alpha: alpha_divergence(rho, 0.0),
     "js_divergence": lambda rho, alpha: oracles.js_divergence(rho),
-    "alpha_divergence": oracles.alpha_divergence,
+    "alpha_divergence": alpha_divergence,
 }
 
 
