@@ -1,5 +1,7 @@
 """The objects that stand in TRL's seams, called with TRL's own conventions, against float64 formulas."""
 
+import types
+
 import pytest
 import torch
 
@@ -152,7 +154,7 @@ def test_at_level_logits_the_public_functions_reach_our_kernel(monkeypatch):
     def fused(logits, index, temperature=1.0, row_mask=None):
         raise AssertionError("TRL's own kernel ran")
 
-    fused.__module__ = "trl.kernels.logprob_entropy"
+    fused = types.FunctionType(fused.__code__, {"__name__": "trl.kernels.logprob_entropy"}, argdefs=(1.0, None))
     monkeypatch.setattr(utils, "_fused_logprob_entropy", fused, raising=False)
     # TRL takes this road on a GPU with Triton only; its own checks are opened here so that a CPU takes it too.
     monkeypatch.setattr(utils, "is_triton_available", lambda: True)
