@@ -6,6 +6,8 @@ Log-probabilities and statistics of logits (``token_logprobs``, ``token_stats``)
 ``Correction``), batches of agents (``rlkernels.trajectories``), and the conventions of published systems (``presets``).
 """
 
+import os as _os
+
 from rlkernels import objectives, presets
 from rlkernels.advantages.assemble import ProcessedSequences, assemble_rewards, extended_mask, process_sequences
 from rlkernels.advantages.controllers import EntropyController, KLController, WeightAverage
@@ -20,6 +22,8 @@ from rlkernels.advantages.vtrace import vtrace
 from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate, token_weights
 from rlkernels.backends import available_backends, use_backend
+from rlkernels.integrations import patch_from_environment as _patch_from_environment
+from rlkernels.integrations import status
 from rlkernels.linear.distillation_loss import linear_distillation_loss
 from rlkernels.linear.policy_loss import linear_policy_loss
 from rlkernels.linear.preference_loss import linear_dpo_loss
@@ -120,6 +124,7 @@ __all__ = [
     "solution_scores",
     "span_reward_loss",
     "spans_to_mask",
+    "status",
     "step_advantages",
     "token_divergences",
     "token_logprobs",
@@ -134,3 +139,7 @@ __all__ = [
     "vtrace",
     "wpo_weights",
 ]
+
+if "RLKERNELS_PATCH" in _os.environ:
+    # Last, because a trainer that is imported here may import this package again.
+    _patch_from_environment()

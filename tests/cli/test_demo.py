@@ -83,7 +83,7 @@ def test_the_quick_demo_runs_offline_and_writes_what_it_says(libraries, tmp_path
 
 
 WRONG = """
-from rlkernels.integrations import _trl_functions as functions
+from rlkernels.integrations.trl import replacements as functions
 right = functions.FusedHead.apply
 def wrong(self, *args):
     logprobs, *rest = right(self, *args)

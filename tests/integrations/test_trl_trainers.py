@@ -28,8 +28,8 @@ from transformers import (  # noqa: E402
 from trl.trainer import reward_trainer, utils  # noqa: E402
 
 from rlkernels import ops  # noqa: E402
-from rlkernels.integrations import _trl_functions  # noqa: E402
 from rlkernels.integrations import trl as integration  # noqa: E402
+from rlkernels.integrations.trl import replacements  # noqa: E402
 
 # Correct runs differ by up to 2e-6, runs whose log-probabilities are 1 % wrong by 1e-3 and more.
 TOLERANCE = 1e-4
@@ -208,14 +208,14 @@ def test_a_patched_trainer_has_the_losses_and_gradient_norms_of_the_stock_one(na
 @pytest.mark.parametrize("name", ("dpo/sigmoid", "grpo/cispo", "kto/kto", "sft/nll", "reward/margin"))
 def test_log_probabilities_one_percent_wrong_fail_the_parity_check(name, paths, monkeypatch):
     reference = stock(name, paths)  # before the patch, like every reference here: a worker may run this test alone
-    right, pairs = _trl_functions.FusedHead.apply, _trl_functions.LogSigmoid.__call__
+    right, pairs = replacements.FusedHead.apply, replacements.LogSigmoid.__call__
 
     def wrong(self, *args):
         logprobs, *rest = right(self, *args)
         return (1.01 * logprobs, *rest)
 
-    monkeypatch.setattr(_trl_functions.FusedHead, "apply", wrong)
-    monkeypatch.setattr(_trl_functions.LogSigmoid, "__call__", lambda self, x: 1.01 * pairs(self, x))
+    monkeypatch.setattr(replacements.FusedHead, "apply", wrong)
+    monkeypatch.setattr(replacements.LogSigmoid, "__call__", lambda self, x: 1.01 * pairs(self, x))
     integration.patch()
     assert gap(reference, train(build(name, paths))) > 3 * TOLERANCE
 

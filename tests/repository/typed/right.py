@@ -180,3 +180,4 @@ def entropy(x: Tensor, ids: Tensor) -> Tensor:
 with rlk.use_backend("eager"):
     total: Tensor = entropy(logits, targets).sum()
 serves: dict[str, str] = rlk.available_backends()["serves"]["cpu"]
+patched: list[str] = [line for host in rlk.status().values() for line in host.replaced]
