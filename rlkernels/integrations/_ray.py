@@ -23,7 +23,7 @@ def hook_workers(names: Sequence[str], set_up: str) -> None:
 
 def _wrap_init(names: tuple[str, ...], set_up: str) -> None:
     """Replaces ``ray.init`` by a function that adds the hook and calls it."""
-    ray = importlib.import_module("ray")
+    ray: Any = importlib.import_module("ray")
     original = ray.init
     if getattr(original, "of_rlkernels", False):
         return

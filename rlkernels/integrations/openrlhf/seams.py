@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rlkernels.integrations._patching import Host, Plan, Site, register
+from rlkernels.integrations._patching import Host, Plan, Site, home_of, register
 from rlkernels.integrations.openrlhf import functions, policy, supervised
 
 SERIES = ("0.11.2",)
@@ -16,8 +16,8 @@ host = register(Host("openrlhf", "openrlhf", title="OpenRLHF", series=SERIES, in
 
 UTILS, LOSS = "openrlhf.models.utils", "openrlhf.models.loss"
 MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
-COMPILED = "torch._dynamo.eval_frame"
-"""The module of the wrapper that ``torch.compile`` makes; ``compute_entropy`` is one."""
+WRAPPERS = ("torch._dynamo.eval_frame", "torch.utils._contextlib")
+"""The modules of the wrappers that ``torch.compile`` and ``torch.no_grad`` make, which OpenRLHF puts around its own."""
 
 TOTALS = ("dp_size", "batch_num_tokens", "global_batch_size")
 FUNCTIONS = {
@@ -151,12 +151,19 @@ OUTSIDE: dict[str, Callable[..., str | None]] = {
 """The calls that go to OpenRLHF's own function, or raise under ``strict``."""
 
 
+def _own(site: Site, module: str) -> Any:
+    """Returns what stands at a site, a function of ``module`` within torch's own wrappers or without one."""
+    found = host.require_own(site, module, *WRAPPERS)
+    inner = inspect.unwrap(found)
+    if home_of(inner) != module:
+        raise host.refusal(f"{site.label} wraps {inner!r}, which is not OpenRLHF's own")
+    return found
+
+
 def _plan_function(name: str) -> Plan:
     module, known = FUNCTIONS[name]
     site = Site.of(home(module), name)
-    original = host.require_own(site, module, COMPILED)
-    if inspect.unwrap(original).__module__ != module:
-        raise host.refusal(f"{site.label} wraps {inspect.unwrap(original)!r}")
+    original = _own(site, module)
     host.require_signature(name, original, (known,))
     ours = getattr(functions, name)
     return Plan(original, host.counted(name, original, ours, OUTSIDE.get(name, _elsewhere)), (site,))
@@ -183,7 +190,7 @@ def plan_methods() -> list[Plan] | str:
     plans = []
     for name, known in METHODS.items():
         site = Site.of(owner, name)
-        original = host.require_own(site, MAKER)
+        original = _own(site, MAKER)
         host.require_signature(f"RemoteExperienceMaker.{name}", original, (("self", *known),))
         replacement = host.counted(name, original, _as_method(getattr(functions, name)), _elsewhere)
         plans.append(Plan(original, replacement, (site,), everywhere=False))
