@@ -195,6 +195,12 @@ def test_bfloat16_log_probabilities_come_in_fp32():
     assert (found - torch.log_softmax(logits.double(), -1)[..., 0]).abs().max() < 1e-5
 
 
+def test_rewards_have_the_dtype_of_the_kl_and_not_that_of_the_scores():
+    scores, mask = torch.ones(2, dtype=torch.float64), torch.ones(2, 3)
+    for dtype in (torch.float32, torch.float64):
+        assert openrlhf.compute_reward(scores, 0.1, torch.ones(2, 3, dtype=dtype), mask).dtype == dtype
+
+
 def test_bad_options_are_refused_by_name():
     refused = (
         ({"policy_loss_type": "grpo"}, "policy_loss_type"),

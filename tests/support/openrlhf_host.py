@@ -53,6 +53,16 @@ class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+def stub_what_is_missing():
+    absent = [name for name in STUBS if importlib.util.find_spec(name) is None]
+    sys.meta_path.append(Stubs(absent))
+
+
+def pytest_configure(config):
+    """This module is a plugin of ``published_openrlhf.py``, too."""
+    stub_what_is_missing()
+
+
 @contextlib.contextmanager
 def uncompiled():
     """``compute_entropy`` compiles at import, and a C++ compiler may be missing."""
@@ -106,7 +116,6 @@ def stock(version="0.11.2"):
 def imported(version="0.11.2"):
     """Imports ``openrlhf.models`` as a trainer does, with stubs for what is not installed."""
     root(version)
-    absent = [name for name in STUBS if importlib.util.find_spec(name) is None]
-    sys.meta_path.append(Stubs(absent))
+    stub_what_is_missing()
     with uncompiled():
         return importlib.import_module("openrlhf.models")

@@ -18,7 +18,7 @@ from rlkernels.advantages.whitening import masked_whiten
 from rlkernels.aggregation import aggregate
 from rlkernels.logprobs import token_logprobs, token_stats
 from rlkernels.losses.kl_estimate import kl_estimate
-from rlkernels.sequences import sequence_means
+from rlkernels.sequences import result_dtype, sequence_means
 from rlkernels.types import Aggregation, Normalizers
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -144,7 +144,7 @@ def compute_reward(
         reward_clip_range: smallest and largest score, or None.
 
     Returns:
-        ``[B, L]``, without gradient.
+        ``[B, L]``: fp32, fp64 for a ``kl`` of fp64; without gradient.
 
     Raises:
         TypeError: ``action_mask`` is None, which OpenRLHF's annotation allows and its code does not; ``r`` or ``kl``
@@ -160,6 +160,9 @@ def compute_reward(
     if action_mask is None:
         raise TypeError(f"{caller}: action_mask must be a tensor [B, L], got None")
     checks.floating(caller, "kl", kl)
+    checks.tensor(caller, "r", r)
+    # The dtype is that of the KL, as OpenRLHF has it: scores of a group in fp64 make no advantages in fp64.
+    r = r.to(result_dtype(kl))
     # The KL per token is k1 of itself against 0.
     return assemble_rewards(
         r,

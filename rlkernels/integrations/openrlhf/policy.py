@@ -85,7 +85,7 @@ class PolicyLoss(nn.Module):
             )
         if is_correction_level != "off" and is_correction_gating != "ratio" and is_correction_threshold[0] > 0:
             raise ValueError(
-                f"{caller}: is_correction_gating {is_correction_gating!r} has an upper bound alone; "
+                f"{caller}: is_correction_gating {is_correction_gating!r} takes an upper bound only; "
                 f"is_correction_threshold must start with 0, got {tuple(is_correction_threshold)}"
             )
         self.clip_eps_low = clip_eps_low
