@@ -4,18 +4,24 @@ The numbers are recorded by ``record_openrlhf.py``. With an OpenRLHF installed t
 through its own modules, too.
 """
 
+import doctest
 import inspect
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import openrlhf_cases
 import openrlhf_host
 import pytest
+import subprocesses
 import torch
 
 from rlkernels.integrations import openrlhf
 from rlkernels.integrations.openrlhf import legacy
 
+WORKER = Path(__file__).with_name("openrlhf_worker.py")
 RECORD = json.loads((Path(__file__).parent / "recorded" / "openrlhf.json").read_text())
 CASES = {"0.11.2": openrlhf_cases.cases, "0.5.5": openrlhf_cases.legacy_cases}
 OURS = {"0.11.2": openrlhf, "0.5.5": legacy}
@@ -102,6 +108,35 @@ def test_signatures_are_those_of_the_installed_openrlhf(version, stock):
         for one, other in pairs:
             one, other = (list(inspect.signature(f).parameters.values()) for f in (one, other))
             assert [(p.name, p.default, p.kind) for p in one] == [(p.name, p.default, p.kind) for p in other], name
+
+
+def test_losses_over_two_ranks_are_those_of_the_installed_openrlhf(tmp_path):
+    path = os.pathsep.join([subprocesses.PATH, str(openrlhf_host.root("0.11.2").parent)])
+    started = [
+        subprocess.Popen(
+            [sys.executable, WORKER, str(rank), "2", tmp_path / "rendezvous", tmp_path / f"{rank}.json"],
+            cwd=os.sep,
+            env=subprocesses.environment(PYTHONPATH=path, OMP_NUM_THREADS="1"),
+            stderr=(tmp_path / f"{rank}.log").open("w"),
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in started:
+            process.wait(timeout=240)
+    finally:
+        for process in started:
+            process.kill()
+    for rank in range(2):
+        report = tmp_path / f"{rank}.json"
+        assert report.exists(), (tmp_path / f"{rank}.log").read_text()[-3000:]
+        assert json.loads(report.read_text()) == [], f"rank {rank}"
+
+
+def test_the_examples_of_the_package_print_what_they_say():
+    for module in (openrlhf.functions, openrlhf.policy, openrlhf.supervised, legacy):
+        found = doctest.testmod(module, extraglobs={"torch": torch})
+        assert found.attempted and not found.failed, module.__name__
 
 
 # Where ours differ, and what they promise instead.
