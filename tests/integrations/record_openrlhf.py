@@ -1,7 +1,8 @@
 """Runs the cases of ``openrlhf_cases`` through OpenRLHF itself in float64, and writes what it returned.
 
     pip install --no-deps --target A openrlhf==0.11.2 && PYTHONPATH=.:A python tests/integrations/record_openrlhf.py
-    pip install --no-deps --target B openrlhf==0.5.5 && PYTHONPATH=.:B python tests/integrations/record_openrlhf.py
+    pip install --no-deps --target B openrlhf==0.9.5 && PYTHONPATH=.:B python tests/integrations/record_openrlhf.py
+    pip install --no-deps --target C openrlhf==0.5.5 && PYTHONPATH=.:C python tests/integrations/record_openrlhf.py
 
 Each run replaces the cases of its version in ``recorded/openrlhf.json`` and leaves the others.
 """
@@ -20,7 +21,7 @@ import openrlhf_cases
 import openrlhf_host
 
 RECORD = Path(__file__).parent / "recorded" / "openrlhf.json"
-CASES = {"0.11.2": openrlhf_cases.cases, "0.5.5": openrlhf_cases.legacy_cases}
+CASES = {"0.11.2": openrlhf_cases.cases, "0.5.5": openrlhf_cases.legacy_cases, "0.9.5": openrlhf_cases.cases_of_09}
 
 
 def written(x):

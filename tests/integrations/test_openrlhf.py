@@ -18,13 +18,16 @@ import pytest
 import subprocesses
 import torch
 
+from rlkernels import ops
+from rlkernels.backends import eager
 from rlkernels.integrations import openrlhf
 from rlkernels.integrations.openrlhf import legacy
+from rlkernels.ops import register
 
 WORKER = Path(__file__).with_name("openrlhf_worker.py")
 RECORD = json.loads((Path(__file__).parent / "recorded" / "openrlhf.json").read_text())
-CASES = {"0.11.2": openrlhf_cases.cases, "0.5.5": openrlhf_cases.legacy_cases}
-OURS = {"0.11.2": openrlhf, "0.5.5": legacy}
+CASES = {"0.11.2": openrlhf_cases.cases, "0.9.5": openrlhf_cases.cases_of_09, "0.5.5": openrlhf_cases.legacy_cases}
+OURS = {"0.11.2": openrlhf, "0.9.5": legacy, "0.5.5": legacy}
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-5}
 """Relative to the largest number of a tensor. OpenRLHF computes KL and distillation in fp32 for every input."""
 
@@ -59,6 +62,18 @@ def test_an_error_of_one_percent_does_not_pass(version, family):
                 continue
             error, where = openrlhf_cases.worst(found, {**expected, name: torch.tensor(x, dtype=torch.float64) * 1.01})
             assert error > 10 * TOLERANCE[torch.float32] and where == name, f"{case.name}: {name} may be wrong"
+
+
+@pytest.mark.parametrize(("version", "family"), ALL)
+def test_the_host_reads_nothing_of_a_device(version, family, monkeypatch):
+    """Tensors on ``meta`` take the ways of an accelerator, and have nothing that could be read."""
+    monkeypatch.setattr(openrlhf_cases.Source, "device", "meta")
+    monkeypatch.setattr(ops, "serving", lambda *arguments: "triton")
+    for module in (ops, register):
+        monkeypatch.setattr(module, "run", lambda op, backend, *arguments: getattr(eager, op)(*arguments))
+    for case in of_family(version, family):
+        found = case.run(OURS[version], torch.float32)
+        assert all(x is None or x.is_meta for x in found.values()), case.name
 
 
 def test_the_record_holds_every_case():
@@ -99,7 +114,10 @@ def stock():
 def test_signatures_are_those_of_the_installed_openrlhf(version, stock):
     api = stock(version)
     for name, theirs in vars(api).items():
-        ours = getattr(OURS[version], name, None)
+        renamed = version == "0.9.5" and name == "PolicyLoss"
+        ours = getattr(OURS[version], "PolicyLoss09" if renamed else name, None)
+        if version == "0.9.5" and not renamed and name not in ("KDLoss", "KTOLoss", "PRMLoss", "VanillaKTOLoss"):
+            continue  # those of 0.5.5 and of 0.11.2, which differ
         if ours is None or name in openrlhf_host.METHODS:
             continue
         pairs = [(theirs, ours)]
@@ -207,12 +225,33 @@ def test_a_mean_over_nothing_is_0_with_a_gradient_of_0():
         assert mean.item() == 0.0 and not gradient.any()
 
 
-def test_the_rollout_engine_may_leave_a_token_without_a_number_and_the_mask_drops_it():
-    logprobs, old, advantages, rollout, mask = batch()
-    rollout[0, 0] = float("nan")
-    loss = openrlhf.PolicyLoss(is_correction_level="token")
-    found = openrlhf_cases.observed(loss, [logprobs], old, advantages, mask, rollout)
-    assert found["output 0"].isfinite() and found["gradient 0"][0, 0] == 0.0 and found["output 4"] > 0.0
+@pytest.mark.parametrize(("mode", "weight", "filtered"), [("mask", 0.0, 0.25), ("clip", 1.0, 0.0)])
+def test_a_token_that_the_rollout_engine_could_not_score_is_dropped_by_the_mask_alone(mode, weight, filtered):
+    zeros, ones = torch.zeros(1, 4, requires_grad=True), torch.ones(1, 4)
+    rollout = torch.tensor([[float("nan"), 0.0, 0.0, 0.0]])
+    loss = openrlhf.PolicyLoss(is_correction_level="token", is_correction_mode=mode)
+    found = loss(zeros, zeros.detach(), ones, ones, rollout)
+    (gradient,) = torch.autograd.grad(found[0], zeros)
+    assert gradient.tolist() == [[-0.25 * weight, -0.25, -0.25, -0.25]] and found[4].item() == filtered
+
+
+def test_a_logit_of_minus_infinity_adds_no_entropy():
+    logits = torch.tensor([[0.0, 0.0, -float("inf")]], requires_grad=True)
+    entropy = openrlhf.compute_entropy(logits)
+    entropy.sum().backward()
+    assert entropy.item() == pytest.approx(0.6931472) and logits.grad.isfinite().all()
+
+
+def test_a_soft_label_that_is_ignored_counts_nowhere():
+    logits, inputs = torch.randn(1, 3, 5), torch.tensor([[4, 4, 4]])
+    loss = legacy.PRMLoss(4, [0, 1])
+    found = loss(inputs, logits, torch.tensor([[0.3, -100.0, 0.8]]))
+    assert found.item() == pytest.approx(loss(inputs[:, ::2], logits[:, ::2], torch.tensor([[0.3, 0.8]])).item())
+
+
+def test_a_masked_token_has_no_reward():
+    found = openrlhf.compute_reward(torch.ones(1), 0.5, torch.ones(1, 3), torch.tensor([[1, 1, 0]]))
+    assert found.tolist() == [[-0.5, 0.5, 0.0]]
 
 
 def test_a_gspo_ratio_far_from_1_is_not_clamped_as_that_of_ppo_is():

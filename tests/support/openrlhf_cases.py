@@ -19,27 +19,33 @@ class Case(NamedTuple):
 
 
 class Source:
-    """Random tensors of one case."""
+    """Random tensors of one case, on ``device``."""
+
+    device = "cpu"
 
     def __init__(self, seed, dtype):
         self.random, self.dtype = random.Random(seed), dtype
 
     def normal(self, *shape, scale=1.0):
         numbers = [self.random.gauss(0.0, scale) for _ in range(torch.Size(shape).numel())]
-        return torch.tensor(numbers, dtype=torch.float64).view(shape).to(self.dtype)
+        return torch.tensor(numbers, dtype=torch.float64).view(shape).to(self.device, self.dtype)
 
     def logprobs(self, *shape):
         numbers = [-3.0 * self.random.random() - 0.01 for _ in range(torch.Size(shape).numel())]
-        return torch.tensor(numbers, dtype=torch.float64).view(shape).to(self.dtype)
+        return torch.tensor(numbers, dtype=torch.float64).view(shape).to(self.device, self.dtype)
 
     def mask(self, rows, length, empty=False):
         live = [[int(i == 0 or self.random.random() < 0.7) for i in range(length)] for _ in range(rows)]
         if empty:
             live[1] = [0] * length
-        return torch.tensor(live)
+        return torch.tensor(live).to(self.device)
 
     def ids(self, *shape, high):
-        return torch.tensor([self.random.randrange(high) for _ in range(torch.Size(shape).numel())]).view(shape)
+        return (
+            torch.tensor([self.random.randrange(high) for _ in range(torch.Size(shape).numel())])
+            .view(shape)
+            .to(self.device)
+        )
 
 
 def observed(call, learned, *others, **keywords):
@@ -50,7 +56,7 @@ def observed(call, learned, *others, **keywords):
     found = {f"output {i}": x if x is None else x.detach() for i, x in enumerate(outputs)}
     first = outputs[0]
     weights = 0.5 + torch.arange(first.numel(), dtype=torch.float64).view(first.shape) / first.numel()
-    gradients = torch.autograd.grad((first.double() * weights).sum(), learned)
+    gradients = torch.autograd.grad((first.double() * weights.to(first.device)).sum(), learned)
     return found | {f"gradient {i}": x for i, x in enumerate(gradients)}
 
 
@@ -59,7 +65,12 @@ def values(call, *arguments):
     return {f"output {i}": x for i, x in enumerate(outputs if isinstance(outputs, tuple) else (outputs,))}
 
 
-TOTALS = {"dp_size": 3, "batch_num_tokens": torch.tensor(101.0), "global_batch_size": torch.tensor(11.0)}
+def normalisers(source, wanted):
+    """The totals of a batch as OpenRLHF hands them over: tensors of shape () on the device."""
+    tokens, sequences = (torch.tensor(x).to(source.device) for x in (101.0, 11.0))
+    return {"dp_size": 3, "batch_num_tokens": tokens, "global_batch_size": sequences} if wanted else {}
+
+
 SPREADS = (0.05, 0.4, 1.2)
 
 
@@ -70,7 +81,7 @@ def _policy(seed, options, totals, empty):
         old, rollout = logprobs + source.normal(3, 6, scale=gap), logprobs + source.normal(3, 6, scale=0.7 * gap)
         advantages, mask = source.normal(3, 6), source.mask(3, 6, empty)
         loss = api.PolicyLoss(clip_eps_low=0.2, clip_eps_high=0.28, **options)
-        return observed(loss, [logprobs], old, advantages, mask, rollout, **(TOTALS if totals else {}))
+        return observed(loss, [logprobs], old, advantages, mask, rollout, **normalisers(source, totals))
 
     return run
 
@@ -101,7 +112,7 @@ def _value(seed, clip, level, totals, empty):
         source = Source(seed, dtype)
         value = source.normal(3, 6)
         old, returns, mask = value + source.normal(3, 6, scale=0.3), source.normal(3, 6), source.mask(3, 6, empty)
-        return observed(api.ValueLoss(clip, level), [value], old, returns, mask, **(TOTALS if totals else {}))
+        return observed(api.ValueLoss(clip, level), [value], old, returns, mask, **normalisers(source, totals))
 
     return run
 
@@ -142,15 +153,14 @@ def token_cases(seed):
     def sft(level, totals):
         def body(api, source):
             logprobs, mask = source.logprobs(3, 6), source.mask(3, 6, empty=not level)
-            return observed(api.SFTLoss(level), [logprobs], mask, **(TOTALS if totals else {}))
+            return observed(api.SFTLoss(level), [logprobs], mask, **normalisers(source, totals))
 
         return body
 
     def aggregated(level, totals):
-        given = TOTALS.values() if totals else ()
-
         def body(api, source):
-            return observed(api.aggregate_loss, [source.normal(3, 6)], source.mask(3, 6, True), level, *given)
+            given = normalisers(source, totals)
+            return observed(api.aggregate_loss, [source.normal(3, 6)], source.mask(3, 6, True), level, **given)
 
         return body
 
@@ -315,8 +325,8 @@ def legacy_cases(seed=1):
     def steps(soft, columns):
         def body(api, source):
             logits = source.normal(2, 5, 11, scale=3.0)
-            inputs = torch.tensor([[9, 1, 9, 2, 9], [3, 9, 4, 5, 6]])
-            labels = torch.tensor([[3, -100, 7, -100, 3], [-100, 7, -100, -100, -100]])
+            inputs = torch.tensor([[9, 1, 9, 2, 9], [3, 9, 4, 5, 6]]).to(source.device)
+            labels = torch.tensor([[3, -100, 7, -100, 3], [-100, 7, -100, -100, -100]]).to(source.device)
             if soft:
                 labels = torch.where(labels == -100, -100.0, 0.2 + labels / 11.0).float()
             loss = api.PRMLoss(9, columns)
@@ -345,6 +355,28 @@ def legacy_cases(seed=1):
         return {f"output {i}": x for i, x in enumerate(found)}
 
     yield _case("legacy compute_reward", seed, packed)
+
+
+def cases_of_09(seed=1):
+    """The policy loss of 0.9.5; of its metrics ``ppo_kl`` is compared without a correction alone."""
+
+    def policy(kind, correction, dual, level):
+        def body(api, source):
+            logprobs = source.logprobs(3, 6)
+            old, rollout = logprobs + source.normal(3, 6, scale=0.4), logprobs + source.normal(3, 6, scale=0.3)
+            loss = getattr(api, "PolicyLoss09", api.PolicyLoss)(
+                0.2, 0.28, dual, level, kind, correction is not None, [0.8, 1.5], correction or "tis"
+            )
+            found = observed(loss, [logprobs], old, source.normal(3, 6), source.mask(3, 6), rollout)
+            if correction is not None:
+                del found["output 2"]
+            return found
+
+        return body
+
+    options = itertools.product(("ppo", "gspo"), (None, "tis", "icepop", "seq-mask-tis"), (None, 2.0), (True, False))
+    for given in options:
+        yield _case(f"09 PolicyLoss {' '.join(map(str, given))}", seed, policy(*given))
 
 
 def worst(found, expected):

@@ -1,13 +1,17 @@
 """The names of OpenRLHF 0.5.5 that later versions dropped or changed, for forks of it.
 
-``PRMLoss``, ``KTOLoss``, ``VanillaKTOLoss`` and ``KDLoss`` are also those of 0.9.5. The names of the package that are
-not here have the same arguments in 0.5.5. ``patch`` touches no such version.
+``PRMLoss``, ``KTOLoss``, ``VanillaKTOLoss`` and ``KDLoss`` are also those of 0.9.5, whose policy loss is
+``PolicyLoss09``. The names of the package that are not here have the same arguments in 0.5.5. ``patch`` touches no such
+version.
 """
 
 import torch
 from torch import Tensor, nn
 
+from rlkernels import checks
 from rlkernels.advantages.assemble import assemble_rewards
+from rlkernels.integrations.openrlhf import policy
+from rlkernels.integrations.openrlhf.functions import reduction
 from rlkernels.losses.divergence import divergence_loss
 from rlkernels.losses.kl_estimate import kl_estimate
 from rlkernels.losses.policy import policy_loss
@@ -22,6 +26,7 @@ __all__ = [
     "KTOLoss",
     "PRMLoss",
     "PolicyLoss",
+    "PolicyLoss09",
     "ValueLoss",
     "VanillaKTOLoss",
     "compute_approx_kl",
@@ -157,6 +162,79 @@ class PolicyLoss(nn.Module):
             clip_low=self.clip_eps,
             clip_high=self.clip_eps,
         )
+
+
+CORRECTIONS = {"tis": ("token", "clip"), "icepop": ("token", "mask"), "seq-mask-tis": ("seq", "mask")}
+"""The level and the mode that 0.11.2 has for each type of correction of 0.9.5."""
+
+
+class PolicyLoss09(nn.Module):
+    """The policy loss of OpenRLHF 0.9.5: that of 0.11.2 without the clamp of log-ratios, with a result of four.
+
+    ``ppo_kl`` is the mean of ``log old - log pi``. With a correction OpenRLHF 0.9.5 returns another number by that
+    name: ``vllm_kl`` for PPO, and the mean of ``log rollout - log pi`` for GSPO.
+
+    Args:
+        clip_eps_low, clip_eps_high, dual_clip, token_level_loss, policy_loss_type: as for ``PolicyLoss`` of 0.11.2.
+        enable_vllm_is_correction: corrects the mismatch of rollout engine and trainer.
+        vllm_is_truncated_threshold: ``(low, high)``, needed with a correction.
+        vllm_is_correction_type: ``"tis"``: the weight is brought into the threshold; ``"icepop"``: a token outside of
+            it weighs 0; ``"seq-mask-tis"``: a sequence whose mean lies outside of it weighs 0.
+
+    Raises:
+        ValueError: an unknown name; ``dual_clip`` of at most 1; a correction without a threshold.
+
+    Example:
+        >>> logprobs, old = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.0, -2.5]])
+        >>> PolicyLoss09()(logprobs, old, torch.ones(1, 2), torch.ones(1, 2))
+        (tensor(-1.1000), tensor(0.5000), tensor(-0.2500), None)
+
+    OpenRLHF 0.9.5.
+    """
+
+    def __init__(
+        self,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        dual_clip: float | None = None,
+        token_level_loss: bool = True,
+        policy_loss_type: str = "ppo",
+        enable_vllm_is_correction: bool = False,
+        vllm_is_truncated_threshold: tuple[float, float] | list[float] | None = None,
+        vllm_is_correction_type: str = "tis",
+    ) -> None:
+        super().__init__()
+        caller = "PolicyLoss09"
+        checks.choice(caller, "vllm_is_correction_type", vllm_is_correction_type, tuple(CORRECTIONS))
+        if enable_vllm_is_correction and vllm_is_truncated_threshold is None:
+            raise ValueError(f"{caller}: enable_vllm_is_correction needs vllm_is_truncated_threshold, got None")
+        level, mode = CORRECTIONS[vllm_is_correction_type]
+        self.loss = policy.PolicyLoss(
+            clip_eps_low,
+            clip_eps_high,
+            dual_clip,
+            token_level_loss,
+            policy_loss_type,
+            level if enable_vllm_is_correction else "off",
+            mode if enable_vllm_is_correction else "mask",
+            is_correction_threshold=vllm_is_truncated_threshold or (0.0, 1.0),
+        )
+
+    def forward(
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Computes the loss and what a trainer plots: ``(loss, clip_ratio, ppo_kl, vllm_kl)``.
+
+        Arguments and errors are those of ``PolicyLoss`` of 0.11.2.
+        """
+        mode, normalizers = reduction(self.loss.token_level_loss, 1, None, None)
+        tensors = log_probs, old_log_probs, advantages, action_mask, rollout_log_probs
+        return policy.evaluated(self.loss, *tensors, mode, normalizers, log_ratio_clamp=None)[:4]
 
 
 class ValueLoss(nn.Module):

@@ -15,6 +15,7 @@ from rlkernels.losses.kl_estimate import kl_estimate
 from rlkernels.losses.policy import policy_loss
 from rlkernels.losses.value import value_loss
 from rlkernels.rollout.weights import rollout_weights
+from rlkernels.types import Aggregation, Normalizers
 
 LOG_RATIO_CLAMP = 20.0
 LOSS_TYPES = ("ppo", "gspo")
@@ -127,41 +128,64 @@ class PolicyLoss(nn.Module):
             ValueError: shapes that differ; a correction without ``rollout_log_probs``. TypeError: dtypes.
         """
         checks.choice("PolicyLoss", "policy_loss_type", self.policy_loss_type, LOSS_TYPES)
-        corrected = self.is_correction_level != "off"
-        if corrected and rollout_log_probs is None:
-            raise ValueError(
-                f"PolicyLoss: is_correction_level {self.is_correction_level!r} needs rollout_log_probs, got None"
-            )
-        options: dict[str, Any] = {"clip_low": self.clip_eps_low, "clip_high": self.clip_eps_high}
-        if self.dual_clip is not None:
-            options |= {"objective": "dual_clip", "dual_clip": self.dual_clip}
-        vllm_kl = filtered = None
-        if self.policy_loss_type == "gspo":
-            options["ratio_level"] = "sequence"
-            if corrected:
-                options |= {"ratio_denominator": "rollout", "rollout_logprobs": rollout_log_probs}
-        else:
-            options["log_ratio_clamp"] = LOG_RATIO_CLAMP
-            if corrected:
-                assert rollout_log_probs is not None
-                options["correction"], filtered = _correction(self, old_log_probs, rollout_log_probs, action_mask)
-                vllm_kl = _mean_gap(rollout_log_probs, old_log_probs, action_mask)
-        mode, normalizers = reduction(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
-        loss, metrics = policy_loss(
-            log_probs,
-            old_log_probs,
-            advantages,
-            action_mask,
-            aggregation=mode,
-            normalizers=normalizers,
-            return_metrics=True,
-            **options,
+        reduced = reduction(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+        tensors = log_probs, old_log_probs, advantages, action_mask, rollout_log_probs
+        return evaluated(self, *tensors, *reduced, log_ratio_clamp=LOG_RATIO_CLAMP)
+
+
+def evaluated(
+    loss: Any,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    action_mask: Tensor | None,
+    rollout_log_probs: Tensor | None,
+    mode: Aggregation,
+    normalizers: Normalizers,
+    log_ratio_clamp: float | None,
+) -> PolicyResult:
+    """Returns what ``forward`` of ``PolicyLoss`` does.
+
+    Args:
+        loss: an object with the attributes of ``PolicyLoss``.
+        log_probs, old_log_probs, advantages, action_mask, rollout_log_probs: as for ``forward``.
+        mode, normalizers: the reduction.
+        log_ratio_clamp: the bound of PPO's log-ratio.
+    """
+    corrected = loss.is_correction_level != "off"
+    if corrected and rollout_log_probs is None:
+        raise ValueError(
+            f"PolicyLoss: is_correction_level {loss.is_correction_level!r} needs rollout_log_probs, got None"
         )
-        # The ratio of a corrected GSPO is that to the engine, and OpenRLHF plots the old policy beside it.
-        ppo_kl = metrics["ppo_kl"]
-        if "ratio_denominator" in options:
-            ppo_kl = _mean_gap(old_log_probs, log_probs, action_mask)
-        return loss, metrics["clip_fraction"], ppo_kl, vllm_kl, filtered
+    options: dict[str, Any] = {"clip_low": loss.clip_eps_low, "clip_high": loss.clip_eps_high}
+    if loss.dual_clip is not None:
+        options |= {"objective": "dual_clip", "dual_clip": loss.dual_clip}
+    vllm_kl = filtered = None
+    if loss.policy_loss_type == "gspo":
+        options["ratio_level"] = "sequence"
+        if corrected:
+            options |= {"ratio_denominator": "rollout", "rollout_logprobs": rollout_log_probs}
+    else:
+        options["log_ratio_clamp"] = log_ratio_clamp
+        if corrected:
+            assert rollout_log_probs is not None
+            options["correction"], filtered = _correction(loss, old_log_probs, rollout_log_probs, action_mask)
+            vllm_kl = _mean_gap(rollout_log_probs, old_log_probs, action_mask)
+    value, metrics = policy_loss(
+        log_probs,
+        old_log_probs,
+        advantages,
+        action_mask,
+        aggregation=mode,
+        normalizers=normalizers,
+        return_metrics=True,
+        **options,
+    )
+    # The ratio of a corrected GSPO is that to the engine, and OpenRLHF plots the old policy beside it.
+    ppo_kl = metrics["ppo_kl"]
+    if "ratio_denominator" in options:
+        ppo_kl = _mean_gap(old_log_probs, log_probs, action_mask)
+    return value, metrics["clip_fraction"], ppo_kl, vllm_kl, filtered
 
 
 def _mean_gap(first: Tensor, second: Tensor, mask: Tensor | None) -> Tensor:
