@@ -36,7 +36,7 @@ LAYERS = [
     {"losses", "trajectories"},
     {"linear", "presets"},
     {"integrations"},
-    {"cli"},
+    {"cli", "launch"},
 ]
 """Lowest first. A module imports from layers below its own, and a package from itself."""
 WITHOUT_OPS = {
