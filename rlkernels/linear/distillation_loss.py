@@ -273,7 +273,7 @@ def linear_distillation_loss(
             "vocab_mask": None,
             "valid_vocab": None,
         }
-        head, teacher = _two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, of_teacher, numbers)
+        head, teacher = two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, of_teacher, numbers)
     else:
         if vocab_mask is not None:
             raise ValueError(f"{caller}: vocab_mask goes with teacher_hidden, got teacher_topk; leave it out")
@@ -287,11 +287,11 @@ def linear_distillation_loss(
         loss, values = _compiled(head.without(~live.reshape(-1)), terms, backend)
     else:
         work = detached_for_loss(head, per_token != 0)
-        loss, values, _ = differentiable(head, backend, _distilled, work, terms)
+        loss, values, _ = differentiable(head, backend, distilled, work, terms)
     return (loss, divergence_metrics(values, per_token)) if return_metrics else loss
 
 
-def _two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, options, numbers):
+def two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, options, numbers):
     """Checks the teacher's head and returns the student's LinearHead and a TeacherHead, of one vocabulary."""
     if teacher_weight is None:
         raise ValueError(f"{caller}: teacher_hidden came without teacher_weight; pass both")
@@ -337,7 +337,7 @@ def _refuse_head(caller, weight, bias, softcap, logit_scale):
 
 
 @torch.no_grad()
-def _distilled(head, terms, backend, needs):
+def distilled(head, terms, backend, needs):
     """Returns the LossAndGradients of DivergenceTerms, chunk by chunk; its ``logp`` holds the divergences."""
     rows = live_rows(head.targets != head.ignore_index, head.max_live_tokens)
     loop = ChunkLoop(head, needs, len(rows), backend, terms)
@@ -382,7 +382,7 @@ def _linear_divergence(*arguments):
     needs = need_hidden, need_weight, need_bias
     with without_autocast(head.hidden.device.type):
         work = detached_for_loss(head, weight != 0)
-        found = _distilled(work, DivergenceTerms(teacher, weight), backend, needs)
+        found = distilled(work, DivergenceTerms(teacher, weight), backend, needs)
     nothing = (torch.empty_like(found.logp[:0]) for _ in needs)
     return found.loss, found.logp, *(n if g is None else g for g, n in zip(found.gradients, nothing, strict=True))
 

@@ -159,13 +159,15 @@ def test_at_level_logits_the_public_functions_reach_our_kernel(monkeypatch):
     # TRL takes this road on a GPU with Triton only; its own checks are opened here so that a CPU takes it too.
     monkeypatch.setattr(utils, "is_triton_available", lambda: True)
     monkeypatch.setattr(utils, "_supports_trl_loss_kernel", lambda *args: True)
-    assert integration.patch(level="logits").replaced == (
-        "trl.trainer.utils._fused_logprob_entropy -> rlkernels (logits)",
-    )
+    stock = utils.selective_log_softmax_and_entropy
+    replaced = integration.patch(level="logits").replaced
+    assert "trl.trainer.utils._fused_logprob_entropy -> rlkernels (fused logits)" in replaced
     torch.manual_seed(1)
     logits, index = torch.randn(2, 5, 33, requires_grad=True), torch.randint(0, 33, (2, 5))
     mask = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]])
-    logprobs, entropy = utils.selective_log_softmax_and_entropy(logits, index, temperature=0.7, row_mask=mask)
+    # TRL's own function, as a user's module holds it that took it by name before the patch.
+    logprobs, entropy = stock(logits, index, temperature=0.7, row_mask=mask)
+    assert integration.status().calls == {"logprob_entropy": 1}
     log_p = (logits.detach().double() / 0.7).log_softmax(-1)
     torch.testing.assert_close(
         logprobs.double(), log_p.gather(-1, index[..., None])[..., 0] * mask, rtol=1e-5, atol=1e-6
@@ -177,9 +179,43 @@ def test_at_level_logits_the_public_functions_reach_our_kernel(monkeypatch):
     assert utils._fused_logprob_entropy is fused
 
 
-def test_at_level_logits_without_triton_trls_functions_stay_and_the_report_says_why():
-    if hasattr(utils, "_fused_logprob_entropy"):
-        pytest.skip("this TRL has Triton")
-    before = utils.selective_log_softmax
+NAMES = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
+
+
+def test_at_level_logits_every_holder_of_the_three_functions_gets_ours_and_is_restored():
+    from trl.experimental.tpo import tpo_trainer
+
+    before = {name: getattr(utils, name) for name in NAMES}
+    assert tpo_trainer.selective_log_softmax_and_entropy is before["selective_log_softmax_and_entropy"]
     report = integration.patch(level="logits")
-    assert report.replaced == () and "only with Triton" in report.skipped[0] and utils.selective_log_softmax is before
+    assert all(getattr(utils, name) is not held for name, held in before.items())
+    assert tpo_trainer.selective_log_softmax_and_entropy is utils.selective_log_softmax_and_entropy
+    assert hasattr(utils, "_fused_logprob_entropy") or "only with Triton" in report.skipped[0]
+    integration.unpatch()
+    assert all(getattr(utils, name) is held for name, held in before.items())
+    assert tpo_trainer.selective_log_softmax_and_entropy is before["selective_log_softmax_and_entropy"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_logits_on_a_cpu_are_trls_own_bits_unless_fp32_is_asked_for(dtype):
+    torch.manual_seed(2)
+    logits, index = torch.randn(2, 5, 33).to(dtype), torch.randint(0, 33, (2, 5))
+    stock = utils.selective_log_softmax(logits, index)
+    assert integration.patch(level="logits").host.startswith("TRL")
+    assert torch.equal(utils.selective_log_softmax(logits, index), stock)
+    ((name, reason),) = integration.status().delegations
+    assert name == "selective_log_softmax" and "TRL's own bits" in reason and integration.status().calls == {}
+    integration.patch(level="logits", logits_dtype=torch.float32)
+    truth = logits.double().log_softmax(-1).gather(-1, index[..., None])[..., 0]
+    assert (utils.selective_log_softmax(logits, index) - truth).abs().max() < 1e-6 < (stock - truth).abs().max()
+    assert integration.status().calls == {"selective_log_softmax": 1}
+
+
+def test_a_dtype_of_logits_rounds_those_of_the_head_as_trl_does():
+    (hidden, weight, _), targets = inputs(dtype=torch.bfloat16)
+    integration.patch(level="fused", logits_dtype=torch.bfloat16)
+    ours = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768)[0]
+    theirs = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768)[0]
+    assert (ours - theirs).abs().max() < 2e-5
+    with pytest.raises(ValueError, match="logits_dtype must be None or one of .* got torch.int8"):
+        integration.patch(logits_dtype=torch.int8)

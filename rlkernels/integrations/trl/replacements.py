@@ -1,22 +1,44 @@
-"""The functions that TRL calls, under TRL's names and conventions, each served by one public function of ours."""
+"""The objects that stand in TRL's seams: each decides whether a call is ours, and counts it."""
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlkernels import ops
-from rlkernels.integrations._patching import Replacement
-from rlkernels.linear.token_stats import linear_token_stats
-from rlkernels.logprobs import token_stats
+from rlkernels.integrations._patching import Host, Replacement
+from rlkernels.integrations.trl import functions
+from rlkernels.integrations.trl.functions import OUTPUTS
 
-OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 DEVICES = ("cpu", "cuda")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def outside(name: str, x: Tensor) -> str | None:
+    """Returns the reason why a tensor of logits, hidden states or a head is not ours, or None."""
+    if isinstance(x, DTensor):
+        return "a DTensor, call full_tensor() first"
+    if x.device.type not in DEVICES:
+        return f"device {x.device.type}"
+    return None if x.dtype in FLOATS else f"{name} is {x.dtype}"
+
+
+def head_outside(**tensors: Tensor | None) -> str | None:
+    """Returns the reason why hidden states and heads are not ours, or None."""
+    for name, x in tensors.items():
+        if hasattr(x, "ds_id"):
+            return "the head is sharded by ZeRO-3, and its backward would read it after TRL released it"
+        reason = None if x is None else outside(name, x)
+        if reason is not None:
+            return reason
+    return None
 
 
 class FusedHead(Replacement):
     """``_ChunkedLogProbFunction``: the hidden states and the head go in, no ``[N, V]`` tensor of logits comes to be.
 
-    Logits are accumulated and kept in fp32, where TRL rounds them to the dtype of the hidden states.
+    Logits are accumulated and kept in fp32, where TRL rounds them to the dtype of the hidden states; ``logits_dtype``
+    of the patch rounds them, too.
     """
 
     def apply(
@@ -31,61 +53,99 @@ class FusedHead(Replacement):
         logit_scale=1.0,
         outputs=OUTPUTS,
     ):
-        """Computes ``log softmax(softcap(scale (h W + b)) / T)`` of the targets, with TRL's four optional statistics.
+        """Computes what ``functions.ChunkedLogProbFunction`` computes, or hands the call over."""
+        head = (hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale)
+        return self._serve(head, outputs, (*head, outputs))
 
-        Args:
-            hidden, weight, bias, targets: ``[N, H]``, ``[V, H]``, ``[V]`` or None, ``[N]``.
-            chunk_size: TRL's tile along the vocabulary; our chunks run along the tokens, and the result depends on
-                neither.
-
-        Returns:
-            ``(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1)``, None for what ``outputs`` does not name.
-            Gradients flow through the first two.
-        """
-        reason = self._outside(hidden, weight, bias, outputs)
-        if reason is not None:
-            return self.delegate(reason).apply(
-                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
-            )
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):
-            hidden = hidden.to(torch.get_autocast_dtype(device))
-        # The head runs in the dtype of the hidden states, as TRL's does, and outside autocast, which would round the
-        # fp32 logits again.
-        with torch.autocast(device, enabled=False):
-            stats = linear_token_stats(
-                hidden,
-                weight.to(hidden.dtype),
-                targets,
-                bias=None if bias is None else bias.to(hidden.dtype),
-                temperature=temperature,
-                softcap=final_logit_softcapping,
-                logit_scale=logit_scale,
-                outputs=tuple(name for name in OUTPUTS if name in outputs),
-            )
-        self.served()
-        # Statistics are detached, as TRL's are.
-        found = (getattr(stats, name) if name in outputs else None for name in OUTPUTS)
-        return (stats.logprobs, *(x if x is None or x is stats.entropy else x.detach() for x in found))
-
-    @staticmethod
-    def _outside(hidden, weight, bias, outputs) -> str | None:
-        if weight.numel() == 0 and hidden.shape[-1] != 0:
-            expected = f"[V, {hidden.shape[-1]}]"
-            raise ValueError(
-                f"weight must have shape {expected}, got {tuple(weight.shape)}: gather the sharded head before the call"
-            )
-        if hasattr(weight, "ds_id") or (bias is not None and hasattr(bias, "ds_id")):
-            return "the head is sharded by ZeRO-3, and its backward would read it after TRL released it"
-        if isinstance(weight, DTensor) or isinstance(hidden, DTensor) or isinstance(bias, DTensor):
-            return "a DTensor, call full_tensor() first"
-        if hidden.device.type not in DEVICES:
-            return f"device {hidden.device.type}"
-        for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-            if tensor is not None and tensor.dtype not in FLOATS:
-                return f"{name} is {tensor.dtype}"
+    def _serve(self, head, outputs, given):
+        """Serves a call with the arguments ``head`` and ``outputs``; ``given``: what the original takes."""
+        hidden, weight, bias, *_ = head
+        functions.gathered("weight", weight, hidden)
+        reason = head_outside(hidden=hidden, weight=weight, bias=bias)
         unknown = set(outputs) - {*OUTPUTS, "log_probs"}
-        return f"unknown outputs {sorted(unknown)}" if unknown else None
+        reason = f"unknown outputs {sorted(unknown)}" if reason is None and unknown else reason
+        if reason is not None:
+            return self.delegate(reason).apply(*given)
+        dtype = self.host.options.get("logits_dtype")
+        result = functions.ChunkedLogProbFunction.apply(*head, outputs, logits_dtype=dtype)
+        self.served()
+        return tuple(result)
+
+
+class FusedHeadOf14(FusedHead):
+    """The same in TRL 1.13 and 1.14, whose result is ``(logprobs, entropy)``."""
+
+    def apply(
+        self, last_hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0
+    ):
+        """Computes ``(logprobs, entropy)``, both with a gradient."""
+        head = (last_hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale)
+        return self._serve(head, ("entropy",), head)[:2]
+
+
+class FusedHeadOf12(FusedHead):
+    """The same up to TRL 1.12, without a bias. The entropy of TRL's own has no gradient there; ours has."""
+
+    def apply(
+        self, last_hidden, weight, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0
+    ):
+        """Computes ``(logprobs, entropy)``, both with a gradient."""
+        of_head = (targets, temperature, chunk_size, final_logit_softcapping, logit_scale)
+        return self._serve((last_hidden, weight, None, *of_head), ("entropy",), (last_hidden, weight, *of_head))[:2]
+
+
+class Divergence(Replacement):
+    """``ChunkedDivergenceFunction``: the hidden states and the heads of a student and its teacher."""
+
+    def apply(
+        self,
+        student_hidden,
+        student_weight,
+        student_bias,
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        beta,
+        temperature=1.0,
+        student_logit_scale=1.0,
+        student_final_logit_softcapping=None,
+        teacher_logit_scale=1.0,
+        teacher_final_logit_softcapping=None,
+    ):
+        """Computes what ``functions.ChunkedDivergenceFunction`` computes, or hands the call over."""
+        tensors = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
+        numbers = (beta, temperature, student_logit_scale, student_final_logit_softcapping)
+        numbers += (teacher_logit_scale, teacher_final_logit_softcapping)
+        functions.gathered("student_weight", student_weight, student_hidden)
+        functions.gathered("teacher_weight", teacher_weight, teacher_hidden)
+        names = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
+        reason = head_outside(**dict(zip(names, tensors, strict=True)))
+        if reason is not None:
+            return self.delegate(reason).apply(*tensors, *numbers)
+        dtype = self.host.options.get("logits_dtype")
+        result = functions.ChunkedDivergenceFunction.apply(*tensors, *numbers, logits_dtype=dtype)
+        self.served()
+        return result
+
+
+def logits_outside(logits, *args, **kwargs) -> str | None:
+    """Returns the reason why a call of a function over logits is not ours, or None."""
+    return outside("logits", logits)
+
+
+def by_contract(host: Host):
+    """Returns the test of calls that belong to TRL's function: 16-bit logits on a CPU, whose bits TRL's tests demand.
+
+    ``patch(logits_dtype=torch.float32)`` asks for ours.
+    """
+
+    def half_on_a_cpu(logits, *args, **kwargs) -> str | None:
+        kept = logits.dtype in HALVES and logits.device.type == "cpu"
+        if kept and host.options.get("logits_dtype") != torch.float32:
+            return f"{logits.dtype} on a CPU: TRL's own bits; patch(logits_dtype=torch.float32) asks for ours"
+        return None
+
+    return half_on_a_cpu
 
 
 class LogprobEntropy(Replacement):
@@ -93,12 +153,12 @@ class LogprobEntropy(Replacement):
 
     def __call__(self, logits, index, temperature=1.0, row_mask=None):
         """Rows where ``row_mask`` is 0 are not read and give 0; both outputs are fp32 and carry gradients."""
-        if logits.device.type not in DEVICES:
-            return self.delegate(f"device {logits.device.type}")(logits, index, temperature, row_mask)
-        targets = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
-        stats = token_stats(logits, targets, temperature=temperature, outputs=("entropy",))
+        reason = outside("logits", logits)
+        if reason is not None:
+            return self.delegate(reason)(logits, index, temperature, row_mask)
+        result = functions.selective_log_softmax_and_entropy(logits, index, True, temperature, row_mask)
         self.served()
-        return stats.logprobs, stats.entropy
+        return result
 
 
 class LogSigmoid(Replacement):
@@ -107,7 +167,7 @@ class LogSigmoid(Replacement):
     """
 
     def __call__(self, input):
-        if not isinstance(input, torch.Tensor) or input.device.type not in DEVICES or input.dtype not in FLOATS:
+        if not isinstance(input, Tensor) or input.device.type not in DEVICES or input.dtype not in FLOATS:
             return self.delegate(f"{getattr(input, 'dtype', type(input))} on {getattr(input, 'device', 'no device')}")(
                 input
             )
