@@ -193,6 +193,31 @@ def test_masked_positions_reach_nothing_whatever_they_hold():
     assert torch.equal(functions.get_batch_logps(logits.masked_fill(dead[..., None], float("nan")), ids, mask), want)
 
 
+def test_the_host_reads_nothing_of_a_device():
+    """On ``meta`` there is nothing that could be read, so that a read raises."""
+
+    def made(*shape):
+        return torch.empty(shape, device="meta")
+
+    ids, leaf = torch.zeros(2, 5, dtype=torch.long, device="meta"), made(4, 5).requires_grad_()
+    functions.gather_log_probs(made(2, 5, 7), ids)
+    functions.actor_loss_fn(made(2, 5), made(2, 5), made(2, 5), ids)
+    functions.critic_loss_fn(made(2, 5), made(2, 5), made(2, 5), ids)
+    functions.get_advantages_and_returns(made(2, 5), made(2, 5), 2)
+    functions.compute_rewards(ids[:, :3], made(2, 5), made(2, 5), made(2), ids)
+    functions.get_batch_logps(made(2, 5, 7), ids, ids)
+    out = functions.pairwise_divergence_loss(leaf, ids.repeat(2, 1), cases.PAD, 1)
+    (out["loss"] + out["chosen_mean_scores"].sum()).backward()
+    functions.answer_end_scores(made(2, 5), ids, cases.PAD, 2)
+    with pytest.raises(RuntimeError, match="meta"):
+        out["loss"].item()
+
+
+def test_no_label_is_ignored():
+    with pytest.raises(IndexError, match="-100"):
+        functions.gather_log_probs(torch.zeros(2, 3), torch.tensor([0, -100]))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

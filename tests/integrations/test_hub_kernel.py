@@ -114,6 +114,7 @@ def test_metadata_and_build_name_the_same_kernel():
         ({"temperature": 0.0}, ValueError, "temperature"),
         ({"row_mask": torch.ones(2, 2)}, ValueError, rf"{NAME}: row_mask has shape \(2, 2\), expected \(2, 3\)"),
         ({"index": torch.zeros(2, 3)}, TypeError, "int32 or int64"),
+        ({"index": torch.full((2, 3), -100)}, IndexError, "-100"),
         ({"index": [0]}, TypeError, "must be a torch.Tensor, got list"),
     ],
 )

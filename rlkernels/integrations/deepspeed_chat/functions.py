@@ -20,13 +20,16 @@ from rlkernels.packing import shift_targets
 from rlkernels.sequences import sequence_sums
 from rlkernels.types import Logits, Mask, Number, OfPairs, PerSequence, PerToken, Scalar, Targets, TokenIds
 
+NO_LABEL = -(2**31)
+"""The id that ``token_logprobs`` ignores, in place of -100, because DeepSpeed-Chat ignores none."""
+
 
 def gather_log_probs(logits: Logits, labels: Targets) -> Tensor:
     r"""Computes ``log softmax(logits)`` at the labels; nothing is shifted.
 
     Args:
         logits: ``[..., V]``, any float dtype and any strides, such as ``logits[:, :-1]``.
-        labels: ``[...]`` token ids; one of -100 gives 0 without gradient.
+        labels: ``[...]`` token ids; none is ignored, -100 raises as any id outside of the vocabulary does.
 
     Returns:
         Tensor ``[...]``, fp32 (fp64 for fp64 logits), where DeepSpeed-Chat returns, and rounds to, the dtype of the
@@ -41,7 +44,7 @@ def gather_log_probs(logits: Logits, labels: Targets) -> Tensor:
 
     DeepSpeedExamples 45b4b71, ``ppo_trainer.py``.
     """
-    return token_logprobs(logits, labels)
+    return token_logprobs(logits, labels, ignore_index=NO_LABEL)
 
 
 def actor_loss_fn(

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from rlkernels import checks
-from rlkernels.logprobs import token_stats
-from rlkernels.types import Logits, Mask, Targets, Temperature
+from rlkernels.integrations.trl import functions
+from rlkernels.types import Logits, Mask, Targets
 
 __all__ = ["FOLDER", "kernel_mapping", "selective_log_softmax_and_entropy"]
 
@@ -28,7 +28,7 @@ DEVICES = ("cpu", "cuda", "rocm", "xpu")
 
 
 def selective_log_softmax_and_entropy(
-    logits: Logits, index: Targets, temperature: Temperature = 1.0, row_mask: Mask | None = None
+    logits: Logits, index: Targets, temperature: float = 1.0, row_mask: Mask | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""Computes the log-probability of each index and the entropy of its row, in one pass over the row.
 
@@ -37,29 +37,26 @@ def selective_log_softmax_and_entropy(
     Args:
         logits: ``[..., V]``, any float dtype and any device; the kernel of TRL takes three dimensions at most.
         index: ``[...]`` token ids.
-        temperature: ``T``, a number or one per row.
+        temperature: ``T``.
         row_mask: ``[...]``; a row where it is 0 is not read and gives 0 twice, whatever its index.
 
     Returns:
         ``(logprobs, entropy)``, ``[...]`` each, fp32 (fp64 for fp64 logits), both differentiable.
 
     Raises:
-        TypeError, ValueError, IndexError: as ``token_stats``; ``row_mask`` of another shape than ``index``.
+        TypeError, ValueError: dtypes or shapes do not fit; a temperature that is not positive.
+        IndexError: on the CPU, an index outside of the vocabulary in a row that is not masked.
 
     Example:
         >>> selective_log_softmax_and_entropy(torch.zeros(2, 4), torch.tensor([3, 0]), row_mask=torch.tensor([1, 0]))
         (tensor([-1.3863,  0.0000]), tensor([1.3863, 0.0000]))
 
-    TRL 1.14, ``kernels/torch-ext/trl_losses``.
+    TRL's repository, ``kernels/torch-ext/trl_losses``; TRL 1.16 calls the same function with one argument more.
     """
-    if row_mask is not None:
-        checks.tensor(NAME, "index", index)
-        checks.mask(NAME, row_mask, index.shape, "row_mask")
-        checks.one_device(NAME, "index", index, row_mask=row_mask)
-        index = index.masked_fill(row_mask == 0, -100)
-    stats = token_stats(logits, index, temperature=temperature, outputs=("entropy",))
-    assert stats.entropy is not None
-    return stats.logprobs, stats.entropy
+    checks.tensor(NAME, "index", index)
+    checks.mask(NAME, row_mask, index.shape, "row_mask")
+    checks.one_device(NAME, "index", index, row_mask=row_mask)
+    return functions.selective_log_softmax_and_entropy(logits, index, True, temperature, row_mask)
 
 
 # Read by ``FuncRepository``, which makes a module of the function.
