@@ -10,7 +10,7 @@ import warnings
 
 from rlkernels.integrations._patching import PatchReport, PatchStatus, status
 
-HOSTS = ("trl", "verl", "openrlhf", "deepspeed_chat")
+HOSTS = ("trl", "verl", "openrlhf", "deepspeed_chat", "slime")
 
 __all__ = ["PatchReport", "PatchStatus", "patch_from_environment", "status"]
 
@@ -19,7 +19,7 @@ def patch_from_environment() -> dict[str, PatchReport]:
     """Patches the trainers that ``RLKERNELS_PATCH`` names, such as ``trl,verl``; ``import rlkernels`` calls it.
 
     A trainer that is not installed, or whose version or signatures are unknown, is left as it is with a RuntimeWarning.
-    Names: ``trl``, ``verl``, ``openrlhf``, ``deepspeed_chat``.
+    Names: ``trl``, ``verl``, ``openrlhf``, ``deepspeed_chat``, ``slime``.
 
     Returns:
         the report of each trainer that was patched.

@@ -102,6 +102,7 @@ def test_without_a_compiler_the_install_succeeds_and_says_what_is_absent(source,
         names = archive.namelist()
         archive.extractall(tmp_path / "installed")
     assert "rlkernels/py.typed" in names and "rlkernels/backends/cpu.py" in names
+    assert "rlkernels/integrations/hub/kernel/torch-universal/metadata.json" in names
     assert not [name for name in names if name.endswith(".so")]
     assert {name.split("/")[0].split("-")[0] for name in names} == {"rlkernels"}
     # An editable install of this tree would lend its own _cpu to the one under test.
