@@ -88,6 +88,7 @@ Aggregation: TypeAlias = Literal[
     "group-mean",
 ]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
+PairsReduction: TypeAlias = Literal["mean", "none"]
 PolicyReduction: TypeAlias = Literal["aggregation", "none"]
 PairwiseKind: TypeAlias = Literal["logsigmoid", "logexp"]
 ScorePositions: TypeAlias = Literal["end", "all"]

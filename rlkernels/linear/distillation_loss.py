@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 
 from rlkernels import checks, ops
-from rlkernels.backends.protocol import RowBatch
+from rlkernels.backends.protocol import RowBatch, real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.linear.chunked_loss import ChunkLoop, detached_for_loss, differentiable
 from rlkernels.linear.chunking import budget_bytes, filled_up, live_rows
@@ -13,7 +13,7 @@ from rlkernels.linear.head import OPERANDS, HeadOptions, LinearHead, linear_head
 from rlkernels.linear.projection import HeadProjection
 from rlkernels.linear.token_loss import check_batch
 from rlkernels.losses.divergence import DEAD, divergence_metrics, kind_and_beta, one_teacher, topk
-from rlkernels.losses.token_weights import live_tokens, loss_weights
+from rlkernels.losses.token_weights import live_tokens, loss_weights, losses_of_tokens
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.tracing import replaced, value
 from rlkernels.types import (
@@ -28,6 +28,7 @@ from rlkernels.types import (
     Number,
     Offsets,
     PerToken,
+    PolicyReduction,
     Scalar,
     TeacherTopk,
     Temperature,
@@ -100,6 +101,7 @@ def linear_distillation_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
 
@@ -132,6 +134,7 @@ def linear_distillation_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
 
@@ -164,11 +167,12 @@ def linear_distillation_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row(2)
+@takes_one_row(2, per_token=True)
 def linear_distillation_loss(
     hidden: HiddenStates,
     weight: HeadWeight,
@@ -196,6 +200,7 @@ def linear_distillation_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Computes ``divergence_loss`` from the hidden states and the heads of both models, without ``[T, V]`` logits.
@@ -209,9 +214,10 @@ def linear_distillation_loss(
         teacher_hidden, teacher_weight, teacher_bias: ``[..., H']``, ``[V', H']``, ``[V']`` of the teacher, without
             gradient; ``H'`` and the dtype may be others. Columns beyond the smaller of ``V`` and ``V'`` are padding of
             one vocabulary: they enter no matmul.
-        mask, kind, beta, teacher_topk, aggregation, weights, cu_seqlens, normalizers: as for ``divergence_loss``;
-            ``teacher_topk`` stands in place of the teacher's hidden states and head. A token of weight 0 enters no
-            matmul.
+        mask, kind, beta, teacher_topk, aggregation, weights, cu_seqlens, normalizers, reduction: as for
+            ``divergence_loss``; ``teacher_topk`` stands in place of the teacher's hidden states and head. A token of
+            weight 0 enters no matmul. With ``"none"`` each token waits for its own upstream gradient, so that the
+            backward multiplies the logits once more: four matmuls of the student and two of the teacher.
         temperature: of both models, as for ``divergence_loss``.
         vocab_mask: bool ``[V]`` or ``[..., V]``, True keeps a column, in both models; not with ``teacher_topk``.
         softcap, logit_scale, logits_dtype, chunk_tokens, max_live_tokens, valid_vocab: as for
@@ -220,7 +226,8 @@ def linear_distillation_loss(
         teacher_softcap, teacher_logit_scale: those of the teacher's head.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, {"divergence": ...})``.
+        Scalar, or one number per token, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss,
+        {"divergence": ...})``.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``linear_token_logprobs`` and ``divergence_loss``; neither
@@ -280,9 +287,15 @@ def linear_distillation_loss(
         _refuse_head(caller, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
         known = topk(caller, teacher_topk, live, head.weight.shape[0], like)
         teacher = TeacherHead(None, None, None, None, 1.0, ops.Teacher(*known, *numbers))
+    backend = ops.serving("divergence", head.hidden)
+    if reduction != "aggregation":
+        losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers)
+        values = linear_divergences(*head.without(~live.reshape(-1)).flatten(), *_of_teacher(teacher), backend).view(
+            like.shape
+        )
+        return (values, divergence_metrics(values, live.to(values.dtype))) if return_metrics else values
     per_token = head.per_row(loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers))
     terms = DivergenceTerms(teacher, per_token)
-    backend = ops.serving("divergence", head.hidden)
     if torch.compiler.is_compiling():
         loss, values = _compiled(head.without(~live.reshape(-1)), terms, backend)
     else:
@@ -363,22 +376,30 @@ def _distilled(head, terms, backend, needs):
 
 def _compiled(head, terms, backend):
     """Returns the loss and the divergences ``[T]`` by a registered op, which a compiled program needs."""
-    teacher = terms.teacher
     needs = [
         x is not None and x.requires_grad and torch.is_grad_enabled() for x in (head.hidden, head.weight, head.bias)
     ]
+    return linear_divergence(*head.flatten(), *_of_teacher(terms.teacher), terms.weight, *needs, backend)[:2]
+
+
+def _of_teacher(teacher):
+    """Returns a TeacherHead as arguments of a registered op, in the order of OF_TEACHER."""
     softcap = None if teacher.softcap is None else ops.number(teacher.softcap)
-    of_teacher = *teacher[:3], softcap, ops.number(teacher.logit_scale), *teacher.of[:3], ops.number(teacher.of.beta)
-    return linear_divergence(*head.flatten(), *of_teacher, terms.weight, *needs, backend)[:2]
+    return *teacher[:3], softcap, ops.number(teacher.logit_scale), *teacher.of[:3], ops.number(teacher.of.beta)
+
+
+def _unflatten(operands):
+    """Returns the LinearHead and the TeacherHead that the arguments of a registered op stand for."""
+    count = len(operands) - OF_TEACHER.count(", ") - 1
+    hidden, weight, bias, softcap, scale, *of_teacher = operands[count:]
+    beta = value(of_teacher.pop())
+    teacher = TeacherHead(hidden, weight, bias, value(softcap), value(scale), ops.Teacher(*of_teacher, beta))
+    return LinearHead.unflatten(operands[:count]), teacher
 
 
 def _linear_divergence(*arguments):
     *operands, weight, need_hidden, need_weight, need_bias, backend = arguments
-    count = len(operands) - 9
-    hidden, head_weight, bias, softcap, scale, *of_teacher = operands[count:]
-    head = LinearHead.unflatten(operands[:count])
-    beta = value(of_teacher.pop())
-    teacher = TeacherHead(hidden, head_weight, bias, value(softcap), value(scale), ops.Teacher(*of_teacher, beta))
+    head, teacher = _unflatten(operands)
     needs = need_hidden, need_weight, need_bias
     with without_autocast(head.hidden.device.type):
         work = detached_for_loss(head, weight != 0)
@@ -414,14 +435,57 @@ def _gradient(ctx, dloss, *_):
     return *trained, *(None,) * (len(needs) - 3)
 
 
+def _linear_divergences(*arguments):
+    *operands, backend = arguments
+    head, teacher = _unflatten(operands)
+    with without_autocast(head.hidden.device.type):
+        live = head.targets != head.ignore_index
+        terms = DivergenceTerms(teacher, live.to(head.result_dtype()))
+        return _distilled(detached_for_loss(head, live), terms, backend, (False, False, False)).logp
+
+
+def _values_fake(hidden, weight, bias, targets, *rest):
+    return hidden.new_empty(targets.shape, dtype=real_dtype(hidden.dtype))
+
+
+def _values_setup(ctx, inputs, output):
+    *operands, ctx.backend = inputs
+    ctx.tensors = [i for i, x in enumerate(operands) if isinstance(x, torch.Tensor)]
+    ctx.save_for_backward(*(operands[i] for i in ctx.tensors))
+    ctx.rest = [None if isinstance(x, torch.Tensor) else x for x in operands]
+
+
+def _values_gradient(ctx, dvalues):
+    needs, operands = ctx.needs_input_grad, list(ctx.rest)
+    for i, x in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+        operands[i] = x
+    *_, dhidden, dweight, dbias = linear_divergence(*operands, dvalues.contiguous(), *needs[:3], ctx.backend)
+    trained = (
+        x.to(operand.dtype) if need else None
+        for x, operand, need in zip((dhidden, dweight, dbias), operands[:3], needs[:3], strict=True)
+    )
+    return *trained, *(None,) * (len(needs) - 3)
+
+
+OF_TEACHER = (
+    "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_softcap, "
+    "Tensor teacher_logit_scale, Tensor? teacher_ids, Tensor? teacher_logprobs, str kind, Tensor beta"
+)
+"""The schema of ``_of_teacher``."""
 linear_divergence = ops.define(
     "linear_divergence",
-    f"({OPERANDS}, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_softcap, "
-    "Tensor teacher_logit_scale, Tensor? teacher_ids, Tensor? teacher_logprobs, str kind, Tensor beta, "
-    "Tensor per_token, bool need_hidden, bool need_weight, bool need_bias, str backend) "
+    f"({OPERANDS}, {OF_TEACHER}, Tensor per_token, bool need_hidden, bool need_weight, bool need_bias, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_divergence,
     _fake,
     _gradient,
     _setup,
+)
+linear_divergences = ops.define(
+    "linear_divergences",
+    f"({OPERANDS}, {OF_TEACHER}, str backend) -> Tensor",
+    _linear_divergences,
+    _values_fake,
+    _values_gradient,
+    _values_setup,
 )

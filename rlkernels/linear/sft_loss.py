@@ -27,6 +27,7 @@ from rlkernels.types import (
     Offsets,
     PerToken,
     PerTokenOrSequence,
+    PolicyReduction,
     Scalar,
     SftKind,
     Targets,
@@ -63,6 +64,7 @@ def linear_sft_loss(
     z_loss_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
 
@@ -95,6 +97,7 @@ def linear_sft_loss(
     z_loss_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
 
@@ -127,11 +130,12 @@ def linear_sft_loss(
     z_loss_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row(2)
+@takes_one_row(2, per_token=True)
 @same_on_every_rank
 def linear_sft_loss(
     hidden: HiddenStates,
@@ -160,6 +164,7 @@ def linear_sft_loss(
     z_loss_coef: Number = 0.0,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Computes ``sft_loss`` from hidden states and the lm_head, without ``[T, V]`` logits.
@@ -173,11 +178,11 @@ def linear_sft_loss(
             shifted already.
         mask, kind, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers: as for
             ``logprobs_sft_loss``; a token of weight 0 enters no matmul.
-        z_loss_coef: as for ``sft_loss``; it takes four matmuls.
+        z_loss_coef, reduction: as for ``sft_loss``; each takes four matmuls.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, {"nll": ..., "probability":
-        ...})``, and ``"z_loss"`` as ``sft_loss`` has it.
+        Scalar, or one number per token, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, {"nll":
+        ..., "probability": ...})``, and ``"z_loss"`` as ``sft_loss`` has it.
 
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``sft_loss``.
@@ -212,16 +217,29 @@ def linear_sft_loss(
     live = live_tokens(caller, like, mask) & (targets != ignore_index)
     weights = head.per_row(
         sft_weights(
-            caller, like, live, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers
+            caller,
+            like,
+            live,
+            aggregation,
+            weights,
+            sample_weights,
+            normalize_by_weight,
+            cu_seqlens,
+            normalizers,
+            reduction,
         )
     )
     z_loss_coef = checks.coefficient(not_negative, caller, "z_loss_coef", z_loss_coef, like)
-    if present(z_loss_coef):
+    each = reduction != "aggregation"
+    if each or present(z_loss_coef):
         stats = head_stats(head.without(weights == 0), (), weights.shape)
-        logp, squares = stats.logprobs, stats.logsumexp**2
-        loss = weighted_sum(kind, logp, [], (), TokenWeights(weights))
-        loss = (loss + weighted_total(weights.abs(), squares) * z_loss_coef).to(logp.dtype)
-        return (loss, sft_metrics(logp, weights) | z_metric(squares, weights)) if return_metrics else loss
+        logp, squares, more = stats.logprobs, stats.logsumexp**2, {}
+        loss = weighted_sum(kind, logp, [], (), TokenWeights(weights, each=each))
+        if present(z_loss_coef):
+            loss = (loss + weighted_total(weights.abs(), squares, each) * z_loss_coef).to(logp.dtype)
+            more = z_metric(squares, weights) if return_metrics else more
+        loss = loss.view(like.shape) if each else loss
+        return (loss, sft_metrics(logp, weights) | more) if return_metrics else loss
     if torch.compiler.is_compiling():
         logp = head_logprobs(head.without(~live.reshape(-1)))
         loss = weighted_sum(kind, logp, [], (), TokenWeights(weights))

@@ -16,9 +16,11 @@ from rlkernels.losses.policy_factors import policy_factors
 from rlkernels.losses.policy_metrics import policy_metrics
 from rlkernels.losses.policy_ratio import ratio_options
 from rlkernels.losses.policy_terms import policy_terms
+from rlkernels.losses.row_options import per_token
 from rlkernels.losses.token_weights import (
     aggregation_of_sequences,
     aggregation_of_units,
+    counted_tokens,
     full_mask,
     live_mask,
     losses_of_tokens,
@@ -221,14 +223,16 @@ def policy_loss(
             of ``"sequence"`` and ``"sequence_token"`` a ``Correction`` multiplies nothing: the engine takes the place
             of the behaviour policy in the ratio (OpenRLHF's GSPO).
         reduction: ``"none"``: the loss of each token in place of the sum, shaped like ``logprobs`` and 0 at dead
-            tokens. It has no weights, so that none may be given.
+            tokens; with ``"sequence_sum"`` and an objective of sequences or groups that of each sequence, ``[B]`` or
+            ``[S]``, where KL and bonus enter as means over its tokens, and a group's loss stands at each of its
+            sequences. It has no weights, so that none may be given.
         Coefficients and parameters: numbers, or tensors of shape ``()`` without gradient. One on a device is never
             read: its range is not checked, and an objective with such a parameter runs in plain torch between the
             kernels (for a schedule or a learned bound).
 
     Returns:
-        Scalar, or one number per token, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, dict)`` of
-        detached means over live tokens:
+        Scalar, or one number per token or sequence, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss,
+        dict)`` of detached means over live tokens:
 
         - ``ppo_kl`` and ``approx_kl``: k1 and k2 of the old against the new policy; ``entropy`` where it is known.
         - ``ratio``, ``ratio_min``, ``ratio_max``: mean and extremes of the ratio that the loss clips.
@@ -262,7 +266,7 @@ def policy_loss(
     arXiv:2507.18071 (GSPO).
     """
     if cu_seqlens is not None and is_one_row(logprobs):
-        return on_one_row(policy_loss, locals(), "logprobs")
+        return on_one_row(policy_loss, locals(), "logprobs", per_token(locals()))
     caller = "policy_loss"
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs, entropy)
@@ -289,8 +293,7 @@ def policy_loss(
     live = live_mask(caller, logprobs, mask)
     kl = simplified(kl)
     if reduction != "aggregation":
-        whole = choice is not None or isinstance(kl, KLTerm)
-        token_weights = losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers, ratio_level, whole)
+        token_weights = losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers)
     elif choice is not None:
         aggregation, normalizers = aggregation_of_units(
             caller, choice.kind.unit, choice.groups, aggregation, weights, normalizers
@@ -332,19 +335,11 @@ def policy_loss(
     )
     if not return_metrics:
         return loss
+    live = full_mask(logprobs, live)
+    counted = counted_tokens(live, weights)
     metrics = policy_metrics(
-        logp,
-        columns,
-        full_mask(logprobs, live),
-        ref_logprobs,
-        kl,
-        entropy,
-        entry,
-        values,
-        ratio_level,
-        cu_seqlens,
-        ratio.clamp,
+        logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens, ratio.clamp, counted
     )
     if penalty is not None and isinstance(kl, KLTerm):
-        metrics |= penalty.metrics(logp)
+        metrics |= penalty.metrics(logp, counted)
     return loss, metrics | of_factors

@@ -11,7 +11,7 @@ from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import FlatLogits, dense, flatten_logits
 from rlkernels.logprobs import collect
 from rlkernels.losses.policy_arguments import column, present
-from rlkernels.losses.token_weights import TokenWeights, live_tokens, loss_weights
+from rlkernels.losses.token_weights import TokenWeights, live_tokens, loss_weights, losses_of_tokens
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import per_token
@@ -27,6 +27,7 @@ from rlkernels.types import (
     Output,
     PerToken,
     PerTokenOrSequence,
+    PolicyReduction,
     Scalar,
     SftKind,
     Targets,
@@ -49,6 +50,7 @@ def logprobs_sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
 
@@ -65,6 +67,7 @@ def logprobs_sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
 
@@ -81,11 +84,12 @@ def logprobs_sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row()
+@takes_one_row(per_token=True)
 def logprobs_sft_loss(
     logprobs: PerToken,
     mask: Mask | None = None,
@@ -97,6 +101,7 @@ def logprobs_sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Computes ``sft_loss`` from the log-probabilities of the targets: value and derivative in one launch.
@@ -108,11 +113,11 @@ def logprobs_sft_loss(
         mask: live tokens, same shape, as for ``policy_loss``; a dead token touches neither loss nor gradient, whatever
             it holds.
         kind: ``"nll"`` or ``"dft"``, as for ``sft_loss``. sample_weights, normalize_by_weight: as there.
-        aggregation, normalizers, weights, cu_seqlens: as for ``policy_loss``.
+        aggregation, normalizers, weights, cu_seqlens: as for ``policy_loss``. reduction: as for ``sft_loss``.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, {"nll": ..., "probability": ...})``,
-        means over the tokens whose weight is not 0.
+        Scalar, or one number per token, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, {"nll": ...,
+        "probability": ...})``, means over the tokens whose weight is not 0.
 
     Raises:
         ValueError: shapes that do not match, unknown names, two sources of weights.
@@ -128,12 +133,24 @@ def logprobs_sft_loss(
     cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens, mask)
     live = live_tokens(caller, logprobs, mask)
     weights = sft_weights(
-        caller, logprobs, live, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers
+        caller,
+        logprobs,
+        live,
+        aggregation,
+        weights,
+        sample_weights,
+        normalize_by_weight,
+        cu_seqlens,
+        normalizers,
+        reduction,
     )
     logp = dense(logprobs, real_dtype(logprobs.dtype))
-    loss, _ = ops.weighted_loss(
-        kind, logp, None, None, [], (), dense(weights, logp.dtype), None, 1.0, ops.serving("weighted_loss", logp)
-    )
+    if reduction != "aggregation":
+        loss = weighted_sum(kind, logp, [], (), TokenWeights(weights, each=True))
+    else:
+        loss, _ = ops.weighted_loss(
+            kind, logp, None, None, [], (), dense(weights, logp.dtype), None, 1.0, ops.serving("weighted_loss", logp)
+        )
     return (loss, sft_metrics(logp, weights)) if return_metrics else loss
 
 
@@ -156,6 +173,7 @@ def sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
@@ -180,6 +198,7 @@ def sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
@@ -204,12 +223,13 @@ def sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row(2)
+@takes_one_row(2, per_token=True)
 def sft_loss(
     logits: Logits,
     targets: Targets,
@@ -228,6 +248,7 @@ def sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
@@ -257,12 +278,15 @@ def sft_loss(
             is exactly 0. A reward as ``v`` is rejection-sampling fine-tuning (0 or 1) or REINFORCE.
         normalize_by_weight: a mean over the ``v`` of all tokens instead: the loss times ``sum_t w_t / sum_t w_t v_t``,
             0 where that sum is 0. It takes no ``normalizers``, because the sums are those of the tokens at hand.
+        reduction: ``"none"``: the loss of each token times its ``v``, shaped like ``targets``, 0 at dead tokens; it
+            takes no aggregation, weights, normalisers and no ``normalize_by_weight``, and reads
+            each row once more for the gradient.
         inplace_backward: the backward writes the gradient over ``logits``.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, {"nll": ..., "probability": ...,
-        "entropy": ...})``, means over the tokens whose weight is not 0; with ``z_loss_coef`` also ``"z_loss"``, the
-        mean of ``Z^2``.
+        Scalar, or one number per token, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, {"nll": ...,
+        "probability": ..., "entropy": ...})``, means over the tokens whose weight is not 0; with ``z_loss_coef`` also
+        ``"z_loss"``, the mean of ``Z^2``.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs``; unknown names, shapes that do not match,
@@ -296,7 +320,16 @@ def sft_loss(
     eaft_alpha, z_loss_coef, label_smoothing = _numbers(caller, kind, eaft_alpha, z_loss_coef, label_smoothing, like)
     weights = flat.per_row(
         sft_weights(
-            caller, like, live, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers
+            caller,
+            like,
+            live,
+            aggregation,
+            weights,
+            sample_weights,
+            normalize_by_weight,
+            cu_seqlens,
+            normalizers,
+            reduction,
         )
     )
     flat = flat if everywhere else flat.without(weights == 0)
@@ -304,9 +337,11 @@ def sft_loss(
     if kind == "eaft":
         weights = torch.where(weights != 0, weights * (_top_entropies(flat) / 3.0) ** eaft_alpha, 0.0)
     objective = "dft" if kind == "dft" else "nll"
-    if present(z_loss_coef) or present(label_smoothing):
+    each = reduction != "aggregation"
+    if each or present(z_loss_coef) or present(label_smoothing):
+        weights_of = TokenWeights(weights, each=each)
         return _of_statistics(
-            logits, flat, objective, weights, of_rows, z_loss_coef, label_smoothing, inplace_backward, return_metrics
+            logits, flat, objective, weights_of, of_rows, z_loss_coef, label_smoothing, inplace_backward, return_metrics
         )
     with_grad = (
         torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
@@ -368,7 +403,7 @@ def _of_statistics(
     logits: Logits,
     flat: FlatLogits,
     objective: str,
-    weights: Tensor,
+    weights: TokenWeights,
     of_rows: Tensor,
     z_loss_coef: Number,
     label_smoothing: Number,
@@ -384,23 +419,27 @@ def _of_statistics(
     )
     wanted = sum(ops.FLAGS[name] for name in outputs)
     found = ops.token_stats(flat.rows, wanted, inplace_backward, ops.serving("token_stats", logits))
-    stats = collect(found, weights.shape, flat.rows.temperature, outputs, False, None)
-    loss, squares = weighted_sum(objective, stats.logprobs, [], (), TokenWeights(weights)), stats.logsumexp**2
+    each = weights.each
+    stats = collect(found, of_rows.shape, flat.rows.temperature, outputs, False, None)
+    loss, squares = weighted_sum(objective, stats.logprobs, [], (), weights), stats.logsumexp**2
     if stats.mean_logits is not None:
-        spread = weighted_total(weights, stats.logsumexp - stats.mean_logits)  # the mean of -log pi over the vocabulary
+        # The mean of -log pi over the vocabulary.
+        spread = weighted_total(weights.values, stats.logsumexp - stats.mean_logits, each)
         loss = loss * (1.0 - label_smoothing) + spread * label_smoothing
     if present(z_loss_coef):
-        loss = loss + weighted_total(of_rows, squares) * z_loss_coef
+        loss = loss + weighted_total(of_rows, squares, each) * z_loss_coef
     loss = loss.to(flat.real)
+    loss = loss.view(flat.shape) if each else loss
     if not return_metrics:
         return loss
     metrics = {**sft_metrics(stats.logprobs, of_rows), "entropy": mean_where_read(stats.entropy, of_rows)}
     return loss, metrics | z_metric(squares, of_rows) if present(z_loss_coef) else metrics
 
 
-def weighted_total(weights: Tensor, x: Tensor) -> Tensor:
-    """Computes ``sum_t w_t x_t``; a token of weight 0 is left out, whatever it holds."""
-    return (torch.where(weights != 0, x, 0.0) * weights).sum(dtype=torch.float64).to(x.dtype)
+def weighted_total(weights: Tensor, x: Tensor, each: bool) -> Tensor:
+    """Computes ``sum_t w_t x_t``, or its terms; a token of weight 0 is left out, whatever it holds."""
+    terms = torch.where(weights != 0, x, 0.0) * weights
+    return terms if each else terms.sum(dtype=torch.float64).to(x.dtype)
 
 
 def sft_weights(
@@ -413,9 +452,16 @@ def sft_weights(
     normalize_by_weight: bool,
     cu_seqlens: Tensor | None,
     normalizers: Normalizers | None,
+    reduction: PolicyReduction,
 ) -> Tensor:
-    """Returns the weight of each token: that of the aggregation times that of its sample."""
-    weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+    """Returns the weight of each token: that of the aggregation, 1 where nothing is summed, times its sample's."""
+    if reduction != "aggregation":
+        losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers)
+        if normalize_by_weight:
+            raise ValueError(f"{caller}: reduction='none' has no mean; leave out normalize_by_weight")
+        weights = live.to(real_dtype(like.dtype))
+    else:
+        weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
     if normalize_by_weight and (sample_weights is None or normalizers):
         raise ValueError(
             f"{caller}: normalize_by_weight divides by the sum of sample_weights at hand; it needs these, and no "

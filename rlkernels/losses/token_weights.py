@@ -88,26 +88,25 @@ def losses_of_tokens(
     aggregation: Aggregation,
     weights: PerToken | None,
     normalizers: Normalizers | None,
-    ratio_level: RatioLevel,
-    whole: bool,
 ) -> TokenWeights:
-    """Returns the TokenWeights of a loss that is not summed; refuses what would weigh its tokens.
-
-    ``whole``: whether a term belongs to more than a token, or has weights of its own.
-    """
+    """Returns the TokenWeights of a loss that is not summed; refuses what would weigh its tokens."""
     checks.choice(caller, "reduction", reduction, REDUCTIONS)
     if aggregation != "token-mean" or weights is not None or normalizers:
         raise ValueError(f"{caller}: reduction='none' weighs no token; leave out aggregation, weights and normalizers")
-    if ratio_level == "sequence_sum":
-        raise ValueError(
-            f"{caller}: ratio_level='sequence_sum' has one loss per sequence; reduction must not be 'none'"
-        )
-    if whole:
-        raise ValueError(
-            f"{caller}: an objective of sequences, groups or batches, a KLTerm and an exact KL are no losses of single "
-            "tokens; reduction must not be 'none'"
-        )
     return TokenWeights(live, each=True)
+
+
+def counted_tokens(live: Tensor, weights: PerToken | None) -> Tensor:
+    """Returns the tokens of the metrics: live ones, but for those to which the caller gave the weight 0.
+
+    A factor of 0, such as a correction's, takes no token out, because trainers average over the mask of the loss.
+    """
+    return live if weights is None else live & (weights != 0)
+
+
+def losses_of_sequences(weights: TokenWeights, ratio_level: RatioLevel, unit: str) -> bool:
+    """Tells whether a loss that is not summed has one number per sequence; ``unit``: that of its objective."""
+    return weights.each and (ratio_level == "sequence_sum" or unit != "token")
 
 
 def aggregation_of_units(
