@@ -7,10 +7,12 @@ import torch
 from rlkernels import checks, ops
 from rlkernels.backends.protocol import RowBatch, real_dtype
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.linear.chunked_loss import ChunkLoop, detached_for_loss, differentiable
+from rlkernels.linear import vocab_parallel
+from rlkernels.linear.chunked_loss import ChunkLoop, compare_ranks, detached_for_loss, differentiable
 from rlkernels.linear.chunking import budget_bytes, filled_up, live_rows
 from rlkernels.linear.head import OPERANDS, HeadOptions, LinearHead, linear_head, without_autocast
 from rlkernels.linear.projection import HeadProjection
+from rlkernels.linear.rank_agreement import same_on_every_rank, sketch
 from rlkernels.linear.token_loss import check_batch
 from rlkernels.losses.divergence import DEAD, divergence_metrics, kind_and_beta, one_teacher, topk
 from rlkernels.losses.token_weights import live_tokens, loss_weights, losses_of_tokens
@@ -91,6 +93,8 @@ def linear_distillation_loss(
     logits_budget: int | None = None,
     max_live_tokens: int | None = None,
     valid_vocab: int | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
     teacher_bias: HeadBias | None = None,
     teacher_softcap: Number | None = None,
     teacher_logit_scale: Number = 1.0,
@@ -124,6 +128,8 @@ def linear_distillation_loss(
     logits_budget: int | None = None,
     max_live_tokens: int | None = None,
     valid_vocab: int | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
     teacher_bias: HeadBias | None = None,
     teacher_softcap: Number | None = None,
     teacher_logit_scale: Number = 1.0,
@@ -157,6 +163,8 @@ def linear_distillation_loss(
     logits_budget: int | None = None,
     max_live_tokens: int | None = None,
     valid_vocab: int | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
     teacher_bias: HeadBias | None = None,
     teacher_softcap: Number | None = None,
     teacher_logit_scale: Number = 1.0,
@@ -173,6 +181,7 @@ def linear_distillation_loss(
 
 
 @takes_one_row(2, per_token=True)
+@same_on_every_rank
 def linear_distillation_loss(
     hidden: HiddenStates,
     weight: HeadWeight,
@@ -190,6 +199,8 @@ def linear_distillation_loss(
     logits_budget: int | None = None,
     max_live_tokens: int | None = None,
     valid_vocab: int | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
     teacher_bias: HeadBias | None = None,
     teacher_softcap: Number | None = None,
     teacher_logit_scale: Number = 1.0,
@@ -223,6 +234,8 @@ def linear_distillation_loss(
         softcap, logit_scale, logits_dtype, chunk_tokens, max_live_tokens, valid_vocab: as for
             ``linear_token_logprobs``; ``logits_dtype`` and ``valid_vocab`` of both models.
         logits_budget: bytes for the logits of a chunk, of both models together.
+        process_group, vocab_start: as for ``linear_token_logprobs``; the teacher's head is cut like the student's. Not
+            with ``teacher_topk``, whose tokens lie on several ranks.
         teacher_softcap, teacher_logit_scale: those of the teacher's head.
 
     Returns:
@@ -261,8 +274,8 @@ def linear_distillation_loss(
         "logits_budget": logits_budget,
         "max_live_tokens": max_live_tokens,
         "valid_vocab": valid_vocab,
-        "process_group": None,
-        "vocab_start": None,
+        "process_group": process_group,
+        "vocab_start": vocab_start,
     }
     head = linear_head(caller, hidden, weight, targets, options)
     check_batch(caller, hidden)
@@ -278,12 +291,17 @@ def linear_distillation_loss(
             "softcap": teacher_softcap,
             "logit_scale": teacher_logit_scale,
             "vocab_mask": None,
-            "valid_vocab": None,
+            "valid_vocab": None if process_group is None else valid_vocab,
         }
         head, teacher = _two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, of_teacher, numbers)
     else:
         if vocab_mask is not None:
             raise ValueError(f"{caller}: vocab_mask goes with teacher_hidden, got teacher_topk; leave it out")
+        if process_group is not None:
+            raise ValueError(
+                f"{caller}: teacher_topk takes no process_group, because the likeliest tokens lie on several ranks; "
+                "pass the whole head"
+            )
         _refuse_head(caller, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
         known = topk(caller, teacher_topk, live, head.weight.shape[0], like)
         teacher = TeacherHead(None, None, None, None, 1.0, ops.Teacher(*known, *numbers))
@@ -323,6 +341,11 @@ def _two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, op
         raise TypeError(
             f"{caller}: hidden has dtype {head.hidden.dtype}, teacher_hidden {theirs.hidden.dtype}; cast one of them"
         )
+    if head.shard != theirs.shard:
+        raise ValueError(
+            f"{caller}: over a process_group both heads are cut alike; weight has {weight_rows(head)}, teacher_weight "
+            f"{weight_rows(theirs)}"
+        )
     columns = min(head.weight.shape[0], theirs.weight.shape[0])
     (head, theirs) = (
         replaced(x, weight=x.weight[:columns], bias=None if x.bias is None else x.bias[:columns])
@@ -330,11 +353,16 @@ def _two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, op
         else x
         for x in (head, theirs)
     )
-    if head.vocab_mask is not None:
+    if head.vocab_mask is not None and head.shard is None:
         head = replaced(head, vocab_mask=head.vocab_mask[..., :columns].contiguous())
     head = replaced(head, chunk_rows=min(head.chunk_rows, theirs.chunk_rows))
     of_head = theirs.hidden, theirs.weight, theirs.bias, theirs.softcap, theirs.logit_scale
     return head, TeacherHead(*of_head, ops.Teacher(None, None, *numbers))
+
+
+def weight_rows(head):
+    """Returns the rows of a shard as an error names them."""
+    return f"columns [{head.shard.start}, {head.shard.start + head.shard.columns}) of {head.shard.vocab}"
 
 
 def _refuse_head(caller, weight, bias, softcap, logit_scale):
@@ -353,8 +381,12 @@ def _refuse_head(caller, weight, bias, softcap, logit_scale):
 def _distilled(head, terms, backend, needs):
     """Returns the LossAndGradients of DivergenceTerms, chunk by chunk; its ``logp`` holds the divergences."""
     rows = live_rows(head.targets != head.ignore_index, head.max_live_tokens)
-    loop = ChunkLoop(head, needs, len(rows), backend, terms)
     teacher, projection = terms.teacher, None
+    if head.shard is not None:
+        sizes = [min(head.chunk_rows, len(rows) - start) for start in range(0, len(rows), head.chunk_rows)]
+        sums = "hidden states of the teacher", *sketch(teacher.hidden, head.targets != head.ignore_index)
+        compare_ranks(head, sizes, None, needs, False, [sums])
+    loop = ChunkLoop(head, needs, len(rows), backend, terms)
     if teacher.hidden is not None:
         projection = HeadProjection(teacher.beside(head), filled_up(min(head.chunk_rows, len(rows))), backend)
     for part in loop.parts(rows):
@@ -365,8 +397,13 @@ def _distilled(head, terms, backend, needs):
         weight = part.select(terms.weight)
         scaled = loop.scaled(weight) if any(needs) else None
         out = loop.projection.gradient_buffer(logits) if any(needs) else None
-        of_rows = ops.Teacher(ids, logprobs, teacher.of.kind, teacher.of.beta)
-        found = ops.run_divergence(backend, batch, of_rows, scaled, out)
+        if head.shard is None:
+            of_rows = ops.Teacher(ids, logprobs, teacher.of.kind, teacher.of.beta)
+            found = ops.run_divergence(backend, batch, of_rows, scaled, out)
+        else:
+            numbers = teacher.of.kind, teacher.of.beta
+            arguments = head.row_arguments(part)
+            found = vocab_parallel.divergence(head.shard, logits, theirs, arguments, *numbers, scaled, out)
         loop.loss += ops.weighted(found.value, weight)
         loop.logp[part.index] = found.value
         if any(needs):

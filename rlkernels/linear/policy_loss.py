@@ -65,7 +65,7 @@ from rlkernels.types import (
     VocabMask,
 )
 
-NOT_OF_AN_EXACT_KL = ("ignore_index", "process_group", "vocab_start")
+NOT_OF_AN_EXACT_KL = ("ignore_index",)
 """The options of a head that its exact KL does not take: its weights tell which rows take part."""
 
 
@@ -277,8 +277,8 @@ def linear_policy_loss(
             ratios it bounds the live tokens; where it does not fit in one chunk, they take four matmuls.
         ref_hidden, ref_weight, ref_bias: ``[..., H']``, ``[V', H']`` and ``[V']`` of the reference's head, without
             gradient, for ``kl="reverse_kl"`` and ``"forward_kl"``. Softcap, scale and temperature are the policy's. The
-            exact KL takes three matmuls of the policy's head and one of the reference's beside those of the loss, and
-            no process group.
+            exact KL takes three matmuls of the policy's head and one of the reference's beside those of the loss. Over
+            a process group the reference's head is cut like the policy's.
         the rest: as for ``logits_policy_loss``; ``old_logprobs`` and ``ref_logprobs`` under the same temperature.
 
     Returns:
@@ -336,7 +336,7 @@ def linear_policy_loss(
         correction is not None,
     )
     kl = simplified(kl)
-    _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias, process_group)
+    _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias)
     reference = "ref_hidden", ref_hidden
     kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef, reference)
     scored = targets != ignore_index
@@ -475,7 +475,7 @@ def _with_rest(head, missing, logp, entropy):
     return torch.where(missing, stats.logprobs, logp), torch.where(missing, stats.entropy, entropy)
 
 
-def _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias, process_group):
+def _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias):
     """Refuses a reference's head that an exact KL cannot take, or that nothing would look at."""
     if ref_hidden is None:
         for name, x in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
@@ -490,8 +490,6 @@ def _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias, proce
         )
     if ref_weight is None:
         raise ValueError(f"{caller}: ref_hidden came without ref_weight; pass both")
-    if process_group is not None:
-        raise ValueError(f"{caller}: kl={exact_kind(kl)!r} takes no process_group; pass the whole heads")
     for name, x in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight)):
         checks.floating(caller, name, x)
     checks.no_gradient(caller, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
