@@ -7,9 +7,9 @@ from typing import Literal, overload
 
 import torch
 
-from rlkernels import checks, ops
+from rlkernels import ops
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.linear.distillation_loss import linear_distillation_loss
+from rlkernels.linear.exact_kl import check_reference_head, kl_of_reference
 from rlkernels.linear.head import HeadOptions, linear_head
 from rlkernels.linear.rank_agreement import same_on_every_rank
 from rlkernels.linear.sequence_loss import sequence_loss
@@ -64,9 +64,6 @@ from rlkernels.types import (
     Temperature,
     VocabMask,
 )
-
-NOT_OF_AN_EXACT_KL = ("ignore_index",)
-"""The options of a head that its exact KL does not take: its weights tell which rows take part."""
 
 
 @overload
@@ -441,10 +438,17 @@ def linear_policy_loss(
             loss, logp, entropy = sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, backend)
     own_metrics = {}
     if exact is not None and has_penalty:
-        of_head = {name: x for name, x in options.items() if name not in NOT_OF_AN_EXACT_KL}
-        reference = ref_hidden, ref_weight, ref_bias
-        of_tokens = penalty.weight_of_each(like)
-        term, own_metrics = _exact_kl(hidden, weight, reference, of_head, exact, of_tokens, exact_coef, apart)
+        term, mean_kl = kl_of_reference(
+            hidden,
+            weight,
+            (ref_hidden, ref_weight, ref_bias),
+            options,
+            exact,
+            penalty.weight_of_each(like),
+            exact_coef,
+            apart,
+        )
+        own_metrics = {"kl": mean_kl}
         if exact_coef is not None:
             if apart and losses_of_sequences(share, ratio_level, "token" if choice is None else choice.kind.unit):
                 tokens_of_sequences(caller, penalty, live)
@@ -488,47 +492,4 @@ def _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias):
             f"{caller}: ref_hidden belongs to kl='reverse_kl' or 'forward_kl', got kl={name!r}; pass ref_logprobs, as "
             "linear_token_logprobs gives them"
         )
-    if ref_weight is None:
-        raise ValueError(f"{caller}: ref_hidden came without ref_weight; pass both")
-    for name, x in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight)):
-        checks.floating(caller, name, x)
-    checks.no_gradient(caller, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(
-            f"{caller}: ref_hidden has shape {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}; expected the "
-            "same shape, the last dimension apart"
-        )
-
-
-def _exact_kl(hidden, weight, reference, options, kind, weights, coefficient, apart):
-    """Returns the weighted sum of exact KLs, and their mean as the metric ``kl``.
-
-    reference: hidden states, weight and bias of its head. weights: ``[...]``, without the ``coefficient``, which is
-    None for the metric alone. apart: nothing is summed; the weights are a mask.
-    """
-    ref_hidden, ref_weight, ref_bias = reference
-    how = {"mask": weights, "reduction": "none"} if apart else {"weights": weights}
-    if coefficient is not None and not apart:
-        how["weights"] = weights * coefficient
-    try:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and coefficient is not None):
-            loss, metrics = linear_distillation_loss(
-                hidden,
-                weight,
-                ref_hidden,
-                ref_weight,
-                teacher_bias=ref_bias,
-                teacher_softcap=options["softcap"],
-                teacher_logit_scale=options["logit_scale"],
-                kind=kind,
-                return_metrics=True,
-                **how,
-                **options,
-            )
-    except checks.NAMED as error:
-        if type(error) not in checks.NAMED:
-            raise
-        raise checks.named(error, "linear_distillation_loss") from error
-    if apart and coefficient is not None:
-        loss = loss * coefficient
-    return loss, {"kl": metrics["divergence"]}
+    check_reference_head(caller, hidden, ref_hidden, ref_weight, ref_bias)

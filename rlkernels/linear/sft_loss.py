@@ -1,17 +1,18 @@
 """Supervised fine-tuning from hidden states and the lm_head to the scalar, without ``[T, V]`` logits."""
 
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import torch
 
 from rlkernels import checks, ops
 from rlkernels.checks import tokens as checks_tokens
+from rlkernels.linear.exact_kl import check_reference_head, kl_of_reference
 from rlkernels.linear.head import HeadOptions, linear_head
 from rlkernels.linear.rank_agreement import same_on_every_rank
 from rlkernels.linear.token_loss import PolicyTerms, check_batch, token_loss
 from rlkernels.linear.token_stats import head_logprobs, head_stats
 from rlkernels.losses.policy_arguments import present
-from rlkernels.losses.sft import KINDS, not_negative, sft_metrics, sft_weights, weighted_total, z_metric
+from rlkernels.losses.sft import asft_number, not_negative, sft_metrics, sft_weights, weighted_total, z_metric
 from rlkernels.losses.token_weights import TokenWeights, live_tokens
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.packed_rows import takes_one_row
@@ -20,6 +21,7 @@ from rlkernels.types import (
     HeadBias,
     HeadWeight,
     HiddenStates,
+    LinearSftKind,
     Mask,
     Metrics,
     Normalizers,
@@ -29,11 +31,12 @@ from rlkernels.types import (
     PerTokenOrSequence,
     PolicyReduction,
     Scalar,
-    SftKind,
     Targets,
     Temperature,
     VocabMask,
 )
+
+KINDS = get_args(LinearSftKind)
 
 
 @overload
@@ -56,12 +59,16 @@ def linear_sft_loss(
     valid_vocab: int | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     vocab_start: int | None = None,
-    kind: SftKind = "nll",
+    kind: LinearSftKind = "nll",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
     normalize_by_weight: bool = False,
     z_loss_coef: Number = 0.0,
+    asft_alpha: Number | None = None,
+    ref_hidden: HiddenStates | None = None,
+    ref_weight: HeadWeight | None = None,
+    ref_bias: HeadBias | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     reduction: PolicyReduction = "aggregation",
@@ -89,12 +96,16 @@ def linear_sft_loss(
     valid_vocab: int | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     vocab_start: int | None = None,
-    kind: SftKind = "nll",
+    kind: LinearSftKind = "nll",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
     normalize_by_weight: bool = False,
     z_loss_coef: Number = 0.0,
+    asft_alpha: Number | None = None,
+    ref_hidden: HiddenStates | None = None,
+    ref_weight: HeadWeight | None = None,
+    ref_bias: HeadBias | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     reduction: PolicyReduction = "aggregation",
@@ -122,12 +133,16 @@ def linear_sft_loss(
     valid_vocab: int | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     vocab_start: int | None = None,
-    kind: SftKind = "nll",
+    kind: LinearSftKind = "nll",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
     normalize_by_weight: bool = False,
     z_loss_coef: Number = 0.0,
+    asft_alpha: Number | None = None,
+    ref_hidden: HiddenStates | None = None,
+    ref_weight: HeadWeight | None = None,
+    ref_bias: HeadBias | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     reduction: PolicyReduction = "aggregation",
@@ -156,12 +171,16 @@ def linear_sft_loss(
     valid_vocab: int | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     vocab_start: int | None = None,
-    kind: SftKind = "nll",
+    kind: LinearSftKind = "nll",
     aggregation: Aggregation = "token-mean",
     weights: PerToken | None = None,
     sample_weights: PerTokenOrSequence | None = None,
     normalize_by_weight: bool = False,
     z_loss_coef: Number = 0.0,
+    asft_alpha: Number | None = None,
+    ref_hidden: HiddenStates | None = None,
+    ref_weight: HeadWeight | None = None,
+    ref_bias: HeadBias | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
     reduction: PolicyReduction = "aggregation",
@@ -179,10 +198,13 @@ def linear_sft_loss(
         mask, kind, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers: as for
             ``logprobs_sft_loss``; a token of weight 0 enters no matmul.
         z_loss_coef, reduction: as for ``sft_loss``; each takes four matmuls.
+        asft_alpha: as for ``sft_loss``. ref_hidden, ref_weight, ref_bias: of ``"asft"``, as for ``linear_policy_loss``;
+            it takes three matmuls of the head and one of the reference's more.
 
     Returns:
         Scalar, or one number per token, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, {"nll":
-        ..., "probability": ...})``, and ``"z_loss"`` as ``sft_loss`` has it.
+        ..., "probability": ...})``, and ``"z_loss"`` and ``"kl"`` as ``sft_loss`` has
+        them.
 
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``sft_loss``.
@@ -230,20 +252,32 @@ def linear_sft_loss(
         )
     )
     z_loss_coef = checks.coefficient(not_negative, caller, "z_loss_coef", z_loss_coef, like)
+    objective = "nll" if kind == "nll" else "dft"
+    asft_alpha = asft_number(caller, kind, asft_alpha, "ref_hidden", ref_hidden, like)
     each = reduction != "aggregation"
+    of_reference = None
+    if ref_hidden is not None:
+        check_reference_head(caller, hidden, ref_hidden, ref_weight, ref_bias)
+        reference, of_rows = (ref_hidden, ref_weight, ref_bias), weights.abs().view(like.shape)
+        of_reference = kl_of_reference(hidden, weight, reference, options, "forward_kl", of_rows, asft_alpha, each)
+    elif ref_weight is not None or ref_bias is not None:
+        name = "ref_bias" if ref_weight is None else "ref_weight"
+        raise ValueError(f"{caller}: {name} belongs to ref_hidden, got ref_hidden=None; pass both")
     if each or present(z_loss_coef):
         stats = head_stats(head.without(weights == 0), (), weights.shape)
         logp, squares, more = stats.logprobs, stats.logsumexp**2, {}
-        loss = weighted_sum(kind, logp, [], (), TokenWeights(weights, each=each))
+        loss = weighted_sum(objective, logp, [], (), TokenWeights(weights, each=each))
         if present(z_loss_coef):
             loss = (loss + weighted_total(weights.abs(), squares, each) * z_loss_coef).to(logp.dtype)
             more = z_metric(squares, weights) if return_metrics else more
         loss = loss.view(like.shape) if each else loss
-        return (loss, sft_metrics(logp, weights) | more) if return_metrics else loss
-    if torch.compiler.is_compiling():
-        logp = head_logprobs(head.without(~live.reshape(-1)))
-        loss = weighted_sum(kind, logp, [], (), TokenWeights(weights))
+    elif torch.compiler.is_compiling():
+        logp, more = head_logprobs(head.without(~live.reshape(-1))), {}
+        loss = weighted_sum(objective, logp, [], (), TokenWeights(weights))
     else:
-        terms = PolicyTerms(kind, [], (), weights, None, None, None, None)
-        loss, logp, _ = token_loss(head, terms, False, ops.serving("fused_policy", hidden))
-    return (loss, sft_metrics(logp, weights)) if return_metrics else loss
+        terms = PolicyTerms(objective, [], (), weights, None, None, None, None)
+        (loss, logp, _), more = token_loss(head, terms, False, ops.serving("fused_policy", hidden)), {}
+    if of_reference is not None:
+        loss = loss + of_reference[0]
+        more = more | {"kl": of_reference[1]}
+    return (loss, sft_metrics(logp, weights) | more) if return_metrics else loss

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from rlkernels import checks, ops
-from rlkernels.backends.protocol import PolicyInputs, real_dtype
+from rlkernels.backends.protocol import PolicyInputs, RowBatch, real_dtype
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.logits_layout import FlatLogits, dense, flatten_logits
+from rlkernels.logits_layout import FlatLogits, dense, flatten_logits, matrix
 from rlkernels.logprobs import collect
 from rlkernels.losses.policy_arguments import column, present
 from rlkernels.losses.token_weights import TokenWeights, live_tokens, loss_weights, losses_of_tokens
@@ -162,6 +162,8 @@ def sft_loss(
     *,
     kind: LogitsSftKind = "nll",
     eaft_alpha: Number | None = None,
+    asft_alpha: Number | None = None,
+    ref_logits: Logits | None = None,
     z_loss_coef: Number = 0.0,
     label_smoothing: Number = 0.0,
     temperature: Temperature = 1.0,
@@ -187,6 +189,8 @@ def sft_loss(
     *,
     kind: LogitsSftKind = "nll",
     eaft_alpha: Number | None = None,
+    asft_alpha: Number | None = None,
+    ref_logits: Logits | None = None,
     z_loss_coef: Number = 0.0,
     label_smoothing: Number = 0.0,
     temperature: Temperature = 1.0,
@@ -212,6 +216,8 @@ def sft_loss(
     *,
     kind: LogitsSftKind = "nll",
     eaft_alpha: Number | None = None,
+    asft_alpha: Number | None = None,
+    ref_logits: Logits | None = None,
     z_loss_coef: Number = 0.0,
     label_smoothing: Number = 0.0,
     temperature: Temperature = 1.0,
@@ -237,6 +243,8 @@ def sft_loss(
     *,
     kind: LogitsSftKind = "nll",
     eaft_alpha: Number | None = None,
+    asft_alpha: Number | None = None,
+    ref_logits: Logits | None = None,
     z_loss_coef: Number = 0.0,
     label_smoothing: Number = 0.0,
     temperature: Temperature = 1.0,
@@ -266,9 +274,11 @@ def sft_loss(
             None alive: the loss is 0, its gradient too.
         kind: ``"nll"``: ``l = -log pi``; ``"dft"``: ``-sg[pi] log pi``, which follows a token the less, the less likely
             it is; ``"eaft"``: ``-sg[(H_20 / 3)^eaft_alpha] log pi``, ``H_20`` the entropy over the row's 20 largest
-            logits alone, so that a token of which the model is sure moves little. ASFT is ``"dft"`` and ``alpha`` times
-            ``divergence_loss`` to the reference's logits.
+            logits alone, so that a token of which the model is sure moves little; ``"asft"``: ``"dft"``, and
+            ``asft_alpha sum_t |w_t v_t| KL(ref_t || pi_t)`` over the vocabulary, which holds the model to a reference.
         eaft_alpha: for ``"eaft"``, at least 0; 1 unless given.
+        asft_alpha, ref_logits: for ``"asft"``: at least 0, 0.1 unless given; and the reference's logits, shaped like
+            ``logits``, same dtype, no gradient, under the same temperature and mask.
         z_loss_coef: at least 0. It, and a ``label_smoothing``, take a second pass over the rows for the gradient.
         label_smoothing: ``e`` in ``[0, 1]``, for ``"nll"``: ``l = -(1-e) log pi(y) - e/V sum_v log pi(v)``, over the
             mask's support.
@@ -286,18 +296,24 @@ def sft_loss(
     Returns:
         Scalar, or one number per token, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, {"nll": ...,
         "probability": ..., "entropy": ...})``, means over the tokens whose weight is not 0; with ``z_loss_coef`` also
-        ``"z_loss"``, the mean of ``Z^2``.
+        ``"z_loss"``, the mean of ``Z^2``, and of ``"asft"`` ``"kl"``.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs``; unknown names, shapes that do not match,
-            two sources of weights; a number out of range, or one that the kind does not look at.
+            two sources of weights; a number or logits that the kind does not look at, or lacks; a number out of range;
+            ``inplace_backward`` with ``"asft"``, where two gradients meet in the logits.
 
     Example:
         >>> round(sft_loss(torch.zeros(1, 2, 4), torch.tensor([[3, -100]])).item(), 4)
         1.3863
+        >>> reference = torch.tensor([[[0.0, 0.0], [0.0, 2.0]]])
+        >>> loss = sft_loss(torch.zeros(1, 2, 2), torch.tensor([[1, 1]]), kind="asft", ref_logits=reference)
+        >>> round(loss.item(), 4)  # -0.5 log 0.5, and 0.1 times a mean KL of 0.1639
+        0.363
 
-    Wu et al. 2025, arXiv:2508.05629 (DFT); Yuan et al. 2023, arXiv:2308.01825 (RFT); LLaMA-Factory (EAFT); Chowdhery
-    et al. 2022, arXiv:2204.02311, section 5 (z-loss); Szegedy et al. 2015, arXiv:1512.00567 (label smoothing).
+    Wu et al. 2025, arXiv:2508.05629 (DFT); Yuan et al. 2023, arXiv:2308.01825 (RFT); LLaMA-Factory (ASFT, EAFT);
+    Chowdhery et al. 2022, arXiv:2204.02311, section 5 (z-loss); Szegedy et al. 2015, arXiv:1512.00567 (label
+    smoothing).
     """
     caller = "sft_loss"
     flat = flatten_logits(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
@@ -318,6 +334,12 @@ def sft_loss(
         and not isinstance(flat.rows.temperature, torch.Tensor)
     )
     eaft_alpha, z_loss_coef, label_smoothing = _numbers(caller, kind, eaft_alpha, z_loss_coef, label_smoothing, like)
+    asft_alpha = asft_number(caller, kind, asft_alpha, "ref_logits", ref_logits, like)
+    if ref_logits is not None:
+        checks.reference(caller, ref_logits, logits, None)
+        checks.one_device(caller, "logits", logits, ref_logits=ref_logits)
+        if inplace_backward:
+            raise ValueError(f"{caller}: kind 'asft' has two gradients of the logits; leave inplace_backward out")
     weights = flat.per_row(
         sft_weights(
             caller,
@@ -336,21 +358,59 @@ def sft_loss(
     of_rows = weights.abs()  # also of the metrics, because the factor of EAFT is 0 where the model is sure
     if kind == "eaft":
         weights = torch.where(weights != 0, weights * (_top_entropies(flat) / 3.0) ** eaft_alpha, 0.0)
-    objective = "dft" if kind == "dft" else "nll"
+    objective = "dft" if kind in ("dft", "asft") else "nll"
     each = reduction != "aggregation"
     if each or present(z_loss_coef) or present(label_smoothing):
         weights_of = TokenWeights(weights, each=each)
-        return _of_statistics(
+        loss, metrics = _of_statistics(
             logits, flat, objective, weights_of, of_rows, z_loss_coef, label_smoothing, inplace_backward, return_metrics
         )
-    with_grad = (
-        torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
-    )
-    policy = PolicyInputs(objective, [], (), weights)
-    rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
-    if not return_metrics:
-        return rows.loss
-    return rows.loss, {**sft_metrics(rows.logp, of_rows), "entropy": mean_where_read(rows.entropy, of_rows)}
+    else:
+        with_grad = (
+            torch.is_grad_enabled()
+            and logits.requires_grad
+            and not inplace_backward
+            and not torch.compiler.is_compiling()
+        )
+        policy = PolicyInputs(objective, [], (), weights)
+        rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
+        loss, metrics = rows.loss, {}
+        if return_metrics:
+            metrics = {**sft_metrics(rows.logp, of_rows), "entropy": mean_where_read(rows.entropy, of_rows)}
+    if ref_logits is not None:
+        of_kl, values = _kl_of_reference(logits, ref_logits, flat, of_rows, each)
+        loss = loss + of_kl * asft_alpha
+        if return_metrics:
+            metrics["kl"] = mean_where_read(values, of_rows)
+    return (loss, metrics) if return_metrics else loss
+
+
+def _kl_of_reference(
+    logits: Logits, ref_logits: Logits, flat: FlatLogits, weights: Tensor, each: bool
+) -> tuple[Tensor, Tensor]:
+    """Computes ``sum_t w_t KL(ref_t || pi_t)``, or its terms, and the KL of each row, ``[T]``."""
+    rows, serving = RowBatch(*flat.rows[:5], matrix(ref_logits)), ops.serving("divergence", logits)
+    teacher = ops.Teacher(None, None, "forward_kl", 0.5)
+    if each:
+        values = ops.divergences(rows, teacher, None, False, serving).value
+        return weighted_total(weights, values, True).view(flat.shape), values
+    with_grad = torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling()
+    found = ops.divergences(rows, teacher, weights, with_grad, serving)
+    return found.loss, found.value
+
+
+def asft_number(
+    caller: str, kind: str, alpha: Number | None, name: str, reference: Tensor | None, like: Tensor
+) -> Number:
+    """Checks the number and the presence of the reference that ASFT has; ``name``: that of its argument."""
+    if kind != "asft":
+        for argument, x in (("asft_alpha", alpha), (name, reference)):
+            if x is not None:
+                raise ValueError(f"{caller}: {argument} goes with kind 'asft', got {kind!r}; leave it out")
+        return 0.0
+    if reference is None:
+        raise ValueError(f"{caller}: kind 'asft' needs {name}, those of the reference")
+    return checks.coefficient(not_negative, caller, "asft_alpha", 0.1 if alpha is None else alpha, like)
 
 
 def not_negative(caller: str, name: str, x: Number) -> float:
@@ -409,7 +469,7 @@ def _of_statistics(
     label_smoothing: Number,
     inplace_backward: bool,
     return_metrics: bool,
-) -> Scalar | tuple[Scalar, Metrics]:
+) -> tuple[Tensor, Metrics]:
     """Computes a loss that looks at more of a row than the log-probability of its target.
 
     ``weights``: of the likelihood. ``of_rows``: of the z-loss and the metrics, never negative.
@@ -431,7 +491,7 @@ def _of_statistics(
     loss = loss.to(flat.real)
     loss = loss.view(flat.shape) if each else loss
     if not return_metrics:
-        return loss
+        return loss, {}
     metrics = {**sft_metrics(stats.logprobs, of_rows), "entropy": mean_where_read(stats.entropy, of_rows)}
     return loss, metrics | z_metric(squares, of_rows) if present(z_loss_coef) else metrics
 

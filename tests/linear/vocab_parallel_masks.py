@@ -220,6 +220,25 @@ def exact_kl(me, kind, masked):
     return {"loss": loss, "hidden": got[0], "kl": metrics["kl"]}
 
 
+@case("ASFT of a sharded head is that of the dense heads")
+def asft(me):
+    p, draw = Problem(torch.float64, seed=4), torch.Generator().manual_seed(8)
+    hidden, weight, bias, *mine = second_head(p, me, "uneven", draw)
+    shard, whole = p.shard(me, "uneven"), p.leaves()
+    leaf, options = p.arguments(shard)
+    more = {"kind": "asft", "asft_alpha": 0.3, "ref_hidden": hidden}
+    found = rlk.linear_sft_loss(
+        leaf, shard.weight, p.targets, p.mask, ref_weight=mine[0], ref_bias=mine[1], chunk_tokens=8, **more, **options
+    )
+    dense = rlk.linear_sft_loss(
+        *whole[:2], p.targets, p.mask, bias=whole[2], ref_weight=weight, ref_bias=bias, **more, **p.settings
+    )
+    torch.testing.assert_close(found, dense, rtol=1e-11, atol=0)
+    got = torch.autograd.grad(found, (leaf, shard.weight, shard.bias))
+    assert_gradients(got, torch.autograd.grad(dense, whole), shard, "asft", factor=4)
+    return {"loss": found}
+
+
 @case("heads that are cut unlike, and likeliest tokens of a teacher, are refused on every rank")
 def unlike_heads(me):
     h, weight = torch.zeros(4, WIDTH), torch.zeros(10, WIDTH)

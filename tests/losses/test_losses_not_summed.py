@@ -357,6 +357,36 @@ CASES = {
         of_head(lambda x: sft_of_logits(x, "dft", z=0.1)),
         by_tokens(),
     ),
+    "logits, asft": Case(
+        (LOGITS,),
+        lambda c, x, **o: rlk.sft_loss(
+            x, TARGETS, MASK, kind="asft", asft_alpha=0.3, ref_logits=c(TEACHER), sample_weights=c(OF_ROW), **o
+        ),
+        lambda x: sft_of_logits(x, "dft", OF_ROW[:, None]) + 0.3 * OF_ROW.abs()[:, None] * kl_of(x, TEACHER),
+        by_tokens(),
+    ),
+    "hidden states, asft": Case(
+        (HIDDEN, WEIGHT),
+        lambda c, x, w, **o: rlk.linear_sft_loss(
+            x,
+            w,
+            TARGETS,
+            MASK,
+            kind="asft",
+            ref_hidden=c(REF_HIDDEN),
+            ref_weight=c(REF_WEIGHT),
+            sample_weights=c(OF_ROW),
+            z_loss_coef=0.1,
+            **o,
+        ),
+        of_head(
+            lambda x: (
+                sft_of_logits(x, "dft", OF_ROW[:, None], z=0.1)
+                + 0.1 * OF_ROW.abs()[:, None] * kl_of(x, REF_HIDDEN @ REF_WEIGHT.T)
+            )
+        ),
+        by_tokens(),
+    ),
     "divergence": Case(
         (LOGITS,),
         lambda c, x, **o: rlk.divergence_loss(x, c(TEACHER), MASK, **o),
@@ -563,6 +593,28 @@ def test_one_loss_per_sequence_of_a_packed_row_has_no_row(objective):
     padded = rlk.policy_loss(LOGP, OLD, ADV, MASK, reduction="none", **objective)
     assert packed.shape == (B,)
     torch.testing.assert_close(packed, padded, rtol=1e-12, atol=1e-14)
+
+
+def test_asft_needs_a_reference_and_other_kinds_take_none():
+    for options, message in (
+        ({"kind": "asft"}, "kind 'asft' needs ref_logits"),
+        ({"ref_logits": TEACHER}, "ref_logits goes with kind 'asft', got 'nll'"),
+        ({"asft_alpha": 0.2, "kind": "dft"}, "asft_alpha goes with kind 'asft', got 'dft'"),
+        ({"kind": "asft", "ref_logits": TEACHER, "asft_alpha": -1.0}, "asft_alpha must not be negative"),
+        ({"kind": "asft", "ref_logits": TEACHER[:2]}, "ref_logits has shape"),
+        ({"kind": "asft", "ref_logits": TEACHER, "inplace_backward": True}, "leave inplace_backward out"),
+    ):
+        with pytest.raises(ValueError, match=f"^sft_loss: .*{message}"):
+            rlk.sft_loss(LOGITS.clone(), TARGETS, MASK, **options)
+    for options, message in (
+        ({"kind": "asft"}, "kind 'asft' needs ref_hidden"),
+        ({"kind": "asft", "ref_hidden": REF_HIDDEN}, "ref_hidden came without ref_weight"),
+        ({"ref_weight": REF_WEIGHT}, "ref_weight belongs to ref_hidden"),
+    ):
+        with pytest.raises(ValueError, match=f"^linear_sft_loss: .*{message}"):
+            rlk.linear_sft_loss(HIDDEN, WEIGHT, TARGETS, MASK, **options)
+    _, metrics = rlk.sft_loss(LOGITS, TARGETS, MASK, kind="asft", ref_logits=TEACHER, return_metrics=True)
+    torch.testing.assert_close(metrics["kl"], kl_of(LOGITS, TEACHER)[MASK].mean(), rtol=1e-9, atol=0)
 
 
 def test_the_divergences_of_a_head_compile_and_take_likeliest_tokens():

@@ -23,6 +23,7 @@ from rlkernels.backends import native as native_backends
 from rlkernels.checks import ROW_KLS
 from rlkernels.checks.tokens import RESERVED
 from rlkernels.integrations import trl
+from rlkernels.linear import sft_loss as linear_sft
 from rlkernels.logprobs import TokenStats
 from rlkernels.losses import (
     divergence,
@@ -72,6 +73,7 @@ TABLES = {
     "Aggregation": AGGREGATIONS,
     "SftKind": sft.KINDS,
     "LogitsSftKind": sft.LOGITS_KINDS,
+    "LinearSftKind": linear_sft.KINDS,
     "DivergenceKind": divergence.KINDS,
     "PairwiseKind": reward_model.KINDS,
     "Reduction": reward_model.REDUCTIONS,
