@@ -15,7 +15,7 @@ from rlkernels.linear.projection import HeadProjection
 from rlkernels.linear.rank_agreement import same_on_every_rank, sketch
 from rlkernels.linear.token_loss import check_batch
 from rlkernels.losses.divergence import DEAD, divergence_metrics, kind_and_beta, one_teacher, topk
-from rlkernels.losses.token_weights import live_tokens, loss_weights, losses_of_tokens
+from rlkernels.losses.token_weights import live_tokens, loss_weights, losses_of_tokens, summed
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.tracing import replaced, value
 from rlkernels.types import (
@@ -253,6 +253,7 @@ def linear_distillation_loss(
         0.3278
     """
     caller = "linear_distillation_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     one_teacher(caller, "teacher_hidden", teacher_hidden, teacher_topk)
     checks.floating(caller, "hidden", hidden)
     targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
@@ -306,8 +307,8 @@ def linear_distillation_loss(
         known = topk(caller, teacher_topk, live, head.weight.shape[0], like)
         teacher = TeacherHead(None, None, None, None, 1.0, ops.Teacher(*known, *numbers))
     backend = ops.serving("divergence", head.hidden)
-    if reduction != "aggregation":
-        losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers)
+    if not summed(caller, reduction):
+        losses_of_tokens(caller, live, aggregation, weights, normalizers)
         values = linear_divergences(*head.without(~live.reshape(-1)).flatten(), *_of_teacher(teacher), backend).view(
             like.shape
         )

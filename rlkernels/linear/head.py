@@ -199,7 +199,7 @@ def linear_head(caller, hidden, weight, targets, options):
     targets = checks_tokens.holding(caller, targets, ignore_index)
     logit_scale, softcap = _scale_and_cap(caller, options)
     logits_dtype = options["logits_dtype"]
-    if logits_dtype not in checks.FLOATS:
+    if not isinstance(logits_dtype, torch.dtype) or logits_dtype not in checks.FLOATS:
         raise TypeError(f"{caller}: logits_dtype must be floating, one of {checks.FLOAT_NAMES}; got {logits_dtype}")
     chunk_tokens, logits_budget, max_live_tokens, valid_vocab = (
         checks.positive_integer(caller, name, options[name])

@@ -7,7 +7,7 @@ from typing import Literal, overload
 
 import torch
 
-from rlkernels import ops
+from rlkernels import checks, ops
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.linear.exact_kl import check_reference_head, kl_of_reference
 from rlkernels.linear.head import HeadOptions, linear_head
@@ -32,6 +32,7 @@ from rlkernels.losses.token_weights import (
     loss_weights,
     losses_of_sequences,
     losses_of_tokens,
+    summed,
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import parameters
@@ -292,6 +293,7 @@ def linear_policy_loss(
         -2.0
     """
     caller = "linear_policy_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     options: HeadOptions = {
         "bias": bias,
         "temperature": temperature,
@@ -342,7 +344,7 @@ def linear_policy_loss(
     factors = policy_factors(
         caller, correction, top_entropy_fraction, like, old_logprobs, engine, ratio_level, entry, choice
     )
-    apart = reduction != "aggregation"
+    apart = not summed(caller, reduction)
     if choice is not None and not apart:
         aggregation, normalizers = aggregation_of_units(
             caller, choice.kind.unit, choice.groups, aggregation, weights, normalizers
@@ -367,7 +369,7 @@ def linear_policy_loss(
     composed = torch.compiler.is_compiling() or choice is not None or apart
     if composed or factors is not None and factors.of_policy():
         if apart:
-            share = losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers)
+            share = losses_of_tokens(caller, live, aggregation, weights, normalizers)
         else:
             share = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
         if has_penalty:

@@ -13,7 +13,7 @@ from rlkernels.linear.token_loss import PolicyTerms, check_batch, token_loss
 from rlkernels.linear.token_stats import head_logprobs, head_stats
 from rlkernels.losses.policy_arguments import present
 from rlkernels.losses.sft import asft_number, not_negative, sft_metrics, sft_weights, weighted_total, z_metric
-from rlkernels.losses.token_weights import TokenWeights, live_tokens
+from rlkernels.losses.token_weights import TokenWeights, live_tokens, summed
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.types import (
@@ -214,6 +214,7 @@ def linear_sft_loss(
         1.3863
     """
     caller = "linear_sft_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     options: HeadOptions = {
         "bias": bias,
         "temperature": temperature,
@@ -254,7 +255,7 @@ def linear_sft_loss(
     z_loss_coef = checks.coefficient(not_negative, caller, "z_loss_coef", z_loss_coef, like)
     objective = "nll" if kind == "nll" else "dft"
     asft_alpha = asft_number(caller, kind, asft_alpha, "ref_hidden", ref_hidden, like)
-    each = reduction != "aggregation"
+    each = not summed(caller, reduction)
     of_reference = None
     if ref_hidden is not None:
         check_reference_head(caller, hidden, ref_hidden, ref_weight, ref_bias)

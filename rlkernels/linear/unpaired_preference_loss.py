@@ -229,6 +229,7 @@ def linear_unpaired_preference_loss(
     Ethayarajh et al. 2024, arXiv:2402.01306 (KTO); the others: see ``unpaired_preference_loss``.
     """
     caller = "linear_unpaired_preference_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     options: HeadOptions = {
         "bias": bias,
         "temperature": temperature,
@@ -257,7 +258,7 @@ def linear_unpaired_preference_loss(
         "ref_kl_logps": ref_kl_logps,
         "delta": delta,
         "length_normalized": length_normalized,
-        "lengths": answers.lengths() if length_normalized and lengths is None else lengths,
+        "lengths": answers.lengths() if length_normalized is True and lengths is None else lengths,
         "kl_group": kl_group,
     }
     checked = unpaired_options(caller, torch.empty(count, dtype=torch.float64, device=hidden.device), **loss_options)

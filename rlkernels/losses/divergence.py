@@ -10,7 +10,7 @@ from rlkernels.backends.protocol import RowBatch
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import FlatLogits, flatten_logits, matrix
 from rlkernels.losses.sft import mean_where_read
-from rlkernels.losses.token_weights import live_tokens, loss_weights, losses_of_tokens
+from rlkernels.losses.token_weights import live_tokens, loss_weights, losses_of_tokens, summed
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.tracing import replaced
 from rlkernels.types import (
@@ -204,14 +204,15 @@ def divergence_loss(
         0.0448
     """
     caller = "divergence_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     of = compared(caller, logits, teacher_logits, teacher_topk, mask, kind, beta, temperature, vocab_mask)
     if not of.flat.shape:
         raise ValueError(
             f"{caller}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
         )
     cu_seqlens = checks_tokens.rows(caller, "logits without its last dimension", of.like, cu_seqlens, mask)
-    if reduction != "aggregation":
-        losses_of_tokens(caller, reduction, of.live, aggregation, weights, normalizers)
+    if not summed(caller, reduction):
+        losses_of_tokens(caller, of.live, aggregation, weights, normalizers)
         loss = _values(of, logits).view(of.flat.shape)
         return (loss, divergence_metrics(loss, of.live.to(loss.dtype))) if return_metrics else loss
     weight = of.flat.per_row(loss_weights(caller, of.like, of.live, aggregation, weights, cu_seqlens, normalizers))

@@ -25,6 +25,7 @@ from rlkernels.losses.token_weights import (
     loss_weights,
     losses_of_sequences,
     losses_of_tokens,
+    summed,
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import parameters
@@ -230,6 +231,7 @@ def logits_policy_loss(
         (-2.0, tensor([ 0.2500,  0.2500,  0.2500, -0.7500]))
     """
     caller = "logits_policy_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     flat = flatten_logits(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
     ignore_index = flat.rows.ignore_index
     if not flat.shape:
@@ -270,7 +272,7 @@ def logits_policy_loss(
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(caller, like, mask) & scored
     two_passes = ratio_level != "token" or choice is not None or isinstance(kl, KLTerm) or ref_logits is not None
-    two_passes = two_passes or not ratio.in_one_launch(entry, penalty) or reduction != "aggregation"
+    two_passes = two_passes or not ratio.in_one_launch(entry, penalty) or not summed(caller, reduction)
     if two_passes or factors is not None and factors.of_policy():
         kl, read = own_tokens(caller, kl, like, scored, live)
         exact = None if ref_logits is None else exact_kind(kl)
@@ -318,8 +320,8 @@ def logits_policy_loss(
         if divergences is None:
             return result
         unit, groups = ("token", None) if choice is None else (choice.kind.unit, choice.groups)
-        if reduction != "aggregation":
-            shared = losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers)
+        if not summed(caller, reduction):
+            shared = losses_of_tokens(caller, live, aggregation, weights, normalizers)
         else:
             if choice is not None:
                 aggregation, normalizers = aggregation_of_units(caller, unit, groups, aggregation, weights, normalizers)

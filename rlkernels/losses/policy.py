@@ -24,6 +24,7 @@ from rlkernels.losses.token_weights import (
     full_mask,
     live_mask,
     losses_of_tokens,
+    summed,
     token_weights_of,
 )
 from rlkernels.packed_rows import is_one_row, on_one_row
@@ -268,6 +269,7 @@ def policy_loss(
     if cu_seqlens is not None and is_one_row(logprobs):
         return on_one_row(policy_loss, locals(), "logprobs", per_token(locals()))
     caller = "policy_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs, entropy)
     cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens, mask)
@@ -292,15 +294,15 @@ def policy_loss(
     )
     live = live_mask(caller, logprobs, mask)
     kl = simplified(kl)
-    if reduction != "aggregation":
-        token_weights = losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers)
+    if not summed(caller, reduction):
+        token_weights = losses_of_tokens(caller, live, aggregation, weights, normalizers)
     elif choice is not None:
         aggregation, normalizers = aggregation_of_units(
             caller, choice.kind.unit, choice.groups, aggregation, weights, normalizers
         )
     elif ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
-    if reduction == "aggregation":
+    if summed(caller, reduction):
         token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
     kl_coef, entropy_coef = check_terms(caller, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
     engine = None if correction is None else ratio.engine(caller, entry, correction, rollout_logprobs)

@@ -106,7 +106,8 @@ def ratio_options(
         TypeError: bounds that are neither a number nor a pair.
     """
     if (
-        ratio_denominator == "old"
+        type(ratio_denominator) is str  # because an array compares each of its elements
+        and ratio_denominator == "old"
         and log_ratio_clamp is None
         and type(log_ratio_sq_coef) is float
         and log_ratio_sq_coef == 0.0

@@ -16,6 +16,7 @@ from rlkernels.losses.token_weights import (
     live_mask,
     loss_weights,
     losses_of_tokens,
+    summed,
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import weighted_sum
@@ -159,6 +160,7 @@ def process_reward_loss(
     Lightman et al. 2023, arXiv:2305.20050 (hard labels); Wang et al. 2023, arXiv:2312.08935 (soft ones).
     """
     caller = "process_reward_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.logits(caller, logits)
     shape = logits.shape[:-1]
     if not shape:
@@ -182,8 +184,8 @@ def process_reward_loss(
     checks.one_device(caller, "logits", logits, labels=labels)
     given = aggregation, weights, cu_seqlens, normalizers
     each = None
-    if reduction != "aggregation":
-        each = losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers)
+    if not summed(caller, reduction):
+        each = losses_of_tokens(caller, live, aggregation, weights, normalizers)
     if soft:
         pair = logits.index_select(-1, columns)
         return _soft_loss(caller, pair, labels, live, given, each is not None, steps if return_metrics else None)

@@ -102,6 +102,7 @@ def rank_list_loss(
     Ouyang et al. 2022, arXiv:2203.02155, eq. 1.
     """
     caller = "rank_list_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.floating(caller, "scores", scores)
     checks.choice(caller, "kind", kind, KINDS)
     checks.choice(caller, "aggregation", aggregation, RANK_AGGREGATIONS)

@@ -11,7 +11,7 @@ from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import FlatLogits, dense, flatten_logits, matrix
 from rlkernels.logprobs import collect
 from rlkernels.losses.policy_arguments import column, present
-from rlkernels.losses.token_weights import TokenWeights, live_tokens, loss_weights, losses_of_tokens
+from rlkernels.losses.token_weights import TokenWeights, live_tokens, loss_weights, losses_of_tokens, summed
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import per_token
@@ -127,6 +127,7 @@ def logprobs_sft_loss(
         2.0
     """
     caller = "logprobs_sft_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs)
     checks.choice(caller, "kind", kind, KINDS)
@@ -145,7 +146,7 @@ def logprobs_sft_loss(
         reduction,
     )
     logp = dense(logprobs, real_dtype(logprobs.dtype))
-    if reduction != "aggregation":
+    if not summed(caller, reduction):
         loss = weighted_sum(kind, logp, [], (), TokenWeights(weights, each=True))
     else:
         loss, _ = ops.weighted_loss(
@@ -316,6 +317,7 @@ def sft_loss(
     smoothing).
     """
     caller = "sft_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     flat = flatten_logits(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
     ignore_index = flat.rows.ignore_index
     if not flat.shape:
@@ -359,7 +361,7 @@ def sft_loss(
     if kind == "eaft":
         weights = torch.where(weights != 0, weights * (_top_entropies(flat) / 3.0) ** eaft_alpha, 0.0)
     objective = "dft" if kind in ("dft", "asft") else "nll"
-    each = reduction != "aggregation"
+    each = not summed(caller, reduction)
     if each or present(z_loss_coef) or present(label_smoothing):
         weights_of = TokenWeights(weights, each=each)
         loss, metrics = _of_statistics(
@@ -515,8 +517,9 @@ def sft_weights(
     reduction: PolicyReduction,
 ) -> Tensor:
     """Returns the weight of each token: that of the aggregation, 1 where nothing is summed, times its sample's."""
-    if reduction != "aggregation":
-        losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers)
+    checks.flags(caller, normalize_by_weight=normalize_by_weight)
+    if not summed(caller, reduction):
+        losses_of_tokens(caller, live, aggregation, weights, normalizers)
         if normalize_by_weight:
             raise ValueError(f"{caller}: reduction='none' has no mean; leave out normalize_by_weight")
         weights = live.to(real_dtype(like.dtype))

@@ -83,7 +83,7 @@ def span_reward_loss(
     real, pairs = real_dtype(rewards.dtype), (2, rows // 2, length)
     span, ends = _span(caller, input_ids.long().reshape(pairs), pad_id, skipped, allowed)
     checks.choice(caller, "reduction", reduction, REDUCTIONS)
-    if reduction == "none" and normalizers:
+    if reduction == "none" and checks_tokens.keywords(caller, normalizers):
         raise ValueError(f"{caller}: normalizers divide a mean; reduction 'none' takes none")
     chosen, rejected = (x.contiguous() for x in dense(rewards, real).view(pairs).unbind(0))
     if reduction == "none":

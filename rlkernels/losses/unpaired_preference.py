@@ -58,6 +58,7 @@ def unpaired_options(
 ) -> UnpairedOptions:
     """Checks the options; ``like``: a tensor of the dtype and device of the losses."""
     checks.choice(caller, "loss_type", loss_type, LOSS_TYPES)
+    checks.flags(caller, length_normalized=length_normalized)
     beta = checks.coefficient(from_zero, caller, "beta", beta, like)
     desirable_weight, undesirable_weight = (
         checks.coefficient(checks.finite, caller, name, x, like)
@@ -320,6 +321,7 @@ def unpaired_preference_loss(
         0.2689
     """
     caller = "unpaired_preference_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.floating(caller, "logps", logps)
     checks.no_forward_ad(caller, logps)
     per_answer(caller, "logps", logps)

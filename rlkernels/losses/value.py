@@ -10,7 +10,7 @@ from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import column, divided, missing_column, own_names
-from rlkernels.losses.token_weights import full_mask, live_mask, losses_of_tokens, token_weights_of
+from rlkernels.losses.token_weights import full_mask, live_mask, losses_of_tokens, summed, token_weights_of
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.objectives import OBJECTIVES, Objective, registered
 from rlkernels.packed_rows import is_one_row, on_one_row
@@ -139,6 +139,7 @@ def value_loss(
     if cu_seqlens is not None and is_one_row(values):
         return on_one_row(value_loss, locals(), "values")
     caller = "value_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.floating(caller, "values", values)
     checks.no_forward_ad(caller, values)
     cu_seqlens = checks_tokens.rows(caller, "values", values, cu_seqlens, mask)
@@ -150,8 +151,8 @@ def value_loss(
             raise ValueError(missing_column(caller, entry, key, key))
         columns.append(column(caller, ARGUMENTS.get(key, key), inputs[key], values))
     live = live_mask(caller, values, mask)
-    if reduction != "aggregation":
-        token_weights = losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers)
+    if not summed(caller, reduction):
+        token_weights = losses_of_tokens(caller, live, aggregation, weights, normalizers)
     else:
         token_weights = token_weights_of(caller, values, live, aggregation, weights, cu_seqlens, normalizers)
     prediction = dense(values, real_dtype(values.dtype))
