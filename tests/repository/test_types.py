@@ -37,6 +37,7 @@ from rlkernels.losses import (
     reward_head,
     reward_model,
     sft,
+    span_reward,
     token_weights,
     unpaired_preference,
 )
@@ -77,6 +78,7 @@ TABLES = {
     "DivergenceKind": divergence.KINDS,
     "PairwiseKind": reward_model.KINDS,
     "Reduction": reward_model.REDUCTIONS,
+    "PairsReduction": span_reward.REDUCTIONS,
     "ScorePositions": reward_head.POSITIONS,
     "RankKind": rank_list.KINDS,
     "RankAggregation": rank_list.RANK_AGGREGATIONS,
