@@ -159,9 +159,10 @@ def weights_for(
     ``cu_seqlens``: offsets that ``checks.tokens.rows`` has checked, or None. ``times``: what ``aggregate`` takes as
     ``weights``, 0 at dead tokens, or None.
     """
-    checks.choice(caller, "aggregation", mode, AGGREGATIONS)
+    # The argument of the losses has another name than that of the two functions here.
+    checks.choice(caller, "mode" if caller in ("token_weights", "aggregate") else "aggregation", mode, AGGREGATIONS)
     count_empty_rows = checks.flag(caller, "count_empty_rows", count_empty_rows)
-    if dtype not in checks.FLOATS:
+    if not isinstance(dtype, torch.dtype) or dtype not in checks.FLOATS:
         raise TypeError(f"{caller}: dtype must be one of {checks.FLOAT_NAMES}, got {dtype!r}")
     weight, required, optional, needs_rows = _MODES[mode]
     if needs_rows and cu_seqlens is None and mask.dim() == 1:

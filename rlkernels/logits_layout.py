@@ -98,6 +98,7 @@ def flatten_logits(
     checks.vocab_mask(caller, vocab_mask, logits.shape)
     checks.one_device(caller, "logits", logits, targets=targets, temperature=temperature, vocab_mask=vocab_mask)
     checks.no_forward_ad(caller, logits)
+    checks.flags(caller, inplace_backward=inplace_backward)
     if inplace_backward:
         checks.inplace(caller, logits)
     per_row = isinstance(temperature, torch.Tensor)

@@ -232,6 +232,7 @@ def spans_to_mask(spans: Spans, length: int, *, shift: bool = True) -> Tensor:
         tensor([False,  True,  True, False])
     """
     caller = "spans_to_mask"
+    checks.flags(caller, shift=shift)
     spans = _integers(caller, spans)
     if spans.numel() == 0 and spans.dim() < 2:
         spans = spans.reshape(0, 2)

@@ -88,6 +88,7 @@ Aggregation: TypeAlias = Literal[
     "group-mean",
 ]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
+PairsReduction: TypeAlias = Literal["mean", "none"]
 PolicyReduction: TypeAlias = Literal["aggregation", "none"]
 PairwiseKind: TypeAlias = Literal["logsigmoid", "logexp"]
 ScorePositions: TypeAlias = Literal["end", "all"]
@@ -100,7 +101,8 @@ TeacherTopk: TypeAlias = tuple[
     Annotated[Tensor, "[..., K], int32 or int64, distinct ids"], Annotated[Tensor, "[..., K], their log-probabilities"]
 ]
 """The likeliest tokens of a teacher; a log-probability of -inf marks an entry that is not used."""
-LogitsSftKind: TypeAlias = Literal["nll", "dft", "eaft"]
+LinearSftKind: TypeAlias = Literal["nll", "dft", "asft"]
+LogitsSftKind: TypeAlias = Literal["nll", "dft", "eaft", "asft"]
 """The kinds of ``sft_loss``, which sees whole rows."""
 LossType: TypeAlias = Literal[
     "sigmoid",

@@ -90,27 +90,29 @@ def topk_divergence(rows, ids, logprobs, kind, beta, weight, out=None, unless=No
     return DivergenceRows(value, _given(gradient, out))
 
 
-def terms(kind, beta, student, teacher):
+def terms(kind, beta, student, teacher, total=None):
     """Computes the divergence of each row, and its derivative by the logits of the student.
 
     ``student``, ``teacher``: log-probabilities of the outcomes, the last dimension. An outcome without mass counts for
-    nothing where its mass is a factor.
+    nothing where its mass is a factor. ``total``: adds up the sums of rows whose other outcomes lie elsewhere.
     """
     p, q = student.exp(), teacher.exp()
+
+    def expected(mass, x):
+        found = torch.where(mass == 0, 0.0, mass * x).sum(-1)
+        return found if total is None else total(found)
+
     if kind in ("forward_kl", "cross_entropy"):
         inner = -student if kind == "cross_entropy" else teacher - student
-        return _expected(q, inner), p * q.sum(-1, keepdim=True) - q
+        mass = q.sum(-1, keepdim=True)
+        return expected(q, inner), p * (mass if total is None else total(mass)) - q
     if kind == "reverse_kl":
-        distance = _expected(p, student - teacher)
+        distance = expected(p, student - teacher)
         return distance, torch.where(p == 0, 0.0, p * (student - teacher - distance[..., None]))
     mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
-    own, others = _expected(p, student - mixture), _expected(q, teacher - mixture)
+    own, others = expected(p, student - mixture), expected(q, teacher - mixture)
     slope = torch.where(p == 0, 0.0, p * (student - mixture - own[..., None]))
     return beta * others + (1.0 - beta) * own, (1.0 - beta) * slope
-
-
-def _expected(mass, x):
-    return torch.where(mass == 0, 0.0, mass * x).sum(-1)
 
 
 def _with_tail(logprobs, least):

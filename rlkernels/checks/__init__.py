@@ -23,7 +23,7 @@ from rlkernels.checks.losses import (
     within_reach,
 )
 from rlkernels.checks.names import NAMED, choice, known_names, named, several
-from rlkernels.checks.numbers import finite, flag, integer, interval, positive, positive_integer, real
+from rlkernels.checks.numbers import finite, flag, flags, integer, interval, positive, positive_integer, real
 from rlkernels.checks.tensors import (
     CHECK_VALUES,
     FLOAT_NAMES,
@@ -61,6 +61,7 @@ __all__ = [
     "counts",
     "finite",
     "flag",
+    "flags",
     "floating",
     "host_reads",
     "inplace",

@@ -87,6 +87,16 @@ def flag(caller, name, x):
     return x
 
 
+def flags(caller, **switches):
+    """Refuses switches that are neither True nor False.
+
+    A text such as "False", which a config file may hold, would count as True.
+    """
+    for name, x in switches.items():
+        if x is not True and x is not False:
+            flag(caller, name, x)
+
+
 def _plain(caller, name, x):
     """Returns the Python number in a number of numpy or in a tensor of one number; other objects stay as they are."""
     if not isinstance(x, torch.Tensor):

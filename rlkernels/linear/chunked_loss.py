@@ -143,7 +143,7 @@ def chunked_loss(head, plan, loss, backend, needs):
     """
     chunks = [(first, last, plan.rows(first, last)) for first, last in plan.chunks(head.chunk_rows)]
     if head.shard is not None:
-        _compare_ranks(head, [len(rows) for _, _, rows in chunks], plan.offsets, needs, loss.needs_entropy)
+        compare_ranks(head, [len(rows) for _, _, rows in chunks], plan.offsets, needs, loss.needs_entropy)
     loop = ChunkLoop(head, needs, max((len(rows) for _, _, rows in chunks), default=0), backend, loss)
     for first, last, rows in chunks:
         _work_on_units(loop, loss, rows, first, last, any(needs) and plan.has_gradient(first))
@@ -213,8 +213,8 @@ def _score(loss, rows, logp, entropy, first, last, has_gradient):
     return value.detach(), dlogp, gradients[1] if len(gradients) > 1 else None
 
 
-def _compare_ranks(head, sizes, offsets, needs, needs_entropy):
-    """Compares the ranks of a process group before anything that they do together."""
+def compare_ranks(head, sizes, offsets, needs, needs_entropy, further=()):
+    """Compares the ranks of a process group before anything that they do together; ``further``: at most one sum."""
     with meeting(head.caller, head.shard.process_group(), head.hidden.device) as now:
         if ranks_compare(head.hidden.device):
             facts, sums = head.in_common()
@@ -225,7 +225,7 @@ def _compare_ranks(head, sizes, offsets, needs, needs_entropy):
                 ("gradients of hidden, weight, bias", needs),
                 ("entropy", needs_entropy),
             ]
-            now.compare(head.shard[1:], facts, sums)
+            now.compare(head.shard[1:], facts, [*sums, *further])
 
 
 def differentiable(head, backend, function, *arguments):

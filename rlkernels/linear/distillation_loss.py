@@ -5,15 +5,17 @@ from typing import Literal, NamedTuple, overload
 import torch
 
 from rlkernels import checks, ops
-from rlkernels.backends.protocol import RowBatch
+from rlkernels.backends.protocol import RowBatch, real_dtype
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.linear.chunked_loss import ChunkLoop, detached_for_loss, differentiable
+from rlkernels.linear import vocab_parallel
+from rlkernels.linear.chunked_loss import ChunkLoop, compare_ranks, detached_for_loss, differentiable
 from rlkernels.linear.chunking import budget_bytes, filled_up, live_rows
 from rlkernels.linear.head import OPERANDS, HeadOptions, LinearHead, linear_head, without_autocast
 from rlkernels.linear.projection import HeadProjection
+from rlkernels.linear.rank_agreement import same_on_every_rank, sketch
 from rlkernels.linear.token_loss import check_batch
 from rlkernels.losses.divergence import DEAD, divergence_metrics, kind_and_beta, one_teacher, topk
-from rlkernels.losses.token_weights import live_tokens, loss_weights
+from rlkernels.losses.token_weights import live_tokens, loss_weights, losses_of_tokens, summed
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.tracing import replaced, value
 from rlkernels.types import (
@@ -28,6 +30,7 @@ from rlkernels.types import (
     Number,
     Offsets,
     PerToken,
+    PolicyReduction,
     Scalar,
     TeacherTopk,
     Temperature,
@@ -90,6 +93,8 @@ def linear_distillation_loss(
     logits_budget: int | None = None,
     max_live_tokens: int | None = None,
     valid_vocab: int | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
     teacher_bias: HeadBias | None = None,
     teacher_softcap: Number | None = None,
     teacher_logit_scale: Number = 1.0,
@@ -100,6 +105,7 @@ def linear_distillation_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
 
@@ -122,6 +128,8 @@ def linear_distillation_loss(
     logits_budget: int | None = None,
     max_live_tokens: int | None = None,
     valid_vocab: int | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
     teacher_bias: HeadBias | None = None,
     teacher_softcap: Number | None = None,
     teacher_logit_scale: Number = 1.0,
@@ -132,6 +140,7 @@ def linear_distillation_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
 
@@ -154,6 +163,8 @@ def linear_distillation_loss(
     logits_budget: int | None = None,
     max_live_tokens: int | None = None,
     valid_vocab: int | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
     teacher_bias: HeadBias | None = None,
     teacher_softcap: Number | None = None,
     teacher_logit_scale: Number = 1.0,
@@ -164,11 +175,13 @@ def linear_distillation_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row(2)
+@takes_one_row(2, per_token=True)
+@same_on_every_rank
 def linear_distillation_loss(
     hidden: HiddenStates,
     weight: HeadWeight,
@@ -186,6 +199,8 @@ def linear_distillation_loss(
     logits_budget: int | None = None,
     max_live_tokens: int | None = None,
     valid_vocab: int | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
     teacher_bias: HeadBias | None = None,
     teacher_softcap: Number | None = None,
     teacher_logit_scale: Number = 1.0,
@@ -196,6 +211,7 @@ def linear_distillation_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Computes ``divergence_loss`` from the hidden states and the heads of both models, without ``[T, V]`` logits.
@@ -209,18 +225,22 @@ def linear_distillation_loss(
         teacher_hidden, teacher_weight, teacher_bias: ``[..., H']``, ``[V', H']``, ``[V']`` of the teacher, without
             gradient; ``H'`` and the dtype may be others. Columns beyond the smaller of ``V`` and ``V'`` are padding of
             one vocabulary: they enter no matmul.
-        mask, kind, beta, teacher_topk, aggregation, weights, cu_seqlens, normalizers: as for ``divergence_loss``;
-            ``teacher_topk`` stands in place of the teacher's hidden states and head. A token of weight 0 enters no
-            matmul.
+        mask, kind, beta, teacher_topk, aggregation, weights, cu_seqlens, normalizers, reduction: as for
+            ``divergence_loss``; ``teacher_topk`` stands in place of the teacher's hidden states and head. A token of
+            weight 0 enters no matmul. With ``"none"`` each token waits for its own upstream gradient, so that the
+            backward multiplies the logits once more: four matmuls of the student and two of the teacher.
         temperature: of both models, as for ``divergence_loss``.
         vocab_mask: bool ``[V]`` or ``[..., V]``, True keeps a column, in both models; not with ``teacher_topk``.
         softcap, logit_scale, logits_dtype, chunk_tokens, max_live_tokens, valid_vocab: as for
             ``linear_token_logprobs``; ``logits_dtype`` and ``valid_vocab`` of both models.
         logits_budget: bytes for the logits of a chunk, of both models together.
+        process_group, vocab_start: as for ``linear_token_logprobs``; the teacher's head is cut like the student's. Not
+            with ``teacher_topk``, whose tokens lie on several ranks.
         teacher_softcap, teacher_logit_scale: those of the teacher's head.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, {"divergence": ...})``.
+        Scalar, or one number per token, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss,
+        {"divergence": ...})``.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``linear_token_logprobs`` and ``divergence_loss``; neither
@@ -233,6 +253,7 @@ def linear_distillation_loss(
         0.3278
     """
     caller = "linear_distillation_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     one_teacher(caller, "teacher_hidden", teacher_hidden, teacher_topk)
     checks.floating(caller, "hidden", hidden)
     targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
@@ -254,8 +275,8 @@ def linear_distillation_loss(
         "logits_budget": logits_budget,
         "max_live_tokens": max_live_tokens,
         "valid_vocab": valid_vocab,
-        "process_group": None,
-        "vocab_start": None,
+        "process_group": process_group,
+        "vocab_start": vocab_start,
     }
     head = linear_head(caller, hidden, weight, targets, options)
     check_batch(caller, hidden)
@@ -271,27 +292,38 @@ def linear_distillation_loss(
             "softcap": teacher_softcap,
             "logit_scale": teacher_logit_scale,
             "vocab_mask": None,
-            "valid_vocab": None,
+            "valid_vocab": None if process_group is None else valid_vocab,
         }
-        head, teacher = two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, of_teacher, numbers)
+        head, teacher = _two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, of_teacher, numbers)
     else:
         if vocab_mask is not None:
             raise ValueError(f"{caller}: vocab_mask goes with teacher_hidden, got teacher_topk; leave it out")
+        if process_group is not None:
+            raise ValueError(
+                f"{caller}: teacher_topk takes no process_group, because the likeliest tokens lie on several ranks; "
+                "pass the whole head"
+            )
         _refuse_head(caller, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
         known = topk(caller, teacher_topk, live, head.weight.shape[0], like)
         teacher = TeacherHead(None, None, None, None, 1.0, ops.Teacher(*known, *numbers))
+    backend = ops.serving("divergence", head.hidden)
+    if not summed(caller, reduction):
+        losses_of_tokens(caller, live, aggregation, weights, normalizers)
+        values = linear_divergences(*head.without(~live.reshape(-1)).flatten(), *_of_teacher(teacher), backend).view(
+            like.shape
+        )
+        return (values, divergence_metrics(values, live.to(values.dtype))) if return_metrics else values
     per_token = head.per_row(loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers))
     terms = DivergenceTerms(teacher, per_token)
-    backend = ops.serving("divergence", head.hidden)
     if torch.compiler.is_compiling():
         loss, values = _compiled(head.without(~live.reshape(-1)), terms, backend)
     else:
         work = detached_for_loss(head, per_token != 0)
-        loss, values, _ = differentiable(head, backend, distilled, work, terms)
+        loss, values, _ = differentiable(head, backend, _distilled, work, terms)
     return (loss, divergence_metrics(values, per_token)) if return_metrics else loss
 
 
-def two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, options, numbers):
+def _two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, options, numbers):
     """Checks the teacher's head and returns the student's LinearHead and a TeacherHead, of one vocabulary."""
     if teacher_weight is None:
         raise ValueError(f"{caller}: teacher_hidden came without teacher_weight; pass both")
@@ -312,6 +344,11 @@ def two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, opt
         raise TypeError(
             f"{caller}: hidden has dtype {head.hidden.dtype}, teacher_hidden {theirs.hidden.dtype}; cast one of them"
         )
+    if head.shard != theirs.shard:
+        raise ValueError(
+            f"{caller}: over a process_group both heads are cut alike; weight has {weight_rows(head)}, teacher_weight "
+            f"{weight_rows(theirs)}"
+        )
     columns = min(head.weight.shape[0], theirs.weight.shape[0])
     (head, theirs) = (
         replaced(x, weight=x.weight[:columns], bias=None if x.bias is None else x.bias[:columns])
@@ -319,11 +356,16 @@ def two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, opt
         else x
         for x in (head, theirs)
     )
-    if head.vocab_mask is not None:
+    if head.vocab_mask is not None and head.shard is None:
         head = replaced(head, vocab_mask=head.vocab_mask[..., :columns].contiguous())
     head = replaced(head, chunk_rows=min(head.chunk_rows, theirs.chunk_rows))
     of_head = theirs.hidden, theirs.weight, theirs.bias, theirs.softcap, theirs.logit_scale
     return head, TeacherHead(*of_head, ops.Teacher(None, None, *numbers))
+
+
+def weight_rows(head):
+    """Returns the rows of a shard as an error names them."""
+    return f"columns [{head.shard.start}, {head.shard.start + head.shard.columns}) of {head.shard.vocab}"
 
 
 def _refuse_head(caller, weight, bias, softcap, logit_scale):
@@ -339,11 +381,15 @@ def _refuse_head(caller, weight, bias, softcap, logit_scale):
 
 
 @torch.no_grad()
-def distilled(head, terms, backend, needs):
+def _distilled(head, terms, backend, needs):
     """Returns the LossAndGradients of DivergenceTerms, chunk by chunk; its ``logp`` holds the divergences."""
     rows = live_rows(head.targets != head.ignore_index, head.max_live_tokens)
-    loop = ChunkLoop(head, needs, len(rows), backend, terms)
     teacher, projection = terms.teacher, None
+    if head.shard is not None:
+        sizes = [min(head.chunk_rows, len(rows) - start) for start in range(0, len(rows), head.chunk_rows)]
+        sums = "hidden states of the teacher", *sketch(teacher.hidden, head.targets != head.ignore_index)
+        compare_ranks(head, sizes, None, needs, False, [sums])
+    loop = ChunkLoop(head, needs, len(rows), backend, terms)
     if teacher.hidden is not None:
         projection = HeadProjection(teacher.beside(head), filled_up(min(head.chunk_rows, len(rows))), backend)
     for part in loop.parts(rows):
@@ -354,8 +400,13 @@ def distilled(head, terms, backend, needs):
         weight = part.select(terms.weight)
         scaled = loop.scaled(weight) if any(needs) else None
         out = loop.projection.gradient_buffer(logits) if any(needs) else None
-        of_rows = ops.Teacher(ids, logprobs, teacher.of.kind, teacher.of.beta)
-        found = ops.run_divergence(backend, batch, of_rows, scaled, out)
+        if head.shard is None:
+            of_rows = ops.Teacher(ids, logprobs, teacher.of.kind, teacher.of.beta)
+            found = ops.run_divergence(backend, batch, of_rows, scaled, out)
+        else:
+            numbers = teacher.of.kind, teacher.of.beta
+            arguments = head.row_arguments(part)
+            found = vocab_parallel.divergence(head.shard, logits, theirs, arguments, *numbers, scaled, out)
         loop.loss += ops.weighted(found.value, weight)
         loop.logp[part.index] = found.value
         if any(needs):
@@ -365,26 +416,34 @@ def distilled(head, terms, backend, needs):
 
 def _compiled(head, terms, backend):
     """Returns the loss and the divergences ``[T]`` by a registered op, which a compiled program needs."""
-    teacher = terms.teacher
     needs = [
         x is not None and x.requires_grad and torch.is_grad_enabled() for x in (head.hidden, head.weight, head.bias)
     ]
+    return linear_divergence(*head.flatten(), *_of_teacher(terms.teacher), terms.weight, *needs, backend)[:2]
+
+
+def _of_teacher(teacher):
+    """Returns a TeacherHead as arguments of a registered op, in the order of OF_TEACHER."""
     softcap = None if teacher.softcap is None else ops.number(teacher.softcap)
-    of_teacher = *teacher[:3], softcap, ops.number(teacher.logit_scale), *teacher.of[:3], ops.number(teacher.of.beta)
-    return linear_divergence(*head.flatten(), *of_teacher, terms.weight, *needs, backend)[:2]
+    return *teacher[:3], softcap, ops.number(teacher.logit_scale), *teacher.of[:3], ops.number(teacher.of.beta)
+
+
+def _unflatten(operands):
+    """Returns the LinearHead and the TeacherHead that the arguments of a registered op stand for."""
+    count = len(operands) - OF_TEACHER.count(", ") - 1
+    hidden, weight, bias, softcap, scale, *of_teacher = operands[count:]
+    beta = value(of_teacher.pop())
+    teacher = TeacherHead(hidden, weight, bias, value(softcap), value(scale), ops.Teacher(*of_teacher, beta))
+    return LinearHead.unflatten(operands[:count]), teacher
 
 
 def _linear_divergence(*arguments):
     *operands, weight, need_hidden, need_weight, need_bias, backend = arguments
-    count = len(operands) - 9
-    hidden, head_weight, bias, softcap, scale, *of_teacher = operands[count:]
-    head = LinearHead.unflatten(operands[:count])
-    beta = value(of_teacher.pop())
-    teacher = TeacherHead(hidden, head_weight, bias, value(softcap), value(scale), ops.Teacher(*of_teacher, beta))
+    head, teacher = _unflatten(operands)
     needs = need_hidden, need_weight, need_bias
     with without_autocast(head.hidden.device.type):
         work = detached_for_loss(head, weight != 0)
-        found = distilled(work, DivergenceTerms(teacher, weight), backend, needs)
+        found = _distilled(work, DivergenceTerms(teacher, weight), backend, needs)
     nothing = (torch.empty_like(found.logp[:0]) for _ in needs)
     return found.loss, found.logp, *(n if g is None else g for g, n in zip(found.gradients, nothing, strict=True))
 
@@ -416,14 +475,57 @@ def _gradient(ctx, dloss, *_):
     return *trained, *(None,) * (len(needs) - 3)
 
 
+def _linear_divergences(*arguments):
+    *operands, backend = arguments
+    head, teacher = _unflatten(operands)
+    with without_autocast(head.hidden.device.type):
+        live = head.targets != head.ignore_index
+        terms = DivergenceTerms(teacher, live.to(head.result_dtype()))
+        return _distilled(detached_for_loss(head, live), terms, backend, (False, False, False)).logp
+
+
+def _values_fake(hidden, weight, bias, targets, *rest):
+    return hidden.new_empty(targets.shape, dtype=real_dtype(hidden.dtype))
+
+
+def _values_setup(ctx, inputs, output):
+    *operands, ctx.backend = inputs
+    ctx.tensors = [i for i, x in enumerate(operands) if isinstance(x, torch.Tensor)]
+    ctx.save_for_backward(*(operands[i] for i in ctx.tensors))
+    ctx.rest = [None if isinstance(x, torch.Tensor) else x for x in operands]
+
+
+def _values_gradient(ctx, dvalues):
+    needs, operands = ctx.needs_input_grad, list(ctx.rest)
+    for i, x in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+        operands[i] = x
+    *_, dhidden, dweight, dbias = linear_divergence(*operands, dvalues.contiguous(), *needs[:3], ctx.backend)
+    trained = (
+        x.to(operand.dtype) if need else None
+        for x, operand, need in zip((dhidden, dweight, dbias), operands[:3], needs[:3], strict=True)
+    )
+    return *trained, *(None,) * (len(needs) - 3)
+
+
+OF_TEACHER = (
+    "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_softcap, "
+    "Tensor teacher_logit_scale, Tensor? teacher_ids, Tensor? teacher_logprobs, str kind, Tensor beta"
+)
+"""The schema of ``_of_teacher``."""
 linear_divergence = ops.define(
     "linear_divergence",
-    f"({OPERANDS}, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_softcap, "
-    "Tensor teacher_logit_scale, Tensor? teacher_ids, Tensor? teacher_logprobs, str kind, Tensor beta, "
-    "Tensor per_token, bool need_hidden, bool need_weight, bool need_bias, str backend) "
+    f"({OPERANDS}, {OF_TEACHER}, Tensor per_token, bool need_hidden, bool need_weight, bool need_bias, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_divergence,
     _fake,
     _gradient,
     _setup,
+)
+linear_divergences = ops.define(
+    "linear_divergences",
+    f"({OPERANDS}, {OF_TEACHER}, str backend) -> Tensor",
+    _linear_divergences,
+    _values_fake,
+    _values_gradient,
+    _values_setup,
 )

@@ -46,9 +46,9 @@ class HeadOptions(TypedDict):
 class LinearHead(NamedTuple):
     """Checked hidden states ``[T, H]``, a head, and what belongs to each row.
 
-    ``temperature``: ``[T]``, or one number as a tensor ``[]``. ``vocab_mask``: ``[V]`` or ``[T, V]``. ``chunk_rows``:
-    rows per chunk. ``caller``: the public function that was called. Only methods, no properties: torch 2.8 traces no
-    property of a named tuple.
+    ``temperature``: ``[T]``, or one number as a tensor ``[]``. ``vocab_mask``: ``[V]`` or ``[T, V]``, of the whole
+    vocabulary over a process group, too. ``chunk_rows``: rows per chunk. ``caller``: the public function that was
+    called. Only methods, no properties: torch 2.8 traces no property of a named tuple.
     """
 
     hidden: torch.Tensor
@@ -99,6 +99,10 @@ class LinearHead(NamedTuple):
         """Returns the dtype of per-row results and of losses: fp32, or fp64 for fp64 hidden states."""
         return real_dtype(self.hidden.dtype)
 
+    def vocab(self):
+        """Returns the number of columns of the logits, over a process group those of all ranks."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab
+
     def per_row(self, x):
         """Returns a copy of a per-row tensor as a contiguous ``[T]`` of the dtype of results; None stays None.
 
@@ -128,7 +132,7 @@ class LinearHead(NamedTuple):
         """
         check_rows(
             self.targets,
-            self.weight.shape[0] if self.shard is None else self.shard.vocab,
+            self.vocab(),
             self.ignore_index,
             self.temperature if self.temperature.dim() else 1.0,
             self.caller,
@@ -155,7 +159,16 @@ class LinearHead(NamedTuple):
             ("with a bias", self.bias is not None),
             ("temperature", pattern(live, temperature.view(bits)) if temperature.dim() else temperature.item()),
             ("digest of live targets", pattern(live, self.targets)),
+            ("digest of vocab_mask", self._digest_of_mask(live)),
         ], [("hidden states, each times a factor", *sketch(self.hidden, live))]
+
+    def _digest_of_mask(self, live):
+        """Returns digests of the columns that each row has, and of the rows that each column has."""
+        mask = self.vocab_mask
+        if mask is None or mask.dim() == 1:
+            return None if mask is None else pattern(mask, torch.arange(mask.shape[0], device=mask.device))
+        of_columns = mask[live].sum(0)
+        return pattern(live, mask.sum(-1)) + pattern(of_columns >= 0, of_columns)
 
 
 OPERANDS = (
@@ -186,14 +199,15 @@ def linear_head(caller, hidden, weight, targets, options):
     targets = checks_tokens.holding(caller, targets, ignore_index)
     logit_scale, softcap = _scale_and_cap(caller, options)
     logits_dtype = options["logits_dtype"]
-    if logits_dtype not in checks.FLOATS:
+    if not isinstance(logits_dtype, torch.dtype) or logits_dtype not in checks.FLOATS:
         raise TypeError(f"{caller}: logits_dtype must be floating, one of {checks.FLOAT_NAMES}; got {logits_dtype}")
     chunk_tokens, logits_budget, max_live_tokens, valid_vocab = (
         checks.positive_integer(caller, name, options[name])
         for name in ("chunk_tokens", "logits_budget", "max_live_tokens", "valid_vocab")
     )
-    vocab_mask = options["vocab_mask"]
-    checks.vocab_mask(caller, vocab_mask, (*shape, weight.shape[0]))
+    vocab_mask, vocab_start = options["vocab_mask"], options["vocab_start"]
+    shard = vocab_parallel.shard_of(caller, weight, options["process_group"], vocab_start, valid_vocab)
+    checks.vocab_mask(caller, vocab_mask, (*shape, weight.shape[0] if shard is None else shard.vocab))
     checks.one_device(
         caller,
         "hidden",
@@ -206,12 +220,6 @@ def linear_head(caller, hidden, weight, targets, options):
     )
     checks.no_forward_ad(caller, hidden, weight, bias)
     logits_dtype = _logits_dtype(caller, hidden, logits_dtype)
-    vocab_start = options["vocab_start"]
-    shard = vocab_parallel.shard_of(caller, weight, options["process_group"], vocab_start, valid_vocab)
-    if shard is not None and vocab_mask is not None:
-        raise ValueError(
-            f"{caller}: vocab_mask is not served over a process_group; gather the head, or leave the mask out"
-        )
     if shard is None and valid_vocab is not None and valid_vocab > weight.shape[0]:
         raise ValueError(f"{caller}: valid_vocab is {valid_vocab}, weight has {weight.shape[0]} rows")
     # Of the whole vocabulary, because shards may differ in size. A chunk is a collective, so that ranks with different
@@ -221,7 +229,7 @@ def linear_head(caller, hidden, weight, targets, options):
     if columns is not None and columns < weight.shape[0]:
         # Padding behind the vocabulary takes no part, so it is cut off before any matmul.
         weight, bias = weight[:columns], None if bias is None else bias[:columns]
-        vocab_mask = None if vocab_mask is None else vocab_mask[..., :columns]
+        vocab_mask = vocab_mask if vocab_mask is None or shard is not None else vocab_mask[..., :columns]
     if vocab_mask is not None:
         vocab_mask = vocab_mask.reshape(*([-1] if vocab_mask.dim() > 1 else []), vocab_mask.shape[-1]).contiguous()
     if isinstance(temperature, torch.Tensor):

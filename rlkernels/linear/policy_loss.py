@@ -9,31 +9,37 @@ import torch
 
 from rlkernels import checks, ops
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.linear.distillation_loss import linear_distillation_loss
+from rlkernels.linear.exact_kl import check_reference_head, kl_of_reference
 from rlkernels.linear.head import HeadOptions, linear_head
 from rlkernels.linear.rank_agreement import same_on_every_rank
 from rlkernels.linear.sequence_loss import sequence_loss
 from rlkernels.linear.token_loss import PolicyTerms, check_batch, token_loss
 from rlkernels.linear.token_stats import head_stats
-from rlkernels.losses.kl_penalty import kl_penalty
+from rlkernels.losses.kl_penalty import kl_penalty, tokens_of_sequences
 from rlkernels.losses.kl_term import KLObjective, KLTerm, exact_kind, simplified
 from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve_either
 from rlkernels.losses.policy_factors import policy_factors
 from rlkernels.losses.policy_metrics import policy_metrics
 from rlkernels.losses.policy_ratio import SQUARE, ratio_options, with_current
 from rlkernels.losses.policy_terms import policy_terms
+from rlkernels.losses.row_options import per_token
 from rlkernels.losses.token_weights import (
     TokenWeights,
     aggregation_of_sequences,
     aggregation_of_units,
+    counted_tokens,
     live_tokens,
     loss_weights,
+    losses_of_sequences,
     losses_of_tokens,
+    summed,
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import parameters
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.rollout.correction import CorrectionLike
+from rlkernels.sequences import means
+from rlkernels.tracing import replaced
 from rlkernels.types import (
     KL,
     Aggregation,
@@ -59,9 +65,6 @@ from rlkernels.types import (
     Temperature,
     VocabMask,
 )
-
-NOT_OF_AN_EXACT_KL = ("ignore_index", "process_group", "vocab_start")
-"""The options of a head that its exact KL does not take: its weights tell which rows take part."""
 
 
 @overload
@@ -205,7 +208,7 @@ def linear_policy_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row(2, per_token=True)
+@takes_one_row(2, per_token=per_token)
 @same_on_every_rank
 def linear_policy_loss(
     hidden: HiddenStates,
@@ -254,7 +257,7 @@ def linear_policy_loss(
     r"""Computes ``policy_loss`` from hidden states and the lm_head, in three matmuls: the logits of a chunk become
     their own gradient.
 
-    Tokens whose weights are all 0 enter no matmul, and with the ratio of a token they have no metrics. Tokens without
+    Tokens whose weights are all 0 enter no matmul; those of factor 0 enter one, for the metrics alone. Tokens without
     advantage, KL and entropy term skip the two matmuls of the gradient, where the objective's source shows that their
     gradient is 0. On the CPU so do all tokens whose gradient turns out to be 0 (clipped ones). With sequence-level
     ratios a chunk holds whole sequences; a sequence that outgrows a chunk is multiplied once more, but for its last
@@ -272,8 +275,8 @@ def linear_policy_loss(
             ratios it bounds the live tokens; where it does not fit in one chunk, they take four matmuls.
         ref_hidden, ref_weight, ref_bias: ``[..., H']``, ``[V', H']`` and ``[V']`` of the reference's head, without
             gradient, for ``kl="reverse_kl"`` and ``"forward_kl"``. Softcap, scale and temperature are the policy's. The
-            exact KL takes three matmuls of the policy's head and one of the reference's beside those of the loss, and
-            no process group.
+            exact KL takes three matmuls of the policy's head and one of the reference's beside those of the loss. Over
+            a process group the reference's head is cut like the policy's.
         the rest: as for ``logits_policy_loss``; ``old_logprobs`` and ``ref_logprobs`` under the same temperature.
 
     Returns:
@@ -290,6 +293,7 @@ def linear_policy_loss(
         -2.0
     """
     caller = "linear_policy_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     options: HeadOptions = {
         "bias": bias,
         "temperature": temperature,
@@ -331,7 +335,7 @@ def linear_policy_loss(
         correction is not None,
     )
     kl = simplified(kl)
-    _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias, process_group)
+    _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias)
     reference = "ref_hidden", ref_hidden
     kl_coef, entropy_coef = check_terms(caller, like, ref_logprobs, kl, kl_coef, ROW, entropy_coef, reference)
     scored = targets != ignore_index
@@ -340,7 +344,7 @@ def linear_policy_loss(
     factors = policy_factors(
         caller, correction, top_entropy_fraction, like, old_logprobs, engine, ratio_level, entry, choice
     )
-    apart = reduction != "aggregation"
+    apart = not summed(caller, reduction)
     if choice is not None and not apart:
         aggregation, normalizers = aggregation_of_units(
             caller, choice.kind.unit, choice.groups, aggregation, weights, normalizers
@@ -352,7 +356,8 @@ def linear_policy_loss(
             f"{caller}: objective {objective!r} draws tokens, which every rank of process_group must do alike; pass "
             "clip_cov_tokens, or a generator in the same state on every rank"
         )
-    penalty, read, of_tokens = None, None, weights is not None
+    penalty, of_tokens = None, weights is not None
+    counted = counted_tokens(live, weights) if return_metrics else live
     shared = aggregation, cu_seqlens, normalizers, of_tokens, ratio_level
     exact, exact_coef = exact_kind(kl), None
     if exact is not None:  # a term by itself: the rest has no KL
@@ -364,8 +369,7 @@ def linear_policy_loss(
     composed = torch.compiler.is_compiling() or choice is not None or apart
     if composed or factors is not None and factors.of_policy():
         if apart:
-            whole = choice is not None or isinstance(kl, KLTerm) or exact is not None
-            share = losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers, ratio_level, whole)
+            share = losses_of_tokens(caller, live, aggregation, weights, normalizers)
         else:
             share = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
         if has_penalty:
@@ -428,33 +432,56 @@ def linear_policy_loss(
         needs_entropy = return_metrics or entropy_weight is not None
         if ratio_level == "token":
             loss, logp, entropy = token_loss(head, terms, needs_entropy, backend)
-            if return_metrics:
-                read = terms.live().view(like.shape)
-                live = live & read  # the other rows are not read, so they have no metrics
+            own = penalty is not None and penalty.own and kl_coef is None and exact is None
+            if return_metrics and (factors is not None or own):
+                wanted = counted | penalty.live if own else counted
+                logp, entropy = _with_rest(head, wanted.reshape(-1) & ~terms.live(), logp, entropy)
         else:
             loss, logp, entropy = sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, backend)
     own_metrics = {}
     if exact is not None and has_penalty:
-        of_head = {name: x for name, x in options.items() if name not in NOT_OF_AN_EXACT_KL}
-        reference = ref_hidden, ref_weight, ref_bias
-        term, own_metrics = _exact_kl(
-            hidden, weight, reference, of_head, exact, penalty.weight_of_each(like), exact_coef
+        term, mean_kl = kl_of_reference(
+            hidden,
+            weight,
+            (ref_hidden, ref_weight, ref_bias),
+            options,
+            exact,
+            penalty.weight_of_each(like),
+            exact_coef,
+            apart,
         )
-        loss = loss if exact_coef is None else loss + term
+        own_metrics = {"kl": mean_kl}
+        if exact_coef is not None:
+            if apart and losses_of_sequences(share, ratio_level, "token" if choice is None else choice.kind.unit):
+                tokens_of_sequences(caller, penalty, live)
+                term = means(term, live, cu_seqlens)
+            loss = loss + term
     if not return_metrics:
         return loss
     logp, entropy = logp.view(like.shape), entropy.view(like.shape)
     columns = with_current(columns, logp)
     if exact is None and penalty is not None and isinstance(kl, KLTerm):
-        own_metrics = penalty.metrics(logp, read)
+        own_metrics = penalty.metrics(logp, counted)
     reference = ref_logprobs if exact is None else None
     metrics = policy_metrics(
-        logp, columns, live, reference, kl, entropy, entry, values, ratio_level, cu_seqlens, ratio.clamp
+        logp, columns, live, reference, kl, entropy, entry, values, ratio_level, cu_seqlens, ratio.clamp, counted
     )
     return loss, metrics | own_metrics | of_factors
 
 
-def _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias, process_group):
+@torch.no_grad()
+def _with_rest(head, missing, logp, entropy):
+    """Returns log-probabilities and entropies ``[T]`` with those of the ``missing`` rows, which no term reads.
+
+    Metrics count these rows: of factor 0, or of a KL term without a coefficient.
+    """
+    if head.max_live_tokens is not None:  # which bounds the rows with a weight
+        head = replaced(head, max_live_tokens=max(missing.numel(), 1))
+    stats = head_stats(head.without(~missing), ("entropy",), missing.shape)
+    return torch.where(missing, stats.logprobs, logp), torch.where(missing, stats.entropy, entropy)
+
+
+def _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias):
     """Refuses a reference's head that an exact KL cannot take, or that nothing would look at."""
     if ref_hidden is None:
         for name, x in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
@@ -467,47 +494,4 @@ def _check_reference(caller, kl, hidden, ref_hidden, ref_weight, ref_bias, proce
             f"{caller}: ref_hidden belongs to kl='reverse_kl' or 'forward_kl', got kl={name!r}; pass ref_logprobs, as "
             "linear_token_logprobs gives them"
         )
-    if ref_weight is None:
-        raise ValueError(f"{caller}: ref_hidden came without ref_weight; pass both")
-    if process_group is not None:
-        raise ValueError(f"{caller}: kl={exact_kind(kl)!r} takes no process_group; pass the whole heads")
-    for name, x in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-        if x is not None:
-            checks.floating(caller, name, x)
-    checks.no_gradient(caller, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(
-            f"{caller}: ref_hidden has shape {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}; expected the "
-            "same shape, the last dimension apart"
-        )
-
-
-def _exact_kl(hidden, weight, reference, options, kind, weights, coefficient):
-    """Returns the weighted sum of exact KLs, and their mean as the metric ``kl``.
-
-    reference: hidden states, weight and bias of its head. weights: ``[...]``, without the ``coefficient``, which is
-    None for the metric alone.
-    """
-    ref_hidden, ref_weight, ref_bias = reference
-    if coefficient is not None:
-        weights = weights * coefficient
-    try:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and coefficient is not None):
-            loss, metrics = linear_distillation_loss(
-                hidden,
-                weight,
-                ref_hidden,
-                ref_weight,
-                teacher_bias=ref_bias,
-                teacher_softcap=options["softcap"],
-                teacher_logit_scale=options["logit_scale"],
-                kind=kind,
-                weights=weights,
-                return_metrics=True,
-                **options,
-            )
-    except checks.NAMED as error:
-        if type(error) not in checks.NAMED:
-            raise
-        raise checks.named(error, "linear_distillation_loss") from error
-    return loss, {"kl": metrics["divergence"]}
+    check_reference_head(caller, hidden, ref_hidden, ref_weight, ref_bias)

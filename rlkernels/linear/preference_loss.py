@@ -307,6 +307,7 @@ def linear_dpo_loss(
     Rafailov et al. 2023, arXiv:2305.18290; the others: see ``dpo_loss``.
     """
     caller = "linear_dpo_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.no_forward_ad(caller, gold_logps)
     options: HeadOptions = {
         "bias": bias,

@@ -49,7 +49,7 @@ class HeadProjection:
         """Returns ``token_stats`` of whole rows; over a process group by one collective."""
         if self.shard is None:
             return ops.run("token_stats", self.backend, RowBatch(logits, *row_arguments), wanted)
-        return vocab_parallel.token_stats(self.shard, self.backend, logits, *row_arguments[:3], wanted)
+        return vocab_parallel.token_stats(self.shard, self.backend, logits, *row_arguments, wanted)
 
     def dlogits(self, dlogp, dentropy, logits, row_arguments, saved):
         """Returns the gradient of the logits, in ``gradient_buffer``.
@@ -61,7 +61,7 @@ class HeadProjection:
             upstream, saved = Upstream(dlogp, dentropy), SavedRows(*saved)
             return ops.run("token_stats_backward", self.backend, upstream, RowBatch(logits, *row_arguments), saved, out)
         return vocab_parallel.token_stats_backward(
-            self.shard, self.backend, dlogp, dentropy, logits, *row_arguments[:3], *saved, out
+            self.shard, self.backend, dlogp, dentropy, logits, *row_arguments, *saved, out
         )
 
     def target_repair(self, dlogp, dentropy, dlse, logits, row_arguments, saved):

@@ -31,8 +31,9 @@ PATIENCE = datetime.timedelta(seconds=5)
 the rank's own error must be seen.
 """
 TOLERANCE = 0.02  # of sums of numbers that may differ in their last bits from rank to rank
-# Arguments that may differ from rank to rank: of the first two the number of rows, of the others everything.
-_WEIGHT, _OWN = {"weight", "bias"}, {"process_group", "vocab_start"}
+# Arguments that may differ from rank to rank: of those of a head the number of rows, of the others everything.
+_WEIGHT = {"weight", "bias", "teacher_weight", "teacher_bias", "ref_weight", "ref_bias"}
+_OWN = {"process_group", "vocab_start"}
 _call = contextvars.ContextVar("the call over a process group that this thread is in", default=None)
 
 

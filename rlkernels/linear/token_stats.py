@@ -61,8 +61,8 @@ def linear_token_logprobs(
         hidden: ``[..., H]``. weight: ``[V, H]``, same dtype. bias: ``[V]``. All three get gradients where they require
             them.
         targets, temperature, ignore_index: as for ``token_logprobs``. A token with an ignored target enters no matmul.
-        vocab_mask: bool ``[V]`` or ``[..., V]``, True keeps a column, as for ``token_logprobs``; not over a process
-            group.
+        vocab_mask: bool ``[V]`` or ``[..., V]``, True keeps a column, as for ``token_logprobs``; over a process group
+            that of the whole vocabulary, without padding, on every rank.
         softcap, logit_scale: from ``2**-40`` to ``2**40``; no cap is None, and a scale may be negative or 0.
         logits_dtype: float32 keeps the matmul's accumulator; bfloat16 or float16 rounds the logits as an inference
             engine may.
@@ -219,7 +219,7 @@ def _check_shapes(head, **per_row):
     for name, x in (("weight", weight), ("bias", head.bias)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(f"linear_stats: {name} has dtype {x.dtype}, hidden has {hidden.dtype}; cast one of them")
-    checks.vocab_mask("linear_stats", head.vocab_mask, (targets.shape[0], weight.shape[0]))
+    checks.vocab_mask("linear_stats", head.vocab_mask, (targets.shape[0], head.vocab()))
     if head.temperature.dim():
         per_row["temperature"] = head.temperature
     for name, x, shape in (

@@ -10,6 +10,7 @@ from rlkernels import checks
 from rlkernels.linear.answers import AnswerLoss, answers_of
 from rlkernels.linear.head import HeadOptions, linear_head
 from rlkernels.linear.rank_agreement import same_on_every_rank
+from rlkernels.losses.preference import REDUCTIONS
 from rlkernels.losses.unpaired_preference import (
     UnpairedOptions,
     class_weights,
@@ -28,6 +29,7 @@ from rlkernels.types import (
     Number,
     Offsets,
     PerAnswer,
+    Reduction,
     Scalar,
     Targets,
     Temperature,
@@ -70,6 +72,7 @@ def linear_unpaired_preference_loss(
     lengths: PerAnswer | None = None,
     kl_group: "torch.distributed.ProcessGroup | None" = None,
     cu_seqlens: Offsets | None = None,
+    reduction: Reduction = "mean",
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
 
@@ -108,6 +111,7 @@ def linear_unpaired_preference_loss(
     lengths: PerAnswer | None = None,
     kl_group: "torch.distributed.ProcessGroup | None" = None,
     cu_seqlens: Offsets | None = None,
+    reduction: Reduction = "mean",
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
 
@@ -146,6 +150,7 @@ def linear_unpaired_preference_loss(
     lengths: PerAnswer | None = None,
     kl_group: "torch.distributed.ProcessGroup | None" = None,
     cu_seqlens: Offsets | None = None,
+    reduction: Reduction = "mean",
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
@@ -185,6 +190,7 @@ def linear_unpaired_preference_loss(
     lengths: PerAnswer | None = None,
     kl_group: "torch.distributed.ProcessGroup | None" = None,
     cu_seqlens: Offsets | None = None,
+    reduction: Reduction = "mean",
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Computes ``unpaired_preference_loss`` (KTO, APO-zero, BCO) from hidden states and the lm_head, without
@@ -203,10 +209,11 @@ def linear_unpaired_preference_loss(
         loss_type, beta, desirable_weight, undesirable_weight, kl, kl_logps, ref_kl_logps, delta, length_normalized,
             kl_group: as for ``unpaired_preference_loss``.
         lengths: as there; the numbers of live tokens unless given.
+        reduction: as there; ``"none"`` takes four matmuls, because each answer waits for its own upstream gradient.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``, the
-        metrics of ``unpaired_preference_loss``.
+        Scalar, or one number per answer, fp32 (fp64 for fp64 hidden states); with ``return_metrics``, ``(loss, dict)``,
+        the metrics of ``unpaired_preference_loss``.
 
     Raises:
         TypeError, ValueError, IndexError: as ``linear_token_logprobs`` and ``unpaired_preference_loss``.
@@ -222,6 +229,7 @@ def linear_unpaired_preference_loss(
     Ethayarajh et al. 2024, arXiv:2402.01306 (KTO); the others: see ``unpaired_preference_loss``.
     """
     caller = "linear_unpaired_preference_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     options: HeadOptions = {
         "bias": bias,
         "temperature": temperature,
@@ -250,7 +258,7 @@ def linear_unpaired_preference_loss(
         "ref_kl_logps": ref_kl_logps,
         "delta": delta,
         "length_normalized": length_normalized,
-        "lengths": answers.lengths() if length_normalized and lengths is None else lengths,
+        "lengths": answers.lengths() if length_normalized is True and lengths is None else lengths,
         "kl_group": kl_group,
     }
     checked = unpaired_options(caller, torch.empty(count, dtype=torch.float64, device=hidden.device), **loss_options)
@@ -263,12 +271,13 @@ def linear_unpaired_preference_loss(
     weighs = class_weights(desirable, checked, head.result_dtype()) != 0
     if checked.separable() and not return_metrics:  # the metrics are means over the answers of both classes
         answers = answers.where(weighs[answers.answer])
-    if torch.compiler.is_compiling():
+    checks.choice(caller, "reduction", reduction, REDUCTIONS)
+    if torch.compiler.is_compiling() or reduction == "none":
         logps = answers.sums(answers.logprobs())
-        return _unpaired_of_batch(answers, ref_logps, desirable, loss_options, logps, return_metrics)
+        return _unpaired_of_batch(answers, ref_logps, desirable, loss_options, logps, return_metrics, reduction)
     # Copies, because a second backward scores again what the caller may have written over since.
     ref_logps, desirable = ref_logps.clone(), desirable.clone()
-    of_batch = functools.partial(_unpaired_of_batch, answers, ref_logps, desirable, loss_options)
+    of_batch = functools.partial(_unpaired_of_batch, answers, ref_logps, desirable, loss_options, reduction=reduction)
     if isinstance(checked.baseline, torch.Tensor):
         checked = replaced(checked, baseline=checked.baseline.clone())
     if checked.loss_type == "kto" and kl_group is not None:  # once for all, because ranks meet for it
@@ -276,17 +285,19 @@ def linear_unpaired_preference_loss(
     if checked.separable():
         references = torch.where(weighs, ref_logps, 0.0)
         loss, logp = answers.chunked(
-            answers.answer, 1, UnpairedLoss, caller, references, desirable != 0, weighs, checked
+            answers.answer, 1, UnpairedLoss, caller, references, desirable != 0, weighs, checked, reduction == "sum"
         )
     else:
         loss, logp = answers.in_one_chunk(of_batch)
     return (loss, of_batch(answers.sums(logp), True)[1]) if return_metrics else loss
 
 
-def _unpaired_of_batch(answers, ref_logps, desirable, loss_options, logps, return_metrics=False):
+def _unpaired_of_batch(answers, ref_logps, desirable, loss_options, logps, return_metrics=False, reduction="mean"):
     """Returns ``unpaired_preference_loss`` of the log-probabilities of all answers, in the dtype of a head's losses."""
     return answers.rounded(
-        unpaired_preference_loss(logps, ref_logps, desirable, return_metrics=return_metrics, **loss_options)
+        unpaired_preference_loss(
+            logps, ref_logps, desirable, reduction=reduction, return_metrics=return_metrics, **loss_options
+        )
     )
 
 
@@ -302,10 +313,11 @@ class UnpairedLoss(AnswerLoss):
     desirable: torch.Tensor
     weighs: torch.Tensor
     options: UnpairedOptions
+    summed: bool  # not a mean
 
     def loss_of_answers(self, logps, first, last):
         here = slice(first, last)
         logps = torch.where(self.weighs[here], logps, 0.0)
         options = self.options.part(first, last)
         losses = sequence_losses(self.caller, logps, self.references[here], self.desirable[here], options)
-        return losses.sum() / max(self.count, 1)
+        return losses.sum() / (1 if self.summed else max(self.count, 1))

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from rlkernels import checks, ops
-from rlkernels.backends.protocol import RowBatch, RowStats, SavedRows, Upstream
+from rlkernels.backends.eager_divergence import terms
+from rlkernels.backends.protocol import DivergenceRows, RowBatch, RowStats, SavedRows, Upstream, real_dtype
 from rlkernels.linear.rank_agreement import all_gather
 
 
@@ -74,10 +75,32 @@ def local_targets(shard, targets, ignore_index):
     ), here
 
 
-def token_stats(shard, backend, logits, targets, temperature, ignore_index, wanted):
-    """Returns ``token_stats`` of whole rows from this rank's columns of the logits; one collective."""
+def local_mask(shard, vocab_mask):
+    """Returns a mask of the whole vocabulary as that of this shard's columns, and of the column behind the last.
+
+    That column stays in the support, because the targets of other shards point to it.
+    """
+    if vocab_mask is None:
+        return None
+    own = vocab_mask[..., shard.start : shard.start + shard.columns]
+    return torch.cat([own, torch.ones_like(vocab_mask[..., :1])], -1)
+
+
+def _outside(targets, ignore_index, vocab_mask):
+    """Tells of which rows the vocabulary mask leaves out the target."""
+    known = (targets != ignore_index) & (targets >= 0) & (targets < vocab_mask.shape[-1])
+    of_rows = vocab_mask.expand(targets.shape[0], -1)
+    return known & ~of_rows.gather(1, torch.where(known, targets, 0).long()[:, None])[:, 0]
+
+
+def token_stats(shard, backend, logits, targets, temperature, ignore_index, vocab_mask, wanted):
+    """Returns ``token_stats`` of whole rows from this rank's columns of the logits; one collective.
+
+    ``vocab_mask``: of the whole vocabulary, the same on every rank, or None.
+    """
     local, here = local_targets(shard, targets, ignore_index)
-    rows = RowBatch(logits, local, temperature, ignore_index)
+    mask = local_mask(shard, vocab_mask)
+    rows = RowBatch(logits, local, temperature, ignore_index, mask)
     stats = ops.run("token_stats", backend, rows, wanted & ~ops.FLAGS["mean_logits"])
     logp, row_max, sum_exp, entropy, log_sum_sq, _, is_top1, *rest = stats
     live = targets != ignore_index
@@ -90,16 +113,21 @@ def token_stats(shard, backend, logits, targets, temperature, ignore_index, want
     if wanted & ops.FLAGS["log_sum_sq_probs"]:
         parts += [log_sum_sq.exp() * sum_exp * sum_exp - extra]
     if wanted & ops.FLAGS["mean_logits"]:
-        parts += [(logits[:, :-1].sum(-1, dtype=torch.float64) / temperature).to(row_max.dtype)]
+        columns = logits[:, :-1] if mask is None else torch.where(mask[..., :-1], logits[:, :-1], 0.0)
+        parts += [(columns.sum(-1, dtype=torch.float64) / temperature).to(row_max.dtype)]
     if wanted & ops.FLAGS["is_top1"]:
         parts += [(is_top1 & here).to(row_max.dtype)]
     parts += [here.to(row_max.dtype)]
     everyone = all_gather(torch.stack(parts), shard.process_group())
-    return _combine(everyone, live, temperature, shard.vocab, wanted, rest)
+    support = shard.vocab if vocab_mask is None else vocab_mask.sum(-1)
+    return _combine(everyone, live, temperature, support, wanted, rest)
 
 
-def _combine(everyone, live, temperature, vocab, wanted, rest):
-    """Returns the statistics of whole rows from those of every rank, ``[ranks, parts, rows]``; ``rest``: as it is."""
+def _combine(everyone, live, temperature, support, wanted, rest):
+    """Returns the statistics of whole rows from those of every rank, ``[ranks, parts, rows]``; ``rest``: as it is.
+
+    ``support``: the number of columns that take part.
+    """
     maxima, sums, targets, *more, here = everyone.unbind(1)
     # It does not matter whether this maximum keeps a NaN, because a NaN on one rank is in that rank's sum too.
     row_max = maxima.amax(0)
@@ -127,7 +155,7 @@ def _combine(everyone, live, temperature, vocab, wanted, rest):
     if wanted & ops.FLAGS["log_sum_sq_probs"]:
         log_sum_sq = per_row(_in_order(more.pop(0) * scale * scale).log() - 2 * log_sum)
     if wanted & ops.FLAGS["mean_logits"]:
-        mean_logits = per_row(_in_order(more.pop(0)) / vocab)
+        mean_logits = per_row(_in_order(more.pop(0)) / support)
     if wanted & ops.FLAGS["is_top1"]:
         first = (maxima == row_max).to(torch.uint8).argmax(0)  # the first rank with the maximum has its first column
         is_top1 = live & (more.pop(0).gather(0, first[None])[0] != 0) & row_max.isfinite()
@@ -144,9 +172,65 @@ def _in_order(x):
 
 
 def token_stats_backward(
-    shard, backend, dlogp, dentropy, logits, targets, temperature, ignore_index, row_max, sum_exp, entropy, out
+    shard,
+    backend,
+    dlogp,
+    dentropy,
+    logits,
+    targets,
+    temperature,
+    ignore_index,
+    vocab_mask,
+    row_max,
+    sum_exp,
+    entropy,
+    out,
 ):
     """Returns the gradient of this rank's columns; no communication."""
     local, _ = local_targets(shard, targets, ignore_index)
-    rows, saved = RowBatch(logits, local, temperature, ignore_index), SavedRows(row_max, sum_exp, entropy)
+    if vocab_mask is not None and dlogp is not None:
+        # The owner's kernel makes nothing of such a target, and the kernels of the other ranks do not see it.
+        dlogp = torch.where(_outside(targets, ignore_index, vocab_mask), 0.0, dlogp)
+    rows = RowBatch(logits, local, temperature, ignore_index, local_mask(shard, vocab_mask))
+    saved = SavedRows(row_max, sum_exp, entropy)
     return ops.run("token_stats_backward", backend, Upstream(dlogp, dentropy), rows, saved, out)
+
+
+def divergence(shard, logits, teacher, row_arguments, kind, beta, weight, out):
+    """Returns the DivergenceRows of whole rows from this rank's columns of both models; three collectives, or four.
+
+    In plain torch, because no kernel stops between a row's sums and its divergence. ``logits``, ``teacher``: with the
+    column behind the shard's own. ``weight``, ``out``: of the gradient and its memory; None where none is wanted.
+    """
+    targets, temperature, ignore_index, vocab_mask = row_arguments
+    group, real, live = shard.process_group(), real_dtype(logits.dtype), targets != ignore_index
+    keep = local_mask(shard, vocab_mask)
+    factor = temperature[:, None] if isinstance(temperature, torch.Tensor) and temperature.dim() else temperature
+    parts, columns = [], []
+    for x in (logits, teacher):
+        x = torch.where(live[:, None], x.to(real), 0.0)
+        x = x if keep is None else torch.where(keep, x, -torch.inf)
+        x[:, -1] = -torch.inf  # a column of no mass, which a shard without a column has, too
+        row_max = x.amax(-1)
+        # No difference of infinities, because a shard may have no column in the support.
+        from_max = x - torch.where(row_max == -torch.inf, 0.0, row_max)[:, None]
+        parts += [row_max, (from_max / factor).exp().sum(-1)]
+        columns.append(x)
+    everyone = all_gather(torch.stack(parts), group)
+    student, other = (
+        _log_softmax(x, factor, *everyone[:, at : at + 2].unbind(1)) for x, at in zip(columns, (0, 2), strict=True)
+    )
+    value, slope = terms(kind, beta, student, other, lambda x: _in_order(all_gather(x, group)))
+    if out is not None:
+        moves = (live & (weight != 0))[:, None]
+        slope = torch.where(moves, slope * weight[:, None] / factor, 0.0)
+        out.copy_(slope if keep is None else torch.where(keep, slope, 0.0))
+    return DivergenceRows(torch.where(live, value, 0.0), out)
+
+
+def _log_softmax(x, temperature, maxima, sums):
+    """Returns log-probabilities from the row maxima and the sums of exponentials of every rank, ``[ranks, rows]``."""
+    row_max = maxima.amax(0)
+    of_rows = temperature.reshape(-1) if isinstance(temperature, torch.Tensor) else temperature
+    scale = torch.where(maxima == -torch.inf, 0.0, ((maxima - row_max) / of_rows).exp())
+    return (x - row_max[:, None]) / temperature - _in_order(sums * scale).log()[:, None]

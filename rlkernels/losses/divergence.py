@@ -10,7 +10,7 @@ from rlkernels.backends.protocol import RowBatch
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import FlatLogits, flatten_logits, matrix
 from rlkernels.losses.sft import mean_where_read
-from rlkernels.losses.token_weights import live_tokens, loss_weights
+from rlkernels.losses.token_weights import live_tokens, loss_weights, losses_of_tokens, summed
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.tracing import replaced
 from rlkernels.types import (
@@ -22,6 +22,7 @@ from rlkernels.types import (
     Normalizers,
     Offsets,
     PerToken,
+    PolicyReduction,
     Scalar,
     TeacherTopk,
     Temperature,
@@ -95,8 +96,7 @@ def token_divergences(
         tensor([0.0000, 0.3278])
     """
     of = compared("token_divergences", logits, teacher_logits, teacher_topk, mask, kind, beta, temperature, vocab_mask)
-    found = ops.divergences(of.flat.rows, of.teacher, None, False, ops.serving("divergence", logits))
-    return found.value.view(of.flat.shape)
+    return _values(of, logits).view(of.flat.shape)
 
 
 @overload
@@ -114,6 +114,7 @@ def divergence_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
 
@@ -133,6 +134,7 @@ def divergence_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
 
@@ -152,11 +154,12 @@ def divergence_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row(2)
+@takes_one_row(2, per_token=True)
 def divergence_loss(
     logits: Logits,
     teacher_logits: Logits | None = None,
@@ -171,6 +174,7 @@ def divergence_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Computes a distillation loss: the weighted sum of the divergences of tokens from a teacher's distributions.
@@ -183,11 +187,12 @@ def divergence_loss(
             ``[B, L, V]``, or packed ``[T, V]``.
         mask: live tokens, ``[B, L]`` or ``[T]``. A dead token's row is never read. None alive: the loss is 0, its
             gradient too.
-        aggregation, normalizers, weights, cu_seqlens: as for ``policy_loss``.
+        aggregation, normalizers, weights, cu_seqlens, reduction: as for ``policy_loss``; ``"none"`` is
+            ``token_divergences``.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, {"divergence": ...})``, the mean over the
-        tokens whose weight is not 0.
+        Scalar, or one number per token, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, {"divergence":
+        ...})``, the mean over the tokens whose weight is not 0.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``token_divergences``; unknown names, shapes that do not
@@ -199,17 +204,27 @@ def divergence_loss(
         0.0448
     """
     caller = "divergence_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     of = compared(caller, logits, teacher_logits, teacher_topk, mask, kind, beta, temperature, vocab_mask)
     if not of.flat.shape:
         raise ValueError(
             f"{caller}: logits has shape {tuple(logits.shape)}, expected [T, V] or [B, L, V]; unsqueeze the one row"
         )
     cu_seqlens = checks_tokens.rows(caller, "logits without its last dimension", of.like, cu_seqlens, mask)
+    if not summed(caller, reduction):
+        losses_of_tokens(caller, of.live, aggregation, weights, normalizers)
+        loss = _values(of, logits).view(of.flat.shape)
+        return (loss, divergence_metrics(loss, of.live.to(loss.dtype))) if return_metrics else loss
     weight = of.flat.per_row(loss_weights(caller, of.like, of.live, aggregation, weights, cu_seqlens, normalizers))
     with_grad = torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling()
     rows = of.flat.without(weight == 0).rows
     loss, values = ops.divergences(rows, of.teacher, weight, with_grad, ops.serving("divergence", logits))
     return (loss, divergence_metrics(values, weight)) if return_metrics else loss
+
+
+def _values(of: Compared, logits: Logits) -> Tensor:
+    """Computes the divergence of each row, ``[T]``, differentiable."""
+    return ops.divergences(of.flat.rows, of.teacher, None, False, ops.serving("divergence", logits)).value
 
 
 def divergence_metrics(values: Tensor, weight: Tensor) -> Metrics:

@@ -12,7 +12,7 @@ from rlkernels.backends.protocol import real_dtype
 from rlkernels.logits_layout import dense
 from rlkernels.losses.kl_term import KLObjective, KLTerm, named_objective
 from rlkernels.losses.policy_arguments import column
-from rlkernels.losses.token_weights import TokenWeights, full_mask, live_mask, token_weights_of
+from rlkernels.losses.token_weights import TokenWeights, counted_tokens, full_mask, live_mask, token_weights_of
 from rlkernels.losses.weighted_sum import scaled_sum, weighted_sum
 from rlkernels.sequences import means, spread, sums
 from rlkernels.types import KL, Aggregation, ExactKL, Metrics, Normalizers, Number, PerToken, RatioLevel
@@ -58,7 +58,8 @@ def kl_sum(
     carried = torch.where(drift.exp() > objective.cap(), 0.0, values * each_weight(weights, fixed))
     carried = torch.where(each_weight(weights, fixed) != 0, carried, 0.0)
     of_sequence = sequences.reduced(now)
-    return (loss + (carried * (of_sequence - of_sequence.detach())).sum()).to(logp.dtype)
+    carried = carried * (of_sequence - of_sequence.detach())
+    return (loss + (carried if weights.each else carried.sum())).to(logp.dtype)
 
 
 def _values(objective: KLObjective, logp: Tensor, others: list[Tensor]) -> Tensor:
@@ -91,6 +92,7 @@ class KLPenalty(NamedTuple):
     weights: TokenWeights
     live: Tensor | None
     sequences: KLSequences | None = None
+    own: bool = False  # its tokens are not those of the loss
 
     def loss(self, logp: Tensor, coefficient: Number) -> Tensor:
         """Computes the term, differentiable in ``logp``."""
@@ -104,24 +106,24 @@ class KLPenalty(NamedTuple):
         """Computes the term from exact divergences ``values``, differentiable in them."""
         return -scaled_sum(coefficient, "nll", values, [], self.weights)  # nll is minus its column
 
-    def exact_metrics(self, values: Tensor) -> Metrics:
+    def counted(self, like: Tensor, of_loss: Tensor) -> Tensor:
+        """Returns the tokens of the term's mean; ``of_loss``: those of the metrics of the loss."""
+        return full_mask(like, self.live) if self.own else of_loss
+
+    def exact_metrics(self, values: Tensor, of_loss: Tensor) -> Metrics:
         """Computes the mean of exact divergences over the tokens of the term."""
-        live = full_mask(values, self.live)
+        live = self.counted(values, of_loss)
         return {"kl": torch.where(live, values.detach(), 0.0).sum() / live.sum().clamp(min=1)}
 
     def weight_of_each(self, like: Tensor) -> Tensor:
         """Returns the weights as one tensor, shaped like ``like``."""
         return each_weight(self.weights, like)
 
-    def metrics(self, logp: Tensor, read: Tensor | None = None) -> Metrics:
-        """Computes the mean of the term over its tokens, under the name ``kl``.
-
-        ``read``: the tokens that have a log-probability; None: all.
-        """
+    def metrics(self, logp: Tensor, of_loss: Tensor) -> Metrics:
+        """Computes the mean of the term over its tokens, under the name ``kl``."""
         # No decorator, because Dynamo cannot trace a decorated method of a NamedTuple.
         logp = logp.detach()
-        live = full_mask(logp, self.live)
-        live = live if read is None else live & read
+        live = self.counted(logp, of_loss)
         others = self.objective.others(logp, self.ref_logp, self.old_logp)
         if self.sequences is not None:
             others[1] = logp - self.sequences.reduced((logp - others[1]).double())
@@ -164,8 +166,12 @@ def kl_penalty(
     if kl.has_own_weights():
         checks.mask(caller, kl.mask, like.shape, "kl.mask")
         live = live if kl.mask is None else _both(live_mask(caller, like, kl.mask), scored)
+        if weights.each:
+            each = _each(caller, kl, live)
+            return KLPenalty(objective, ref_logprobs, old_logprobs, each, live, sequences, kl.mask is not None)
         if kl.weights is not None:
             column(caller, "kl.weights", kl.weights, like)
+            live = counted_tokens(full_mask(like, live), kl.weights)
         elif of_tokens and (kl.aggregation is None or kl.mask is None):
             raise ValueError(
                 f"{caller}: kl has weights of its own beside weights of the loss; pass kl.weights, or kl.mask with "
@@ -189,7 +195,26 @@ def kl_penalty(
                 )
             own = of_loss
         weights = token_weights_of(caller, like, live, mode, kl.weights, cu_seqlens, own)
-    return KLPenalty(objective, ref_logprobs, old_logprobs, weights, live, sequences)
+    own = kl.mask is not None or kl.weights is not None
+    return KLPenalty(objective, ref_logprobs, old_logprobs, weights, live, sequences, own)
+
+
+def _each(caller: str, kl: KLTerm, live: Tensor | None) -> TokenWeights:
+    """Returns the weights of a term that is not summed, ``live`` its tokens; refuses what would weigh them."""
+    if kl.weights is not None or kl.aggregation is not None or kl.normalizers:
+        raise ValueError(
+            f"{caller}: reduction='none' weighs no token; leave out kl.weights, kl.aggregation and kl.normalizers"
+        )
+    return TokenWeights(live, each=True)
+
+
+def tokens_of_sequences(caller: str, penalty: KLPenalty, live: Tensor | None) -> None:
+    """Refuses a KL term whose tokens are others than those of the sequences that have one loss each."""
+    if penalty.live is not live:
+        raise ValueError(
+            f"{caller}: reduction='none' with one loss per sequence averages the KL over the tokens of the objective; "
+            "leave out kl.mask, or compute the KL by itself with kl_estimate"
+        )
 
 
 def _both(mask: Tensor, scored: Tensor | None) -> Tensor:

@@ -9,24 +9,29 @@ from rlkernels import checks, ops
 from rlkernels.backends.protocol import PolicyInputs, RowStats
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import FlatLogits, flatten_logits, matrix
-from rlkernels.losses.kl_penalty import kl_penalty, own_tokens
+from rlkernels.losses.kl_penalty import kl_penalty, own_tokens, tokens_of_sequences
 from rlkernels.losses.kl_term import KLTerm, exact_kind, named_objective, simplified
 from rlkernels.losses.policy import policy_loss
 from rlkernels.losses.policy_arguments import ROW, check_terms, objective_columns, resolve_either
 from rlkernels.losses.policy_factors import policy_factors
 from rlkernels.losses.policy_metrics import policy_metrics
 from rlkernels.losses.policy_ratio import SQUARE, ratio_options
+from rlkernels.losses.row_options import per_token
 from rlkernels.losses.token_weights import (
     aggregation_of_sequences,
     aggregation_of_units,
+    counted_tokens,
     live_tokens,
     loss_weights,
+    losses_of_sequences,
     losses_of_tokens,
+    summed,
     token_weights_of,
 )
 from rlkernels.losses.weighted_sum import parameters
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.rollout.correction import CorrectionLike
+from rlkernels.sequences import means
 from rlkernels.tracing import replaced
 from rlkernels.types import (
     KL,
@@ -158,7 +163,7 @@ def logits_policy_loss(
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row(2, per_token=True)
+@takes_one_row(2, per_token=per_token)
 def logits_policy_loss(
     logits: Logits,
     targets: Targets,
@@ -194,8 +199,8 @@ def logits_policy_loss(
     r"""Computes ``policy_loss`` straight from logits: statistics, objective and the gradient with respect to the logits
     in one pass over each row.
 
-    The row of a token of weight 0 is never read, nor its target and temperature: any id will do. Such a token, which a
-    correction of factor 0 makes of one without other terms, has no metrics either. What needs every row
+    The row of a token of weight 0 is never read, nor its target and temperature: any id will do. A token of factor 0 is
+    read for the metrics alone. What needs every row
     before any gradient takes the two passes of ``token_stats``: sequence-level ratios, objectives of sequences, groups
     and batches, a ``KLTerm``, ``ref_logits``, ``old_logprobs=None``, ``log_ratio_clamp``, ``top_entropy_fraction``, an
     ``opsm_delta``, ``reduction="none"``, and ``log_ratio_sq_coef`` beside a KL term.
@@ -226,6 +231,7 @@ def logits_policy_loss(
         (-2.0, tensor([ 0.2500,  0.2500,  0.2500, -0.7500]))
     """
     caller = "logits_policy_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     flat = flatten_logits(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
     ignore_index = flat.rows.ignore_index
     if not flat.shape:
@@ -266,12 +272,10 @@ def logits_policy_loss(
     scored = targets != ignore_index
     live = scored if mask is None else live_tokens(caller, like, mask) & scored
     two_passes = ratio_level != "token" or choice is not None or isinstance(kl, KLTerm) or ref_logits is not None
-    two_passes = two_passes or not ratio.in_one_launch(entry, penalty) or reduction != "aggregation"
+    two_passes = two_passes or not ratio.in_one_launch(entry, penalty) or not summed(caller, reduction)
     if two_passes or factors is not None and factors.of_policy():
         kl, read = own_tokens(caller, kl, like, scored, live)
         exact = None if ref_logits is None else exact_kind(kl)
-        if exact is not None and reduction != "aggregation":
-            losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers, ratio_level, True)
         if exact == "forward_kl" and inplace_backward:
             raise ValueError(
                 f"{caller}: inplace_backward=True with kl='forward_kl': two gradients meet in the logits; leave "
@@ -315,19 +319,29 @@ def logits_policy_loss(
             raise checks.named(error, "policy_loss") from error
         if divergences is None:
             return result
-        if choice is not None:
-            unit, groups = choice.kind.unit, choice.groups
-            aggregation, normalizers = aggregation_of_units(caller, unit, groups, aggregation, weights, normalizers)
-        elif ratio_level == "sequence_sum":
-            aggregation = aggregation_of_sequences(aggregation, weights)
-        shared = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+        unit, groups = ("token", None) if choice is None else (choice.kind.unit, choice.groups)
+        if not summed(caller, reduction):
+            shared = losses_of_tokens(caller, live, aggregation, weights, normalizers)
+        else:
+            if choice is not None:
+                aggregation, normalizers = aggregation_of_units(caller, unit, groups, aggregation, weights, normalizers)
+            elif ratio_level == "sequence_sum":
+                aggregation = aggregation_of_sequences(aggregation, weights)
+            shared = token_weights_of(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
         of_loss = shared, aggregation, cu_seqlens, normalizers, weights is not None
         term = kl_penalty(caller, kl, like, None, None, scored, live, *of_loss)
         loss, metrics = result if isinstance(result, tuple) else (result, {})
         if penalty is not None:
-            loss = loss + term.exact_loss(divergences, penalty)
-        return (loss, metrics | term.exact_metrics(divergences)) if return_metrics else loss
+            of_kl = term.exact_loss(divergences, penalty)
+            if losses_of_sequences(shared, ratio_level, unit):
+                tokens_of_sequences(caller, term, live)
+                of_kl = means(of_kl, live, cu_seqlens)
+            loss = loss + of_kl
+        if not return_metrics:
+            return loss
+        return loss, metrics | term.exact_metrics(divergences, counted_tokens(live, weights))
     everywhere = mask is None and weights is None and not isinstance(flat.rows.temperature, torch.Tensor)
+    counted = counted_tokens(live, weights) if return_metrics else live
     weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
     flat = flat if everywhere else flat.without(weights == 0)
     factor, of_factors = (None, {}) if factors is None else factors.fixed(live, cu_seqlens, flat.real)
@@ -353,9 +367,15 @@ def logits_policy_loss(
     if not return_metrics:
         return of_rows.loss
     shape = flat.shape
-    read = live & policy.read().view(shape)  # the other rows are not read, so they have no metrics
     logp, entropy = of_rows.logp.view(shape), of_rows.entropy.view(shape)
-    metrics = policy_metrics(logp, columns, read, ref_logprobs, kl, entropy, entry, values)
+    if factor is not None:  # a row of factor 0 was not read, and the metrics count it
+        missing = counted & ~policy.read().view(shape)
+        with torch.no_grad():
+            rows = flat.without(~missing).rows
+            stats = ops.token_stats(rows, ops.ENTROPY, False, ops.serving("token_stats", logits))
+        logp = torch.where(missing, stats.logp.view(shape), logp)
+        entropy = torch.where(missing, stats.entropy.view(shape), entropy)
+    metrics = policy_metrics(logp, columns, counted, ref_logprobs, kl, entropy, entry, values)
     return of_rows.loss, {**metrics, **of_factors}
 
 

@@ -16,12 +16,15 @@ from rlkernels.losses.policy_factors import policy_factors
 from rlkernels.losses.policy_metrics import policy_metrics
 from rlkernels.losses.policy_ratio import ratio_options
 from rlkernels.losses.policy_terms import policy_terms
+from rlkernels.losses.row_options import per_token
 from rlkernels.losses.token_weights import (
     aggregation_of_sequences,
     aggregation_of_units,
+    counted_tokens,
     full_mask,
     live_mask,
     losses_of_tokens,
+    summed,
     token_weights_of,
 )
 from rlkernels.packed_rows import is_one_row, on_one_row
@@ -221,14 +224,16 @@ def policy_loss(
             of ``"sequence"`` and ``"sequence_token"`` a ``Correction`` multiplies nothing: the engine takes the place
             of the behaviour policy in the ratio (OpenRLHF's GSPO).
         reduction: ``"none"``: the loss of each token in place of the sum, shaped like ``logprobs`` and 0 at dead
-            tokens. It has no weights, so that none may be given.
+            tokens; with ``"sequence_sum"`` and an objective of sequences or groups that of each sequence, ``[B]`` or
+            ``[S]``, where KL and bonus enter as means over its tokens, and a group's loss stands at each of its
+            sequences. It has no weights, so that none may be given.
         Coefficients and parameters: numbers, or tensors of shape ``()`` without gradient. One on a device is never
             read: its range is not checked, and an objective with such a parameter runs in plain torch between the
             kernels (for a schedule or a learned bound).
 
     Returns:
-        Scalar, or one number per token, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, dict)`` of
-        detached means over live tokens:
+        Scalar, or one number per token or sequence, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss,
+        dict)`` of detached means over live tokens:
 
         - ``ppo_kl`` and ``approx_kl``: k1 and k2 of the old against the new policy; ``entropy`` where it is known.
         - ``ratio``, ``ratio_min``, ``ratio_max``: mean and extremes of the ratio that the loss clips.
@@ -262,8 +267,9 @@ def policy_loss(
     arXiv:2507.18071 (GSPO).
     """
     if cu_seqlens is not None and is_one_row(logprobs):
-        return on_one_row(policy_loss, locals(), "logprobs")
+        return on_one_row(policy_loss, locals(), "logprobs", per_token(locals()))
     caller = "policy_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs, entropy)
     cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens, mask)
@@ -288,16 +294,15 @@ def policy_loss(
     )
     live = live_mask(caller, logprobs, mask)
     kl = simplified(kl)
-    if reduction != "aggregation":
-        whole = choice is not None or isinstance(kl, KLTerm)
-        token_weights = losses_of_tokens(caller, reduction, live, aggregation, weights, normalizers, ratio_level, whole)
+    if not summed(caller, reduction):
+        token_weights = losses_of_tokens(caller, live, aggregation, weights, normalizers)
     elif choice is not None:
         aggregation, normalizers = aggregation_of_units(
             caller, choice.kind.unit, choice.groups, aggregation, weights, normalizers
         )
     elif ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
-    if reduction == "aggregation":
+    if summed(caller, reduction):
         token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
     kl_coef, entropy_coef = check_terms(caller, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
     engine = None if correction is None else ratio.engine(caller, entry, correction, rollout_logprobs)
@@ -332,19 +337,11 @@ def policy_loss(
     )
     if not return_metrics:
         return loss
+    live = full_mask(logprobs, live)
+    counted = counted_tokens(live, weights)
     metrics = policy_metrics(
-        logp,
-        columns,
-        full_mask(logprobs, live),
-        ref_logprobs,
-        kl,
-        entropy,
-        entry,
-        values,
-        ratio_level,
-        cu_seqlens,
-        ratio.clamp,
+        logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens, ratio.clamp, counted
     )
     if penalty is not None and isinstance(kl, KLTerm):
-        metrics |= penalty.metrics(logp)
+        metrics |= penalty.metrics(logp, counted)
     return loss, metrics | of_factors

@@ -149,7 +149,7 @@ def objective_columns(
     ``further``: the columns that the caller passed by their names. ``engine_read``: whether another option reads
     ``rollout_logprobs``.
     """
-    if ratio_level != "token":
+    if type(ratio_level) is not str or ratio_level != "token":
         checks.choice(caller, "ratio_level", ratio_level, RATIO_LEVELS)
     if ratio_level != "token" and not any(name in entry.columns for name in LOG_PROBABILITIES):
         raise ValueError(

@@ -33,8 +33,11 @@ def policy_metrics(
     ratio_level: RatioLevel = "token",
     cu_seqlens: Tensor | None = None,
     clamp: Clamp | None = None,
+    counted: Tensor | None = None,
 ) -> Metrics:
     """Computes means over live tokens: ``ppo_kl``, ``approx_kl``, ``ratio``, clip fractions, ``kl``, ``entropy``.
+
+    ``counted``: the tokens of the means, if they are fewer than the live ones, of which sequences have their ratios.
 
     ``ppo_kl`` is k1 of the old against the new policy, and ``approx_kl`` is their k2. Ratio and clip fractions belong
     to the ratio that the loss clips, which is the sequence's at a sequence level. ``ratio_min`` and ``ratio_max`` are
@@ -49,10 +52,11 @@ def policy_metrics(
     At a sequence level ``seq_clip_fraction`` and its two parts are the same as shares of the sequences with a live
     token, whatever their lengths.
     """
-    count = live.sum().clamp(min=1)
+    counted = live if counted is None else counted
+    count = counted.sum().clamp(min=1)
 
     def mean(x: Tensor) -> Tensor:
-        return torch.where(live, x, 0.0).sum() / count
+        return torch.where(counted, x, 0.0).sum() / count
 
     known = dict(zip(entry.columns[1:], columns, strict=True))
     settings = dict(zip(entry.params, params, strict=True))
@@ -67,12 +71,12 @@ def policy_metrics(
             drift = spread(reduce(gap, live, cu_seqlens), live, cu_seqlens)
         ratio = (drift if clamp is None else clamp.of(drift)).exp()
         metrics |= {"ppo_kl": mean(-gap), "approx_kl": mean(0.5 * gap * gap), "ratio": mean(ratio)}
-        metrics |= _extremes(ratio, live)
+        metrics |= _extremes(ratio, counted)
         for key, clipped in _clipped(name, settings, ratio, known.get("advantage")).items():
             metrics[key] = mean(clipped.to(gap.dtype))
             if ratio_level != "token" and not key.endswith(("dual", "cap")):
-                shares = means(clipped.to(gap.dtype), live, cu_seqlens)
-                metrics[f"seq_{key}"] = shares.sum() / (token_counts(live, cu_seqlens) > 0).sum().clamp(min=1)
+                shares = means(clipped.to(gap.dtype), counted, cu_seqlens)
+                metrics[f"seq_{key}"] = shares.sum() / (token_counts(counted, cu_seqlens) > 0).sum().clamp(min=1)
         if name in GATES:
             metrics["clip_fraction"] = mean(_left_out(name, logprobs.detach(), columns, params, known.get("advantage")))
     if ref_logprobs is not None and not isinstance(kl, KLTerm):  # such a term tells its own mean

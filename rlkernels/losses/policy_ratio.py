@@ -106,7 +106,8 @@ def ratio_options(
         TypeError: bounds that are neither a number nor a pair.
     """
     if (
-        ratio_denominator == "old"
+        type(ratio_denominator) is str  # because an array compares each of its elements
+        and ratio_denominator == "old"
         and log_ratio_clamp is None
         and type(log_ratio_sq_coef) is float
         and log_ratio_sq_coef == 0.0
@@ -197,7 +198,10 @@ def ratio_term(
         # every published use. So does every other column that is no log-probability.
         for name, x in wide.items():
             wide[name] = (sums if name in LOG_PROBABILITIES else means)(x, live, cu_seqlens)
-        now, weights = sums(now, live, cu_seqlens), TokenWeights(sums(weights.values.double(), live, cu_seqlens))
+        now = sums(now, live, cu_seqlens)
+        of_tokens = (live if weights.values is None else weights.values).double()
+        # A loss that is not summed has the mean factor of its tokens, which their equal weights would give it.
+        weights = TokenWeights((means if weights.each else sums)(of_tokens, live, cu_seqlens), each=weights.each)
     else:
         fixed = now.detach()
         for name in LOG_PROBABILITIES:

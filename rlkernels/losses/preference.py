@@ -352,6 +352,7 @@ def dpo_loss(
     al. 2023, arXiv:2309.16240; WPO: Zhou et al. 2024, arXiv:2406.11827.
     """
     caller = "dpo_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.pairs(caller, chosen_logps, rejected_logps, ("chosen_logps", "rejected_logps"))
     per_answer(caller, "chosen_logps", chosen_logps)
     checks.no_forward_ad(caller, chosen_logps, rejected_logps)

@@ -118,6 +118,7 @@ def preference_options(
         )
     weights = tuple(checks.coefficient(checks.finite, caller, "loss_weights", weight, like) for weight in weights)
     checks.choice(caller, "f_divergence", f_divergence, F_DIVERGENCES)
+    checks.flags(caller, reference_free=reference_free, length_normalized=length_normalized)
     if alpha is not None and f_divergence != "alpha_divergence":
         raise ValueError(f"{caller}: alpha needs f_divergence='alpha_divergence', got {f_divergence!r}")
     options = PreferenceOptions(

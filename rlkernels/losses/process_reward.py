@@ -10,7 +10,15 @@ from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense, flatten_logits
 from rlkernels.logprobs import shaped
-from rlkernels.losses.token_weights import full_mask, live_mask, loss_weights, token_weights_of
+from rlkernels.losses.token_weights import (
+    TokenWeights,
+    full_mask,
+    live_mask,
+    loss_weights,
+    losses_of_tokens,
+    summed,
+    token_weights_of,
+)
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import result_dtype, segment_reduce, token_counts
@@ -23,6 +31,7 @@ from rlkernels.types import (
     Offsets,
     PerSequence,
     PerToken,
+    PolicyReduction,
     Scalar,
     StepLabels,
     StepReduction,
@@ -49,6 +58,7 @@ def process_reward_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
 
@@ -67,6 +77,7 @@ def process_reward_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
 
@@ -85,11 +96,12 @@ def process_reward_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row(2)
+@takes_one_row(2, per_token=True)
 def process_reward_loss(
     logits: Logits,
     labels: StepLabels,
@@ -103,6 +115,7 @@ def process_reward_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Computes the cross-entropy of a process reward model at the ends of steps; only the rows of logits that score
@@ -122,12 +135,13 @@ def process_reward_loss(
         reward_token_ids: the ids of the vocabulary columns that compete, all different; a list, or integers ``[K]``.
             Soft labels need two of them. None: all columns compete.
         ignore_index: a token with this label is dead, be the labels hard or soft.
-        aggregation, weights, cu_seqlens, normalizers: as for ``policy_loss``.
+        aggregation, weights, cu_seqlens, normalizers, reduction: as for ``policy_loss``; with ``"none"`` 0 where no
+            step ends.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 logits); no live step gives 0. With ``return_metrics``, ``(loss, {"accuracy":
-        ...})``, the share of the steps whose largest column is the label's; of a soft label that is the first column
-        from 0.5 on. A placeholder whose label is ignored counts as a miss, as in OpenRLHF.
+        Scalar, or one number per token, fp32 (fp64 for fp64 logits); no live step gives 0. With ``return_metrics``,
+        ``(loss, {"accuracy": ...})``, the share of the steps whose largest column is the label's; of a soft label that
+        is the first column from 0.5 on. A placeholder whose label is ignored counts as a miss, as in OpenRLHF.
 
     Raises:
         ValueError: shapes that do not match; ``input_ids`` without ``placeholder_id``; soft labels without two reward
@@ -146,6 +160,7 @@ def process_reward_loss(
     Lightman et al. 2023, arXiv:2305.20050 (hard labels); Wang et al. 2023, arXiv:2312.08935 (soft ones).
     """
     caller = "process_reward_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.logits(caller, logits)
     shape = logits.shape[:-1]
     if not shape:
@@ -168,10 +183,12 @@ def process_reward_loss(
     steps = live if input_ids is None else steps
     checks.one_device(caller, "logits", logits, labels=labels)
     given = aggregation, weights, cu_seqlens, normalizers
+    each = None
+    if not summed(caller, reduction):
+        each = losses_of_tokens(caller, live, aggregation, weights, normalizers)
     if soft:
-        return _soft_loss(
-            caller, logits.index_select(-1, columns), labels, live, given, steps if return_metrics else None
-        )
+        pair = logits.index_select(-1, columns)
+        return _soft_loss(caller, pair, labels, live, given, each is not None, steps if return_metrics else None)
     targets = labels.long()
     if columns is not None:
         logits, targets, ignore_index = (
@@ -182,7 +199,8 @@ def process_reward_loss(
     flat = flatten_logits(caller, logits, torch.where(live, targets, ignore_index), 1.0, ignore_index, None)
     wanted = ops.FLAGS["is_top1"] if return_metrics else 0
     stats = ops.token_stats(flat.rows, wanted, False, ops.serving("token_stats", logits))
-    loss = weighted_sum("nll", shaped(stats.logp, shape), [], (), token_weights_of(caller, like, live, *given))
+    token_weights = token_weights_of(caller, like, live, *given) if each is None else each
+    loss = weighted_sum("nll", shaped(stats.logp, shape), [], (), token_weights)
     return (loss, _accuracy(stats.is_top1.view(shape) & live, steps, loss.dtype)) if return_metrics else loss
 
 
@@ -243,11 +261,11 @@ def _column_of(caller: str, labels: Tensor, columns: Tensor, live: Tensor) -> Te
 
 
 def _soft_loss(
-    caller: str, logits: Tensor, labels: Tensor, live: Tensor, given: tuple[Any, ...], steps: Tensor | None
+    caller: str, logits: Tensor, labels: Tensor, live: Tensor, given: tuple[Any, ...], apart: bool, steps: Tensor | None
 ) -> Scalar | tuple[Scalar, Metrics]:
     """Computes the loss of soft labels: of two columns it is the pairwise loss, both ways round.
 
-    ``steps``: the steps that the accuracy counts, or None for no metrics.
+    ``apart``: nothing is summed. ``steps``: the steps that the accuracy counts, or None for no metrics.
     """
     real = real_dtype(logits.dtype)
     good, bad = (dense(x, real) for x in logits.unbind(-1))
@@ -255,10 +273,12 @@ def _soft_loss(
     wrong = ~((share >= 0) & (share <= 1))
     if checks.host_reads(wrong) and wrong.any():
         raise ValueError(f"{caller}: labels holds {share[wrong][0].item()}, expected soft labels from 0 to 1")
-    weights = loss_weights(caller, share, live, *given)
+    weights = live.to(real) if apart else loss_weights(caller, share, live, *given)
     serving = ops.serving("weighted_loss", good)
     terms = [
-        ops.weighted_loss("pairwise", first, minus, None, [], (), weight.contiguous(), None, 1.0, serving)[0]
+        weighted_sum("pairwise", first - minus, [], (), TokenWeights(weight, each=True))
+        if apart
+        else ops.weighted_loss("pairwise", first, minus, None, [], (), weight.contiguous(), None, 1.0, serving)[0]
         for first, minus, weight in (
             (good, bad, weights * share),
             (bad, good, torch.where(live, weights * (1.0 - share), 0.0)),

@@ -12,9 +12,10 @@ from rlkernels.logits_layout import dense
 from rlkernels.losses.token_weights import TokenWeights
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.sequences import segment_ids, segment_reduce
-from rlkernels.types import ListLengths, Mask, Metrics, RankAggregation, Ranked, RankKind, Scalar
+from rlkernels.types import ListLengths, Mask, Metrics, PolicyReduction, RankAggregation, Ranked, RankKind, Scalar
 
 KINDS, RANK_AGGREGATIONS = get_args(RankKind), get_args(RankAggregation)
+REDUCTIONS = get_args(PolicyReduction)
 
 
 @overload
@@ -25,6 +26,7 @@ def rank_list_loss(
     mask: Mask | None = None,
     kind: RankKind = "logsigmoid",
     aggregation: RankAggregation = "pair-mean",
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
 
@@ -37,6 +39,7 @@ def rank_list_loss(
     mask: Mask | None = None,
     kind: RankKind = "logsigmoid",
     aggregation: RankAggregation = "pair-mean",
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
 
@@ -49,6 +52,7 @@ def rank_list_loss(
     mask: Mask | None = None,
     kind: RankKind = "logsigmoid",
     aggregation: RankAggregation = "pair-mean",
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
@@ -60,6 +64,7 @@ def rank_list_loss(
     mask: Mask | None = None,
     kind: RankKind = "logsigmoid",
     aggregation: RankAggregation = "pair-mean",
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Computes the loss of a reward model from ranked lists: every score should exceed those behind it in its list.
@@ -75,11 +80,13 @@ def rank_list_loss(
         mask: live scores, shaped like ``scores``, any pattern: a dead score is in no pair.
         aggregation: ``"pair-mean"``: ``w = 1 / P``, ``P`` the pairs of all lists. ``"list-mean"``: ``w = 1 / (G C(K,
             2))``, the mean over the ``G`` lists with a pair of the mean over their pairs (InstructGPT).
+        reduction: ``"none"``: the mean over the pairs of each list, ``[...]`` or ``[G]``, 0 for a list without a pair;
+            it takes no aggregation.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 scores); no pair gives 0. With ``return_metrics``, ``(loss, dict)``: ``accuracy``,
-        the share of the lists with a pair that are sorted as a whole, ``pair_accuracy`` that of the sorted pairs; equal
-        scores are not sorted.
+        Scalar, or one number per list, fp32 (fp64 for fp64 scores); no pair gives 0. With ``return_metrics``, ``(loss,
+        dict)``: ``accuracy``, the share of the lists with a pair that are sorted as a whole, ``pair_accuracy`` that of
+        the sorted pairs; equal scores are not sorted.
 
     Raises:
         ValueError: shapes that do not match, unknown names; on a CPU, lengths that are negative or do not sum to the
@@ -95,9 +102,14 @@ def rank_list_loss(
     Ouyang et al. 2022, arXiv:2203.02155, eq. 1.
     """
     caller = "rank_list_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.floating(caller, "scores", scores)
     checks.choice(caller, "kind", kind, KINDS)
     checks.choice(caller, "aggregation", aggregation, RANK_AGGREGATIONS)
+    checks.choice(caller, "reduction", reduction, REDUCTIONS)
+    each = reduction == "none"
+    if each and aggregation != "pair-mean":
+        raise ValueError(f"{caller}: reduction='none' weighs no list; leave out aggregation")
     checks.mask(caller, mask, scores.shape)
     checks.one_device(caller, "scores", scores, mask=mask)
     checks.no_forward_ad(caller, scores)
@@ -105,7 +117,9 @@ def rank_list_loss(
     flat = dense(scores, real_dtype(scores.dtype)).view(-1)
     first, second, both = _pairs(flat, None if mask is None else (mask != 0).reshape(-1), offsets, longest)
     pairs = segment_reduce(both.sum(-1).double(), offsets)  # of each list
-    if aggregation == "pair-mean":
+    if each:
+        weights = TokenWeights(both, each=True)
+    elif aggregation == "pair-mean":
         weights = TokenWeights(both, both.sum())
     else:
         of_list = 1.0 / (pairs * (pairs > 0).sum())
@@ -115,6 +129,9 @@ def rank_list_loss(
         loss = weighted_sum("pairwise", first - second, [], (), weights)
     else:  # KTO's 1 - sigmoid of the opposite difference, which is the sigmoid of this one
         loss = weighted_sum("kto", second - first, [], (1.0,), weights.scaled(-1.0))
+    if each:
+        of_lists = segment_reduce(loss.double().sum(-1), offsets) / pairs.clamp(min=1)
+        loss = of_lists.to(flat.dtype).view(scores.shape[:-1] if lengths is None else of_lists.shape)
     if not return_metrics:
         return loss
     with torch.no_grad():

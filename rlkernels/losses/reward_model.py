@@ -105,6 +105,7 @@ def pairwise_reward_loss(
     al. 2023, arXiv:2312.09244; logexp: Bai et al. 2022, arXiv:2204.05862.
     """
     caller = "pairwise_reward_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.pairs(caller, chosen, rejected)
     checks.choice(caller, "kind", kind, KINDS)
     checks.choice(caller, "reduction", reduction, REDUCTIONS)

@@ -43,6 +43,7 @@ class RowInputs(NamedTuple):
     groups: Tensor | None
     reference: Tensor | None
     engine: Tensor | None
+    each: bool = False  # nothing is summed over tokens, sequences or groups
 
     def gap(self) -> Tensor:
         """Returns the log-ratio, differentiable, 0 at dead tokens."""
@@ -66,7 +67,18 @@ class RowInputs(NamedTuple):
 
     def clipped_sum(self, advantage: Tensor, weights: Tensor, bounds: Params) -> Tensor:
         """Computes the weighted sum of PPO's objective."""
-        return weighted_sum("ppo_clip", self.logp, [self.columns[0], advantage], bounds, TokenWeights(weights))
+        return weighted_sum("ppo_clip", self.logp, [self.columns[0], advantage], bounds, self.of_tokens(weights))
+
+    def of_tokens(self, weights: Tensor) -> TokenWeights:
+        """Returns the weights of one loss per token."""
+        return TokenWeights(weights, each=self.each)
+
+    def of_sequences(self) -> TokenWeights:
+        """Returns the weights of one loss per sequence: what its tokens weigh together.
+
+        Where nothing is summed that is the mean factor of its tokens, and 0 for a sequence without one.
+        """
+        return TokenWeights((self.means if self.each else self.sums)(self.weights), each=self.each)
 
     def covariance(self) -> Tensor:
         """Computes ``(A - mean A) (log pi - mean log pi)`` of each live token, detached; dead ones get -inf."""
@@ -98,9 +110,8 @@ def _gmpo(x: RowInputs) -> Tensor:
     good = x.spread(advantage) > 0
     # Where the bound bites the gradient is 0, because where hands none to the side that it leaves out.
     held = torch.where(good, clamped(gap, None, high), clamped(gap, -low, None))
-    return weighted_sum(
-        "ppo_clip", x.means(held), [torch.zeros_like(advantage), advantage], UNCLIPPED, TokenWeights(x.sums(x.weights))
-    )
+    columns = [torch.zeros_like(advantage), advantage]
+    return weighted_sum("ppo_clip", x.means(held), columns, UNCLIPPED, x.of_sequences())
 
 
 def _vespo(x: RowInputs) -> Tensor:
@@ -121,7 +132,7 @@ def _vespo(x: RowInputs) -> Tensor:
         for name in ("k", "lambda")
     )
     factor = (scale + power * log_weight - scale * log_weight.exp()).exp()
-    return weighted_sum("reinforce", x.logp, [factor * advantage], (), TokenWeights(x.weights))
+    return weighted_sum("reinforce", x.logp, [factor * advantage], (), x.of_tokens(x.weights))
 
 
 def _filled(number: Number, like: Tensor) -> Tensor:
@@ -155,7 +166,8 @@ def _fipo(x: RowInputs) -> Tensor:
 def _real(x: RowInputs) -> Tensor:
     r"""REAL: per group ``log(1 + sum_{A<=0} e^s) + log(1 + sum_{A>0} e^{-s})``, ``s = mean_t d / tau``.
 
-    A group of one sign has no loss, and a mean counts it. 2026, arXiv:2602.05630; ms-swift.
+    A group of one sign has no loss, and a mean counts it. With ``reduction="none"`` each sequence has the loss of its
+    group. 2026, arXiv:2602.05630; ms-swift.
     """
     score, advantage = x.means(x.gap()) / x.options["tau"], x.means(x.advantage())
     filled, group = x.sums(x.live.double()) > 0, groups_of(x.groups)
@@ -167,7 +179,8 @@ def _real(x: RowInputs) -> Tensor:
         rest = torch.where(chosen, (exponent - top[group.index]).exp(), 0.0)
         total = total + top + (torch.exp(-top) + group.reduce(rest)).log()
         both = (group.reduce(chosen.double()) > 0) & both
-    return (group.reduce(x.sums(x.weights)) * torch.where(both, total, 0.0)).sum()
+    total = torch.where(both, total, 0.0)
+    return x.means(x.weights) * total[group.index] if x.each else (group.reduce(x.sums(x.weights)) * total).sum()
 
 
 def _kl_cov(x: RowInputs) -> Tensor:
@@ -180,7 +193,7 @@ def _kl_cov(x: RowInputs) -> Tensor:
     loss = x.clipped_sum(x.advantage(), x.weights, UNCLIPPED)
     # |d| is d times its own sign, by the objective that is minus its column times an advantage.
     factor = torch.where(chosen, x.weights, 0.0) * x.options["kl_cov_coef"]
-    return loss + weighted_sum("reinforce", gap, [-gap.detach().sign()], (), TokenWeights(factor))
+    return loss + weighted_sum("reinforce", gap, [-gap.detach().sign()], (), x.of_tokens(factor))
 
 
 def _clip_cov(x: RowInputs) -> Tensor:
@@ -211,8 +224,7 @@ def _a2po(x: RowInputs) -> Tensor:
     value = beta * ((pool / beta).logsumexp(-1) - math.log(pool.shape[-1]))
     gap = x.sums(torch.where(x.live, x.logp - x.reference, 0.0)) * options["beta2"]
     # The objective of a value holds a half.
-    weights = TokenWeights(x.sums(x.weights)).scaled(2.0)
-    return weighted_sum("value_plain", gap, [options["rewards"].double() - value], (), weights)
+    return weighted_sum("value_plain", gap, [options["rewards"].double() - value], (), x.of_sequences().scaled(2.0))
 
 
 LOSSES: dict[str, Callable[[RowInputs], Tensor]] = {
@@ -224,7 +236,7 @@ LOSSES: dict[str, Callable[[RowInputs], Tensor]] = {
     "clip_cov": _clip_cov,
     "a2po": _a2po,
 }
-"""Name to the weighted sum of an objective; the names of ``ROW_KINDS``."""
+"""Name to the weighted sum of an objective, or its terms; the names of ``ROW_KINDS``."""
 
 
 def row_term(
@@ -248,5 +260,6 @@ def row_term(
         choice.groups,
         None if ref_logprobs is None else ref_logprobs.double(),
         engine,
+        weights.each,
     )
     return LOSSES[choice.name](inputs).to(logp.dtype)

@@ -56,6 +56,13 @@ ROW_KINDS = {
 """Name to entry; the defaults are those of the papers and trainers that the docstring of each loss names."""
 
 
+def per_token(options: dict[str, Any]) -> bool:
+    """Tells whether the policy loss of these keywords, if it is not summed, has one number per token."""
+    objective = options.get("objective")
+    kind = ROW_KINDS.get(objective) if isinstance(objective, str) else None
+    return options.get("ratio_level") != "sequence_sum" and (kind is None or kind.unit == "token")
+
+
 class RowChoice(NamedTuple):
     """A chosen entry of the table with its options, checked.
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from rlkernels import checks, ops
-from rlkernels.backends.protocol import PolicyInputs, real_dtype
+from rlkernels.backends.protocol import PolicyInputs, RowBatch, real_dtype
 from rlkernels.checks import tokens as checks_tokens
-from rlkernels.logits_layout import FlatLogits, dense, flatten_logits
+from rlkernels.logits_layout import FlatLogits, dense, flatten_logits, matrix
 from rlkernels.logprobs import collect
 from rlkernels.losses.policy_arguments import column, present
-from rlkernels.losses.token_weights import TokenWeights, live_tokens, loss_weights
+from rlkernels.losses.token_weights import TokenWeights, live_tokens, loss_weights, losses_of_tokens, summed
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.packed_rows import takes_one_row
 from rlkernels.sequences import per_token
@@ -27,6 +27,7 @@ from rlkernels.types import (
     Output,
     PerToken,
     PerTokenOrSequence,
+    PolicyReduction,
     Scalar,
     SftKind,
     Targets,
@@ -49,6 +50,7 @@ def logprobs_sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
 
@@ -65,6 +67,7 @@ def logprobs_sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
 
@@ -81,11 +84,12 @@ def logprobs_sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row()
+@takes_one_row(per_token=True)
 def logprobs_sft_loss(
     logprobs: PerToken,
     mask: Mask | None = None,
@@ -97,6 +101,7 @@ def logprobs_sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Computes ``sft_loss`` from the log-probabilities of the targets: value and derivative in one launch.
@@ -108,11 +113,11 @@ def logprobs_sft_loss(
         mask: live tokens, same shape, as for ``policy_loss``; a dead token touches neither loss nor gradient, whatever
             it holds.
         kind: ``"nll"`` or ``"dft"``, as for ``sft_loss``. sample_weights, normalize_by_weight: as there.
-        aggregation, normalizers, weights, cu_seqlens: as for ``policy_loss``.
+        aggregation, normalizers, weights, cu_seqlens: as for ``policy_loss``. reduction: as for ``sft_loss``.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, {"nll": ..., "probability": ...})``,
-        means over the tokens whose weight is not 0.
+        Scalar, or one number per token, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss, {"nll": ...,
+        "probability": ...})``, means over the tokens whose weight is not 0.
 
     Raises:
         ValueError: shapes that do not match, unknown names, two sources of weights.
@@ -122,18 +127,31 @@ def logprobs_sft_loss(
         2.0
     """
     caller = "logprobs_sft_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.floating(caller, "logprobs", logprobs)
     checks.no_forward_ad(caller, logprobs)
     checks.choice(caller, "kind", kind, KINDS)
     cu_seqlens = checks_tokens.rows(caller, "logprobs", logprobs, cu_seqlens, mask)
     live = live_tokens(caller, logprobs, mask)
     weights = sft_weights(
-        caller, logprobs, live, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers
+        caller,
+        logprobs,
+        live,
+        aggregation,
+        weights,
+        sample_weights,
+        normalize_by_weight,
+        cu_seqlens,
+        normalizers,
+        reduction,
     )
     logp = dense(logprobs, real_dtype(logprobs.dtype))
-    loss, _ = ops.weighted_loss(
-        kind, logp, None, None, [], (), dense(weights, logp.dtype), None, 1.0, ops.serving("weighted_loss", logp)
-    )
+    if not summed(caller, reduction):
+        loss = weighted_sum(kind, logp, [], (), TokenWeights(weights, each=True))
+    else:
+        loss, _ = ops.weighted_loss(
+            kind, logp, None, None, [], (), dense(weights, logp.dtype), None, 1.0, ops.serving("weighted_loss", logp)
+        )
     return (loss, sft_metrics(logp, weights)) if return_metrics else loss
 
 
@@ -145,6 +163,8 @@ def sft_loss(
     *,
     kind: LogitsSftKind = "nll",
     eaft_alpha: Number | None = None,
+    asft_alpha: Number | None = None,
+    ref_logits: Logits | None = None,
     z_loss_coef: Number = 0.0,
     label_smoothing: Number = 0.0,
     temperature: Temperature = 1.0,
@@ -156,6 +176,7 @@ def sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
@@ -169,6 +190,8 @@ def sft_loss(
     *,
     kind: LogitsSftKind = "nll",
     eaft_alpha: Number | None = None,
+    asft_alpha: Number | None = None,
+    ref_logits: Logits | None = None,
     z_loss_coef: Number = 0.0,
     label_smoothing: Number = 0.0,
     temperature: Temperature = 1.0,
@@ -180,6 +203,7 @@ def sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
@@ -193,6 +217,8 @@ def sft_loss(
     *,
     kind: LogitsSftKind = "nll",
     eaft_alpha: Number | None = None,
+    asft_alpha: Number | None = None,
+    ref_logits: Logits | None = None,
     z_loss_coef: Number = 0.0,
     label_smoothing: Number = 0.0,
     temperature: Temperature = 1.0,
@@ -204,12 +230,13 @@ def sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
 
-@takes_one_row(2)
+@takes_one_row(2, per_token=True)
 def sft_loss(
     logits: Logits,
     targets: Targets,
@@ -217,6 +244,8 @@ def sft_loss(
     *,
     kind: LogitsSftKind = "nll",
     eaft_alpha: Number | None = None,
+    asft_alpha: Number | None = None,
+    ref_logits: Logits | None = None,
     z_loss_coef: Number = 0.0,
     label_smoothing: Number = 0.0,
     temperature: Temperature = 1.0,
@@ -228,6 +257,7 @@ def sft_loss(
     normalize_by_weight: bool = False,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     inplace_backward: bool = False,
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
@@ -245,9 +275,11 @@ def sft_loss(
             None alive: the loss is 0, its gradient too.
         kind: ``"nll"``: ``l = -log pi``; ``"dft"``: ``-sg[pi] log pi``, which follows a token the less, the less likely
             it is; ``"eaft"``: ``-sg[(H_20 / 3)^eaft_alpha] log pi``, ``H_20`` the entropy over the row's 20 largest
-            logits alone, so that a token of which the model is sure moves little. ASFT is ``"dft"`` and ``alpha`` times
-            ``divergence_loss`` to the reference's logits.
+            logits alone, so that a token of which the model is sure moves little; ``"asft"``: ``"dft"``, and
+            ``asft_alpha sum_t |w_t v_t| KL(ref_t || pi_t)`` over the vocabulary, which holds the model to a reference.
         eaft_alpha: for ``"eaft"``, at least 0; 1 unless given.
+        asft_alpha, ref_logits: for ``"asft"``: at least 0, 0.1 unless given; and the reference's logits, shaped like
+            ``logits``, same dtype, no gradient, under the same temperature and mask.
         z_loss_coef: at least 0. It, and a ``label_smoothing``, take a second pass over the rows for the gradient.
         label_smoothing: ``e`` in ``[0, 1]``, for ``"nll"``: ``l = -(1-e) log pi(y) - e/V sum_v log pi(v)``, over the
             mask's support.
@@ -257,25 +289,35 @@ def sft_loss(
             is exactly 0. A reward as ``v`` is rejection-sampling fine-tuning (0 or 1) or REINFORCE.
         normalize_by_weight: a mean over the ``v`` of all tokens instead: the loss times ``sum_t w_t / sum_t w_t v_t``,
             0 where that sum is 0. It takes no ``normalizers``, because the sums are those of the tokens at hand.
+        reduction: ``"none"``: the loss of each token times its ``v``, shaped like ``targets``, 0 at dead tokens; it
+            takes no aggregation, weights, normalisers and no ``normalize_by_weight``, and reads
+            each row once more for the gradient.
         inplace_backward: the backward writes the gradient over ``logits``.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, {"nll": ..., "probability": ...,
-        "entropy": ...})``, means over the tokens whose weight is not 0; with ``z_loss_coef`` also ``"z_loss"``, the
-        mean of ``Z^2``.
+        Scalar, or one number per token, fp32 (fp64 for fp64 logits); with ``return_metrics``, ``(loss, {"nll": ...,
+        "probability": ..., "entropy": ...})``, means over the tokens whose weight is not 0; with ``z_loss_coef`` also
+        ``"z_loss"``, the mean of ``Z^2``, and of ``"asft"`` ``"kl"``.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``token_logprobs``; unknown names, shapes that do not match,
-            two sources of weights; a number out of range, or one that the kind does not look at.
+            two sources of weights; a number or logits that the kind does not look at, or lacks; a number out of range;
+            ``inplace_backward`` with ``"asft"``, where two gradients meet in the logits.
 
     Example:
         >>> round(sft_loss(torch.zeros(1, 2, 4), torch.tensor([[3, -100]])).item(), 4)
         1.3863
+        >>> reference = torch.tensor([[[0.0, 0.0], [0.0, 2.0]]])
+        >>> loss = sft_loss(torch.zeros(1, 2, 2), torch.tensor([[1, 1]]), kind="asft", ref_logits=reference)
+        >>> round(loss.item(), 4)  # -0.5 log 0.5, and 0.1 times a mean KL of 0.1639
+        0.363
 
-    Wu et al. 2025, arXiv:2508.05629 (DFT); Yuan et al. 2023, arXiv:2308.01825 (RFT); LLaMA-Factory (EAFT); Chowdhery
-    et al. 2022, arXiv:2204.02311, section 5 (z-loss); Szegedy et al. 2015, arXiv:1512.00567 (label smoothing).
+    Wu et al. 2025, arXiv:2508.05629 (DFT); Yuan et al. 2023, arXiv:2308.01825 (RFT); LLaMA-Factory (ASFT, EAFT);
+    Chowdhery et al. 2022, arXiv:2204.02311, section 5 (z-loss); Szegedy et al. 2015, arXiv:1512.00567 (label
+    smoothing).
     """
     caller = "sft_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     flat = flatten_logits(caller, logits, targets, temperature, ignore_index, vocab_mask, inplace_backward)
     ignore_index = flat.rows.ignore_index
     if not flat.shape:
@@ -294,28 +336,83 @@ def sft_loss(
         and not isinstance(flat.rows.temperature, torch.Tensor)
     )
     eaft_alpha, z_loss_coef, label_smoothing = _numbers(caller, kind, eaft_alpha, z_loss_coef, label_smoothing, like)
+    asft_alpha = asft_number(caller, kind, asft_alpha, "ref_logits", ref_logits, like)
+    if ref_logits is not None:
+        checks.reference(caller, ref_logits, logits, None)
+        checks.one_device(caller, "logits", logits, ref_logits=ref_logits)
+        if inplace_backward:
+            raise ValueError(f"{caller}: kind 'asft' has two gradients of the logits; leave inplace_backward out")
     weights = flat.per_row(
         sft_weights(
-            caller, like, live, aggregation, weights, sample_weights, normalize_by_weight, cu_seqlens, normalizers
+            caller,
+            like,
+            live,
+            aggregation,
+            weights,
+            sample_weights,
+            normalize_by_weight,
+            cu_seqlens,
+            normalizers,
+            reduction,
         )
     )
     flat = flat if everywhere else flat.without(weights == 0)
     of_rows = weights.abs()  # also of the metrics, because the factor of EAFT is 0 where the model is sure
     if kind == "eaft":
         weights = torch.where(weights != 0, weights * (_top_entropies(flat) / 3.0) ** eaft_alpha, 0.0)
-    objective = "dft" if kind == "dft" else "nll"
-    if present(z_loss_coef) or present(label_smoothing):
-        return _of_statistics(
-            logits, flat, objective, weights, of_rows, z_loss_coef, label_smoothing, inplace_backward, return_metrics
+    objective = "dft" if kind in ("dft", "asft") else "nll"
+    each = not summed(caller, reduction)
+    if each or present(z_loss_coef) or present(label_smoothing):
+        weights_of = TokenWeights(weights, each=each)
+        loss, metrics = _of_statistics(
+            logits, flat, objective, weights_of, of_rows, z_loss_coef, label_smoothing, inplace_backward, return_metrics
         )
-    with_grad = (
-        torch.is_grad_enabled() and logits.requires_grad and not inplace_backward and not torch.compiler.is_compiling()
-    )
-    policy = PolicyInputs(objective, [], (), weights)
-    rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
-    if not return_metrics:
-        return rows.loss
-    return rows.loss, {**sft_metrics(rows.logp, of_rows), "entropy": mean_where_read(rows.entropy, of_rows)}
+    else:
+        with_grad = (
+            torch.is_grad_enabled()
+            and logits.requires_grad
+            and not inplace_backward
+            and not torch.compiler.is_compiling()
+        )
+        policy = PolicyInputs(objective, [], (), weights)
+        rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
+        loss, metrics = rows.loss, {}
+        if return_metrics:
+            metrics = {**sft_metrics(rows.logp, of_rows), "entropy": mean_where_read(rows.entropy, of_rows)}
+    if ref_logits is not None:
+        of_kl, values = _kl_of_reference(logits, ref_logits, flat, of_rows, each)
+        loss = loss + of_kl * asft_alpha
+        if return_metrics:
+            metrics["kl"] = mean_where_read(values, of_rows)
+    return (loss, metrics) if return_metrics else loss
+
+
+def _kl_of_reference(
+    logits: Logits, ref_logits: Logits, flat: FlatLogits, weights: Tensor, each: bool
+) -> tuple[Tensor, Tensor]:
+    """Computes ``sum_t w_t KL(ref_t || pi_t)``, or its terms, and the KL of each row, ``[T]``."""
+    rows, serving = RowBatch(*flat.rows[:5], matrix(ref_logits)), ops.serving("divergence", logits)
+    teacher = ops.Teacher(None, None, "forward_kl", 0.5)
+    if each:
+        values = ops.divergences(rows, teacher, None, False, serving).value
+        return weighted_total(weights, values, True).view(flat.shape), values
+    with_grad = torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling()
+    found = ops.divergences(rows, teacher, weights, with_grad, serving)
+    return found.loss, found.value
+
+
+def asft_number(
+    caller: str, kind: str, alpha: Number | None, name: str, reference: Tensor | None, like: Tensor
+) -> Number:
+    """Checks the number and the presence of the reference that ASFT has; ``name``: that of its argument."""
+    if kind != "asft":
+        for argument, x in (("asft_alpha", alpha), (name, reference)):
+            if x is not None:
+                raise ValueError(f"{caller}: {argument} goes with kind 'asft', got {kind!r}; leave it out")
+        return 0.0
+    if reference is None:
+        raise ValueError(f"{caller}: kind 'asft' needs {name}, those of the reference")
+    return checks.coefficient(not_negative, caller, "asft_alpha", 0.1 if alpha is None else alpha, like)
 
 
 def not_negative(caller: str, name: str, x: Number) -> float:
@@ -368,13 +465,13 @@ def _of_statistics(
     logits: Logits,
     flat: FlatLogits,
     objective: str,
-    weights: Tensor,
+    weights: TokenWeights,
     of_rows: Tensor,
     z_loss_coef: Number,
     label_smoothing: Number,
     inplace_backward: bool,
     return_metrics: bool,
-) -> Scalar | tuple[Scalar, Metrics]:
+) -> tuple[Tensor, Metrics]:
     """Computes a loss that looks at more of a row than the log-probability of its target.
 
     ``weights``: of the likelihood. ``of_rows``: of the z-loss and the metrics, never negative.
@@ -384,23 +481,27 @@ def _of_statistics(
     )
     wanted = sum(ops.FLAGS[name] for name in outputs)
     found = ops.token_stats(flat.rows, wanted, inplace_backward, ops.serving("token_stats", logits))
-    stats = collect(found, weights.shape, flat.rows.temperature, outputs, False, None)
-    loss, squares = weighted_sum(objective, stats.logprobs, [], (), TokenWeights(weights)), stats.logsumexp**2
+    each = weights.each
+    stats = collect(found, of_rows.shape, flat.rows.temperature, outputs, False, None)
+    loss, squares = weighted_sum(objective, stats.logprobs, [], (), weights), stats.logsumexp**2
     if stats.mean_logits is not None:
-        spread = weighted_total(weights, stats.logsumexp - stats.mean_logits)  # the mean of -log pi over the vocabulary
+        # The mean of -log pi over the vocabulary.
+        spread = weighted_total(weights.values, stats.logsumexp - stats.mean_logits, each)
         loss = loss * (1.0 - label_smoothing) + spread * label_smoothing
     if present(z_loss_coef):
-        loss = loss + weighted_total(of_rows, squares) * z_loss_coef
+        loss = loss + weighted_total(of_rows, squares, each) * z_loss_coef
     loss = loss.to(flat.real)
+    loss = loss.view(flat.shape) if each else loss
     if not return_metrics:
-        return loss
+        return loss, {}
     metrics = {**sft_metrics(stats.logprobs, of_rows), "entropy": mean_where_read(stats.entropy, of_rows)}
     return loss, metrics | z_metric(squares, of_rows) if present(z_loss_coef) else metrics
 
 
-def weighted_total(weights: Tensor, x: Tensor) -> Tensor:
-    """Computes ``sum_t w_t x_t``; a token of weight 0 is left out, whatever it holds."""
-    return (torch.where(weights != 0, x, 0.0) * weights).sum(dtype=torch.float64).to(x.dtype)
+def weighted_total(weights: Tensor, x: Tensor, each: bool) -> Tensor:
+    """Computes ``sum_t w_t x_t``, or its terms; a token of weight 0 is left out, whatever it holds."""
+    terms = torch.where(weights != 0, x, 0.0) * weights
+    return terms if each else terms.sum(dtype=torch.float64).to(x.dtype)
 
 
 def sft_weights(
@@ -413,9 +514,17 @@ def sft_weights(
     normalize_by_weight: bool,
     cu_seqlens: Tensor | None,
     normalizers: Normalizers | None,
+    reduction: PolicyReduction,
 ) -> Tensor:
-    """Returns the weight of each token: that of the aggregation times that of its sample."""
-    weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+    """Returns the weight of each token: that of the aggregation, 1 where nothing is summed, times its sample's."""
+    checks.flags(caller, normalize_by_weight=normalize_by_weight)
+    if not summed(caller, reduction):
+        losses_of_tokens(caller, live, aggregation, weights, normalizers)
+        if normalize_by_weight:
+            raise ValueError(f"{caller}: reduction='none' has no mean; leave out normalize_by_weight")
+        weights = live.to(real_dtype(like.dtype))
+    else:
+        weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
     if normalize_by_weight and (sample_weights is None or normalizers):
         raise ValueError(
             f"{caller}: normalize_by_weight divides by the sum of sample_weights at hand; it needs these, and no "

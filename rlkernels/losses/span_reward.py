@@ -1,5 +1,7 @@
 """The reward loss of DeepSpeed-Chat: a pair is compared at every position from its first difference on."""
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,12 @@ from rlkernels.aggregation import weights_for
 from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
-from rlkernels.types import Normalizers, OfPairs, PerPair, Scalar
+from rlkernels.losses.token_weights import TokenWeights
+from rlkernels.losses.weighted_sum import weighted_sum
+from rlkernels.sequences import means
+from rlkernels.types import Normalizers, OfPairs, PairsReduction, PerPair, Scalar
+
+REDUCTIONS = get_args(PairsReduction)
 
 
 def span_reward_loss(
@@ -19,7 +26,8 @@ def span_reward_loss(
     num_padding_at_beginning: int = 0,
     allow_first_difference: bool = False,
     normalizers: Normalizers | None = None,
-) -> tuple[Scalar, PerPair, PerPair]:
+    reduction: PairsReduction = "mean",
+) -> tuple[Scalar | PerPair, PerPair, PerPair]:
     r"""Computes the Bradley-Terry loss of a reward model that scores every token, over the span in which the answers
     differ.
 
@@ -34,6 +42,8 @@ def span_reward_loss(
             for OPT.
         allow_first_difference: pairs that differ at their first token are no error; their span begins there.
         normalizers: ``num_sequences``, ``dp_size``, ``scale`` and ``count_empty_rows`` of ``token_weights``, for pairs.
+        reduction: ``"mean"``; ``"none"``: the mean over the span of each pair, ``[B]``, 0 for an empty span. It has no
+            normalisers.
 
     Returns:
         ``(loss, chosen_scores, rejected_scores)``, fp32 (fp64 for fp64 rewards), all differentiable. The scores,
@@ -72,12 +82,18 @@ def span_reward_loss(
     allowed = checks.flag(caller, "allow_first_difference", allow_first_difference)
     real, pairs = real_dtype(rewards.dtype), (2, rows // 2, length)
     span, ends = _span(caller, input_ids.long().reshape(pairs), pad_id, skipped, allowed)
-    weights = weights_for(
-        caller, span, "seq-mean-token-mean", dtype=real, **checks_tokens.keywords(caller, normalizers)
-    )
+    checks.choice(caller, "reduction", reduction, REDUCTIONS)
+    if reduction == "none" and checks_tokens.keywords(caller, normalizers):
+        raise ValueError(f"{caller}: normalizers divide a mean; reduction 'none' takes none")
     chosen, rejected = (x.contiguous() for x in dense(rewards, real).view(pairs).unbind(0))
-    serving = ops.serving("weighted_loss", chosen)
-    loss, _ = ops.weighted_loss("pairwise", chosen, rejected, None, [], (), weights, None, 1.0, serving)
+    if reduction == "none":
+        loss = means(weighted_sum("pairwise", chosen - rejected, [], (), TokenWeights(span, each=True)), span, None)
+    else:
+        weights = weights_for(
+            caller, span, "seq-mean-token-mean", dtype=real, **checks_tokens.keywords(caller, normalizers)
+        )
+        serving = ops.serving("weighted_loss", chosen)
+        loss, _ = ops.weighted_loss("pairwise", chosen, rejected, None, [], (), weights, None, 1.0, serving)
     # Indexing, not gather, because the backward of indexing sorts, and that of gather adds by atomics.
     row = torch.arange(rows // 2, device=rewards.device)
     return loss, chosen[row, ends[0]], rejected[row, ends[1]]

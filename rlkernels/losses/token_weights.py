@@ -69,45 +69,61 @@ def live_mask(caller: str, like: Tensor, mask: Mask | None) -> Tensor | None:
     return mask if mask is None else mask.contiguous() if mask.dtype == torch.bool else (mask != 0).contiguous()
 
 
+def summed(caller: str, reduction: PolicyReduction) -> bool:
+    """Checks a reduction and tells whether the loss is a sum of its elements."""
+    checks.choice(caller, "reduction", reduction, REDUCTIONS)
+    return reduction == "aggregation"
+
+
+def _is_plain(aggregation: Aggregation, weights: PerToken | None, normalizers: Normalizers | None) -> bool:
+    """Tells whether neither weights nor an aggregation nor normalisers were asked for.
+
+    What is of another type was, so that its own check finds it.
+    """
+    return (
+        weights is None
+        and type(aggregation) is str
+        and aggregation == "token-mean"
+        and (normalizers is None or type(normalizers) is dict and not normalizers)
+    )
+
+
 def _is_token_mean(
     aggregation: Aggregation, weights: PerToken | None, cu_seqlens: Tensor | None, normalizers: Normalizers | None
 ) -> bool:
     """Tells whether the weights are those of a plain mean over the live tokens."""
-    return weights is None and aggregation == "token-mean" and not normalizers and cu_seqlens is None
+    return cu_seqlens is None and _is_plain(aggregation, weights, normalizers)
 
 
 def aggregation_of_sequences(aggregation: Aggregation, weights: PerToken | None) -> Aggregation:
     """Returns the aggregation of one loss per sequence: ``"token-mean"`` becomes the mean over sequences."""
-    return "seq-mean" if aggregation == "token-mean" and weights is None else aggregation
+    return "seq-mean" if _is_plain(aggregation, weights, None) else aggregation
 
 
 def losses_of_tokens(
     caller: str,
-    reduction: PolicyReduction,
     live: Tensor | None,
     aggregation: Aggregation,
     weights: PerToken | None,
     normalizers: Normalizers | None,
-    ratio_level: RatioLevel,
-    whole: bool,
 ) -> TokenWeights:
-    """Returns the TokenWeights of a loss that is not summed; refuses what would weigh its tokens.
-
-    ``whole``: whether a term belongs to more than a token, or has weights of its own.
-    """
-    checks.choice(caller, "reduction", reduction, REDUCTIONS)
-    if aggregation != "token-mean" or weights is not None or normalizers:
+    """Returns the TokenWeights of a loss that is not summed; refuses what would weigh its tokens."""
+    if not _is_plain(aggregation, weights, checks_tokens.keywords(caller, normalizers)):
         raise ValueError(f"{caller}: reduction='none' weighs no token; leave out aggregation, weights and normalizers")
-    if ratio_level == "sequence_sum":
-        raise ValueError(
-            f"{caller}: ratio_level='sequence_sum' has one loss per sequence; reduction must not be 'none'"
-        )
-    if whole:
-        raise ValueError(
-            f"{caller}: an objective of sequences, groups or batches, a KLTerm and an exact KL are no losses of single "
-            "tokens; reduction must not be 'none'"
-        )
     return TokenWeights(live, each=True)
+
+
+def counted_tokens(live: Tensor, weights: PerToken | None) -> Tensor:
+    """Returns the tokens of the metrics: live ones, but for those to which the caller gave the weight 0.
+
+    A factor of 0, such as a correction's, takes no token out, because trainers average over the mask of the loss.
+    """
+    return live if weights is None else live & (weights != 0)
+
+
+def losses_of_sequences(weights: TokenWeights, ratio_level: RatioLevel, unit: str) -> bool:
+    """Tells whether a loss that is not summed has one number per sequence; ``unit``: that of its objective."""
+    return weights.each and (ratio_level == "sequence_sum" or unit != "token")
 
 
 def aggregation_of_units(
@@ -152,7 +168,7 @@ def loss_weights(
     checks.one_device(caller, "logprobs", like, weights=weights)
     real = real_dtype(like.dtype)
     if weights is not None:
-        if aggregation != "token-mean" or normalizers:
+        if not _is_plain(aggregation, None, checks_tokens.keywords(caller, normalizers)):
             raise ValueError(
                 f"{caller}: weights and aggregation={aggregation!r} both decide the weights; pass one of them"
             )

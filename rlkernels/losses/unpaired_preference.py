@@ -8,11 +8,11 @@ from torch import Tensor
 from rlkernels import checks
 from rlkernels.advantages.moments import masked_moments, over_ranks
 from rlkernels.losses.policy_arguments import column
-from rlkernels.losses.preference import common_dtype, per_answer, weighted_terms
+from rlkernels.losses.preference import REDUCTIONS, common_dtype, per_answer, weighted_terms
 from rlkernels.losses.preference_options import from_zero
 from rlkernels.losses.weighted_sum import each
 from rlkernels.tracing import replaced
-from rlkernels.types import Metrics, Number, PerAnswer, Scalar, UnpairedLossType
+from rlkernels.types import Metrics, Number, PerAnswer, Reduction, Scalar, UnpairedLossType
 
 LOSS_TYPES = get_args(UnpairedLossType)
 
@@ -58,6 +58,7 @@ def unpaired_options(
 ) -> UnpairedOptions:
     """Checks the options; ``like``: a tensor of the dtype and device of the losses."""
     checks.choice(caller, "loss_type", loss_type, LOSS_TYPES)
+    checks.flags(caller, length_normalized=length_normalized)
     beta = checks.coefficient(from_zero, caller, "beta", beta, like)
     desirable_weight, undesirable_weight = (
         checks.coefficient(checks.finite, caller, name, x, like)
@@ -206,6 +207,7 @@ def unpaired_preference_loss(
     length_normalized: bool = False,
     lengths: PerAnswer | None = None,
     kl_group: "torch.distributed.ProcessGroup | None" = None,
+    reduction: Reduction = "mean",
     return_metrics: Literal[False] = False,
 ) -> Scalar: ...
 
@@ -227,6 +229,7 @@ def unpaired_preference_loss(
     length_normalized: bool = False,
     lengths: PerAnswer | None = None,
     kl_group: "torch.distributed.ProcessGroup | None" = None,
+    reduction: Reduction = "mean",
     return_metrics: Literal[True],
 ) -> tuple[Scalar, Metrics]: ...
 
@@ -248,6 +251,7 @@ def unpaired_preference_loss(
     length_normalized: bool = False,
     lengths: PerAnswer | None = None,
     kl_group: "torch.distributed.ProcessGroup | None" = None,
+    reduction: Reduction = "mean",
     return_metrics: bool,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
 
@@ -268,6 +272,7 @@ def unpaired_preference_loss(
     length_normalized: bool = False,
     lengths: PerAnswer | None = None,
     kl_group: "torch.distributed.ProcessGroup | None" = None,
+    reduction: Reduction = "mean",
     return_metrics: bool = False,
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Losses of answers that are desirable or not, without pairs: value and derivative in one launch.
@@ -297,12 +302,13 @@ def unpaired_preference_loss(
         length_normalized, lengths: ``rho / n`` instead of ``rho``, ``n`` the lengths, tokens per answer, ``[N]``;
             ``kl_logps`` are averages then, too.
         kl_group: the ranks over whose ``kl_logps`` the mean runs; each may have another number of them.
+        reduction: ``"mean"``; ``"sum"``: without the division; ``"none"``: ``w l`` of each answer, ``[N]``.
 
     Returns:
-        Scalar, fp32 (fp64 where any of the log-probabilities is). No answer gives 0. With ``return_metrics``, ``(loss,
-        dict)`` with means over each class, 0 where it has no answer: ``reward_desirable`` and ``reward_undesirable``,
-        of ``beta rho``; ``reward_margin``, their difference; ``logps_desirable`` and ``logps_undesirable``; and ``kl``
-        with ``"kto"``.
+        Scalar, or one number per answer, fp32 (fp64 where any of the log-probabilities is). No answer gives 0. With
+        ``return_metrics``, ``(loss, dict)`` with means over each class, 0 where it has no answer: ``reward_desirable``
+        and ``reward_undesirable``, of ``beta rho``; ``reward_margin``, their difference; ``logps_desirable`` and
+        ``logps_undesirable``; and ``kl`` with ``"kto"``.
 
     Raises:
         ValueError: an option out of range, unknown, or not looked at by the loss; shapes that differ; ``kl`` or
@@ -315,6 +321,7 @@ def unpaired_preference_loss(
         0.2689
     """
     caller = "unpaired_preference_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.floating(caller, "logps", logps)
     checks.no_forward_ad(caller, logps)
     per_answer(caller, "logps", logps)
@@ -334,10 +341,14 @@ def unpaired_preference_loss(
         lengths=lengths,
         kl_group=kl_group,
     )
-    margin, objective, params = _margins(caller, logps, ref_logps, desirable, options)
-    loss = weighted_terms(
-        [(1.0, objective, margin, params)], class_weights(desirable, options, like.dtype), 1.0 / max(like.numel(), 1)
-    )
+    checks.choice(caller, "reduction", reduction, REDUCTIONS)
+    if reduction == "none":
+        loss = sequence_losses(caller, logps, ref_logps, desirable, options)
+    else:
+        margin, objective, params = _margins(caller, logps, ref_logps, desirable, options)
+        share = 1.0 if reduction == "sum" else 1.0 / max(like.numel(), 1)
+        terms = [(1.0, objective, margin, params)]
+        loss = weighted_terms(terms, class_weights(desirable, options, like.dtype), share)
     if not return_metrics:
         return loss
     with torch.no_grad():

@@ -10,11 +10,22 @@ from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import column, divided, missing_column, own_names
-from rlkernels.losses.token_weights import full_mask, live_mask, token_weights_of
+from rlkernels.losses.token_weights import full_mask, live_mask, losses_of_tokens, summed, token_weights_of
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.objectives import OBJECTIVES, Objective, registered
 from rlkernels.packed_rows import is_one_row, on_one_row
-from rlkernels.types import Aggregation, Mask, Metrics, Normalizers, Number, ObjectiveLike, Offsets, PerToken, Scalar
+from rlkernels.types import (
+    Aggregation,
+    Mask,
+    Metrics,
+    Normalizers,
+    Number,
+    ObjectiveLike,
+    Offsets,
+    PerToken,
+    PolicyReduction,
+    Scalar,
+)
 
 ARGUMENTS = {"old_value": "old_values", "returns": "returns"}
 """From a column of a value objective to the argument that fills it. Any other column is a keyword of its own name."""
@@ -33,6 +44,7 @@ def value_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[False] = False,
     **params: Number | PerToken,
 ) -> Scalar: ...
@@ -51,6 +63,7 @@ def value_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: Literal[True],
     **params: Number | PerToken,
 ) -> tuple[Scalar, Metrics]: ...
@@ -69,6 +82,7 @@ def value_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool,
     **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]: ...
@@ -86,6 +100,7 @@ def value_loss(
     weights: PerToken | None = None,
     cu_seqlens: Offsets | None = None,
     normalizers: Normalizers | None = None,
+    reduction: PolicyReduction = "aggregation",
     return_metrics: bool = False,
     **params: Number | PerToken,
 ) -> Scalar | tuple[Scalar, Metrics]:
@@ -102,12 +117,12 @@ def value_loss(
         objective: the name of a registered objective with first column ``value``, or its function. Its parameters and
             its columns besides ``old_value`` and ``returns`` are further keywords, as for ``policy_loss``.
         clip_range: ``c``, > 0; also a parameter ``clip_range`` of an objective.
-        mask, aggregation, weights, cu_seqlens, normalizers: as for ``policy_loss``.
+        mask, aggregation, weights, cu_seqlens, normalizers, reduction: as for ``policy_loss``.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 values); with ``return_metrics``, ``(loss, {"clip_fraction": ..., "error": ...})``:
-        the live tokens that moved by more than ``c`` and whose clipped error is the larger one, and the mean squared
-        error. With an ``objective`` of your own the error alone.
+        Scalar, or one number per token, fp32 (fp64 for fp64 values); with ``return_metrics``, ``(loss,
+        {"clip_fraction": ..., "error": ...})``: the live tokens that moved by more than ``c`` and whose clipped error
+        is the larger one, and the mean squared error. With an ``objective`` of your own the error alone.
 
     Raises:
         ValueError: shapes that do not match, ``clip_range`` not positive or not looked at by the objective, an unknown
@@ -124,6 +139,7 @@ def value_loss(
     if cu_seqlens is not None and is_one_row(values):
         return on_one_row(value_loss, locals(), "values")
     caller = "value_loss"
+    checks.flags(caller, return_metrics=return_metrics)
     checks.floating(caller, "values", values)
     checks.no_forward_ad(caller, values)
     cu_seqlens = checks_tokens.rows(caller, "values", values, cu_seqlens, mask)
@@ -135,7 +151,10 @@ def value_loss(
             raise ValueError(missing_column(caller, entry, key, key))
         columns.append(column(caller, ARGUMENTS.get(key, key), inputs[key], values))
     live = live_mask(caller, values, mask)
-    token_weights = token_weights_of(caller, values, live, aggregation, weights, cu_seqlens, normalizers)
+    if not summed(caller, reduction):
+        token_weights = losses_of_tokens(caller, live, aggregation, weights, normalizers)
+    else:
+        token_weights = token_weights_of(caller, values, live, aggregation, weights, cu_seqlens, normalizers)
     prediction = dense(values, real_dtype(values.dtype))
     loss = weighted_sum(name, prediction, columns, settings, token_weights)
     if not return_metrics:

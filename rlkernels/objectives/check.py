@@ -128,6 +128,8 @@ def check_objective(
 
 def _points(caller: str, entry: Objective, grid: Mapping[str, Sequence[float]]) -> Tensor:
     """Returns the points of the grid as rows, one entry for each column of the objective."""
+    if not isinstance(grid, Mapping):
+        raise TypeError(f"{caller}: grid must be a dict of numbers by the names of columns, got {type(grid).__name__}")
     for name in grid:
         if name not in entry.columns:
             raise ValueError(f"{caller}: grid has {name!r}, expected columns: {', '.join(entry.columns)}")

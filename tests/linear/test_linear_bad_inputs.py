@@ -272,7 +272,7 @@ OWN = {
     ),
     "B44 dpo": (dpo, {"loss_type": "dpo"}, ValueError, "loss_type must be one of sigmoid, hinge, .*; got 'dpo'"),
     "B44 unpaired": (unpaired, {"loss_type": "sigmoid"}, ValueError, "loss_type must be one of kto, .*; got 'sigmoid'"),
-    "B44 kind": (sft, {"kind": "asft"}, ValueError, "kind must be one of nll, dft; got 'asft'"),
+    "B44 kind": (sft, {"kind": "eaft"}, ValueError, "kind must be one of nll, dft, asft; got 'eaft'"),
     "B44 ratio_level": (policy, {"ratio_level": "row"}, ValueError, "ratio_level must be one of .* got 'row'"),
     "a reference that is missing": (
         dpo,

@@ -16,6 +16,7 @@ import torch
 import torch.distributed.fsdp
 import vocab_parallel_disagreement  # noqa: F401  (its cases)
 import vocab_parallel_errors  # noqa: F401  (its cases)
+import vocab_parallel_masks  # noqa: F401  (its cases)
 import vocab_parallel_refusals  # noqa: F401  (its cases)
 from filelock import FileLock  # torch depends on it
 from paths import ROOT

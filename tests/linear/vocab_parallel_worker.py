@@ -223,6 +223,7 @@ def digest(x):
 def main(rank, ranks, rendezvous, report):
     import vocab_parallel_disagreement  # noqa: F401  (its cases)
     import vocab_parallel_errors  # noqa: F401  (its cases)
+    import vocab_parallel_masks  # noqa: F401  (its cases)
     import vocab_parallel_refusals  # noqa: F401  (its cases)
     from vocab_parallel_cases import CASES  # which is written in terms of this module
 

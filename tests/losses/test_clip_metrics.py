@@ -82,3 +82,85 @@ def test_clip_fractions_are_those_of_the_definition(name, level, backend):
     assert {key for key in metrics if key.startswith("clip")} == set(want)
     for key, x in want.items():
         assert metrics[key].item() == pytest.approx(x[m].double().mean().item(), rel=1e-6), key
+
+
+WAYS = ("policy_loss", "logits_policy_loss", "linear_policy_loss")
+COUNTED = {
+    "factors of 0": {"correction": "factors"},
+    "a mask of the rollout": {"correction": {"mode": "mask", "low": 0.8, "high": 1.2}, "rollout_logprobs": "rollout"},
+    "weights of 0": {"weights": "weights"},
+    "both": {"correction": "factors", "weights": "weights"},
+    "both, with a KL": {"correction": "factors", "weights": "weights", "ref_logprobs": "old", "kl_coef": 0.1},
+    "factors at a sequence level": {"correction": "factors", "ratio_level": "sequence"},
+    "weights at a sequence level": {"weights": "weights", "ratio_level": "sequence"},
+    "a KL term for the metric alone": {"ref_logprobs": "old", "kl": "term"},
+    "a KL term with weights": {"ref_logprobs": "old", "kl": "weighing term", "kl_coef": 0.1},
+    "an exact KL": {"ref_hidden": "ref_hidden", "kl": "reverse_kl", "kl_coef": 0.1, "weights": "weights"},
+}
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["", "bounded"])
+@pytest.mark.parametrize("what", COUNTED)
+def test_the_metrics_count_the_tokens_of_the_mask_in_every_form(what, bounded):
+    draw = torch.Generator().manual_seed(5)
+    shape = 3, 6
+
+    def normal(*sizes):
+        return torch.randn(*sizes, generator=draw, dtype=torch.float64)
+
+    hidden, weight, targets = normal(*shape, 4), normal(9, 4), torch.randint(9, shape, generator=draw)
+    mask, own = (torch.rand(shape, generator=draw) < 0.7 for _ in range(2))
+    mask[:, 0] = True
+    logits = hidden @ weight.T
+    logp = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    zeros = torch.tensor([[0, 1, 0, 1, 1, 0]] * 3).double()
+    data = {
+        "factors": zeros,
+        "weights": zeros.flip(-1) / 7,
+        "old": logp + 0.3 * normal(*shape),
+        "rollout": logp + 0.3 * normal(*shape),
+        "term": rlk.KLTerm("k2", mask=own),
+        "weighing term": rlk.KLTerm("k2", mask=own, weights=zeros),
+        "ref_hidden": hidden.flip(0),
+    }
+    options = {k: data.get(x, x) if isinstance(x, str) else x for k, x in COUNTED[what].items()}
+    if "ratio_level" in options:
+        data["old"] = logp + 0.1 * normal(*shape)
+    counted = mask & (data["weights"] != 0) if "weights" in options else mask
+    found, advantages = {}, normal(*shape)
+    for way in WAYS:
+        given = {"logits_policy_loss": (logits, targets), "linear_policy_loss": (hidden, weight, targets)}.get(
+            way, (logp,)
+        )
+        more = {}
+        if "ref_hidden" in options and way != "linear_policy_loss":
+            if way == "policy_loss":
+                continue
+            more = {"ref_logits": options["ref_hidden"] @ weight.T, "ref_hidden": None}
+        elif "ref_hidden" in options:
+            more = {"ref_weight": weight}
+        if bounded and way == "linear_policy_loss":
+            more["max_live_tokens"] = 18
+        if way == "policy_loss":
+            more["entropy"] = -(logits.log_softmax(-1) * logits.softmax(-1)).sum(-1)
+        call = {k: x for k, x in {**options, **more}.items() if x is not None}
+        _, found[way] = getattr(rlk, way)(*given, data["old"], advantages, mask, return_metrics=True, **call)
+    gap = data["old"] - logp
+    true = {"ppo_kl": gap[counted].mean(), "approx_kl": 0.5 * gap[counted].square().mean()}
+    if "ratio_level" not in options:
+        true["ratio"], true["ratio_max"] = (-gap)[counted].exp().mean(), (-gap)[counted].exp().max()
+    of_term = {"a KL term for the metric alone": own, "a KL term with weights": own & (zeros != 0)}
+    if what in of_term:
+        true["kl"] = 0.5 * gap[of_term[what]].square().mean()
+    for way, metrics in found.items():
+        for name, x in true.items():
+            torch.testing.assert_close(
+                metrics[name], x, rtol=1e-9, atol=1e-12, msg=lambda m, n=name, way=way: f"{way} {n}: {m}"
+            )
+    first = found["logits_policy_loss"]
+    for way, metrics in found.items():
+        assert metrics.keys() == first.keys(), way
+        for name, x in first.items():
+            torch.testing.assert_close(
+                metrics[name], x, rtol=1e-9, atol=1e-12, msg=lambda m, n=name, way=way: f"{way} {n}: {m}"
+            )

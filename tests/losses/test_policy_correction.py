@@ -364,15 +364,14 @@ def test_an_objective_without_old_log_probabilities_takes_factors():
 
 
 @pytest.mark.parametrize("terms", [{}, {"entropy_coef": 0.1}, {"kl_coef": 0.1}])
-def test_metrics_count_no_token_that_a_correction_kept_from_being_read(terms, backend):
+def test_metrics_count_the_tokens_that_a_correction_leaves_out(terms, backend):
     d = problem(5)
     kept = torch.rand(B, L, generator=torch.Generator().manual_seed(1)) < 0.5
-    read = d["mask"] if terms else d["mask"] & kept
     options = {"correction": kept, "ref_logprobs": d["ref"], "return_metrics": True, **terms}
     given = d["old"], d["advantages"], d["mask"]
-    _, want = rlk.policy_loss(
-        d["logp"], *given[:2], read, **{**options, "entropy": d["entropy"], "correction": kept & read}
-    )
+    _, want = rlk.policy_loss(d["logp"], *given, **{**options, "entropy": d["entropy"]})
+    ratio = (d["logp"] - d["old"]).exp()[d["mask"]]
+    torch.testing.assert_close(want["ratio"], ratio.mean(), rtol=1e-9, atol=0)
     for function, model in (
         (rlk.logits_policy_loss, (d["hidden"] @ d["head"].T,)),
         (rlk.linear_policy_loss, (d["hidden"], d["head"])),

@@ -23,6 +23,7 @@ from rlkernels.backends import native as native_backends
 from rlkernels.checks import ROW_KLS
 from rlkernels.checks.tokens import RESERVED
 from rlkernels.integrations import trl
+from rlkernels.linear import sft_loss as linear_sft
 from rlkernels.logprobs import TokenStats
 from rlkernels.losses import (
     divergence,
@@ -36,6 +37,7 @@ from rlkernels.losses import (
     reward_head,
     reward_model,
     sft,
+    span_reward,
     token_weights,
     unpaired_preference,
 )
@@ -72,9 +74,11 @@ TABLES = {
     "Aggregation": AGGREGATIONS,
     "SftKind": sft.KINDS,
     "LogitsSftKind": sft.LOGITS_KINDS,
+    "LinearSftKind": linear_sft.KINDS,
     "DivergenceKind": divergence.KINDS,
     "PairwiseKind": reward_model.KINDS,
     "Reduction": reward_model.REDUCTIONS,
+    "PairsReduction": span_reward.REDUCTIONS,
     "ScorePositions": reward_head.POSITIONS,
     "RankKind": rank_list.KINDS,
     "RankAggregation": rank_list.RANK_AGGREGATIONS,

@@ -12,7 +12,7 @@ LOSS = torch.zeros(5, 8)
 BAD = {
     "B37 unknown aggregation": (
         ValueError,
-        r"^token_weights: aggregation must be one of .*token-mean.*got 'tokenmean'",
+        r"^token_weights: mode must be one of .*token-mean.*got 'tokenmean'",
         (MASK, "tokenmean"),
         {},
     ),

@@ -469,9 +469,9 @@ CASES = {
         "f_divergence must be one of reverse_kl, .*; got 'js'",
     ),
     "B44 kind": (
-        lambda: rlk.sft_loss(X, Y, kind="asft"),
+        lambda: rlk.sft_loss(X, Y, kind="mse"),
         ValueError,
-        "sft_loss: kind must be one of nll, dft, eaft; got 'asft'",
+        "sft_loss: kind must be one of nll, dft, eaft, asft; got 'mse'",
     ),
     "B44 kind of log-probabilities": (
         lambda: rlk.logprobs_sft_loss(A, kind="mse"),

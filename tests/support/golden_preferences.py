@@ -127,10 +127,6 @@ def sft_loss(x, p):
     mode, normalizers = aggregation(p)
     options = {"aggregation": mode, "normalizers": normalizers}
     logits, labels, ignored = x["logits"][:, :-1], x["labels"][:, 1:], p.pop("ignore_index")
-    penalty = 0.0
-    if kind == "asft":  # DFT and a KL(ref || pi)
-        kind = "dft"
-        penalty = p.pop("asft_alpha") * rlk.divergence_loss(
-            logits, x["ref_logits"][:, :-1], labels != ignored, kind="forward_kl", **options
-        )
-    return {"loss": rlk.sft_loss(logits, labels, kind=kind, ignore_index=ignored, **options) + penalty}
+    if kind == "asft":
+        options |= {"asft_alpha": p.pop("asft_alpha"), "ref_logits": x["ref_logits"][:, :-1]}
+    return {"loss": rlk.sft_loss(logits, labels, kind=kind, ignore_index=ignored, **options)}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlkernels.linear.token_divergences import linear_token_divergences
+from rlkernels.linear.distillation_loss import linear_distillation_loss
 from rlkernels.linear.token_stats import linear_token_stats
 from rlkernels.logprobs import token_logprobs, token_stats
 from rlkernels.types import Output
@@ -218,7 +218,7 @@ class ChunkedDivergenceFunction:
         with torch.autocast(device, enabled=False):
             head = student_weight.to(student_hidden.dtype)
             bias = None if student_bias is None else student_bias.to(student_hidden.dtype)
-            divergence = linear_token_divergences(
+            divergence = linear_distillation_loss(
                 student_hidden,
                 head,
                 teacher_hidden.detach(),
@@ -233,6 +233,7 @@ class ChunkedDivergenceFunction:
                 kind="jsd",  # TRL's numbering, in which 0 and 1 are the forward and the reverse KL
                 beta=beta,
                 logits_dtype=logits_dtype or torch.float32,
+                reduction="none",
             )
             with torch.no_grad():
                 entropy = linear_token_stats(
