@@ -47,7 +47,8 @@ def policy_metrics(
     ``A > 0``; ``clip_fraction``: their sum, the tokens whose clipped surrogate is the smaller one. CISPO clips a weight
     whatever the advantage is, so that the ratio alone counts there. ``clip_fraction_dual``: ``rho > dual_clip`` with
     ``A < 0``, beside the others. ``clip_fraction_cap``: ``rho > ratio_cap``. An objective with a gate has
-    ``clip_fraction`` alone: the tokens with an advantage that the gate leaves out.
+    ``clip_fraction``: the tokens with an advantage that the gate leaves out. One that cuts the ratio at ``ratio_max``,
+    too, has ``clip_fraction_cap``: the other tokens whose ratio is larger.
 
     At a sequence level ``seq_clip_fraction`` and its two parts are the same as shares of the sequences with a live
     token, whatever their lengths.
@@ -78,7 +79,10 @@ def policy_metrics(
                 shares = means(clipped.to(gap.dtype), counted, cu_seqlens)
                 metrics[f"seq_{key}"] = shares.sum() / (token_counts(counted, cu_seqlens) > 0).sum().clamp(min=1)
         if name in GATES:
-            metrics["clip_fraction"] = mean(_left_out(name, logprobs.detach(), columns, params, known.get("advantage")))
+            left_out = _left_out(name, logprobs.detach(), columns, params, known.get("advantage"))
+            metrics["clip_fraction"] = mean(left_out)
+            if "ratio_max" in settings:
+                metrics["clip_fraction_cap"] = mean((1 - left_out) * (ratio > settings["ratio_max"]))
     if ref_logprobs is not None and not isinstance(kl, KLTerm):  # such a term tells its own mean
         gap = ref_logprobs - logprobs.detach()
         metrics["kl"] = mean({"k1": -gap, "k2": 0.5 * gap * gap, "k3": gap.expm1() - gap, "abs": gap.abs()}[kl])

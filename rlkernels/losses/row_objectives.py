@@ -102,14 +102,15 @@ class RowInputs(NamedTuple):
 def _gmpo(x: RowInputs) -> Tensor:
     r"""GMPO: one loss per sequence, ``-A exp(mean_t e_t)``, the geometric mean of clipped ratios.
 
-    ``e = min(d, clip(d))`` where ``A > 0``, else ``max(d, clip(d))``, with the bounds of a log-ratio. 2025,
-    arXiv:2507.20673; TRL, verl.
+    ``e = min(d, clip(d))`` where ``A > 0``, ``max(d, clip(d))`` where ``A < 0``, else 0, with the bounds of a
+    log-ratio. ``A`` of the token decides; that of the loss is its mean. 2025, arXiv:2507.20673; TRL, verl.
     """
     gap, low, high = x.gap(), x.options["clip_low"], x.options["clip_high"]
-    advantage = x.means(x.advantage())
-    good = x.spread(advantage) > 0
+    of_token = x.advantage()
+    advantage = x.means(of_token)
     # Where the bound bites the gradient is 0, because where hands none to the side that it leaves out.
-    held = torch.where(good, clamped(gap, None, high), clamped(gap, -low, None))
+    held = torch.where(of_token < 0, clamped(gap, -low, None), 0.0)
+    held = torch.where(of_token > 0, clamped(gap, None, high), held)
     columns = [torch.zeros_like(advantage), advantage]
     return weighted_sum("ppo_clip", x.means(held), columns, UNCLIPPED, x.of_sequences())
 
@@ -196,6 +197,17 @@ def _kl_cov(x: RowInputs) -> Tensor:
     return loss + weighted_sum("reinforce", gap, [-gap.detach().sign()], (), x.of_tokens(factor))
 
 
+def drawn_tokens(x: RowInputs) -> Tensor:
+    """Draws the tokens without loss of Clip-Cov; bool."""
+    options, advantage = x.options, x.advantage()
+    covariance, ratio = x.covariance(), x.gap().detach().exp()
+    held = clamped(ratio, 1.0 - options["clip_low"], 1.0 + options["clip_high"])
+    candidates = (covariance > options["clip_cov_low"]) & (covariance < options["clip_cov_high"])
+    candidates = candidates & ~(held * advantage < ratio * advantage)
+    lots = torch.rand(ratio.shape, generator=options["generator"], device=ratio.device, dtype=ratio.dtype)
+    return x.largest(torch.where(candidates, lots, -torch.inf), options["clip_cov_ratio"])
+
+
 def _clip_cov(x: RowInputs) -> Tensor:
     r"""Clip-Cov: PPO's clipped loss, and none on some tokens of a covariance in ``(clip_cov_low, clip_cov_high)``.
 
@@ -204,13 +216,7 @@ def _clip_cov(x: RowInputs) -> Tensor:
     """
     options, advantage = x.options, x.advantage()
     chosen = options["clip_cov_tokens"]
-    if chosen is None:
-        covariance, ratio = x.covariance(), x.gap().detach().exp()
-        held = clamped(ratio, 1.0 - options["clip_low"], 1.0 + options["clip_high"])
-        candidates = (covariance > options["clip_cov_low"]) & (covariance < options["clip_cov_high"])
-        candidates = candidates & ~(held * advantage < ratio * advantage)
-        lots = torch.rand(ratio.shape, generator=options["generator"], device=ratio.device, dtype=ratio.dtype)
-        chosen = x.largest(torch.where(candidates, lots, -torch.inf), options["clip_cov_ratio"])
+    chosen = drawn_tokens(x) if chosen is None else chosen
     return x.clipped_sum(advantage, torch.where(chosen, 0.0, x.weights), (options["clip_low"], options["clip_high"]))
 
 
