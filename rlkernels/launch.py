@@ -21,7 +21,7 @@ from rlkernels.integrations._after_import import after_import
 from rlkernels.integrations._patching import status
 from rlkernels.integrations._ray import hook_workers
 
-TRIGGERS = {"openrlhf": "openrlhf.models", "trl": "trl", "verl": "verl", "deepspeed_chat": "dschat"}
+TRIGGERS = {"openrlhf": "openrlhf.models", "trl": "trl", "verl": "verl", "deepspeed_chat": "dschat", "slime": "slime"}
 """The module of each host whose import is the moment to patch it."""
 NAME = "rlkernels.launch"
 

@@ -19,7 +19,7 @@ FARTHEST = 20.0
 FARTHEST_OF_SEQUENCES = (None, 10.0)
 """The same in its GSPO."""
 SMALLEST = 1e-10
-"""What verl adds to a rollout weight before its logarithm, in GMPO alone."""
+"""The number that verl adds to a rollout weight before its logarithm, in GMPO alone."""
 
 Metrics = dict[str, Tensor]
 PolicyLoss = Callable[..., tuple[Tensor, Metrics]]
