@@ -17,9 +17,9 @@ from rlkernels.sequences import broadcast_to_tokens, sequence_means
 FARTHEST = 20.0
 """The log-ratio that verl clamps to before most of its exponentials."""
 FARTHEST_OF_SEQUENCES = (None, 10.0)
-"""The same in its GSPO."""
+"""The bounds of the log-ratio in verl's GSPO."""
 SMALLEST = 1e-10
-"""The number that verl adds to a rollout weight before its logarithm, in GMPO alone."""
+"""The summand of a rollout weight before its logarithm, in verl's GMPO alone."""
 
 Metrics = dict[str, Tensor]
 PolicyLoss = Callable[..., tuple[Tensor, Metrics]]

@@ -77,7 +77,8 @@ def compute_rollout_correction_weights(
 def _bounds(caller: str, threshold: Any) -> tuple[float | None, float]:
     """Returns the lower bound, None without one, and the upper one of verl's threshold."""
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float, str)):
-        raise TypeError(f"{caller}: rollout_is_threshold must be a number or a string, got {type(threshold).__name__}")
+        got = "not a boolean" if isinstance(threshold, bool) else f"got {type(threshold).__name__}"
+        raise TypeError(f"{caller}: rollout_is_threshold must be a number or a string, {got}")
     parts = threshold.strip().split("_", 1) if isinstance(threshold, str) else [threshold]
     try:
         bounds = [float(part) for part in parts]

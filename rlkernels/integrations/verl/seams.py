@@ -104,7 +104,7 @@ def _function(home: str, name: str, ours: Callable[..., Any], outside: Outside |
 
 
 def _plan_names() -> list[Plan]:
-    """Plans new keys of the registries; a key that somebody else has taken is refused."""
+    """Returns the plans of new keys of the registries; refuses a key that somebody else has taken."""
     core = importlib.import_module(CORE)
     plans = []
     for registry, entries in (("POLICY_LOSS_REGISTRY", NAMED_LOSSES), ("ADV_ESTIMATOR_REGISTRY", NAMED_ADVANTAGES)):
