@@ -6,6 +6,9 @@
 ``MODULE`` runs as ``python -m MODULE`` does: as ``__main__``, with its own ``sys.argv`` and exit code. A host is
 patched when the program has imported it, so that a process that does not need it does not load it. Each process that
 patches says so in one line per host on stderr, and at its end how often our kernels were called.
+
+Children that the program starts by other means than Ray, such as ``multiprocessing`` with ``spawn``, are new
+interpreters and not patched; ``RLKERNELS_PATCH`` patches one that imports ``rlkernels``.
 """
 
 import argparse

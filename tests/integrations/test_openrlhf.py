@@ -71,7 +71,8 @@ def test_the_host_reads_nothing_of_a_device(version, family, monkeypatch):
     monkeypatch.setattr(ops, "serving", lambda *arguments: "triton")
     for module in (ops, register):
         monkeypatch.setattr(module, "run", lambda op, backend, *arguments: getattr(eager, op)(*arguments))
-    for case in of_family(version, family):
+    cases = of_family(version, family)
+    for case in cases[:: 5 if len(cases) > 20 else 1]:  # shapes on ``meta`` take ten times as long
         found = case.run(OURS[version], torch.float32)
         assert all(x is None or x.is_meta for x in found.values()), case.name
 
