@@ -121,7 +121,10 @@ def test_hostile_calls_raise_what_names_the_function_or_give_the_answer_of_eager
     ),
 )
 def test_an_error_of_one_percent_is_found_by_every_case(change, cases):
-    assert cases <= {finding.case for finding in run("valid", 16, *sorted(cases), change=change).findings}
+    for seeds in (4, 16):  # most show it soon
+        if cases:
+            cases = cases - {finding.case for finding in run("valid", seeds, *sorted(cases), change=change).findings}
+    assert not cases
 
 
 def test_a_crash_is_a_finding_with_its_seed_and_the_range_goes_on_behind_it():

@@ -1,14 +1,15 @@
-"""The native kernel of divergences against float64: widths around its chunks, every dtype, special values."""
+"""The native kernel of divergences against float64: widths around its chunks, every dtype, special values.
+
+``test_cpu_rows.py`` runs a part of it again on each lower instruction set.
+"""
 
 import math
 
 import pytest
-import subprocesses
 import torch
 from present_backends import native
 
 import rlkernels as rlk
-from rlkernels.backends import cpu
 
 pytestmark = native
 KINDS = {"forward_kl": {}, "reverse_kl": {}, "jsd": {"beta": 0.2}, "cross_entropy": {}}
@@ -90,15 +91,3 @@ def test_a_large_gradient_is_stored_around_the_cache_with_the_same_bits_on_two_t
         torch.set_num_threads(threads)
     for k, (alone, of_row) in zip((0, 64), one, strict=True):
         assert torch.equal(value[k : k + 1], alone) and torch.equal(gradient[k : k + 1], of_row)
-
-
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
-def test_each_lower_instruction_set_gives_the_definition(isa):
-    order = ["baseline", "avx2", "avx512"]
-    if order.index(isa) >= order.index(cpu.isa()):
-        pytest.skip(f"this machine's best is {cpu.isa()}")
-    chosen = "extremes or every_width and (jsd or forward)"
-    done = subprocesses.child(
-        "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__, "-k", chosen, RLKERNELS_CPU_ISA=isa
-    )
-    assert done.returncode == 0, done.stdout

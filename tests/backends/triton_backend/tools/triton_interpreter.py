@@ -35,6 +35,7 @@ import os
 import sys
 
 import numpy as np
+import triton_interpreter_speed
 from triton_interpreter_bf16 import BF16_NAN, bf16_to_float, float_to_bf16
 from triton_interpreter_memory import OPTIONS, REGIONS, Options, Region, touch
 
@@ -119,6 +120,7 @@ def install(**changes):
     if _interp is None:
         _interp = lib
         _patch(triton, tl, lib)
+        triton_interpreter_speed.install(lib)
     _set({**dataclasses.asdict(OPTIONS), **changes})
 
 

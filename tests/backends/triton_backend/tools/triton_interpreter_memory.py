@@ -34,6 +34,8 @@ class Region:
         dims = sorted(((st, n) for n, st in zip(t.shape, t.stride(), strict=True) if n > 1 and st > 0), reverse=True)
         self.dims, self.count = dims, t.numel()
         self.span = (sum(st * (n - 1) for st, n in dims) + 1) * self.item if self.count else 0
+        if self.span == self.count * self.item:
+            self.dims = []  # every element of the span is one of the tensor's
         inner = 1
         for st, n in reversed(dims):  # strides that overlap cannot be inverted: then only the span is checked
             if st < inner:
@@ -70,10 +72,12 @@ def touch(builder, ptrs, mask, kind):
     addresses = lanes[np.broadcast_to(mask.data, lanes.shape)].astype(np.int64).ravel()
     if not addresses.size:
         return
-    known = np.zeros(addresses.shape, bool)
+    known, lowest, highest = np.zeros(addresses.shape, bool), addresses.min(), addresses.max()
     x, y, z = builder.grid_idx
     program = 1 + x + builder.grid_dim[0] * (y + builder.grid_dim[1] * z)
     for r in REGIONS[-1]:
+        if highest < r.base or lowest >= r.base + r.span:
+            continue
         good, index = r.offsets(addresses)
         known |= good
         if OPTIONS.races and kind != "atomic" and good.any():
