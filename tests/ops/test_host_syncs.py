@@ -4,11 +4,13 @@ nothing that could be read.
 
 import pytest
 import torch
+import verl_cases
 
 import rlkernels as rlk
 from rlkernels import ops
 from rlkernels.aggregation import AGGREGATIONS
 from rlkernels.backends import eager
+from rlkernels.integrations import verl
 from rlkernels.linear import token_stats
 from rlkernels.losses.preference_types import KINDS
 from rlkernels.losses.unpaired_preference import LOSS_TYPES
@@ -544,3 +546,27 @@ def test_a_read_would_be_seen():
     ):
         with pytest.raises(Exception):  # noqa: B017  (each has its own)
             read()
+
+
+VERL = {name: case for name, case in verl_cases.cases(1).items() if not name.startswith("bypass_mode")}
+
+
+@pytest.mark.parametrize("name", VERL)
+def test_the_host_reads_nothing_under_verls_names(name):
+    """verl's own losses read three numbers per micro-batch; the index of prompts is an array of the host in verl."""
+    case = VERL[name]
+    given = {key: x.float() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in case.args.items()}
+    given = {key: x.to("meta") if torch.is_tensor(x) else x for key, x in given.items()}
+    if "index" in given:
+        given["index"] = whole(len(given["index"]))
+    if isinstance(given.get("config"), dict):
+        given["config"] = verl_cases.Config(**given["config"])
+    if case.settings is not None:
+        given["config"] = verl_cases.config_of(case)
+    for key in case.wrt:
+        given[key].requires_grad_()
+    found = getattr(verl, case.name)(**given)
+    first = found[0] if isinstance(found, tuple) else found
+    assert first.is_meta
+    if case.wrt:
+        first.sum().backward()

@@ -300,8 +300,8 @@ MUTANTS = (
     _m(
         "the clip of a geometric mean holds the other side",
         "losses/row_objectives.py",
-        "clamped(gap, None, high), clamped(gap, -low, None)",
-        "clamped(gap, -low, None), clamped(gap, None, high)",
+        "torch.where(of_token > 0, clamped(gap, None, high), held)",
+        "torch.where(of_token > 0, clamped(gap, -low, None), held)",
     ),
     _m("a group of one sign has a loss", "losses/row_objectives.py", "torch.where(both, total, 0.0)", "total"),
     _m("a gap between tokens is no distance", "losses/row_objectives.py", 'masked="zero"', 'masked="skip"'),
