@@ -219,3 +219,36 @@ def test_a_dtype_of_logits_rounds_those_of_the_head_as_trl_does():
     assert (ours - theirs).abs().max() < 2e-5
     with pytest.raises(ValueError, match="logits_dtype must be None or one of .* got torch.int8"):
         integration.patch(logits_dtype=torch.int8)
+
+
+# Seven arguments up to TRL 1.12, eight in 1.13 and 1.14; both return a pair.
+@pytest.mark.fault(110)
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_heads_of_older_versions_are_found_by_their_parameters_and_return_a_pair(biased, monkeypatch):
+    def seven(
+        ctx, last_hidden, weight, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0
+    ):
+        raise AssertionError("TRL's own head ran")
+
+    def eight(
+        ctx, last_hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0
+    ):
+        raise AssertionError("TRL's own head ran")
+
+    old = type("_ChunkedLogProbFunction", (), {"forward": staticmethod(eight if biased else seven)})
+    old.__module__ = "trl.trainer.utils"
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", old)
+    integration.patch(level="fused")
+    (hidden, weight, bias), targets = inputs()
+    of_head = (bias,) if biased else ()
+    found = utils._ChunkedLogProbFunction.apply(hidden, weight, *of_head, targets, 0.7, 64, 5.0, 0.25)
+    twins = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    expected = reference(*twins[:2], twins[2] if biased else None, targets, 0.7, 5.0, 0.25)[:2]
+    for ours, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=2e-5)
+    (found[0].sum() + found[1].sum()).backward()
+    (expected[0].sum() + expected[1].sum()).backward()
+    torch.testing.assert_close(hidden.grad.double(), twins[0].grad, rtol=1e-4, atol=2e-5)
+    assert integration.status().calls == {"fused_head": 1}
+    integration.unpatch()
+    assert utils._ChunkedLogProbFunction is old

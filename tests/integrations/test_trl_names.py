@@ -1,5 +1,8 @@
 """TRL's names as public functions of ours, against float64 formulas and against models' own logits."""
 
+import doctest
+import importlib
+
 import pytest
 import torch
 
@@ -181,3 +184,26 @@ def test_a_lora_on_the_head_moves_the_log_probabilities_and_gets_gradients():
     adapted.train()
     with pytest.raises(TypeError, match="lora_dropout=0"):
         adapted(input_ids=ids, labels=ids, fused_lm_head=True)
+
+
+@pytest.mark.fault(107)
+def test_a_model_with_a_router_keeps_the_loss_of_its_router():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True)
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, router_aux_loss_coef=0.5)).eval()
+    ids = torch.randint(3, 61, (2, 9))
+    own = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    integration.add_fused_lm_head(model)
+    ours = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True)
+    assert own.aux_loss > 0.5
+    torch.testing.assert_close(ours.aux_loss, own.aux_loss)
+    torch.testing.assert_close(ours.loss, own.loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["_patching", "trl.functions", "trl.fused_lm_head"])
+def test_the_examples_of_the_adapter_print_what_they_say(name):
+    pytest.importorskip("transformers")
+    found = doctest.testmod(importlib.import_module(f"rlkernels.integrations.{name}"), extraglobs={"torch": torch})
+    assert found.attempted >= 3 and found.failed == 0

@@ -48,9 +48,9 @@ TYPED = ROOT / "tests/repository/typed"
 FUNCTIONS = {name: f for name, f in vars(rlkernels).items() if name in rlkernels.__all__ and inspect.isfunction(f)}
 FURTHER = {
     "use_backend": rlkernels.use_backend.__init__,
-    "trl.patch": trl.patch,
-    "trl.unpatch": trl.unpatch,
-    "trl.status": trl.status,
+    **{f"trl.{name}": f for name, f in vars(trl).items() if name in trl.__all__ and inspect.isfunction(f)},
+    "trl.ChunkedLogProbFunction.apply": trl.ChunkedLogProbFunction.apply,
+    "trl.ChunkedDivergenceFunction.apply": trl.ChunkedDivergenceFunction.apply,
     **{f"trajectories.{name}": getattr(trajectories, name) for name in trajectories.__all__},
     **{f"objectives.{name}": f for name, f in functions.FUNCTIONS.items()},
     **{f"protocol.{f.__name__}": f for f in (protocol.real_dtype, protocol.presence, protocol.check_rows)},

@@ -3,7 +3,6 @@
 import ast
 import importlib
 from collections.abc import Callable, Sequence
-from importlib import util
 from pathlib import Path
 
 from rlkernels.integrations._patching import ABSENT, Host, Namespace, Plan, Site, register
@@ -121,10 +120,12 @@ def _require_source(module: str, name: str, known: Sequence[str]) -> None:
     """Refuses unless ``forward`` of a class has the parameters ``known`` in the source of a module that cannot be
     imported here.
     """
-    spec = util.find_spec(module)
-    if spec is None or spec.origin is None:
+    package, *below = module.split(".")
+    # By its path and not by importlib, which would import the package around it.
+    path = Path(importlib.import_module(package).__path__[0], *below).with_suffix(".py")
+    if not path.is_file():
         raise host.refusal(f"{module} does not exist")
-    for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ClassDef) and node.name == name:
             found = [
                 tuple(a.arg for a in f.args.args)
