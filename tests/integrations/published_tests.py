@@ -21,7 +21,9 @@ SUITES = {
         "select": f"TestEntropyFromLogits or TestSelectiveLogSoftmax or {FUSED}",
         # The reference rounds its logits to bf16 before the softmax, and so does the patch of these two.
         "rounded": ["test_backward_bfloat16"],
-    }
+    },
+    # The wheel brings its tests: CHECKOUT is the folder that it is installed into.
+    "openrlhf": {"plugin": "openrlhf_under_ours", "tests": ["tests"], "select": "", "rounded": []},
 }
 """Per suite: the plugin of tests/support that puts ours under the names, the tests, and those of them that may differ
 and must pass in the mode ``rounded`` of the plugin.

@@ -5,6 +5,7 @@ import inspect
 import sys
 import textwrap
 import types
+import zipfile
 
 import paths
 import pytest
@@ -150,6 +151,17 @@ def test_an_action_runs_once_when_the_module_has_been_executed(folder):
     after_import("late.models", lambda: seen.append(2))
     assert seen == [1, 2]
     assert inspect.getsource(sys.modules["late.models"]).strip() == "value = 1"
+
+
+def test_the_sibling_of_a_module_in_a_zip_file_does_not_trigger_its_action(folder, tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "late.zip", "w") as archive:
+        for name, text in (("__init__", ""), ("sibling", ""), ("models", "from late import sibling\nvalue = 1")):
+            archive.writestr(f"late/{name}.py", text)
+    monkeypatch.syspath_prepend(str(tmp_path / "late.zip"))
+    seen = []
+    after_import("late.models", lambda: seen.append(sys.modules["late.models"].value))
+    importlib.import_module("late.models")
+    assert seen == [1]
 
 
 def test_a_cancelled_action_does_not_run_and_the_others_do(folder):

@@ -250,6 +250,24 @@ def test_a_soft_label_that_is_ignored_counts_nowhere():
     assert found.item() == pytest.approx(loss(inputs[:, ::2], logits[:, ::2], torch.tensor([[0.3, 0.8]])).item())
 
 
+def test_the_ratio_of_the_unbiased_gradient_is_capped_at_10_and_the_value_at_10():
+    logprobs = torch.tensor([0.0, 0.0, 0.0], requires_grad=True)
+    base, old = torch.tensor([-2.0, -2.0, 100.0]), torch.tensor([-3.0, -1.0, 0.0])
+    for kind, values in (("k1", [2.0, 2.0, -10.0]), ("k2", [2.0, 2.0, 10.0]), ("k3", [1.1353353, 1.1353353, 10.0])):
+        found = openrlhf.compute_approx_kl(logprobs, base, old, kind, unbiased_gradient=True)
+        (gradient,) = torch.autograd.grad(found.sum(), logprobs)
+        assert found.tolist() == pytest.approx(values) and gradient.tolist() == pytest.approx([20.0, 5.4365637, -100.0])
+        biased = openrlhf.compute_approx_kl(logprobs, base, old, kind)
+        (gradient,) = torch.autograd.grad(biased.sum(), logprobs)
+        assert torch.equal(biased, found) and gradient[2] == 0.0 and gradient[0] != 20.0
+
+
+def test_the_smallest_variance_is_a_bound_and_not_added():
+    x, ones = torch.tensor([[0.0, 2e-5]], dtype=torch.float64), torch.ones(1, 2)
+    assert openrlhf.masked_normalize(x, ones).tolist() == [pytest.approx([-0.1, 0.1])]  # the variance is 1e-10
+    assert openrlhf.masked_normalize(1e4 * x, ones).tolist() == [pytest.approx([-1.0, 1.0], rel=1e-9)]
+
+
 def test_a_masked_token_has_no_reward():
     found = openrlhf.compute_reward(torch.ones(1), 0.5, torch.ones(1, 3), torch.tensor([[1, 1, 0]]))
     assert found.tolist() == [[-0.5, 0.5, 0.0]]

@@ -97,7 +97,7 @@ def policy_cases(first_seed):
     for kind, correction, dual, level, totals in itertools.product(
         ("ppo", "gspo"), corrections, (None, 2.0), (True, False), (False, True)
     ):
-        if kind == "gspo" and (level or len(correction) > 1 and "clip" not in correction.values()):
+        if kind == "gspo" and (not level or len(correction) > 1 and "clip" not in correction.values()):
             continue  # the options of the gate are not looked at, and the level is that of sequences
         seed += 1
         options = {"policy_loss_type": kind, "dual_clip": dual, "token_level_loss": level, **correction}

@@ -58,11 +58,6 @@ def stub_what_is_missing():
     sys.meta_path.append(Stubs(absent))
 
 
-def pytest_configure(config):
-    """This module is a plugin of ``published_openrlhf.py``, too."""
-    stub_what_is_missing()
-
-
 @contextlib.contextmanager
 def uncompiled():
     """``compute_entropy`` compiles at import, and a C++ compiler may be missing."""

@@ -115,9 +115,8 @@ def compute_approx_kl(
     checks.choice(caller, "kl_estimator", kl_estimator, KL_ESTIMATORS)
     for name, x in (("log_probs", log_probs), ("log_probs_base", log_probs_base)):
         checks.floating(caller, name, x)
+    # Without the bound of -10 on d that OpenRLHF has for k3, because the value is clamped there, with a slope of 0.
     options: dict[str, Any] = {"value_clamp": KL_CLAMP}
-    if kl_estimator == "k3":
-        options["diff_clamp"] = (-KL_CLAMP, None)
     if unbiased_gradient:
         options |= {"gradient": "k2", "ratio_weighted": True, "ratio_cap": KL_RATIO_CAP}
         options["old_logprobs"] = None if log_probs_old is None else log_probs_old.float()
