@@ -5,6 +5,8 @@ import pytest
 
 pytest.register_assert_rewrite("reference")  # before anything imports it
 
+import longest_first  # noqa: E402
+from paths import TESTS  # noqa: E402
 from present_backends import PRESENT  # noqa: E402
 
 from rlkernels.backends import use_backend  # noqa: E402
@@ -13,6 +15,11 @@ from rlkernels.backends import use_backend  # noqa: E402
 # is tested.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # one of several workers
+        longest_first.order(items, TESTS)
 
 
 @pytest.fixture(params=PRESENT)

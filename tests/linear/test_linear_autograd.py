@@ -316,7 +316,7 @@ def test_one_graph_for_every_length_and_number(name, dtype):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(COMPILED[name], fullgraph=True, backend=counter, dynamic=True)
-    for length, t in ((3, 0.5), (4, 0.6), (5, 0.7), (6, 0.8), (7, 0.9)):
+    for length, t in ((3, 0.5), (4, 0.6), (7, 0.9)):  # one more than the graphs that may be made
         d, found = state(dtype, (4, length), seed=length), []
         for function in (compiled, COMPILED[name]):
             operands = own(d, bias=False)[:2]

@@ -53,3 +53,13 @@ def test_a_global_count_of_zero_gives_live_tokens_the_weight_zero(mode, name, to
 def test_a_count_of_zero_that_no_host_reads_gives_live_tokens_the_weight_zero(mode, name):
     weights = torch.compile(rlk.token_weights, backend="eager", fullgraph=True)
     assert not weights(torch.ones(2, 3), mode, **{name: torch.tensor(0)}).any()
+
+
+def test_a_row_without_weight_has_no_gradient_whatever_its_divergence(backend):
+    x, y = torch.randn(2, 3, 37, generator=torch.Generator().manual_seed(2))
+    x[1, 4] = torch.nan
+    for kind in ("forward_kl", "reverse_kl", "jsd", "cross_entropy"):
+        leaf = x.clone().requires_grad_()
+        value = rlk.token_divergences(leaf, y, kind=kind)
+        (gradient,) = torch.autograd.grad(value, leaf, torch.tensor([1.0, 0.0, 2.0]))
+        assert value[1].isnan() and (gradient[1] == 0).all() and gradient[[0, 2]].any(-1).all()

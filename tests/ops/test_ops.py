@@ -302,7 +302,7 @@ def test_one_graph_for_every_length_and_number(name, backend):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(COMPILED[name], fullgraph=True, backend=counter, dynamic=True)
-    for length, t in ((3, 0.5), (4, 0.6), (5, 0.7), (6, 0.8), (7, 0.9)):
+    for length, t in ((3, 0.5), (4, 0.6), (7, 0.9)):  # one more than the graphs that may be made
         x = torch.randn(2, length, V, generator=torch.Generator().manual_seed(length), requires_grad=True)
         y = torch.randint(V, (2, length), generator=torch.Generator().manual_seed(length))
         got, want = compiled(x, y, t), COMPILED[name](x, y, t)

@@ -6,10 +6,12 @@ import ast
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import longest_first
 import pytest
 import subprocesses
-from paths import ROOT
+from paths import ROOT, TESTS
 
 import rlkernels
 from rlkernels.cli.doctor import ENVIRONMENT
@@ -259,10 +261,17 @@ def python(code, **variables):
     return done.stdout
 
 
+def test_the_files_that_workers_start_with_come_first_and_are_there():
+    at = [SimpleNamespace(path=TESTS / name) for name in ("ops/test_ops.py", longest_first.LONGEST[1], "conftest.py")]
+    in_order = [at[1], at[0], at[2]]
+    longest_first.order(at, TESTS)
+    assert at == in_order and all((TESTS / name).exists() for name in longest_first.LONGEST)
+
+
 def test_import_adds_less_than_100_ms_to_torch(tmp_path):
-    # Processor time, best of five: the cost of the import, not of what else the machine is doing (46 ms alone, 114 ms
-    # of wall time beside two busy processes on two cores). The first one compiles, since an installed package is
-    # compiled, too.
+    # Processor time, best of up to six: the cost of the import, not of what else the machine is doing (46 ms alone, 114
+    # ms of wall time beside two busy processes on two cores). The first one compiles, since an installed package is
+    # compiled, too. The best cannot rise, so the first below the bound ends the search.
     compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": tmp_path}
     # Collected before: a pass over all of torch's objects is due sooner or later, and takes 87 ms where it falls into
     # our import (Python 3.13, torch 2.14).
@@ -275,7 +284,9 @@ def test_import_adds_less_than_100_ms_to_torch(tmp_path):
         import rlkernels
         print(time.process_time() - start)
     """
-    times = [float(python(code, **compiled)) for _ in range(6)]
+    times = []
+    while len(times) < 6 and not (times and min(times) < 0.1):
+        times.append(float(python(code, **compiled)))
     assert min(times) < 0.1, f"import rlkernels takes {min(times) * 1e3:.0f} ms on top of import torch"
 
 

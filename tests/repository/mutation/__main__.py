@@ -24,6 +24,7 @@ sys.path.insert(0, str(HERE))
 
 import cpu_mutants  # noqa: E402
 import cuda_mutants  # noqa: E402
+import divergence_mutants  # noqa: E402
 import head_mutants  # noqa: E402
 import python_mutants  # noqa: E402
 import triton_mutants  # noqa: E402
@@ -32,11 +33,11 @@ from tree import Tree  # noqa: E402
 
 ROOT = HERE.parents[2]
 LISTS = {
-    "cpu": cpu_mutants.MUTANTS,
+    "cpu": cpu_mutants.MUTANTS + divergence_mutants.CPU,
     "cuda": cuda_mutants.MUTANTS,
-    "triton": triton_mutants.MUTANTS,
+    "triton": triton_mutants.MUTANTS + divergence_mutants.TRITON,
     "compiled": triton_mutants.COMPILED,
-    "python": python_mutants.MUTANTS,
+    "python": python_mutants.MUTANTS + divergence_mutants.PYTHON,
     "head": head_mutants.MUTANTS,
 }
 BAR = 0.95
