@@ -71,6 +71,10 @@ SLICE = {
 WIDE = {
     **SLICE,
     **{f"dpo/{t}, {d}": {"loss_type": [t], "f_divergence_type": d} for t in DPO_TYPES for d in DIVERGENCES},
+    **{
+        f"dpo/exo_pair, {d}": {"loss_type": ["exo_pair"], "f_divergence_type": d, "label_smoothing": 1e-3}
+        for d in DIVERGENCES
+    },
     "dpo/LoRA": {"peft": True},
     **{
         f"grpo/{t}, {level}, beta {beta}": {
