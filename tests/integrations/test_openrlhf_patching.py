@@ -206,6 +206,7 @@ def test_an_experience_maker_imported_after_unpatch_stays_as_it_is(host):
     assert maker.RemoteExperienceMaker().get_cumulative_returns(ONES, ONES, 1.0) == "stock"
 
 
+@pytest.mark.fault(108)
 def test_patching_twice_is_patching_once(host):
     first = openrlhf.patch()
     held = host.get("models.utils").masked_mean
