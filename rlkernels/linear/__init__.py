@@ -5,6 +5,6 @@ and ``unpaired_preference_loss``. Each of them checks its head once (``head.line
 chunk (``projection``). Files by layer, lowest first; a file imports from the layers to its left:
 
     matmul, memory, chunking, rank_agreement < vocab_parallel < head < projection < gradients < sequence_chunks
-    < chunked_loss < token_loss, token_stats < answers, sequence_loss, distillation_loss < policy_loss, sft_loss,
-    preference_loss, unpaired_preference_loss
+    < chunked_loss < token_loss, token_stats < answers, sequence_loss, distillation_loss < exact_kl < policy_loss,
+    sft_loss, preference_loss, unpaired_preference_loss
 """

@@ -204,9 +204,12 @@ def sft_loss_of_rows(trial):
     everywhere = batch.live[..., None].expand(*batch.shape, vocab)
     x = leaf(draw.with_garbage(draw.normal((*batch.shape, vocab), dtype, 2), everywhere))
     targets = torch.where(batch.live, draw.integers(0, vocab, batch.shape), -100)
-    kind, z = draw.choice(("nll", "dft", "eaft")), draw.choice((0.0, 0.1))
+    kind, z = draw.choice(("nll", "dft", "eaft", "asft")), draw.choice((0.0, 0.1))
     smoothing = draw.choice((0.0, 0.2, 1.0)) if kind == "nll" else 0.0
     more = {"eaft_alpha": draw.choice((0.5, 1.0))} if kind == "eaft" else {}
+    if kind == "asft":
+        ref = draw.with_garbage(draw.normal((*batch.shape, vocab), dtype, 2), everywhere)
+        more = {"asft_alpha": 0.3, "ref_logits": ref}
     loss = trial.call(
         "sft_loss",
         x,
@@ -223,8 +226,11 @@ def sft_loss_of_rows(trial):
     logp = torch.log_softmax(rows, -1)
     target = logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     losses = -(1 - smoothing) * target - smoothing * logp.mean(-1)
-    if kind == "dft":
+    if kind in ("dft", "asft"):
         losses = oracles.dft(target)
+    if kind == "asft":
+        reference = torch.log_softmax(torch.where(batch.live[..., None], wide(ref).detach(), 0.0), -1)
+        losses = losses + 0.3 * (reference.exp() * (reference - logp)).sum(-1)
     if kind == "eaft":
         top = torch.log_softmax(rows.detach().topk(min(20, vocab)).values, -1)
         losses = -((-(top.exp() * top).sum(-1) / 3) ** more["eaft_alpha"]) * target

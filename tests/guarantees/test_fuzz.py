@@ -54,6 +54,12 @@ WITHOUT_GRADIENT = {
 ONE_AGAINST_ANOTHER = {"row_alone"}
 """Compares two of our own results, so a change of both is not seen."""
 ELSEWHERE = {"process_group", "vocab_start", "kl_group"}  # several processes: test_vocab_parallel
+NOT_SUMMED = (
+    "value_loss logprobs_sft_loss sft_loss linear_sft_loss divergence_loss linear_distillation_loss "
+    "process_reward_loss span_reward_loss rank_list_loss unpaired_preference_loss linear_unpaired_preference_loss"
+).split()
+"""Functions whose ``reduction="none"`` has its own test of all losses: test_losses_not_summed."""
+OF_A_REFERENCE = {"linear_sft_loss": {"asft_alpha", "ref_hidden", "ref_weight", "ref_bias"}}  # there, too
 
 
 def run(kind, end, *cases, change=None):
@@ -101,6 +107,8 @@ def never_given(functions, pairs):
         keywords = {
             p.name for p in inspect.signature(getattr(rlkernels, name)).parameters.values() if p.kind == p.KEYWORD_ONLY
         } - ELSEWHERE
+        keywords -= {"reduction"} if name in NOT_SUMMED else set()
+        keywords -= OF_A_REFERENCE.get(name, set())
         found[name] = keywords - {pair.split()[1] for pair in pairs if pair.split()[0] == name}
     return {name: keywords for name, keywords in found.items() if keywords}
 

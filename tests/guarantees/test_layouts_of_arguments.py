@@ -40,7 +40,7 @@ OTHERS = set(
     max_length buffer factor coef low high reduction positions pad_id prompt_length num_padding_at_beginning
     allow_first_difference placeholder_id diff_clamp value_clamp gradient ratio_weighted ratio_detached ratio_cap
     stop_gradient grid tolerance tensors pad_to num_tokens fill padding moments parts level gate gate_level
-    batch_normalize batch_mean nan_ratio rules threshold count normalize_by_weight eaft_alpha z_loss_coef
+    batch_normalize batch_mean nan_ratio rules threshold count normalize_by_weight eaft_alpha asft_alpha z_loss_coef
     dpop_lambda rpo_eta tpo_alpha num_pairs num_chosen_tokens num_gold_tokens kl_group fraction top_entropy_fraction
     mask_low mask_high clamp_low clamp_high log_ratio_clamp ratio_denominator log_ratio_sq_coef
 """.split()

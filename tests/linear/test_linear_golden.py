@@ -25,21 +25,18 @@ def head_of(logp, live):
 
 def policy_loss(logp, old, advantages, mask=None, **options):
     live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask != 0
-    found = rlk.linear_policy_loss(*head_of(logp, live), old, advantages, mask, chunk_tokens=3, **options)
-    if "correction" in options and isinstance(found, tuple):
-        # A token of factor 0 enters no matmul, so that no metric of a head counts it.
-        return found[0], {}
-    return found
+    return rlk.linear_policy_loss(*head_of(logp, live), old, advantages, mask, chunk_tokens=3, **options)
 
 
 def logprobs_sft_loss(logp, mask=None, **options):
     return rlk.linear_sft_loss(*head_of(logp, mask != 0), mask, chunk_tokens=3, **options)
 
 
-def sft_loss(logits, targets, **options):
-    return rlk.linear_sft_loss(
-        logits, torch.eye(logits.shape[-1], dtype=logits.dtype), targets, chunk_tokens=3, **options
-    )
+def sft_loss(logits, targets, *, ref_logits=None, **options):
+    columns = torch.eye(logits.shape[-1], dtype=logits.dtype)
+    if ref_logits is not None:
+        options |= {"ref_hidden": ref_logits, "ref_weight": columns}
+    return rlk.linear_sft_loss(logits, columns, targets, chunk_tokens=3, **options)
 
 
 def token_stats(logits, targets, *, vocab_mask=None, **options):

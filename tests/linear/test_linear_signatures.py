@@ -19,8 +19,8 @@ COUNTERPARTS = {
     "linear_unpaired_preference_loss": "unpaired_preference_loss",
 }
 """Each function, and the one whose keywords it has besides those of the head."""
-NO_TARGETS_AND_NO_SHARDS = {"ignore_index", "process_group", "vocab_start"}
-"""Options of the head that ``linear_distillation_loss`` has no use for, or does not offer."""
+NO_TARGETS = {"ignore_index"}
+"""Options of the head that ``linear_distillation_loss`` has no use for."""
 MADE_FROM_THE_HEAD = {"entropy"}
 OF_LOGITS = {"temperature", "ignore_index", "vocab_mask", "ref_logits", "kl", "inplace_backward"}
 
@@ -40,8 +40,8 @@ def test_every_option_of_the_head_is_spelled_with_the_same_default(function):
     assert list(options) == list(HeadOptions.__annotations__) and len(options) == 13
     found = keywords(function)
     if function == "linear_distillation_loss":
-        options = {name: default for name, default in options.items() if name not in NO_TARGETS_AND_NO_SHARDS}
-        assert not set(found) & NO_TARGETS_AND_NO_SHARDS
+        options = {name: default for name, default in options.items() if name not in NO_TARGETS}
+        assert not set(found) & NO_TARGETS
     assert {name: found.get(name, "absent") for name in options} == options
     assert [name for name in found if name in options] == list(options)  # in one order too
 
@@ -57,7 +57,8 @@ def test_the_other_keywords_are_those_of_the_same_loss_without_a_head(function):
     references = of_pairs if function == "linear_dpo_loss" else {}
     if function == "linear_policy_loss":
         references |= {"ref_hidden": None, "ref_weight": None, "ref_bias": None}
-    references |= {"z_loss_coef": 0.0} if function == "linear_sft_loss" else {}
+    if function == "linear_sft_loss":
+        references = {"z_loss_coef": 0.0, "asft_alpha": None, "ref_hidden": None, "ref_weight": None, "ref_bias": None}
     packing = {"cu_seqlens": None} if function.endswith(("dpo_loss", "unpaired_preference_loss")) else {}
     teacher = (
         {"teacher_bias": None, "teacher_softcap": None, "teacher_logit_scale": 1.0}

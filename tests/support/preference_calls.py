@@ -31,6 +31,20 @@ def calls(rlk):
             sample_weights=d["advantages"],
             normalize_by_weight=True,
         ),
+        "sft_loss of a reference": lambda d: rlk.sft_loss(
+            d["logits"], d["targets"], d["mask"], kind="asft", ref_logits=d["ref_logits"], vocab_mask=d["columns"]
+        ),
+        "linear_sft_loss of a reference": lambda d: rlk.linear_sft_loss(
+            d["hidden"],
+            d["weight"],
+            d["targets"],
+            d["mask"],
+            kind="asft",
+            bias=d["bias"],
+            ref_hidden=d["teacher_hidden"],
+            ref_weight=d["teacher_head"],
+            ref_bias=d["teacher_bias"],
+        ),
         "best_of_n": lambda d: rlk.best_of_n(d["pair_c"], d["groups"]),
         "wpo_weights": lambda d: rlk.wpo_weights(
             d["values"].view(-1), d["mask"].view(-1), log_sum_sq_probs=d["old"].view(-1), cu_seqlens=d["answers"]
