@@ -235,3 +235,14 @@ def test_a_description_names_every_function_and_note(name):
     text = presets.describe(name)
     assert text.startswith(name) and all(key in text for key in presets.PRESETS[name].settings)
     assert all(note in text for note in presets.PRESETS[name].notes)
+
+
+def test_the_sequence_ratio_of_openrlhf_has_no_clamp():
+    """OpenRLHF 0.11.2 clamps the log-ratio of PPO to 20 and leaves that of GSPO as it is."""
+    new, old, advantages = torch.tensor([[24.0, 26.0]]), torch.zeros(1, 2), torch.tensor([-1.0])
+    loss = {
+        variant: rlk.policy_loss(new, old, advantages, **presets.settings("openrlhf-0.11", "policy_loss", variant))
+        for variant in (None, "gspo")
+    }
+    torch.testing.assert_close(loss["gspo"].double(), torch.tensor(25.0).double().exp(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss[None].double(), torch.tensor(20.0).double().exp(), rtol=1e-6, atol=0)
