@@ -23,7 +23,7 @@ REFUSED = {
 """Modules around a model that we do not look into, and what to do."""
 
 deferring: ContextVar[bool] = ContextVar("rlkernels_deferring", default=False)
-"""Whether heads that have our forward defer their logits now."""
+"""The switch of all heads that have our forward: they defer their logits while it is on."""
 
 
 def unwrapped(caller: str, model: nn.Module) -> nn.Module:

@@ -78,7 +78,7 @@ class RewardModel(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The base's configuration."""
+        """Returns the configuration of the base."""
         return self.base.config
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
