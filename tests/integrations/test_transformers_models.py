@@ -1,0 +1,249 @@
+"""Models of transformers against their own logits, plain torch, and ``Trainer`` against itself without us."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_DISABLED="true")
+transformers = pytest.importorskip("transformers")
+
+import rlkernels  # noqa: E402
+from rlkernels.integrations import transformers as ours  # noqa: E402
+from rlkernels.integrations.transformers import deferred_logits  # noqa: E402
+
+SMALL = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+GPT = dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+MODELS = {
+    "Llama": SMALL,
+    "Qwen2": SMALL,
+    "Qwen3": SMALL,
+    "Gemma2": {**SMALL, "final_logit_softcapping": 1.5},
+    "Gemma3": {**SMALL, "final_logit_softcapping": 2.5},
+    "Cohere": {**SMALL, "logit_scale": 0.3},
+    "Granite": {**SMALL, "logits_scaling": 3.0},
+    "GPTJ": {**GPT, "rotary_dim": 4},
+    "GPT2": GPT,
+    "Phi": SMALL,
+    "FalconH1": {
+        **SMALL,
+        "lm_head_multiplier": 0.4,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+    "Mpt": dict(vocab_size=97, d_model=32, n_layers=1, n_heads=4),
+}
+
+
+def build(name="Llama", **more):
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    suffix = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    torch.manual_seed(0)
+    model = getattr(transformers, name + suffix)(config(**MODELS[name], **more))
+    with torch.no_grad():  # far from uniform, or a softcap would not be noticed
+        for p in model.parameters():
+            p.mul_(3) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def batch(side):
+    ids, mask = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(1)), torch.ones(2, 9).long()
+    mask[0, slice(0, 3) if side == "left" else slice(6, 9)] = 0
+    return ids, mask
+
+
+def own_logprobs(model, ids, mask, **more):
+    logits = model(input_ids=ids, attention_mask=mask, **more).logits[:, :-1].float()
+    logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return torch.where((mask[:, 1:] * mask[:, :-1]).bool(), logp, 0.0)
+
+
+def gradients(loss, model):
+    return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+
+def assert_same_training(model, ids, mask, factor=1.0, tolerance=1e-5):
+    expected, found = own_logprobs(model, ids, mask), ours.token_logprobs(model, ids, mask) * factor
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    weights = torch.linspace(-1, 1, found.numel()).view_as(found)
+    expected, found = gradients((expected * weights).sum(), model), gradients((found * weights).sum(), model)
+    assert any(g is not None for g in found)
+    for a, b in zip(found, expected, strict=True):
+        if b is None:
+            assert a is None
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=20 * tolerance)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probabilities_and_gradients_are_those_of_the_models_own_logits(name, side):
+    assert_same_training(build(name), *batch(side))
+
+
+def test_one_percent_of_error_is_noticed():
+    with pytest.raises(AssertionError):
+        assert_same_training(build(), *batch("left"), factor=1.01)
+
+
+def test_tied_weights_get_the_gradients_of_both_uses():
+    model = build(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_same_training(model, *batch("right"))
+
+
+def test_under_autocast_the_head_sees_16_bits():
+    model, (ids, mask) = build(), batch("left")
+    with torch.autocast("cpu", torch.bfloat16):
+        head = ours.hidden_and_head(model, input_ids=ids, attention_mask=mask)
+        found, expected = ours.token_logprobs(model, ids, mask), own_logprobs(model, ids, mask)
+    assert head.hidden.dtype == head.weight.dtype == torch.bfloat16 and found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)  # the model rounds its logits
+
+
+def test_no_logits_of_all_tokens_are_made_and_the_head_is_as_before():
+    model, (ids, mask) = build(), batch("left")
+    head = ours.hidden_and_head(model, input_ids=ids, attention_mask=mask, check=True)
+    assert isinstance(head.outputs.logits, ours.DeferredLogits) and head.outputs.logits.shape == (2, 9, 97)
+    assert "forward" not in vars(model.lm_head)
+    loss = rlkernels.linear_sft_loss(**head, targets=rlkernels.shift_targets(ids))
+    torch.testing.assert_close(loss, model(ids, attention_mask=mask, labels=ids).loss)
+
+
+def test_check_notices_another_factor(monkeypatch):
+    model, (ids, mask) = build("Granite"), batch("left")
+    scaled = deferred_logits.DeferredLogits._scaled
+    monkeypatch.setattr(deferred_logits.DeferredLogits, "_scaled", lambda self, n, x, at: scaled(self, n, x * 2, at))
+    with pytest.raises(RuntimeError, match="differ from those of its own logits"):
+        ours.hidden_and_head(model, input_ids=ids, attention_mask=mask, check=True)
+
+
+def test_an_unknown_step_behind_the_head_is_refused_by_name():
+    class Strange(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = outputs.logits.masked_fill(torch.zeros(97).bool(), 0.0)
+            return outputs
+
+    with pytest.raises(AttributeError, match="Strange.*masked_fill"):
+        ours.token_logprobs(Strange(transformers.LlamaConfig(**SMALL)), batch("left")[0])
+
+
+def test_refusals():
+    model, ids = build(), batch("left")[0]
+    with pytest.raises(TypeError, match="labels"):
+        ours.hidden_and_head(model, input_ids=ids, labels=ids)
+    with pytest.raises(TypeError, match="no output embedding"):
+        ours.hidden_and_head(model.model, input_ids=ids)
+    sizes = dict(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    with pytest.raises(TypeError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        ours.token_logprobs(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), ids)
+    model.lm_head.forward = lambda x: x
+    with pytest.raises(RuntimeError, match="was replaced"):
+        ours.attach(model)
+    del model.lm_head.forward
+    model.lm_head.register_forward_hook(lambda head, _, out: setattr(head.weight, "data", torch.empty(0)))
+    with pytest.raises(RuntimeError, match="GatheredParameters"):  # as ZeRO-3 leaves it
+        ours.hidden_and_head(model, input_ids=ids)
+
+
+def test_lora_on_the_head_changes_log_probabilities_and_gets_gradients():
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model = peft.get_peft_model(build(), peft.LoraConfig(target_modules=["lm_head", "q_proj"], lora_dropout=0.0))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3)
+    ids, mask = batch("left")
+    with model.disable_adapter():
+        plain = ours.token_logprobs(model, ids, mask)
+    found, expected = ours.token_logprobs(model, ids, mask), own_logprobs(model, ids, mask)
+    assert (found - plain).abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for a, b in zip(*(torch.autograd.grad((x**2).sum(), trained) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def train(tmp_path, how):
+    """Two SGD steps of two micro-batches of different lengths: the losses, gradient norms and parameters."""
+    model = build(hidden_act="silu")
+    rows = [batch("left")[0][i % 2] for i in range(8)]
+    data = [{"input_ids": r, "labels": torch.where(torch.arange(9) < 2 + i % 6, r, -100)} for i, r in enumerate(rows)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=0.1,
+        optim="sgd",
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    function = {"function": ours.compute_loss_func, "both": ours.compute_loss_func}.get(how)
+    if how in ("attach", "both"):
+        ours.attach(model)
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, compute_loss_func=function)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+    assert len(logs) == 2
+    numbers = [log[key] for log in logs for key in ("loss", "grad_norm")]
+    return torch.tensor(numbers), torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("stock"), "stock")
+
+
+@pytest.mark.parametrize("how", ["attach", "function", "both"])
+def test_trainer_with_gradient_accumulation_trains_as_the_stock_one(how, tmp_path, stock):
+    before = sum(ours.attached.host.calls.values())
+    numbers, parameters = train(tmp_path, how)
+    assert sum(ours.attached.host.calls.values()) - before == (0 if how == "function" else 4)
+    torch.testing.assert_close(numbers, stock[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(parameters, stock[1], rtol=1e-4, atol=1e-5)
+
+
+def test_trainer_with_one_percent_of_error_is_noticed(tmp_path, stock, monkeypatch):
+    right = deferred_logits.linear_sft_loss
+    monkeypatch.setattr(deferred_logits, "linear_sft_loss", lambda *a, **k: 1.01 * right(*a, **k))
+    numbers, _ = train(tmp_path, "attach")
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(numbers, stock[0], rtol=1e-4, atol=0)
+
+
+def test_a_reward_model_scores_as_the_sequence_classifier_and_comes_back_from_a_folder(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL, num_labels=1)
+    classifier = transformers.LlamaForSequenceClassification(config)
+    ids, mask = batch("right")
+    ids = torch.where(mask.bool(), ids, 0)
+    model = ours.RewardModel(classifier)
+    expected = classifier(input_ids=ids, attention_mask=mask).logits[:, 0]
+    torch.testing.assert_close(model(ids, mask), expected, rtol=1e-5, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    again = ours.RewardModel.from_pretrained(tmp_path)
+    assert torch.equal(again(ids, mask), model(ids, mask))
+    values = again(ids, mask, positions="all")
+    assert values.shape == (2, 9) and torch.equal(values[0, -1], torch.tensor(0.0))
+    torch.testing.assert_close(values[1, -1], expected[1], rtol=1e-5, atol=1e-6)
