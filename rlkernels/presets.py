@@ -70,7 +70,8 @@ PRESETS: dict[str, Preset] = {
         "OpenRLHF 0.11.2",
         {
             "policy_loss": CLAMPED | {"aggregation": "token-mean"},
-            "policy_loss/gspo": PPO | {"ratio_level": "sequence", "aggregation": "seq-mean-token-mean"},  # no clamp there
+            "policy_loss/gspo": PPO
+            | {"ratio_level": "sequence", "aggregation": "seq-mean-token-mean"},  # no clamp there
             "policy_loss/kl": CLAMPED
             | {"aggregation": "token-mean", "kl": KLTerm("k3", diff_clamp=(-10.0, None), value_clamp=10.0)},
             "kl_estimate": {"kind": "k3", "diff_clamp": (-10.0, None), "value_clamp": 10.0},
