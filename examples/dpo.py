@@ -1,0 +1,138 @@
+"""DPO from hidden states: pairs of answers, a reference, and no logits in memory.
+
+    pip install transformers
+    python examples/dpo.py
+    python examples/dpo.py --quick     # a few steps, which learn nothing yet
+
+The prompt is a bag of words, and the answer repeats it. People prefer answers in the order of the alphabet, and the
+supervised model writes the words in any order. So each pair has one answer in order and one out of order, of the same
+words. DPO makes the first kind likelier than under the reference, and the second kind less likely, without a reward
+model and without sampling.
+
+``linear_dpo_loss`` takes the hidden states of both answers and the matrix of the head. It multiplies a chunk of tokens
+at a time, and only tokens of answers: here a third of them are those of prompts.
+"""
+
+import copy
+import sys
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import rlkernels as rlk
+
+WORDS, LENGTH, PAIRS, BETA = 26, 5, 64, 0.1
+SEPARATOR, END = WORDS, WORDS + 1
+
+
+def model():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=WORDS + 2, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+        )
+    )
+
+
+def shuffled(words):
+    """Returns each row of words in an order of its own."""
+    return words.gather(1, torch.rand(words.shape).argsort(1))
+
+
+def sequences(words, answers):
+    """Puts prompts, separators, answers and ends together; returns the tokens and the mask of the targets."""
+    mark = torch.ones(len(words), 1, dtype=torch.long)
+    tokens = torch.cat([words, SEPARATOR * mark, answers, END * mark], 1)
+    # Position t scores token t + 1, so the separator is the first position whose target is a token of the answer.
+    mask = (torch.arange(tokens.shape[1] - 1) >= LENGTH).expand(len(words), -1)
+    return tokens, mask
+
+
+def pairs(count):
+    """Draws pairs, [2 count, L]: the chosen answers first, then the rejected ones in the same order."""
+    words = torch.rand(count, WORDS).argsort(1)[:, :LENGTH]
+    chosen = words.sort(1).values
+    rejected = shuffled(words)
+    # A shuffle that is in order by chance is no rejected answer.
+    rejected = torch.where((rejected == chosen).all(1, keepdim=True), chosen.flip(1), rejected)
+    return sequences(torch.cat([words, words]), torch.cat([chosen, rejected]))
+
+
+def hidden_of(policy, tokens):
+    return policy.model(tokens[:, :-1]).last_hidden_state
+
+
+def loss_of(policy, reference, tokens, mask):
+    """Returns the DPO loss of pairs, and its metrics."""
+    targets = tokens[:, 1:]
+    with torch.no_grad():
+        logprobs = rlk.linear_token_logprobs(hidden_of(reference, tokens), reference.lm_head.weight, targets)
+        ref_chosen, ref_rejected = rlk.sequence_sums(logprobs, mask).chunk(2)
+    return rlk.linear_dpo_loss(
+        hidden_of(policy, tokens),
+        policy.lm_head.weight,
+        targets,
+        mask,
+        ref_chosen_logps=ref_chosen,
+        ref_rejected_logps=ref_rejected,
+        beta=BETA,
+        return_metrics=True,
+    )
+
+
+@torch.no_grad()
+def in_order(policy, count=200):
+    """Returns the share of sampled answers that hold the words of their prompt in order."""
+    words = torch.rand(count, WORDS).argsort(1)[:, :LENGTH]
+    tokens = torch.cat([words, torch.full((count, 1), SEPARATOR)], 1)
+    for _ in range(LENGTH):
+        tokens = torch.cat([tokens, torch.multinomial(policy(tokens).logits[:, -1].softmax(-1), 1)], 1)
+    return (tokens[:, LENGTH + 1 :] == words.sort(1).values).all(1).float().mean().item()
+
+
+def train(policy, steps, rate, loss_at):
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=rate)
+    for step in range(steps):
+        loss = loss_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def main(quick=False):
+    torch.manual_seed(0)
+    warm_up, steps = (5, 5) if quick else (800, 200)
+    policy = model()
+
+    def supervised(step):
+        words = torch.rand(128, WORDS).argsort(1)[:, :LENGTH]
+        tokens, mask = sequences(words, shuffled(words))
+        return rlk.linear_sft_loss(hidden_of(policy, tokens), policy.lm_head.weight, tokens[:, 1:], mask)
+
+    train(policy, warm_up, 3e-3, supervised)
+    reference, held_out = copy.deepcopy(policy).requires_grad_(False), pairs(256)
+    found = []
+
+    def report(step):
+        with torch.no_grad():
+            loss, metrics = loss_of(policy, reference, *held_out)
+        found.append((metrics["accuracy"].item(), metrics["reward_margin"].item()))
+        print(f"{step:4}  {loss.item():13.3f}  {found[-1][0]:8.3f}  {found[-1][1]:6.3f}  {in_order(policy):8.3f}")
+
+    def preference(step):
+        if step % (steps // 5) == 0:
+            report(step)
+        return loss_of(policy, reference, *pairs(PAIRS))[0]
+
+    print("step  held-out loss  accuracy  margin  in order")
+    train(policy, steps, 3e-4, preference)
+    report(steps)
+    (first, before), (accuracy, margin) = found[0], found[-1]
+    if quick:
+        return
+    if accuracy < 0.95 or margin <= before:
+        sys.exit(f"not learned: accuracy {first:.3f} -> {accuracy:.3f}, margin {before:.3f} -> {margin:.3f}")
+    print(f"learned: the policy prefers the chosen answer in {accuracy:.1%} of the held-out pairs")
+
+
+if __name__ == "__main__":
+    main(quick="--quick" in sys.argv[1:])
