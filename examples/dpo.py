@@ -6,8 +6,12 @@
 
 The prompt is a bag of words, and the answer repeats it. People prefer answers in the order of the alphabet, and the
 supervised model writes the words in any order. So each pair has one answer in order and one out of order, of the same
-words. DPO makes the first kind likelier than under the reference, and the second kind less likely, without a reward
-model and without sampling.
+words. DPO widens the margin between the two kinds beyond that of the reference, without a reward model and without
+sampling.
+
+A margin also widens where both kinds become less likely, and the policy then writes a third kind. The term ``"sft"``,
+with the weight SFT, keeps the chosen answers likely. Set SFT to 0 and watch the last column: the accuracy is as good,
+but few of the sampled answers are in order.
 
 ``linear_dpo_loss`` takes the hidden states of both answers and the matrix of the head. It multiplies a chunk of tokens
 at a time, and only tokens of answers: here a third of them are those of prompts.
@@ -21,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlkernels as rlk
 
-WORDS, LENGTH, PAIRS, BETA = 26, 5, 64, 0.1
+WORDS, LENGTH, PAIRS, BETA, SFT = 26, 5, 64, 0.1, 0.2
 SEPARATOR, END = WORDS, WORDS + 1
 
 
@@ -75,6 +79,8 @@ def loss_of(policy, reference, tokens, mask):
         ref_chosen_logps=ref_chosen,
         ref_rejected_logps=ref_rejected,
         beta=BETA,
+        loss_type=("sigmoid", "sft"),
+        loss_weights=(1.0, SFT),
         return_metrics=True,
     )
 
@@ -115,8 +121,9 @@ def main(quick=False):
     def report(step):
         with torch.no_grad():
             loss, metrics = loss_of(policy, reference, *held_out)
-        found.append((metrics["accuracy"].item(), metrics["reward_margin"].item()))
-        print(f"{step:4}  {loss.item():13.3f}  {found[-1][0]:8.3f}  {found[-1][1]:6.3f}  {in_order(policy):8.3f}")
+        found.append((metrics["accuracy"].item(), metrics["reward_margin"].item(), in_order(policy)))
+        accuracy, margin, ordered = found[-1]
+        print(f"{step:4}  {loss.item():13.3f}  {accuracy:8.3f}  {margin:6.3f}  {ordered:8.3f}")
 
     def preference(step):
         if step % (steps // 5) == 0:
@@ -126,12 +133,12 @@ def main(quick=False):
     print("step  held-out loss  accuracy  margin  in order")
     train(policy, steps, 3e-4, preference)
     report(steps)
-    (first, before), (accuracy, margin) = found[0], found[-1]
     if quick:
         return
-    if accuracy < 0.95 or margin <= before:
-        sys.exit(f"not learned: accuracy {first:.3f} -> {accuracy:.3f}, margin {before:.3f} -> {margin:.3f}")
-    print(f"learned: the policy prefers the chosen answer in {accuracy:.1%} of the held-out pairs")
+    accuracy, margin, ordered = found[-1]
+    if accuracy < 0.95 or margin <= found[0][1] or ordered < 0.5:
+        sys.exit("not learned: expected an accuracy of 0.95, a margin that rises, and half of the answers in order")
+    print(f"learned: {ordered:.1%} of the sampled answers are in order, and {found[0][2]:.1%} were before")
 
 
 if __name__ == "__main__":
