@@ -106,7 +106,7 @@ def train(policy, steps, rate, loss_at):
 
 def main(quick=False):
     torch.manual_seed(0)
-    warm_up, steps = (5, 5) if quick else (800, 200)
+    warm_up, steps = (2, 2) if quick else (800, 200)
     policy = model()
 
     def supervised(step):
@@ -126,7 +126,7 @@ def main(quick=False):
         print(f"{step:4}  {loss.item():13.3f}  {accuracy:8.3f}  {margin:6.3f}  {ordered:8.3f}")
 
     def preference(step):
-        if step % (steps // 5) == 0:
+        if step % max(steps // 5, 1) == 0:
             report(step)
         return loss_of(policy, reference, *pairs(PAIRS))[0]
 

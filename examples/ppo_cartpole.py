@@ -109,7 +109,7 @@ def evaluate(actor, episodes):
 
 def main(quick=False):
     torch.manual_seed(0)
-    updates, episodes = (5, 2) if quick else (200, 20)
+    updates, episodes = (2, 2) if quick else (200, 20)
     envs = gymnasium.make_vec(
         "CartPole-v1",
         num_envs=ENVS,
@@ -125,7 +125,7 @@ def main(quick=False):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * left
         batch, obs = collect(envs, obs, actor, critic)
         metrics = update(batch, actor, critic, optimizer, CLIP * left)
-        if step % (updates // 5) == 0:
+        if step % max(updates // 5, 1) == 0:
             score = evaluate(actor, episodes)
             entropy, clipped = metrics["entropy"].item(), metrics["clip_fraction"].item()
             print(f"{step * STEPS * ENVS:6}  {score:11.1f}  {entropy:7.3f}  {clipped:7.3f}")

@@ -105,7 +105,8 @@ def step(optimizer, loss):
 
 def main(quick=False):
     torch.manual_seed(0)
-    warm_up, updates = (5, 5) if quick else (100, 50)
+    warm_up, updates = (2, 2) if quick else (100, 50)
+    n = max(updates // 5, 1)  # updates per line
     model = Model()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(warm_up):
@@ -120,12 +121,11 @@ def main(quick=False):
         batch, score, kl = rollout(model, reference, controller)
         scores.append(score.item())
         kls.append(kl.item())
-        if update % (updates // 5) == 0:
+        if update % n == 0:
             print(f"{update:6}  {scores[-1]:6.3f}  {kls[-1]:14.3f}  {controller.coef.item():11.4f}")
         for _ in range(4):
             for part in torch.randperm(BATCH).split(BATCH // 2):
                 step(optimizer, loss_of(model, *(x[part] for x in batch)))
-    n = updates // 5
     first, last, largest = scores[0], sum(scores[-n:]) / n, max(kls)
     print(f"score {first:.3f} -> {last:.3f}, mean of the last {n} updates; largest KL {largest:.2f} nats")
     if not quick and (last < first + 0.5 or largest > 8.0):
