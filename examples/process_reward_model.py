@@ -3,12 +3,12 @@
     python examples/process_reward_model.py
     python examples/process_reward_model.py --quick     # a short training, for a test
 
-A solution is a start digit and STEPS steps. A step adds a digit modulo 10: ``7 +5 2 .`` is right, ``7 +5 3 .`` is wrong.
+A solution is a start digit and STEPS steps. A step adds a digit modulo 10: ``7 +5 2 .`` is right, ``7 +5 3 .`` wrong.
 Each step ends with the placeholder token, where its label stands: GOOD or BAD. All other tokens have the label -100.
 ``process_reward_loss`` reads the rows of logits at the placeholders alone, and there the columns of GOOD and BAD.
 
-The test takes CHOICES solutions of each problem, of which exactly one has no wrong step. A score per solution comes from
-``solution_scores``, the product of the probabilities that its steps are good.
+The test takes CHOICES solutions of each problem, of which exactly one has no wrong step. ``solution_scores`` gives each
+solution a score, the product of the probabilities that its steps are good.
 """
 
 import sys
