@@ -22,30 +22,37 @@ ADD, END, GOOD, BAD, VOCAB = 10, 19, 20, 21, 22  # a digit is its own token; ADD
 STEPS, CHOICES, WIDTH, LENGTH = 4, 4, 64, 1 + 3 * 4
 
 
-def solutions(count, wrong, draw):
-    """Writes solutions as tokens ``[count, LENGTH]``, and the labels at the ends of their steps.
+def problems(count, draw):
+    """Draws the start digits and the digits to add: ``[count, 1 + STEPS]``."""
+    start = torch.randint(10, (count, 1), generator=draw)
+    return torch.cat([start, torch.randint(1, 10, (count, STEPS), generator=draw)], 1)
+
+
+def solutions(digits, wrong, draw):
+    """Writes solutions of problems as tokens ``[count, LENGTH]``, and the labels at the ends of their steps.
 
     ``wrong`` says for each step whether its result is wrong. The next step goes on from the wrong result.
     """
-    at = torch.randint(10, (count,), generator=draw)
+    at = digits[:, 0]
     tokens, labels = [at], [torch.full_like(at, -100)]
     for step in range(STEPS):
-        added = torch.randint(1, 10, (count,), generator=draw)
-        error = torch.randint(1, 10, (count,), generator=draw)
+        added = digits[:, 1 + step]
+        error = torch.randint(1, 10, at.shape, generator=draw)
         at = (at + added + error * wrong[:, step]) % 10
         tokens += [ADD + added - 1, at, torch.full_like(at, END)]
         labels += [labels[0], labels[0], torch.where(wrong[:, step], BAD, GOOD)]
     return torch.stack(tokens, 1), torch.stack(labels, 1)
 
 
-def choices(problems, draw):
-    """Draws CHOICES solutions per problem, one of them without a wrong step, and says which one."""
-    wrong = torch.rand(problems, CHOICES, STEPS, generator=draw) < 0.25
+def choices(count, draw):
+    """Draws CHOICES solutions of each of ``count`` problems, and says which one of them has no wrong step."""
+    wrong = torch.rand(count, CHOICES, STEPS, generator=draw) < 0.25
     # A wrong solution has at least one wrong step, because only one solution may be right.
-    wrong.scatter_(2, torch.randint(STEPS, (problems, CHOICES, 1), generator=draw), True)
-    right = torch.randint(CHOICES, (problems,), generator=draw)
-    wrong[torch.arange(problems), right] = False
-    return *solutions(problems * CHOICES, wrong.flatten(0, 1), draw), right
+    wrong.scatter_(2, torch.randint(STEPS, (count, CHOICES, 1), generator=draw), True)
+    right = torch.randint(CHOICES, (count,), generator=draw)
+    wrong[torch.arange(count), right] = False
+    digits = problems(count, draw).repeat_interleave(CHOICES, 0)
+    return *solutions(digits, wrong.flatten(0, 1), draw), right
 
 
 class Model(nn.Module):
@@ -95,7 +102,7 @@ def main(quick=False):
             loss, accuracy, picked = evaluate(model, *test)
             print(f"{step:4}  {loss:9.3f}  {accuracy:18.3f}  {picked:21.3f}", flush=True)
         wrong = torch.rand(256, STEPS, generator=draw) < 0.5
-        loss, _, _ = loss_of(model, *solutions(256, wrong, draw))
+        loss, _, _ = loss_of(model, *solutions(problems(256, draw), wrong, draw))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
