@@ -167,6 +167,10 @@ def test_refusals():
     model, ids = build(), batch("left")[0]
     with pytest.raises(TypeError, match="labels"):
         ours.hidden_and_head(model, input_ids=ids, labels=ids)
+    with pytest.raises(TypeError, match="token_logprobs: check must be True or False"):
+        ours.token_logprobs(model, ids, check="no")
+    with pytest.raises(TypeError, match="attach: evaluation must be True or False"):
+        ours.attach(model, evaluation="no")
     with pytest.raises(TypeError, match="no output embedding"):
         ours.hidden_and_head(model.model, input_ids=ids)
     sizes = dict(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)

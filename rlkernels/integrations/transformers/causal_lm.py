@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlkernels import checks
 from rlkernels.integrations.transformers.deferred_logits import DeferredLogits, HeadInputs
 from rlkernels.integrations.transformers.output_head import deferred_head, unwrapped
 from rlkernels.linear.head import without_autocast
@@ -144,6 +145,7 @@ def _parameters(model: nn.Module) -> Any:
 
 
 def _head_inputs(caller: str, model: nn.Module, check: bool, batch: dict[str, Any]) -> HeadInputs:
+    check = checks.flag(caller, "check", check)
     inside = unwrapped(caller, model)
     owner = type(inside).__name__
     if batch.get("labels") is not None:
