@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 
+from rlkernels import checks
+
 ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "nothing"})()
 """The content of a site that does not exist: an attribute not set, a key that a registry lacks."""
 
@@ -271,7 +273,9 @@ class Host:
         Raises:
             ImportError: the host is not installed.
             RuntimeError: version or signature unknown, or another library has replaced an object. Nothing is replaced.
+            TypeError: ``strict`` is no bool.
         """
+        strict = checks.flag(f"{self.name}.patch", "strict", strict)
         with self.lock:
             self.require_version(strict)
             seams: dict[str, _Active] = {}

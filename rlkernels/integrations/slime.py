@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlkernels import checks
 from rlkernels.advantages.gae import discounted_returns, gae
 from rlkernels.integrations._patching import Host, PatchReport, PatchStatus, Plan, Site, home_of, register
 from rlkernels.logprobs import token_logprobs, token_stats
@@ -96,6 +97,7 @@ def compute_policy_loss(
 
     slime 624b824, ``ppo_utils.py``.
     """
+    _same_shape("compute_policy_loss", ppo_kl=ppo_kl, advantages=advantages)
     if eps_clip_c is not None and not isinstance(eps_clip_c, Tensor) and not eps_clip_c > 1:
         raise ValueError(f"compute_policy_loss: eps_clip_c must be greater than 1, got {eps_clip_c}")
     plain = _loss("ppo_clip", -ppo_kl, advantages, eps_clip, eps_clip_high)
@@ -126,11 +128,20 @@ def compute_cispo_loss(
 
     slime 624b824, ``ppo_utils.py``; MiniMax-M1 2025, arXiv:2506.13585.
     """
-    low = eps_clip if isinstance(eps_clip, Tensor) else min(eps_clip, 1.0)
+    caller = "compute_cispo_loss"
+    _same_shape(caller, ppo_kl=ppo_kl, log_probs=log_probs, advantages=advantages)
+    low = eps_clip if isinstance(eps_clip, Tensor) else min(checks.finite(caller, "eps_clip", eps_clip), 1.0)
     gap = -ppo_kl.detach()
     losses = _loss("cispo", log_probs, advantages, low, eps_clip_high, old=log_probs.detach() - gap)
     both = (_clipped(gap, torch.full_like(gap, sign), low, eps_clip_high) for sign in (1.0, -1.0))
     return losses, sum(both, torch.zeros_like(losses.detach()))
+
+
+def _same_shape(caller: str, **tensors: Tensor) -> None:
+    """Refuses what is no tensor, and tensors of several shapes, which the difference of two would broadcast."""
+    for name, x in tensors.items():
+        checks.tensor(caller, name, x)
+        checks.shape(caller, name, x, next(iter(tensors.values())).shape)
 
 
 def _loss(name: str, logp: Tensor, advantages: Tensor, low: Any, high: Any, old: Any = None, **more: Any) -> Tensor:

@@ -415,3 +415,20 @@ def test_the_subclass_is_a_reward_model_of_the_host(fake):
     assert issubclass(kind, host.reward.RewardModel) and issubclass(kind, nn.Module)
     # Once made, and found where pickle looks for it.
     assert kind is getattr(importlib.import_module(kind.__module__), kind.__qualname__)
+
+
+@pytest.mark.parametrize("name", ["actor_loss_fn", "critic_loss_fn"])
+def test_a_loss_without_its_mask_is_refused(name):
+    x = torch.zeros(1, 2)
+    with pytest.raises(TypeError, match=f"{name}: mask must be a torch.Tensor"):
+        getattr(functions, name)(x, x, x, None)
+    with pytest.raises(TypeError, match=f"{name}: old_"):
+        getattr(functions, name)(x, None, x, x)
+
+
+def test_what_is_no_tensor_is_refused_by_the_name_of_the_function():
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(TypeError, match="answer_end_scores: values must"):
+        functions.answer_end_scores(None, ids, 0, 2)
+    with pytest.raises(TypeError, match="get_batch_logps: label_mask must"):
+        functions.get_batch_logps(torch.zeros(1, 3, 4), ids, None)

@@ -166,6 +166,12 @@ def test_versions_out_of_the_series_are_refused(host, modules, version, strict, 
         host.unpatch()
 
 
+def test_a_strict_that_is_no_bool_is_refused(host, modules):
+    with pytest.raises(TypeError, match="fake.patch: strict must be True or False"):
+        host.patch(planners(host, modules), strict="False")
+    assert not host.status().replaced
+
+
 def test_a_host_that_is_not_installed_says_what_to_install():
     absent = Host("absent", "no_such_package", title="Absent", install="pip install absent")
     with pytest.raises(ImportError, match=r"rlkernels\.integrations\.absent needs Absent .*; pip install absent$"):

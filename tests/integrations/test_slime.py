@@ -279,3 +279,15 @@ def test_no_rows_give_no_numbers():
 def test_the_examples_of_the_docstrings_run():
     found = doctest.testmod(slime)
     assert found.attempted > 8 and not found.failed
+
+
+def test_losses_refuse_what_they_would_broadcast_or_cannot_take_by_name():
+    x = torch.zeros(3)
+    for name, tensors in (("compute_policy_loss", 2), ("compute_cispo_loss", 3)):
+        function = getattr(slime, name)
+        with pytest.raises(TypeError, match=f"{name}: ppo_kl must be a torch.Tensor"):
+            function(None, *[x] * (tensors - 1), 0.2, 0.2)
+        with pytest.raises(ValueError, match=rf"{name}: .* has shape \(3,\), expected \(1,\)"):
+            function(x[:1], *[x] * (tensors - 1), 0.2, 0.2)
+    with pytest.raises(TypeError, match="compute_cispo_loss: eps_clip must"):
+        slime.compute_cispo_loss(x, x, x, None, 0.2)

@@ -117,6 +117,24 @@ def test_under_autocast_the_head_sees_16_bits():
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05)  # the model rounds its logits
 
 
+def test_autocast_leaves_a_head_of_fp64_as_it_is():
+    model, (ids, mask) = build().double(), batch("right")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, logits = ours.token_logprobs(model, ids, mask), model(input_ids=ids, attention_mask=mask).logits
+    assert found.dtype == logits.dtype == torch.float64
+    expected = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found, torch.where(mask[:, 1:] * mask[:, :-1] != 0, expected, 0.0))
+
+
+def test_no_cache_is_made_where_the_forward_takes_use_cache_among_its_keywords():
+    sizes = {name: value for name, value in SMALL.items() if name != "head_dim"}
+    config = transformers.GraniteMoeConfig(**sizes, num_local_experts=2, num_experts_per_tok=1)
+    model, (ids, _) = transformers.GraniteMoeForCausalLM(config), batch("left")
+    assert model(input_ids=ids).past_key_values is not None
+    assert ours.hidden_and_head(model, input_ids=ids).outputs.past_key_values is None
+    assert ours.hidden_and_head(model, input_ids=ids, use_cache=True).outputs.past_key_values is not None
+
+
 def test_no_logits_of_all_tokens_are_made_and_the_head_is_as_before():
     model, (ids, mask) = build(), batch("left")
     head = ours.hidden_and_head(model, input_ids=ids, attention_mask=mask, check=True)
@@ -149,6 +167,10 @@ def test_refusals():
     model, ids = build(), batch("left")[0]
     with pytest.raises(TypeError, match="labels"):
         ours.hidden_and_head(model, input_ids=ids, labels=ids)
+    with pytest.raises(TypeError, match="token_logprobs: check must be True or False"):
+        ours.token_logprobs(model, ids, check="no")
+    with pytest.raises(TypeError, match="attach: evaluation must be True or False"):
+        ours.attach(model, evaluation="no")
     with pytest.raises(TypeError, match="no output embedding"):
         ours.hidden_and_head(model.model, input_ids=ids)
     sizes = dict(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)

@@ -252,3 +252,8 @@ def test_the_heads_of_older_versions_are_found_by_their_parameters_and_return_a_
     assert integration.status().calls == {"fused_head": 1}
     integration.unpatch()
     assert utils._ChunkedLogProbFunction is old
+
+
+def test_entropy_of_no_tensor_is_refused_by_name():
+    with pytest.raises(TypeError, match="entropy_from_logits: logits must be a torch.Tensor"):
+        integration.functions.entropy_from_logits(None)

@@ -194,3 +194,27 @@ def test_the_plugin_reports_its_own_failure(monkeypatch):
     monkeypatch.delitem(sys.modules, "rlkernels.integrations.verl.plugin", raising=False)
     with pytest.warns(RuntimeWarning, match="plugin of verl is not active.*POLICY_LOSS_REGISTRY"):
         importlib.import_module("rlkernels.integrations.verl.plugin")
+
+
+def test_a_missing_argument_is_refused_by_function_and_name():
+    rewards, mask = torch.ones(2, 3), torch.ones(2, 3)
+    for name in ("grpo_outcome", "rloo_outcome", "rloo_vectorized_outcome", "opo_outcome", "gpg_outcome"):
+        estimator = getattr(verl, f"compute_{name}_advantage")
+        for arguments, missing in (
+            ((None, mask, ["a", "a"]), "token_level_rewards"),
+            ((rewards, None, ["a", "a"]), "response_mask"),
+            ((rewards, mask, None), "index"),
+        ):
+            with pytest.raises(TypeError, match=f"compute_{name}_advantage: {missing} must"):
+                estimator(*arguments)
+        with pytest.raises(ValueError, match=f"compute_{name}_advantage: response_mask has shape"):
+            estimator(rewards, mask[:, 1:], ["a", "a"])
+    for call_it, message in (
+        (lambda: verl.compute_value_loss(rewards, rewards, rewards, mask, None), "compute_value_loss: cliprange_value"),
+        (lambda: verl.kl_penalty(rewards, rewards, None), "kl_penalty: kl_penalty must be one of"),
+        (lambda: verl.entropy_from_logits(None), "entropy_from_logits: logits must"),
+        (lambda: verl.logprobs_from_logits(None, mask), "logprobs_from_logits: logits must"),
+        (lambda: verl.compute_rollout_correction_weights(None, mask), "weights: log_ratio must"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call_it()

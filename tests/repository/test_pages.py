@@ -1,11 +1,14 @@
 """The pages that are printed from the code are fresh, and the program of the README runs."""
 
+import ast
+import inspect
 import re
 import runpy
 
 import pytest
 from paths import ROOT
 
+import rlkernels
 from rlkernels.losses.preference_types import KINDS
 from rlkernels.objectives import OBJECTIVES
 
@@ -23,6 +26,27 @@ def test_a_printed_page_is_fresh(path, monkeypatch):
 @pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
 def test_the_number_of_losses_of_pairs_is_theirs(name):
     assert set(re.findall(r"(\d+) types", (ROOT / name).read_text())) == {str(len(KINDS))}
+
+
+def calls_of_tables():
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for line in path.read_text().splitlines():
+            for name, rest in re.findall(r"`(?:rlk\.)?(\w+)(\([^`]*\))", line if line.startswith("|") else ""):
+                function = getattr(rlkernels, name, None)
+                tree = ast.parse(name + rest, mode="eval").body if inspect.isfunction(function) else None
+                if isinstance(tree, ast.Call):
+                    yield name + rest, function, tree
+
+
+def test_the_calls_in_tables_fit_the_signatures():
+    bound = 0
+    for text, function, tree in calls_of_tables():
+        try:
+            inspect.signature(function).bind_partial(*tree.args, **{k.arg: k.value for k in tree.keywords})
+        except TypeError as error:
+            raise AssertionError(f"{text}: {error}") from error
+        bound += 1
+    assert bound > 40
 
 
 def test_the_program_of_the_readme_runs(tmp_path):

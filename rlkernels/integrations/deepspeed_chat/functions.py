@@ -72,6 +72,7 @@ def actor_loss_fn(
 
     DeepSpeedExamples 45b4b71, ``ppo_trainer.py``.
     """
+    _required("actor_loss_fn", old_logprobs=old_logprobs, mask=mask)
     return policy_loss(
         logprobs,
         old_logprobs,
@@ -108,6 +109,7 @@ def critic_loss_fn(
 
     DeepSpeedExamples 45b4b71, ``ppo_trainer.py``.
     """
+    _required("critic_loss_fn", old_values=old_values, mask=mask)
     return value_loss(values, old_values, returns, mask, clip_range=cliprange_value, aggregation="token-mean")
 
 
@@ -224,6 +226,7 @@ def get_batch_logps(logits: Logits, input_ids: TokenIds, label_mask: Mask) -> Pe
 
     DeepSpeedExamples 45b4b71, ``step2_dpo_finetuning/main.py``.
     """
+    _required("get_batch_logps", label_mask=label_mask)
     return sequence_sums(token_logprobs(logits, shift_targets(input_ids, mask=label_mask)))
 
 
@@ -289,9 +292,16 @@ def answer_end_scores(values: PerToken, input_ids: TokenIds, pad_id: int, prompt
     caller = "answer_end_scores"
     if checks.integer(caller, "prompt_length", prompt_length) <= 1:
         raise ValueError(f"{caller}: prompt_length must be greater than 1, got {prompt_length}")
+    checks.tensor(caller, "values", values)
     checks_tokens.ids(caller, "input_ids", input_ids, values.shape)
     scores, _ = end_scores(values, input_ids=input_ids, pad_id=pad_id, prompt_length=prompt_length)
     return scores.to(values.dtype)
+
+
+def _required(caller: str, **tensors: Tensor) -> None:
+    """Refuses None, which the loss below would take for a mask of all tokens or for a ratio of 1."""
+    for name, x in tensors.items():
+        checks.tensor(caller, name, x)
 
 
 def _matrix(caller: str, name: str, x: Tensor) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlkernels import checks
 from rlkernels.integrations.transformers.deferred_logits import DeferredLogits, HeadInputs
 from rlkernels.integrations.transformers.output_head import deferred_head, unwrapped
+from rlkernels.linear.head import without_autocast
 from rlkernels.linear.token_stats import linear_token_logprobs
 from rlkernels.packing import shift_targets
 from rlkernels.types import Mask, PerToken, Temperature, TokenIds
@@ -112,14 +114,15 @@ def token_logprobs(
         )
     # Virtual tokens of a prompt stand in front.
     hidden = head.hidden[:, rows - targets.shape[1] : rows - 1]
-    return linear_token_logprobs(
-        **{**head, "hidden": hidden},
-        targets=targets[:, :-1],
-        temperature=temperature,
-        logits_dtype=logits_dtype,
-        chunk_tokens=chunk_tokens,
-        logits_budget=logits_budget,
-    )
+    with without_autocast(hidden.device.type):  # the operands were cast as autocast said
+        return linear_token_logprobs(
+            **{**head, "hidden": hidden},
+            targets=targets[:, :-1],
+            temperature=temperature,
+            logits_dtype=logits_dtype,
+            chunk_tokens=chunk_tokens,
+            logits_budget=logits_budget,
+        )
 
 
 def _prepends(model: nn.Module) -> bool:
@@ -128,11 +131,21 @@ def _prepends(model: nn.Module) -> bool:
     return bool(getattr(config, "is_prompt_learning", False))
 
 
+def _caches(model: nn.Module) -> bool:
+    """Says whether the forward takes ``use_cache``, by name or, as peft's and Qwen3-VL's, among its ``**kwargs``."""
+    parameters = _parameters(model)
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return "use_cache" in parameters or (passes_on and hasattr(config, "use_cache"))
+
+
 def _parameters(model: nn.Module) -> Any:
     return inspect.signature(model.forward).parameters
 
 
 def _head_inputs(caller: str, model: nn.Module, check: bool, batch: dict[str, Any]) -> HeadInputs:
+    check = checks.flag(caller, "check", check)
     inside = unwrapped(caller, model)
     owner = type(inside).__name__
     if batch.get("labels") is not None:
@@ -140,7 +153,7 @@ def _head_inputs(caller: str, model: nn.Module, check: bool, batch: dict[str, An
             f"{caller}: labels make {owner} compute a loss; pass them to the loss, shifted by shift_targets. For the "
             "model's own loss without logits call attach(model)"
         )
-    if "use_cache" in _parameters(inside):
+    if _caches(inside):
         batch = {"use_cache": False, **batch}
     state = _random_state(batch) if check else None
     with deferred_head(caller, model):

@@ -126,8 +126,14 @@ def _deferred(head: nn.Module, owner: str, hidden: Tensor) -> DeferredLogits:
     kind = hidden.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        hidden, weight = _cast(hidden, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
     return DeferredLogits(hidden, weight, bias, owner, hidden.dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts as autocast does, which leaves fp64 as it is."""
+    return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 class DeferringForward:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlkernels import checks
 from rlkernels.integrations.transformers import output_head
 from rlkernels.integrations.transformers.attached import host, models
 from rlkernels.integrations.transformers.deferred_logits import DeferredLogits
@@ -70,6 +71,7 @@ def attach(model: nn.Module, *, evaluation: bool = False) -> nn.Module:
         >>> detach(model)
     """
     caller = "attach"
+    evaluation = checks.flag(caller, "evaluation", evaluation)
     inside = output_head.unwrapped(caller, model)
     attached = vars(inside).get(ATTACHED)
     if attached is not None:

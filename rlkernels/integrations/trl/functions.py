@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlkernels import checks
 from rlkernels.linear.distillation_loss import linear_distillation_loss
 from rlkernels.linear.token_stats import linear_token_stats
 from rlkernels.logprobs import token_logprobs, token_stats
@@ -63,6 +64,7 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
         >>> entropy_from_logits(torch.zeros(1, 4))
         tensor([1.3863])
     """
+    checks.tensor("entropy_from_logits", "logits", logits)
     targets = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     return _there(token_stats(logits, targets, outputs=("entropy",)).entropy)
 

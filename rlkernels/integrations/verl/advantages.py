@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlkernels import checks
 from rlkernels.advantages.gae import discounted_returns, gae
 from rlkernels.advantages.group import group_advantages
 from rlkernels.advantages.steps import optimal_token_advantages
@@ -80,7 +81,7 @@ def compute_grpo_outcome_advantage(
     verl 0.9, ``verl.trainer.ppo.core_algos``; Shao et al. 2024, arXiv:2402.03300.
     """
     options = _grpo_options(norm_adv_by_std_in_grpo)
-    return _outcome(token_level_rewards, response_mask, index, eps=epsilon, **options)
+    return _outcome("compute_grpo_outcome_advantage", token_level_rewards, response_mask, index, eps=epsilon, **options)
 
 
 compute_grpo_vectorized_outcome_advantage = compute_grpo_outcome_advantage
@@ -103,7 +104,15 @@ def compute_rloo_outcome_advantage(
 
     Arguments, results and errors are those of ``compute_grpo_outcome_advantage``; ``epsilon`` is not read, as in verl.
     """
-    return _outcome(token_level_rewards, response_mask, index, baseline="leave-one-out", scale=None, singleton="raw")
+    return _outcome(
+        "compute_rloo_outcome_advantage",
+        token_level_rewards,
+        response_mask,
+        index,
+        baseline="leave-one-out",
+        scale=None,
+        singleton="raw",
+    )
 
 
 def compute_rloo_vectorized_outcome_advantage(
@@ -115,7 +124,14 @@ def compute_rloo_vectorized_outcome_advantage(
     **kwargs: Any,
 ) -> Estimate:
     """Computes RLOO's advantages as ``compute_rloo_outcome_advantage`` does, but a group of one gets 0."""
-    return _outcome(token_level_rewards, response_mask, index, baseline="leave-one-out", scale=None)
+    return _outcome(
+        "compute_rloo_vectorized_outcome_advantage",
+        token_level_rewards,
+        response_mask,
+        index,
+        baseline="leave-one-out",
+        scale=None,
+    )
 
 
 def compute_opo_outcome_advantage(
@@ -131,13 +147,14 @@ def compute_opo_outcome_advantage(
     Arguments, results and errors are those of ``compute_grpo_outcome_advantage``; ``epsilon`` is not read, as in verl.
     """
     return _outcome(
+        "compute_opo_outcome_advantage",
         token_level_rewards,
         response_mask,
         index,
         baseline="length-mean",
         scale=None,
         singleton="raw",
-        lengths=response_mask.sum(-1),
+        lengths=None if response_mask is None else response_mask.sum(-1),
     )
 
 
@@ -156,7 +173,15 @@ def compute_gpg_outcome_advantage(
     Arguments, results and errors are those of ``compute_grpo_outcome_advantage``. ``f_norm`` divides the advantages;
     ``epsilon`` and ``alpha`` are not read, because verl computes the factor from the batch.
     """
-    advantages, _ = _outcome(token_level_rewards, response_mask, index, scale="nonzero-share", eps=0.0, singleton="raw")
+    advantages, _ = _outcome(
+        "compute_gpg_outcome_advantage",
+        token_level_rewards,
+        response_mask,
+        index,
+        scale="nonzero-share",
+        eps=0.0,
+        singleton="raw",
+    )
     advantages = advantages / f_norm
     return advantages, advantages
 
@@ -189,7 +214,15 @@ def compute_grpo_passk_outcome_advantage(
                     f"{caller}: Pass@k requires at least 2 samples per group. Got {count} for group {prompt!r}."
                 )
     scale = "std" if setting(config, "norm_adv_by_std_in_grpo", True) else None
-    return _outcome(token_level_rewards, response_mask, index, baseline="runner-up", scale=scale, eps=epsilon)
+    return _outcome(
+        "compute_grpo_passk_outcome_advantage",
+        token_level_rewards,
+        response_mask,
+        index,
+        baseline="runner-up",
+        scale=scale,
+        eps=epsilon,
+    )
 
 
 def compute_gdpo_outcome_advantage(
@@ -215,7 +248,9 @@ def compute_gdpo_outcome_advantage(
     caller = "compute_gdpo_outcome_advantage"
     options = _grpo_options(norm_adv_by_std_in_grpo)
     if config is None or non_tensor_batch is None or batch is None:
-        advantages, _ = _outcome(token_level_rewards, response_mask, index, eps=epsilon, **options)
+        advantages, _ = _outcome(
+            "compute_gdpo_outcome_advantage", token_level_rewards, response_mask, index, eps=epsilon, **options
+        )
     else:
         keys = list(setting(config, "gdpo_reward_keys", ()))
         missing = [key for key in keys if key not in non_tensor_batch]
@@ -262,7 +297,14 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
 
     Arguments, results and errors are those of ``compute_grpo_outcome_advantage``; ``epsilon`` is not read, as in verl.
     """
-    advantages, _ = _outcome(token_level_rewards, response_mask, index, scale=None, singleton="raw")
+    advantages, _ = _outcome(
+        "compute_reinforce_plus_plus_baseline_outcome_advantage",
+        token_level_rewards,
+        response_mask,
+        index,
+        scale=None,
+        singleton="raw",
+    )
     advantages = masked_whiten(advantages, response_mask)
     return advantages, advantages
 
@@ -358,8 +400,13 @@ def _optimal(
     )
 
 
-def _outcome(rewards: Tensor, mask: Tensor, index: Index, **options: Any) -> Estimate:
+def _outcome(caller: str, rewards: Tensor, mask: Tensor, index: Index, **options: Any) -> Estimate:
     """Computes the advantage of each response and gives it to its live tokens."""
+    checks.tensor(caller, "token_level_rewards", rewards)
+    checks.tensor(caller, "response_mask", mask)
+    checks.shape(caller, "response_mask", mask, rewards.shape)
+    if index is None:
+        raise TypeError(f"{caller}: index must hold the prompt of each response, got None")
     scores = sequence_sums(rewards.detach())
     rows = group_advantages(scores, group_ids(index, scores.device), **options)
     advantages = broadcast_to_tokens(rows, mask)

@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rlkernels import checks
 from rlkernels.linear.token_stats import linear_token_stats
 from rlkernels.logprobs import token_logprobs, token_stats
 
@@ -32,6 +33,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
     verl 0.9, ``verl.utils.torch_functional``.
     """
+    checks.tensor("logprobs_from_logits", "logits", logits)
     return token_logprobs(logits, labels, inplace_backward=inplace_backward and _may_be_overwritten(logits))
 
 
@@ -57,7 +59,7 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
     verl 0.9, ``verl.utils.torch_functional``.
     """
-    return cast(Tensor, token_stats(logits, _no_label(logits), outputs=("entropy",)).entropy)
+    return cast(Tensor, token_stats(logits, _no_label("entropy_from_logits", logits), outputs=("entropy",)).entropy)
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
@@ -85,12 +87,14 @@ def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
 
     verl 0.9, ``verl.utils.torch_functional``.
     """
-    stats = token_stats(logits, _no_label(logits), outputs=("log_sum_sq_probs",))
+    labels = _no_label("calculate_sum_pi_squared_from_logits", logits)
+    stats = token_stats(logits, labels, outputs=("log_sum_sq_probs",))
     return cast(Tensor, stats.log_sum_sq_probs).exp()
 
 
-def _no_label(logits: Tensor) -> Tensor:
+def _no_label(caller: str, logits: Tensor) -> Tensor:
     """Returns labels for statistics that have none."""
+    checks.tensor(caller, "logits", logits)
     return torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
 
 

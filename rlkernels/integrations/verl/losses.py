@@ -84,7 +84,7 @@ def compute_value_loss(
         ``(loss, clipfrac)``: scalars, the second one detached.
 
     Raises:
-        ValueError: as ``agg_loss``; ``cliprange_value`` not positive.
+        ValueError: as ``agg_loss``; ``cliprange_value`` not positive. TypeError: it is None.
 
     Example:
         >>> zeros = torch.zeros(1, 2)
@@ -96,6 +96,8 @@ def compute_value_loss(
     totals = normalizers(
         "compute_value_loss", loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
     )
+    if cliprange_value is None:  # value_loss would not clip, and verl always does
+        raise TypeError("compute_value_loss: cliprange_value must be a number, got None")
     mode: Any = loss_agg_mode
     loss, metrics = value_loss(
         vpreds,
@@ -122,7 +124,7 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
         ``[...]``: float32, float64 for float64.
 
     Raises:
-        NotImplementedError: another name, as in verl; ``"full"`` is one.
+        NotImplementedError: another name, as in verl; ``"full"`` is one. TypeError: no string.
 
     Example:
         >>> kl_penalty(torch.tensor([-1.0, -30.0]), torch.tensor([-1.5, 0.0]), "low_var_kl")
@@ -130,6 +132,8 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
 
     Schulman 2020, "Approximating KL divergence"; the clamps are those of verl 0.9.
     """
+    if not isinstance(kl_penalty, str):
+        raise TypeError(f"kl_penalty: kl_penalty must be one of {', '.join(KINDS)}, got {kl_penalty!r}")
     kind = kl_penalty.removesuffix("+")
     if kind not in KINDS:
         raise NotImplementedError(f"kl_penalty: unknown {kl_penalty!r}, expected one of {', '.join(KINDS)}")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlkernels import checks
 from rlkernels.advantages.moments import masked_moments
 from rlkernels.aggregation import aggregate
 from rlkernels.rollout.weights import rollout_weights
@@ -53,6 +54,8 @@ def compute_rollout_correction_weights(
     if rollout_is not in LEVELS:
         raise ValueError(f"{caller}: Invalid rollout_is: {rollout_is!r}, expected one of {', '.join(LEVELS)}")
     low, high = _bounds(caller, rollout_is_threshold)
+    checks.tensor(caller, "log_ratio", log_ratio)
+    checks.tensor(caller, "response_mask", response_mask)
     gap = log_ratio.detach()
     columns = gap, torch.zeros_like(gap), response_mask
     nearest, farthest = math.exp(-FARTHEST), math.exp(FARTHEST)
