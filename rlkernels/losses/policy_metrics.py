@@ -79,7 +79,9 @@ def policy_metrics(
                 shares = means(clipped.to(gap.dtype), counted, cu_seqlens)
                 metrics[f"seq_{key}"] = shares.sum() / (token_counts(counted, cu_seqlens) > 0).sum().clamp(min=1)
         if name in GATES:
-            left_out = _left_out(name, logprobs.detach(), columns, params, known.get("advantage"))
+            # The gate sees the log-ratio behind its clamp.
+            scored = logprobs.detach() if clamp is None else behaviour + clamp.of(gap)
+            left_out = _left_out(name, scored, columns, params, known.get("advantage"))
             metrics["clip_fraction"] = mean(left_out)
             if "ratio_max" in settings:
                 metrics["clip_fraction_cap"] = mean((1 - left_out) * (ratio > settings["ratio_max"]))

@@ -164,3 +164,11 @@ def test_the_metrics_count_the_tokens_of_the_mask_in_every_form(what, bounded):
             torch.testing.assert_close(
                 metrics[name], x, rtol=1e-9, atol=1e-12, msg=lambda m, n=name, way=way: f"{way} {n}: {m}"
             )
+
+
+def test_a_gate_is_counted_behind_the_clamp_of_the_log_ratio():
+    new, old, advantages = torch.tensor([[0.5, 1.5, 3.0]]), torch.zeros(1, 3), torch.ones(1, 3)
+    options = {"objective": "rollout_is", "rollout_logprobs": old, "clip_low": 0.5, "clip_high": 3.0}
+    for clamp, left_out in ((None, 2 / 3), (1.0, 0.0), (2.0, 2 / 3)):
+        _, metrics = rlk.policy_loss(new, old, advantages, log_ratio_clamp=clamp, return_metrics=True, **options)
+        torch.testing.assert_close(metrics["clip_fraction"], torch.tensor(left_out))
