@@ -213,8 +213,11 @@ def _score(loss, rows, logp, entropy, first, last, has_gradient):
     return value.detach(), dlogp, gradients[1] if len(gradients) > 1 else None
 
 
-def compare_ranks(head, sizes, offsets, needs, needs_entropy, further=()):
-    """Compares the ranks of a process group before anything that they do together; ``further``: at most one sum."""
+def compare_ranks(head, sizes, offsets, needs, needs_entropy, further=None):
+    """Compares the ranks of a process group before anything that they do together.
+
+    ``further``: returns one sum more. It is called where ranks compare alone, because to sum is to wait for the device.
+    """
     with meeting(head.caller, head.shard.process_group(), head.hidden.device) as now:
         if ranks_compare(head.hidden.device):
             facts, sums = head.in_common()
@@ -225,7 +228,7 @@ def compare_ranks(head, sizes, offsets, needs, needs_entropy, further=()):
                 ("gradients of hidden, weight, bias", needs),
                 ("entropy", needs_entropy),
             ]
-            now.compare(head.shard[1:], facts, [*sums, *further])
+            now.compare(head.shard[1:], facts, [*sums, *([] if further is None else [further()])])
 
 
 def differentiable(head, backend, function, *arguments):

@@ -65,10 +65,11 @@ class TeacherHead(NamedTuple):
 
 
 class DivergenceTerms(NamedTuple):
-    """A loss ``sum_t weight_t D_t``; ``weight``: ``[T]``."""
+    """A loss ``sum_t weight_t D_t``; ``weight``: ``[T]``. ``upstream``: the weights are gradients that came in."""
 
     teacher: TeacherHead
     weight: torch.Tensor
+    upstream: bool = False
 
     def gradient_scale(self):
         """Returns the largest weight, by which a gradient of 1 per token is multiplied."""
@@ -380,6 +381,18 @@ def _refuse_head(caller, weight, bias, softcap, logit_scale):
             raise ValueError(f"{caller}: {name} belongs to teacher_hidden, got teacher_topk; leave it out")
 
 
+def _in_common(head, terms):
+    """Returns a sum that all ranks must have alike: of the upstream gradients in a backward, else of the teacher.
+
+    One of them, because the forward has compared the teacher, and a message between ranks has room for two sums.
+    """
+    if terms.upstream:
+        size = terms.weight.double().abs().sum().item()
+        return "sizes of upstream gradients of divergences", size, size
+    live = head.targets != head.ignore_index
+    return "hidden states of the teacher", *sketch(terms.teacher.hidden, live)
+
+
 @torch.no_grad()
 def _distilled(head, terms, backend, needs):
     """Returns the LossAndGradients of DivergenceTerms, chunk by chunk; its ``logp`` holds the divergences."""
@@ -387,8 +400,7 @@ def _distilled(head, terms, backend, needs):
     teacher, projection = terms.teacher, None
     if head.shard is not None:
         sizes = [min(head.chunk_rows, len(rows) - start) for start in range(0, len(rows), head.chunk_rows)]
-        sums = "hidden states of the teacher", *sketch(teacher.hidden, head.targets != head.ignore_index)
-        compare_ranks(head, sizes, None, needs, False, [sums])
+        compare_ranks(head, sizes, None, needs, False, lambda: _in_common(head, terms))
     loop = ChunkLoop(head, needs, len(rows), backend, terms)
     if teacher.hidden is not None:
         projection = HeadProjection(teacher.beside(head), filled_up(min(head.chunk_rows, len(rows))), backend)
@@ -419,7 +431,7 @@ def _compiled(head, terms, backend):
     needs = [
         x is not None and x.requires_grad and torch.is_grad_enabled() for x in (head.hidden, head.weight, head.bias)
     ]
-    return linear_divergence(*head.flatten(), *_of_teacher(terms.teacher), terms.weight, *needs, backend)[:2]
+    return linear_divergence(*head.flatten(), *_of_teacher(terms.teacher), terms.weight, *needs, False, backend)[:2]
 
 
 def _of_teacher(teacher):
@@ -438,18 +450,18 @@ def _unflatten(operands):
 
 
 def _linear_divergence(*arguments):
-    *operands, weight, need_hidden, need_weight, need_bias, backend = arguments
+    *operands, weight, need_hidden, need_weight, need_bias, upstream, backend = arguments
     head, teacher = _unflatten(operands)
     needs = need_hidden, need_weight, need_bias
     with without_autocast(head.hidden.device.type):
         work = detached_for_loss(head, weight != 0)
-        found = _distilled(work, DivergenceTerms(teacher, weight), backend, needs)
+        found = _distilled(work, DivergenceTerms(teacher, weight, upstream), backend, needs)
     nothing = (torch.empty_like(found.logp[:0]) for _ in needs)
     return found.loss, found.logp, *(n if g is None else g for g, n in zip(found.gradients, nothing, strict=True))
 
 
 def _fake(hidden, weight, bias, targets, *rest):
-    *_, per_token, need_hidden, need_weight, need_bias, _ = rest
+    *_, per_token, need_hidden, need_weight, need_bias, _, _ = rest
     real = per_token.dtype
     shapes = ((), targets.shape, hidden.shape, weight.shape, weight.shape[:1])
     present = (True, True, need_hidden, need_weight, need_bias)
@@ -499,7 +511,7 @@ def _values_gradient(ctx, dvalues):
     needs, operands = ctx.needs_input_grad, list(ctx.rest)
     for i, x in zip(ctx.tensors, ctx.saved_tensors, strict=True):
         operands[i] = x
-    *_, dhidden, dweight, dbias = linear_divergence(*operands, dvalues.contiguous(), *needs[:3], ctx.backend)
+    *_, dhidden, dweight, dbias = linear_divergence(*operands, dvalues.contiguous(), *needs[:3], True, ctx.backend)
     trained = (
         x.to(operand.dtype) if need else None
         for x, operand, need in zip((dhidden, dweight, dbias), operands[:3], needs[:3], strict=True)
@@ -514,7 +526,8 @@ OF_TEACHER = (
 """The schema of ``_of_teacher``."""
 linear_divergence = ops.define(
     "linear_divergence",
-    f"({OPERANDS}, {OF_TEACHER}, Tensor per_token, bool need_hidden, bool need_weight, bool need_bias, str backend) "
+    f"({OPERANDS}, {OF_TEACHER}, Tensor per_token, bool need_hidden, bool need_weight, bool need_bias, "
+    "bool upstream, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_divergence,
     _fake,

@@ -2,12 +2,14 @@
 
 import re
 import time
+from unittest import mock
 
 import torch
 from vocab_parallel_cases import case, policy_of, stats_of
 from vocab_parallel_worker import OUTPUTS, Problem, counted
 
 import rlkernels as rlk
+from rlkernels.linear import chunked_loss, distillation_loss
 
 
 def error_of(call, *arguments, kind=RuntimeError, **options):
@@ -259,3 +261,34 @@ def compiled_unlike(me):
     assert "tokens 21" in message and "tokens 14" in message, message
     served(me)
     return alike(message.splitlines()[0])  # behind it torch 2.8 shows the graph, which is each rank's own
+
+
+@case("unlike upstream gradients of divergences per token are refused in the backward of every rank")
+def unlike_upstream_of_divergences(me):
+    p = Problem()
+    shard = p.shard(me, "padded")
+    leaf, options = p.arguments(shard)
+    each = rlk.linear_distillation_loss(
+        leaf, shard.weight, p.hidden, shard.weight.detach(), p.mask, reduction="none", **options
+    )
+    message = error_of(each.backward, torch.full_like(each, 2.0 if me.rank else 1.0))
+    assert re.search("differ. .*sum of sizes of upstream gradients of divergences", message), message
+    served(me)
+    return alike(message)
+
+
+@case("ranks that do not compare sum nothing of the teacher, because on a device that would wait for it")
+def no_sum_without_comparison(me):
+    p = Problem()
+    shard = p.shard(me, "padded")
+    leaf, options = p.arguments(shard)
+    teacher = p.hidden, shard.weight.detach()
+    unread = mock.Mock(side_effect=AssertionError("a host read"))
+    silent = mock.Mock(return_value=False)
+    with (
+        mock.patch.object(chunked_loss, "ranks_compare", silent),
+        mock.patch.object(distillation_loss, "sketch", unread),
+    ):
+        rlk.linear_distillation_loss(leaf, shard.weight, *teacher, p.mask, **options).backward()
+    assert silent.called
+    served(me)
