@@ -191,13 +191,14 @@ def params(caller, objective, entry, keywords, like):
             if name in NORMALIZERS:
                 known = f"pass normalizers={{{name!r}: ...}}"
             raise TypeError(f"{caller}: objective {objective!r} takes no {name!r}; {known}")
-    values, plain = {**dict(entry.defaults), **keywords}, True
+    values, plain, ordered = {**dict(entry.defaults), **keywords}, True, []
     for name in entry.params:
         if name not in values:
             raise TypeError(f"{caller}: objective {objective!r} needs {name!r}")
         if type(values[name]) is not float:
             values[name] = tensors.coefficient(real, caller, name, values[name], like)
             plain = plain and not isinstance(values[name], torch.Tensor)
+        ordered.append(values[name])
     known = values if plain else {name: x for name, x in values.items() if not isinstance(x, torch.Tensor)}
     # clip_low = 1 is no lower bound, because a ratio is never below 0.
     if "clip_low" in known and not 0 <= known["clip_low"] <= 1:
@@ -214,4 +215,4 @@ def params(caller, objective, entry, keywords, like):
     for name in ("beta", "tau_pos", "tau_neg", "clip_range", "ratio_cap", "ratio_max"):
         if name in known and name in entry.params:
             positive(caller, name, known[name])
-    return [values[name] for name in entry.params]
+    return ordered

@@ -294,7 +294,8 @@ def policy_loss(
     )
     live = live_mask(caller, logprobs, mask)
     kl = simplified(kl)
-    if not summed(caller, reduction):
+    is_sum = summed(caller, reduction)
+    if not is_sum:
         token_weights = losses_of_tokens(caller, live, aggregation, weights, normalizers)
     elif choice is not None:
         aggregation, normalizers = aggregation_of_units(
@@ -302,7 +303,7 @@ def policy_loss(
         )
     elif ratio_level == "sequence_sum":
         aggregation = aggregation_of_sequences(aggregation, weights)
-    if summed(caller, reduction):
+    if is_sum:
         token_weights = token_weights_of(caller, logprobs, live, aggregation, weights, cu_seqlens, normalizers)
     kl_coef, entropy_coef = check_terms(caller, logprobs, ref_logprobs, kl, kl_coef, entropy, entropy_coef)
     engine = None if correction is None else ratio.engine(caller, entry, correction, rollout_logprobs)

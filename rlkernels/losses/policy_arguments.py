@@ -89,7 +89,7 @@ def divided(
 
     ``arguments``: the columns that an argument fills.
     """
-    names = [name for name in entry.columns[1:] if name in keywords and name not in arguments]
+    names = keywords and [name for name in entry.columns[1:] if name in keywords and name not in arguments]
     if not names:
         return keywords, {}
     further: dict[str, Any] = {name: keywords[name] for name in names}  # column() refuses what is no tensor

@@ -71,8 +71,10 @@ def live_mask(caller: str, like: Tensor, mask: Mask | None) -> Tensor | None:
 
 def summed(caller: str, reduction: PolicyReduction) -> bool:
     """Checks a reduction and tells whether the loss is a sum of its elements."""
+    if type(reduction) is str and reduction == "aggregation":
+        return True
     checks.choice(caller, "reduction", reduction, REDUCTIONS)
-    return reduction == "aggregation"
+    return False
 
 
 def _is_plain(aggregation: Aggregation, weights: PerToken | None, normalizers: Normalizers | None) -> bool:

@@ -189,7 +189,7 @@ def test_a_gpu_that_is_not_there_is_one_line(libraries):
     assert done.stderr == "rlkernels demo: --device cuda, but torch sees no GPU; use --device cpu\n"
 
 
-@pytest.mark.parametrize("argv", [["demo", "--steps", "0"], ["demo", "--device", "tpu"], ["train"], []])
+@pytest.mark.parametrize("argv", [["demo", "--steps", "0"], ["demo", "--device", "tpu"], ["train"], ["--no-such"]])
 def test_wrong_usage_exits_with_status_2(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)

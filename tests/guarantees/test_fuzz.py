@@ -88,6 +88,7 @@ def test_every_public_function_is_called_with_every_argument_that_it_has(valid):
         "objective",
         "check_objective",
         "available_backends",
+        "status",
     }
     assert functions == set(FUNCTIONS) == set(CASES["hostile"])
     assert functions <= set(valid.calls)

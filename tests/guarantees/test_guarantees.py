@@ -30,6 +30,7 @@ NO_TENSORS = {
     "objective",
     "objectives",
     "presets",
+    "status",
     "use_backend",
 }
 

@@ -290,13 +290,7 @@ MUTANTS = (
         "kl >= 0.99 * FAR_FROM_TARGET * self.target",
     ),
     # losses and terms
-    _m(
-        "the penalty is left out",
-        "losses/policy_terms.py",
-        "loss = loss + penalty.loss(logp, kl_coef)",
-        "loss = loss + 0.0",
-        22,
-    ),
+    _m("the penalty is left out", "losses/policy_terms.py", "others.append(penalty.loss(logp, kl_coef))", "pass", 22),
     _m(
         "the clip of a geometric mean holds the other side",
         "losses/row_objectives.py",
@@ -332,8 +326,8 @@ MUTANTS = (
     _m(
         "the entropy bonus has the wrong sign",
         "losses/policy_terms.py",
-        'loss = loss + scaled_sum(entropy_coef, "nll"',
-        'loss = loss - scaled_sum(entropy_coef, "nll"',
+        'others.append(scaled_sum(entropy_coef, "nll", entropy, [], bonus))',
+        'others.append(-scaled_sum(entropy_coef, "nll", entropy, [], bonus))',
     ),
     _m(
         "a term forgets the share",
@@ -379,8 +373,8 @@ MUTANTS = (
     _m(
         "a sum per sequence is averaged in every part",
         "losses/policy_ratio.py",
-        "TokenWeights(sums(weights.values.double(), live, cu_seqlens))",
-        "TokenWeights(sums(live / live.sum(-1, keepdim=True).double() / len(live), live, cu_seqlens))",
+        "(means if weights.each else sums)(of_tokens, live, cu_seqlens)",
+        "sums(live / live.sum(-1, keepdim=True).double() / len(live), live, cu_seqlens)",
         tests=(ADDITIVITY,),
     ),
     _m(
