@@ -20,7 +20,7 @@ FUNCTIONS = [
     name
     for name in rlkernels.__all__
     if inspect.isfunction(getattr(rlkernels, name))
-    and name not in ("objective", "check_objective", "available_backends")
+    and name not in ("objective", "check_objective", "available_backends", "status")
 ]
 TENSORS = """
     hidden weight bias logits targets old_logprobs advantages mask ref_logprobs weights cu_seqlens logprobs entropy
