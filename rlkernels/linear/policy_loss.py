@@ -433,7 +433,7 @@ def linear_policy_loss(
         if ratio_level == "token":
             loss, logp, entropy = token_loss(head, terms, needs_entropy, backend)
             own = penalty is not None and penalty.own and kl_coef is None and exact is None
-            if return_metrics and (factors is not None or own):
+            if return_metrics and (factors is not None or own or normalizers):
                 wanted = counted | penalty.live if own else counted
                 logp, entropy = _with_rest(head, wanted.reshape(-1) & ~terms.live(), logp, entropy)
         else:
@@ -473,7 +473,7 @@ def linear_policy_loss(
 def _with_rest(head, missing, logp, entropy):
     """Returns log-probabilities and entropies ``[T]`` with those of the ``missing`` rows, which no term reads.
 
-    Metrics count these rows: of factor 0, or of a KL term without a coefficient.
+    Metrics count these rows: those whose factor or normaliser is 0, and those of a KL term without a coefficient.
     """
     if head.max_live_tokens is not None:  # which bounds the rows with a weight
         head = replaced(head, max_live_tokens=max(missing.numel(), 1))

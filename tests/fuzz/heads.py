@@ -219,7 +219,7 @@ def linear_policy_loss(trial):
     truth, what = head.statistics(), f"{terms.name}, {terms.level}, {terms.weighting.mode}, {head.hidden.dtype}"
     total = terms.truth(batch, truth["logprobs"], truth["entropy"])
     check_loss(trial, what, head, loss, total, truth, 1 + total.size)
-    known = terms.metrics(batch, truth["logprobs"], truth["entropy"], all_read=every)
+    known = terms.metrics(batch, truth["logprobs"], truth["entropy"])
     expect_metrics(trial, what, metrics, head.smooth(known), head.slack())
 
 

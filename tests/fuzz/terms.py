@@ -197,9 +197,9 @@ class PolicyTerms:
             total = total.plus(-weight * self.entropy_coef, clean(entropy))
         return total
 
-    def metrics(self, batch, logp, entropy, all_read=False):
-        """Means over the tokens that were read: those with a weight, where tokens stand alone."""
-        live = batch.live if all_read or self.level != "token" else batch.live & (self.weighting.truth(batch) != 0)
+    def metrics(self, batch, logp, entropy):
+        """Means over the live tokens, without those to which the caller gave the weight 0."""
+        live = batch.live if self.weighting.given is None else batch.live & (self.weighting.given != 0)
 
         def mean(x):
             return torch.where(live, x.double(), 0.0).sum() / live.sum().clamp(min=1)

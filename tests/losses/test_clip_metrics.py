@@ -95,6 +95,11 @@ COUNTED = {
     "weights at a sequence level": {"weights": "weights", "ratio_level": "sequence"},
     "a KL term for the metric alone": {"ref_logprobs": "old", "kl": "term"},
     "a KL term with weights": {"ref_logprobs": "old", "kl": "weighing term", "kl_coef": 0.1},
+    "a normaliser of 0": {"aggregation": "token-mean", "normalizers": {"batch_num_tokens": 0}},
+    "a normaliser of 0 for some": {
+        "aggregation": "prompt-mean",
+        "normalizers": {"group_ids": torch.tensor([0, 1, 2]), "group_tokens": torch.tensor([0, 4, 7])},
+    },
     "an exact KL": {"ref_hidden": "ref_hidden", "kl": "reverse_kl", "kl_coef": 0.1, "weights": "weights"},
 }
 
