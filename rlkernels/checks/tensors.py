@@ -45,6 +45,24 @@ def shape(caller, name, x, expected):
         raise ValueError(f"{caller}: {name} has shape {tuple(x.shape)}, expected {tuple(expected)}")
 
 
+def head(caller, hidden, weight, bias, prefix=""):
+    """Refuses hidden states, a weight and a bias that do not make up a head; their names begin with ``prefix``."""
+    floating(caller, f"{prefix}weight", weight)
+    if weight.numel() == 0:
+        raise ValueError(
+            f"{caller}: {prefix}weight has 0 elements; gather it first (ZeRO-3: deepspeed.zero.GatheredParameters)"
+        )
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{caller}: {prefix}hidden has {hidden.shape[-1] if hidden.dim() else 'no'} features, {prefix}weight has "
+            f"{weight.shape[-1] if weight.dim() else 'no'}; "
+            f"expected [..., H] and [V, H], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        floating(caller, f"{prefix}bias", bias)
+        shape(caller, f"{prefix}bias", bias, weight.shape[:1])
+
+
 def one_device(caller, first, x, **others):
     """Refuses a tensor that lies on another device than ``x``, the argument named ``first``.
 

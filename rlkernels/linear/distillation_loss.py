@@ -332,6 +332,7 @@ def _two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, op
     checks.floating(caller, "teacher_weight", teacher_weight)
     if options["bias"] is not None:
         checks.floating(caller, "teacher_bias", options["bias"])
+    checks.head(caller, teacher_hidden, teacher_weight, options["bias"], "teacher_")
     if teacher_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"{caller}: teacher_hidden has shape {tuple(teacher_hidden.shape)}, hidden {tuple(hidden.shape)}; expected "

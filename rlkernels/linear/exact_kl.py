@@ -14,6 +14,7 @@ def check_reference_head(caller, hidden, ref_hidden, ref_weight, ref_bias):
         if x is not None:
             checks.floating(caller, name, x)
     checks.no_gradient(caller, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    checks.head(caller, ref_hidden, ref_weight, ref_bias, "ref_")
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"{caller}: ref_hidden has shape {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}; expected the "

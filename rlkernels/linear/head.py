@@ -263,20 +263,7 @@ def _operands(caller, hidden, weight, bias):
         raise TypeError(
             f"{caller}: weight is a DTensor; pass weight.full_tensor(), or its local rows with process_group"
         )
-    checks.floating(caller, "weight", weight)
-    if weight.numel() == 0:
-        raise ValueError(
-            f"{caller}: weight has 0 elements; gather it first (ZeRO-3: deepspeed.zero.GatheredParameters)"
-        )
-    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{caller}: hidden has {hidden.shape[-1] if hidden.dim() else 'no'} features, weight has "
-            f"{weight.shape[-1] if weight.dim() else 'no'}; "
-            f"expected [..., H] and [V, H], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if bias is not None:
-        checks.floating(caller, "bias", bias)
-        checks.shape(caller, "bias", bias, weight.shape[:1])
+    checks.head(caller, hidden, weight, bias)
     if not (caller.startswith("linear_token_") or torch.compiler.is_compiling()):
         # The losses call kernels without the dispatcher, which would unwrap a subclass of Tensor.
         hidden, weight, bias = (

@@ -161,7 +161,12 @@ BAD = {
     "other features": (
         {"teacher_hidden": torch.ones(B, L, G), "teacher_weight": torch.ones(V, G + 1)},
         ValueError,
-        "of the teacher: hidden has 4 features, weight has 5",
+        "teacher_hidden has 4 features, teacher_weight has 5",
+    ),
+    "another bias": (
+        {"teacher_hidden": torch.ones(B, L, G), "teacher_weight": torch.ones(V, G), "teacher_bias": torch.ones(V + 1)},
+        ValueError,
+        "teacher_bias has shape",
     ),
     "a trained teacher": (
         {"teacher_hidden": torch.ones(B, L, G), "teacher_weight": torch.ones(V, G, requires_grad=True)},

@@ -400,3 +400,23 @@ def test_good_arguments_raise_nothing():
         assert function(
             valid_vocab=37, logits_budget=1, chunk_tokens=3, temperature=torch.ones(4, 8), softcap=3, ignore_index=0
         ).isfinite()
+
+
+@pytest.mark.parametrize("way", ["linear_policy_loss", "linear_sft_loss"])
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        ({"ref_weight": torch.ones(9, 3)}, "ref_hidden has 4 features, ref_weight has 3"),
+        ({"ref_bias": torch.ones(7)}, r"ref_bias has shape \(7,\), expected \(9,\)"),
+        ({"ref_weight": torch.ones(0)}, "ref_weight has 0 elements; gather it first"),
+    ],
+)
+def test_a_wrong_head_of_the_reference_is_named_by_its_own_argument(way, wrong, text):
+    own = torch.ones(2, 3, 4), torch.ones(9, 4), torch.zeros(2, 3, dtype=torch.int64)
+    reference = {"ref_hidden": torch.ones(2, 3, 4), "ref_weight": torch.ones(9, 4), **wrong}
+    with pytest.raises(ValueError, match=f"^{way}: {text}"):
+        if way == "linear_sft_loss":
+            rlk.linear_sft_loss(*own, kind="asft", asft_alpha=0.1, **reference)
+        else:
+            zeros = torch.zeros(2, 3)
+            rlk.linear_policy_loss(*own, zeros, zeros, kl="reverse_kl", kl_coef=0.1, **reference)
