@@ -329,9 +329,6 @@ def _two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, op
     if teacher_weight is None:
         raise ValueError(f"{caller}: teacher_hidden came without teacher_weight; pass both")
     checks.floating(caller, "teacher_hidden", teacher_hidden)
-    checks.floating(caller, "teacher_weight", teacher_weight)
-    if options["bias"] is not None:
-        checks.floating(caller, "teacher_bias", options["bias"])
     checks.head(caller, teacher_hidden, teacher_weight, options["bias"], "teacher_")
     if teacher_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(

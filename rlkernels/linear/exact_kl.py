@@ -10,11 +10,9 @@ def check_reference_head(caller, hidden, ref_hidden, ref_weight, ref_bias):
     """Refuses a reference's hidden states and head that do not match the policy's hidden states."""
     if ref_weight is None:
         raise ValueError(f"{caller}: ref_hidden came without ref_weight; pass both")
-    for name, x in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-        if x is not None:
-            checks.floating(caller, name, x)
-    checks.no_gradient(caller, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    checks.floating(caller, "ref_hidden", ref_hidden)
     checks.head(caller, ref_hidden, ref_weight, ref_bias, "ref_")
+    checks.no_gradient(caller, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"{caller}: ref_hidden has shape {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}; expected the "
