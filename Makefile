@@ -13,7 +13,7 @@ PYTHON ?= $(or $(call at_least,11),$(call at_least,10))
 SOURCES := pyproject.toml setup.py setup_build.py setup_cuda.py constraints.txt $(shell find rlkernels csrc -type f \
 	\( -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name py.typed \))
 
-.PHONY: docs demo test test-triton matrix mutants fuzz fuzz-sanitized bench bench-suite gpu lint wheel clean trl-python
+.PHONY: docs demo test test-triton matrix mutants fuzz fuzz-sanitized bench bench-suite gpu lint wheel release-check clean trl-python
 .NOTPARALLEL:
 
 demo: trl-python $(VENV)/.installed
@@ -93,6 +93,10 @@ wheel: $(VENV)/bin/python
 	RLKERNELS_CPU=1 build/wheel/bin/python -I -m build --outdir dist .
 	build/wheel/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt dist/*.whl
 	build/wheel/bin/python -I tests/repository/wheel_import.py
+
+# Most of an hour: a wheel in a fresh environment without a compiler, the core of the suite there, pages, tables and figures of the same sources.
+release-check:
+	$(PYTHON) tests/repository/release_check.py $(ARGS)
 
 $(VENV)/bin/python:
 	@[ -n "$(PYTHON)" ] || { echo "make: no Python >= 3.10 on PATH; install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
