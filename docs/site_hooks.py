@@ -4,6 +4,7 @@ MathML is what browsers typeset by themselves. So no page fetches a script, and 
 """
 
 import html
+import os
 import re
 from pathlib import Path
 
@@ -32,6 +33,13 @@ def slug(title):
 def reference(title, names):
     """Returns the page of a section: each name with its signature, its types and its docstring."""
     return f"# {title}\n\n" + "\n\n".join(f"::: {name}" for name in names) + "\n"
+
+
+def on_config(config):
+    """Puts the selector of versions on the pages that ``publish.py`` builds: it reads a list beside the site."""
+    if os.environ.get("RLKERNELS_DOCS_SELECTOR"):
+        config.extra["version"] = {"provider": "mike", "alias": True}
+    return config
 
 
 def on_files(files, config):

@@ -5,6 +5,7 @@
     python tests/repository/release_check.py --core tests/losses        # a part of the core
 
     sources   everything is committed, so that what is built is what is tagged
+    version   the number is that of a release, and CHANGELOG.md has a date for it
     matrix    docs/versions.md shows a clean run of every row of matrix.py, on the sources as they are now
     results   the figures of docs/performance.md were measured on the sources as they are now
     docs      make docs, which is strict
@@ -118,8 +119,21 @@ def stale_figures(page, root=ROOT):
     return [fault for commit in commits for fault in stale(commit, root)] or ([] if commits else ["no commit is named"])
 
 
+def unreleased(package, changelog):
+    """Returns the faults of a version that still comes before its release, and of a changelog without its date."""
+    version = re.search(r'^__version__ = "(.+)"$', package, re.MULTILINE)[1]
+    section, day = re.search(r"^## \[(.+)\] - (.+)$", changelog, re.MULTILINE).groups()
+    faults = [f"{version} comes before a release; drop its .dev"] if ".dev" in version else []
+    faults += [f"CHANGELOG.md begins with {section}, not with {version}"] if section != version else []
+    return faults + ([] if re.fullmatch(r"\d{4}-\d\d-\d\d", day) else [f"CHANGELOG.md: {section} is {day!r}, no date"])
+
+
 def sources(place):
     return uncommitted()
+
+
+def version(place):
+    return unreleased((ROOT / "rlkernels/__init__.py").read_text(), (ROOT / "CHANGELOG.md").read_text())
 
 
 def matrix_is_fresh(place):
@@ -174,6 +188,7 @@ def core(place):
 
 STEPS = {
     "sources": sources,
+    "version": version,
     "matrix": matrix_is_fresh,
     "results": results_are_fresh,
     "docs": docs,

@@ -123,6 +123,16 @@ def test_figures_are_fresh_on_the_sources_that_they_were_measured_with(repositor
     assert "csrc/rows.h" in fault
 
 
+def test_a_version_before_its_release_and_a_changelog_without_its_date_are_told():
+    def faults(version, section):
+        return release_check.unreleased(f'"""A."""\n\n__version__ = "{version}"\n', f"# Changelog\n\n## {section}\n")
+
+    assert faults("0.2.0", "[0.2.0] - 2026-12-24") == []
+    assert faults("0.2.0", "[0.2.0] - unreleased") == ["CHANGELOG.md: 0.2.0 is 'unreleased', no date"]
+    assert faults("0.2.1", "[0.2.0] - 2026-12-24") == ["CHANGELOG.md begins with 0.2.0, not with 0.2.1"]
+    assert len(faults("0.2.0.dev0", "[0.2.0] - unreleased")) == 3
+
+
 def test_the_sources_are_there_and_the_pages_name_what_the_rules_read():
     assert all((ROOT / name).exists() for name in release_check.SOURCES if name[0] != ":")
     assert "| 3.10." in (ROOT / "docs/versions.md").read_text()
@@ -143,7 +153,7 @@ def steps(monkeypatch):
 
 def test_all_steps_run_in_their_order_and_pass(steps, tmp_path, capsys):
     assert release_check.main(["--folder", str(tmp_path)]) == 0
-    assert steps["ran"] == ["sources", "matrix", "results", "docs", "build", "install", "core"]
+    assert steps["ran"] == ["sources", "version", "matrix", "results", "docs", "build", "install", "core"]
     assert capsys.readouterr().out.splitlines()[-1] == "every step passed"
 
 
@@ -163,7 +173,7 @@ def test_a_part_says_what_it_left_out_and_runs_what_it_needs(steps, tmp_path, ca
     assert release_check.main(["--folder", str(tmp_path), "--step", "core", "--core", "tests/losses"]) == 0
     assert steps["ran"] == ["build", "install", "core"]
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "passed so far; left out: sources, matrix, results, docs, the rest of the core"
+    assert last == "passed so far; left out: sources, version, matrix, results, docs, the rest of the core"
 
 
 def test_a_command_that_fails_is_a_fault_with_its_last_line(tmp_path):
