@@ -10,7 +10,8 @@
     results   the figures of docs/performance.md were measured on the sources as they are now
     docs      make docs, which is strict
     build     a source distribution, and the wheel made from it with its native module
-    install   the wheel in a fresh environment whose PATH has no compiler; wheel_import.py finds a right number there
+    install   the wheel in a fresh environment whose PATH has no compiler; wheel_import.py finds a right number there,
+              and again where torch's own OpenMP runtime is the only one
     core      the core of the suite in that environment, from the source distribution's own tests
 
 Steps go on after a fault, so that one run shows all of them. ``--folder`` keeps the environment and the log.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matrix
+import without_libgomp
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("rlkernels", "csrc", "setup.py", "setup_build.py", "setup_cuda.py", ":(exclude)*.md")
@@ -171,8 +173,11 @@ def install(place):
     pins = place.tree / "constraints.txt"
     words = (place.python, "-m", "pip", "install", "-q", "-c", pins, wheel, *matrix.TOOLS)
     faults = faults or place.faults(*words, env=variables)
-    number = (place.python, "-I", place.tree / "tests/repository/wheel_import.py")
-    return faults or place.faults(*number, cwd=place.folder, env=variables)
+    number = [place.python, "-I", place.tree / "tests/repository/wheel_import.py"]
+    faults = faults or place.faults(*number, cwd=place.folder, env=variables)
+    if faults or not without_libgomp.possible():
+        return faults
+    return place.faults(*without_libgomp.words(number), cwd=place.folder, env=place.variables())
 
 
 def core(place):
