@@ -73,6 +73,42 @@ def test_formulas_are_typeset(browser, address):
     page.close()
 
 
+SPLIT = """[...document.querySelectorAll('td code')]
+    .filter(code => /^[A-Za-z_]{1,28}$/.test(code.textContent) && code.getClientRects().length > 1)
+    .map(code => code.textContent)"""
+
+
+@pytest.mark.parametrize("name", ["index", "api", "objectives", "metrics", "guarantees"])
+def test_a_name_in_a_table_stays_in_one_piece_on_a_phone(browser, address, name):
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto(f"{address}/{name}.html")
+    assert page.locator("td code").count() > 5 and page.evaluate(SPLIT) == []
+    page.close()
+
+
+def test_a_bar_in_the_code_of_a_table_has_no_backslash(browser, address):
+    page = browser.new_page()
+    page.goto(f"{address}/objectives.html")
+    assert "|log pi - log ref|" in page.inner_text("article") and "\\|" not in page.inner_text("article")
+    page.close()
+
+
+def test_an_example_of_the_reference_is_a_program_with_its_output(browser, address):
+    page = browser.new_page()
+    page.goto(f"{address}/reference/losses.html")
+    assert page.locator("blockquote").count() == 0
+    assert sum(text.startswith(">>>") for text in page.locator(".highlight code").all_inner_texts()) > 10
+    page.close()
+
+
+def test_the_pictures_of_the_figures_are_shown(browser, address):
+    page = browser.new_page()
+    page.goto(f"{address}/performance.html", wait_until="load")
+    widths = page.evaluate("[...document.querySelectorAll('article img')].map(image => image.naturalWidth)")
+    assert len(widths) == 6 and min(widths) > 0
+    page.close()
+
+
 @pytest.mark.parametrize("words", ["GSPO", "entropy bonus", "cu_seqlens"])
 def test_the_search_finds(browser, address, words):
     page = browser.new_page(viewport={"width": 1440, "height": 900})
