@@ -101,6 +101,14 @@ def test_an_example_of_the_reference_is_a_program_with_its_output(browser, addre
     page.close()
 
 
+def test_each_exception_of_the_reference_has_a_row(browser, address):
+    page = browser.new_page()
+    page.goto(f"{address}/reference/agent-trajectories.html")
+    cells = page.locator("td").all_inner_texts()
+    assert "ValueError" in cells and not [text for text in cells if "Error: " in text]
+    page.close()
+
+
 def test_the_pictures_of_the_figures_are_shown(browser, address):
     page = browser.new_page()
     page.goto(f"{address}/performance.html", wait_until="load")
@@ -114,7 +122,7 @@ def test_the_search_finds(browser, address, words):
     page = browser.new_page(viewport={"width": 1440, "height": 900})
     page.goto(f"{address}/index.html")
     page.fill("input.md-search__input", words)
-    page.wait_for_selector(".md-search-result__item", timeout=20000)
+    page.wait_for_selector(".md-search-result__item", timeout=120000)
     found = page.inner_text(".md-search-result").lower()
     assert all(word.lower() in found for word in words.split())
     page.close()
