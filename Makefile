@@ -13,7 +13,7 @@ PYTHON ?= $(or $(call at_least,11),$(call at_least,10))
 SOURCES := pyproject.toml setup.py setup_build.py setup_cuda.py constraints.txt $(shell find rlkernels csrc -type f \
 	\( -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name py.typed \))
 
-.PHONY: docs demo test test-triton matrix mutants fuzz fuzz-sanitized bench bench-suite gpu lint wheel clean trl-python
+.PHONY: docs docs-version demo test test-triton matrix mutants fuzz fuzz-sanitized bench bench-suite gpu lint wheel release-check clean trl-python
 .NOTPARALLEL:
 
 demo: trl-python $(VENV)/.installed
@@ -94,6 +94,10 @@ wheel: $(VENV)/bin/python
 	build/wheel/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt dist/*.whl
 	build/wheel/bin/python -I tests/repository/wheel_import.py
 
+# Most of an hour: a wheel in a fresh environment without a compiler, the core of the suite there, pages, tables and figures of the same sources.
+release-check:
+	$(PYTHON) tests/repository/release_check.py $(ARGS)
+
 $(VENV)/bin/python:
 	@[ -n "$(PYTHON)" ] || { echo "make: no Python >= 3.10 on PATH; install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is older than Python 3.10"; exit 1; }
@@ -114,12 +118,17 @@ docs: $(DOCS_ENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build -q
 	@echo "site/index.html holds the documentation; $(DOCS_ENV)/bin/mkdocs serve shows it while you write"
 
+# The same in a folder with the documentation of other versions, and a selector on every page. Any web server shows the folder.
+SITES ?= sites
+docs-version: $(DOCS_ENV)/.installed
+	$(DOCS_ENV)/bin/python docs/publish.py $(SITES)
+
 $(DOCS_ENV)/.installed: pyproject.toml constraints.txt
 	@[ -x $(DOCS_ENV)/bin/python ] || $(PYTHON) -m venv $(DOCS_ENV)
 	$(DOCS_ENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt mkdocs-material 'mkdocstrings[python]' latex2mathml ruff
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS_ENV) site .triton build dist rlkernels.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(DOCS_ENV) site sites .triton build dist rlkernels.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f rlkernels/_cpu*.so rlkernels/_cuda*.so rlkernels/_cuda.ptxas.txt rlkernels/_*.build.log

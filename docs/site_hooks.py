@@ -4,6 +4,7 @@ MathML is what browsers typeset by themselves. So no page fetches a script, and 
 """
 
 import html
+import os
 import re
 from pathlib import Path
 
@@ -32,6 +33,13 @@ def slug(title):
 def reference(title, names):
     """Returns the page of a section: each name with its signature, its types and its docstring."""
     return f"# {title}\n\n" + "\n\n".join(f"::: {name}" for name in names) + "\n"
+
+
+def on_config(config):
+    """Puts the selector of versions on the pages that ``publish.py`` builds: it reads a list beside the site."""
+    if os.environ.get("RLKERNELS_DOCS_SELECTOR"):
+        config.extra["version"] = {"provider": "mike", "alias": True}
+    return config
 
 
 def on_files(files, config):
@@ -64,11 +72,32 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(content, page, config, files):
-    """Typesets the formulas that arithmatex found."""
+    """Typesets the formulas that arithmatex found, and takes the backslash off a bar in the code of a table.
+
+    GitHub's Markdown wants it there, and Python's keeps it.
+    """
 
     def typeset(match):
         formula = html.unescape(match[2]).strip()
         display = formula.startswith(r"\[")
         return convert(formula[2:-2], display="block" if display else "inline")
 
+    content = re.sub(r"<td\b.*?</td>", lambda cell: cell[0].replace(r"\|", "|"), content, flags=re.S)
     return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', typeset, content, flags=re.S)
+
+
+LONG = 28
+"""Letters of a word that a column of a table shows in one piece."""
+
+
+def on_post_page(output, page, config):
+    """Lets long names in tables break behind an underscore, a dot or a slash, once the search has read the page."""
+
+    def breakable(match):
+        words = re.split(r"( )", match[2])
+        return match[1] + "".join(re.sub(r"([_./])", r"\1<wbr>", w) if len(w) > LONG else w for w in words) + match[3]
+
+    def cell(match):
+        return re.sub(r"(<code>)([^<]+)(</code>)", breakable, match[0])
+
+    return re.sub(r"<td\b.*?</td>", cell, output, flags=re.S)

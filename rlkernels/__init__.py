@@ -56,7 +56,7 @@ from rlkernels.rollout.metrics import rollout_metrics
 from rlkernels.rollout.weights import rho_correction, rollout_weights
 from rlkernels.sequences import broadcast_to_tokens, sequence_means, sequence_sums, spans_to_mask
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "Correction",
     "EntropyController",

@@ -12,6 +12,7 @@ from rlkernels.types import PerResponse
 def best_of_n(rewards: PerResponse, group_ids: PerResponse, *, count: int = 1) -> Tensor:
     r"""Selects the responses of each group with the largest rewards; of equal ones the first.
 
+    Response ``i`` is selected where ``rank_i <= count``, ``rank_i`` its place by reward in its group, from 1 on.
     As ``sample_weights`` of ``sft_loss`` the selection is rejection-sampling fine-tuning on the best of n.
 
     Args:

@@ -15,9 +15,9 @@ from rlkernels.checks.tokens import read_offsets
 from rlkernels.objectives.cxx import digest
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-INTERFACE = "0.1.0/4"
-"""The text that ``csrc/interface.h`` holds too: the package's version, and a number that rises with every change of
-what crosses.
+INTERFACE = "0.2.0/4"
+"""The text that ``csrc/interface.h`` holds too: the release that the package is of or comes before, and a number that
+rises with every change of what crosses.
 """
 
 

@@ -217,8 +217,9 @@ def linear_distillation_loss(
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Computes ``divergence_loss`` from the hidden states and the heads of both models, without ``[T, V]`` logits.
 
-    Three matmuls of the student and one of the teacher, because the gradient is made in the forward. Logits of both
-    models exist for a chunk of tokens at a time.
+    ``sum_t w_t D(p_t, q_t)``, ``w`` the aggregation's weights, ``D`` of ``token_divergences``, ``p`` and ``q`` the
+    softmax of each model's logits. Three matmuls of the student and one of the teacher, because the gradient is made in
+    the forward. Logits of both models exist for a chunk of tokens at a time.
 
     Args:
         hidden, weight, bias: ``[..., H]``, ``[V, H]``, ``[V]`` of the student; all three get gradients where they

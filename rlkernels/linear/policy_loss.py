@@ -257,6 +257,9 @@ def linear_policy_loss(
     r"""Computes ``policy_loss`` from hidden states and the lm_head, in three matmuls: the logits of a chunk become
     their own gradient.
 
+    ``sum_t w_t (l(logp_t, old_t, A_t) + kl_coef KL_t - entropy_coef H_t)``, with the letters of ``policy_loss``, and
+    ``logp``, ``H`` those of ``linear_token_stats``. ``policy_loss`` lists the objectives with their parameters.
+
     Tokens whose weights are all 0 enter no matmul; those of factor 0 enter one, for the metrics alone. Tokens without
     advantage, KL and entropy term skip the two matmuls of the gradient, where the objective's source shows that their
     gradient is 0. On the CPU so do all tokens whose gradient turns out to be 0 (clipped ones). With sequence-level

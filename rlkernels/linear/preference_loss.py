@@ -265,9 +265,12 @@ def linear_dpo_loss(
     r"""Computes ``dpo_loss``, of any of its types, from hidden states and the lm_head, without ``[T, V]`` logits: three
     matmuls.
 
-    The summed log-probabilities of each answer's live tokens go into ``dpo_loss``. A chunk holds whole pairs; a pair
-    that outgrows a chunk is multiplied once more, but for its last part. ``"aot"`` and ``"aot_unpaired"`` sort the
-    batch, so to them it is one pair. Under ``torch.compile`` everything is multiplied once more.
+    The summed log-probabilities of each answer's live tokens, ``logp = sum_t log pi(y_t)``, go into ``dpo_loss``. There
+    ``"sigmoid"`` is ``-(1-e) log s(b D) - e log s(-b D)``, with ``D`` the difference of ``logp - ref``.
+
+    A chunk holds whole pairs; a pair that outgrows a chunk is multiplied once more, but for its last part. ``"aot"``
+    and ``"aot_unpaired"`` sort the batch, so to them it is one pair. Under ``torch.compile`` everything is multiplied
+    once more.
 
     Args:
         hidden: ``[2B, L, H]``, the ``B`` chosen answers first, then the rejected ones in the same order; or packed

@@ -188,7 +188,8 @@ def linear_sft_loss(
 ) -> Scalar | tuple[Scalar, Metrics]:
     r"""Computes ``sft_loss`` from hidden states and the lm_head, without ``[T, V]`` logits.
 
-    Three matmuls, because the gradient is made in the forward.
+    ``sum_t w_t v_t l(log pi(y_t)) + z_loss_coef sum_t |w_t v_t| Z_t^2``, with the letters of ``sft_loss``, and
+    ``log pi`` that of ``linear_token_logprobs``. Three matmuls, because the gradient is made in the forward.
 
     Args:
         hidden, weight, bias: as for ``linear_token_logprobs``; all three get gradients where they require them.

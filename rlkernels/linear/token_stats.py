@@ -137,6 +137,9 @@ def linear_token_stats(
 ) -> TokenStats:
     r"""Computes ``token_stats`` from hidden states and the lm_head, without ever holding ``[T, V]`` logits.
 
+    The logits are ``z / temperature``, ``z = softcap tanh(u / softcap)`` (``z = u`` without), ``u = logit_scale (hidden
+    weight^T + bias)``. ``H = -sum_v p_v log p_v``; the other statistics as for ``token_stats``.
+
     Args:
         outputs: as for ``token_stats``; the rest as for ``linear_token_logprobs``.
 

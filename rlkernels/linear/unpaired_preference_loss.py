@@ -196,6 +196,8 @@ def linear_unpaired_preference_loss(
     r"""Computes ``unpaired_preference_loss`` (KTO, APO-zero, BCO) from hidden states and the lm_head, without
     ``[T, V]`` logits: three matmuls.
 
+    The summed log-probabilities of each answer's live tokens, ``logp = sum_t log pi(y_t)``, go into it. There ``"kto"``
+    is ``1 - s(b (rho - kl))`` of a desirable answer and ``1 - s(b (kl - rho))`` of another, ``rho = logp - ref``.
     ``"kto_paired_batch"`` looks at the whole batch: where that does not fit in one chunk, it takes four matmuls.
 
     Args:

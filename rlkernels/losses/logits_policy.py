@@ -199,11 +199,14 @@ def logits_policy_loss(
     r"""Computes ``policy_loss`` straight from logits: statistics, objective and the gradient with respect to the logits
     in one pass over each row.
 
+    ``sum_t w_t (l(logp_t, old_t, A_t) + kl_coef KL_t - entropy_coef H_t)``, with the letters of ``policy_loss``, and
+    ``logp``, ``H`` those of ``token_stats``. ``policy_loss`` lists the objectives with their parameters.
+
     The row of a token of weight 0 is never read, nor its target and temperature: any id will do. A token of factor 0 is
-    read for the metrics alone. What needs every row
-    before any gradient takes the two passes of ``token_stats``: sequence-level ratios, objectives of sequences, groups
-    and batches, a ``KLTerm``, ``ref_logits``, ``old_logprobs=None``, ``log_ratio_clamp``, ``top_entropy_fraction``, an
-    ``opsm_delta``, ``reduction="none"``, and ``log_ratio_sq_coef`` beside a KL term.
+    read for the metrics alone. What needs every row before any gradient takes the two passes of ``token_stats``:
+    sequence-level ratios, objectives of sequences, groups and batches, a ``KLTerm``, ``ref_logits``,
+    ``old_logprobs=None``, ``log_ratio_clamp``, ``top_entropy_fraction``, an ``opsm_delta``, ``reduction="none"``, and
+    ``log_ratio_sq_coef`` beside a KL term.
 
     Args:
         logits, targets, temperature, ignore_index, vocab_mask: as for ``token_logprobs``; ``old_logprobs`` and

@@ -259,6 +259,20 @@ def policy_loss(
         >>> round(loss.item(), 4), logprobs.grad
         (-1.1, tensor([[-0.5000, -0.0000,  0.0000]]))
 
+    Every objective with its parameters, of which one without a value has no default: ``reinforce``, ``surrogate``,
+    ``ppo_clip(clip_low=0.2, clip_high=0.2)``, ``dual_clip(clip_low=0.2, clip_high=0.2, dual_clip=3.0)``,
+    ``ppo_clip_cap(ratio_cap, clip_low=0.2, clip_high=0.2)``, ``cispo(clip_low, clip_high)``,
+    ``cispo_max_only(clip_high)``, ``cispo_absolute(ratio_max)``, ``dro(beta)``, ``sapo(tau_pos=1.0, tau_neg=1.05)``,
+    ``rollout_is(clip_low, clip_high)``, ``dppo_tv(delta_low=0.2, delta_high=0.2, ratio_max=20.0)``,
+    ``dppo_tv_surrogate(delta_low=0.2, delta_high=0.2)``, ``dppo_kl(delta_low=0.2, delta_high=0.2, ratio_max=20.0)``,
+    ``dppo_kl_surrogate(delta_low=0.2, delta_high=0.2)``, ``tv_symmetric(delta=0.1)``, ``ref_kl(delta_low=0.2)``,
+    ``gmpo(clip_low=0.4, clip_high=0.4)``, ``vespo(k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0)``,
+    ``fipo(clip_low=0.2, clip_high=0.2, half_life=32.0, influence_clip=0.2, influence_high_only=True,
+    safety_threshold=4.0, ratio_cap=None)``, ``real(tau=0.5, group_size=None, group_ids)``,
+    ``kl_cov(kl_cov_ratio=0.0002, kl_cov_coef=1.0)``, ``clip_cov(clip_low=0.2, clip_high=0.2, clip_cov_low=1.0,
+    clip_cov_high=5.0, clip_cov_ratio=0.0002, generator=None, clip_cov_tokens)``, ``a2po(beta1=0.5, beta2=0.001,
+    rewards, value_pool)``.
+
     Others by their names: GRPO and DAPO are ``ppo_clip``, with ``clip_high=0.28`` for the latter. LUSPO is
     ``ratio_level="sequence"`` with ``"seq-mean-token-sum"``, and PPO of whole sequences (RLOO) is ``"sequence_sum"``.
     The likelihood of good answers (VAPO) is another term: add ``mu * logprobs_sft_loss(logprobs, mask_of_them)``.

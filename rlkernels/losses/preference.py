@@ -429,8 +429,10 @@ def weighted_terms(terms: Iterable[Term], weights: Tensor | None, share: Number)
 
 
 def length_desensitized_weights(chosen_mask: Mask, rejected_mask: Mask, ld_alpha: Number) -> tuple[Tensor, Tensor]:
-    r"""Weights per token that keep DPO from rewarding length: 1 up to the length of the pair's shorter answer,
-    ``ld_alpha`` beyond.
+    r"""Weighs tokens so that DPO does not reward length.
+
+    ``w_t = 1`` for the first ``min(n_c, n_r)`` live tokens of an answer, the length of the pair's shorter one, and
+    ``w_t = ld_alpha`` beyond.
 
     Args:
         chosen_mask, rejected_mask: live tokens of the answers, ``[B, L]`` and ``[B, L']``, any pattern; live tokens

@@ -5,6 +5,7 @@ thread, or no tensor.
 import pytest
 import torch
 from packed_calls import BAD, CALLS, EVERY, GOOD, OLD, VALUES, T, Z
+from source_trees import needs_compiler
 
 import rlkernels as rlk
 from rlkernels.checks import tokens as checks_tokens
@@ -37,6 +38,7 @@ def test_bad_offsets_raise_in_a_compiled_program_as_they_do_without_compilation(
 
 
 @pytest.mark.fault(121)
+@needs_compiler
 @pytest.mark.parametrize("name", ["gae", "sequence_sums", "policy_loss with weights"])
 def test_bad_offsets_raise_in_a_program_of_inductor(name):
     run = compiled(name, "inductor")

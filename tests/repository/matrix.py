@@ -38,11 +38,12 @@ NOT_CORE = (
     "tests/repository/test_mutants.py",  # about compilers and sources, not about torch
     "tests/benchmarks",
     "tests/cli/test_cli.py",
-    "tests/repository/test_matrix.py",  # the tools beside the library
+    "tests/repository/test_matrix.py",
+    "tests/repository/test_release_check.py",  # the tools beside the library
 )
 """What is left out of the core, and why. The rest of ``tests`` is the core, whatever is added to it."""
 
-TOOLS = ("numpy", "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "pybind11", "ninja")
+TOOLS = ("numpy", "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "pyyaml", "pybind11", "ninja")
 """What the core imports besides torch and the package."""
 
 

@@ -2,7 +2,10 @@
 words can be trusted.
 """
 
+import ast
 import re
+import sys
+from fnmatch import fnmatch
 
 import matrix
 import pytest
@@ -47,6 +50,28 @@ def test_the_page_shows_a_clean_run_of_every_row_or_says_that_there_was_none(row
 def test_what_is_left_out_is_there():
     for name in matrix.NOT_CORE:
         assert list(ROOT.glob(name)), f"{name} names nothing"
+
+
+def imported(tree):
+    """Yields the first names of what a module imports when it is imported."""
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from (name.name for name in node.names) if isinstance(node, ast.Import) else [node.module]
+
+
+def test_the_core_imports_nothing_that_its_environment_lacks():
+    """A test module that cannot be imported ends the run of every row before its first test."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    # Torch brings filelock.
+    there = {"torch", "filelock", "rlkernels", "benchmarks", *sys.stdlib_module_names, *(path.stem for path in files)}
+    there |= {path.name for path in (ROOT / "tests").iterdir()}
+    there |= {"yaml" if tool == "pyyaml" else tool.replace("-", "_") for tool in matrix.TOOLS}
+    for path in files:
+        name = path.relative_to(ROOT).as_posix()
+        left_out = any(fnmatch(name, glob) or name.startswith(f"{glob}/") for glob in matrix.NOT_CORE)
+        if path.name.startswith("test_") and not left_out:
+            absent = {module.split(".")[0] for module in imported(ast.parse(path.read_text()))} - there
+            assert not absent, f"{name} imports {absent}: add it to TOOLS, or leave the file out of the core"
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,11 @@ import ast
 import inspect
 import re
 import runpy
+import subprocess
+import sys
 
 import pytest
+import subprocesses
 from paths import ROOT
 
 import rlkernels
@@ -49,13 +52,33 @@ def test_the_calls_in_tables_fit_the_signatures():
     assert bound > 40
 
 
-def test_the_program_of_the_readme_runs(tmp_path):
-    section = (ROOT / "README.md").read_text().split("## In sixty seconds\n", 1)[1]
-    program = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+def sixty_seconds():
+    """Returns both blocks of the section, the first of them on a small shape."""
+    section = (ROOT / "README.md").read_text().split("## In sixty seconds\n", 1)[1].split("\n## ")[0]
+    first, own = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     sizes = "tokens, vocab = 256, 32000\n"
-    assert program.count(sizes) == 1 and "linear_policy_loss" in program
+    assert first.count(sizes) == 1 and "linear_policy_loss" in first and "@rlk.objective" in own
+    return first.replace(sizes, "tokens, vocab = 16, 97\n"), own
+
+
+def test_the_first_program_of_the_readme_runs_where_it_is_pasted_into_python(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=sixty_seconds()[0],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=subprocesses.environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("torch.Size([16, 97]) torch.Size([97, 512])\n")
+
+
+def test_the_program_of_the_readme_runs(tmp_path):
+    first, own = sixty_seconds()
     path = tmp_path / "program.py"  # a file, because an objective's source is read
-    path.write_text(program.replace(sizes, "tokens, vocab = 16, 97\n"))
+    path.write_text(first + own)
     try:
         assert runpy.run_path(str(path))["loss"].isfinite()
     finally:

@@ -76,3 +76,19 @@ def test_the_navigation_names_every_page_once():
     made = set(named) - written
     assert {"contributing.md", "changelog.md"} <= made
     assert all(name in {"contributing.md", "changelog.md"} or name.startswith("reference/") for name in made), made
+
+
+LIST = re.compile(r"([*-]|\d+\.) ")
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted(DOCS.rglob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=str
+)
+def test_a_list_has_an_empty_line_before_it(path):
+    """Python's Markdown reads it as the rest of the paragraph otherwise, where GitHub's makes a list."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    before = ""
+    for line in text.splitlines():
+        follows = not before.strip() or LIST.match(before) or before.startswith("  ")
+        assert not LIST.match(line) or follows, f"{before}\n{line}"
+        before = line

@@ -3,15 +3,17 @@
 Skipped without Chromium, playwright or a built site: ``make docs`` first.
 """
 
+import contextlib
 import functools
 import http.server
+import json
 import shutil
 import threading
 
 import pytest
 from paths import ROOT
 
-SITE = ROOT / "site"
+SITE, SITES = ROOT / "site", ROOT / "sites"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if CHROMIUM is None or not (SITE / "index.html").exists():
@@ -31,13 +33,19 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         """Prints nothing, because the requests are ours."""
 
 
-@pytest.fixture(scope="module")
-def address():
-    """The site on the loopback interface: a browser gives pages of a folder no worker, and the search needs one."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
+@contextlib.contextmanager
+def served(folder):
+    """Serves a folder on the loopback interface: a browser gives pages of a file no worker, which the search needs."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address():
+    with served(SITE) as found:
+        yield found
 
 
 @pytest.mark.parametrize("width", [390, 1440])
@@ -65,12 +73,71 @@ def test_formulas_are_typeset(browser, address):
     page.close()
 
 
+SPLIT = """[...document.querySelectorAll('td code')]
+    .filter(code => /^[A-Za-z_]{1,28}$/.test(code.textContent) && code.getClientRects().length > 1)
+    .map(code => code.textContent)"""
+
+
+@pytest.mark.parametrize("name", ["index", "api", "objectives", "metrics", "guarantees"])
+def test_a_name_in_a_table_stays_in_one_piece_on_a_phone(browser, address, name):
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto(f"{address}/{name}.html")
+    assert page.locator("td code").count() > 5 and page.evaluate(SPLIT) == []
+    page.close()
+
+
+def test_a_bar_in_the_code_of_a_table_has_no_backslash(browser, address):
+    page = browser.new_page()
+    page.goto(f"{address}/objectives.html")
+    assert "|log pi - log ref|" in page.inner_text("article") and "\\|" not in page.inner_text("article")
+    page.close()
+
+
+def test_an_example_of_the_reference_is_a_program_with_its_output(browser, address):
+    page = browser.new_page()
+    page.goto(f"{address}/reference/losses.html")
+    assert page.locator("blockquote").count() == 0
+    assert sum(text.startswith(">>>") for text in page.locator(".highlight code").all_inner_texts()) > 10
+    page.close()
+
+
+def test_each_exception_of_the_reference_has_a_row(browser, address):
+    page = browser.new_page()
+    page.goto(f"{address}/reference/agent-trajectories.html")
+    cells = page.locator("td").all_inner_texts()
+    assert "ValueError" in cells and not [text for text in cells if "Error: " in text]
+    page.close()
+
+
+def test_the_pictures_of_the_figures_are_shown(browser, address):
+    page = browser.new_page()
+    page.goto(f"{address}/performance.html", wait_until="load")
+    widths = page.evaluate("[...document.querySelectorAll('article img')].map(image => image.naturalWidth)")
+    assert len(widths) == 6 and min(widths) > 0
+    page.close()
+
+
 @pytest.mark.parametrize("words", ["GSPO", "entropy bonus", "cu_seqlens"])
 def test_the_search_finds(browser, address, words):
     page = browser.new_page(viewport={"width": 1440, "height": 900})
     page.goto(f"{address}/index.html")
     page.fill("input.md-search__input", words)
-    page.wait_for_selector(".md-search-result__item", timeout=20000)
+    page.wait_for_selector(".md-search-result__item", timeout=120000)
     found = page.inner_text(".md-search-result").lower()
     assert all(word.lower() in found for word in words.split())
+    page.close()
+
+
+@pytest.mark.skipif(not (SITES / "versions.json").exists(), reason="no versions are built (make docs-version)")
+def test_the_start_leads_to_a_version_whose_pages_name_it(browser):
+    page, errors = browser.new_page(viewport={"width": 1440, "height": 900}), []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    titles = [entry["title"] for entry in json.loads((SITES / "versions.json").read_text())]
+    with served(SITES) as root:
+        page.goto(f"{root}/index.html")
+        page.wait_for_selector(".md-version")
+        assert page.inner_text(".md-version__current").removesuffix("latest") in titles
+        told = page.locator(".md-version__link").all_text_contents()
+        assert [title.removesuffix("latest").strip() for title in told] == titles
+    assert errors == []
     page.close()
