@@ -1,6 +1,7 @@
 """Models of transformers against their own logits, plain torch, and ``Trainer`` against itself without us."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +184,61 @@ def test_refusals():
     model.lm_head.register_forward_hook(lambda head, _, out: setattr(head.weight, "data", torch.empty(0)))
     with pytest.raises(RuntimeError, match="GatheredParameters"):  # as ZeRO-3 leaves it
         ours.hidden_and_head(model, input_ids=ids)
+
+
+# GPT-J runs a batch of no sequence, Llama fails within its attention, and both fail on sequences of no token.
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("name", ["Llama", "GPTJ"])
+def test_a_batch_without_a_token_is_refused_by_name(name, shape):
+    model, ids = build(name), torch.zeros(shape, dtype=torch.long)
+    expected = rf"input_ids has shape \({shape[0]}, {shape[1]}\), expected \[B, L\] with B >= 1 and L >= 1"
+    with pytest.raises(ValueError, match=f"token_logprobs: {expected}"):
+        ours.token_logprobs(model, ids, torch.ones_like(ids))
+    with pytest.raises(ValueError, match=f"hidden_and_head: {expected}"):
+        ours.hidden_and_head(model, input_ids=ids, check=True)
+    with pytest.raises(ValueError, match="hidden_and_head: inputs_embeds has shape"):
+        ours.hidden_and_head(model, inputs_embeds=torch.zeros(*shape, 32))
+    if name == "Llama":
+        with pytest.raises(ValueError, match=f"RewardModel: {expected}"):
+            ours.RewardModel(model.model)(ids)
+
+
+def test_one_sequence_that_is_masked_stands_for_an_empty_batch():
+    model, (ids, mask) = build(), batch("right")
+    for found in (
+        ours.token_logprobs(model, ids[:1], mask[:1], mask=torch.zeros(1, 9)).sum(),
+        ours.compute_loss_func(ours.attach(model).train()(ids[:1]), torch.full((1, 9), -100)),
+        ours.compute_loss_func(model.eval()(ids[:1]), torch.full((1, 9), -100)),
+    ):
+        assert found == 0
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(found, model))
+
+
+def test_the_loss_of_logits_without_a_row_is_0_and_differentiable():
+    logits = torch.zeros(0, 5, 97, requires_grad=True)
+    loss = ours.compute_loss_func(SimpleNamespace(logits=logits), torch.zeros(0, 5, dtype=torch.long), 3)
+    loss.backward()
+    assert loss == 0 and logits.grad.shape == logits.shape
+
+
+def test_compute_loss_func_refuses_by_the_names_of_its_own_arguments():
+    outputs, ids = SimpleNamespace(logits=torch.zeros(2, 9, 97)), batch("left")[0]
+    for labels in (ids[0], ids[:, :8], ids[None]):
+        with pytest.raises(ValueError, match=r"compute_loss_func: labels has shape .*, expected \(2, 9\)"):
+            ours.compute_loss_func(outputs, labels)
+    with pytest.raises(TypeError, match="compute_loss_func: labels must be int32 or int64"):
+        ours.compute_loss_func(outputs, ids.float())
+    with pytest.raises(TypeError, match="compute_loss_func: shift must be True or False"):
+        ours.compute_loss_func(outputs, ids, shift="no")
+    with pytest.raises(ValueError, match=r"compute_loss_func: labels .*pass shift=False"):
+        ours.compute_loss_func(SimpleNamespace(logits=torch.zeros(9, 97)), ids[0])
+    routed = SimpleNamespace(logits=outputs.logits, aux_loss=torch.tensor(1.0))
+    with pytest.raises(TypeError, match="compute_loss_func: aux_loss_coef must be a number"):
+        ours.compute_loss_func(routed, ids, aux_loss_coef="0.1")
+    with pytest.raises(ValueError, match=r"hidden_and_head: input_ids has shape \(9,\), expected \[B, L\]"):
+        ours.hidden_and_head(build(), input_ids=ids[0])
+    with pytest.raises(TypeError, match="hidden_and_head: input_ids must be a torch.Tensor, got list"):
+        ours.hidden_and_head(build(), input_ids=ids.tolist())
 
 
 def test_lora_on_the_head_changes_log_probabilities_and_gets_gradients():

@@ -126,7 +126,7 @@ def compute_loss_func(
 
     Raises:
         TypeError: no labels; an ``aux_loss`` without a coefficient; an option that the loss does not know.
-        ValueError: as the losses.
+        ValueError: labels of another shape than the rows of the logits; as the losses.
 
     Example:
         >>> from types import SimpleNamespace
@@ -135,6 +135,7 @@ def compute_loss_func(
         0.6931
     """
     caller = "compute_loss_func"
+    shift = checks.flag(caller, "shift", shift)
     if not isinstance(labels, Tensor):
         raise TypeError(
             f"{caller}: labels is {type(labels).__name__}, expected a tensor [B, L]; the batch has no labels"
@@ -142,6 +143,14 @@ def compute_loss_func(
     logits = getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor | DeferredLogits):
         raise TypeError(f"{caller}: outputs has no logits, got {type(outputs).__name__}")
+    checks.shape(caller, "labels", labels, logits.shape[:-1])
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{caller}: labels must be int32 or int64, got {labels.dtype}")
+    if shift and labels.dim() != 2:
+        raise ValueError(
+            f"{caller}: labels has shape {tuple(labels.shape)}, expected [B, L]; pass shift=False for labels that are "
+            "shifted already"
+        )
     taken = {"aggregation", "normalizers"} & options.keys()
     if taken:
         raise TypeError(f"{caller}: {sorted(taken)} are the trainer's, which passes num_items_in_batch")
@@ -162,4 +171,5 @@ def compute_loss_func(
             f"{caller}: the model returned an aux_loss; pass aux_loss_coef, which its own loss takes from "
             "config.router_aux_loss_coef, or 0.0"
         )
+    aux_loss_coef = checks.finite(caller, "aux_loss_coef", aux_loss_coef)
     return loss + aux_loss_coef * aux_loss.to(loss.device) if aux_loss_coef else loss
