@@ -62,7 +62,7 @@ def build(name="Llama", **more):
     config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
     suffix = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
     torch.manual_seed(0)
-    model = getattr(transformers, name + suffix)(config(**MODELS[name], **more))
+    model = getattr(transformers, name + suffix)(config(**{**MODELS[name], **more}))
     with torch.no_grad():  # far from uniform, or a softcap would not be noticed
         for p in model.parameters():
             p.mul_(3) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
