@@ -204,6 +204,32 @@ def test_compute_loss_func_refuses_by_the_names_of_its_own_arguments():
         ours.hidden_and_head(build(), input_ids=ids.tolist())
 
 
+class DeepSpeedEngine(torch.nn.Module):
+    """Stands for that of DeepSpeed, whose backward has no entry where a forward returned no tensor."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **batch):
+        return self.module(**batch)
+
+
+def test_a_loss_behind_an_engine_of_zero_3_is_refused_and_what_needs_no_gradient_is_not():
+    model, (ids, mask) = build(), batch("left")
+    model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks it
+    engine = DeepSpeedEngine(model)
+    with pytest.raises(RuntimeError, match="token_logprobs: ZeRO-3 partitions the head of LlamaForCausalLM.*attach"):
+        ours.token_logprobs(engine, ids, mask)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.token_logprobs(engine, ids, mask), own_logprobs(model, ids, mask))
+    assert ours.token_logprobs(model, ids, mask).requires_grad  # as within a forward that the engine runs
+    ours.attach(engine).train()
+    with pytest.raises(RuntimeError, match="compute_loss_func: ZeRO-3 partitions"):
+        ours.compute_loss_func(engine(input_ids=ids, attention_mask=mask), ids)
+    assert engine(input_ids=ids, attention_mask=mask, labels=ids).loss.requires_grad
+
+
 def test_lora_on_the_head_changes_log_probabilities_and_gets_gradients():
     peft = pytest.importorskip("peft", reason="needs peft")
     model = peft.get_peft_model(build(), peft.LoraConfig(target_modules=["lm_head", "q_proj"], lora_dropout=0.0))

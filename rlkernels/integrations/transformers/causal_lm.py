@@ -41,7 +41,8 @@ def hidden_and_head(model: nn.Module, *, check: bool = False, **batch: Any) -> H
     Raises:
         TypeError: ``labels``; a model without a linear head, or with a step behind it that is not known; FSDP1.
         ValueError: a batch without a token.
-        RuntimeError: ``check`` found other logits; the weight was released; the forward of the head is replaced.
+        RuntimeError: ``check`` found other logits; the weight was released; the forward of the head is replaced; a
+            gradient through an engine of ZeRO-3.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -166,6 +167,8 @@ def _head_inputs(caller: str, model: nn.Module, check: bool, batch: dict[str, An
             f"{caller}: {owner} computes its logits without calling the module that get_output_embeddings() names; "
             "its hidden states and head must be passed to the linear functions by hand"
         )
+    if type(model).__name__ == "DeepSpeedEngine":
+        logits.check_backward(caller)
     head = logits.head(outputs)
     if check:
         _compare(caller, model, head, batch, state)

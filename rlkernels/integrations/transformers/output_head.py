@@ -128,7 +128,8 @@ def _deferred(head: nn.Module, owner: str, hidden: Tensor) -> DeferredLogits:
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = _cast(hidden, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
-    return DeferredLogits(hidden, weight, bias, owner, hidden.dtype)
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+    return DeferredLogits(hidden, weight, bias, owner, hidden.dtype, partitioned=partitioned)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -127,6 +127,7 @@ def compute_loss_func(
     Raises:
         TypeError: no labels; an ``aux_loss`` without a coefficient; an option that the loss does not know.
         ValueError: labels of another shape than the rows of the logits; as the losses.
+        RuntimeError: an attached model under ZeRO-3, which must compute its own loss.
 
     Example:
         >>> from types import SimpleNamespace
@@ -157,6 +158,7 @@ def compute_loss_func(
     normalizers = None if num_items_in_batch is None else Normalizers(batch_num_tokens=num_items_in_batch)
     targets = (shift_targets(labels) if shift else labels).to(logits.device)
     if isinstance(logits, DeferredLogits):
+        logits.check_backward(caller)
         head = logits.head()
         with output_head.without_autocast(logits.device.type):
             loss = linear_sft_loss(**head, targets=targets, normalizers=normalizers, **options)
