@@ -18,12 +18,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers
 FUSED = Version(trl.__version__) >= Version("1.15")
 """Whether trainers score through the fused head; before that through functions of logits."""
 SERVED = "fused_head" if FUSED else "selective_log_softmax_and_entropy"
-CASES = (
-    "grpo/sequence, GAS 2, 4 steps per generation",
-    "cpo/sigmoid",
-    # Divergences have a seam since 1.15; the trainers of before have no other test than this one.
-    *(("distillation/jsd",) if FUSED else ("dpo/sigmoid", "rloo/plain", "kto/kto", "sft/dft", "reward/margin")),
-)
+BEFORE_1_15 = ("dpo/sigmoid", "rloo/plain", "kto/kto", "sft/dft", "reward/margin")
+"""Trainers that no other test takes there."""
+SINCE_1_15 = ("distillation/jsd", "grpo/tool mask", "async_grpo/tool mask")
+CASES = ("grpo/sequence, GAS 2, 4 steps per generation", "cpo/sigmoid", *(SINCE_1_15 if FUSED else BEFORE_1_15))
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +38,29 @@ def directory(tmp_path_factory):
 @pytest.mark.fault(107, 111, 112)
 @pytest.mark.parametrize("case", CASES)
 def test_losses_gradient_norms_and_sgd_steps_are_those_of_stock_and_one_percent_of_error_shows(case, directory):
-    row = trl_runs.compared(case, trl_runs.SLICE[case], directory)
+    if case.startswith("async"):
+        pytest.importorskip("requests", reason="AsyncGRPO needs requests")
+    row = trl_runs.compared(case, trl_runs.WIDE[case], directory)
     assert "absent" not in row, row
     assert row["stock"] == "trains" and row["gap"] <= trl_runs.TOLERANCE < 3 * trl_runs.TOLERANCE < row["wrong"]
     assert sum(row["calls"].values()) >= 3 and row["delegations"] == []
+
+
+@pytest.mark.skipif(not FUSED, reason="the seam of functions of logits has a test of its own")
+def test_what_a_tool_wrote_has_no_gradient_and_the_models_own_tokens_have(directory):
+    trainer, batch = policy_batch(directory, tools=True, loss_type="dapo")
+    displaced(trainer, batch)
+    assert batch["tool_mask"].tolist() == [[1] * 6 + [0] * 3 + [1] * 2] * 4
+    integration.patch()
+    loss, gradients = loss_and_gradients(trainer, batch)
+    old = batch["old_per_token_logps"].clone()
+    # Numbers of a tool's tokens may be anything.
+    batch["old_per_token_logps"] = torch.where(batch["tool_mask"] == 1, old, old - 0.7)
+    again, found = loss_and_gradients(trainer, batch)
+    assert again == loss and integration.status().calls == {SERVED: 2}
+    same(found, gradients)
+    batch["old_per_token_logps"] = torch.where(batch["tool_mask"] == 1, old - 0.7, old)
+    assert loss_and_gradients(trainer, batch)[0] != loss
 
 
 def policy_batch(directory, kind="grpo", **options):
