@@ -1,11 +1,12 @@
 """Trainers of TRL with options that the first suite leaves out: losses, gradient norms and steps of SGD, stock against
-ours, and each again with an error of 1 %. The wide grid over versions is ``matrix.py``.
+ours, and each again with an error of 1 %. It takes TRL 1.14, too; the wide grid over versions is ``matrix.py``.
 """
 
 import pytest
 import torch
+from packaging.version import Version
 
-pytest.importorskip("trl")
+trl = pytest.importorskip("trl", minversion="1.14")
 
 import trl_runs  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
@@ -14,7 +15,13 @@ from trl.trainer import utils  # noqa: E402
 from rlkernels.integrations import trl as integration  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames arguments that TRL still passes
-CASES = ("grpo/sequence, GAS 2, 4 steps per generation", "distillation/jsd", "cpo/sigmoid")
+FUSED = Version(trl.__version__) >= Version("1.15")
+"""Whether trainers score through the fused head; before that through functions of logits."""
+SERVED = "fused_head" if FUSED else "selective_log_softmax_and_entropy"
+BEFORE_1_15 = ("dpo/sigmoid", "rloo/plain", "kto/kto", "sft/dft", "reward/margin")
+"""Trainers that no other test takes there."""
+SINCE_1_15 = ("distillation/jsd", "grpo/tool mask", "async_grpo/tool mask")
+CASES = ("grpo/sequence, GAS 2, 4 steps per generation", "cpo/sigmoid", *(SINCE_1_15 if FUSED else BEFORE_1_15))
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +38,29 @@ def directory(tmp_path_factory):
 @pytest.mark.fault(107, 111, 112)
 @pytest.mark.parametrize("case", CASES)
 def test_losses_gradient_norms_and_sgd_steps_are_those_of_stock_and_one_percent_of_error_shows(case, directory):
-    row = trl_runs.compared(case, trl_runs.SLICE[case], directory)
+    if case.startswith("async"):
+        pytest.importorskip("requests", reason="AsyncGRPO needs requests")
+    row = trl_runs.compared(case, trl_runs.WIDE[case], directory)
     assert "absent" not in row, row
     assert row["stock"] == "trains" and row["gap"] <= trl_runs.TOLERANCE < 3 * trl_runs.TOLERANCE < row["wrong"]
     assert sum(row["calls"].values()) >= 3 and row["delegations"] == []
+
+
+@pytest.mark.skipif(not FUSED, reason="the seam of functions of logits has a test of its own")
+def test_what_a_tool_wrote_has_no_gradient_and_the_models_own_tokens_have(directory):
+    trainer, batch = policy_batch(directory, tools=True, loss_type="dapo")
+    displaced(trainer, batch)
+    assert batch["tool_mask"].tolist() == [[1] * 6 + [0] * 3 + [1] * 2] * 4
+    integration.patch()
+    loss, gradients = loss_and_gradients(trainer, batch)
+    old = batch["old_per_token_logps"].clone()
+    # Numbers of a tool's tokens may be anything.
+    batch["old_per_token_logps"] = torch.where(batch["tool_mask"] == 1, old, old - 0.7)
+    again, found = loss_and_gradients(trainer, batch)
+    assert again == loss and integration.status().calls == {SERVED: 2}
+    same(found, gradients)
+    batch["old_per_token_logps"] = torch.where(batch["tool_mask"] == 1, old - 0.7, old)
+    assert loss_and_gradients(trainer, batch)[0] != loss
 
 
 def policy_batch(directory, kind="grpo", **options):
@@ -80,7 +106,7 @@ def test_one_batch_has_the_loss_and_every_gradient_of_stock_also_under_ratios_of
     loss, gradients = loss_and_gradients(trainer, batch)
     integration.patch()
     patched, found = loss_and_gradients(trainer, batch)
-    assert integration.status().calls == {"fused_head": 1}
+    assert integration.status().calls == {SERVED: 1}
     assert abs(patched - loss) <= 1e-6
     same(found, gradients)
 
@@ -116,7 +142,7 @@ def test_an_experimental_trainer_keeps_its_own_objective(directory):
     loss, gradients = loss_and_gradients(trainer, batch)
     integration.patch()
     patched, found = loss_and_gradients(trainer, batch)
-    assert integration.status().calls == {"fused_head": 1} and abs(patched - loss) <= 1e-6
+    assert integration.status().calls == {SERVED: 1} and abs(patched - loss) <= 1e-6
     same(found, gradients)
     parent = GRPOTrainer._compute_loss(trainer, trainer.model, dict(batch))
     assert abs(parent.item() - loss) > 1e-3  # the objective of its parent is another one

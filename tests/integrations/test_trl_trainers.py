@@ -10,7 +10,7 @@ import subprocesses
 import torch
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_DISABLED="true", TRL_EXPERIMENTAL_SILENCE="1")
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", minversion="1.15")  # test_trl_parity.py takes older ones, too
 
 from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402

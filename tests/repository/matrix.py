@@ -1,9 +1,10 @@
-"""The core of the suite under other versions of Python, torch and Triton: one environment per row, made, used and
-deleted.
+"""The core of the suite, and the adapters with real trainers, under other versions of Python, torch and Triton: one
+environment per row, made, used and deleted.
 
     python tests/repository/matrix.py                                # all rows: hours, and gigabytes per row
     python tests/repository/matrix.py --python 3.10 --torch 2.8.0    # this row alone
     python tests/repository/matrix.py --python 3.10 --torch 2.8.0 --part core   # this part of it again
+    python tests/repository/matrix.py --part trainers                # this part of every row: half an hour
     python tests/repository/matrix.py --table                        # runs nothing: prints what has run
 
 Interpreters are looked for on PATH (``python3.10``), or given as paths. pip reads its settings (index, proxy,
@@ -42,6 +43,14 @@ NOT_CORE = (
     "tests/repository/test_release_check.py",  # the tools beside the library
 )
 """What is left out of the core, and why. The rest of ``tests`` is the core, whatever is added to it."""
+
+TRAINERS = ("transformers", "accelerate", "datasets", "trl", "peft", "kernels", "requests")
+"""What the adapters are tested with: in a row of the newest torch the newest, else those of constraints.txt, and where
+it has none, the newest that the Python takes. TRL up to 1.13 imports requests without demanding it.
+"""
+
+WITH_TRAINERS = ("tests/integrations", "tests/guarantees/test_golden.py", "tests/logprobs", "tests/presets")
+"""The adapters, and beside them the numbers of other systems, log-probabilities and conventions: three minutes."""
 
 TOOLS = ("numpy", "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "pyyaml", "pybind11", "ninja")
 """What the core imports besides torch and the package."""
@@ -118,6 +127,7 @@ class Environment:
     def __init__(self, row, folder, jobs):
         self.row, self.jobs, self.place, self.log = row, jobs, folder / row.name, folder / f"{row.name}.log"
         self.python, self.tree = self.place / "environment/bin/python", self.place / "source"
+        self.pins = self.place / "constraints.txt"
         self.variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")} | {
             "OMP_NUM_THREADS": "1",
             "MAX_JOBS": str(jobs),
@@ -148,6 +158,7 @@ class Environment:
         """Installs torch, the tools of constraints.txt and the package, from a copy of the sources that later edits do
         not reach.
         """
+        self.commit = commit()  # here, because the tests may end hours and commits later
         # Nothing that was built here: bytecode, modules and kept examples are those of another version.
         shutil.copytree(
             ROOT,
@@ -168,17 +179,17 @@ class Environment:
             ),
         )
         self.must(interpreter(self.row.python), "-m", "venv", self.place / "environment", env=self.variables)
-        pins = self.place / "constraints.txt"
         # Without torch, whose version is the point, and without setuptools, which torch itself bounds.
-        pins.write_text(
+        unpinned = ["torch", "setuptools", *(TRAINERS if self.row.torch == "newest" else ())]
+        self.pins.write_text(
             "".join(
                 line
                 for line in (ROOT / "constraints.txt").read_text().splitlines(True)
-                if not re.match("torch|setuptools", line)
+                if line.split("==")[0] not in unpinned
             )
         )
         self.pip("torch" if self.row.torch == "newest" else f"torch=={self.row.torch}")
-        self.pip("-c", pins, *TOOLS)
+        self.pip("-c", self.pins, *TOOLS)
         self.pip(self.tree)
 
     def asks(self, code):
@@ -202,6 +213,17 @@ class Environment:
 
     def core(self):
         return self.pytest("tests", *(f"--ignore-glob={name}" for name in NOT_CORE))
+
+    def trainers(self):
+        """The adapters with the trainers that this Python takes; torch stays what the row says."""
+        self.pip("-c", self.pins, *TRAINERS, f"torch=={self.version('torch')}")
+        return self.pytest(*WITH_TRAINERS)
+
+    def version(self, package):
+        return self.asks(
+            f"import importlib.metadata as m\ntry: print(m.version({package!r}))\n"
+            "except m.PackageNotFoundError: print('none')"
+        )
 
     def triton(self, version):
         """The proofs of the Triton kernels, as ``make test-triton`` runs them."""
@@ -231,15 +253,17 @@ def one(row, folder, jobs, keep, only=()):
     result = {"row": row.name, "failures": []}
     try:
         environment.make()
-        installed = (
-            "import importlib.metadata as m\ntry: print(m.version({!r}))\nexcept m.PackageNotFoundError: print('none')"
-        )
-        result["python"] = environment.asks("import platform; print(platform.python_version())")
-        result |= {name: environment.asks(installed.format(name)) for name in ("torch", "triton", "numpy")}
-        parts = {"core": environment.core, **{f"Triton {v}": lambda v=v: environment.triton(v) for v in row.triton}}
+        # With each part its own, because the newest torch of a part that runs again may be another one.
+        installed = {"python": environment.asks("import platform; print(platform.python_version())")}
+        installed |= {name: environment.version(name) for name in ("torch", "triton", "numpy")}
+        triton = {f"Triton {v}": lambda v=v: environment.triton(v) for v in row.triton}
+        parts = {"core": environment.core, **triton, "trainers": environment.trainers}
         for title in only or parts:
             numbers, failures = parts[title]()
-            found[title] = {"title": title, **numbers, "commit": commit(), "date": date.today().isoformat()}
+            made = {"commit": environment.commit, "date": date.today().isoformat()}
+            found[title] = {"title": title, **installed, **numbers, **made}
+            if title == "trainers":
+                found[title]["with"] = [f"{name} {environment.version(name)}" for name in TRAINERS[:-1]]
             result["failures"] += [f"{title}: {failure}" for failure in failures]
         result["parts"] = [found[title] for title in parts if title in found]
     except RuntimeError as error:
@@ -258,16 +282,14 @@ def table(results):
         "| Python | torch | Triton of the environment | numpy | tests | passed | failed | skipped | commit, date |",
         "|" + "---|" * 9,
     ]
-    for r in sorted(results, key=lambda r: [int(n) for n in re.findall(r"\d+", r.get("python", "0"))]):
-        for part in r["parts"] or [
-            {"title": "not installed", "passed": 0, "failed": 1, "skipped": 0, "commit": commit(), "date": "-"}
-        ]:
-            lines.append(
-                f"| {r.get('python', r['row'])} | {r.get('torch', '-')} | {r.get('triton', '-')} | "
-                f"{r.get('numpy', '-')} | {part['title']} | "
-                f"{part['passed']:,} | {part['failed']} | {part['skipped']} | {part['commit']}, "
-                f"{part['date']} |"
-            )
+    absent = {"title": "not installed", "passed": 0, "failed": 1, "skipped": 0, "commit": commit(), "date": "-"}
+    parts = [part for r in results for part in r["parts"] or [{"python": r["row"], **absent}]]
+    for part in sorted(parts, key=lambda part: [int(n) for n in re.findall(r"\d+", part["python"])[:3]]):
+        tests = ": ".join([part["title"], *([", ".join(part["with"])] if "with" in part else [])])
+        lines.append(
+            f"| {part['python']} | {part.get('torch', '-')} | {part.get('triton', '-')} | {part.get('numpy', '-')} | "
+            f"{tests} | {part['passed']:,} | {part['failed']} | {part['skipped']} | {part['commit']}, {part['date']} |"
+        )
     return "\n".join(lines)
 
 
@@ -280,7 +302,7 @@ def main():
         "--part",
         action="append",
         default=[],
-        help="of one row: core, or Triton X.Y.Z; may be repeated; all of them by default",
+        help="core, trainers, or of one row Triton X.Y.Z; may be repeated; all of them by default",
     )
     parser.add_argument("--folder", type=Path, default=ROOT / "build/matrix", help="environments, logs and results")
     parser.add_argument("--jobs", type=int, default=2, help="tests side by side, and compilers")
@@ -289,9 +311,9 @@ def main():
     args = parser.parse_args()
     if (args.python is None) != (args.torch is None):
         parser.error("--python and --torch make a row: give both, or none for every row")
-    known = ["core", *(f"Triton {version}" for version in args.triton)]
-    if args.part and (args.python is None or not set(args.part) <= set(known)):
-        parser.error(f"--part is one of a row: {', '.join(known)}")
+    known = ["core", *(f"Triton {version}" for version in args.triton), "trainers"]
+    if not set(args.part) <= set(known):
+        parser.error(f"--part is one of these: {', '.join(known)}")
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     rows = [] if args.table else ROWS if args.python is None else [Row(args.python, args.torch, tuple(args.triton))]

@@ -38,17 +38,19 @@ def test_the_page_shows_a_clean_run_of_every_row_or_says_that_there_was_none(row
         for line in LINES
         if line[0].startswith(f"{row.python}.") and (row.torch == "newest" or line[1].startswith(row.torch))
     ]
-    if re.search(rf"^\* {re.escape(row.name)}: not (run|clean)\b", PAGE, re.MULTILINE):
-        assert not mine, "the page shows a run and says that there was none"
-        return
-    assert [line[4] for line in mine] == ["core", *(f"Triton {version}" for version in row.triton)]
+    parts = ["core", *(f"Triton {version}" for version in row.triton), "trainers"]
+    shown = [line[4].split(":")[0] for line in mine]
+    for part in parts:
+        absent = re.search(rf"^\* {re.escape(row.name)}, {part}: not (run|clean)\b", PAGE, re.MULTILINE)
+        assert shown.count(part) == int(not absent), f"{part}: the page shows a run, or says that there was none"
+    assert shown == [part for part in parts if part in shown]
     for line in mine:
-        assert int(line[5].replace(",", "")) > 1000 or line[4] != "core"
+        assert int(line[5].replace(",", "")) > 1000 or line[4].startswith("Triton")
         assert line[6] == "0" and re.fullmatch(r"[0-9a-f]{7,}, \d{4}-\d\d-\d\d", line[8]), line
 
 
-def test_what_is_left_out_is_there():
-    for name in matrix.NOT_CORE:
+def test_what_is_left_out_and_what_runs_with_trainers_is_there():
+    for name in (*matrix.NOT_CORE, *matrix.WITH_TRAINERS):
         assert list(ROOT.glob(name)), f"{name} names nothing"
 
 

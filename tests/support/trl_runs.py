@@ -16,6 +16,7 @@ import warnings
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_DISABLED="true", TRL_EXPERIMENTAL_SILENCE="1")
 
 import torch  # noqa: E402
+import trl_rollouts  # noqa: E402
 
 TOLERANCE = 1e-4
 """Correct runs differ by up to 2e-6, runs whose log-probabilities are 1 % wrong by 1e-3 and more."""
@@ -89,6 +90,8 @@ WIDE = {
     },
     "grpo/entropy quantile": {"top_entropy_quantile": 0.4},
     "grpo/truncated mask": {"mask_truncated_completions": True, "max_completion_length": 24},
+    "grpo/tool mask": {"tools": True, "beta": 0.04, "num_iterations": 2},
+    "async_grpo/tool mask": {},
     "distillation/forward": {"beta": 0.0},
     "distillation/reverse": {"beta": 1.0},
 }
@@ -142,7 +145,7 @@ def build(case, options, directory, cls=None):
     common = dict(output_dir=f"{directory}/out", report_to="none", use_cpu=True, bf16=False, save_strategy="no")
     common |= dict(gradient_checkpointing=False, logging_steps=1, seed=1, optim="sgd", learning_rate=0.05)
     common |= dict(max_steps=3, disable_tqdm=True, per_device_train_batch_size=4 if kind in GROUPS else 2)
-    lora = options.pop("peft", False)
+    lora, tools = options.pop("peft", False), options.pop("tools", False)
     keywords = {"processing_class": AutoTokenizer.from_pretrained(f"{directory}/policy")}
 
     def policy(name="policy"):
@@ -167,6 +170,14 @@ def build(case, options, directory, cls=None):
         else:
             options = {"num_generations": 4, "temperature": 0.7, **options}
             keywords["reward_funcs"] = distinct
+            if tools:
+                keywords["rollout_func"] = trl_rollouts.environment
+    elif kind == "async_grpo":
+        # Its rollouts are made without prompts; a budget of 0 tokens stands for a batch of a fixed size.
+        rows, options = [dict(prompt="w1")], {"token_budget": 0, "max_staleness": 9, "temperature": 0.7, **options}
+        keywords |= dict(rollout_worker=trl_rollouts.Worker(), weight_transfer=trl_rollouts.WeightTransfer())
+        trl_rollouts.without_a_gpu()
+        keywords["reward_funcs"] = distinct
     elif kind == "kto":
         rows = [dict(prompt=words(5), completion=" " + words(6), label=bool(i % 2)) for i in range(8)]
         keywords["ref_model"] = policy()
@@ -184,15 +195,21 @@ def build(case, options, directory, cls=None):
         keywords["eval_dataset"] = Dataset.from_list(rows)
     trainer, configuration = _classes(trl, kind)
     args = configuration(**{**common, **options})
-    model = scores() if kind == "reward" else policy()
+    # AsyncGRPO opens the model itself.
+    model = f"{directory}/policy" if kind == "async_grpo" else scores() if kind == "reward" else policy()
     return (cls or trainer)(args=args, model=model, train_dataset=Dataset.from_list(rows), **keywords)
 
 
 def _classes(trl, kind):
     import importlib
 
-    name = {"sft": "SFT", "distillation": "Distillation", "reward": "Reward"}.get(kind, kind.upper())
-    home = trl if kind not in ("cpo", "orpo", "ppo", "gmpo") else importlib.import_module(f"trl.experimental.{kind}")
+    names = {"sft": "SFT", "distillation": "Distillation", "reward": "Reward", "async_grpo": "AsyncGRPO"}
+    name = names.get(kind, kind.upper())
+    home = (
+        trl
+        if kind not in ("cpo", "orpo", "ppo", "gmpo", "async_grpo")
+        else importlib.import_module(f"trl.experimental.{kind}")
+    )
     return getattr(home, f"{name}Trainer"), getattr(home, f"{name}Config")
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlkernels import checks
+from rlkernels.checks import tokens as checks_tokens
 from rlkernels.integrations.transformers.deferred_logits import DeferredLogits, HeadInputs
 from rlkernels.integrations.transformers.output_head import deferred_head, unwrapped
 from rlkernels.linear.head import without_autocast
@@ -39,7 +40,9 @@ def hidden_and_head(model: nn.Module, *, check: bool = False, **batch: Any) -> H
 
     Raises:
         TypeError: ``labels``; a model without a linear head, or with a step behind it that is not known; FSDP1.
-        RuntimeError: ``check`` found other logits; the weight was released; the forward of the head is replaced.
+        ValueError: a batch without a token.
+        RuntimeError: ``check`` found other logits; the weight was released; the forward of the head is replaced; a
+            gradient through an engine of ZeRO-3.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -101,9 +104,8 @@ def token_logprobs(
             f"{caller}: {type(unwrapped(caller, model)).__name__} is an encoder-decoder, whose logits are not of "
             "input_ids; call hidden_and_head with decoder_input_ids, and linear_token_logprobs"
         )
+    checks_tokens.of_a_model(caller, {"input_ids": input_ids})
     targets = shift_targets(input_ids, attention_mask=attention_mask, mask=mask)
-    if targets.dim() != 2 or targets.shape[1] == 0:
-        raise ValueError(f"{caller}: input_ids has shape {tuple(targets.shape)}, expected [B, L] with L >= 1")
     batch = {"input_ids": input_ids, **({} if attention_mask is None else {"attention_mask": attention_mask}), **batch}
     head = _head_inputs(caller, model, check, batch)
     rows = head.hidden.shape[1]
@@ -146,6 +148,7 @@ def _parameters(model: nn.Module) -> Any:
 
 def _head_inputs(caller: str, model: nn.Module, check: bool, batch: dict[str, Any]) -> HeadInputs:
     check = checks.flag(caller, "check", check)
+    checks_tokens.of_a_model(caller, batch)
     inside = unwrapped(caller, model)
     owner = type(inside).__name__
     if batch.get("labels") is not None:
@@ -164,6 +167,8 @@ def _head_inputs(caller: str, model: nn.Module, check: bool, batch: dict[str, An
             f"{caller}: {owner} computes its logits without calling the module that get_output_embeddings() names; "
             "its hidden states and head must be passed to the linear functions by hand"
         )
+    if type(model).__name__ == "DeepSpeedEngine":
+        logits.check_backward(caller)
     head = logits.head(outputs)
     if check:
         _compare(caller, model, head, batch, state)

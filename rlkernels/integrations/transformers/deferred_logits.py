@@ -74,6 +74,7 @@ class DeferredLogits:
         dtype: the dtype that the model's own logits would have.
         inner, outer: factors as (numerator, denominator), before and after the softcap; ``outer`` is None without one.
         valid_vocab: columns that are kept, None for all.
+        partitioned: whether ZeRO-3 holds the parameters of the head.
     """
 
     hidden: Tensor
@@ -84,6 +85,7 @@ class DeferredLogits:
     inner: tuple[float, float] = (1.0, 1.0)
     outer: tuple[float, float] | None = None
     valid_vocab: int | None = None
+    partitioned: bool = False
 
     # -- what it stands for ------------------------------------------------------------------------------------------
 
@@ -108,6 +110,18 @@ class DeferredLogits:
                 raise TypeError(f"{self.owner}: the model multiplies the tanh of its logits by {softcap}, expected > 0")
             scale = (self.inner[0] * self.outer[0]) / (self.inner[1] * self.outer[1])
         return HeadInputs(self.hidden, self.weight, self.bias, softcap, scale, self.valid_vocab, outputs)
+
+    def check_backward(self, caller: str) -> None:
+        """Refuses a loss that is taken of these logits after the forward of an engine of ZeRO-3.
+
+        The engine begins its backward at the tensors that the model's forward returned, and there is none.
+        """
+        if self.partitioned and self.requires_grad:
+            raise RuntimeError(
+                f"{caller}: ZeRO-3 partitions the head of {self.owner}, and its backward needs a loss that a forward "
+                "returned; call attach(model) and pass the labels to the model, or take the loss within the forward of "
+                "a module that the engine wraps"
+            )
 
     def materialize(self) -> Tensor:
         """Computes the logits ``[..., V]`` in plain torch, in the dtype that the model's own have."""

@@ -128,7 +128,8 @@ def _deferred(head: nn.Module, owner: str, hidden: Tensor) -> DeferredLogits:
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = _cast(hidden, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
-    return DeferredLogits(hidden, weight, bias, owner, hidden.dtype)
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+    return DeferredLogits(hidden, weight, bias, owner, hidden.dtype, partitioned=partitioned)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,13 +138,20 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class DeferringForward:
-    """The forward of a head that defers its logits while ``deferring`` says so, and is the head's own otherwise."""
+    """The forward of a head that defers its logits while ``deferring`` says so, and is the head's own otherwise.
 
-    def __init__(self, head: nn.Module, owner: str):
-        self.head, self.owner = head, owner
+    Attributes:
+        head, owner: the module, and the name of its model.
+        before: the forward that tensor parallelism gave to this head, None where it has that of its class.
+    """
+
+    def __init__(self, head: nn.Module, owner: str, before: Any = None):
+        self.head, self.owner, self.before = head, owner, before
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not deferring.get():
+            if self.before is not None:
+                return self.before(hidden, *args, **kwargs)
             return type(self.head).forward(self.head, hidden, *args, **kwargs)
         if args or kwargs:
             raise TypeError(f"{self.owner}: the model passes its head more than hidden states: {len(args)} {[*kwargs]}")
@@ -165,18 +173,32 @@ def install(caller: str, head: nn.Module, owner: str) -> DeferringForward:
     found = installed(head)
     if found is not None:
         return found
-    if "forward" in vars(head):
+    before = vars(head).get("forward")
+    if before is not None and not _is_tensor_parallel(before):
         raise RuntimeError(
             f"{caller}: the forward of {owner}'s head was replaced by {vars(head)['forward']!r}; undo that first"
         )
-    head.forward = DeferringForward(head, owner)
+    head.forward = DeferringForward(head, owner, before)
     return head.forward
 
 
+def _is_tensor_parallel(forward: Any) -> bool:
+    """Says whether transformers put this forward on a module to shard it (``tp_plan``).
+
+    It casts inputs to DTensor and gathers the result. Deferred logits need neither, because ``head_operands`` gathers
+    the weight.
+    """
+    place = f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
+    return place == "transformers.distributed.tensor_parallel.TensorParallelLayer.install_forward.<locals>.tp_forward"
+
+
 def uninstall(head: nn.Module) -> None:
-    """Takes our forward away."""
-    if installed(head) is not None:
+    """Takes our forward away, and gives that of tensor parallelism back."""
+    found = installed(head)
+    if found is not None:
         del head.forward
+        if found.before is not None:
+            head.forward = found.before
 
 
 @contextlib.contextmanager

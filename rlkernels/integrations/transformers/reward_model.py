@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlkernels import checks
+from rlkernels.checks import tokens as checks_tokens
 from rlkernels.losses.reward_head import reward_scores
 from rlkernels.types import Mask, RewardScores, ScorePositions, TokenIds
 
@@ -110,10 +111,11 @@ class RewardModel(nn.Module):
             for an fp64 head).
 
         Raises:
-            ValueError, TypeError: as ``reward_scores``.
+            ValueError, TypeError: as ``reward_scores``; a batch without a token.
         """
         named = {"input_ids": input_ids, "attention_mask": attention_mask}
         given = {name: x for name, x in named.items() if x is not None}
+        checks_tokens.of_a_model("RewardModel", {**given, **batch})
         outputs = self.base(**{"use_cache": False, "return_dict": True, **given, **batch})
         hidden: Tensor = outputs.last_hidden_state
         return reward_scores(

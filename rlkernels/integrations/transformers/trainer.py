@@ -126,7 +126,8 @@ def compute_loss_func(
 
     Raises:
         TypeError: no labels; an ``aux_loss`` without a coefficient; an option that the loss does not know.
-        ValueError: as the losses.
+        ValueError: labels of another shape than the rows of the logits; as the losses.
+        RuntimeError: an attached model under ZeRO-3, which must compute its own loss.
 
     Example:
         >>> from types import SimpleNamespace
@@ -135,6 +136,7 @@ def compute_loss_func(
         0.6931
     """
     caller = "compute_loss_func"
+    shift = checks.flag(caller, "shift", shift)
     if not isinstance(labels, Tensor):
         raise TypeError(
             f"{caller}: labels is {type(labels).__name__}, expected a tensor [B, L]; the batch has no labels"
@@ -142,12 +144,21 @@ def compute_loss_func(
     logits = getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor | DeferredLogits):
         raise TypeError(f"{caller}: outputs has no logits, got {type(outputs).__name__}")
+    checks.shape(caller, "labels", labels, logits.shape[:-1])
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{caller}: labels must be int32 or int64, got {labels.dtype}")
+    if shift and labels.dim() != 2:
+        raise ValueError(
+            f"{caller}: labels has shape {tuple(labels.shape)}, expected [B, L]; pass shift=False for labels that are "
+            "shifted already"
+        )
     taken = {"aggregation", "normalizers"} & options.keys()
     if taken:
         raise TypeError(f"{caller}: {sorted(taken)} are the trainer's, which passes num_items_in_batch")
     normalizers = None if num_items_in_batch is None else Normalizers(batch_num_tokens=num_items_in_batch)
     targets = (shift_targets(labels) if shift else labels).to(logits.device)
     if isinstance(logits, DeferredLogits):
+        logits.check_backward(caller)
         head = logits.head()
         with output_head.without_autocast(logits.device.type):
             loss = linear_sft_loss(**head, targets=targets, normalizers=normalizers, **options)
@@ -162,4 +173,5 @@ def compute_loss_func(
             f"{caller}: the model returned an aux_loss; pass aux_loss_coef, which its own loss takes from "
             "config.router_aux_loss_coef, or 0.0"
         )
+    aux_loss_coef = checks.finite(caller, "aux_loss_coef", aux_loss_coef)
     return loss + aux_loss_coef * aux_loss.to(loss.device) if aux_loss_coef else loss
