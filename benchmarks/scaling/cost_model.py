@@ -5,6 +5,9 @@ Computed, not measured.
 
 from typing import NamedTuple
 
+from rlkernels.linear.chunk_plan import HeadShape, planned_stretches
+from rlkernels.linear.chunking import rows_within
+
 
 class Machine(NamedTuple):
     """FLOP/s of a bf16 product and bytes/s of memory as measured on an H200 by others; of the link and a collective's
@@ -38,13 +41,20 @@ class Case(NamedTuple):
         return -(-self.vocab // self.ranks) if self.sharded else self.vocab
 
     @property
-    def chunk(self):
-        """Rows per chunk: fp32 logits and their bf16 gradient, 6 bytes, within the budget."""
-        return min(self.rows, max(16, self.budget // (6 * (self.columns + 16)) // 16 * 16))
+    def stretches(self):
+        """The plan of the library for an H200, of fp32 logits and their bf16 gradient, 6 bytes, within the budget."""
+        limit = rows_within(self.budget, 6 * (self.columns + 16))
+        shape = HeadShape(self.vocab, self.hidden, 1 if self.sharded else 132)
+        return planned_stretches(self.rows, limit, shape, not self.sharded)
 
     @property
     def chunks(self):
-        return -(-self.rows // self.chunk)
+        return sum(map(len, self.stretches))
+
+    @property
+    def largest(self):
+        """Rows of the largest chunk and of the longest stretch."""
+        return max(map(max, self.stretches)), max(map(sum, self.stretches))
 
 
 def seconds(case, on):
@@ -56,11 +66,8 @@ def seconds(case, on):
     parts = {
         "products": 6 * t * h * v / on.flops,
         "logits": row_bytes / on.memory,
-        "weight": case.chunks
-        * (8 + 4)
-        * h
-        * v
-        / on.memory,  # fp32 sum read and written, the weight read by two products
+        # A chunk reads the weight; a stretch reads it, too, and reads and writes the fp32 sum of its gradient.
+        "weight": (2 * case.chunks + 10 * len(case.stretches)) * h * v / on.memory,
     }
     if case.sharded:
         parts["forward link"] = case.chunks * on.latency + 4 * case.numbers * (n - 1) * t / on.link
@@ -74,12 +81,13 @@ def seconds(case, on):
 def gigabytes(case):
     """Bytes of each rank at the peak: when the gradients are cast to the dtype of what they belong to."""
     h, v, t = case.hidden, case.columns, case.rows
+    chunk, stretch = case.largest
     return {
         "weight": 2 * h * v / 1e9,
         "its gradient": (4 + 2) * h * v / 1e9,
         "hidden": 2 * h * t / 1e9,
         "its gradient ": (4 + 2) * h * t / 1e9,
-        "budget": min(case.budget, 6 * (v + 16) * case.chunk) / 1e9,
+        "budget": (4 * chunk + 2 * stretch) * (v + 16) / 1e9,
     }
 
 
@@ -100,6 +108,7 @@ def table(cases, on):
         "head",
         "budget GiB",
         "rows per chunk",
+        "per stretch",
         "products ms",
         "logits ms",
         "weight ms",
@@ -120,7 +129,7 @@ def table(cases, on):
             case.vocab,
             ("vocabulary over ranks") if case.sharded else ("tokens over ranks"),
             case.budget // 2**30,
-            f"{case.chunk:,}",
+            *(f"{rows:,}" for rows in case.largest),
             f"{parts['products'] * 1e3:.1f}",
             f"{parts['logits'] * 1e3:.1f}",
             f"{parts['weight'] * 1e3:.1f}",

@@ -1,5 +1,7 @@
 """The selection of the rows that enter a matmul: which rows, in which order, and how many at a time."""
 
+import functools
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -43,6 +45,17 @@ def filled_up(rows):
     return -(-rows // ROWS) * ROWS
 
 
+def on_accelerator(kind):
+    """Tells whether a device of this type multiplies in tiles and waves, for which chunks are planned."""
+    return kind != "cpu"
+
+
+@functools.cache
+def multiprocessors(device):
+    """Returns the number of multiprocessors of a device of CUDA or ROCm, of any other one 1: it knows no waves."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 @dataclass(eq=False)
 class RowSelection:
     """Positions ``[m]`` of the rows that are worked on, in order.
@@ -63,6 +76,11 @@ class RowSelection:
     def part(self, start, end):
         """Returns the rows ``[start, end)`` of the selection."""
         return RowSelection(self.index[start:end], None if self.padding is None else self.padding[start:end])
+
+    def cut(self, sizes):
+        """Returns the selection in parts of these ``sizes``."""
+        ends = list(itertools.accumulate(sizes, initial=0))
+        return [self.part(start, end) for start, end in itertools.pairwise(ends)]
 
     def at(self, positions):
         """Returns the rows at these ``positions`` of the selection."""

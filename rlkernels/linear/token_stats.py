@@ -12,10 +12,10 @@ import torch
 from rlkernels import checks, ops
 from rlkernels.backends import gate
 from rlkernels.backends.protocol import RowStats
-from rlkernels.linear.chunking import filled_up, live_rows
+from rlkernels.linear.chunking import live_rows
 from rlkernels.linear.gradients import Gradients
 from rlkernels.linear.head import OPERANDS, TENSORS, HeadOptions, LinearHead, linear_head, without_autocast
-from rlkernels.linear.projection import HeadProjection
+from rlkernels.linear.projection import keeps_gradients, planned_projection
 from rlkernels.linear.rank_agreement import meeting, pattern, ranks_compare, same_on_every_rank
 from rlkernels.logprobs import TokenStats, collect
 from rlkernels.types import (
@@ -245,13 +245,14 @@ def _check_values(head, direction, further):
             now.compare(head.shard[1:], facts + further_facts, further_sums or sums)
 
 
-def _chunks(head, live, backend, bias_gradient=False):
-    """Yields ``(projection, rows)`` for each chunk of the live rows; all chunks share one projection."""
-    rows, size = live_rows(live, head.max_live_tokens), head.chunk_rows
-    if len(rows):
-        projection = HeadProjection(head, filled_up(min(size, len(rows))), backend, bias_gradient)
-    for start in range(0, len(rows), size):
-        yield projection, rows.part(start, start + size)
+def _chunks(head, live, backend, needs=(False, False, False)):
+    """Returns the projection that all chunks of the live rows share, and the rows of each.
+
+    ``needs``: which of hidden states, weight and bias get a gradient.
+    """
+    rows, keeps = live_rows(live, head.max_live_tokens), any(needs) and keeps_gradients(head, backend, needs[2])
+    projection = planned_projection(head, [len(rows)], backend, needs, keeps)
+    return projection, rows.cut(head.chunk_sizes(len(rows), keeps))
 
 
 def _linear_stats(*arguments):
@@ -261,7 +262,8 @@ def _linear_stats(*arguments):
         _check_shapes(head)
         _check_values(head, "", functools.partial(_wanted_in_common, wanted))
         outputs = tuple(x.zero_() for x in _linear_stats_fake(*arguments))
-        for projection, rows in _chunks(head, head.targets != head.ignore_index, backend):
+        projection, chunks = _chunks(head, head.targets != head.ignore_index, backend)
+        for rows in chunks:
             logits = projection.logits(rows.hidden(head.hidden))[: len(rows)]
             part = projection.statistics(logits, head.row_arguments(rows), wanted)
             for whole, values in zip(outputs, part, strict=True):
@@ -360,7 +362,8 @@ def _accumulate(gradients, live, upstream, saved, backend):
     entropy.
     """
     head = gradients.head
-    for projection, rows in _chunks(head, live, backend, gradients.needs[2]):
+    projection, chunks = _chunks(head, live, backend, gradients.needs)
+    for rows in chunks:
         hidden = rows.hidden(head.hidden)
         logits = projection.logits(hidden)[: len(rows)]
         *of_rows, dlse = (None if d is None else rows.select(d).contiguous() for d in upstream)
@@ -372,6 +375,7 @@ def _accumulate(gradients, live, upstream, saved, backend):
         if repair is not None:
             dlogits.scatter_(1, repair[0], repair[1].to(dlogits.dtype))
         gradients.add(projection, rows, dlogits, logits, hidden)
+    gradients.finish(projection)
 
 
 def _scored_inside(dlogp, dlse, row_arguments):
