@@ -10,7 +10,7 @@ from rlkernels.checks import tokens as checks_tokens
 from rlkernels.linear import vocab_parallel
 from rlkernels.linear.chunked_loss import ChunkLoop, compare_ranks, detached_for_loss, differentiable
 from rlkernels.linear.chunking import budget_bytes, live_rows
-from rlkernels.linear.head import OPERANDS, HeadOptions, LinearHead, linear_head, without_autocast
+from rlkernels.linear.head import OPERANDS, HeadOptions, LinearHead, linear_head, sum_bytes, without_autocast
 from rlkernels.linear.projection import HeadProjection
 from rlkernels.linear.rank_agreement import same_on_every_rank, sketch
 from rlkernels.linear.token_loss import check_batch
@@ -263,7 +263,10 @@ def linear_distillation_loss(
         for name, x in (("chunk_tokens", chunk_tokens), ("logits_budget", logits_budget))
     )
     if teacher_topk is None:  # half of the budget is for the teacher
-        logits_budget = max(1, budget_bytes(logits_budget, hidden.device.type) // 2)
+        checks.floating(caller, "weight", weight)
+        # The rows of a shard that may differ in size are no number that all ranks share.
+        of_sum = sum_bytes(weight, weight.shape[0]) if weight.dim() == 2 and vocab_start is None else 0
+        logits_budget = max(1, budget_bytes(logits_budget, hidden.device.type, of_sum) // 2)
     options: HeadOptions = {
         "bias": bias,
         "temperature": temperature,

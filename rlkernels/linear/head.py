@@ -259,7 +259,8 @@ def linear_head(caller, hidden, weight, targets, options):
         temperature = ops.number(temperature)
     bytes_per_row = (width + ALIGNED) * _bytes_per_logit(weight, logits_dtype, softcap)
     planned = chunk_tokens is None and on_accelerator(hidden.device.type)
-    chunk_rows = chunk_tokens or rows_within(budget_bytes(logits_budget, hidden.device.type), bytes_per_row)
+    budget = budget_bytes(logits_budget, hidden.device.type, sum_bytes(weight, width))
+    chunk_rows = chunk_tokens or rows_within(budget, bytes_per_row)
     return LinearHead(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -277,6 +278,12 @@ def linear_head(caller, hidden, weight, targets, options):
         shard,
         caller,
     )
+
+
+def sum_bytes(weight, rows):
+    """Returns the bytes of the sum of the gradient of a weight of so many ``rows``; 0 where it gets none."""
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    return rows * weight.shape[1] * real_dtype(weight.dtype).itemsize if trained else 0
 
 
 def _operands(caller, hidden, weight, bias):

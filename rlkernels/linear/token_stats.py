@@ -68,7 +68,8 @@ def linear_token_logprobs(
             engine may.
         chunk_tokens: rows per chunk.
         logits_budget: instead of ``chunk_tokens``, bytes that the logits of one chunk, and what their gradient needs
-            beside them, may take. By default ``RLKERNELS_LOGITS_BUDGET``, else 1 GiB, on a CPU 256 MiB.
+            beside them, may take. By default ``RLKERNELS_LOGITS_BUDGET``, else 256 MiB on a CPU. Elsewhere 1 GiB,
+            or as much as the fp32 gradient of the weight, where it gets one that is larger.
         max_live_tokens: a bound on the tokens that are not ignored. Without it the host reads their number, once per
             direction. With it the host reads nothing, and as many rows as the bound says are multiplied. A bound too
             small raises on a CPU, and fails an assertion on an accelerator.

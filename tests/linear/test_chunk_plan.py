@@ -71,7 +71,7 @@ def test_the_waste_of_tiles_and_waves_is_small_on_every_device(budget):
 
 
 def _budget(shape, budget):
-    return chunking.budget_bytes(budget, "cuda")
+    return chunking.budget_bytes(budget, "cuda", 4 * shape.hidden * shape.vocab)
 
 
 @pytest.mark.parametrize("keeps", [False, True])
@@ -150,11 +150,31 @@ def test_without_waves_the_chunks_are_as_few_as_fit():
         assert max(sizes) - min(sizes) <= 255
 
 
-def make_head(device, **options):
-    operands = (torch.empty(shape, device=device) for shape in ((700, 8), (64, 8)))
+def test_the_default_adds_to_the_weight_every_4096_rows():
+    shape = HeadShape(151936, 4096, 132)
+    limit = limit_of(shape.vocab, _budget(shape, None))
+    assert limit == 2720
+    for rows in (4096, 8192, 32768):
+        assert min(sum(x) for x in planned_stretches(rows, limit, shape, True)) >= 4096
+
+
+def test_the_default_follows_the_sum_of_a_gradient_that_there_is(monkeypatch):
+    monkeypatch.delenv("RLKERNELS_LOGITS_BUDGET", raising=False)
+    sizes, dtype = ((9, 4096), (151936, 4096)), torch.bfloat16
+    for device, trained, limit in (("meta", True, 2720), ("meta", False, 1168)):
+        assert make_head(device, sizes, dtype, trained).chunk_rows == limit
+        assert make_head(device, sizes, dtype, trained, logits_budget=GIB).chunk_rows == 1168
+        with torch.no_grad():
+            assert make_head(device, sizes, dtype, trained).chunk_rows == 1168
+    assert make_head("cpu", ((9, 8), (128256, 8)), dtype, True).chunk_rows == 512
+
+
+def make_head(device, sizes=((700, 8), (64, 8)), dtype=torch.float32, trained=False, **options):
+    hidden, weight = (torch.empty(shape, device=device, dtype=dtype) for shape in sizes)
+    operands = hidden, weight.requires_grad_(trained)
     given = dict.fromkeys(heads.HeadOptions.__annotations__) | {"temperature": 1.0, "logit_scale": 1.0}
     given |= {"ignore_index": -100, "logits_dtype": torch.float32, **options}
-    targets = torch.zeros(700, dtype=torch.long, device=device)
+    targets = torch.zeros(len(hidden), dtype=torch.long, device=device)
     return heads.linear_head("linear_token_logprobs", *operands, targets, given)
 
 

@@ -178,6 +178,15 @@ def test_with_a_bound_the_same_traffic_takes_no_read(kind, traffic):
     assert [name for name, *_ in traffic.products].count("addmm") == stretches
 
 
+def test_by_default_the_memory_of_the_logits_is_that_of_the_sum_of_the_gradient(traffic):
+    with traffic:
+        loss_of("policy").backward()
+    found = [(depth, beta) for name, _, _, depth, beta in traffic.products if name == "addmm"]
+    assert found == [(4096, 0), (4096, 1)]
+    assert GIB < traffic.memory <= 4 * H * V
+    assert sum(moved for _, moved in traffic.kernels) == 6 * T * V
+
+
 def test_where_the_caller_counts_rows_the_traffic_is_that_of_before(traffic):
     with traffic:
         loss_of("policy", chunk_tokens=1168).backward()

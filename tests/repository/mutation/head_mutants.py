@@ -126,6 +126,13 @@ MUTANTS = (
         "            if stretches:\n",
         PLAN,
     ),
+    _m(
+        "the default budget follows a gradient that nobody wants",
+        "linear/head.py",
+        "trained = weight.requires_grad and torch.is_grad_enabled()",
+        "trained = True",
+        PLAN,
+    ),
     # sequences
     _m(
         "the rows that fill a bound count for the last sequence",
