@@ -5,8 +5,8 @@ Computed, not measured.
 
 from typing import NamedTuple
 
-from rlkernels.linear.chunk_plan import HeadShape, planned_stretches
-from rlkernels.linear.chunking import rows_within
+from rlkernels.linear.chunk_plan import PASS_TICKS, TILE_COLUMNS, TILE_ROWS, HeadShape, cost, planned_stretches, waste
+from rlkernels.linear.chunking import budget_bytes, rows_within
 
 
 class Machine(NamedTuple):
@@ -91,6 +91,40 @@ def gigabytes(case):
     }
 
 
+PROCESSORS = 132
+READS_AT = 0.92
+"""The share of the memory's speed at which the kernel over rows is supposed to run."""
+
+
+def by_tiles(tokens, vocab, hidden, budget, on):
+    """Returns the plan of one call on one H200, and the share of its time that three products would fill.
+
+    The plan's own count, with its charges for chunks and for stretches, of which the first one reads no sum; then 6
+    bytes per logit of the kernel over rows, and 6 per number of the head where its gradient is scaled and rounded.
+    ``budget`` None: the default.
+    """
+    shape = HeadShape(vocab, hidden, PROCESSORS)
+    limit = rows_within(budget_bytes(budget, "cuda", 4 * hidden * vocab), 6 * (vocab + 16))
+    stretches = planned_stretches(tokens, limit, shape, True)
+    tick = 2 * TILE_ROWS * TILE_COLUMNS * PROCESSORS / on.flops
+    rows, rounding = 6 * tokens * vocab / (READS_AT * on.memory), 6 * hidden * vocab / on.memory
+    ticks = cost(stretches, shape) - PASS_TICKS * shape.waves(vocab, hidden) / 2
+    return stretches, 6 * tokens * hidden * vocab / on.flops / (ticks * tick + rows + rounding)
+
+
+def shares(calls, on, hidden=4096):
+    """Markdown: the plan and the predicted share of each ``(tokens, vocab, budget)``."""
+    names = "tokens", "V", "budget GiB", "stretches", "chunks", "waste of tiles and waves", "three products, share"
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for tokens, vocab, budget in calls:
+        stretches, share = by_tiles(tokens, vocab, hidden, budget, on)
+        lost = waste(stretches, HeadShape(vocab, hidden, PROCESSORS))
+        given = f"{4 * hidden * vocab / 2**30:.1f}, the default" if budget is None else f"{budget / 2**30:.0f}"
+        counts = len(stretches), sum(map(len, stretches))
+        lines.append(f"| {tokens:,} | {vocab} | {given} | {counts[0]} | {counts[1]} | {lost:.1%} | {share:.0%} |")
+    return "\n".join(lines)
+
+
 def break_even(vocab, gathers=2, hidden_is_there=True):
     """Tokens per step of all ranks from which on a vocabulary-parallel head sends more than FSDP does for a dense one.
 
@@ -149,5 +183,8 @@ CASES = [
     for sharded, budget in ((False, 2**30), (False, 2**32), (True, 2**30))
 ]
 
+CALLS = [(tokens, 151936, budget) for tokens in (4096, 8192, 32768) for budget in (2**30, None)]
+
 if __name__ == "__main__":
+    print(shares(CALLS, Machine()), end="\n\n")
     print(table(CASES, Machine()))

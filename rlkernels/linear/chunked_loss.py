@@ -17,6 +17,7 @@ from rlkernels.linear.gradients import Gradients
 from rlkernels.linear.head import without_autocast
 from rlkernels.linear.projection import keeps_gradients, planned_projection
 from rlkernels.linear.rank_agreement import meeting, pattern, ranks_compare
+from rlkernels.linear.sequence_chunks import RowPlan
 from rlkernels.tracing import replaced
 
 
@@ -74,7 +75,7 @@ class ChunkLoop:
     def __init__(self, head, needs, counts, backend, loss, keeps=False):
         self.head, self.needs, self.backend = head, needs, backend
         self.gradients = Gradients(head, needs, backend, keep_wide=True)
-        self.keeps = keeps and any(needs) and keeps_gradients(head, backend, needs[2])
+        self.keeps = keeps and keeps_gradients(head, backend, needs)
         self.projection = planned_projection(head, counts, backend, needs, self.keeps)
         narrow = self.projection.matmul.gradient_dtype == torch.float16
         self.scale = _loss_scale(loss.gradient_scale(), head) if narrow else None
@@ -141,11 +142,14 @@ def chunked_loss(head, plan, loss, backend, needs):
         head: of ``detached_for_loss``. plan: SequencePlan, WholeBatchPlan or RowPlan.
         needs: which of hidden states, weight and bias get a gradient.
     """
+    of_rows = isinstance(plan, RowPlan)
+    if of_rows:
+        plan = plan.in_chunks(head.chunk_sizes(len(plan.selection), keeps_gradients(head, backend, needs)))
     chunks = [(first, last, plan.rows(first, last)) for first, last in plan.chunks(head.chunk_rows)]
     counts = [len(rows) for _, _, rows in chunks]
     if head.shard is not None:
         compare_ranks(head, counts, plan.offsets, needs, loss.needs_entropy)
-    loop = ChunkLoop(head, needs, counts, backend, loss)
+    loop = ChunkLoop(head, needs, [len(plan.selection)] if of_rows else counts, backend, loss, keeps=of_rows)
     for first, last, rows in chunks:
         _work_on_units(loop, loss, rows, first, last, any(needs) and plan.has_gradient(first))
     return loop.result()

@@ -59,8 +59,10 @@ def on_accelerator(kind):
 
 @functools.cache
 def multiprocessors(device):
-    """Returns the number of multiprocessors of a device of CUDA or ROCm, of any other one 1: it knows no waves."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """Returns the number of multiprocessors of a device of CUDA or ROCm; 1 of any other one: its waves are unknown."""
+    # A fake tensor may be of a device that is not here.
+    known = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_properties(device).multi_processor_count if known else 1
 
 
 @dataclass(eq=False)

@@ -403,7 +403,7 @@ def _distilled(head, terms, backend, needs):
     teacher, projection = terms.teacher, None
     if head.shard is not None:
         compare_ranks(head, head.chunk_sizes(len(rows)), None, needs, False, lambda: _in_common(head, terms))
-    loop = ChunkLoop(head, needs, [len(rows)], backend, terms, keeps=head.shard is None)
+    loop = ChunkLoop(head, needs, [len(rows)], backend, terms, keeps=True)
     if teacher.hidden is not None:
         projection = HeadProjection(teacher.beside(head), loop.projection.rows, backend)
     for part in loop.parts(rows):

@@ -132,12 +132,15 @@ def planned_projection(head, counts, backend, needs, keeps):
     return HeadProjection(head, rows, backend, needs[2], kept)
 
 
-def keeps_gradients(head, backend, bias_gradient):
-    """Tells whether the gradient of the logits has memory of its own, in which it may wait for that of other chunks."""
+def keeps_gradients(head, backend, needs):
+    """Tells whether the gradient of the logits has memory of its own, in which it may wait for that of other chunks.
+
+    ``needs``: which of hidden states, weight and bias get a gradient.
+    """
     # Asked of planned heads alone, because on a CPU the matmuls may copy the weight.
-    if not head.planned:
+    if not (head.planned and any(needs)) or head.shard is not None:
         return False
-    return _rounded(head, matmul_for(head.weight, head.logits_dtype, backend), bias_gradient) is not None
+    return _rounded(head, matmul_for(head.weight, head.logits_dtype, backend), needs[2]) is not None
 
 
 def _rounded(head, matmul, bias_gradient):

@@ -80,10 +80,15 @@ class WholeBatchPlan(NamedTuple):
 
 
 class RowPlan(NamedTuple):
-    """Rows that belong to no sequence. Each unit is a chunk, one of the ``parts``."""
+    """Rows that belong to no sequence. Each unit is a chunk, one of the ``parts`` once there are chunks."""
 
-    parts: list
+    selection: RowSelection
+    parts: tuple = ()
     offsets: None = None
+
+    def in_chunks(self, sizes):
+        """Returns the plan with chunks of these sizes."""
+        return RowPlan(self.selection, tuple(self.selection.cut(sizes)))
 
     def rows(self, first, last):
         return self.parts[first]

@@ -143,8 +143,7 @@ def token_loss(head, terms, needs_entropy, backend):
     work = detached_for_loss(head, terms.live() & (head.targets != head.ignore_index))
     if work.shard is None and terms.in_one_launch():
         return differentiable(head, backend, _fused_loss, work, terms)
-    rows = live_rows(work.targets != work.ignore_index, work.max_live_tokens)
-    plan = RowPlan(rows.cut(work.chunk_sizes(len(rows))))
+    plan = RowPlan(live_rows(work.targets != work.ignore_index, work.max_live_tokens))
     return differentiable(head, backend, chunked_loss, work, plan, TokenLoss(terms, needs_entropy))
 
 

@@ -251,7 +251,7 @@ def _chunks(head, live, backend, needs=(False, False, False)):
 
     ``needs``: which of hidden states, weight and bias get a gradient.
     """
-    rows, keeps = live_rows(live, head.max_live_tokens), any(needs) and keeps_gradients(head, backend, needs[2])
+    rows, keeps = live_rows(live, head.max_live_tokens), keeps_gradients(head, backend, needs)
     projection = planned_projection(head, [len(rows)], backend, needs, keeps)
     return projection, rows.cut(head.chunk_sizes(len(rows), keeps))
 

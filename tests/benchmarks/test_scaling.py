@@ -58,6 +58,13 @@ def test_the_tables_of_the_page_are_those_of_the_model():
     )
 
 
+def test_the_share_of_the_products_on_the_page_is_that_of_the_model_and_no_lower_than_it_was():
+    assert MODEL["shares"](MODEL["CALLS"], Machine()) in PAGE.read_text()
+    for (tokens, vocab, budget), least in zip(MODEL["CALLS"], (0.84, 0.88, 0.86, 0.89, 0.87, 0.91), strict=True):
+        stretches, share = MODEL["by_tiles"](tokens, vocab, 4096, budget, Machine())
+        assert sum(map(sum, stretches)) == tokens and least <= share < 1, (tokens, budget, share)
+
+
 def test_the_model_charges_the_same_products_whichever_way_the_head_is_cut():
     on = Machine()
     for tokens, vocab in ((2**16, 128256), (2**20, 151936)):

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,6 +177,16 @@ def make_head(device, sizes=((700, 8), (64, 8)), dtype=torch.float32, trained=Fa
     given |= {"ignore_index": -100, "logits_dtype": torch.float32, **options}
     targets = torch.zeros(len(hidden), dtype=torch.long, device=device)
     return heads.linear_head("linear_token_logprobs", *operands, targets, given)
+
+
+def test_the_multiprocessors_are_those_of_a_device_that_is_here(monkeypatch):
+    asked = chunking.multiprocessors.__wrapped__
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(multi_processor_count=148)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: {1: properties}[device.index])
+    assert asked(torch.device("cuda", 1)) == 148 and asked(torch.device("meta")) == asked(torch.device("xpu", 1)) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert asked(torch.device("cuda", 1)) == 1
 
 
 def test_a_cpu_and_a_caller_who_counts_rows_have_the_chunks_of_before():

@@ -121,6 +121,8 @@ def loss_of(kind, **options):
         return rlk.linear_policy_loss(h, w, y, a, a, entropy_coef=0.01, kl_coef=0.1, ref_logprobs=a, **options)
     if kind == "policy without KL":
         return rlk.linear_policy_loss(h, w, y, a, a, **options)
+    if kind == "policy of the moment":
+        return rlk.linear_policy_loss(h, w, y, None, a, log_ratio_clamp=5.0, **options)
     if kind == "policy of sequences":
         options |= {"ratio_level": "sequence", "kl_coef": 0.1, "ref_logprobs": a}
         return rlk.linear_policy_loss(h, w, y, a, a, **options)
@@ -132,12 +134,13 @@ def loss_of(kind, **options):
     return (stats.logprobs + stats.entropy).sum()
 
 
-# Bytes of logits per logit in the kernels, products of a row with the head, stretches of 1 GiB, launches. Losses of
-# sequences make their chunks of whole ones, here two, and read statistics before they can write a gradient. A teacher
-# has half of the budget.
+# Bytes of logits per logit in the kernels, products of a row with the head, stretches of 1 GiB, launches. Where no
+# kernel over rows holds the loss, statistics are read before a gradient can be written. Losses of sequences make their
+# chunks of whole ones, here two. A teacher has half of the budget.
 KINDS = {
     "policy": (6, 3, 4, 360),
     "policy without KL": (6, 3, 4, 275),
+    "policy of the moment": (10, 3, 4, 765),
     "sft": (6, 3, 4, 230),
     "policy of sequences": (10, 3, 8, 790),
     "distillation": (10, 4, 8, 685),

@@ -96,6 +96,8 @@ def loss_of(kind, d, h, w, **options):
         return (stats.logprobs * a + stats.entropy * d["token_weights"]).sum()
     if kind == "policy":
         return rlk.linear_policy_loss(h, w, y, d["old"], a, mask, entropy_coef=0.1, **options)
+    if kind == "policy with a clamp":  # which no kernel over rows holds
+        return rlk.linear_policy_loss(h, w, y, None, a, mask, log_ratio_clamp=1.0, **options)
     if kind == "sft":
         return rlk.linear_sft_loss(h, w, y, mask, **options)
     return rlk.linear_distillation_loss(h, w, d["hidden"] * 0.5, d["weight"] * 1.5, mask, **options)
@@ -106,7 +108,7 @@ BUDGET = 32 * 6 * (133 + 16)
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("kind", ["stats", "policy", "sft", "distillation"])
+@pytest.mark.parametrize("kind", ["stats", "policy", "policy with a clamp", "sft", "distillation"])
 def test_gradients_that_wait_for_those_of_later_chunks_are_the_same(kind, dtype, planned, monkeypatch):
     d = problem(dtype, (3, 67))
     # The other half of the budget is the teacher's.
