@@ -18,6 +18,8 @@ NAMES = ("linear_policy_loss", "linear_token_stats", "linear_token_logprobs")
 TOKENS, HIDDEN, VOCABULARIES = (4096, 8192, 32768), 4096, (151936, 128256)
 LONG = 32768
 """Tokens from which memory is what is looked at: nothing that holds the logits of all of them runs there."""
+LONG_BUDGET = 2**30
+"""Bytes of logits there; by default a head takes as much as its fp32 gradient does."""
 PRODUCTS, TORCH = "{} cuBLAS products", "F.linear_cross_entropy"
 
 
@@ -63,7 +65,7 @@ def torch_head(p: Problem) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
 
 def policy(p: Problem, lineup: Lineup) -> Case:
-    fused, loss = linear.ppo_loss(p)
+    fused, loss = linear.ppo_loss(p, LONG_BUDGET if p.shape[0] >= LONG else None)
     others = {name: lambda h, w, f=f: loss(f(h, w)) for name, f in torch_head(p).items()}
     if "liger_chunked" in lineup.peers:
         others[PEERS["liger_chunked"].name] = linear.liger_policy(lineup.peers["liger_chunked"], p)

@@ -5,6 +5,9 @@ Computed, not measured.
 
 from typing import NamedTuple
 
+from rlkernels.linear.chunk_plan import PASS_TICKS, TILE_COLUMNS, TILE_ROWS, HeadShape, cost, planned_stretches, waste
+from rlkernels.linear.chunking import budget_bytes, rows_within
+
 
 class Machine(NamedTuple):
     """FLOP/s of a bf16 product and bytes/s of memory as measured on an H200 by others; of the link and a collective's
@@ -38,13 +41,20 @@ class Case(NamedTuple):
         return -(-self.vocab // self.ranks) if self.sharded else self.vocab
 
     @property
-    def chunk(self):
-        """Rows per chunk: fp32 logits and their bf16 gradient, 6 bytes, within the budget."""
-        return min(self.rows, max(16, self.budget // (6 * (self.columns + 16)) // 16 * 16))
+    def stretches(self):
+        """The plan of the library for an H200, of fp32 logits and their bf16 gradient, 6 bytes, within the budget."""
+        limit = rows_within(self.budget, 6 * (self.columns + 16))
+        shape = HeadShape(self.vocab, self.hidden, 1 if self.sharded else 132)
+        return planned_stretches(self.rows, limit, shape, not self.sharded)
 
     @property
     def chunks(self):
-        return -(-self.rows // self.chunk)
+        return sum(map(len, self.stretches))
+
+    @property
+    def largest(self):
+        """Rows of the largest chunk and of the longest stretch."""
+        return max(map(max, self.stretches)), max(map(sum, self.stretches))
 
 
 def seconds(case, on):
@@ -56,11 +66,8 @@ def seconds(case, on):
     parts = {
         "products": 6 * t * h * v / on.flops,
         "logits": row_bytes / on.memory,
-        "weight": case.chunks
-        * (8 + 4)
-        * h
-        * v
-        / on.memory,  # fp32 sum read and written, the weight read by two products
+        # A chunk reads the weight; a stretch reads it, too, and reads and writes the fp32 sum of its gradient.
+        "weight": (2 * case.chunks + 10 * len(case.stretches)) * h * v / on.memory,
     }
     if case.sharded:
         parts["forward link"] = case.chunks * on.latency + 4 * case.numbers * (n - 1) * t / on.link
@@ -74,13 +81,48 @@ def seconds(case, on):
 def gigabytes(case):
     """Bytes of each rank at the peak: when the gradients are cast to the dtype of what they belong to."""
     h, v, t = case.hidden, case.columns, case.rows
+    chunk, stretch = case.largest
     return {
         "weight": 2 * h * v / 1e9,
         "its gradient": (4 + 2) * h * v / 1e9,
         "hidden": 2 * h * t / 1e9,
         "its gradient ": (4 + 2) * h * t / 1e9,
-        "budget": min(case.budget, 6 * (v + 16) * case.chunk) / 1e9,
+        "budget": (4 * chunk + 2 * stretch) * (v + 16) / 1e9,
     }
+
+
+PROCESSORS = 132
+READS_AT = 0.92
+"""The share of the memory's speed at which the kernel over rows is supposed to run."""
+
+
+def by_tiles(tokens, vocab, hidden, budget, on):
+    """Returns the plan of one call on one H200, and the share of its time that three products would fill.
+
+    The plan's own count, with its charges for chunks and for stretches, of which the first one reads no sum; then 6
+    bytes per logit of the kernel over rows, and 6 per number of the head where its gradient is scaled and rounded.
+    ``budget`` None: the default.
+    """
+    shape = HeadShape(vocab, hidden, PROCESSORS)
+    limit = rows_within(budget_bytes(budget, "cuda", 4 * hidden * vocab), 6 * (vocab + 16))
+    stretches = planned_stretches(tokens, limit, shape, True)
+    tick = 2 * TILE_ROWS * TILE_COLUMNS * PROCESSORS / on.flops
+    rows, rounding = 6 * tokens * vocab / (READS_AT * on.memory), 6 * hidden * vocab / on.memory
+    ticks = cost(stretches, shape) - PASS_TICKS * shape.waves(vocab, hidden) / 2
+    return stretches, 6 * tokens * hidden * vocab / on.flops / (ticks * tick + rows + rounding)
+
+
+def shares(calls, on, hidden=4096):
+    """Markdown: the plan and the predicted share of each ``(tokens, vocab, budget)``."""
+    names = "tokens", "V", "budget GiB", "stretches", "chunks", "waste of tiles and waves", "three products, share"
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for tokens, vocab, budget in calls:
+        stretches, share = by_tiles(tokens, vocab, hidden, budget, on)
+        lost = waste(stretches, HeadShape(vocab, hidden, PROCESSORS))
+        given = f"{4 * hidden * vocab / 2**30:.1f}, the default" if budget is None else f"{budget / 2**30:.0f}"
+        counts = len(stretches), sum(map(len, stretches))
+        lines.append(f"| {tokens:,} | {vocab} | {given} | {counts[0]} | {counts[1]} | {lost:.1%} | {share:.0%} |")
+    return "\n".join(lines)
 
 
 def break_even(vocab, gathers=2, hidden_is_there=True):
@@ -100,6 +142,7 @@ def table(cases, on):
         "head",
         "budget GiB",
         "rows per chunk",
+        "per stretch",
         "products ms",
         "logits ms",
         "weight ms",
@@ -120,7 +163,7 @@ def table(cases, on):
             case.vocab,
             ("vocabulary over ranks") if case.sharded else ("tokens over ranks"),
             case.budget // 2**30,
-            f"{case.chunk:,}",
+            *(f"{rows:,}" for rows in case.largest),
             f"{parts['products'] * 1e3:.1f}",
             f"{parts['logits'] * 1e3:.1f}",
             f"{parts['weight'] * 1e3:.1f}",
@@ -140,5 +183,8 @@ CASES = [
     for sharded, budget in ((False, 2**30), (False, 2**32), (True, 2**30))
 ]
 
+CALLS = [(tokens, 151936, budget) for tokens in (4096, 8192, 32768) for budget in (2**30, None)]
+
 if __name__ == "__main__":
+    print(shares(CALLS, Machine()), end="\n\n")
     print(table(CASES, Machine()))

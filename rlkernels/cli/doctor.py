@@ -17,8 +17,8 @@ ENVIRONMENT = {
     "RLKERNELS_CHECK": "run time, read at import: 1 also checks values (cu_seqlens, masks), and that shards cover the "
     "vocabulary, where that stops the queue",
     "RLKERNELS_CPU_ISA": "run time, read once: highest instruction set of the cpu backend (avx512, avx2, baseline)",
-    "RLKERNELS_LOGITS_BUDGET": "run time: bytes of logits that a chunk of the linear_* functions holds (default 1 GiB, "
-    "on a CPU 256 MiB)",
+    "RLKERNELS_LOGITS_BUDGET": "run time: bytes of logits that a chunk of the linear_* functions holds (default 1 GiB "
+    "or as much as the head's fp32 gradient, on a CPU 256 MiB)",
     "RLKERNELS_PATCH": "run time, read at import: the trainers to patch, such as trl,verl",
     "RLKERNELS_CPU": "build time: 0, 1 or auto (default); whether the cpu backend is built (auto: where a compiler "
     "works; 1: a failure is an error); "

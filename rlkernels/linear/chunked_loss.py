@@ -13,11 +13,11 @@ import torch
 
 from rlkernels import ops
 from rlkernels.backends.protocol import RowStats
-from rlkernels.linear.chunking import filled_up
 from rlkernels.linear.gradients import Gradients
 from rlkernels.linear.head import without_autocast
-from rlkernels.linear.projection import HeadProjection
+from rlkernels.linear.projection import keeps_gradients, planned_projection
 from rlkernels.linear.rank_agreement import meeting, pattern, ranks_compare
+from rlkernels.linear.sequence_chunks import RowPlan
 from rlkernels.tracing import replaced
 
 
@@ -68,14 +68,15 @@ class ChunkLoop:
     """State that all chunks of a call share: the projection with its buffer, the sums, and the outputs per row.
 
     Args:
-        needs: which of hidden states, weight and bias get a gradient. rows: the most rows of one chunk.
-        loss: asked for ``gradient_scale()``.
+        needs: which of hidden states, weight and bias get a gradient. counts: the rows that ``parts`` is asked for.
+        loss: asked for ``gradient_scale()``. keeps: let gradients wait for those of later chunks, where they can.
     """
 
-    def __init__(self, head, needs, rows, backend, loss):
+    def __init__(self, head, needs, counts, backend, loss, keeps=False):
         self.head, self.needs, self.backend = head, needs, backend
         self.gradients = Gradients(head, needs, backend, keep_wide=True)
-        self.projection = HeadProjection(head, filled_up(min(head.chunk_rows, rows)), backend, needs[2])
+        self.keeps = keeps and keeps_gradients(head, backend, needs)
+        self.projection = planned_projection(head, counts, backend, needs, self.keeps)
         narrow = self.projection.matmul.gradient_dtype == torch.float16
         self.scale = _loss_scale(loss.gradient_scale(), head) if narrow else None
         self.loss = torch.zeros((), dtype=torch.float64, device=head.hidden.device)
@@ -85,8 +86,7 @@ class ChunkLoop:
 
     def parts(self, rows):
         """Returns the selected rows, cut into parts of at most one chunk."""
-        size = self.head.chunk_rows
-        return [rows.part(start, start + size) for start in range(0, len(rows), size)]
+        return rows.cut(self.head.chunk_sizes(len(rows), self.keeps))
 
     def scaled(self, x):
         """Returns a weight or an upstream gradient times the loss scale, if there is one; None stays None."""
@@ -115,6 +115,7 @@ class ChunkLoop:
             self.gradients.add(self.projection, rows, dlogits, logits, hidden)
 
     def result(self):
+        self.gradients.finish(self.projection)
         gradients = self.gradients.summed() if any(self.needs) else (None, None, None)
         if self.scale is not None:
             for gradient in gradients:
@@ -138,13 +139,17 @@ def chunked_loss(head, plan, loss, backend, needs):
     """Returns the LossAndGradients of a ChunkedLoss: autograd over a few numbers per row, matmuls for the rest.
 
     Args:
-        head: of ``detached_for_loss``. plan: SequencePlan or WholeBatchPlan.
+        head: of ``detached_for_loss``. plan: SequencePlan, WholeBatchPlan or RowPlan.
         needs: which of hidden states, weight and bias get a gradient.
     """
+    of_rows = isinstance(plan, RowPlan)
+    if of_rows:
+        plan = plan.in_chunks(head.chunk_sizes(len(plan.selection), keeps_gradients(head, backend, needs)))
     chunks = [(first, last, plan.rows(first, last)) for first, last in plan.chunks(head.chunk_rows)]
+    counts = [len(rows) for _, _, rows in chunks]
     if head.shard is not None:
-        compare_ranks(head, [len(rows) for _, _, rows in chunks], plan.offsets, needs, loss.needs_entropy)
-    loop = ChunkLoop(head, needs, max((len(rows) for _, _, rows in chunks), default=0), backend, loss)
+        compare_ranks(head, counts, plan.offsets, needs, loss.needs_entropy)
+    loop = ChunkLoop(head, needs, [len(plan.selection)] if of_rows else counts, backend, loss, keeps=of_rows)
     for first, last, rows in chunks:
         _work_on_units(loop, loss, rows, first, last, any(needs) and plan.has_gradient(first))
     return loop.result()

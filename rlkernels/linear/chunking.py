@@ -1,5 +1,7 @@
 """The selection of the rows that enter a matmul: which rows, in which order, and how many at a time."""
 
+import functools
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -7,8 +9,11 @@ import torch
 
 from rlkernels import checks
 
-BUDGET = {"cpu": 256 * 2**20}
-"""Default bytes of logits per device type; elsewhere 1 GiB. On a CPU more only means more fresh pages to clear."""
+CPU_BUDGET, BUDGET = 256 * 2**20, 2**30
+"""Default bytes of logits; elsewhere as many as the sum of the weight's gradient if that is more.
+
+On a CPU more only means more fresh pages to clear. Elsewhere the sum is read and written less often.
+"""
 ROWS = 16
 """A matmul has a multiple of this many rows.
 
@@ -17,8 +22,10 @@ depend on how many rows came with it.
 """
 
 
-def budget_bytes(budget, device):
+def budget_bytes(budget, device, sum_bytes=0):
     """Returns the caller's ``budget``, else ``RLKERNELS_LOGITS_BUDGET``, else the default of the device type.
+
+    ``sum_bytes``: those of the fp32 sum of the weight's gradient, 0 where there is none.
 
     Raises:
         ValueError: the environment variable is no positive number.
@@ -30,7 +37,9 @@ def budget_bytes(budget, device):
         raise ValueError(
             f"RLKERNELS_LOGITS_BUDGET must be a positive number of bytes, got {text!r}; correct it, or unset it"
         )
-    return BUDGET.get(device, 2**30) if text is None else int(text)
+    if text is not None:
+        return int(text)
+    return max(BUDGET, sum_bytes) if on_accelerator(device) else CPU_BUDGET
 
 
 def rows_within(budget, bytes_per_row):
@@ -41,6 +50,19 @@ def rows_within(budget, bytes_per_row):
 def filled_up(rows):
     """Returns the next multiple of ROWS."""
     return -(-rows // ROWS) * ROWS
+
+
+def on_accelerator(kind):
+    """Tells whether a device of this type multiplies in tiles and waves, for which chunks are planned."""
+    return kind != "cpu"
+
+
+@functools.cache
+def multiprocessors(device):
+    """Returns the number of multiprocessors of a device of CUDA or ROCm; 1 of any other one: its waves are unknown."""
+    # A fake tensor may be of a device that is not here.
+    known = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_properties(device).multi_processor_count if known else 1
 
 
 @dataclass(eq=False)
@@ -63,6 +85,11 @@ class RowSelection:
     def part(self, start, end):
         """Returns the rows ``[start, end)`` of the selection."""
         return RowSelection(self.index[start:end], None if self.padding is None else self.padding[start:end])
+
+    def cut(self, sizes):
+        """Returns the selection in parts of these ``sizes``."""
+        ends = list(itertools.accumulate(sizes, initial=0))
+        return [self.part(start, end) for start, end in itertools.pairwise(ends)]
 
     def at(self, positions):
         """Returns the rows at these ``positions`` of the selection."""

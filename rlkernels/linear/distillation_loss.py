@@ -9,8 +9,8 @@ from rlkernels.backends.protocol import RowBatch, real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.linear import vocab_parallel
 from rlkernels.linear.chunked_loss import ChunkLoop, compare_ranks, detached_for_loss, differentiable
-from rlkernels.linear.chunking import budget_bytes, filled_up, live_rows
-from rlkernels.linear.head import OPERANDS, HeadOptions, LinearHead, linear_head, without_autocast
+from rlkernels.linear.chunking import budget_bytes, live_rows
+from rlkernels.linear.head import OPERANDS, HeadOptions, LinearHead, linear_head, sum_bytes, without_autocast
 from rlkernels.linear.projection import HeadProjection
 from rlkernels.linear.rank_agreement import same_on_every_rank, sketch
 from rlkernels.linear.token_loss import check_batch
@@ -264,7 +264,10 @@ def linear_distillation_loss(
         for name, x in (("chunk_tokens", chunk_tokens), ("logits_budget", logits_budget))
     )
     if teacher_topk is None:  # half of the budget is for the teacher
-        logits_budget = max(1, budget_bytes(logits_budget, hidden.device.type) // 2)
+        checks.floating(caller, "weight", weight)
+        # The rows of a shard that may differ in size are no number that all ranks share.
+        of_sum = sum_bytes(weight, weight.shape[0]) if weight.dim() == 2 and vocab_start is None else 0
+        logits_budget = max(1, budget_bytes(logits_budget, hidden.device.type, of_sum) // 2)
     options: HeadOptions = {
         "bias": bias,
         "temperature": temperature,
@@ -398,11 +401,10 @@ def _distilled(head, terms, backend, needs):
     rows = live_rows(head.targets != head.ignore_index, head.max_live_tokens)
     teacher, projection = terms.teacher, None
     if head.shard is not None:
-        sizes = [min(head.chunk_rows, len(rows) - start) for start in range(0, len(rows), head.chunk_rows)]
-        compare_ranks(head, sizes, None, needs, False, lambda: _in_common(head, terms))
-    loop = ChunkLoop(head, needs, len(rows), backend, terms)
+        compare_ranks(head, head.chunk_sizes(len(rows)), None, needs, False, lambda: _in_common(head, terms))
+    loop = ChunkLoop(head, needs, [len(rows)], backend, terms, keeps=True)
     if teacher.hidden is not None:
-        projection = HeadProjection(teacher.beside(head), filled_up(min(head.chunk_rows, len(rows))), backend)
+        projection = HeadProjection(teacher.beside(head), loop.projection.rows, backend)
     for part in loop.parts(rows):
         logits, hidden = loop.logits(part)
         theirs = None if projection is None else projection.logits(part.hidden(teacher.hidden))[: len(part)]

@@ -24,16 +24,31 @@ class Gradients:
         )
         # fp32 whatever the weight is: accumulated over 1024 chunks in bf16 the gradient is 3.7 % off.
         self.weight, self.first = empty(weight.shape, real, weight.device, backend) if needs[1] else None, True
+        self.waiting = []  # positions and hidden states of the rows whose gradients the projection has collected
         self.bias = torch.zeros(weight.shape[:1], dtype=real, device=weight.device) if needs[2] else None
 
     def add(self, projection, rows, dlogits, logits, hidden):
-        """Adds what the gradient ``dlogits`` of the selected rows gives; overwrites ``dlogits`` and ``logits``."""
-        dhidden = projection.backward(
-            dlogits, logits, hidden[: len(rows)], self.needs[0], self.weight, self.bias, self.first
-        )
+        """Adds what the gradient ``dlogits`` of the selected rows gives, now or together with that of later rows.
+
+        Overwrites ``dlogits`` and ``logits``.
+        """
+        self.waiting.append((rows.index, hidden[: len(rows)]))
+        collected = projection.collect(dlogits)
+        if collected is not None:
+            self._multiply(projection, collected, logits)
+
+    def finish(self, projection):
+        """Adds what the gradients that still wait give."""
+        if self.waiting:
+            self._multiply(projection, projection.collected(), None)
+
+    def _multiply(self, projection, dlogits, logits):
+        index, hidden = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*self.waiting, strict=True))
+        self.waiting.clear()
+        dhidden = projection.backward(dlogits, logits, hidden, self.needs[0], self.weight, self.bias, self.first)
         self.first = False
         if dhidden is not None:
-            self.hidden[rows.index] = dhidden.to(self.hidden.dtype)
+            self.hidden[index] = dhidden.to(self.hidden.dtype)
 
     def summed(self):
         """Returns the three gradients in the dtype that they were summed in; None for what is frozen."""

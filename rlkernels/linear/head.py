@@ -10,7 +10,8 @@ from rlkernels.backends import gate
 from rlkernels.backends.protocol import check_rows, real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.linear import vocab_parallel
-from rlkernels.linear.chunking import budget_bytes, rows_within
+from rlkernels.linear.chunk_plan import HeadShape, full_chunks, planned_stretches
+from rlkernels.linear.chunking import budget_bytes, multiprocessors, on_accelerator, rows_within
 from rlkernels.linear.matmul import AcceleratorMatmul
 from rlkernels.linear.rank_agreement import pattern, sketch
 from rlkernels.linear.vocab_parallel import Shard
@@ -47,8 +48,9 @@ class LinearHead(NamedTuple):
     """Checked hidden states ``[T, H]``, a head, and what belongs to each row.
 
     ``temperature``: ``[T]``, or one number as a tensor ``[]``. ``vocab_mask``: ``[V]`` or ``[T, V]``, of the whole
-    vocabulary over a process group, too. ``chunk_rows``: rows per chunk. ``caller``: the public function that was
-    called. Only methods, no properties: torch 2.8 traces no property of a named tuple.
+    vocabulary over a process group, too. ``chunk_rows``: rows per chunk, at most. ``planned``: whether a chunk may have
+    fewer. ``caller``: the public function that was called. Only methods, no properties: torch 2.8 traces no property of
+    a named tuple.
     """
 
     hidden: torch.Tensor
@@ -62,6 +64,7 @@ class LinearHead(NamedTuple):
     ignore_index: int
     logits_dtype: torch.dtype
     chunk_rows: int
+    planned: bool
     max_live_tokens: int | None
     shard: Shard | None
     caller: str
@@ -81,6 +84,7 @@ class LinearHead(NamedTuple):
             self.ignore_index,
             self.logits_dtype,
             self.chunk_rows,
+            self.planned,
             self.max_live_tokens,
             *shard,
             self.caller,
@@ -90,10 +94,10 @@ class LinearHead(NamedTuple):
     def unflatten(cls, operands):
         """Returns the head that the arguments of a registered op stand for; reads its numbers."""
         *tensors, softcap, logit_scale = operands[:TENSORS]
-        ignore_index, logits_dtype, chunk_rows, bound, group, *columns, caller = operands[TENSORS:]
+        ignore_index, logits_dtype, chunk_rows, planned, bound, group, *columns, caller = operands[TENSORS:]
         shard = None if group is None else Shard(group, *columns)
         numbers = value(softcap), value(logit_scale), ignore_index
-        return cls(*tensors, *numbers, logits_dtype, chunk_rows, bound, shard, caller)
+        return cls(*tensors, *numbers, logits_dtype, chunk_rows, planned, bound, shard, caller)
 
     def result_dtype(self):
         """Returns the dtype of per-row results and of losses: fp32, or fp64 for fp64 hidden states."""
@@ -102,6 +106,22 @@ class LinearHead(NamedTuple):
     def vocab(self):
         """Returns the number of columns of the logits, over a process group those of all ranks."""
         return self.weight.shape[0] if self.shard is None else self.shard.vocab
+
+    def stretches(self, rows, keeps=False):
+        """Returns the chunks of so many rows, as ``planned_stretches``.
+
+        Over a process group the plan knows no waves, because its ranks may have devices and shards of different sizes,
+        and every chunk is a collective.
+        """
+        if not self.planned:
+            return full_chunks(rows, self.chunk_rows)
+        processors = multiprocessors(self.weight.device) if self.shard is None else 1
+        shape = HeadShape(self.vocab(), self.weight.shape[1], processors)
+        return planned_stretches(rows, self.chunk_rows, shape, keeps)
+
+    def chunk_sizes(self, rows, keeps=False):
+        """Returns the rows of each chunk of so many rows."""
+        return [size for stretch in self.stretches(rows, keeps) for size in stretch]
 
     def per_row(self, x):
         """Returns a copy of a per-row tensor as a contiguous ``[T]`` of the dtype of results; None stays None.
@@ -151,6 +171,7 @@ class LinearHead(NamedTuple):
             ("features", self.hidden.shape[1]),
             ("live tokens", live.sum().item()),
             ("rows per chunk", self.chunk_rows),
+            ("chunk_tokens given", not self.planned),
             ("max_live_tokens", self.max_live_tokens),
             ("dtype of hidden", self.hidden.dtype),
             ("logits_dtype", self.logits_dtype),
@@ -174,7 +195,7 @@ class LinearHead(NamedTuple):
 OPERANDS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor temperature, Tensor? vocab_mask, "
     "Tensor? softcap, Tensor logit_scale, int ignore_index, ScalarType logits_dtype, int chunk_rows, "
-    "int? max_live_tokens, str? group, int start, int columns, int vocab, str caller"
+    "bool planned, int? max_live_tokens, str? group, int start, int columns, int vocab, str caller"
 )
 """The schema of ``LinearHead.flatten``. Numbers are tensors, because torch.compile specialises a Python float."""
 TENSORS = OPERANDS.count("Tensor")
@@ -237,7 +258,9 @@ def linear_head(caller, hidden, weight, targets, options):
     else:
         temperature = ops.number(temperature)
     bytes_per_row = (width + ALIGNED) * _bytes_per_logit(weight, logits_dtype, softcap)
-    chunk_rows = chunk_tokens or rows_within(budget_bytes(logits_budget, hidden.device.type), bytes_per_row)
+    planned = chunk_tokens is None and on_accelerator(hidden.device.type)
+    budget = budget_bytes(logits_budget, hidden.device.type, sum_bytes(weight, width))
+    chunk_rows = chunk_tokens or rows_within(budget, bytes_per_row)
     return LinearHead(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -250,10 +273,17 @@ def linear_head(caller, hidden, weight, targets, options):
         ignore_index,
         logits_dtype,
         chunk_rows,
+        planned,
         max_live_tokens,
         shard,
         caller,
     )
+
+
+def sum_bytes(weight, rows):
+    """Returns the bytes of the sum of the gradient of a weight of so many ``rows``; 0 where it gets none."""
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    return rows * weight.shape[1] * real_dtype(weight.dtype).itemsize if trained else 0
 
 
 def _operands(caller, hidden, weight, bias):
@@ -320,5 +350,5 @@ def without_autocast(kind):
 def _bytes_per_logit(weight, logits_dtype, softcap):
     # On a CPU no matmul needs bytes beside the logits. So nothing is asked of the native module, which torch.compile
     # could not trace.
-    beside = 0 if weight.device.type == "cpu" else AcceleratorMatmul(weight).extra_bytes
+    beside = AcceleratorMatmul(weight).extra_bytes if on_accelerator(weight.device.type) else 0
     return logits_dtype.itemsize * (1 if softcap is None else 2) + beside

@@ -5,6 +5,7 @@ import torch
 from rlkernels import ops
 from rlkernels.backends.protocol import RowBatch, SavedRows, Upstream
 from rlkernels.linear import vocab_parallel
+from rlkernels.linear.chunking import filled_up
 from rlkernels.linear.head import ALIGNED
 from rlkernels.linear.matmul import matmul_for
 from rlkernels.linear.memory import empty
@@ -13,10 +14,11 @@ from rlkernels.linear.memory import empty
 class HeadProjection:
     """``hidden -> logits`` of at most ``rows`` rows, and back, in one buffer that all chunks of a call share.
 
-    ``bias_gradient``: whether the bias gets a gradient.
+    ``bias_gradient``: whether the bias gets a gradient. ``kept``: the rows whose gradients of the logits are kept until
+    they enter a matmul, where ``keeps_gradients`` holds; else those of a chunk are.
     """
 
-    def __init__(self, head, rows, backend, bias_gradient=False):
+    def __init__(self, head, rows, backend, bias_gradient=False, kept=0):
         bias, dtype = head.bias, head.logits_dtype
         self.backend, self.shard, self.softcap, self.scale = backend, head.shard, head.softcap, head.logit_scale
         self.matmul, self.columns = matmul_for(head.weight, dtype, backend), head.weight.shape[0]
@@ -25,10 +27,8 @@ class HeadProjection:
         shape = rows, -(-self.width // ALIGNED) * ALIGNED
         buffers = 1 if self.softcap is None else 2
         self.buffers = [empty(shape, dtype, head.weight.device, backend) for _ in range(buffers)]
-        # Kernels write the gradient in the dtype that the matmuls take, where nothing else needs it unrounded,
-        # because that makes 14 bytes of memory traffic per logit instead of 22.
-        unchanged = self.softcap is None and self.scale == 1.0 and not (bias is not None and bias_gradient)
-        self.rounded = self.matmul.gradient_dtype if unchanged and dtype == torch.float32 else None
+        self.rounded = _rounded(head, self.matmul, bias_gradient)
+        self.rows, self.kept, self.waiting = rows, max(rows, kept), 0
 
     def logits(self, hidden):
         """Returns the logits of ``hidden``, in the buffer."""
@@ -84,16 +84,30 @@ class HeadProjection:
         """Returns the memory for the gradient of the logits.
 
         That is the memory of the logits themselves, unless the way back through the softcap needs them or the gradient
-        is rounded to another dtype.
+        is rounded to another dtype. Rounded gradients lie behind those that wait.
         """
         if self.rounded is not None and len(self.buffers) == 1:
-            self.buffers.append(torch.empty_like(self.buffers[0], dtype=self.rounded))
-        return logits if len(self.buffers) == 1 else self.buffers[1][: logits.shape[0], : self.width]
+            self.buffers.append(self.buffers[0].new_empty(self.kept, self.buffers[0].shape[1], dtype=self.rounded))
+        if len(self.buffers) == 1:
+            return logits
+        return self.buffers[1][self.waiting : self.waiting + logits.shape[0], : self.width]
+
+    def collect(self, dlogits):
+        """Returns the gradients that enter the matmuls now; None while the memory holds one more chunk's."""
+        self.waiting += len(dlogits)
+        if self.rounded is not None and self.waiting + self.rows <= self.kept:
+            return None
+        return self.collected() if self.waiting > len(dlogits) else self.collected(dlogits)
+
+    def collected(self, alone=None):
+        """Returns the gradients that have waited; ``alone`` where no other one has waited beside it."""
+        count, self.waiting = self.waiting, 0
+        return self.buffers[1][:count, : self.width] if alone is None else alone
 
     def backward(self, dlogits, logits, hidden, want_hidden, dweight, dbias, first):
         """Adds to the gradients ``dweight`` and ``dbias`` (None: frozen); at ``first`` it fills ``dweight``.
 
-        Overwrites ``dlogits``, and with a softcap ``logits``.
+        Overwrites ``dlogits``, and with a softcap ``logits``, which are those of the same rows.
 
         Returns:
             The gradient of ``hidden``, or None where it is not wanted.
@@ -106,3 +120,34 @@ class HeadProjection:
         if dbias is not None:
             dbias.add_(dlogits.sum(0, dtype=dbias.dtype))
         return self.matmul.gradients(dlogits, hidden, want_hidden, dweight, first)
+
+
+def planned_projection(head, counts, backend, needs, keeps):
+    """Returns a HeadProjection for the chunks of each of these ``counts`` of rows.
+
+    ``needs``: which of hidden states, weight and bias get a gradient. ``keeps``: as for ``planned_stretches``.
+    """
+    stretches = [stretch for count in counts for stretch in head.stretches(count, keeps)]
+    rows, kept = (filled_up(max(map(size, stretches), default=0)) for size in (max, sum))
+    return HeadProjection(head, rows, backend, needs[2], kept)
+
+
+def keeps_gradients(head, backend, needs):
+    """Tells whether the gradient of the logits has memory of its own, in which it may wait for that of other chunks.
+
+    ``needs``: which of hidden states, weight and bias get a gradient.
+    """
+    # Asked of planned heads alone, because on a CPU the matmuls may copy the weight.
+    if not (head.planned and any(needs)) or head.shard is not None:
+        return False
+    return _rounded(head, matmul_for(head.weight, head.logits_dtype, backend), needs[2]) is not None
+
+
+def _rounded(head, matmul, bias_gradient):
+    """Returns the dtype in which kernels write the gradient of the logits, or None: that of the logits.
+
+    It is that of the matmuls, where nothing else needs the gradient unrounded, because that makes 14 bytes of memory
+    traffic per logit instead of 22.
+    """
+    unchanged = head.softcap is None and head.logit_scale == 1.0 and not (head.bias is not None and bias_gradient)
+    return matmul.gradient_dtype if unchanged and head.logits_dtype == torch.float32 else None

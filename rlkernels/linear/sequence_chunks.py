@@ -79,6 +79,27 @@ class WholeBatchPlan(NamedTuple):
         return torch.cat([self.offsets[:-1], self.offsets.new_full((1,), len(self.selection))])
 
 
+class RowPlan(NamedTuple):
+    """Rows that belong to no sequence. Each unit is a chunk, one of the ``parts`` once there are chunks."""
+
+    selection: RowSelection
+    parts: tuple = ()
+    offsets: None = None
+
+    def in_chunks(self, sizes):
+        """Returns the plan with chunks of these sizes."""
+        return RowPlan(self.selection, tuple(self.selection.cut(sizes)))
+
+    def rows(self, first, last):
+        return self.parts[first]
+
+    def chunks(self, size):
+        return ((i, i + 1) for i in range(len(self.parts)))
+
+    def has_gradient(self, first):
+        return True
+
+
 def plan_sequences(live, sequence, count, per_unit=1, bound=None, zero_gradient=None):
     """Lays out the live rows by sequence, ``per_unit`` sequences to a unit.
 
@@ -111,8 +132,3 @@ def _by_sequence(sequence, count):
     """
     ordered, order = torch.sort(sequence, stable=True)
     return order, torch.searchsorted(ordered, torch.arange(count + 1, device=sequence.device))
-
-
-def plan_rows(rows, size):
-    """Lays out rows that belong to no sequence, in units of ``size`` rows."""
-    return SequencePlan(rows.index, [*range(0, len(rows), size), len(rows)], None, rows.padding)

@@ -8,7 +8,7 @@ from rlkernels import ops
 from rlkernels.backends.protocol import PolicyInputs, RowBatch
 from rlkernels.linear.chunked_loss import ChunkLoop, chunked_loss, detached_for_loss, differentiable
 from rlkernels.linear.chunking import live_rows, rows_by_gradient
-from rlkernels.linear.sequence_chunks import plan_rows
+from rlkernels.linear.sequence_chunks import RowPlan
 from rlkernels.losses.kl_penalty import KLSequences, kl_sum
 from rlkernels.losses.kl_term import PLAIN, KLObjective
 from rlkernels.losses.policy_ratio import SQUARE, Clamp, ratio_term, with_current
@@ -143,7 +143,7 @@ def token_loss(head, terms, needs_entropy, backend):
     work = detached_for_loss(head, terms.live() & (head.targets != head.ignore_index))
     if work.shard is None and terms.in_one_launch():
         return differentiable(head, backend, _fused_loss, work, terms)
-    plan = plan_rows(live_rows(work.targets != work.ignore_index, work.max_live_tokens), work.chunk_rows)
+    plan = RowPlan(live_rows(work.targets != work.ignore_index, work.max_live_tokens))
     return differentiable(head, backend, chunked_loss, work, plan, TokenLoss(terms, needs_entropy))
 
 
@@ -155,7 +155,7 @@ def _fused_loss(head, terms, backend, needs):
         selections = [(live_rows(live, head.max_live_tokens), any(needs))]
     else:  # also where nothing needs a gradient, because in another order the loss would have other bits
         selections = list(zip(rows_by_gradient(live, zero_gradient), (any(needs), False), strict=True))
-    loop = ChunkLoop(head, needs, max(len(rows) for rows, _ in selections), backend, terms)
+    loop = ChunkLoop(head, needs, [len(rows) for rows, _ in selections], backend, terms, keeps=True)
     for rows, has_gradient in selections:
         for part in loop.parts(rows):
             _launch(loop, part, terms, has_gradient)

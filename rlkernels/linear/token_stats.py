@@ -12,10 +12,10 @@ import torch
 from rlkernels import checks, ops
 from rlkernels.backends import gate
 from rlkernels.backends.protocol import RowStats
-from rlkernels.linear.chunking import filled_up, live_rows
+from rlkernels.linear.chunking import live_rows
 from rlkernels.linear.gradients import Gradients
 from rlkernels.linear.head import OPERANDS, TENSORS, HeadOptions, LinearHead, linear_head, without_autocast
-from rlkernels.linear.projection import HeadProjection
+from rlkernels.linear.projection import keeps_gradients, planned_projection
 from rlkernels.linear.rank_agreement import meeting, pattern, ranks_compare, same_on_every_rank
 from rlkernels.logprobs import TokenStats, collect
 from rlkernels.types import (
@@ -68,7 +68,8 @@ def linear_token_logprobs(
             engine may.
         chunk_tokens: rows per chunk.
         logits_budget: instead of ``chunk_tokens``, bytes that the logits of one chunk, and what their gradient needs
-            beside them, may take. By default ``RLKERNELS_LOGITS_BUDGET``, else 1 GiB, on a CPU 256 MiB.
+            beside them, may take. By default ``RLKERNELS_LOGITS_BUDGET``, else 256 MiB on a CPU. Elsewhere 1 GiB,
+            or as much as the fp32 gradient of the weight, where it gets one that is larger.
         max_live_tokens: a bound on the tokens that are not ignored. Without it the host reads their number, once per
             direction. With it the host reads nothing, and as many rows as the bound says are multiplied. A bound too
             small raises on a CPU, and fails an assertion on an accelerator.
@@ -248,13 +249,14 @@ def _check_values(head, direction, further):
             now.compare(head.shard[1:], facts + further_facts, further_sums or sums)
 
 
-def _chunks(head, live, backend, bias_gradient=False):
-    """Yields ``(projection, rows)`` for each chunk of the live rows; all chunks share one projection."""
-    rows, size = live_rows(live, head.max_live_tokens), head.chunk_rows
-    if len(rows):
-        projection = HeadProjection(head, filled_up(min(size, len(rows))), backend, bias_gradient)
-    for start in range(0, len(rows), size):
-        yield projection, rows.part(start, start + size)
+def _chunks(head, live, backend, needs=(False, False, False)):
+    """Returns the projection that all chunks of the live rows share, and the rows of each.
+
+    ``needs``: which of hidden states, weight and bias get a gradient.
+    """
+    rows, keeps = live_rows(live, head.max_live_tokens), keeps_gradients(head, backend, needs)
+    projection = planned_projection(head, [len(rows)], backend, needs, keeps)
+    return projection, rows.cut(head.chunk_sizes(len(rows), keeps))
 
 
 def _linear_stats(*arguments):
@@ -264,7 +266,8 @@ def _linear_stats(*arguments):
         _check_shapes(head)
         _check_values(head, "", functools.partial(_wanted_in_common, wanted))
         outputs = tuple(x.zero_() for x in _linear_stats_fake(*arguments))
-        for projection, rows in _chunks(head, head.targets != head.ignore_index, backend):
+        projection, chunks = _chunks(head, head.targets != head.ignore_index, backend)
+        for rows in chunks:
             logits = projection.logits(rows.hidden(head.hidden))[: len(rows)]
             part = projection.statistics(logits, head.row_arguments(rows), wanted)
             for whole, values in zip(outputs, part, strict=True):
@@ -363,7 +366,8 @@ def _accumulate(gradients, live, upstream, saved, backend):
     entropy.
     """
     head = gradients.head
-    for projection, rows in _chunks(head, live, backend, gradients.needs[2]):
+    projection, chunks = _chunks(head, live, backend, gradients.needs)
+    for rows in chunks:
         hidden = rows.hidden(head.hidden)
         logits = projection.logits(hidden)[: len(rows)]
         *of_rows, dlse = (None if d is None else rows.select(d).contiguous() for d in upstream)
@@ -375,6 +379,7 @@ def _accumulate(gradients, live, upstream, saved, backend):
         if repair is not None:
             dlogits.scatter_(1, repair[0], repair[1].to(dlogits.dtype))
         gradients.add(projection, rows, dlogits, logits, hidden)
+    gradients.finish(projection)
 
 
 def _scored_inside(dlogp, dlse, row_arguments):

@@ -58,6 +58,13 @@ def test_the_tables_of_the_page_are_those_of_the_model():
     )
 
 
+def test_the_share_of_the_products_on_the_page_is_that_of_the_model_and_no_lower_than_it_was():
+    assert MODEL["shares"](MODEL["CALLS"], Machine()) in PAGE.read_text()
+    for (tokens, vocab, budget), least in zip(MODEL["CALLS"], (0.84, 0.88, 0.86, 0.89, 0.87, 0.91), strict=True):
+        stretches, share = MODEL["by_tiles"](tokens, vocab, 4096, budget, Machine())
+        assert sum(map(sum, stretches)) == tokens and least <= share < 1, (tokens, budget, share)
+
+
 def test_the_model_charges_the_same_products_whichever_way_the_head_is_cut():
     on = Machine()
     for tokens, vocab in ((2**16, 128256), (2**20, 151936)):
@@ -93,7 +100,9 @@ def test_the_links_break_even_where_the_model_says(gathers, there):
 
 
 def test_a_chunk_of_the_model_is_a_chunk_of_the_library():
-    from rlkernels.linear.chunking import rows_within
-
+    """A head over ranks plans for the whole vocabulary and no waves, and keeps the gradient of one chunk."""
     for case in MODEL["CASES"]:
-        assert case.chunk == min(case.rows, rows_within(case.budget, 6 * (case.columns + 16)))
+        chunk, stretch = case.largest
+        assert sum(map(sum, case.stretches)) == case.rows
+        assert (4 * chunk + 2 * stretch) * (case.columns + 16) <= case.budget
+        assert chunk == stretch if case.sharded else stretch >= 1920

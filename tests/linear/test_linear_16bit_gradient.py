@@ -9,7 +9,9 @@ from linear_problems import gradients, own, problem
 from reference import same_bits
 
 import rlkernels as rlk
+from rlkernels.linear import head as heads
 from rlkernels.linear import matmul, projection
+from rlkernels.linear.chunk_plan import full_chunks
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -17,13 +19,15 @@ NARROW = (torch.bfloat16, torch.float16)
 class OnHost(matmul.AcceleratorMatmul):
     """Operands and results as on the device, products in fp32 and one order."""
 
-    seen = None
+    seen, rows = None, None
 
     def logits(self, hidden, out):
         out.copy_(hidden.float() @ self.weight.float().t())
 
     def gradients(self, dlogits, hidden, want_hidden, dweight, first):
         OnHost.seen.append(dlogits.dtype)
+        OnHost.rows.append(len(dlogits))
+        assert len(hidden) == len(dlogits)
         dlogits = dlogits.to(self.weight.dtype).float()
         if dweight is not None:
             dweight.addmm_(dlogits.t(), hidden.float(), beta=0 if first else 1)
@@ -32,7 +36,7 @@ class OnHost(matmul.AcceleratorMatmul):
 
 @pytest.fixture
 def on_host(monkeypatch):
-    OnHost.seen = []
+    OnHost.seen, OnHost.rows = [], []
     monkeypatch.setattr(projection, "matmul_for", lambda weight, logits_dtype, backend: OnHost(weight))
     with rlk.use_backend("eager"):  # as a kernel it takes an output of another dtype
         yield
@@ -66,6 +70,91 @@ def test_rounding_at_once_changes_no_bit_and_spares_a_pass(chunk, on_host, monke
         # Written in fp32, over the logits, and rounded by the product.
         monkeypatch.setattr(projection.HeadProjection, "gradient_buffer", lambda self, logits: logits)
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.fixture
+def planned(on_host, monkeypatch):
+    """Chunks as on an accelerator, but so small that a plan would let nothing wait."""
+
+    def stretches(rows, limit, shape, keeps):
+        full = full_chunks(rows, limit)
+        if not keeps or len(full) < 2:
+            return full
+        assert limit == 32
+        sizes = full_chunks(rows, 16)
+        return tuple(tuple(size for (size,) in sizes[i : i + 4]) for i in range(0, len(sizes), 4))
+
+    monkeypatch.setattr(heads, "on_accelerator", lambda kind: True)
+    monkeypatch.setattr(heads, "planned_stretches", stretches)
+
+
+def loss_of(kind, d, h, w, **options):
+    """A loss whose rows belong to no sequence, or one of statistics."""
+    y, mask, a = d["targets"], d["mask"], d["advantages"]
+    if kind == "stats":
+        stats = rlk.linear_token_stats(h, w, y, **options)
+        return (stats.logprobs * a + stats.entropy * d["token_weights"]).sum()
+    if kind == "policy":
+        return rlk.linear_policy_loss(h, w, y, d["old"], a, mask, entropy_coef=0.1, **options)
+    if kind == "policy with a clamp":  # which no kernel over rows holds
+        return rlk.linear_policy_loss(h, w, y, None, a, mask, log_ratio_clamp=1.0, **options)
+    if kind == "sft":
+        return rlk.linear_sft_loss(h, w, y, mask, **options)
+    return rlk.linear_distillation_loss(h, w, d["hidden"] * 0.5, d["weight"] * 1.5, mask, **options)
+
+
+BUDGET = 32 * 6 * (133 + 16)
+"""Of 32 rows: fp32 logits and their gradient in 16 bits."""
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("kind", ["stats", "policy", "policy with a clamp", "sft", "distillation"])
+def test_gradients_that_wait_for_those_of_later_chunks_are_the_same(kind, dtype, planned, monkeypatch):
+    d = problem(dtype, (3, 67))
+    # The other half of the budget is the teacher's.
+    budget, found, logits = BUDGET * (2 if kind == "distillation" else 1), [], []
+    to = OnHost.logits
+    monkeypatch.setattr(OnHost, "logits", lambda self, hidden, out: logits.append(len(out)) or to(self, hidden, out))
+    for options in ({"logits_budget": budget}, {"chunk_tokens": 32}, {"logits_budget": 2**30}):
+        operands = own(d)[:2]
+        OnHost.rows.clear(), logits.clear()
+        loss = loss_of(kind, d, *operands, **options)
+        found.append((loss.detach(), *gradients(loss, operands)))
+        if options == {"logits_budget": budget}:
+            # Clipped rows have no gradient, and the next ones take their place.
+            assert 48 < max(OnHost.rows) <= 64 and max(logits) <= 32
+            assert all(rows > 48 for rows in OnHost.rows[:-1]), OnHost.rows
+        else:
+            assert max(OnHost.rows) <= (32 if "chunk_tokens" in options else 201)
+    for other in found[1:]:
+        for got, expected in zip(found[0], other, strict=True):
+            # Sums of fp32 in another order, of which some round to the next number of 16 bits.
+            assert problems.frobenius(got, expected.double()) <= (2e-6 if got.dtype == torch.float32 else 2e-4)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_gradients_that_wait_leave_out_what_is_frozen(frozen, planned):
+    d = problem(torch.bfloat16, (3, 67))
+    full = own(d)[:2]
+    want = dict(zip(("hidden", "weight"), gradients(policy_of(d, *full), full), strict=True))
+    h, w = (x.detach().requires_grad_(name != frozen) for name, x in zip(("hidden", "weight"), full, strict=True))
+    policy_of(d, h, w).backward()
+    for name, x in (("hidden", h), ("weight", w)):
+        assert x.grad is None if name == frozen else same_bits(x.grad, want[name])
+
+
+def policy_of(d, h, w, **options):
+    y, mask = d["targets"], d["mask"]
+    return rlk.linear_policy_loss(h, w, y, d["old"], d["advantages"], mask, logits_budget=BUDGET, **options)
+
+
+def test_what_needs_its_logits_on_the_way_back_never_waits(planned):
+    d = problem(torch.bfloat16, (3, 67))
+    for options in ({"softcap": 5.0}, {"logit_scale": 0.7}, {"logits_dtype": torch.bfloat16}):
+        OnHost.rows.clear()
+        h, w, _ = own(d)
+        policy_of(d, h, w, **options).backward()
+        assert OnHost.rows and max(OnHost.rows) <= 48
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,12 @@ def test_a_chunk_takes_as_many_rows_as_the_budget_holds(sizes, monkeypatch, back
 
 def test_the_budget_without_a_word_is_that_of_the_device(monkeypatch):
     monkeypatch.delenv("RLKERNELS_LOGITS_BUDGET", raising=False)
-    assert chunking.budget_bytes(None, "cpu") == 256 * 2**20 and chunking.budget_bytes(None, "cuda") == 2**30
+    for of_sum in (0, 2**29, 2**32):
+        assert chunking.budget_bytes(None, "cpu", of_sum) == 256 * 2**20
+        assert chunking.budget_bytes(None, "cuda", of_sum) == max(2**30, of_sum)
+        assert chunking.budget_bytes(7, "cuda", of_sum) == 7
+    monkeypatch.setenv("RLKERNELS_LOGITS_BUDGET", "99")
+    assert chunking.budget_bytes(None, "cuda", 2**32) == 99 and chunking.budget_bytes(7, "cuda", 2**32) == 7
     assert chunking.rows_within(2**30, 4 * 128_256) >= 1024  # no tiny products
 
 

@@ -80,8 +80,10 @@ def test_the_schema_of_an_op_has_the_operands_of_a_head_in_order():
     tensors = torch.ones(3, 2), torch.ones(5, 2), torch.ones(5), torch.zeros(3, dtype=torch.long), torch.ones(3)
     mask = torch.ones(5, dtype=torch.bool)
     heads = (
-        LinearHead(*tensors, mask, 30.0, 0.9, -100, torch.float32, 16, 7, Shard("0", 5, 5, 10), "linear_token_stats"),
-        LinearHead(*tensors, None, None, -1.0, 2, torch.bfloat16, 4, None, None, "linear_token_logprobs"),
+        LinearHead(
+            *tensors, mask, 30.0, 0.9, -100, torch.float32, 16, True, 7, Shard("0", 5, 5, 10), "linear_token_stats"
+        ),
+        LinearHead(*tensors, None, None, -1.0, 2, torch.bfloat16, 4, False, None, None, "linear_token_logprobs"),
     )
     for head in heads:
         flat = head.flatten()
@@ -92,5 +94,6 @@ def test_the_schema_of_an_op_has_the_operands_of_a_head_in_order():
         assert all(x is y if isinstance(x, torch.Tensor) else x == y for x, y in zip(back, head, strict=True))
         for argument, x in zip(OPERANDS.split(", "), flat, strict=True):
             kind, name = argument.split()
-            known = {"Tensor": torch.Tensor, "int": int, "str": str, "ScalarType": torch.dtype}[kind.rstrip("?")]
+            kinds = {"Tensor": torch.Tensor, "bool": bool, "int": int, "str": str, "ScalarType": torch.dtype}
+            known = kinds[kind.rstrip("?")]
             assert isinstance(x, known) or x is None and kind.endswith("?"), name

@@ -145,6 +145,7 @@ def test_opcheck_of_the_linear_ops(backend):
             -100,
             torch.float32,
             4,
+            False,
             bound,
             *(None, 0, 0, 0),  # no shard
             "linear_token_stats",

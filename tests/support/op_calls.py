@@ -39,6 +39,7 @@ def _drawn():
         -100,
         REAL,
         4,
+        False,
         None,
         None,
         0,

@@ -241,6 +241,26 @@ def test_the_ratio_of_unchanged_weights_is_1_whatever_the_batch(backend, dtype):
 
 
 @both
+def test_the_gradients_of_a_plan_of_several_stretches_are_those_of_one_chunk(backend):
+    rows, hidden, vocab, limit = (200, 64, 1031, 32) if gpu.REHEARSAL else (5000, 1024, 32000, 512)
+    h, w = (gpu.noise(n, hidden, seed=n, dtype=torch.bfloat16).requires_grad_() for n in (rows, vocab))
+    targets, old, advantages = (
+        gpu.put(torch.arange(rows) * 7919 % vocab),
+        gpu.noise(rows, seed=3) - 12,
+        gpu.noise(rows, seed=4),
+    )
+    found = []
+    with gpu.using(backend):
+        for options in ({"logits_budget": limit * 6 * (vocab + 16)}, {"chunk_tokens": rows}):
+            loss = rlkernels.linear_policy_loss(h, w, targets, old, advantages, entropy_coef=0.1, **options)
+            found.append((loss, *torch.autograd.grad(loss, (h, w))))
+    # The gradient of a logit may round to the next number of 16 bits.
+    for got, expected in zip(*found, strict=True):
+        error = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+        assert error <= 2e-3, f"{error:.3g}"
+
+
+@both
 def test_logprobs_of_bf16_hidden_states_are_those_of_float64(backend):
     rows, hidden, vocab = (32, 128, 4099) if gpu.REHEARSAL else (64, 4096, 128256)
     h, w = (

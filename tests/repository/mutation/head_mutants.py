@@ -15,7 +15,7 @@ ROWS, POLICY, PREFERENCES, CHUNKS, CONTRACT, WAITS = (
         "host_syncs",
     )
 )
-ROUNDED = "test_linear_16bit_gradient.py"
+ROUNDED, PLAN = "test_linear_16bit_gradient.py", "test_chunk_plan.py"
 GROUP = "test_vocab_parallel.py::test_on_every_rank"
 
 
@@ -75,6 +75,63 @@ MUTANTS = (
         "for buffer in (dlogits,):",
         POLICY,
         ROWS,
+    ),
+    # stretches
+    _m(
+        "the gradient of a chunk is written over one that waits",
+        "linear/projection.py",
+        "return self.buffers[1][self.waiting : self.waiting + logits.shape[0], : self.width]",
+        "return self.buffers[1][: logits.shape[0], : self.width]",
+        ROUNDED,
+    ),
+    _m(
+        "a gradient waits where the next one has no room",
+        "linear/projection.py",
+        "self.waiting + self.rows <= self.kept",
+        "self.waiting < self.kept",
+        ROUNDED,
+    ),
+    _m(
+        "gradients that still wait are lost to a loss",
+        "linear/chunked_loss.py",
+        "        self.gradients.finish(self.projection)\n",
+        "",
+        ROUNDED,
+    ),
+    _m(
+        "gradients that still wait are lost to statistics",
+        "linear/token_stats.py",
+        "    gradients.finish(projection)\n",
+        "",
+        ROUNDED,
+    ),
+    _m(
+        "a stretch takes more memory than the budget",
+        "linear/chunk_plan.py",
+        "(3 * limit - largest * unit) // (2 * unit) if keeps else room",
+        "(3 * limit - largest * unit) // unit if keeps else room",
+        PLAN,
+    ),
+    _m(
+        "a chunk of few rows is as cheap as its rows",
+        "linear/chunk_plan.py",
+        "max(_weight_waves(shape) * rows, least)",
+        "_weight_waves(shape) * rows",
+        PLAN,
+    ),
+    _m(
+        "a plan takes longer than full chunks",
+        "linear/chunk_plan.py",
+        "            if ticks(stretches, shape) <= most:\n",
+        "            if stretches:\n",
+        PLAN,
+    ),
+    _m(
+        "the default budget follows a gradient that nobody wants",
+        "linear/head.py",
+        "trained = weight.requires_grad and torch.is_grad_enabled()",
+        "trained = True",
+        PLAN,
     ),
     # sequences
     _m(
@@ -210,8 +267,8 @@ MUTANTS = (
     _m(
         "a gradient is rounded before the scale of the logits",
         "linear/projection.py",
-        "unchanged = self.softcap is None and self.scale == 1.0 and",
-        "unchanged = self.softcap is None and",
+        "unchanged = head.softcap is None and head.logit_scale == 1.0 and",
+        "unchanged = head.softcap is None and",
         ROUNDED,
     ),
     # the shard
