@@ -45,8 +45,11 @@ def shape(caller, name, x, expected):
         raise ValueError(f"{caller}: {name} has shape {tuple(x.shape)}, expected {tuple(expected)}")
 
 
-def head(caller, hidden, weight, bias, prefix=""):
-    """Refuses hidden states, a weight and a bias that do not make up a head; their names begin with ``prefix``."""
+def head(caller, hidden, weight, bias, prefix="", student=None):
+    """Refuses hidden states, a weight and a bias that do not make up a head; their names begin with ``prefix``.
+
+    ``student``: the argument ``hidden``, of whose tokens these hidden states are, too.
+    """
     floating(caller, f"{prefix}weight", weight)
     if weight.numel() == 0:
         raise ValueError(
@@ -61,6 +64,11 @@ def head(caller, hidden, weight, bias, prefix=""):
     if bias is not None:
         floating(caller, f"{prefix}bias", bias)
         shape(caller, f"{prefix}bias", bias, weight.shape[:1])
+    if student is not None and hidden.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"{caller}: {prefix}hidden has shape {tuple(hidden.shape)}, hidden {tuple(student.shape)}; expected the "
+            "same shape, the last dimension apart"
+        )
 
 
 def one_device(caller, first, x, **others):

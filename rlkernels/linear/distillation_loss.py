@@ -333,12 +333,7 @@ def _two_heads(caller, head, hidden, teacher_hidden, teacher_weight, targets, op
     if teacher_weight is None:
         raise ValueError(f"{caller}: teacher_hidden came without teacher_weight; pass both")
     checks.floating(caller, "teacher_hidden", teacher_hidden)
-    checks.head(caller, teacher_hidden, teacher_weight, options["bias"], "teacher_")
-    if teacher_hidden.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(
-            f"{caller}: teacher_hidden has shape {tuple(teacher_hidden.shape)}, hidden {tuple(hidden.shape)}; expected "
-            "the same shape, the last dimension apart"
-        )
+    checks.head(caller, teacher_hidden, teacher_weight, options["bias"], "teacher_", hidden)
     no_gradient = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight, "teacher_bias": options["bias"]}
     checks.no_gradient(caller, **no_gradient)
     checks.one_device(caller, "hidden", hidden, **no_gradient)

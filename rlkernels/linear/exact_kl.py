@@ -11,13 +11,8 @@ def check_reference_head(caller, hidden, ref_hidden, ref_weight, ref_bias):
     if ref_weight is None:
         raise ValueError(f"{caller}: ref_hidden came without ref_weight; pass both")
     checks.floating(caller, "ref_hidden", ref_hidden)
-    checks.head(caller, ref_hidden, ref_weight, ref_bias, "ref_")
+    checks.head(caller, ref_hidden, ref_weight, ref_bias, "ref_", hidden)
     checks.no_gradient(caller, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(
-            f"{caller}: ref_hidden has shape {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}; expected the "
-            "same shape, the last dimension apart"
-        )
 
 
 def kl_of_reference(hidden, weight, reference, options, kind, weights, coefficient, apart):
