@@ -134,8 +134,10 @@ __global__ void __launch_bounds__(BLOCK, kKeep ? 1 : 1024 / BLOCK)
         if (column >= columns) continue;
         const Packed<T> x = kKeep ? *kept.slot(n) : load_group<true>(row.logits, column, columns, row.wide);
         store_group(to, column, columns, wide_out,
-                    gradient_packed<T, Out, false>(slope, x, x, row.mask, column, columns, y));
+                    gradient_packed<T, Out, false>(slope, x, x, row.mask, column, columns));
       }
+      if (rows.holds(y) && y / kGroup % (CLUSTER * BLOCK) == Crew::rank() * BLOCK + int(threadIdx.x))
+        store_target<Out, false>(slope, logit, 0.0f, row.mask, to, y);
     } else if (to) {
       fill_zero(to, 0, columns, columns, Crew::rank() * BLOCK + int(threadIdx.x), BLOCK * CLUSTER);
     }

@@ -332,4 +332,18 @@ MUTANTS = (
         "get(unless, 0) == 1.0f",
         "get(unless, 0) != 0.0f",
     ),
+    _m(
+        "the target's column keeps the gradient of the others",
+        "gradient.cuh",
+        "if (!mask || mask[y]) row[y] =",
+        "if (false) row[y] =",
+    ),
+    _m("a target outside the mask gets a gradient", "gradient.cuh", "if (!mask || mask[y]) row[y] =", "row[y] ="),
+    _m(
+        "few blocks take one slice each",
+        "backward.cuh",
+        "job += gridDim.x)",
+        "job += rows.rows * slices)",
+        tests=("test_cuda_launches.py",),
+    ),
 )
