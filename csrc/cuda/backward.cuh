@@ -60,7 +60,7 @@ __device__ __forceinline__ void backward_slice(const Rows& rows, const BackwardI
 
 // A block takes one slice, or with `unless` every gridDim.x-th.
 template <class T, class Out, bool kRef, int BLOCK>
-__global__ void __launch_bounds__(BLOCK, kRef ? 3 : 4)
+__global__ void __launch_bounds__(BLOCK, kRef ? (kDense ? 3 : 2) : 4)
     token_stats_backward(const Rows rows, const BackwardInputs in, const uintptr_t unless, const Layout to,
                          const long long slices, const long long slice) {
   if (get(unless, 0) == 1.0f) return;

@@ -75,6 +75,9 @@ inline int device_attribute(const std::string& name, cudaDeviceAttr attribute, i
 inline long long shared_limit(const std::string& name, int device) {
   return device_attribute(name, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
+inline long long shared_per_multiprocessor(const std::string& name, int device) {
+  return device_attribute(name, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+}
 inline int multiprocessors(const std::string& name, int device) {
   return device_attribute(name, cudaDevAttrMultiProcessorCount, device);
 }
@@ -92,12 +95,12 @@ void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& 
             Arguments... arguments) {
   if (grid.blocks == 0) return;  // an empty grid is a launch error
   check_grid(name.c_str(), grid);
-  if (grid.shared > 48 * 1024) {
+  if (grid.shared > 48 * 1024)
     check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared)));
-    // All of it to shared memory, because by the driver's default division perhaps one block fits where two would.
+  // All of it to shared memory, because by the driver's default division perhaps one block fits where three would.
+  if (grid.shared > 8 * 1024)
     check(name,
           cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  }
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {unsigned(grid.cluster), 1, 1};

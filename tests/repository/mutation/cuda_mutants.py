@@ -199,8 +199,8 @@ MUTANTS = (
     _m(
         "the copies are not waited for",
         "fused_policy.cuh",
-        "        __pipeline_wait_prior(kFlight - 1);",
-        "        __pipeline_wait_prior(kFlight + 1);",
+        "__pipeline_wait_prior(1);",
+        "__pipeline_wait_prior(3);",
         28,
     ),
     _m("the penalty is left out of the gradient", "fused_policy.cuh", "dlogp += kl_weight * term.derivative;", "", 22),
@@ -345,5 +345,23 @@ MUTANTS = (
         "job += gridDim.x)",
         "job += rows.rows * slices)",
         tests=("test_cuda_launches.py",),
+    ),
+    _m(
+        "a third batch is not copied",
+        "fused_policy.cuh",
+        "fetch(row, n + 2 * kBatch, batches);",
+        "fetch(row, batches + 1, batches);",
+    ),
+    _m(
+        "the columns behind the whole batches are not copied",
+        "fused_policy.cuh",
+        "if (column(n + i) + kGroup <= row.columns) copy(",
+        "if (false) copy(",
+    ),
+    _m(
+        "the next thread stores the target's column",
+        "fused_policy.cuh",
+        "% (BLOCK * CLUSTER)) * kGroup == Crew::first()",
+        "% (BLOCK * CLUSTER)) * kGroup == Crew::first() + kGroup",
     ),
 )

@@ -23,6 +23,7 @@ enum cudaError_t {
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaFuncAttribute {
@@ -50,6 +51,7 @@ struct cudaLaunchConfig_t {
 
 namespace cuda_host {
 constexpr int kDevices = 2, kMultiprocessors = 132, kSharedLimit = 227 * 1024, kSharedWithoutAsking = 48 * 1024;
+constexpr int kSharedOfMultiprocessor = 228 * 1024;
 struct Asked {  // of one kernel, by cudaFuncSetAttribute
   int shared = kSharedWithoutAsking, carveout = -1;
 };
@@ -92,9 +94,10 @@ inline cudaError_t cudaSetDevice(int to) {
   return error;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* to, cudaDeviceAttr what, int) {
-  *to = what == cudaDevAttrMultiProcessorCount      ? cuda_host::kMultiprocessors
-        : what == cudaDevAttrComputeCapabilityMajor ? 9
-                                                    : cuda_host::kSharedLimit;
+  *to = what == cudaDevAttrMultiProcessorCount                ? cuda_host::kMultiprocessors
+        : what == cudaDevAttrComputeCapabilityMajor           ? 9
+        : what == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? cuda_host::kSharedOfMultiprocessor
+                                                              : cuda_host::kSharedLimit;
   return cuda_host::answer("cudaDeviceGetAttribute", cudaSuccess);
 }
 template <class Kernel>
