@@ -181,6 +181,15 @@ def test_each_upstream_gradient_alone_and_together_matches_float64(backend, dtyp
     )
 
 
+def test_a_target_outside_the_mask_gets_no_gradient_of_the_entropy_either(backend, dtype):
+    x, targets, mask = draw_rows((4,), 2053, dtype, seed=29)
+    targets[:2] = torch.tensor([5, 2052])
+    mask[0, 5] = mask[1, 2052] = False
+    stats = run(backend, x, targets, mask=mask)
+    dx = gradient(backend, (None, torch.ones(4), None), x, targets, stats, mask=mask)
+    assert (dx[~mask] == 0).all() and dx[:2].any(-1).all()
+
+
 @pytest.mark.fault(20)
 @pytest.mark.parametrize("probability", (0.9, 0.99, 0.999, 0.9999))
 def test_the_gradient_of_a_confident_target_keeps_its_digits(backend, dtype, probability):
