@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(BLOCK) gae(const GaeJob<Real> job) {
       value = here ? Real(state.trace + state.value) : Real(0);
     }
     __syncwarp();
+    // No barrier behind this, because the next chunk's tokens take the places of results that the same thread has read.
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
       const long long t = warp_last - (i * 32 + lane);
@@ -124,7 +125,6 @@ __global__ void __launch_bounds__(BLOCK) gae(const GaeJob<Real> job) {
       job.advantages[t] = first[i * 32 + lane];
       job.returns[t] = second[i * 32 + lane];
     }
-    __syncwarp();  // before the next chunk's tokens take the places of these results
   }
 }
 

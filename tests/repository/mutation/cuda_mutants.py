@@ -261,11 +261,11 @@ MUTANTS = (
     _m(
         "the scan reads dead tokens",
         "gae.cuh",
-        "live[i] = inside && (!job.mask || job.mask[t]);",
-        "live[i] = inside;",
+        "const bool here = t >= begin && (!job.mask || job.mask[t]);",
+        "const bool here = t >= begin;",
         31,
     ),
-    _m("zero is skip", "gae.cuh", "(inside && job.masked == Masked::zero)", "false"),
+    _m("zero is skip", "gae.cuh", "(mine - i >= begin && job.masked == Masked::zero)", "false"),
     _m("the scan forgets the carry of its warp", "gae.cuh", "if (w == warp) state = carry;", ""),
     _m("maps are composed the wrong way round", "gae.cuh", "upto = then(before, upto)", "upto = then(upto, before)"),
     _m(
@@ -363,5 +363,21 @@ MUTANTS = (
         "fused_policy.cuh",
         "% (BLOCK * CLUSTER)) * kGroup == Crew::first()",
         "% (BLOCK * CLUSTER)) * kGroup == Crew::first() + kGroup",
+    ),
+    _m(
+        "no barrier before the tokens of other threads are read",
+        "gae.cuh",
+        "    __syncwarp();\n    const long long mine",
+        "    const long long mine",
+        28,
+        tests=("test_cuda_threads.py::test_every_build_and_thread_order_gives_one_answer",),
+    ),
+    _m(
+        "no barrier before results of other threads are stored",
+        "gae.cuh",
+        "    __syncwarp();\n    // No barrier behind this",
+        "    // No barrier behind this",
+        28,
+        tests=("test_cuda_threads.py::test_every_build_and_thread_order_gives_one_answer",),
     ),
 )
