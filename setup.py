@@ -107,12 +107,13 @@ class Build(build_ext):
                     raise SystemExit(f"rlkernels.{name} cannot be built: {reason}")
         super().run()
         if self.inplace:
+            package = self.get_finalized_command("build_py").get_package_dir("rlkernels")
             for name in WRITERS:
-                setup_build.note(
-                    self.get_finalized_command("build_py").get_package_dir("rlkernels"),
-                    name,
-                    *self.failed.get(name, [ABSENT[name]]),
-                )
+                setup_build.note(package, name, *self.failed.get(name, [ABSENT[name]]))
+            # The modules alone are copied beside the sources, and the report would stay behind.
+            if "_cuda" not in self.failed and any(e.name == "rlkernels._cuda" for e in self.extensions):
+                report = Path(self.build_lib, "rlkernels", setup_cuda.REPORT)
+                setup_build.replace(report, Path(package, setup_cuda.REPORT))
 
     def build_extension(self, ext):
         name = ext.name.rpartition(".")[2]
@@ -172,10 +173,11 @@ FILES = {
     "_cpu": sorted({source for _, source, _ in objects(X86)}),
     "_cuda": sorted({source for _, source, _ in setup_cuda.kernels()} | {"csrc/cuda/bindings.cpp"}),
 }
-# Optional: what could not be built is not copied beside the sources either.
+# Optional: what could not be built is not copied beside the sources either. _cuda first, because on a machine that is
+# lent for minutes the module that only that machine can use must not be the one that a limit cuts off.
 MODULES = [
     Extension(f"rlkernels.{module}", FILES[module], optional=True)
-    for module, value in (("_cpu", CPU), ("_cuda", CUDA))
+    for module, value in (("_cuda", CUDA), ("_cpu", CPU))
     if value != "0" and ABSENT[module] is None
 ]
 setup(ext_modules=MODULES, cmdclass={"build_ext": Build, "build_py": Python})

@@ -16,6 +16,10 @@ ANNOTATION = re.compile(r"^(## |Torch-Compiled|ProfilerStep|autograd::|Optimizer
 """Ranges that the profiler draws on the device's timeline beside what ran there."""
 
 
+CYCLES = 2e9
+"""Clocks of a second on a fast device. A slower one is busy for longer, which does no harm."""
+
+
 class Cuda:
     """The current CUDA (or ROCm) device."""
 
@@ -47,6 +51,10 @@ class Cuda:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    def busy(self) -> None:
+        """Keeps the device busy for about two milliseconds, so that what is launched meanwhile queues behind."""
+        torch.cuda._sleep(int(2e-3 * CYCLES))
 
     def peak(self, function: Callable[[], object]) -> int:
         """Bytes that torch's allocator held at most above its level before the call; what the call

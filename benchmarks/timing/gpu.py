@@ -1,7 +1,9 @@
 """The timing protocol of an accelerator: hot and cold, contenders in turn, and the roofline of the same run.
 
 Hot: launches queue behind one another at sustained clocks and rotate through buffers of more than four level-2 caches
-in total. Cold: the queue is empty before each run and two level-2 caches are overwritten outside the clock.
+in total. Cold: two level-2 caches are overwritten outside the clock before each run. A device without work is first
+kept busy, because events around a run would else time the host. The profiler comes last: once attached, it slows every
+launch.
 """
 
 import gc
@@ -32,7 +34,7 @@ class DeviceLost(RuntimeError):
 
 
 def ready(device, contenders: Sequence[Contender], count: bool) -> None:
-    """First call (compiles), error, peak memory and, with ``count``, launches and host time: all outside the clock.
+    """First call (compiles), error, peak memory and, with ``count``, host time and graphs: all outside the clock.
 
     A peer that fails is marked, with its reason. One of ours that fails is marked too: the caller reports it as a
     fault.
@@ -51,8 +53,6 @@ def ready(device, contenders: Sequence[Contender], count: bool) -> None:
             state = contender.prepare(0)
             contender.peak_bytes = device.peak(lambda contender=contender, state=state: contender.run(state))
             if count:
-                state = contender.prepare(0)
-                contender.launches = device.launches(lambda contender=contender, state=state: contender.run(state))
                 if contender.graph or contender.ours:
                     contender.host_s = host_seconds(device, contender.run, contender.prepare)
                 if contender.graph:
@@ -67,6 +67,13 @@ def ready(device, contenders: Sequence[Contender], count: bool) -> None:
             except Exception as lost:  # an illegal access: every later call of this process fails too
                 raise DeviceLost(f"{contender.name} left the device unusable: {contender.remark}") from lost
         device.release()
+
+
+def launches(device, contender: Contender) -> dict[str, int] | None:
+    """Work of one call on the device, by kind. To be asked when nothing will be timed any more."""
+    contender.run(contender.prepare(0))
+    state = contender.prepare(0)
+    return device.launches(lambda: contender.run(state))
 
 
 def replay_time(device, contender: Contender, replays: int = 20) -> None:
@@ -107,16 +114,23 @@ def race(device, contenders: Sequence[Contender], buffers: int, seconds: float, 
     enabled = gc.isenabled()
     gc.disable()
     try:
-        _rounds(device, alive, "samples", buffers, seconds, lambda: None)
-        _rounds(device, alive, "cold", buffers, seconds / 4, lambda: (flush.zero_(), device.synchronize()))
+        _rounds(device, alive, "samples", buffers, seconds, lambda: False)
+
+        def emptied() -> bool:
+            flush.zero_()
+            device.synchronize()
+            return True
+
+        _rounds(device, alive, "cold", buffers, seconds / 4, emptied)
     finally:
         if enabled:
             gc.enable()
 
 
 def _rounds(
-    device, contenders: Sequence[Contender], which: str, buffers: int, seconds: float, before: Callable[[], object]
+    device, contenders: Sequence[Contender], which: str, buffers: int, seconds: float, before: Callable[[], bool]
 ) -> None:
+    """``before`` runs before each run, outside the clock, and says whether it has left the device without work."""
     pending: list[tuple[Contender, Any, Any]] = []
     turns = itertools.count()
     spent = dict.fromkeys((c.name for c in contenders), 0.0)
@@ -135,7 +149,8 @@ def _rounds(
             break
         for contender in turn:
             state = contender.prepare(next(turns) % buffers)
-            before()
+            if before() or not pending:
+                device.busy()
             start = device.event()
             outputs = contender.run(state)
             pending.append((contender, start, device.event()))
@@ -149,7 +164,7 @@ def measured(device, run: Callable[[], object], seconds: float) -> list[float]:
     """Hot times of one call by itself."""
     contender = Contender("", lambda _: run())
     run()
-    _rounds(device, [contender], "samples", 1, seconds, lambda: None)
+    _rounds(device, [contender], "samples", 1, seconds, lambda: False)
     return contender.samples
 
 

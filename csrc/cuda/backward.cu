@@ -2,6 +2,8 @@
 // their gradient (-DRLK_OUT).
 #include "backward.cuh"
 
+#include <algorithm>
+
 #include "launch.h"
 
 namespace rlk {
@@ -18,8 +20,12 @@ void token_stats_backward(const Rows& rows, const BackwardInputs& in, uintptr_t 
   // fill the chip with few rows.
   const long long slice = choices().backward_slice ? choices().backward_slice : (long long)kBlock * kGroup * 8;
   const long long slices = (rows.columns + slice - 1) / slice;
+  // With `unless` no more blocks than run at once, because most often each of them reads one number and ends: a block
+  // per slice would be 81,920 blocks of that kind for [8192, 151936].
+  const long long jobs = rows.rows * slices,
+                  blocks = unless ? std::min(jobs, 4LL * multiprocessors(name, where.device)) : jobs;
   const auto run = [&](auto kernel) {
-    launch(name, kernel, Grid{rows.rows * slices, kBlock}, where, rows, in, unless, out, slices, slice);
+    launch(name, kernel, Grid{blocks, kBlock}, where, rows, in, unless, out, slices, slice);
   };
   if (!in.dkl) return run(token_stats_backward<T, Out, false, kBlock>);
   if constexpr (D == O) return run(token_stats_backward<T, Out, true, kBlock>);

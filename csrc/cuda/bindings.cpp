@@ -155,17 +155,19 @@ void choose(int fused_cluster, long long backward_slice) { choices() = {fused_cl
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
+  // Released, because a full queue makes a launch wait, and the threads that load data would wait with it.
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
   py::class_<Rows>(m, "Rows").def(py::init(&rows));
-  m.def("token_stats", &stats);
-  m.def("token_stats_backward", &backward);
-  m.def("fused_policy", &policy);
-  m.def("elementwise_f32", &apply<float>);
-  m.def("elementwise_f64", &apply<double>);
-  m.def("weighted_loss_f32", &weighted<float>);
-  m.def("weighted_loss_f64", &weighted<double>);
+  m.def("token_stats", &stats, Unlocked());
+  m.def("token_stats_backward", &backward, Unlocked());
+  m.def("fused_policy", &policy, Unlocked());
+  m.def("elementwise_f32", &apply<float>, Unlocked());
+  m.def("elementwise_f64", &apply<double>, Unlocked());
+  m.def("weighted_loss_f32", &weighted<float>, Unlocked());
+  m.def("weighted_loss_f64", &weighted<double>, Unlocked());
   m.def("elementwise_parts", &elementwise_parts);
-  m.def("gae_f32", &scan<float>);
-  m.def("gae_f64", &scan<double>);
+  m.def("gae_f32", &scan<float>, Unlocked());
+  m.def("gae_f64", &scan<double>, Unlocked());
   m.def("choose", &choose, py::arg("fused_cluster") = 0, py::arg("backward_slice") = 0);
   py::dict objectives;  // name -> (columns, params)
 #define RLK_ENTRY(name, columns, params) objectives[#name] = py::make_tuple(columns, params);

@@ -2,21 +2,29 @@
 // gradient (-DRLK_OUT).
 #include "fused_policy.cuh"
 
+#include <algorithm>
+
 #include "launch.h"
 
 namespace rlk {
 
-// The number of blocks that share a row. The fewest of which two fit a multiprocessor, so that one row's reduction
-// hides behind another's copies. Else the fewest that hold the row at all, and -1 where none do. A guess from sizes,
-// because nobody has measured it.
+// The number of blocks that share a row, and -1 where none hold it. Taken are the fewest with which a multiprocessor
+// holds 20 warps. Where no number does, the one with most warps is taken. A block that is alone there counts half,
+// because nothing hides its reduction. A guess from a model, because nobody has measured it.
 template <class T>
 int choose_cluster(const std::string& name, long long columns, int device) {
-  const long long limit = shared_limit(name, device);
+  const long long block_limit = shared_limit(name, device), limit = shared_per_multiprocessor(name, device);
   const int most = has_clusters(name, device) ? 8 : 1;
-  for (const long long share : {2, 1})
-    for (int cluster = 1; cluster <= most; cluster *= 2)
-      if (slot_bytes<T>(columns, cluster) + kFixedBytes + 1024 <= limit / share) return cluster;
-  return -1;
+  int best = -1, warps = 0;
+  for (int cluster = 1; cluster <= most && warps < 20; cluster *= 2) {
+    const int block = cluster == 8 ? 128 : 256;
+    const long long shared = slot_bytes<T>(columns, cluster) + kFixedBytes;
+    if (shared > block_limit) continue;
+    const int blocks = int(std::min(limit / (shared + 1024), (long long)blocks_by_registers<T>(block, true)));
+    const int found = blocks * block / 32 / (blocks == 1 ? 2 : 1);
+    if (found > warps) best = cluster, warps = found;
+  }
+  return best;
 }
 
 template <Dtype D, Dtype O>

@@ -37,32 +37,54 @@ __device__ __forceinline__ Map shuffle_up(const Map& m, int distance) {
           __shfl_up_sync(0xffffffffu, m.s, distance)};
 }
 
+// The tokens of a warp in shared memory, in the order of the scan. A gap after the tokens of each thread lets both the
+// threads that take neighbouring tokens and those that take their own ones meet different banks.
+template <class Real, int ITEMS>
+struct WarpTokens {
+  static constexpr int kTokens = 32 * ITEMS, kPlaces = kTokens + 32;
+  Real* at;
+  __device__ Real& operator[](int token) const { return at[token + token / ITEMS]; }
+};
+
 template <class Real, int BLOCK, int ITEMS>
 __global__ void __launch_bounds__(BLOCK) gae(const GaeJob<Real> job) {
   constexpr int kScanWarps = BLOCK / 32;
+  using Tokens = WarpTokens<Real, ITEMS>;
+  static_assert(ITEMS == 8, "a byte of each thread's tokens lies in one word of a ballot");
   // The maps of the warps. Two sets are used in turn, so that one barrier per chunk is enough.
   CUDA_DYN_SHARED(Map, totals);
   const long long sequence = blockIdx.x;
   const long long begin = job.bounds ? job.bounds[sequence] : sequence * job.length;
   const long long end = job.bounds ? job.bounds[sequence + 1] : begin + job.length;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  Real* const mine_of_all = reinterpret_cast<Real*>(totals + 2 * kScanWarps) + warp * 2 * Tokens::kPlaces;
+  const Tokens first{mine_of_all}, second{mine_of_all + Tokens::kPlaces};  // rewards and values, then the results
   const double decay = job.gamma * job.lam;
   State carry;
   int turn = 0;
   for (long long last = end - 1; last >= begin; last -= BLOCK * ITEMS, turn ^= 1) {
-    const long long mine = last - (long long)threadIdx.x * ITEMS;
-    double reward[ITEMS], value[ITEMS];
-    bool live[ITEMS];
+    // Neighbouring threads take neighbouring tokens from memory and to it, because a warp whose threads take eight each
+    // would touch eight times as many sectors.
+    const long long warp_last = last - (long long)warp * Tokens::kTokens;
+    unsigned live = 0;  // bit i: the i-th token of this thread
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+      const int token = i * 32 + lane;
+      const long long t = warp_last - token;
+      const bool here = t >= begin && (!job.mask || job.mask[t]);
+      first[token] = here ? job.rewards[t] : Real(0);  // a dead position is not read, because it may hold anything
+      second[token] = here ? job.values[t] : Real(0);
+      const unsigned word = __ballot_sync(0xffffffffu, here);
+      if (lane / 4 == i) live = word >> lane % 4 * ITEMS & 0xffu;
+    }
+    __syncwarp();
+    const long long mine = warp_last - (long long)lane * ITEMS;
     Map own;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-      const long long t = mine - i;
-      const bool inside = t >= begin;
-      live[i] = inside && (!job.mask || job.mask[t]);
-      reward[i] = live[i] ? double(job.rewards[t]) : 0.0;  // a dead position is not read, because it may hold anything
-      value[i] = live[i] ? double(job.values[t]) : 0.0;
-      if (live[i] || (inside && job.masked == Masked::zero))
-        own = then(own, {0, value[i], job.gamma, decay, reward[i] - value[i]});
+      const double reward = double(first[lane * ITEMS + i]), value = double(second[lane * ITEMS + i]);
+      if (live >> i & 1 || (mine - i >= begin && job.masked == Masked::zero))
+        own = then(own, {0, value, job.gamma, decay, reward - value});
     }
     Map upto = own;  // of this thread and those before it in the warp
 #pragma unroll
@@ -84,21 +106,31 @@ __global__ void __launch_bounds__(BLOCK) gae(const GaeJob<Real> job) {
     state = apply(before, state);
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-      const long long t = mine - i;
-      if (t < begin) break;
-      if (live[i] || job.masked == Masked::zero) {
-        state.trace = reward[i] + job.gamma * state.value - value[i] + decay * state.trace;
-        state.value = value[i];
+      Real& reward = first[lane * ITEMS + i];
+      Real& value = second[lane * ITEMS + i];
+      const bool here = live >> i & 1;
+      if (here || job.masked == Masked::zero) {
+        state.trace = double(reward) + job.gamma * state.value - double(value) + decay * state.trace;
+        state.value = double(value);
       }
-      job.advantages[t] = live[i] ? Real(state.trace) : Real(0);
-      job.returns[t] = live[i] ? Real(state.trace + state.value) : Real(0);
+      reward = here ? Real(state.trace) : Real(0);
+      value = here ? Real(state.trace + state.value) : Real(0);
+    }
+    __syncwarp();
+    // No barrier behind this, because the next chunk's tokens take the places of results that the same thread has read.
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+      const long long t = warp_last - (i * 32 + lane);
+      if (t < begin) break;
+      job.advantages[t] = first[i * 32 + lane];
+      job.returns[t] = second[i * 32 + lane];
     }
   }
 }
 
-template <int BLOCK>
+template <class Real, int BLOCK, int ITEMS>
 constexpr int gae_shared() {
-  return 2 * BLOCK / 32 * int(sizeof(Map));
+  return 2 * BLOCK / 32 * int(sizeof(Map)) + BLOCK / 32 * 2 * WarpTokens<Real, ITEMS>::kPlaces * int(sizeof(Real));
 }
 
 }  // namespace rlk

@@ -53,26 +53,30 @@ __device__ __forceinline__ float gradient_of_target(const Slope& at, float x, fl
   return at.dlogp * (1.0f - e / at.sum_exp) * at.inverse_temperature + e * rest;
 }
 
-// The gradient of eight packed columns. Loads and stores nothing, because the caller decides where a row lies.
+// The gradient of eight packed columns, as if none of them were the target's. Loads and stores nothing, because the
+// caller decides where a row lies.
 template <class T, class Out, bool kRef>
 __device__ __forceinline__ Packed<Out> gradient_packed(const Slope& at, const Packed<T>& x, const Packed<T>& r,
-                                                       const unsigned char* mask, long long column, long long columns,
-                                                       long long y) {
+                                                       const unsigned char* mask, long long column, long long columns) {
   float a[kGroup], b[kGroup], g[kGroup];
   unpack(x, a);
   if (kRef) unpack(r, b);
   gradient_group<kRef>(at, a, b, g);
-  if (y >= column && y < column + kGroup) {
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i)
-      if (column + i == y) g[i] = gradient_of_target<kRef>(at, a[i], kRef ? b[i] : 0.0f);
-  }
   if (mask) {
     const unsigned kept = kept_columns(mask, column, columns);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) g[i] = kept >> i & 1 ? g[i] : 0.0f;
   }
   return pack(g, Out());
+}
+
+// Stores the gradient of the target's column, where the target is in the support. The thread that has stored the group
+// of that column does this behind its loop, because a test of every group for one column costs more than the group's
+// own arithmetic can hide. x and r are the logits of that column, read before the loop stored over them.
+template <class Out, bool kRef>
+__device__ __forceinline__ void store_target(const Slope& at, float x, float r, const unsigned char* mask, Out* row,
+                                             long long y) {
+  if (!mask || mask[y]) row[y] = rounded(gradient_of_target<kRef>(at, x, r), Out());
 }
 
 }  // namespace rlk

@@ -17,6 +17,14 @@
 
 namespace rlk {
 
+// Whether the target's code is held to the registers with which most blocks fit. For sm_80 and sm_120 the compiler
+// would spill.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
+constexpr bool kDense = true;
+#else
+constexpr bool kDense = false;
+#endif
+
 // 2^x. The only instruction of these kernels that the run on the CPU does not execute. ftz makes 0 of what is below
 // 2^-126 of the row's largest term.
 __device__ __forceinline__ float exp2_fast(float x) {

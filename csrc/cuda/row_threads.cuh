@@ -27,6 +27,7 @@ template <int BLOCK, int CLUSTER>
 struct Team {
   static_assert(BLOCK % 32 == 0 && kLanes % (BLOCK * CLUSTER) == 0, "lanes are shared out evenly, by whole warps");
   static constexpr int kPerThread = kLanes / (BLOCK * CLUSTER);
+  static constexpr int kStep = BLOCK * CLUSTER * kGroup;  // columns that the threads take at once
 
   __device__ static int rank() {
 #ifdef RLK_CLUSTERS
@@ -37,6 +38,9 @@ struct Team {
 
   // The number of this thread's k-th lane.
   __device__ static int lane(int k) { return (k * CLUSTER + rank()) * BLOCK + int(threadIdx.x); }
+
+  // The columns of a thread's n-th group begin at n kStep + first(). The group belongs to its lane n % kPerThread.
+  __device__ static int first() { return (rank() * BLOCK + int(threadIdx.x)) * kGroup; }
 
   // A barrier for all threads of the row. After the first one the shared memory of every block may be written, because
   // every block has started.

@@ -44,33 +44,50 @@ template <class T, unsigned kSums, bool kOnce, class Crew>
 __device__ __forceinline__ void sweep(Sums (&s)[Crew::kPerThread], const Row<T>& row) {
   // Steps whose loads are issued before the arithmetic of the first one begins, so that a thread has 64 bytes in
   // flight. No bit depends on that number.
-  constexpr int kAhead = kSums & kSumsReference || sizeof(T) == 4 ? 1 : 2, kLoads = Crew::kPerThread * kAhead;
-  long long start = 0;
-  for (; row.wide && start + kAhead * kStripe <= row.columns; start += kAhead * kStripe) {
+  constexpr int kAhead = kSums & kSumsReference || sizeof(T) == 4 || Crew::kPerThread >= 4 ? 1 : 2,
+                kLoads = Crew::kPerThread * kAhead;
+  constexpr long long kTogether = kAhead * kStripe;
+  long long column = Crew::first(), start = 0;
+  for (; row.wide && start + kTogether <= row.columns; start += kTogether, column += kTogether) {
+    const T *const from = row.logits + column, *const ref = kSums & kSumsReference ? row.ref + column : nullptr;
     Packed<T> x[kLoads], r[kSums & kSumsReference ? kLoads : 1];
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      const long long column =
-          start + k / Crew::kPerThread * kStripe + (long long)Crew::lane(k % Crew::kPerThread) * kGroup;
-      x[k] = load_whole<kOnce>(row.logits + column);
-      if (kSums & kSumsReference) r[k] = load_whole<kOnce>(row.ref + column);
+      x[k] = load_whole<kOnce>(from + k * Crew::kStep);
+      if (kSums & kSumsReference) r[k] = load_whole<kOnce>(ref + k * Crew::kStep);
     }
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      const long long column =
-          start + k / Crew::kPerThread * kStripe + (long long)Crew::lane(k % Crew::kPerThread) * kGroup;
-      add_packed<T, kSums>(s[k % Crew::kPerThread], x[k], r[kSums & kSumsReference ? k : 0], column, row);
-    }
+    for (int k = 0; k < kLoads; ++k)
+      add_packed<T, kSums>(s[k % Crew::kPerThread], x[k], r[kSums & kSumsReference ? k : 0], column + k * Crew::kStep,
+                           row);
+  }
+  if (row.wide && start < row.columns) {
+    // The whole groups of the last step. Their loads too are issued before the arithmetic, because a row of 32000
+    // columns would else wait for memory as often here as in all of the loop above.
+    const T *const from = row.logits + column, *const ref = kSums & kSumsReference ? row.ref + column : nullptr;
+    Packed<T> x[kLoads], r[kSums & kSumsReference ? kLoads : 1];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k)
+      if (column + k * Crew::kStep + kGroup <= row.columns) {
+        x[k] = load_whole<kOnce>(from + k * Crew::kStep);
+        if (kSums & kSumsReference) r[k] = load_whole<kOnce>(ref + k * Crew::kStep);
+      }
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k)
+      if (column + k * Crew::kStep + kGroup <= row.columns)
+        add_packed<T, kSums>(s[k % Crew::kPerThread], x[k], r[kSums & kSumsReference ? k : 0], column + k * Crew::kStep,
+                             row);
+    if (row.columns % kGroup == 0) return;
   }
 #pragma unroll 1
-  for (; start < row.columns; start += kStripe) {
+  for (; start < row.columns; start += kStripe, column += kStripe) {  // a part of a group, or a row without wide loads
 #pragma unroll
     for (int k = 0; k < Crew::kPerThread; ++k) {
-      const long long column = start + (long long)Crew::lane(k) * kGroup;
-      if (column >= row.columns) continue;
-      const Packed<T> x = load_group<kOnce>(row.logits, column, row.columns, row.wide);
-      const Packed<T> r = kSums & kSumsReference ? load_group<kOnce>(row.ref, column, row.columns, row.wide) : x;
-      add_packed<T, kSums>(s[k], x, r, column, row);
+      const long long at = column + k * Crew::kStep;
+      if (at >= row.columns || (row.wide && at + kGroup <= row.columns)) continue;
+      const Packed<T> x = load_group<kOnce>(row.logits, at, row.columns, false);
+      const Packed<T> r = kSums & kSumsReference ? load_group<kOnce>(row.ref, at, row.columns, false) : x;
+      add_packed<T, kSums>(s[k], x, r, at, row);
     }
   }
 }
@@ -90,8 +107,14 @@ __device__ inline void zero_outputs(const StatsOutputs& out, long long r) {
   if (out.is_top1) pointer<unsigned char>(out.is_top1)[r] = 0;
 }
 
+// Threads of a row. Four rows of 256 threads hide each other's ends better than two of 512. They need the registers of
+// a short list of sums and of 16-bit loads.
+template <class T, unsigned kSums>
+constexpr int kRowThreads = sizeof(T) == 2 && !(kSums & (kSumsExtra | kSumsReference)) ? 256 : 512;
+
 template <class T, unsigned kSums, int BLOCK>
-__global__ void __launch_bounds__(BLOCK, kSums& kSumsExtra || (kSums & kSumsReference && sizeof(T) == 4) ? 1 : 2)
+__global__ void __launch_bounds__(BLOCK,
+                                  kSums& kSumsExtra || (kSums & kSumsReference && sizeof(T) == 4) ? 1 : 1024 / BLOCK)
     token_stats(const Rows rows, const StatsOutputs out) {
   using Crew = Team<BLOCK, 1>;
   CUDA_DYN_SHARED(float, records);

@@ -67,6 +67,11 @@ __device__ __forceinline__ void unpack(const Packed<T>& from, float (&x)[kGroup]
   for (int k = 0; k < 4; ++k) unpack_pair(w[k], T(), x[2 * k], x[2 * k + 1]);
 }
 
+// Rounds one column to the dtype that is stored.
+__device__ __forceinline__ float rounded(float x, float) { return x; }
+__device__ __forceinline__ __nv_bfloat16 rounded(float x, __nv_bfloat16) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __half rounded(float x, __half) { return __float2half_rn(x); }
+
 // Rounds eight columns to the dtype that is stored.
 __device__ __forceinline__ Packed<float> pack(const float (&x)[kGroup], float) {
   return {{bits_as<uint4>(make_float4(x[0], x[1], x[2], x[3])), bits_as<uint4>(make_float4(x[4], x[5], x[6], x[7]))}};
@@ -92,6 +97,13 @@ __device__ __forceinline__ Packed<T> load_whole(const T* at) {
   return to;
 }
 
+template <class T>
+__device__ __forceinline__ void store_whole(T* at, const Packed<T>& from) {
+  uint4* to = reinterpret_cast<uint4*>(at);
+#pragma unroll
+  for (int k = 0; k < Packed<T>::kWords; ++k) __stcs(to + k, from.word[k]);
+}
+
 // Loads eight columns. Those past the end are -inf, because they must weigh nothing.
 template <bool kOnce, class T>
 __device__ __forceinline__ Packed<T> load_group(const T* row, long long column, long long columns, bool wide) {
@@ -107,12 +119,7 @@ __device__ __forceinline__ Packed<T> load_group(const T* row, long long column, 
 template <class T>
 __device__ __forceinline__ void store_group(T* row, long long column, long long columns, bool wide,
                                             const Packed<T>& from) {
-  if (wide && column + kGroup <= columns) {
-    uint4* to = reinterpret_cast<uint4*>(row + column);
-#pragma unroll
-    for (int k = 0; k < Packed<T>::kWords; ++k) __stcs(to + k, from.word[k]);
-    return;
-  }
+  if (wide && column + kGroup <= columns) return store_whole(row + column, from);
   T item[kGroup];
   memcpy(item, &from, sizeof from);
 #pragma unroll

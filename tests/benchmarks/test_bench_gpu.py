@@ -15,7 +15,7 @@ from benchmarks import __main__ as command
 from benchmarks import run_gpu
 from benchmarks.__main__ import main
 from benchmarks.cases import columns_gpu, logits, logits_gpu
-from benchmarks.cases.case import EAGER, Case
+from benchmarks.cases.case import COMPILED, EAGER, Case
 from benchmarks.cases.linear_gpu import NAMES as LINEAR
 from benchmarks.problems.logits import copies_needed
 from benchmarks.report import gpu as gpu_report
@@ -32,12 +32,17 @@ class Device:
 
     def __init__(self):
         self.now, self.synchronized, self.lost = 0.0, 0, False
+        self.order = []  # of what must not come in any
 
     def event(self):
+        self.order.append("event")
         return self.now
 
     def seconds(self, start, stop):
         return stop - start + 1e-4
+
+    def busy(self):
+        self.order.append("busy")
 
     def synchronize(self):
         if self.lost:
@@ -49,6 +54,7 @@ class Device:
         return 4096
 
     def launches(self, function):
+        self.order.append("profiled")
         function()
         return {"kernels": 2, "copies": 1, "fills": 0}
 
@@ -102,7 +108,7 @@ def run(*more, device=None):
 def test_the_race_alternates_and_takes_the_next_buffer_each_time():
     device, log = Device(), []
     entries = [entry(device, name, 0.01, log) for name in "AB"]
-    timing._rounds(device, entries, "samples", 3, 0.05, lambda: None)
+    timing._rounds(device, entries, "samples", 3, 0.05, lambda: False)
     assert "".join(name for name, _ in log) == "AB" * timing.LEAST
     assert [buffer for _, buffer in log] == [k % 3 for k in range(2 * timing.LEAST)]
 
@@ -110,7 +116,7 @@ def test_the_race_alternates_and_takes_the_next_buffer_each_time():
 def test_a_fast_entry_runs_until_its_seconds_are_over_and_no_more_than_the_most():
     device = Device()
     slow, fast, endless = entry(device, "slow", 1.0), entry(device, "fast", 0.01), entry(device, "endless", 0.0)
-    timing._rounds(device, [slow, fast, endless], "samples", 1, 0.5, lambda: None)
+    timing._rounds(device, [slow, fast, endless], "samples", 1, 0.5, lambda: False)
     assert len(slow.samples) == timing.LEAST and len(endless.samples) == timing.MOST
     assert 0.5 <= sum(fast.samples) < 0.7
 
@@ -122,6 +128,92 @@ def test_cold_runs_find_an_empty_queue_and_an_overwritten_cache_outside_the_cloc
     assert len(e.samples) == timing.LEAST and len(e.cold) == timing.LEAST
     assert flush.sum() == 0 and device.synchronized > timing.LEAST
     assert statistics.median(e.cold) == pytest.approx(0.01 + 1e-4)
+
+
+class Queue(Device):
+    """A device with a queue: the host enqueues in its own time, and an event passes when all before it is done."""
+
+    CALL, KERNEL = 100e-6, 30e-6
+
+    def __init__(self):
+        super().__init__()
+        self.host, self.free = 0.0, 0.0
+
+    def event(self):
+        self.host += 1e-6
+        self.free = max(self.free, self.host)
+        return self.free
+
+    def busy(self):
+        self.free = max(self.free, self.host) + 2e-3
+
+    def synchronize(self):
+        self.host = max(self.host, self.free)
+
+    def seconds(self, start, stop):
+        return stop - start
+
+    def run(self, state):
+        self.host += self.CALL
+        self.free = max(self.free, self.host) + self.KERNEL
+
+
+def test_no_run_times_the_host_where_a_call_costs_it_more_than_the_device():
+    device = Queue()
+    entries = [Contender(name, device.run) for name in "ABC"]
+    timing.race(device, entries, 2, 0.002, torch.ones(8, dtype=torch.uint8))
+    for e in entries:
+        assert len(e.samples) > timing.LEAST and len(e.cold) >= timing.LEAST
+        assert max(e.samples + e.cold) == pytest.approx(Queue.KERNEL, abs=2e-6), e.name
+
+
+def test_nothing_is_timed_behind_the_profiler_and_torch_compile_comes_last(monkeypatch, tmp_path):
+    from benchmarks.cases import logits_gpu as cases
+
+    made = []
+    whole = cases.CASES[logits.LOGPROBS]
+    monkeypatch.setitem(
+        cases.CASES, logits.LOGPROBS, lambda p, j, lineup: made.append(lineup.compile_too) or whole(p, j, lineup)
+    )
+    monkeypatch.setattr(run_gpu.libraries, "lineup", fake_lineup(run_gpu.libraries.lineup))
+    device, file = Device(), tmp_path / "bench.json"
+    args = arguments("--case", logits.LOGPROBS, "--case", "dpo_loss", "--json", str(file))
+    args.no_compile = False
+    assert run_gpu.run(args, device, small=128, size=2**14, side=16) == 0
+    assert made == [False, True, False], "timed, with torch.compile, counted"
+    assert "event" not in device.order[device.order.index("profiled") :]
+    cases = json.loads(file.read_text())["cases"]
+    for case in cases:
+        names = [e["name"] for e in case["entries"]]
+        assert names[-1] == COMPILED and names.count(COMPILED) == 1
+        assert all(e["launches"]["kernels"] == 2 for e in case["entries"] if e["name"] != COMPILED)
+
+
+def fake_lineup(make):
+    """torch.compile stands for plain torch: what is compiled is not the question."""
+
+    def lineup(*arguments):
+        made = make(*arguments)
+        made.torch = lambda f: {EAGER: f, **({COMPILED: f} if made.compile_too else {})}
+        return made
+
+    return lineup
+
+
+def test_torch_compile_leaves_seconds_of_the_budget_for_the_count_of_launches(tmp_path, monkeypatch):
+    args, file = arguments("--case", "dpo_loss", "--budget", "10", "--json", str(tmp_path / "bench.json")), tmp_path
+    args.no_compile = False
+    assert run_gpu.run(args, Device(), small=128, size=2**14, side=16) == 0
+    data = json.loads((file / "bench.json").read_text())
+    assert data["not_measured"] == ["dpo_loss, torch.compile: the budget of 10 s was spent"]
+    assert data["cases"][0]["entries"][0]["launches"]
+
+
+def test_the_fused_head_comes_before_the_small_cases(monkeypatch):
+    seen = []
+    monkeypatch.setattr(run_gpu.Run, "batch", lambda self, names, *rest: seen.append(names[0]))
+    assert run("--headline") == 0
+    assert seen.index(LINEAR[0]) < seen.index("policy_loss") < len(seen)
 
 
 def test_buffers_are_four_caches_in_total():
@@ -204,7 +296,7 @@ def test_the_command_writes_every_case_judges_it_and_draws(tmp_path, capsys, mon
     printed, data = capsys.readouterr().out, json.loads(file.read_text())
     assert data["complete"] and not data["not_measured"] and data["device"]["name"] == Device.name
     measured = [c["name"].split(" [")[0] for c in data["cases"]]
-    assert measured == [*wanted[:4], "policy_loss", "pairwise_reward_loss", "dpo_loss", "gae", "gae", *LINEAR]
+    assert measured == [*wanted[:4], *LINEAR, "policy_loss", "pairwise_reward_loss", "dpo_loss", "gae", "gae"]
     for case in data["cases"]:
         assert case["faults"] == [] and case["floor_s"] > 0 and case["state"]["driver_version"] == "1.2"
         assert {e["name"] for e in case["entries"]} >= {"rlkernels auto", EAGER}

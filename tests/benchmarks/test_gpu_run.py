@@ -4,6 +4,8 @@ finished.
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -160,13 +162,15 @@ def fake_tool(folder, body):
         ),
         ("print('Device not supported'); sys.exit(1)", None, "memcheck not supported here"),
         ("time.sleep(30 if name == 'initcheck' else 0)", None, "initcheck timed out"),
+        ("time.sleep(30 if name == 'memcheck' else 0)", None, "initcheck not started; synccheck not started"),
     ],
 )
 def test_the_four_checkers_are_judged_by_what_they_found(stages, tmp_path, monkeypatch, body, ok, part):
     fake_tool(tmp_path, body)
     monkeypatch.setenv("PATH", str(tmp_path))
     outcome = stages.sanitize(stages.Context(stages.Device("x", "90a"), tmp_path, 1.5))
-    assert outcome["ok"] is ok and set(outcome["tools"]) == set(stages.TOOLS)
+    started = {name for pair in stages.TOOLS for name in pair if f"{name} not started" not in outcome.get("reason", "")}
+    assert outcome["ok"] is ok and set(outcome["tools"]) == started
     assert part is None or part in outcome["reason"]
 
 
@@ -178,23 +182,36 @@ def test_without_the_checker_there_is_one_line(stages, tmp_path, monkeypatch):
     }
 
 
-def test_the_build_asks_for_this_gpu_alone_and_falls_back_to_the_cpu_module(stages, tmp_path, monkeypatch):
-    asked = []
+@pytest.mark.parametrize("fault", ("fails", "takes too long", None))
+def test_the_build_makes_the_module_of_this_gpu_first_and_the_cpu_module_whatever_became_of_it(
+    stages, tmp_path, monkeypatch, fault
+):
+    asked, limits = [], []
 
     def ran(context, name, command, **variables):
         asked.append(variables)
-        return {
-            "returncode": int(variables["RLKERNELS_CUDA"] == "1"),
-            "seconds": 1.0,
-            "timed_out": False,
-            "tail": "nvcc fatal",
-        }
+        limits.append(context.limit_s)
+        hit = fault is not None and variables["RLKERNELS_CUDA"] == "1"
+        return {"returncode": int(hit), "seconds": 1.0, "timed_out": hit and fault == "takes too long", "tail": ""}
 
     monkeypatch.setattr(stages, "ran", ran)
-    outcome = stages.build(stages.Context(stages.Device("x", stages.arch_of(9, 0)), tmp_path, 60.0))
-    assert asked == [{"RLKERNELS_CUDA": "1", "RLKERNELS_CUDA_ARCHS": "90a"}, {"RLKERNELS_CUDA": "0"}]
-    assert outcome["ok"] is False and outcome["cpu_only"]["returncode"] == 0
+    outcome = stages.build(stages.Context(stages.Device("x", stages.arch_of(9, 0)), tmp_path, 115.0))
+    assert asked == [
+        {"RLKERNELS_CUDA": "1", "RLKERNELS_CUDA_ARCHS": "90a", "RLKERNELS_CPU": "0"},
+        {"RLKERNELS_CUDA": "0", "RLKERNELS_CPU": "1"},
+    ]
+    assert limits[0] == 115.0 - stages.CPU_BUILD and limits[1] == pytest.approx(115.0, abs=1.0)
+    assert outcome["ok"] is (fault is None) and outcome["cpu"]["returncode"] == 0
     assert [stages.arch_of(*c) for c in ((8, 0), (8, 9), (10, 0), (12, 0))] == ["80", "89", "100a", "120"]
+
+
+def test_the_command_without_make_is_documented_as_it_is_parsed(driver, monkeypatch, tmp_path, capsys):
+    page = (ROOT / "docs/performance.md").read_text()
+    line = re.search(r"^ +python3 (benchmarks/gpu_machine/run\.py .*?)(  +#.*)?$", page, re.MULTILINE)[1]
+    monkeypatch.setattr(driver, "probe", lambda: (_ for _ in ()).throw(RuntimeError("no device")))
+    words = shlex.split(line.replace("${OUT:-benchmarks/results}", str(tmp_path)).replace("<hash>", "abc"))
+    assert (ROOT / words[0]).is_file() and driver.main(words[1:]) == 2
+    assert "--out" in words and "--commit" in words and "no device" in capsys.readouterr().err
 
 
 def test_the_benchmark_runs_again_without_peers_where_one_lost_the_device(stages, tmp_path, monkeypatch):

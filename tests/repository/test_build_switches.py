@@ -187,6 +187,45 @@ def test_as_many_compilers_run_as_MAX_JOBS_says_and_a_module_that_does_not_load_
     assert "the module was built and does not load: ImportError" in said and not list(package.rglob("*.so"))
 
 
+# Leaves an empty file, or a module that loads; nvcc says what ptxas would.
+MODULES = """for last; do :; done
+echo "$last" >> "$RECORD"
+case "$last" in *.so) cp "$READY/$last" "$last";; *) : > "$last";; esac
+case "$0" in *nvcc) echo "ptxas info : Used 63 registers, 0 bytes spill stores of $last" >&2;; esac
+"""
+
+
+@pytest.mark.fault(142)
+@needs_compiler
+def test_a_build_in_place_makes_the_cuda_module_first_and_leaves_what_ptxas_said_of_it(source, tmp_path):
+    for name in ("_cuda", "_cpu"):
+        code = tmp_path / f"{name}.cpp"
+        code.write_text(
+            f'#include <Python.h>\nstatic PyModuleDef about{{PyModuleDef_HEAD_INIT, "{name}", nullptr, -1}};\n'
+            f'extern "C" PyMODINIT_FUNC PyInit_{name}(void) {{ return PyModule_Create(&about); }}\n'
+        )
+        run([CXX, "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", code, "-o", tmp_path / f"{name}.so"])
+    nvcc, compiler = script(tmp_path / "bin/nvcc", MODULES), script(tmp_path / "c++", MODULES)
+    record = tmp_path / "made"
+    done = run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=source,
+        env=environment(
+            RLKERNELS_CUDA="1",
+            RLKERNELS_CPU="1",
+            CXX=str(compiler),
+            PATH=f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}",
+            RECORD=str(record),
+            READY=str(tmp_path),
+        ),
+    )
+    report = (source / "rlkernels/_cuda.ptxas.txt").read_text()
+    assert report.startswith("sources ") and "63 registers, 0 bytes spill stores of gae.o" in report, done.stderr
+    made = [name for name in record.read_text().split() if not os.path.isabs(name)]  # without the probes
+    assert not {"rows_baseline.o", "_cpu.so"} & set(made[: made.index("_cuda.so")])
+    assert {path.name for path in (source / "rlkernels").glob("_c*.so")} == {f"_cuda{SUFFIX}", f"_cpu{SUFFIX}"}
+
+
 @pytest.mark.fault(142)
 @pytest.mark.parametrize(
     ("variables", "message"),

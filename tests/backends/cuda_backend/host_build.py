@@ -1,11 +1,13 @@
 """The CUDA sources, unchanged, built for the CPU as a Python module: what the tests run where there is no GPU.
 
-``tools/cuda_host.h`` stands in for CUDA's headers: one fiber per thread, clusters and shared memory included. Kernels,
-launchers and bindings are the shipped ones.
+``tools/cuda_host.h`` stands in for CUDA's headers: one fiber per thread, clusters and shared memory included.
+``tools/cuda_host_runtime.h`` stands in for the runtime, and remembers what it is asked for. Kernels, launchers and
+bindings are the shipped ones.
 """
 
 import ctypes
 import importlib.util
+import json
 import os
 import shutil
 import sysconfig
@@ -82,6 +84,27 @@ def load(path):
     choose = ctypes.CDLL(str(path)).cuda_host_order
     choose.argtypes = [ctypes.c_char_p]
     return module, lambda order: choose(order.encode())
+
+
+class Runtime:
+    """The stand-in for the CUDA runtime inside a module that ``load`` has loaded."""
+
+    def __init__(self, path):
+        self.library = ctypes.CDLL(str(path))
+        self.library.cuda_host_record.restype = ctypes.c_char_p
+
+    def record(self):
+        """Launches and fills since the last question, a dictionary each."""
+        return [json.loads(line) for line in self.library.cuda_host_record().decode().splitlines()]
+
+    def fail(self, call):
+        """Makes the next call of that name return an error."""
+        self.library.cuda_host_fail(call.encode())
+
+    @property
+    def device(self):
+        """The current device."""
+        return self.library.cuda_host_device()
 
 
 def install(backend, module, patch=setattr):

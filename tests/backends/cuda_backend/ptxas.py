@@ -1,13 +1,23 @@
-"""What ptxas reports of every kernel. As a program: prints the table that ``registers.json`` holds.
+"""What ptxas reports of every kernel. As a program: prints the table that ``registers.json`` holds, from the report of
+a build, or that of ``instructions.json``, from the code for sm_90a.
 
 python tests/backends/cuda_backend/ptxas.py rlkernels/_cuda.ptxas.txt > tests/backends/cuda_backend/registers.json
+python tests/backends/cuda_backend/ptxas.py rlkernels/_cuda.*.so > tests/backends/cuda_backend/instructions.json
 """
 
+import importlib.util
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
+
+# By its path, because this runs as a program too.
+_spec = importlib.util.spec_from_file_location("sass", Path(__file__).parents[3] / "benchmarks/gpu_model/sass.py")
+sass = importlib.util.module_from_spec(_spec)
+sys.modules["sass"] = sass  # where its classes look for their annotations
+_spec.loader.exec_module(sass)
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
@@ -23,25 +33,16 @@ class Usage(NamedTuple):
     spills: int
 
 
-def short(mangled):
-    """``token_stats<__nv_bfloat16, 1, 512>`` of the mangled name, without its parameter list."""
-    name = re.match(r"_ZN3rlk\d+", mangled).end()
-    text = mangled[name:].partition("EEvNS")[0]
-    text = re.sub(r"NS_\d+(\w+?)E(?=Li)", r"\1,", text)  # an objective
-    kernel, _, arguments = text.partition("I")
-    # One type argument, or two: those of the logits and of their gradient. S1_ says that the second one is the first.
-    arguments = re.sub(r"^(13__nv_bfloat16|6__half)S1_", r"\1\1", arguments)
-    arguments = re.sub(r"^[fd]+(?=L|\d)", lambda m: "".join({"f": "fp32,", "d": "fp64,"}[x] for x in m[0]), arguments)
-    arguments = arguments.replace("13__nv_bfloat16", "bf16,").replace("6__half", "fp16,")
-    arguments = re.sub(r"(?<=E)([fd])(?=L)", lambda m: {"f": "fp32,", "d": "fp64,"}[m[1]], arguments)
-    arguments = re.sub(r"L[ijb](\d+)E?", r"\1,", arguments).strip(",")
-    return f"{kernel}<{arguments}>"
+def spilled(entry):
+    return int(entry["stores"]) + int(entry["loads"])
 
 
 def parse(report):
     """``{(kernel, arch): Usage}``."""
     return {
-        (short(m["name"]), m["arch"]): Usage(int(m["registers"]), int(m["stack"]), int(m["stores"]) + int(m["loads"]))
+        (sass.short(m["name"]), m["arch"]): Usage(
+            int(m["registers"]), int(m["stack"]), int(m["stores"]) + int(m["loads"])
+        )
         for m in ENTRY.finditer(report)
     }
 
@@ -53,10 +54,25 @@ def release(nvcc):
     )[1]
 
 
-if __name__ == "__main__":
-    table = {}
-    with open(sys.argv[1]) as file:
-        for (kernel, arch), usage in sorted(parse(file.read()).items()):
-            table.setdefault(kernel, {})[arch] = usage.registers
+def counted(files, program, arch="sm_90a"):
+    """Instructions per element of the kernels over rows. fp16 is left out, because its code is that of bf16 but for the
+    conversions.
+    """
+    found = sass.read([Path(file) for file in files], program, arch)
+    return {kernel: told for kernel, told in found.items() if "fp16" not in kernel}
+
+
+def printed(head, name, table):
     lines = ",\n".join(f"  {json.dumps(kernel)}: {json.dumps(row)}" for kernel, row in table.items())
-    print(f'{{"nvcc": "{release("nvcc")}", "registers": {{\n{lines}\n}}}}')
+    print(f'{{"nvcc": "{head}", "{name}": {{\n{lines}\n}}}}')
+
+
+if __name__ == "__main__":
+    if sys.argv[1].endswith(".txt"):
+        table = {}
+        with open(sys.argv[1]) as file:
+            for (kernel, arch), usage in sorted(parse(file.read()).items()):
+                table.setdefault(kernel, {})[arch] = usage.registers
+        printed(release("nvcc"), "registers", table)
+    else:
+        printed(release("nvcc"), "kernels", counted(sys.argv[1:], sass.tool()))

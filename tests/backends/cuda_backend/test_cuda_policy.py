@@ -120,7 +120,8 @@ def test_the_policy_loss_with_entropy_bonus_and_penalty_matches_float64(backend,
     assert_gradient(got[1], expected, allowed + 8e-6 * expected.abs(), "dlogits")
 
 
-@pytest.mark.parametrize("vocab", (1, 1031, 8192, 20001))
+# A column; a part of a batch of slots; whole batches alone; batches and a part of one; more batches than are in flight.
+@pytest.mark.parametrize("vocab", (1, 1031, 8192, 20001, 33001))
 def test_every_team_of_blocks_gives_the_bits_of_the_two_separate_passes(backend, host_module, dtype, vocab):
     case = problem(vocab, dtype, rows=3, seed=vocab, masked=vocab == 1031)
     x, targets, mask, _, _, entropy_weight, _ = case

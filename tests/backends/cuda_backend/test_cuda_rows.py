@@ -66,10 +66,13 @@ def test_a_large_vocabulary_matches_float64(public):
     judge(public.token_stats, x, targets)
 
 
+# Whole steps of the lanes alone, and steps with whole groups and a part of one behind them.
+@pytest.mark.parametrize("vocab", [9001, 24576, 30003])
 @pytest.mark.parametrize("with_ref", [False, True])
-def test_every_choice_of_outputs_gives_the_bits_of_all_of_them(backend, dtype, with_ref):
-    x, targets, _ = draw_rows((3,), 9001, dtype, seed=6)
-    ref = draw_rows((3,), 9001, dtype, seed=7)[0] if with_ref else None
+def test_every_choice_of_outputs_gives_the_bits_of_all_of_them(backend, dtype, with_ref, vocab):
+    """Their kernels differ in the threads of a row, and in the loads that they issue before any arithmetic."""
+    x, targets, _ = draw_rows((3,), vocab, dtype, seed=6)
+    ref = draw_rows((3,), vocab, dtype, seed=7)[0] if with_ref else None
     everything = run(backend, x, targets, ref=ref)
     for wanted in (0, ENTROPY, LOG_SUM_SQ, MEAN_LOGITS | IS_TOP1, ENTROPY | KL):
         for name, some, all_of_them in zip(
@@ -176,6 +179,15 @@ def test_each_upstream_gradient_alone_and_together_matches_float64(backend, dtyp
     assert_gradient(
         got, expected, gradient_allowance(upstream, x, targets, temperature, vocab_mask=mask, ref_logits=ref), "dlogits"
     )
+
+
+def test_a_target_outside_the_mask_gets_no_gradient_of_the_entropy_either(backend, dtype):
+    x, targets, mask = draw_rows((4,), 2053, dtype, seed=29)
+    targets[:2] = torch.tensor([5, 2052])
+    mask[0, 5] = mask[1, 2052] = False
+    stats = run(backend, x, targets, mask=mask)
+    dx = gradient(backend, (None, torch.ones(4), None), x, targets, stats, mask=mask)
+    assert (dx[~mask] == 0).all() and dx[:2].any(-1).all()
 
 
 @pytest.mark.fault(20)

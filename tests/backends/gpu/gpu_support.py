@@ -13,7 +13,7 @@ import reference
 import torch
 
 import rlkernels
-from rlkernels.backends import DEVICES, absent
+from rlkernels.backends import DEVICES, absent, cuda
 from rlkernels.objectives import OBJECTIVES
 
 DEVICE = torch.device(os.environ.get("GPU_SUITE_DEVICE", "cuda"))
@@ -57,6 +57,28 @@ def missing(name):
 
 def using(name):
     return rlkernels.use_backend(name)
+
+
+TEAMS = (-1, 1, 2, 4, 8)
+"""The ways of CUDA's policy loss through a row: read twice (-1), or kept by so many blocks."""
+
+
+@contextlib.contextmanager
+def team(blocks):
+    """Forces one of ``TEAMS``. Without the CUDA module there is nothing to force.
+
+    A device without clusters skips.
+    """
+    if cuda._cuda is None:
+        yield
+        return
+    if blocks > 1 and not REHEARSAL and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this device has no clusters of blocks")
+    cuda._cuda.choose(blocks)
+    try:
+        yield
+    finally:
+        cuda._cuda.choose()
 
 
 def sync():

@@ -137,6 +137,26 @@ def test_the_gradient_made_in_the_forward_has_the_bits_of_the_two_pass_one(backe
     assert gpu.bits(dlogits.view(x.shape), passes)
 
 
+@pytest.mark.parametrize("backend", gpu.BACKENDS[-1:], indirect=True)
+@every_dtype
+@pytest.mark.parametrize("masked", (False, True), ids=("all columns", "masked"))
+@pytest.mark.parametrize("vocab", (1025, 33333))
+def test_a_row_kept_by_any_number_of_blocks_or_read_twice_has_the_same_bits(backend, vocab, masked, dtype):
+    x, targets, mask = gpu.rows((6,), vocab, dtype, seed=13)
+    columns, weight = gpu.policy_inputs(x, targets, 0.9), torch.full((6,), 1 / 6, device=gpu.DEVICE)
+    arguments = (targets, ops.number(0.9), -100, mask if masked else None, [columns["old"], columns["advantage"]])
+    arguments += (ops.numbers((0.2, 0.28)), weight, weight * ENTROPY, "k3", columns["ref"], weight * KL)
+    first = None
+    for blocks in gpu.TEAMS:
+        with torch.no_grad(), gpu.team(blocks):
+            got = ops.fused_policy_op("ppo_clip", x, *arguments, True, False, backend)
+            placed = ops.fused_policy_op("ppo_clip", x.clone(), *arguments, True, True, backend)
+        first = first or got
+        assert got[1].isfinite().all() and got[1].any()
+        for other in (got, placed):
+            assert gpu.bits(other[0], first[0]) and gpu.bits(other[1].view_as(first[1]), first[1]), blocks
+
+
 UPSTREAM = (1.0, 2.0**16, -0.5, 0.0)
 
 

@@ -95,6 +95,22 @@ def test_the_op_with_the_gradient_in_the_forward(backend, vocab):
     assert loss.isfinite() and dlogits.isfinite().all() and (dlogits[2] == 0).all()
 
 
+@pytest.mark.parametrize("backend", gpu.BACKENDS[-1:], indirect=True)
+@pytest.mark.parametrize("inplace", (False, True))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("vocab", VOCABULARIES[1:])
+@pytest.mark.parametrize("blocks", gpu.TEAMS)
+def test_a_row_kept_by_so_many_blocks_or_read_twice(backend, blocks, vocab, dtype, inplace):
+    """Barriers of clusters, shared memory of other blocks, and the second sweep: no vocabulary above takes them."""
+    from rlkernels import ops
+
+    x, targets, weight = logits(5, vocab, dtype), labels(5, vocab), gpu.put(torch.full((5,), 0.2))
+    arguments = (targets, ops.number(1.0), -100, None, [weight - 5, weight], ops.numbers((0.2, 0.2)), weight, weight)
+    with torch.no_grad(), gpu.team(blocks):
+        loss, dlogits, *_ = ops.fused_policy_op("ppo_clip", x, *arguments, None, None, None, True, inplace, backend)
+    assert loss.isfinite() and dlogits.isfinite().all() and (dlogits[2] == 0).all() and dlogits.any()
+
+
 @both
 def test_a_bad_label_reads_nothing(backend):
     if gpu.REHEARSAL:
