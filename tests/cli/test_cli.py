@@ -158,10 +158,12 @@ def test_plain_tables_align_numbers_right_and_words_left():
 
 def test_python_of_the_readme_runs():
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 3, "the second one, of TRL, is run by the tests of the integration; the third below"
+    assert len(examples) == 4, (
+        "the first two are one program; TRL's is run by the tests of the integration; the last below"
+    )
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "example.py")
-        script.write_text(examples[0].replace("32000", "517"))
+        script.write_text("".join(examples[:2]).replace("32000", "517"))
         environment = {**os.environ, "PYTHONPATH": str(Path(rlkernels.__file__).resolve().parents[1])}
         done = subprocess.run(
             [sys.executable, str(script)], capture_output=True, text=True, env=environment, cwd=folder
@@ -171,7 +173,7 @@ def test_python_of_the_readme_runs():
 
 def test_the_readme_and_a_model_of_transformers():
     transformers = pytest.importorskip("transformers")
-    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[2]
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[3]
     sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
     input_ids, rest = torch.randint(97, (2, 5)), {"old_logprobs": None, "advantages": torch.randn(2, 5)}
