@@ -45,10 +45,10 @@ def shape(caller, name, x, expected):
         raise ValueError(f"{caller}: {name} has shape {tuple(x.shape)}, expected {tuple(expected)}")
 
 
-def head(caller, hidden, weight, bias, prefix="", student=None):
+def head(caller, hidden, weight, bias, prefix="", other=None):
     """Refuses hidden states, a weight and a bias that do not make up a head; their names begin with ``prefix``.
 
-    ``student``: the argument ``hidden``, of whose tokens these hidden states are, too.
+    ``other``: the hidden states of the trained model, named ``hidden``, which must be of the same tokens.
     """
     floating(caller, f"{prefix}weight", weight)
     if weight.numel() == 0:
@@ -64,9 +64,9 @@ def head(caller, hidden, weight, bias, prefix="", student=None):
     if bias is not None:
         floating(caller, f"{prefix}bias", bias)
         shape(caller, f"{prefix}bias", bias, weight.shape[:1])
-    if student is not None and hidden.shape[:-1] != student.shape[:-1]:
+    if other is not None and hidden.shape[:-1] != other.shape[:-1]:
         raise ValueError(
-            f"{caller}: {prefix}hidden has shape {tuple(hidden.shape)}, hidden {tuple(student.shape)}; expected the "
+            f"{caller}: {prefix}hidden has shape {tuple(hidden.shape)}, hidden {tuple(other.shape)}; expected the "
             "same shape, the last dimension apart"
         )
 

@@ -36,27 +36,6 @@ def rows(caller, name, x, cu_seqlens, mask=None):
     return segments(caller, cu_seqlens, x, mask=mask)
 
 
-def of_a_model(caller, batch):
-    """Refuses arguments of a model of transformers that hold no token, or one sequence without its axis.
-
-    Most of these models fail on an empty batch, each at another place.
-    """
-    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"):
-        x = batch.get(name)
-        if x is None:
-            continue
-        checks.tensor(caller, name, x)
-        expected = "[B, L, H]" if name.endswith("embeds") else "[B, L]"
-        if x.dim() < expected.count(",") + 1:
-            raise ValueError(f"{caller}: {name} has shape {tuple(x.shape)}, expected {expected}")
-        if 0 in x.shape[:2]:
-            raise ValueError(
-                f"{caller}: {name} has shape {tuple(x.shape)}, expected {expected} with B >= 1 and L >= 1, because a "
-                "model cannot run an empty batch; leave the call out, or, where other processes run the model at the "
-                "same time, pass one sequence with a mask of 0, whose loss and gradients are 0"
-            )
-
-
 def values_are_read(x):
     """Tells whether bad values in ``x`` raise: those of a list, of a CPU, or on demand of any device."""
     return checks.CHECK_VALUES or not isinstance(x, torch.Tensor) or x.device.type == "cpu"

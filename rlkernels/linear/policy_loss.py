@@ -360,7 +360,6 @@ def linear_policy_loss(
             "clip_cov_tokens, or a generator in the same state on every rank"
         )
     penalty, of_tokens = None, weights is not None
-    counted = counted_tokens(live, weights) if return_metrics else live
     shared = aggregation, cu_seqlens, normalizers, of_tokens, ratio_level
     exact, exact_coef = exact_kind(kl), None
     if exact is not None:  # a term by itself: the rest has no KL
@@ -399,8 +398,8 @@ def linear_policy_loss(
         )
     else:
         weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
+        share = TokenWeights(weights)
         if has_penalty:
-            share = TokenWeights(weights)
             penalty = kl_penalty(caller, kl, like, ref_logprobs, ratio.old, scored, live, share, *shared)
         entropy_weight, square_weight = (
             None if c is None else head.per_row(weights * c) for c in (entropy_coef, ratio.square)
@@ -436,8 +435,9 @@ def linear_policy_loss(
         if ratio_level == "token":
             loss, logp, entropy = token_loss(head, terms, needs_entropy, backend)
             own = penalty is not None and penalty.own and kl_coef is None and exact is None
-            if return_metrics and (factors is not None or own or normalizers):
-                wanted = counted | penalty.live if own else counted
+            if return_metrics and (factors is not None or own):
+                wanted = counted_tokens(live, share.values)
+                wanted = wanted | penalty.live if own else wanted
                 logp, entropy = _with_rest(head, wanted.reshape(-1) & ~terms.live(), logp, entropy)
         else:
             loss, logp, entropy = sequence_loss(head, terms, live, cu_seqlens, ratio_level, needs_entropy, backend)
@@ -462,7 +462,7 @@ def linear_policy_loss(
     if not return_metrics:
         return loss
     logp, entropy = logp.view(like.shape), entropy.view(like.shape)
-    columns = with_current(columns, logp)
+    columns, counted = with_current(columns, logp), counted_tokens(live, share.values)
     if exact is None and penalty is not None and isinstance(kl, KLTerm):
         own_metrics = penalty.metrics(logp, counted)
     reference = ref_logprobs if exact is None else None
@@ -476,7 +476,7 @@ def linear_policy_loss(
 def _with_rest(head, missing, logp, entropy):
     """Returns log-probabilities and entropies ``[T]`` with those of the ``missing`` rows, which no term reads.
 
-    Metrics count these rows: those whose factor or normaliser is 0, and those of a KL term without a coefficient.
+    Metrics count these rows: of factor 0, or of a KL term without a coefficient.
     """
     if head.max_live_tokens is not None:  # which bounds the rows with a weight
         head = replaced(head, max_live_tokens=max(missing.numel(), 1))

@@ -108,7 +108,7 @@ class KLPenalty(NamedTuple):
 
     def counted(self, like: Tensor, of_loss: Tensor) -> Tensor:
         """Returns the tokens of the term's mean; ``of_loss``: those of the metrics of the loss."""
-        return full_mask(like, self.live) if self.own else of_loss
+        return counted_tokens(full_mask(like, self.live), self.weights.values) if self.own else of_loss
 
     def exact_metrics(self, values: Tensor, of_loss: Tensor) -> Metrics:
         """Computes the mean of exact divergences over the tokens of the term."""

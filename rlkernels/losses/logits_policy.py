@@ -342,11 +342,10 @@ def logits_policy_loss(
             loss = loss + of_kl
         if not return_metrics:
             return loss
-        return loss, metrics | term.exact_metrics(divergences, counted_tokens(live, weights))
+        return loss, metrics | term.exact_metrics(divergences, counted_tokens(live, shared.values))
     everywhere = mask is None and weights is None and not isinstance(flat.rows.temperature, torch.Tensor)
-    counted = counted_tokens(live, weights) if return_metrics else live
     weights = loss_weights(caller, like, live, aggregation, weights, cu_seqlens, normalizers)
-    whole, flat = flat, flat if everywhere else flat.without(weights == 0)
+    flat = flat if everywhere else flat.without(weights == 0)
     factor, of_factors = (None, {}) if factors is None else factors.fixed(live, cu_seqlens, flat.real)
     # The forward writes the gradient, a second tensor of the logits' size, only where the backward will hand it out.
     with_grad = (
@@ -371,10 +370,11 @@ def logits_policy_loss(
         return of_rows.loss
     shape = flat.shape
     logp, entropy = of_rows.logp.view(shape), of_rows.entropy.view(shape)
-    if factor is not None or normalizers:  # a row whose factor or normaliser is 0 was not read, but is counted
+    counted = counted_tokens(live, weights)
+    if factor is not None:  # a row of factor 0 was not read, and the metrics count it
         missing = counted & ~policy.read().view(shape)
         with torch.no_grad():
-            rows = whole.without(~missing).rows
+            rows = flat.without(~missing).rows
             stats = ops.token_stats(rows, ops.ENTROPY, False, ops.serving("token_stats", logits))
         logp = torch.where(missing, stats.logp.view(shape), logp)
         entropy = torch.where(missing, stats.entropy.view(shape), entropy)

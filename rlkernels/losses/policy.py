@@ -233,7 +233,7 @@ def policy_loss(
 
     Returns:
         Scalar, or one number per token or sequence, fp32 (fp64 for fp64 inputs); with ``return_metrics``, ``(loss,
-        dict)`` of detached means over live tokens:
+        dict)`` of detached means over live tokens of another weight than 0, factors apart:
 
         - ``ppo_kl`` and ``approx_kl``: k1 and k2 of the old against the new policy; ``entropy`` where it is known.
         - ``ratio``, ``ratio_min``, ``ratio_max``: mean and extremes of the ratio that the loss clips.
@@ -353,7 +353,7 @@ def policy_loss(
     if not return_metrics:
         return loss
     live = full_mask(logprobs, live)
-    counted = counted_tokens(live, weights)
+    counted = counted_tokens(live, token_weights.values)
     metrics = policy_metrics(
         logp, columns, live, ref_logprobs, kl, entropy, entry, values, ratio_level, cu_seqlens, ratio.clamp, counted
     )

@@ -115,12 +115,13 @@ def losses_of_tokens(
     return TokenWeights(live, each=True)
 
 
-def counted_tokens(live: Tensor, weights: PerToken | None) -> Tensor:
-    """Returns the tokens of the metrics: live ones, but for those to which the caller gave the weight 0.
+def counted_tokens(live: Tensor, weights: Tensor | None) -> Tensor:
+    """Returns the tokens of the metrics: live ones, but for those of weight 0, whose rows need not be read.
 
-    A factor of 0, such as a correction's, takes no token out, because trainers average over the mask of the loss.
+    ``weights``: those of a loss, before factors. A factor of 0, such as a correction's, takes no token out, because
+    trainers average over the mask of the loss. A mask as weights takes out what is dead anyway.
     """
-    return live if weights is None else live & (weights != 0)
+    return live if weights is None or weights.dtype == torch.bool else live & (weights != 0)
 
 
 def losses_of_sequences(weights: TokenWeights, ratio_level: RatioLevel, unit: str) -> bool:

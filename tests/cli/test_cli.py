@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -154,21 +153,6 @@ def test_plain_tables_align_numbers_right_and_words_left():
     assert tables.text("T", ["what", "ms"], [["a", "1.5"], ["bcd", "12.5"]]) == (
         "\nT\nwhat    ms\n----  ----\na      1.5\nbcd   12.5\n"
     )
-
-
-def test_python_of_the_readme_runs():
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 4, (
-        "the first two are one program; TRL's is run by the tests of the integration; the last below"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, "example.py")
-        script.write_text("".join(examples[:2]).replace("32000", "517"))
-        environment = {**os.environ, "PYTHONPATH": str(Path(rlkernels.__file__).resolve().parents[1])}
-        done = subprocess.run(
-            [sys.executable, str(script)], capture_output=True, text=True, env=environment, cwd=folder
-        )
-    assert done.returncode == 0, done.stderr
 
 
 def test_the_readme_and_a_model_of_transformers():

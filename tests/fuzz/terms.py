@@ -198,8 +198,8 @@ class PolicyTerms:
         return total
 
     def metrics(self, batch, logp, entropy):
-        """Means over the live tokens, without those to which the caller gave the weight 0."""
-        live = batch.live if self.weighting.given is None else batch.live & (self.weighting.given != 0)
+        """Means over the live tokens that have a weight, factors apart."""
+        live = batch.live & (self.weighting.truth(batch) != 0)
 
         def mean(x):
             return torch.where(live, x.double(), 0.0).sum() / live.sum().clamp(min=1)

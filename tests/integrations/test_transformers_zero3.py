@@ -1,16 +1,12 @@
 """A model of transformers in two processes under ZeRO-3: losses and gradient norms of its own and of ours."""
 
 import importlib.util
-import json
 import os
 import socket
-import subprocess
-import sys
 
 import pytest
 import subprocesses
 import torch
-from paths import SUPPORT
 
 pytest.importorskip("transformers")
 
@@ -22,25 +18,9 @@ def test_zero_3_trains_as_before_and_a_loss_behind_the_engine_is_refused(tmp_pat
         port = str(free.getsockname()[1])
     # DeepSpeed may lie on the path of this process alone.
     path = os.pathsep.join([subprocesses.PATH, *filter(None, [os.environ.get("PYTHONPATH")])])
-    started = [
-        subprocess.Popen(
-            [sys.executable, SUPPORT / "transformers_zero3.py", str(rank), port],
-            cwd=os.sep,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdout=subprocess.PIPE,
-            stderr=(tmp_path / f"{rank}.log").open("w"),
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed = [process.communicate(timeout=180)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for rank, text in enumerate(printed):
-        assert text.strip(), f"rank {rank} wrote no report: {(tmp_path / f'{rank}.log').read_text()[-3000:]}"
-        found = json.loads(text.splitlines()[-1])
+    for found in subprocesses.reports_of_two_ranks(
+        tmp_path, "transformers_zero3.py", port, PYTHONPATH=path, HF_HUB_OFFLINE="1"
+    ):
         own, ours, wrong = (torch.tensor(found[name]) for name in ("own", "attach", "wrong"))
         torch.testing.assert_close(ours, own, rtol=1e-5, atol=0)
         assert ((wrong - own).abs() / own).min() > 1e-3

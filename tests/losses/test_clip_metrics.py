@@ -100,13 +100,18 @@ COUNTED = {
         "aggregation": "prompt-mean",
         "normalizers": {"group_ids": torch.tensor([0, 1, 2]), "group_tokens": torch.tensor([0, 4, 7])},
     },
+    "a KL term whose normaliser is 0": {"ref_logprobs": "old", "kl": "uncounted term", "kl_coef": 0.1},
     "an exact KL": {"ref_hidden": "ref_hidden", "kl": "reverse_kl", "kl_coef": 0.1, "weights": "weights"},
 }
 
 
+UNCOUNTED = {"a normaliser of 0": slice(None), "a normaliser of 0 for some": 0}
+"""Rows to which the normaliser gives no weight."""
+
+
 @pytest.mark.parametrize("bounded", [False, True], ids=["", "bounded"])
 @pytest.mark.parametrize("what", COUNTED)
-def test_the_metrics_count_the_tokens_of_the_mask_in_every_form(what, bounded):
+def test_the_metrics_count_the_tokens_with_a_weight_in_every_form(what, bounded):
     draw = torch.Generator().manual_seed(5)
     shape = 3, 6
 
@@ -125,13 +130,16 @@ def test_the_metrics_count_the_tokens_of_the_mask_in_every_form(what, bounded):
         "old": logp + 0.3 * normal(*shape),
         "rollout": logp + 0.3 * normal(*shape),
         "term": rlk.KLTerm("k2", mask=own),
+        "uncounted term": rlk.KLTerm("k2", mask=own, normalizers={"batch_num_tokens": 0}),
         "weighing term": rlk.KLTerm("k2", mask=own, weights=zeros),
         "ref_hidden": hidden.flip(0),
     }
     options = {k: data.get(x, x) if isinstance(x, str) else x for k, x in COUNTED[what].items()}
     if "ratio_level" in options:
         data["old"] = logp + 0.1 * normal(*shape)
-    counted = mask & (data["weights"] != 0) if "weights" in options else mask
+    counted = mask & (data["weights"] != 0) if "weights" in options else mask.clone()
+    if what in UNCOUNTED:
+        counted[UNCOUNTED[what]] = False
     found, advantages = {}, normal(*shape)
     for way in WAYS:
         given = {"logits_policy_loss": (logits, targets), "linear_policy_loss": (hidden, weight, targets)}.get(
@@ -151,12 +159,21 @@ def test_the_metrics_count_the_tokens_of_the_mask_in_every_form(what, bounded):
         call = {k: x for k, x in {**options, **more}.items() if x is not None}
         _, found[way] = getattr(rlk, way)(*given, data["old"], advantages, mask, return_metrics=True, **call)
     gap = data["old"] - logp
-    true = {"ppo_kl": gap[counted].mean(), "approx_kl": 0.5 * gap[counted].square().mean()}
+
+    def mean(x, tokens=counted):
+        return x[tokens].sum() / max(tokens.sum(), 1)
+
+    true = {"ppo_kl": mean(gap), "approx_kl": mean(0.5 * gap.square())}
     if "ratio_level" not in options:
-        true["ratio"], true["ratio_max"] = (-gap)[counted].exp().mean(), (-gap)[counted].exp().max()
-    of_term = {"a KL term for the metric alone": own, "a KL term with weights": own & (zeros != 0)}
+        true["ratio"] = mean((-gap).exp())
+        true["ratio_max"] = (-gap)[counted].exp().max() if counted.any() else torch.zeros((), dtype=torch.float64)
+    of_term = {
+        "a KL term for the metric alone": own,
+        "a KL term with weights": own & (zeros != 0),
+        "a KL term whose normaliser is 0": own & False,
+    }
     if what in of_term:
-        true["kl"] = 0.5 * gap[of_term[what]].square().mean()
+        true["kl"] = mean(0.5 * gap.square(), of_term[what])
     for way, metrics in found.items():
         for name, x in true.items():
             torch.testing.assert_close(
@@ -177,3 +194,18 @@ def test_a_gate_is_counted_behind_the_clamp_of_the_log_ratio():
     for clamp, left_out in ((None, 2 / 3), (1.0, 0.0), (2.0, 2 / 3)):
         _, metrics = rlk.policy_loss(new, old, advantages, log_ratio_clamp=clamp, return_metrics=True, **options)
         torch.testing.assert_close(metrics["clip_fraction"], torch.tensor(left_out))
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_metrics_beside_normalizers_read_no_row_again(way, monkeypatch):
+    def read(*_, **__):
+        raise AssertionError("rows were read for the metrics alone")
+
+    monkeypatch.setattr(rlk.losses.logits_policy.ops, "token_stats", read)
+    monkeypatch.setattr(rlk.linear.policy_loss, "head_stats", read)
+    hidden, weight, targets = torch.randn(2, 3, 4), torch.randn(9, 4), torch.zeros(2, 3, dtype=torch.int64)
+    given = (hidden @ weight.T, targets) if way == "logits_policy_loss" else (hidden, weight, targets)
+    zeros = torch.zeros(2, 3)
+    number = {"batch_num_tokens": torch.tensor(6)}
+    _, metrics = getattr(rlk, way)(*given, zeros, zeros, normalizers=number, return_metrics=True)
+    assert metrics["ratio"] > 0

@@ -54,7 +54,10 @@ def test_the_calls_in_tables_fit_the_signatures():
 
 def sixty_seconds():
     """Returns both blocks of the section, the first of them on a small shape."""
-    section = (ROOT / "README.md").read_text().split("## In sixty seconds\n", 1)[1].split("\n## ")[0]
+    text = (ROOT / "README.md").read_text()
+    # The other two, of TRL and of transformers, are run by the tests of the adapters and of the command.
+    assert text.count("```python\n") == 4
+    section = text.split("## In sixty seconds\n", 1)[1].split("\n## ")[0]
     first, own = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     sizes = "tokens, vocab = 256, 32000\n"
     assert first.count(sizes) == 1 and "linear_policy_loss" in first and "@rlk.objective" in own

@@ -2,6 +2,7 @@
 folder.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -35,3 +36,29 @@ def child(*arguments, timeout=300, without=(), **variables):
 def code(text, *arguments, **options):
     """Runs ``text`` in a child."""
     return child("-c", textwrap.dedent(text), *arguments, **options)
+
+
+def reports_of_two_ranks(folder, script, *arguments, timeout=180, **variables):
+    """Runs ``python SCRIPT RANK ARGUMENTS`` twice at a time; returns what each rank printed last, read as JSON.
+
+    What a rank writes to stderr stays in the ``folder``.
+    """
+    started = [
+        subprocess.Popen(
+            [sys.executable, SUPPORT / script, str(rank), *map(str, arguments)],
+            cwd=os.sep,
+            env=environment(OMP_NUM_THREADS="1", **variables),
+            stdout=subprocess.PIPE,
+            stderr=(folder / f"{rank}.log").open("w"),
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for rank, text in enumerate(printed):
+        assert text.strip(), f"rank {rank} wrote no report: {(folder / f'{rank}.log').read_text()[-3000:]}"
+    return [json.loads(text.splitlines()[-1]) for text in printed]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rlkernels import checks
-from rlkernels.checks import tokens as checks_tokens
 from rlkernels.integrations.transformers.deferred_logits import DeferredLogits, HeadInputs
+from rlkernels.integrations.transformers.model_inputs import check_tokens
 from rlkernels.integrations.transformers.output_head import deferred_head, unwrapped
 from rlkernels.linear.head import without_autocast
 from rlkernels.linear.token_stats import linear_token_logprobs
@@ -104,7 +104,7 @@ def token_logprobs(
             f"{caller}: {type(unwrapped(caller, model)).__name__} is an encoder-decoder, whose logits are not of "
             "input_ids; call hidden_and_head with decoder_input_ids, and linear_token_logprobs"
         )
-    checks_tokens.of_a_model(caller, {"input_ids": input_ids})
+    check_tokens(caller, {"input_ids": input_ids})
     targets = shift_targets(input_ids, attention_mask=attention_mask, mask=mask)
     batch = {"input_ids": input_ids, **({} if attention_mask is None else {"attention_mask": attention_mask}), **batch}
     head = _head_inputs(caller, model, check, batch)
@@ -148,7 +148,7 @@ def _parameters(model: nn.Module) -> Any:
 
 def _head_inputs(caller: str, model: nn.Module, check: bool, batch: dict[str, Any]) -> HeadInputs:
     check = checks.flag(caller, "check", check)
-    checks_tokens.of_a_model(caller, batch)
+    check_tokens(caller, batch)
     inside = unwrapped(caller, model)
     owner = type(inside).__name__
     if batch.get("labels") is not None:

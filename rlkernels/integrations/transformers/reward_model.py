@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlkernels import checks
-from rlkernels.checks import tokens as checks_tokens
+from rlkernels.integrations.transformers.model_inputs import check_tokens
 from rlkernels.losses.reward_head import reward_scores
 from rlkernels.types import Mask, RewardScores, ScorePositions, TokenIds
 
@@ -115,7 +115,7 @@ class RewardModel(nn.Module):
         """
         named = {"input_ids": input_ids, "attention_mask": attention_mask}
         given = {name: x for name, x in named.items() if x is not None}
-        checks_tokens.of_a_model("RewardModel", {**given, **batch})
+        check_tokens("RewardModel", {**given, **batch})
         outputs = self.base(**{"use_cache": False, "return_dict": True, **given, **batch})
         hidden: Tensor = outputs.last_hidden_state
         return reward_scores(
