@@ -33,10 +33,6 @@ class Usage(NamedTuple):
     spills: int
 
 
-def spilled(entry):
-    return int(entry["stores"]) + int(entry["loads"])
-
-
 def parse(report):
     """``{(kernel, arch): Usage}``."""
     return {
