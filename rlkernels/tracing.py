@@ -28,26 +28,28 @@ def _keys(*names):
 
 _PLAIN = (_keys("ADInplaceOrView"), _keys()) if _included else ()  # outside of inference mode, and in it
 _TYPES = (torch.Tensor, torch.nn.Parameter)
+_NO_TENSORS = frozenset((type(None), bool, int, float, str, tuple))
+"""Types of arguments that hold no tensor; a tuple is a row of numbers."""
 
 
 def gradient_wanted(arguments):
     """Tells whether autograd records a call with these arguments; None where the dispatcher must see the call."""
     if _included is None or _included().raw_repr() not in _PLAIN:
         return None
-    wanted = False
-    for x in arguments:
-        kind = type(x)
-        if kind in _TYPES:
-            if x.is_meta:  # because the dispatcher chooses the fake implementation
+    wanted, groups = False, [arguments]
+    for group in groups:  # which grows by the lists that it holds
+        for x in group:
+            kind = type(x)
+            if kind in _NO_TENSORS:  # asked first, because half of the arguments are such
+                continue
+            if kind in _TYPES:
+                if x.is_meta:  # because the dispatcher chooses the fake implementation
+                    return None
+                wanted = wanted or x.requires_grad
+            elif kind is list:
+                groups.append(x)
+            elif isinstance(x, torch.Tensor):
                 return None
-            wanted = wanted or x.requires_grad
-        elif kind is list:
-            nested = gradient_wanted(x)
-            if nested is None:
-                return None
-            wanted = wanted or nested
-        elif isinstance(x, torch.Tensor):
-            return None
     return wanted and torch.is_grad_enabled()
 
 

@@ -123,6 +123,9 @@ def of_backward(where, upstream, ref_logits, saved):
     """
     dlogp, dentropy, dkl = upstream
     row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl = saved
+    # The gradient of a sum comes expanded. Copied here, it spares the slow way of ``per_row``, which takes 4 us more.
+    if type(dlogp) is torch.Tensor and dlogp.layout is torch.strided and not dlogp.is_contiguous():
+        dlogp = dlogp.contiguous()
     if dentropy is None:
         entropy = None
     elif entropy is None:

@@ -70,10 +70,11 @@ class RowStats(NamedTuple):
     def empty(cls, like: Tensor, count: int, wanted: int, reference: bool) -> "RowStats":
         """Memory for the statistics of ``count`` rows, on the device of ``like`` and, but for ``is_top1``, in its
         dtype.
+
+        ``like`` is empty, and stands for all that is absent: seven more tensors cost 5 us.
         """
         present = presence(wanted, reference)
-        nothing = like.new_empty(0)  # one for all that is absent, because seven more cost 5 us
-        memory = [like.new_empty(count) if p else nothing for p in present]
+        memory = [like.new_empty(count) if p else like for p in present]
         memory[TOP1] = like.new_empty(count if present[TOP1] else 0, dtype=torch.bool)
         return tuple.__new__(cls, memory)  # 0.3 us less than the constructor
 

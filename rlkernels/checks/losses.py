@@ -199,20 +199,43 @@ def params(caller, objective, entry, keywords, like):
             values[name] = tensors.coefficient(real, caller, name, values[name], like)
             plain = plain and not isinstance(values[name], torch.Tensor)
         ordered.append(values[name])
-    known = values if plain else {name: x for name, x in values.items() if not isinstance(x, torch.Tensor)}
-    # clip_low = 1 is no lower bound, because a ratio is never below 0.
-    if "clip_low" in known and not 0 <= known["clip_low"] <= 1:
-        raise ValueError(f"{caller}: clip_low must be in [0, 1], got {known['clip_low']}")
-    # CISPO's weight may have no upper bound either.
-    top = math.inf if objective == "cispo" else sys.float_info.max
-    if "clip_high" in known and not 0 <= known["clip_high"] <= top:
-        raise ValueError(f"{caller}: clip_high must be in [0, inf), got {known['clip_high']}")
-    if "dual_clip" in known and not known["dual_clip"] > 1:
-        raise ValueError(f"{caller}: dual_clip must be > 1, got {values['dual_clip']}")
-    for name in ("delta", "delta_low", "delta_high"):
-        if name in known and name in entry.params and not known[name] >= 0:
-            raise ValueError(f"{caller}: {name} must be >= 0, got {known[name]}")
-    for name in ("beta", "tau_pos", "tau_neg", "clip_range", "ratio_cap", "ratio_max"):
-        if name in known and name in entry.params:
-            positive(caller, name, known[name])
+    for name, x in zip(entry.params, ordered, strict=True):
+        if name in _RANGES and (plain or not isinstance(x, torch.Tensor)):
+            _RANGES[name](caller, objective, name, x)
     return ordered
+
+
+def _clip_low(caller, objective, name, x):
+    # 1 is no lower bound, because a ratio is never below 0.
+    if not 0 <= x <= 1:
+        raise ValueError(f"{caller}: {name} must be in [0, 1], got {x}")
+
+
+def _clip_high(caller, objective, name, x):
+    # CISPO's weight may have no upper bound.
+    if not 0 <= x <= (math.inf if objective == "cispo" else sys.float_info.max):
+        raise ValueError(f"{caller}: {name} must be in [0, inf), got {x}")
+
+
+def _dual_clip(caller, objective, name, x):
+    if not x > 1:
+        raise ValueError(f"{caller}: {name} must be > 1, got {x}")
+
+
+def _not_negative(caller, objective, name, x):
+    if not x >= 0:
+        raise ValueError(f"{caller}: {name} must be >= 0, got {x}")
+
+
+def _positive(caller, objective, name, x):
+    positive(caller, name, x)
+
+
+_RANGES = {
+    "clip_low": _clip_low,
+    "clip_high": _clip_high,
+    "dual_clip": _dual_clip,
+    **dict.fromkeys(("delta", "delta_low", "delta_high"), _not_negative),
+    **dict.fromkeys(("beta", "tau_pos", "tau_neg", "clip_range", "ratio_cap", "ratio_max"), _positive),
+}
+"""The check of each parameter that has a range, whichever objective takes it."""

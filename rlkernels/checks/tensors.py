@@ -71,6 +71,24 @@ def head(caller, hidden, weight, bias, prefix="", other=None):
         )
 
 
+def fits(x, like, dtype):
+    """Tells whether ``x`` is plainly of this dtype and of the shape and device of ``like``, with no gradient to lose.
+
+    One question in place of four calls, because these take 1.5 us of the 50 of a small loss. What does not fit plainly
+    goes to them, for their answer and their words.
+    """
+    return (
+        type(x) is torch.Tensor
+        and x.layout is torch.strided
+        and not x.is_nested
+        and x.dtype is dtype
+        and x.shape == like.shape
+        and x.device == like.device
+        and not x.requires_grad
+        and getattr(torch.autograd.forward_ad, "_current_level", 0) < 0
+    )
+
+
 def one_device(caller, first, x, **others):
     """Refuses a tensor that lies on another device than ``x``, the argument named ``first``.
 

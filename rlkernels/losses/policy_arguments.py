@@ -176,6 +176,10 @@ def objective_columns(
     for name in entry.columns[1:]:
         argument = ARGUMENTS.get(name, name)
         x = inputs[name] if name in inputs else further.get(name)
+        # One number per token, plainly. With offsets an advantage might be one per sequence.
+        if checks.fits(x, like, like.dtype) and (cu_seqlens is None or name != "advantage"):
+            columns.append(x)
+            continue
         if x is None and name == "old_logp":
             columns.append(None)  # the current policy, which the loss knows
             continue
@@ -198,7 +202,9 @@ def missing_column(caller: str, entry: Objective, name: str, argument: str) -> s
 
 
 def column(caller: str, name: str, x: Tensor | None, like: Tensor, like_name: str = "logprobs") -> Tensor:
-    """Returns an input without gradient, refused unless it is shaped like ``like``."""
+    """Returns an input without gradient, refused unless it is shaped like ``like``, whose dtype has been checked."""
+    if checks.fits(x, like, like.dtype):
+        return x
     checks.floating(caller, name, x)
     checks.shape(caller, name, x, like.shape)
     checks.no_gradient(caller, **{name: x})

@@ -63,6 +63,8 @@ def full_mask(like: Tensor, live: Tensor | None) -> Tensor:
 
 def live_mask(caller: str, like: Tensor, mask: Mask | None) -> Tensor | None:
     """Checks a mask and returns it as bool; None without a mask, where every token is live."""
+    if checks.fits(mask, like, torch.bool):
+        return mask.contiguous()
     checks.mask(caller, mask, like.shape)
     checks.one_device(caller, "logprobs", like, mask=mask)
     # Contiguous, because torch's sums follow strides, and a metric would have other last bits.

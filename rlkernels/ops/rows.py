@@ -1,5 +1,7 @@
 """Ops over rows of logits: their statistics and the gradient of these."""
 
+import functools
+
 import torch
 
 from rlkernels import checks
@@ -56,17 +58,26 @@ def token_stats_fake(logits, targets, temperature, ignore_index, vocab_mask, ref
     )
 
 
+@functools.cache
+def _constant(wanted):
+    """Returns the places in ``RowStats`` of what has no gradient.
+
+    An absent output must have none: AOTAutograd would send it a gradient of shape (0,).
+    """
+    names = {"row_max", "log_sum_sq", "is_top1", "ref_logp", "ref_row_max", "ref_sum_exp"}
+    names |= {
+        name for flag, name in ((ENTROPY, "entropy"), (KL, "kl"), (MEAN_LOGITS, "mean_logits")) if not wanted & flag
+    }
+    return tuple(k for k, name in enumerate(RowStats._fields) if name in names)
+
+
 def _setup(ctx, inputs, output):
     logits, targets, temperature, ctx.ignore_index, vocab_mask, ref_logits, wanted, ctx.inplace, ctx.backend = inputs
     ctx.temperature, per_row = divisor(temperature)
     if ctx.inplace:  # a compiled program has met no leaf before
         checks.inplace("token_stats", logits)
     stats = tuple.__new__(RowStats, output)
-    # An absent output must not be differentiable: AOTAutograd would send it a gradient of shape (0,).
-    constant = [stats.row_max, stats.log_sum_sq, stats.is_top1, stats.ref_logp, stats.ref_row_max, stats.ref_sum_exp]
-    optional = (ENTROPY, stats.entropy), (KL, stats.kl), (MEAN_LOGITS, stats.mean_logits)
-    constant += [x for flag, x in optional if not wanted & flag]
-    ctx.mark_non_differentiable(*constant)
+    ctx.mark_non_differentiable(*[output[k] for k in _constant(wanted)])
     ctx.set_materialize_grads(False)
     reference = (ref_logits, stats.ref_row_max, stats.ref_sum_exp, stats.kl) if wanted & KL else (None,) * 4
     saved = stats.row_max, stats.sum_exp, stats.entropy, *reference[1:]
@@ -76,7 +87,7 @@ def _setup(ctx, inputs, output):
 def _gradient(ctx, *arrived):
     arrived = tuple.__new__(RowStats, arrived)
     upstream, further = (arrived.logp, arrived.entropy, arrived.kl), (arrived.sum_exp, arrived.mean_logits)
-    if all(d is None for d in (*upstream, *further)):
+    if upstream[0] is upstream[1] is upstream[2] is further[0] is further[1] is None:
         return (None,) * 9
     logits, targets, per_row, vocab_mask, ref_logits, *saved = ctx.saved_tensors
     rows = targets, per_row, vocab_mask, ref_logits, saved
