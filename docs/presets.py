@@ -2,7 +2,12 @@
 fresh.
 """
 
+import textwrap
+
 from rlkernels import presets
+
+WIDTH = 100
+"""The letters of a line that the site shows on a wide screen."""
 
 HEAD = """# Presets
 
@@ -12,8 +17,10 @@ gives the keywords of our functions that its code or paper uses:
 ```python
 from rlkernels import policy_loss, presets
 
-loss = policy_loss(logprobs, old, advantages, mask, **presets.settings("verl-0.9", policy_loss))
-loss = policy_loss(logprobs, old, advantages, mask, **presets.settings("verl-0.9", policy_loss, "gspo"))
+verl = presets.settings("verl-0.9", policy_loss)
+gspo = presets.settings("verl-0.9", policy_loss, "gspo")
+loss = policy_loss(logprobs, old, advantages, mask, **verl)
+loss = policy_loss(logprobs, old, advantages, mask, **gspo)
 ```
 
 `settings` returns a new dict, which you may change. A word behind a slash is a variant. `logits_policy_loss` and
@@ -26,7 +33,15 @@ compared.
 
 def page():
     """The whole page."""
-    return HEAD + "".join(f"\n```\n{presets.describe(name)}\n```\n" for name in presets.names())
+    return HEAD + "".join(f"\n```\n{wrapped(presets.describe(name))}\n```\n" for name in presets.names())
+
+
+def wrapped(text):
+    """Returns lines of which the rest stands further in where they are too long."""
+    return "\n".join(
+        textwrap.fill(line, WIDTH, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,18 @@ def sections():
         yield title, names
 
 
+def to_the_reference(markdown):
+    """Makes each public name of docs/api.md a link to its place in the reference."""
+    for _, names in sections():
+        for name in names:
+            short = name.rpartition(".")[2]
+            found = re.compile(rf"^(\| |\*.*?(?<!\[))(`{short}`)(?!\])", re.M)
+            markdown, count = found.subn(rf"\1[\2][{name}]", markdown, count=1)
+            if not count:
+                raise ValueError(f"docs/api.md: no place of {name} is found")
+    return markdown
+
+
 def slug(title):
     return re.sub(r"\W+", "-", title.lower()).strip("-")
 
@@ -53,6 +65,8 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Points a link of the repository to its page here, or makes it the name of the file where there is none."""
     here = page.file.src_uri
+    if here == "api.md":
+        markdown = to_the_reference(markdown)
 
     def replace(match):
         text, target = match[1], match[2]
@@ -71,10 +85,21 @@ def on_page_markdown(markdown, page, config, files):
     return re.sub(r"(?<!!)\[([^\]\[]+)\]\(([^)\s]+)\)", replace, markdown)
 
 
+def of_the_reference(row):
+    """Returns a row without "required" where it stands for several arguments, and exceptions without brackets.
+
+    mkdocstrings knows neither type nor default of ``entropy, entropy_coef``; the signature above the table has both.
+    """
+    text = row[0]
+    if re.search(r"<td>\s*</td>", text):
+        text = text.replace("<em>required</em>", "")
+    return re.sub(r"<code>\(((?:(?!</code>).)*Error\b(?:(?!</code>).)*)\)</code>", r"<code>\1</code>", text, flags=re.S)
+
+
 def on_page_content(content, page, config, files):
     """Typesets the formulas that arithmatex found, and takes the backslash off a bar in the code of a table.
 
-    GitHub's Markdown wants it there, and Python's keeps it.
+    GitHub's Markdown wants it there, and Python's keeps it. Rows of the reference become ``of_the_reference``.
     """
 
     def typeset(match):
@@ -82,18 +107,25 @@ def on_page_content(content, page, config, files):
         display = formula.startswith(r"\[")
         return convert(formula[2:-2], display="block" if display else "inline")
 
+    content = re.sub(r'<tr class="doc-section-item">.*?</tr>', of_the_reference, content, flags=re.S)
     content = re.sub(r"<td\b.*?</td>", lambda cell: cell[0].replace(r"\|", "|"), content, flags=re.S)
     return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', typeset, content, flags=re.S)
 
 
 LONG = 28
 """Letters of a word that a column of a table shows in one piece."""
+SHORT = 10
+"""Letters of a piece of code in a table that is no place to break, such as ``2 T H V``."""
 
 
 def on_post_page(output, page, config):
-    """Lets long names in tables break behind an underscore, a dot or a slash, once the search has read the page."""
+    """Lets long names in tables break behind an underscore, a dot or a slash, and short code nowhere, once the search
+    has read the page.
+    """
 
     def breakable(match):
+        if len(match[2]) <= SHORT:
+            return match[1] + match[2].replace(" ", "&nbsp;") + match[3]
         words = re.split(r"( )", match[2])
         return match[1] + "".join(re.sub(r"([_./])", r"\1<wbr>", w) if len(w) > LONG else w for w in words) + match[3]
 

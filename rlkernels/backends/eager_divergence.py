@@ -46,12 +46,13 @@ def divergence(rows, kind, beta, weight, out=None, unless=None):
     return DivergenceRows(value, _given(gradient, out))
 
 
-def topk_divergence(rows, ids, logprobs, kind, beta, weight, out=None, unless=None, *, passes):
+def topk_divergence(rows, ids, logprobs, kind, beta, weight, out=None, unless=None, *, passes, places=None):
     """Computes the same for a teacher of whom the ``K`` likeliest ids and their log-probabilities are known,
     ``[T, K]``.
 
     All other columns are one outcome. An entry of log-probability -inf stands for nothing. ``passes``: ``token_stats``
-    and ``token_stats_backward`` of a backend.
+    and ``token_stats_backward`` of a backend. ``places``: where the vocabulary lies in parts, a function from ids to
+    columns of ``logits``, and one that fills in the logits at the ids of other parts; else an id is its column.
     """
     statistics, backward = passes
     logits, targets, temperature, ignore_index, vocab_mask, _ = rows
@@ -67,7 +68,10 @@ def topk_divergence(rows, ids, logprobs, kind, beta, weight, out=None, unless=No
     factor = temperature
     if isinstance(temperature, torch.Tensor):
         factor = torch.where(live, temperature, 1.0).double()[:, None]
-    chosen = logits.gather(-1, ids.view(*logits.shape[:-1], ids.shape[1])).view(ids.shape).double()
+    column_of, complete = (None, None) if places is None else places
+    columns = ids if column_of is None else column_of(ids)
+    chosen = logits.gather(-1, columns.view(*logits.shape[:-1], ids.shape[1])).view(ids.shape)
+    chosen = (chosen if complete is None else complete(ids, chosen)).double()
     student = (chosen - stats.row_max.double()[:, None]) / factor - stats.sum_exp.double().log()[:, None]
     least = torch.finfo(real).eps
     outcomes = [_with_tail(torch.where(known, x, -math.inf), least) for x in (student, logprobs)]
@@ -84,7 +88,7 @@ def topk_divergence(rows, ids, logprobs, kind, beta, weight, out=None, unless=No
     gradient = backward(Upstream((-rest).to(real)), rows, SavedRows(stats.row_max, stats.sum_exp, None), gradient)
     at_ids = torch.where(moves[:, None], slope[:, :-1] * weight[:, None] / factor, 0.0)
     at_ids = torch.where(known, at_ids, at_ids.gather(1, likeliest))
-    gradient.view(ids.shape[0], logits.shape[-1]).scatter_(1, ids, at_ids.to(gradient.dtype))
+    gradient.view(ids.shape[0], logits.shape[-1]).scatter_(1, columns, at_ids.to(gradient.dtype))
     if kept is not None:
         gradient.copy_(torch.where(unless == 1.0, kept, gradient))
     return DivergenceRows(value, _given(gradient, out))

@@ -221,7 +221,8 @@ def _score(loss, rows, logp, entropy, first, last, has_gradient):
 def compare_ranks(head, sizes, offsets, needs, needs_entropy, further=None):
     """Compares the ranks of a process group before anything that they do together.
 
-    ``further``: returns one sum more. It is called where ranks compare alone, because to sum is to wait for the device.
+    ``further``: returns facts and one sum more. It is called where ranks compare alone, because to sum is to wait for
+    the device.
     """
     with meeting(head.caller, head.shard.process_group(), head.hidden.device) as now:
         if ranks_compare(head.hidden.device):
@@ -233,7 +234,8 @@ def compare_ranks(head, sizes, offsets, needs, needs_entropy, further=None):
                 ("gradients of hidden, weight, bias", needs),
                 ("entropy", needs_entropy),
             ]
-            now.compare(head.shard[1:], facts, [*sums, *([] if further is None else [further()])])
+            more, near = ([], []) if further is None else further()
+            now.compare(head.shard[1:], [*facts, *more], [*sums, *near])
 
 
 def differentiable(head, backend, function, *arguments):

@@ -12,7 +12,7 @@ from rlkernels.linear.chunked_loss import ChunkLoop, compare_ranks, detached_for
 from rlkernels.linear.chunking import budget_bytes, live_rows
 from rlkernels.linear.head import OPERANDS, HeadOptions, LinearHead, linear_head, sum_bytes, without_autocast
 from rlkernels.linear.projection import HeadProjection
-from rlkernels.linear.rank_agreement import same_on_every_rank, sketch
+from rlkernels.linear.rank_agreement import pattern, same_on_every_rank, sketch
 from rlkernels.linear.token_loss import check_batch
 from rlkernels.losses.divergence import DEAD, divergence_metrics, kind_and_beta, one_teacher, topk
 from rlkernels.losses.token_weights import live_tokens, loss_weights, losses_of_tokens, summed
@@ -236,8 +236,8 @@ def linear_distillation_loss(
         softcap, logit_scale, logits_dtype, chunk_tokens, max_live_tokens, valid_vocab: as for
             ``linear_token_logprobs``; ``logits_dtype`` and ``valid_vocab`` of both models.
         logits_budget: bytes for the logits of a chunk, of both models together.
-        process_group, vocab_start: as for ``linear_token_logprobs``; the teacher's head is cut like the student's. Not
-            with ``teacher_topk``, whose tokens lie on several ranks.
+        process_group, vocab_start: as for ``linear_token_logprobs``; the teacher's head is cut like the student's, and
+            ``teacher_topk`` with ids of the whole vocabulary is the same on every rank.
         teacher_softcap, teacher_logit_scale: those of the teacher's head.
 
     Returns:
@@ -303,13 +303,8 @@ def linear_distillation_loss(
     else:
         if vocab_mask is not None:
             raise ValueError(f"{caller}: vocab_mask goes with teacher_hidden, got teacher_topk; leave it out")
-        if process_group is not None:
-            raise ValueError(
-                f"{caller}: teacher_topk takes no process_group, because the likeliest tokens lie on several ranks; "
-                "pass the whole head"
-            )
         _refuse_head(caller, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
-        known = topk(caller, teacher_topk, live, head.weight.shape[0], like)
+        known = topk(caller, teacher_topk, live, head.vocab(), like)
         teacher = TeacherHead(None, None, None, None, 1.0, ops.Teacher(*known, *numbers))
     backend = ops.serving("divergence", head.hidden)
     if not summed(caller, reduction):
@@ -379,15 +374,22 @@ def _refuse_head(caller, weight, bias, softcap, logit_scale):
 
 
 def _in_common(head, terms):
-    """Returns a sum that all ranks must have alike: of the upstream gradients in a backward, else of the teacher.
+    """Returns facts and a sum that all ranks must have alike: of the upstream gradients in a backward, else of the
+    teacher.
 
     One of them, because the forward has compared the teacher, and a message between ranks has room for two sums.
     """
     if terms.upstream:
         size = terms.weight.double().abs().sum().item()
-        return "sizes of upstream gradients of divergences", size, size
-    live = head.targets != head.ignore_index
-    return "hidden states of the teacher", *sketch(terms.teacher.hidden, live)
+        return [], [("sizes of upstream gradients of divergences", size, size)]
+    live, teacher = head.targets != head.ignore_index, terms.teacher
+    if teacher.hidden is not None:
+        return [], [("hidden states of the teacher", *sketch(teacher.hidden, live))]
+    ids, logprobs = teacher.of[:2]
+    used = live[:, None] & (logprobs > -torch.inf)
+    return [("digest of the teacher's ids", pattern(used.view(-1), ids.view(-1)))], [
+        ("probabilities of the teacher, each times a factor", *sketch(logprobs.exp(), live))
+    ]
 
 
 @torch.no_grad()
@@ -408,13 +410,13 @@ def _distilled(head, terms, backend, needs):
         weight = part.select(terms.weight)
         scaled = loop.scaled(weight) if any(needs) else None
         out = loop.projection.gradient_buffer(logits) if any(needs) else None
+        of_rows = ops.Teacher(ids, logprobs, teacher.of.kind, teacher.of.beta)
         if head.shard is None:
-            of_rows = ops.Teacher(ids, logprobs, teacher.of.kind, teacher.of.beta)
             found = ops.run_divergence(backend, batch, of_rows, scaled, out)
+        elif ids is not None:
+            found = vocab_parallel.topk_divergence(head.shard, backend, batch, of_rows, scaled, out)
         else:
-            numbers = teacher.of.kind, teacher.of.beta
-            arguments = head.row_arguments(part)
-            found = vocab_parallel.divergence(head.shard, logits, theirs, arguments, *numbers, scaled, out)
+            found = vocab_parallel.divergence(head.shard, batch, of_rows[2:], scaled, out)
         loop.loss += ops.weighted(found.value, weight)
         loop.logp[part.index] = found.value
         if any(needs):

@@ -10,6 +10,7 @@ import torch
 
 from rlkernels import checks, ops
 from rlkernels.backends.eager_divergence import terms
+from rlkernels.backends.eager_divergence import topk_divergence as topk_of_rows
 from rlkernels.backends.protocol import DivergenceRows, RowBatch, RowStats, SavedRows, Upstream, real_dtype
 from rlkernels.linear.rank_agreement import all_gather
 
@@ -196,13 +197,14 @@ def token_stats_backward(
     return ops.run("token_stats_backward", backend, Upstream(dlogp, dentropy), rows, saved, out)
 
 
-def divergence(shard, logits, teacher, row_arguments, kind, beta, weight, out):
+def divergence(shard, rows, numbers, weight, out):
     """Returns the DivergenceRows of whole rows from this rank's columns of both models; three collectives, or four.
 
-    In plain torch, because no kernel stops between a row's sums and its divergence. ``logits``, ``teacher``: with the
-    column behind the shard's own. ``weight``, ``out``: of the gradient and its memory; None where none is wanted.
+    In plain torch, because no kernel stops between a row's sums and its divergence. ``rows``: with the column behind
+    the shard's own, in both models. ``numbers``: kind and beta. ``weight``, ``out``: of the gradient and its memory;
+    None where none is wanted.
     """
-    targets, temperature, ignore_index, vocab_mask = row_arguments
+    logits, targets, temperature, ignore_index, vocab_mask, teacher = rows
     group, real, live = shard.process_group(), real_dtype(logits.dtype), targets != ignore_index
     keep = local_mask(shard, vocab_mask)
     factor = temperature[:, None] if isinstance(temperature, torch.Tensor) and temperature.dim() else temperature
@@ -220,12 +222,42 @@ def divergence(shard, logits, teacher, row_arguments, kind, beta, weight, out):
     student, other = (
         _log_softmax(x, factor, *everyone[:, at : at + 2].unbind(1)) for x, at in zip(columns, (0, 2), strict=True)
     )
-    value, slope = terms(kind, beta, student, other, lambda x: _in_order(all_gather(x, group)))
+    value, slope = terms(*numbers, student, other, lambda x: _in_order(all_gather(x, group)))
     if out is not None:
         moves = (live & (weight != 0))[:, None]
         slope = torch.where(moves, slope * weight[:, None] / factor, 0.0)
         out.copy_(slope if keep is None else torch.where(keep, slope, 0.0))
     return DivergenceRows(torch.where(live, value, 0.0), out)
+
+
+def topk_divergence(shard, backend, rows, teacher, weight, out):
+    """Returns the DivergenceRows of whole rows from this rank's columns of the student; two collectives.
+
+    ``teacher``: an ``ops.Teacher`` of top log-probabilities, the same on every rank. One collective completes the
+    statistics of the rows, and one brings every rank the student's logits at the ids, of which each lies on one rank.
+    What remains is arithmetic of ``K + 1`` numbers per row, which every rank does alike.
+    """
+    group, real = shard.process_group(), real_dtype(rows.logits.dtype)
+
+    def statistics(rows, wanted):
+        return token_stats(shard, backend, *rows[:5], wanted)
+
+    def backward(upstream, rows, saved, memory):
+        return token_stats_backward(shard, backend, *upstream[:2], *rows[:5], *saved[:3], memory)
+
+    def column_of(ids):
+        # The ids of other shards share the column behind the last, which enters no matmul.
+        here = (ids >= shard.start) & (ids < shard.start + shard.columns)
+        return torch.where(here, ids - shard.start, shard.columns)
+
+    def complete(ids, chosen):
+        # An id that no rank has (possible on an accelerator, where ids are not checked) makes its row NaN.
+        absent = torch.where((ids >= 0) & (ids < shard.vocab), -torch.inf, torch.nan)
+        own = torch.where(column_of(ids) < shard.columns, chosen.to(real), absent.to(real))
+        return all_gather(own, group).amax(0)
+
+    passes, places = (statistics, backward), (column_of, complete)
+    return topk_of_rows(rows, *teacher, weight, out, passes=passes, places=places)
 
 
 def _log_softmax(x, temperature, maxima, sums):

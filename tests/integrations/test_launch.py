@@ -328,3 +328,16 @@ def test_the_workers_of_a_real_ray_cluster_are_patched_and_each_says_so(folder, 
         assert own == "ran" and float(loss) == -1.0 and "{'PolicyLoss': 1}" in " ".join(calls)
         said = f"rlkernels.launch: process {process} (Ray worker): OpenRLHF 0.11.2 patched"
         assert said in done.stdout + done.stderr, done.stderr
+
+
+def test_a_program_of_trl_is_patched_by_the_command_and_by_the_variable_only_where_something_imports_us(
+    folder, tmp_path
+):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    said = "print('rlkernels' in sys.modules, *sys.modules['rlkernels'].status()['trl'].replaced)"
+    folder("job", f"import sys, trl\n{said}")
+    place = {"PYTHONPATH": f"{tmp_path}:{subprocesses.PATH}"}
+    ours = subprocesses.child("-m", "rlkernels.launch", "--patch", "trl", "job", **place)
+    assert ours.stdout.startswith("True trl."), ours.stdout + ours.stderr
+    alone = subprocesses.child("-c", "import sys; print('rlkernels' in sys.modules)", RLKERNELS_PATCH="trl", **place)
+    assert alone.stdout == "False\n"

@@ -18,6 +18,7 @@ import vocab_parallel_disagreement  # noqa: F401  (its cases)
 import vocab_parallel_errors  # noqa: F401  (its cases)
 import vocab_parallel_masks  # noqa: F401  (its cases)
 import vocab_parallel_refusals  # noqa: F401  (its cases)
+import vocab_parallel_topk  # noqa: F401  (its cases)
 from filelock import FileLock  # torch depends on it
 from paths import ROOT
 from reference import statistics

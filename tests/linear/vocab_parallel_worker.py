@@ -137,28 +137,33 @@ def true_policy_loss(problem, stats, level="token", kl_coef=0.1, entropy_coef=0.
     return torch.where(live, loss, 0.0).sum() / count, torch.where(live, loss.detach(), 0.0).abs().sum() / count
 
 
-def assert_near(got, truth, what, factor=1.0, size=None):
+def assert_near(got, truth, what, factor=1.0, size=None, flat=False):
     """Frobenius error: of fp32 and fp64 a few units of ``size``, of 16 bits 1.05 times that of one cast of the truth
     beside it.
+
+    ``flat``: the gradient of the logits is not that of a few columns. A CPU with AVX512_BF16 rounds it to bf16 and
+    gives back what the 40 largest elements of a row lost, so that up to one rounding more remains, 0.16 %.
     """
     assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
     size = truth.norm() if size is None else size
     error = (got.double() - truth).norm()
     once = (truth.to(got.dtype).double() - truth).norm()
+    if flat and got.dtype == torch.bfloat16:
+        once = torch.hypot(once, 0.0016 * size)
     allowed = factor * {torch.float64: 1e-12, torch.float32: 2e-6}.get(got.dtype, 2e-6) * size + 1.05 * once
     assert error <= allowed, f"{what}: Frobenius error {error:.3g}, allowed {allowed:.3g} of {size:.3g}"
 
 
-def assert_gradients(got, truth, shard, what, factor=1.0):
+def assert_gradients(got, truth, shard, what, factor=1.0, flat=False):
     """Of hidden states, local weight and local bias; padding rows get exactly 0."""
-    assert_near(got[0], truth[0], f"{what}: hidden", factor)
+    assert_near(got[0], truth[0], f"{what}: hidden", factor, flat=flat)
     count = shard.mine.stop - shard.mine.start
     for name, g, t in zip(("weight", "bias"), got[1:], truth[1:], strict=True):
         if g is not None:
             assert (g[count:] == 0).all(), f"{what}: {name} has a gradient in rows of padding"
             if count:
                 # Of the whole: a shard may have none.
-                assert_near(g[:count], t[shard.mine], f"{what}: {name}", factor, t.norm())
+                assert_near(g[:count], t[shard.mine], f"{what}: {name}", factor, t.norm(), flat)
 
 
 def assert_statistics(stats, problem, truth):
@@ -225,6 +230,7 @@ def main(rank, ranks, rendezvous, report):
     import vocab_parallel_errors  # noqa: F401  (its cases)
     import vocab_parallel_masks  # noqa: F401  (its cases)
     import vocab_parallel_refusals  # noqa: F401  (its cases)
+    import vocab_parallel_topk  # noqa: F401  (its cases)
     from vocab_parallel_cases import CASES  # which is written in terms of this module
 
     torch.set_num_threads(1)

@@ -34,6 +34,12 @@ def test_the_program_of_a_page_runs(name, tmp_path):
             OBJECTIVES.pop(new)
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_line_of_a_program_fits_on_the_page(name):
+    """A wide screen shows 100 letters; what is behind them has to be looked for."""
+    assert [line for block in PROGRAMS[name] for line in block.splitlines() if len(line) > 100] == []
+
+
 def keys(result):
     """Returns the keys of every dict of metrics in a result."""
     if isinstance(result, dict):

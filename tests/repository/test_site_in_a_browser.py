@@ -101,11 +101,48 @@ def test_an_example_of_the_reference_is_a_program_with_its_output(browser, addre
     page.close()
 
 
+ROWS = """[...document.querySelectorAll('tr.doc-section-item')]
+    .map(row => [...row.cells].map(cell => cell.innerText.trim()))"""
+
+
+def test_a_row_of_the_reference_holds_a_whole_result_and_no_default_that_is_not_one(browser, address):
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.goto(f"{address}/reference/losses.html")
+    rows = page.evaluate(ROWS)
+    names, results = [r for r in rows if len(r) == 4], [r[1] for r in rows if r[0].startswith("Scalar")]
+    assert ["entropy, entropy_coef", ""] in [row[:2] for row in names]
+    assert [row for row in names if row[3] == "required" and not row[1]] == []
+    assert len(results) > 10 and [text for text in results if "``" in text or text[:1] in "-*d"] == []
+    page.close()
+
+
+def test_a_public_name_leads_to_its_place_in_the_reference(browser, address):
+    page = browser.new_page()
+    page.goto(f"{address}/api.html")
+    page.click("td a:has-text('linear_distillation_loss')")
+    assert page.url.endswith("#rlkernels.linear_distillation_loss")
+    assert "teacher_topk" in page.inner_text("article")
+    page.close()
+
+
+def test_a_table_of_the_page_fits_on_a_wide_screen(browser, address):
+    """Of one that scrolls, a reader sees no more than that a column is missing."""
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    wide = "[...document.querySelectorAll('.md-typeset__scrollwrap')].filter(x => x.scrollWidth > x.clientWidth).length"
+    for path in sorted(SITE.rglob("*.html")):
+        page.goto(f"{address}/{path.relative_to(SITE).as_posix()}")
+        assert page.evaluate(wide) == 0, path.name
+    page.close()
+
+
 def test_each_exception_of_the_reference_has_a_row(browser, address):
     page = browser.new_page()
     page.goto(f"{address}/reference/agent-trajectories.html")
     cells = page.locator("td").all_inner_texts()
     assert "ValueError" in cells and not [text for text in cells if "Error: " in text]
+    page.goto(f"{address}/reference/losses.html")
+    cells = page.locator("td").all_inner_texts()
+    assert "TypeError, ValueError" in cells and not [text for text in cells if text.startswith("(TypeError")]
     page.close()
 
 
@@ -121,8 +158,14 @@ def test_the_pictures_of_the_figures_are_shown(browser, address):
 def test_the_search_finds(browser, address, words):
     page = browser.new_page(viewport={"width": 1440, "height": 900})
     page.goto(f"{address}/index.html")
-    page.fill("input.md-search__input", words)
-    page.wait_for_selector(".md-search-result__item", timeout=120000)
+    field = page.locator("input.md-search__input")
+    field.press_sequentially(words)
+    for _ in range(24):
+        # The page looks for words when a key comes up. The first ones may come before its script listens.
+        field.press("End")
+        with contextlib.suppress(playwright.TimeoutError):
+            page.wait_for_selector(".md-search-result__item", timeout=5000)
+            break
     found = page.inner_text(".md-search-result").lower()
     assert all(word.lower() in found for word in words.split())
     page.close()

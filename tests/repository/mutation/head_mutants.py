@@ -286,4 +286,18 @@ MUTANTS = (
         "targets - shard.start, shard.columns - 1)",
         GROUP,
     ),
+    _m(
+        "ids of a teacher on other shards have the gradient of a column of this one",
+        "linear/vocab_parallel.py",
+        "ids - shard.start, shard.columns)",
+        "ids - shard.start, shard.columns - 1)",
+        GROUP,
+    ),
+    _m(
+        "the logits at a teacher's ids stay one rank's",
+        "linear/vocab_parallel.py",
+        "return all_gather(own, group).amax(0)",
+        "return own",
+        GROUP,
+    ),
 )
