@@ -62,7 +62,7 @@ class Prediction:
     limiter: str
     goal: float | None = None
     instructions_goal: float | None = None
-    pipes: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    pipes: Mapping[str, float] = field(default_factory=dict)
     plan: str = ""
     extra_gib: float | None = None
 
@@ -85,7 +85,7 @@ def read(text: str) -> list[Prediction]:
 
 def written(found: list[Prediction]) -> str:
     """JSON, a prediction per line."""
-    lines = ",\n".join(f"  {json.dumps({**asdict(p), 'pipes': dict(p.pipes)})}" for p in found)
+    lines = ",\n".join(f"  {json.dumps(asdict(p))}" for p in found)
     return f'{{"label": {json.dumps(LABEL)}, "predictions": [\n{lines}\n]}}\n'
 
 
