@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks import ROOT
 from benchmarks.gpu_model import head, machine, machine_code, rows
+from benchmarks.gpu_model.host import HostCost, measure
 from benchmarks.gpu_model.predictions import COLUMN_KERNELS, FILE, HEADS, LABEL, ROW_KERNELS, Prediction, written
 
 BUILD = ROOT / "build" / "gpu_model"
@@ -26,20 +27,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=["cuda", "triton"], action="append", help="this one alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--write", action="store_true", help=f"write {FILE.relative_to(ROOT)}")
+    sentence = "also the host's time per call over stand-ins for runtime and driver; builds for a minute the first time"
+    parser.add_argument("--host", action="store_true", help=sentence)
     args = parser.parse_args(argv)
     if args.write and args.backend:
         parser.error("--write is for both backends")
     found: list[Prediction] = []
+    costs: list[HostCost] = []
     try:
         for backend in args.backend or ["cuda", "triton"]:
             found += predict(backend, BUILD)
+            costs += measure(backend, BUILD) if args.host else []
     except RuntimeError as error:
         print(f"benchmarks.gpu_model: {error}", file=sys.stderr)
         return 2
     if args.write:
         FILE.write_text(written(found, machine_code.compilers()))
-    print(as_json(found) if args.json else table(found))
+    print(as_json(found, costs) if args.json else table(found) + host_table(costs))
     return 0
+
+
+def host_table(costs: list[HostCost]) -> str:
+    lines = ["", "", "host's time per call on this processor, the driver's own left out"] if costs else []
+    return "\n".join([*lines, *(f"{c.call:42}{c.backend:8}{c.microseconds:7.1f} us" for c in costs)])
 
 
 def predict(backend: str, folder: Path) -> list[Prediction]:
@@ -58,12 +68,10 @@ def with_heads(found: list[Prediction], backend: str) -> list[Prediction]:
     return found + head.predict(of_head, backend)
 
 
-def as_json(found: list[Prediction]) -> str:
+def as_json(found: list[Prediction], costs: Sequence[HostCost] = ()) -> str:
     told = [{**asdict(p), "reached": p.reached} for p in found]
-    return json.dumps(
-        {"label": LABEL, "machine": machine.SLOW._asdict(), "calibration": machine.CALIBRATION, "predictions": told},
-        indent=1,
-    )
+    head = {"label": LABEL, "machine": machine.SLOW._asdict(), "calibration": machine.CALIBRATION}
+    return json.dumps({**head, "predictions": told, "host": [c._asdict() for c in costs]}, indent=1)
 
 
 def share(p: Prediction) -> str:

@@ -3,6 +3,8 @@ device, and what happens when a call fails.
 """
 
 import json
+import sys
+from pathlib import Path
 
 import host_build
 import pytest
@@ -11,7 +13,9 @@ from flat_backend import Flat
 from reference import same_bits
 from test_cuda_policy import call, problem
 
+import rlkernels
 from benchmarks.gpu_model import launch_shapes
+from benchmarks.gpu_model.host import calls
 from rlkernels.backends import cuda
 
 LIMIT = 227 * 1024  # of shared memory per block, and per multiprocessor but for 1 KB
@@ -203,3 +207,46 @@ def test_a_device_that_is_not_there_is_an_error(elsewhere, backend, monkeypatch)
     monkeypatch.setattr(cuda, "_stream", lambda tensor: (9, 0))
     with pytest.raises(RuntimeError, match="^token_stats<float32>: invalid device ordinal$"):
         stats(backend, problem(7, torch.float32))
+
+
+@pytest.fixture
+def idle(runtime):
+    """Launches that run no kernel."""
+    runtime.runs(False)
+    yield runtime
+    runtime.runs(True)
+
+
+# Calls of this package's Python functions from a public call to its return, and launches. They are most of the host's
+# time, and unlike it the same on every machine. On CPU tensors the host sees that the gradient of a loss is 1, so the
+# backward launches nothing.
+HOST = {
+    "token_stats [8, 32000]": (52, 1),
+    "logits_policy_loss [8, 32000], both ways": (130, 1),
+    "policy_loss [64, 32], both ways": (81, 1),
+    "gae [64, 32]": (49, 1),
+}
+
+
+@pytest.mark.parametrize("name", HOST)
+def test_a_call_takes_its_launches_and_not_a_twentieth_more_python_calls_than_recorded(name, public, idle):
+    run = calls()[name]
+    run()  # imports, and what is looked up once
+    idle.record()
+    home, entered = str(Path(rlkernels.__file__).parent), []
+
+    def note(frame, event, argument):
+        # Python 3.12 calls no function for a comprehension.
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(home) and not code.co_name.startswith("<"):
+            entered.append(code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    recorded, made = HOST[name]
+    assert len(launches(idle)) == made
+    assert len(entered) <= 1.05 * recorded, sorted(entered)
