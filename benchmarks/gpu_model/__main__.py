@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import ROOT
-from benchmarks.gpu_model import head, machine, machine_code, rows
+from benchmarks.gpu_model import head, machine, machine_code, page, rows
 from benchmarks.gpu_model.host import HostCost, measure
 from benchmarks.gpu_model.predictions import COLUMN_KERNELS, FILE, HEADS, LABEL, ROW_KERNELS, Prediction, written
 
@@ -29,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"write {FILE.relative_to(ROOT)}")
     sentence = "also the host's time per call over stand-ins for runtime and driver; builds for a minute the first time"
     parser.add_argument("--host", action="store_true", help=sentence)
+    parser.add_argument("--page", action="store_true", help="print the table of docs/performance.md, as recorded")
     args = parser.parse_args(argv)
+    if args.page:
+        print(page.markdown())
+        return 0
     if args.write and args.backend:
         parser.error("--write is for both backends")
     found: list[Prediction] = []

@@ -4,8 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
+from paths import ROOT
 
-from benchmarks.gpu_model import predictions
+from benchmarks.gpu_model import page, predictions
 from benchmarks.gpu_model.predictions import HEADS, Prediction
 
 ROW = Prediction(
@@ -109,3 +110,8 @@ def test_a_share_below_its_floor_and_more_instructions_are_told():
     assert predictions.changes([replace(ROW, backend="triton")], recorded) == [
         "token_stats triton bf16 (8192, 151936): not recorded"
     ]
+
+
+def test_the_table_of_the_page_is_that_of_the_recorded_predictions():
+    text = (ROOT / "docs/performance.md").read_text()
+    assert page.markdown() in text, "run: python -m benchmarks.gpu_model --page, and paste it into docs/performance.md"
