@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Machine(NamedTuple):
-    """What the model assumes. No constant has been measured by this project; ``CALIBRATION`` says which run would."""
+    """The constants that the model assumes. No constant has been measured by this project; ``CALIBRATION`` says which run would."""
 
     multiprocessors: int = 132
     clock: float = 1.755e9
@@ -47,10 +47,10 @@ CALIBRATION = {
     "cluster": "clocks that a barrier of a cluster takes beyond one of a block",
     "end": "clocks from a block's last store to the launch of its successor",
 }
-"""What a first run on a device would measure to calibrate the model."""
+"""The constants by name, and how a first run on a device would measure each."""
 
 REGISTERS, WARPS, BLOCKS, SHARED, RESERVED = 65536, 64, 32, 228 * 1024, 1024
-"""Of a multiprocessor of sm_90. The driver reserves 1 KiB of shared memory per block."""
+"""The limits of a multiprocessor of sm_90. The driver reserves 1 KiB of shared memory per block."""
 SHARED_OF_BLOCK = SHARED - RESERVED
 
 

@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 FILE = Path(__file__).with_name("predictions.json")
 LABEL = "model, not calibrated"
-"""What stands beside every figure until a device has measured the model's constants."""
+"""The words beside every figure until a device has measured the model's constants."""
 SLACK = 0.015
 """By so much a prediction may differ from the recorded one, whose share less the slack is its floor."""
 LEAST_BYTES = 500e6
@@ -42,7 +42,7 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one kernel at one shape: ``(rows, vocab)``, ``(sequences, length)``, and of the fused head
+    """The answer of the model for one kernel at one shape: ``(rows, vocab)``, ``(sequences, length)``, and of the fused head
     ``(rows, hidden, vocab)``.
 
     ``share_of_roof``: of the memory's speed, or of the time of the head's products, with the slow clock and the long
@@ -102,7 +102,7 @@ def compilers(text: str) -> dict[str, str]:
 def changes(
     found: Iterable[Prediction], recorded: Mapping[tuple[str, str, str, tuple[int, ...]], Prediction]
 ) -> list[str]:
-    """What differs from the recorded predictions by more than a recompilation explains, a line each."""
+    """Tells what differs from the recorded predictions by more than a recompilation explains, a line each."""
     lines = []
     for now in found:
         was, name = recorded.get(now.key), f"{now.kernel} {now.backend} {now.dtype} {now.shape}"

@@ -193,7 +193,7 @@ def predict_on(build: Callable[[Machine], list[Work]], folder: Path, on: Machine
 
 
 def limiter(work: Work, busy: float, issue: float) -> str:
-    """What keeps the share where it is."""
+    """Names what keeps the share where it is."""
     told = f"issue {issue:.0%}"
     if work.moved > 1.02 * work.unit:
         return f"traffic: {work.moved / work.unit:.2f} times the floor, {told}"
