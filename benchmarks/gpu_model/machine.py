@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Machine(NamedTuple):
-    """The constants that the model assumes. No constant has been measured by this project; ``CALIBRATION`` says which run would."""
+    """The constants that the model assumes. This project has measured none; ``CALIBRATION`` says which run would."""
 
     multiprocessors: int = 132
     clock: float = 1.755e9

@@ -125,7 +125,8 @@ def compile_triton(folder: Path) -> dict[str, Kernel]:
     Raises:
         RuntimeError: Triton is not here.
     """
-    sys.path[:0] = [str(ROOT / place) for place in ("tests/backends/triton_backend/tools", "tests/support")]
+    places = [str(ROOT / place) for place in ("tests/backends/triton_backend/tools", "tests/support")]
+    sys.path[:0] = places
     try:
         import cases
         import torch
@@ -133,6 +134,8 @@ def compile_triton(folder: Path) -> dict[str, Kernel]:
         from measured import record
     except ImportError as error:
         raise RuntimeError(f"the kernels of Triton cannot be compiled here: {error}") from error
+    finally:
+        del sys.path[: len(places)]
     bf16, fp32, large = torch.bfloat16, torch.float32, 151936
     todo = {
         "token_stats": cases.stats(bf16, large, 1),

@@ -42,8 +42,8 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer of the model for one kernel at one shape: ``(rows, vocab)``, ``(sequences, length)``, and of the fused head
-    ``(rows, hidden, vocab)``.
+    """The answer of the model for one kernel at one shape: ``(rows, vocab)``, ``(sequences, length)``, and of the fused
+    head ``(rows, hidden, vocab)``.
 
     ``share_of_roof``: of the memory's speed, or of the time of the head's products, with the slow clock and the long
     latency of ``machine.SLOW``; ``share_at_best`` with those of ``machine.FAST``. ``limiter``: what sets the first.

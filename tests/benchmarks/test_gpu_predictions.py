@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from paths import ROOT
 
-from benchmarks.gpu_model import page, predictions
+from benchmarks.gpu_model import __main__ as command
+from benchmarks.gpu_model import machine, machine_code, page, predictions
 from benchmarks.gpu_model.predictions import HEADS, Prediction
 
 ROW = Prediction(
@@ -115,3 +116,21 @@ def test_a_share_below_its_floor_and_more_instructions_are_told():
 def test_the_table_of_the_page_is_that_of_the_recorded_predictions():
     text = (ROOT / "docs/performance.md").read_text()
     assert page.markdown() in text, "run: python -m benchmarks.gpu_model --page, and paste it into docs/performance.md"
+
+
+def test_the_table_for_a_terminal_says_that_it_is_a_model_what_misses_its_goal_and_what_would_calibrate_it():
+    found = list(predictions.table().values())
+    text = command.table(found)
+    assert text.startswith("model, not calibrated")
+    rows = [line for line in text.splitlines() if "; " in line]
+    assert sum("below its goal" in line for line in rows) == sum(not p.reached for p in found) > 0
+    assert all(f"  {name} = " in text for name in machine.CALIBRATION)
+    assert set(machine.CALIBRATION) == set(machine.SLOW._fields) - {"multiprocessors"}
+    told = json.loads(command.as_json(found))
+    assert told["label"] == predictions.LABEL and len(told["predictions"]) == len(found)
+
+
+def test_without_a_compiler_the_command_says_what_it_lacks(monkeypatch, capsys):
+    monkeypatch.setattr(machine_code.setup_cuda, "NVCC", None)
+    assert command.main(["--backend", "cuda"]) == 2
+    assert "nvcc was found neither on PATH nor under CUDA_HOME" in capsys.readouterr().err
