@@ -101,6 +101,10 @@ class Runtime:
         """Makes the next call of that name return an error."""
         self.library.cuda_host_fail(call.encode())
 
+    def runs(self, kernels):
+        """Whether launches run their kernels; without, they are remembered alone."""
+        self.library.cuda_host_runs(int(kernels))
+
     @property
     def device(self):
         """The current device."""

@@ -3,6 +3,8 @@ device, and what happens when a call fails.
 """
 
 import json
+import sys
+from pathlib import Path
 
 import host_build
 import pytest
@@ -11,6 +13,9 @@ from flat_backend import Flat
 from reference import same_bits
 from test_cuda_policy import call, problem
 
+import rlkernels
+from benchmarks.gpu_model import launch_shapes
+from benchmarks.gpu_model.host import calls
 from rlkernels.backends import cuda
 
 LIMIT = 227 * 1024  # of shared memory per block, and per multiprocessor but for 1 KB
@@ -32,6 +37,12 @@ def elsewhere(runtime, monkeypatch):
 
 def launches(runtime):
     return [made for made in runtime.record() if made["call"] == "launch"]
+
+
+def as_supposed(launch):
+    """What the model of ``benchmarks/gpu_model`` supposes of a launch, as the stand-in for the runtime notes one."""
+
+    return {"threads": launch.threads, "shared": launch.shared, "cluster": launch.cluster}
 
 
 def stats(backend, case):
@@ -97,6 +108,7 @@ def test_the_row_of_a_fused_launch_fits_its_cluster(runtime, backend, dtype, voc
     row = vocab * dtype.itemsize
     assert kept == 0 or row <= kept * made["cluster"] <= row + made["cluster"] * 1024 * 8 * dtype.itemsize
     assert kept > 0 or row > 8 * (LIMIT - 1344 - 1024) - 8192 * dtype.itemsize
+    assert as_supposed(launch_shapes.fused_policy(vocab, dtype.itemsize, dtype.itemsize)).items() <= made.items()
 
 
 @pytest.mark.parametrize("vocab, blocks", ((32000, 1), (65536, 2), (128256, 4), (151936, 8)))
@@ -111,6 +123,24 @@ def test_twenty_warps_of_bf16_rows_run_on_a_multiprocessor_of_sm_90(runtime, bac
     by_registers = 65536 // (-(-registers // 8) * 8 * made["threads"])
     by_memory = (LIMIT + 1024) // (made["shared"] + 1024)
     assert made["cluster"] == blocks and min(by_registers, by_memory) * made["threads"] // 32 >= 20
+
+
+def test_the_other_kernels_are_launched_as_the_model_supposes(runtime, backend):
+    case = problem(33333, torch.bfloat16, rows=1)
+    stats(backend, case)
+    Flat(backend).token_stats(case[0], case[1], 0.8, -100, None, case[0].clone(), 17)
+    backward(backend, case, torch.ones(1))
+    column_calls(backend)["gae"]()
+    one, two, _, slices, scan = launches(runtime)
+    supposed = (
+        (one, launch_shapes.token_stats(2, False)),
+        (two, launch_shapes.token_stats(2, True)),
+        (slices, launch_shapes.token_stats_backward(2, 2)),
+        (scan, launch_shapes.gae()),
+    )
+    for made, launch in supposed:
+        assert as_supposed(launch).items() <= made.items(), launch
+    assert slices["blocks"] == -(-33333 // launch_shapes.SLICE)
 
 
 def test_shared_memory_is_asked_for_whole_where_a_row_is_kept_in_it(runtime, backend):
@@ -177,3 +207,46 @@ def test_a_device_that_is_not_there_is_an_error(elsewhere, backend, monkeypatch)
     monkeypatch.setattr(cuda, "_stream", lambda tensor: (9, 0))
     with pytest.raises(RuntimeError, match="^token_stats<float32>: invalid device ordinal$"):
         stats(backend, problem(7, torch.float32))
+
+
+@pytest.fixture
+def idle(runtime):
+    """Launches that run no kernel."""
+    runtime.runs(False)
+    yield runtime
+    runtime.runs(True)
+
+
+# Calls of this package's Python functions from a public call to its return, and launches. They are most of the host's
+# time, and unlike it the same on every machine. On CPU tensors the host sees that the gradient of a loss is 1, so the
+# backward launches nothing.
+HOST = {
+    "token_stats [8, 32000]": (52, 1),
+    "logits_policy_loss [8, 32000], both ways": (130, 1),
+    "policy_loss [64, 32], both ways": (81, 1),
+    "gae [64, 32]": (49, 1),
+}
+
+
+@pytest.mark.parametrize("name", HOST)
+def test_a_call_takes_its_launches_and_not_a_twentieth_more_python_calls_than_recorded(name, public, idle):
+    run = calls()[name]
+    run()  # imports, and what is looked up once
+    idle.record()
+    home, entered = str(Path(rlkernels.__file__).parent), []
+
+    def note(frame, event, argument):
+        # Python 3.12 calls no function for a comprehension.
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(home) and not code.co_name.startswith("<"):
+            entered.append(code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    recorded, made = HOST[name]
+    assert len(launches(idle)) == made
+    assert len(entered) <= 1.05 * recorded, sorted(entered)

@@ -14,6 +14,7 @@ COPIED = (
     "rlkernels",
     "csrc",
     "tests",
+    "benchmarks",
     "pyproject.toml",
     "setup.py",
     "setup_build.py",
