@@ -1,6 +1,7 @@
 """Whether an install builds the CUDA module, and for which GPUs.
 
-Scripts stand in for nvcc and for the driver's program. The real nvcc compiles nothing here: ``tests/backends/cuda_backend`` does.
+Scripts stand in for nvcc and for the driver's program. What the real nvcc makes is tested in
+``tests/backends/cuda_backend``.
 """
 
 import os
