@@ -1,4 +1,4 @@
-"""What the first quarter of an hour measures, by name and size, and what it measures in a rehearsal. Needs no torch."""
+"""Names and sizes of what the first quarter of an hour measures, and of a rehearsal. Needs no torch."""
 
 SHAPE, HIDDEN = (8192, 151936), 4096
 REHEARSAL = "rehearsal: no GPU, the CPU stands in"
@@ -6,8 +6,8 @@ REHEARSED_SHAPE, REHEARSED_HIDDEN = (32, 131), 16
 BACKENDS, REHEARSED_BACKENDS = ("triton", "cuda"), ("auto",)
 
 READ_TWICE = -1
-BLOCKS = (READ_TWICE, 1, 2, 4, 8)
-"""Ways of the CUDA policy kernel through a row."""
+BLOCKS = (READ_TWICE, 2, 4, 8)
+"""Ways of the CUDA policy kernel through a row: one block has not the shared memory for one of that length."""
 CHUNKS = (1024, 1168, 2048)
 """Rows of a chunk of the fused head."""
 FUSED, BACKWARD = "fused_policy by blocks per row", "token_stats_backward"

@@ -22,7 +22,7 @@ COUNTED = {
     "bytes of memory over the least": ("dram__bytes_read.sum", "dram__bytes_write.sum"),
     "milliseconds under the profiler": ("gpu__time_duration.sum",),
 }
-"""What a profiler counts of a kernel, and the names of its counters."""
+"""Figures that a profiler counts of a kernel, and the names of its counters."""
 NOT_REACHED = "not reached"
 
 

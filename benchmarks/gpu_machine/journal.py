@@ -9,7 +9,7 @@ from benchmarks.gpu_machine.stages import Context
 
 LINES, TABLE, LOG = "results.jsonl", "table.txt", "log.txt"
 LOG_BYTES = 2**20
-"""Of each step's output the end is kept, because a machine that is lent gives back files of a limited size."""
+"""The end of each step's output that is kept: a machine that is lent gives back files of a limited size."""
 FAILURES = 5
 """Failed tests that the table names; all of them are in the results."""
 FILES = (LINES, TABLE, LOG, "bench.json", "variants.json", "tests.jsonl", "counters.csv")

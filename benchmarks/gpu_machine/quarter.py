@@ -34,13 +34,13 @@ from benchmarks.gpu_machine.journal import TABLE, Journal
 from benchmarks.gpu_machine.stages import Child, Device, Interrupted, environment, ran
 
 RESERVE = 20.0
-"""Seconds of the whole that are left to the look for a device, to ends of children, and to the table."""
+"""Seconds of the whole that are left to the ends of children and to the table."""
 TOOLS = (("memcheck", "racecheck"),)
 SELECTED = {
     "sanitize": ["-k", "so_many_blocks"],  # clusters, shared memory of other blocks: what nothing else would find
     "tests": ["-k", "numbers or losses or rows"],
 }
-PLAIN = {"GPU_SUITE_DEVICE": "cpu", "GPU_SUITE_BACKEND": "eager"}
+PLAIN = {"GPU_SUITE_DEVICE": "cpu", "GPU_SUITE_BACKEND": "eager", "OMP_NUM_THREADS": "1"}
 """The environment of tests that run on plain torch, the only backend that is there without a build."""
 ASKED = ",".join(name for counters in comparison.COUNTED.values() for name in counters)
 SECTIONS = (
@@ -51,7 +51,7 @@ SECTIONS = (
     "MemoryWorkloadAnalysis",
     "Occupancy",
 )
-"""Of a profiler that does not know one of the counters' names."""
+"""Sections to ask for where the profiler does not know one of the counters' names."""
 
 
 def rehearsal():
@@ -227,8 +227,7 @@ def run(run_stages, out, commit, minutes, rehearse=False, steps=STEPS, find=stag
     Returns:
         ``(outcomes, table)``; without a device None and the reason, which stands in the results, too.
     """
-    total = max(60.0 * minutes - RESERVE, 0.5 * 60.0 * minutes)
-    out = out.resolve()
+    start, out = time.monotonic(), out.resolve()
     with tempfile.TemporaryDirectory(prefix="rlkernels-quarter-") as scratch:
 
         def journal(device):
@@ -241,15 +240,20 @@ def run(run_stages, out, commit, minutes, rehearse=False, steps=STEPS, find=stag
             journal(Device("no device", "-")).line("no device", reason=str(error))
             return None, str(error)
         keeper, before = journal(device), signal.getsignal(signal.SIGALRM)
+        left = 60.0 * minutes - (time.monotonic() - start)
+        total = max(left - RESERVE, 0.5 * left)
 
         def late(number, frame):
             raise Interrupted
 
         # Should a limit fail to end a step, the table is written all the same before the machine is taken away.
         signal.signal(signal.SIGALRM, late)
-        signal.setitimer(signal.ITIMER_REAL, 60.0 * minutes)
+        signal.setitimer(signal.ITIMER_REAL, max(left - 0.25 * RESERVE, 1.0))
         try:
             outcomes = run_stages(list(steps), shares(steps, total), device, out, total, commit, keeper=keeper)
+        except Interrupted:  # between two steps
+            outcomes = keeper.outcomes
+            keeper.finished(outcomes)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             signal.signal(signal.SIGALRM, before)

@@ -40,7 +40,7 @@ LEAST = 5.0
 
 
 class Folder:
-    """What ``make gpu`` leaves: a file per stage below the device's name, and one of all that is rewritten."""
+    """The files that ``make gpu`` leaves: one per stage below the device's name, and one of all that is rewritten."""
 
     def __init__(self, device, out, names, commit=None, extra=None):
         self.device, self.out, self.names, self.commit, self.extra = device, out, names, commit, extra or {}

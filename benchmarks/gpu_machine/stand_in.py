@@ -16,7 +16,7 @@ from benchmarks import run_gpu
 from benchmarks.gpu_machine.choices import REHEARSAL
 
 SMALL = {"small": 128, "size": 2**14, "side": 16}
-"""What ``run_gpu`` takes for sizes of its own."""
+"""The sizes that ``run_gpu`` takes in a rehearsal."""
 
 
 class StandIn:

@@ -262,3 +262,43 @@ def test_minutes_that_are_none_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         run.main(wrong)
     assert "minutes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interrupted", (False, True))
+def test_beside_the_checkers_the_kernels_of_the_tests_are_compiled_for_the_device(tmp_path, monkeypatch, interrupted):
+    begun = []
+
+    class Compiler:
+        def __init__(self, command, log, env):
+            self.command, self.env, self.ended = command, env, False
+            marks = Path(command[command.index("--compile-ahead") + 1])
+            marks.mkdir()
+            (marks / "a").touch()
+            begun.append(self)
+
+        def wait(self, limit_s):
+            return {"timed_out": limit_s < 1, "seconds": 2.0}
+
+        def end(self):
+            self.ended = True
+
+    def checkers(context, tools):
+        if interrupted:
+            raise stages.Interrupted
+        return {"ok": True, "tools": {}}
+
+    monkeypatch.setattr(quarter, "Child", Compiler)
+    monkeypatch.setattr(stages, "sanitize", checkers)
+    monkeypatch.setattr(stages, "module", lambda name: name == "triton")
+    context = stages.Context(stages.Device("x", "90a"), tmp_path, 60.0, out=tmp_path)
+    if interrupted:
+        with pytest.raises(stages.Interrupted):
+            quarter.sanitize(context)
+        assert begun[0].ended
+        return
+    assert quarter.sanitize(context)["compiled_ahead"] == {"kernels": 1, "ended": True, "seconds": 2.0}
+    (one,) = begun
+    selected = quarter.SELECTED["tests"]
+    at = one.command.index("-k")
+    assert one.command[at : at + 2] == selected and one.command[one.command.index("--compile-target") + 1] == "sm_90"
+    assert "-n" not in one.command and one.env["GPU_SUITE_DEVICE"] == "cpu"
