@@ -10,7 +10,7 @@ Nothing is computed here, so a machine that measures needs no compiler to put a 
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +18,8 @@ from types import MappingProxyType
 FILE = Path(__file__).with_name("predictions.json")
 LABEL = "model, not calibrated"
 """What stands beside every figure until a device has measured the model's constants."""
+SLACK = 0.015
+"""By so much a prediction may differ from the recorded one, whose share less the slack is its floor."""
 LEAST_BYTES = 500e6
 """From so many bytes on the ends of a launch, which the model leaves out, are a small part of it."""
 
@@ -43,7 +45,8 @@ class Prediction:
     """What the model says of one kernel at one shape: ``(rows, vocab)``, ``(sequences, length)``, and of the fused head
     ``(rows, hidden, vocab)``.
 
-    ``share_of_roof``: of the memory's speed, or of the time of the head's products. ``limiter``: what sets it.
+    ``share_of_roof``: of the memory's speed, or of the time of the head's products, with the slow clock and the long
+    latency of ``machine.SLOW``; ``share_at_best`` with those of ``machine.FAST``. ``limiter``: what sets the first.
     ``goal``: the share to reach, and ``instructions_goal`` the number of instructions; None where none is set.
     ``dtype``: of the logits, and of their gradient where that is another one (``fp32 to bf16``). A head has no
     instructions, bytes in flight and warps of its own; it has a ``plan`` and ``extra_gib``, its memory beside operands
@@ -65,6 +68,7 @@ class Prediction:
     pipes: Mapping[str, float] = field(default_factory=dict)
     plan: str = ""
     extra_gib: float | None = None
+    share_at_best: float | None = None
 
     @property
     def reached(self) -> bool:
@@ -83,10 +87,41 @@ def read(text: str) -> list[Prediction]:
     return [Prediction(**{**entry, "shape": tuple(entry["shape"])}) for entry in json.loads(text)["predictions"]]
 
 
-def written(found: list[Prediction]) -> str:
-    """JSON, a prediction per line."""
+def written(found: list[Prediction], compilers: Mapping[str, str]) -> str:
+    """JSON, a prediction per line; ``compilers``: the release that compiled each backend."""
     lines = ",\n".join(f"  {json.dumps(asdict(p))}" for p in found)
-    return f'{{"label": {json.dumps(LABEL)}, "predictions": [\n{lines}\n]}}\n'
+    head = f'"label": {json.dumps(LABEL)}, "compilers": {json.dumps(dict(compilers))}'
+    return f'{{{head}, "predictions": [\n{lines}\n]}}\n'
+
+
+def compilers(text: str) -> dict[str, str]:
+    """The release that compiled each backend, as ``written`` was told."""
+    return json.loads(text)["compilers"]
+
+
+def changes(
+    found: Iterable[Prediction], recorded: Mapping[tuple[str, str, str, tuple[int, ...]], Prediction]
+) -> list[str]:
+    """What differs from the recorded predictions by more than a recompilation explains, a line each."""
+    lines = []
+    for now in found:
+        was, name = recorded.get(now.key), f"{now.kernel} {now.backend} {now.dtype} {now.shape}"
+        if was is None:
+            lines.append(f"{name}: not recorded")
+            continue
+        lost = now.share_of_roof - was.share_of_roof
+        if abs(lost) > SLACK:
+            what = "below its floor" if lost < 0 else "better than recorded"
+            lines.append(
+                f"{name}: {now.share_of_roof:.1%} of the roof where {was.share_of_roof:.1%} is recorded, {what}"
+            )
+        counts = now.instructions_per_element or 0.0, was.instructions_per_element or 0.0
+        if abs(counts[0] - counts[1]) > SLACK * counts[1]:
+            lines.append(f"{name}: {counts[0]} instructions per element where {counts[1]} are recorded")
+        for what in ("bytes_in_flight", "blocks_per_sm", "plan", "extra_gib", "goal", "instructions_goal"):
+            if getattr(now, what) != getattr(was, what):
+                lines.append(f"{name}: {what} {getattr(now, what)} where {getattr(was, what)} is recorded")
+    return lines
 
 
 @functools.cache

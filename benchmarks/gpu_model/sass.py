@@ -3,7 +3,8 @@
     python benchmarks/gpu_model/sass.py CUBIN... [--json]
 
 A file is what ``cuobjdump -sass`` reads: a cubin, an object, a module. The program is looked for on PATH, below
-``CUDA_HOME`` and in Triton's wheel. A count is exact. What it says of speed is a model until a device has measured it.
+``CUDA_HOME`` and in Triton's wheel, also in one that ``make test-triton`` has put into ``.triton``. A count is exact.
+What it says of speed is a model until a device has measured it.
 
 An innermost loop that loads the row 16 bytes at a time, from memory or from shared memory, is hot. It is a loop of the
 gradient where it stores 16 bytes at a time, else one of the statistics. Of several loops of a kind the one that takes
@@ -19,10 +20,12 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+CONTROL = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/\s*$")
 LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -39,17 +42,26 @@ PIPES = {
 
 
 class Instruction(NamedTuple):
-    """One instruction: ``name`` with its modifiers (``LDG.E.128``), ``target`` of a branch."""
+    """One instruction: ``name`` with its modifiers (``LDG.E.128``), ``target`` of a branch, and ``control``, the second
+    word of its code, in which the compiler has written what it waits for.
+    """
 
     address: int
     predicate: str
     name: str
     operands: str
     target: int | None
+    control: int = 0
 
     @property
     def opcode(self) -> str:
         return self.name.split(".")[0]
+
+    @property
+    def bits(self) -> int:
+        """Bits that a thread loads or stores."""
+        found = re.search(r"\.(?:[US]?(8|16)|(64|128))(?:\.|$)", self.name)
+        return int(found[1] or found[2]) if found else 32
 
     @property
     def falls_through(self) -> bool:
@@ -73,6 +85,10 @@ class Block:
 
     def loaded(self) -> int:
         return self.moved("LDG", "LDS")
+
+    def moved_of_any_width(self) -> int:
+        """Bytes that the instructions of a thread move between memory and registers."""
+        return sum(i.bits // 8 for i in self.instructions if i.opcode in ("LDG", "STG"))
 
 
 class Way(NamedTuple):
@@ -99,6 +115,8 @@ def tool() -> str | None:
     spec = importlib.util.find_spec("triton")
     if spec is not None and spec.origin:
         folders.append(str(Path(spec.origin).parent / "backends/nvidia/bin"))
+    beside = Path(__file__).parents[2] / ".triton"
+    folders += sorted(map(str, beside.glob("*/triton/backends/nvidia/bin")), reverse=True)
     return shutil.which("cuobjdump", path=os.pathsep.join(folders))
 
 
@@ -117,6 +135,8 @@ def parse(text: str) -> dict[str, list[Instruction]]:
         elif code is not None and (m := LINE.match(line)):
             target = re.search(r"(0x[0-9a-f]+)$", m[4]) if m[3].split(".")[0] == "BRA" else None
             code.append(Instruction(int(m[1], 16), m[2] or "", m[3], m[4], int(target[1], 16) if target else None))
+        elif code and (m := CONTROL.match(line)):
+            code[-1] = code[-1]._replace(control=int(m[1], 16))
     return found
 
 
@@ -182,7 +202,11 @@ def innermost(graph: list[Block]) -> list[tuple[int, set[int]]]:
     return [(h, body) for h, body in bodies.items() if not any(o != h and o in body for o in bodies)]
 
 
-def hot_path(graph: list[Block], header: int, body: set[int]) -> list[int]:
+def moved_wide(block: Block) -> int:
+    return block.moved("LDG", "LDS", "LDGSTS", "STG")
+
+
+def hot_path(graph: list[Block], header: int, body: set[int], moved: Callable[[Block], int] = moved_wide) -> list[int]:
     """The shortest of those paths from the header back to it that move most and take most exponentials."""
     best: dict[int, Way] = {}
 
@@ -193,7 +217,7 @@ def hot_path(graph: list[Block], header: int, body: set[int]) -> list[int]:
             onward = onward or [Way(-(10**9), 0, 0, [])]  # no way back to the header
             rest = max(onward, key=lambda way: way[:3])
             best[k] = Way(
-                rest.moved + graph[k].moved("LDG", "LDS", "LDGSTS", "STG"),
+                rest.moved + moved(graph[k]),
                 rest.exponentials + sum(i.name == "MUFU.EX2" for i in graph[k].instructions),
                 rest.minus_length - len(graph[k].instructions),
                 [k, *rest.blocks],
@@ -217,6 +241,17 @@ def hot_loops(code: list[Instruction]) -> dict[str, Loop]:
         if kind not in found or (loaded, -len(instructions)) > (found[kind].loaded, -len(found[kind].path)):
             found[kind] = loop
     return found
+
+
+def scan_loop(code: list[Instruction]) -> Loop:
+    """The loop of a scan, whose accesses are narrow: of the innermost ones that which moves most of memory."""
+    graph, found = blocks(code), []
+    for header, body in innermost(graph):
+        path = hot_path(graph, header, body, Block.moved_of_any_width)
+        moved = sum(graph[k].moved_of_any_width() for k in path)
+        instructions = [i for k in path for i in graph[k].instructions]
+        found.append(Loop("scan", moved, instructions, 16 * sum(len(graph[k].instructions) for k in body)))
+    return max(found, key=lambda loop: loop.loaded)
 
 
 def pipe(instruction: Instruction) -> str:

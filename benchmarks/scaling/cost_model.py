@@ -96,18 +96,18 @@ READS_AT = 0.92
 """The share of the memory's speed at which the kernel over rows is supposed to run."""
 
 
-def by_tiles(tokens, vocab, hidden, budget, on):
+def by_tiles(tokens, vocab, hidden, budget, on, rows_at=READS_AT):
     """Returns the plan of one call on one H200, and the share of its time that three products would fill.
 
     The plan's own count, with its charges for chunks and for stretches, of which the first one reads no sum; then 6
-    bytes per logit of the kernel over rows, and 6 per number of the head where its gradient is scaled and rounded.
-    ``budget`` None: the default.
+    bytes per logit of the kernel over rows, at the share ``rows_at`` of the memory's speed, and 6 per number of the
+    head where its gradient is scaled and rounded. ``budget`` None: the default.
     """
     shape = HeadShape(vocab, hidden, PROCESSORS)
     limit = rows_within(budget_bytes(budget, "cuda", 4 * hidden * vocab), 6 * (vocab + 16))
     stretches = planned_stretches(tokens, limit, shape, True)
     tick = 2 * TILE_ROWS * TILE_COLUMNS * PROCESSORS / on.flops
-    rows, rounding = 6 * tokens * vocab / (READS_AT * on.memory), 6 * hidden * vocab / on.memory
+    rows, rounding = 6 * tokens * vocab / (rows_at * on.memory), 6 * hidden * vocab / on.memory
     ticks = cost(stretches, shape) - PASS_TICKS * shape.waves(vocab, hidden) / 2
     return stretches, 6 * tokens * hidden * vocab / on.flops / (ticks * tick + rows + rounding)
 

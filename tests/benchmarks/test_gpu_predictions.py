@@ -1,11 +1,12 @@
 """The file of predictions: how one is found for a measured figure."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from benchmarks.gpu_model import predictions
-from benchmarks.gpu_model.predictions import Prediction
+from benchmarks.gpu_model.predictions import HEADS, Prediction
 
 ROW = Prediction(
     "token_stats", "cuda", "bf16", (8192, 151936), 10.2, 65536, 4, 32, 0.93, "memory", 0.92, 9.0, {"fma": 5.4}
@@ -30,7 +31,7 @@ HEAD = Prediction(
 @pytest.fixture
 def two(tmp_path, monkeypatch):
     file = tmp_path / "predictions.json"
-    file.write_text(predictions.written([ROW, HEAD]))
+    file.write_text(predictions.written([ROW, HEAD], {"cuda": "13.0", "triton": "3.9"}))
     monkeypatch.setattr(predictions, "FILE", file)
     predictions.table.cache_clear()
     yield predictions.lookup
@@ -60,3 +61,51 @@ def test_a_goal_is_reached_when_share_and_instructions_are(two):
     assert not ROW.reached, "10.2 instructions where 9 are the goal"
     assert not HEAD.reached and Prediction(**{**vars(HEAD), "share_of_roof": 0.9}).reached
     assert Prediction(**{**vars(ROW), "instructions_per_element": 8.9}).reached
+
+
+# Goals that the model misses today, by what misses them: shares, or instructions per element. Nothing else may join.
+MISSED = {
+    ("token_stats", "cuda"): {32000, 128256, 151936, 262144},  # 10.2 instructions where 9 are the goal; 32000 the share
+    ("two_models", "cuda"): {32000, 128256, 151936, 262144},  # 24 instructions per pair where 18 are the goal
+    ("fused_policy", "cuda"): {262144},  # three blocks of 128 threads on a multiprocessor
+    ("gae", "cuda"): {2048},  # a load of the mask before each pair of loads
+    ("two_models", "triton"): {32000, 128256, 151936, 262144},  # 75 registers: 24 warps on a multiprocessor
+    ("fused_policy", "triton"): {32000, 128256, 151936, 262144},  # two reads, of which the cache serves a part
+    ("gae", "triton"): {2048},
+    ("linear_policy_loss", "cuda"): {4096, 8192},
+    ("linear_policy_loss", "triton"): {4096, 8192, 32768},
+    ("linear_policy_loss 1 GiB", "cuda"): {4096, 8192, 32768},
+    ("linear_policy_loss 1 GiB", "triton"): {4096, 8192, 32768},
+    ("linear_token_stats 1 GiB", "cuda"): {4096, 8192, 32768},
+    ("linear_token_stats 1 GiB", "triton"): {4096, 8192, 32768},
+}
+
+
+def test_the_recorded_predictions_miss_the_goals_that_are_known_to_be_missed_and_no_other():
+    missed = {}
+    for p in predictions.table().values():
+        if not p.reached:
+            missed.setdefault((p.kernel, p.backend), set()).add(p.shape[0] if p.kernel in HEADS else p.shape[1])
+    assert missed == MISSED
+
+
+def test_every_kernel_has_a_prediction_on_both_backends_and_a_head_with_a_budget_keeps_to_it():
+    table = predictions.table()
+    names = {*predictions.ROW_KERNELS, *predictions.COLUMN_KERNELS, *HEADS}
+    assert {key[:2] for key in table} == {(name, backend) for name in names for backend in ("cuda", "triton")}
+    assert all(0 < p.share_of_roof <= (p.share_at_best or 0) + 0.005 <= 1.005 for p in table.values())
+    assert all(p.extra_gib <= 1.0 for p in table.values() if p.kernel.endswith("1 GiB"))
+
+
+def test_a_share_below_its_floor_and_more_instructions_are_told():
+    recorded = {ROW.key: ROW, HEAD.key: HEAD}
+    assert predictions.changes([ROW, replace(HEAD, share_of_roof=0.88)], recorded) == []
+    (line,) = predictions.changes([replace(ROW, share_of_roof=0.91)], recorded)
+    assert "below its floor" in line and "91.0%" in line
+    (line,) = predictions.changes([replace(ROW, instructions_per_element=10.4)], recorded)
+    assert "10.4 instructions" in line
+    (line,) = predictions.changes([replace(HEAD, plan="3 stretches")], recorded)
+    assert "plan 3 stretches" in line
+    assert predictions.changes([replace(ROW, backend="triton")], recorded) == [
+        "token_stats triton bf16 (8192, 151936): not recorded"
+    ]

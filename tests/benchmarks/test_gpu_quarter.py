@@ -153,7 +153,9 @@ def test_a_machine_that_is_taken_away_leaves_the_figures_so_far(tools, tmp_path)
         return stages.ran(context, "taken", [sys.executable, "-c", "import time; time.sleep(60)"])
 
     out = tmp_path / "out"
-    outcomes, text = rehearse(out, {"bench": (bench, 5.0), "tests": (taken, 5.0), "counters": (quarter.counters, 5.0)})
+    outcomes, text = rehearse(
+        out, {"bench": (bench, 5.0), "tests": (taken, 5.0), "counters": (quarter.counters, 5.0)}, minutes=1.0
+    )
     assert [o["status"] for o in outcomes.values()] == ["ended", "interrupted", "not started"]
     assert run.status(outcomes) == 130
     (figure,) = lines(out, "figure")

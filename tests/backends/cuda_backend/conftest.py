@@ -1,4 +1,5 @@
 import host_build
+import nvcc_build as nvcc
 import pytest
 import torch
 
@@ -13,6 +14,15 @@ def host_module(pytestconfig):
     if host_build.CXX is None:
         pytest.skip("no C++ compiler: the CUDA sources cannot be run on the CPU")
     return host_build.load(host_build.build(pytestconfig.cache.mkdir("cuda_host")))
+
+
+@pytest.fixture(scope="session")
+def nvcc_build(pytestconfig):
+    """The report of ptxas, and the files with the machine code that is counted."""
+    found = nvcc.build(pytestconfig.cache.mkdir("cuda_nvcc"))
+    if found is None:
+        pytest.skip("nvcc was found neither on PATH nor under CUDA_HOME: the CUDA kernels are not compiled here")
+    return found
 
 
 @pytest.fixture

@@ -5,110 +5,40 @@ From the package's own build where that is a build of these sources for these ta
 kept by the hash of the sources.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import host_build
 import ptxas
 import pytest
 from host_build import setup_cuda
+from nvcc_build import COUNTED, TARGETS
 
 import rlkernels
 
-TARGETS = ("80", "90a", "100a", "120")
-ROWS = ("token_stats", "backward", "fused_policy")
 RECORDED = json.loads((host_build.HERE / "registers.json").read_text())
 INSTRUCTIONS = json.loads((host_build.HERE / "instructions.json").read_text())
-COUNTED = "90a"
-"""The target whose instructions are counted."""
-
-
-def installed_report():
-    file = Path(rlkernels.__file__).parent / "_cuda.ptxas.txt"
-    if not file.exists():
-        return None
-    text = file.read_text()
-    current = text.startswith(f"sources {setup_cuda.digest(host_build.ROOT)}\n")
-    return text if current and all(f"'sm_{target}'" in text for target in TARGETS) else None
-
-
-def compile_all(folder):
-    """The reports of all files and targets, two at a time. Machine code is kept for what is counted."""
-    key = hashlib.sha256(
-        (setup_cuda.digest(host_build.ROOT) + setup_cuda.FLAGS + ptxas.release(setup_cuda.NVCC)).encode()
-    ).hexdigest()[:20]
-    made = folder / key
-    kept = made / "report.txt"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if kept.exists():
-            return kept
-        for old in folder.iterdir():
-            if old.is_dir():
-                shutil.rmtree(old)  # of other sources: megabytes each
-        made.mkdir()
-
-        def one(job):
-            (name, source, extra), target = job
-            code = made / f"{name}-{target}.cubin"
-            command = [
-                setup_cuda.NVCC,
-                *setup_cuda.FLAGS.split(),
-                *extra.split(),
-                f"-gencode=arch=compute_{target},code=sm_{target}",
-                "-Xptxas",
-                "-v",
-                "-cubin",
-                "-o",
-                str(code),
-                str(host_build.ROOT / source),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, f"{name} for sm_{target}:\n{done.stderr[-3000:]}"
-            if target != COUNTED or not name.startswith(ROWS) or "f16" in name.replace("bf16", ""):
-                code.unlink()
-            return done.stderr
-
-        with ThreadPoolExecutor(2) as pool:
-            text = "".join(pool.map(one, [(kernel, target) for target in TARGETS for kernel in setup_cuda.kernels()]))
-        kept.write_text(text)
-        return kept
 
 
 @pytest.fixture(scope="module")
-def build(pytestconfig):
-    """The report of ptxas, and the files with the machine code that is counted."""
-    text = installed_report()
-    if text is not None:
-        return text, sorted(Path(rlkernels.__file__).parent.glob("_cuda*.so"))
-    if setup_cuda.NVCC is None:
-        pytest.skip("nvcc was found neither on PATH nor under CUDA_HOME: the CUDA kernels are not compiled here")
-    kept = compile_all(pytestconfig.cache.mkdir("cuda_nvcc"))
-    return kept.read_text(), sorted(kept.parent.glob("*.cubin"))
+def usage(nvcc_build):
+    return ptxas.parse(nvcc_build[0])
 
 
 @pytest.fixture(scope="module")
-def usage(build):
-    return ptxas.parse(build[0])
-
-
-@pytest.fixture(scope="module")
-def counted(build):
+def counted(nvcc_build):
     program = ptxas.sass.tool()
     if program is None:
         pytest.skip("cuobjdump was found neither on PATH nor under CUDA_HOME nor in Triton's wheel")
     # Kept beside the code, because the listing of all kernels takes seconds.
     source = hashlib.sha256(Path(ptxas.sass.__file__).read_bytes()).hexdigest()[:20]
-    kept = build[1][0].parent / f"{source}.json"
+    kept = nvcc_build[1][0].parent / f"{source}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    found = ptxas.counted(build[1], program, f"sm_{COUNTED}")
+    found = ptxas.counted(nvcc_build[1], program, f"sm_{COUNTED}")
     if kept.parent != Path(rlkernels.__file__).parent:
         kept.write_text(json.dumps(found))
     return found

@@ -11,6 +11,7 @@ from flat_backend import Flat
 from reference import same_bits
 from test_cuda_policy import call, problem
 
+from benchmarks.gpu_model import launch_shapes
 from rlkernels.backends import cuda
 
 LIMIT = 227 * 1024  # of shared memory per block, and per multiprocessor but for 1 KB
@@ -32,6 +33,12 @@ def elsewhere(runtime, monkeypatch):
 
 def launches(runtime):
     return [made for made in runtime.record() if made["call"] == "launch"]
+
+
+def as_supposed(launch):
+    """What the model of ``benchmarks/gpu_model`` supposes of a launch, as the stand-in for the runtime notes one."""
+
+    return {"threads": launch.threads, "shared": launch.shared, "cluster": launch.cluster}
 
 
 def stats(backend, case):
@@ -97,6 +104,7 @@ def test_the_row_of_a_fused_launch_fits_its_cluster(runtime, backend, dtype, voc
     row = vocab * dtype.itemsize
     assert kept == 0 or row <= kept * made["cluster"] <= row + made["cluster"] * 1024 * 8 * dtype.itemsize
     assert kept > 0 or row > 8 * (LIMIT - 1344 - 1024) - 8192 * dtype.itemsize
+    assert as_supposed(launch_shapes.fused_policy(vocab, dtype.itemsize, dtype.itemsize)).items() <= made.items()
 
 
 @pytest.mark.parametrize("vocab, blocks", ((32000, 1), (65536, 2), (128256, 4), (151936, 8)))
@@ -111,6 +119,24 @@ def test_twenty_warps_of_bf16_rows_run_on_a_multiprocessor_of_sm_90(runtime, bac
     by_registers = 65536 // (-(-registers // 8) * 8 * made["threads"])
     by_memory = (LIMIT + 1024) // (made["shared"] + 1024)
     assert made["cluster"] == blocks and min(by_registers, by_memory) * made["threads"] // 32 >= 20
+
+
+def test_the_other_kernels_are_launched_as_the_model_supposes(runtime, backend):
+    case = problem(33333, torch.bfloat16, rows=1)
+    stats(backend, case)
+    Flat(backend).token_stats(case[0], case[1], 0.8, -100, None, case[0].clone(), 17)
+    backward(backend, case, torch.ones(1))
+    column_calls(backend)["gae"]()
+    one, two, _, slices, scan = launches(runtime)
+    supposed = (
+        (one, launch_shapes.token_stats(2, False)),
+        (two, launch_shapes.token_stats(2, True)),
+        (slices, launch_shapes.token_stats_backward(2, 2)),
+        (scan, launch_shapes.gae()),
+    )
+    for made, launch in supposed:
+        assert as_supposed(launch).items() <= made.items(), launch
+    assert slices["blocks"] == -(-33333 // launch_shapes.SLICE)
 
 
 def test_shared_memory_is_asked_for_whole_where_a_row_is_kept_in_it(runtime, backend):
