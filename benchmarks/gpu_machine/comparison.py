@@ -138,6 +138,8 @@ def fill(found: list[Row], source: str, data: dict | list) -> list[Row]:
     )
     for row in mine:
         row.measured, row.remark = read(row)
+        if source == "variants" and row.entry.startswith("rlkernels auto,"):  # whoever was chosen, it is the figure of
+            row.backend = data.get("serves", {}).get("fused_policy", row.backend)
     return [row for row in mine if row.measured is not None]
 
 

@@ -58,7 +58,7 @@ class Journal:
         self.write_table()
 
     def figures(self, source):
-        """What a benchmark has written so far; it replaces its file as a whole."""
+        """The figures that a benchmark has written so far; it replaces its file as a whole."""
         path = self.out / f"{source}.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 

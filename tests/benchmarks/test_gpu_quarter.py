@@ -304,3 +304,30 @@ def test_beside_the_checkers_the_kernels_of_the_tests_are_compiled_for_the_devic
     at = one.command.index("-k")
     assert one.command[at : at + 2] == selected and one.command[one.command.index("--compile-target") + 1] == "sm_90"
     assert "-n" not in one.command and one.env["GPU_SUITE_DEVICE"] == "cpu"
+
+
+def test_a_head_is_the_figure_of_the_backend_that_served_it():
+    """Without the CUDA module the automatic choice is Triton, and its prediction is another one."""
+    rows = [row for row in comparison.rows(False) if row.source == "variants" and row.kernel.startswith("linear")]
+    times = {name: 2e-3 for name in (choices.BUDGET_LABEL, *map(choices.chunk_label, choices.CHUNKS))}
+    entries = [
+        {"name": name, "hot": {"median_s": s}, "failed": False, "remark": ""}
+        for name, s in {"3 cuBLAS products": 1e-3, **times}.items()
+    ]
+    case = {"name": "linear_policy_loss", "floor_s": 0.0, "entries": entries}
+    found = comparison.fill(rows, "variants", {"cases": [case], "serves": {"fused_policy": "triton"}})
+    assert len(found) == 4 and {(row.backend, row.measured) for row in found} == {("triton", 0.5)}
+
+
+def test_the_build_of_the_cuda_module_takes_no_other_away(tmp_path, monkeypatch):
+    module = tmp_path / "rlkernels/_cpu.abi.so"
+    module.parent.mkdir()
+    module.write_bytes(b"built before")
+
+    def switched_off(context):
+        module.unlink()
+        return {"ok": True}
+
+    monkeypatch.setattr(quarter, "ROOT", tmp_path)
+    monkeypatch.setattr(stages, "build_cuda", switched_off)
+    assert quarter.build(None) == {"ok": True} and module.read_bytes() == b"built before"
