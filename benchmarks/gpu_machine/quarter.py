@@ -89,14 +89,19 @@ def look(context):
 
 
 def build(context):
-    """The CUDA module alone. A module of the CPU that is here stays, though a build without it takes it away."""
-    kept = {path: path.read_bytes() for path in (ROOT / "rlkernels").glob("_cpu*.so")}
+    """The CUDA module alone. A module of the CPU that is here stays, though a build without it takes it away and notes
+    that.
+    """
+    package = ROOT / "rlkernels"
+    kept = {path: path.read_bytes() for path in package.glob("_cpu*.so")}
     try:
         return stages.build_cuda(context)
     finally:
         for path, content in kept.items():
             if not path.exists():
                 path.write_bytes(content)
+        if kept:
+            (package / "_cpu.build.log").unlink(missing_ok=True)
 
 
 def sanitize(context):
