@@ -36,6 +36,8 @@ from benchmarks.gpu_machine.stages import Child, Device, Interrupted, environmen
 RESERVE = 20.0
 """Seconds of the whole that are left to the ends of children and to the table."""
 TOOLS = (("memcheck", "racecheck"),)
+LONGEST = 100.0
+"""Seconds of the checkers even where earlier steps left more: one that hangs must not spend it."""
 SELECTED = {
     "sanitize": ["-k", "so_many_blocks"],  # clusters, shared memory of other blocks: what nothing else would find
     "tests": ["-k", "numbers or losses or rows"],
@@ -106,6 +108,7 @@ def build(context):
 
 def sanitize(context):
     """The checkers, which use one processor each; beside them the others compile what the tests will launch."""
+    context = replace(context, limit_s=min(context.limit_s, LONGEST))
     start, ahead, marks = time.monotonic(), None, context.folder / "compiled"
     if stages.module("triton"):
         command = [sys.executable, "-m", "pytest", "tests/backends/gpu", "-q", "--tb=no", "-p", "no:cacheprovider"]

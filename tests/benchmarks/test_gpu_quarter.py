@@ -285,6 +285,7 @@ def test_beside_the_checkers_the_kernels_of_the_tests_are_compiled_for_the_devic
             self.ended = True
 
     def checkers(context, tools):
+        assert context.limit_s == quarter.LONGEST
         if interrupted:
             raise stages.Interrupted
         return {"ok": True, "tools": {}}
@@ -292,7 +293,7 @@ def test_beside_the_checkers_the_kernels_of_the_tests_are_compiled_for_the_devic
     monkeypatch.setattr(quarter, "Child", Compiler)
     monkeypatch.setattr(stages, "sanitize", checkers)
     monkeypatch.setattr(stages, "module", lambda name: name == "triton")
-    context = stages.Context(stages.Device("x", "90a"), tmp_path, 60.0, out=tmp_path)
+    context = stages.Context(stages.Device("x", "90a"), tmp_path, 300.0, out=tmp_path)
     if interrupted:
         with pytest.raises(stages.Interrupted):
             quarter.sanitize(context)
