@@ -17,7 +17,6 @@ WORK = ("fused_policy", "token_stats of two models")
 _capable: dict[int | None, bool] = {}
 
 
-@torch.compiler.assume_constant_result  # because Dynamo puts torch's own question into the graph
 def capable(index: int | None) -> bool:
     """Tells whether CUDA device ``index`` (None: the current one) is of a capability for which the model speaks."""
     found = _capable.get(index)
@@ -27,6 +26,11 @@ def capable(index: int | None) -> bool:
         if index is not None:  # the current device may be another one in the next call
             _capable[index] = found
     return found
+
+
+# Dynamo would put torch's question into the graph. The mark of torch.compiler.assume_constant_result, which imports all
+# of Dynamo.
+capable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def expected(

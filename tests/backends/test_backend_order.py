@@ -76,8 +76,14 @@ def test_the_others_follow_in_their_order(gpu):
     assert expected_order.expected("fused_policy", torch.bfloat16, ("triton", "eager"), 0) == ("triton", "eager")
 
 
-def test_a_graph_is_compiled_with_the_choice_in_it(gpu):
+def test_a_graph_is_compiled_with_the_choice_in_it(gpu, monkeypatch):
     """Dynamo cannot trace the question for the capability; the answer must be a constant of the graph."""
+
+    def untraceable(index):
+        torch._dynamo.graph_break()  # an error in a whole graph, and nothing outside of one
+        return 9, 0
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", untraceable)
     stand_in = SimpleNamespace(
         is_cpu=False, device=SimpleNamespace(type="cuda", index=0), dtype=torch.bfloat16, shape=(8, 151936), dim=int
     )
