@@ -85,12 +85,12 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
 	$(VENV)/bin/mypy
 
-# A source distribution and the wheel made from it, in dist/. The wheel is then used alone, in an environment of its own.
+# A source distribution and the wheel made from it, in dist/: for every GPU where RLKERNELS_CUDA=1 asks for that module. The wheel is then used alone, in an environment of its own.
 wheel: $(VENV)/bin/python
 	rm -rf dist build/wheel
 	$(VENV)/bin/python -m venv build/wheel
 	build/wheel/bin/python -m pip --disable-pip-version-check install -q build
-	RLKERNELS_CPU=1 build/wheel/bin/python -I -m build --outdir dist .
+	RLKERNELS_CPU=1 RLKERNELS_CUDA=$${RLKERNELS_CUDA:-0} RLKERNELS_CUDA_ARCHS=all build/wheel/bin/python -I -m build --outdir dist .
 	build/wheel/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt dist/*.whl
 	build/wheel/bin/python -I tests/repository/wheel_import.py
 

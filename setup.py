@@ -3,13 +3,14 @@ why.
 
 One generated ninja file per module: an edge per object with its depfile, an edge for the link. No torch: the kernels
 see pointers. ``RLKERNELS_CPU=0|1|auto`` (default auto; 1: a failure is an error). ``CXX`` names the compiler,
-``MAX_JOBS`` how many of them run side by side. ``rlkernels._cuda`` joins where ``RLKERNELS_CUDA`` asks for it: see
-``setup_cuda.py``. What both builds share: ``setup_build.py``.
+``MAX_JOBS`` how many of them run side by side. ``rlkernels._cuda`` joins where nvcc and an NVIDIA driver are found, or
+where ``RLKERNELS_CUDA=1`` asks for it: see ``setup_cuda.py``. What both builds share: ``setup_build.py``.
 """
 
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -103,12 +104,15 @@ class Build(build_ext):
         # The modules themselves are asked for, so nothing is left out in silence.
         if "build_ext" in self.distribution.commands:
             for name, reason in ABSENT.items():
-                if reason and ASKED[name] == "":
+                if reason and ASKED[name] == "" and name == "_cpu":  # most machines have no GPU, which is no failure
                     raise SystemExit(f"rlkernels.{name} cannot be built: {reason}")
         super().run()
         if self.inplace:
             package = self.get_finalized_command("build_py").get_package_dir("rlkernels")
             for name in WRITERS:
+                # A module for a GPU elsewhere was asked for by an earlier command, and stays.
+                if name == "_cuda" and ASKED[name] == "" and ABSENT[name]:
+                    continue
                 setup_build.note(package, name, *self.failed.get(name, [ABSENT[name]]))
             # The modules alone are copied beside the sources, and the report would stay behind.
             if "_cuda" not in self.failed and any(e.name == "rlkernels._cuda" for e in self.extensions):
@@ -118,6 +122,7 @@ class Build(build_ext):
     def build_extension(self, ext):
         name = ext.name.rpartition(".")[2]
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
+        start = time.monotonic()
         try:
             setup_build.make(name, Path(self.build_temp).resolve() / ext.name, out, ROOT, JOBS, WRITERS[name])
             if name == "_cuda":
@@ -125,6 +130,8 @@ class Build(build_ext):
                     Path(self.build_temp).resolve() / ext.name / setup_cuda.REPORT, out.parent / setup_cuda.REPORT
                 )
             setup_build.note(out.parent, name)
+            target = f" for {', '.join(f'sm_{arch}' for arch in setup_cuda.archs())}" if name == "_cuda" else ""
+            setup_build.say(f"rlkernels.{name} was built{target} in {time.monotonic() - start:.0f} s")
         except setup_build.Failed as failed:
             variable, asked = VARIABLES[name], ASKED[name]
             if asked == "1" or (asked == "" and "build_ext" in self.distribution.commands):
@@ -156,14 +163,15 @@ VARIABLES = {"_cpu": "RLKERNELS_CPU", "_cuda": "RLKERNELS_CUDA"}
 WRITERS = {"_cpu": write_cpu, "_cuda": write_cuda}
 ASKED = {"_cpu": os.getenv("RLKERNELS_CPU", ""), "_cuda": os.getenv("RLKERNELS_CUDA", "")}
 CPU = setup_build.switch("RLKERNELS_CPU", ASKED["_cpu"] or "auto")
-CUDA = setup_build.switch("RLKERNELS_CUDA", ASKED["_cuda"] or setup_cuda.DEFAULT)
-CXX = setup_build.compiler() if CPU != "0" or CUDA != "0" else []
+CUDA = setup_build.switch("RLKERNELS_CUDA", ASKED["_cuda"] or "auto")
+NO_CUDA = None if CUDA == "0" else setup_cuda.missing(CUDA)
+CXX = setup_build.compiler() if CPU != "0" or not (CUDA == "0" or NO_CUDA) else []
 JOBS = setup_build.jobs()
 MISSING = setup_build.missing(CXX)
 # Why a module is not even tried, or None; of one that nobody asked for there is nothing to say.
 ABSENT = {
     "_cpu": "RLKERNELS_CPU=0 was set at install time; install without it to build" if CPU == "0" else MISSING,
-    "_cuda": None if CUDA == "0" else setup_cuda.missing() or MISSING,
+    "_cuda": None if CUDA == "0" else NO_CUDA or MISSING,
 }
 for module, value in (("_cpu", CPU), ("_cuda", CUDA)):
     if value == "1" and ABSENT[module]:

@@ -146,7 +146,8 @@ def token_stats(
     if kl == "exact":
         wanted |= ops.KL | ops.ENTROPY  # the gradient of the KL is saved beside the entropy's
     rows = flat.rows if ref_logits is None else replaced(flat.rows, ref_logits=matrix(ref_logits))
-    stats = ops.token_stats(rows, wanted, inplace_backward, ops.serving(caller, logits))
+    serving = ops.serving(caller, logits, models=1 if ref_logits is None else 2)
+    stats = ops.token_stats(rows, wanted, inplace_backward, serving)
     return collect(stats, flat.shape, rows.temperature, outputs, ref_logits is not None, kl)
 
 

@@ -145,13 +145,25 @@ def beside(
     return Case(name, [bare, *mine, *further, *theirs], judge.slack, p.shape, flops=flops, **rules)
 
 
-def ppo_loss(p: Problem, budget: int | None = None) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
-    """Our policy loss from hidden states, and the same from log-probabilities. ``budget``: of its logits, in bytes."""
+def ppo_loss(
+    p: Problem, budget: int | None = None, chunk: int | None = None
+) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
+    """Our policy loss from hidden states, and the same from log-probabilities. ``budget``: of its logits, in bytes;
+    ``chunk``: rows of a chunk.
+    """
     columns = p.old_logprobs, p.advantages
 
     def fused(h: Tensor, w: Tensor, mask: Tensor | None = None) -> Tensor:
         return rlkernels.linear_policy_loss(
-            h, w, p.targets, *columns, mask, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, logits_budget=budget
+            h,
+            w,
+            p.targets,
+            *columns,
+            mask,
+            clip_low=CLIP_LOW,
+            clip_high=CLIP_HIGH,
+            logits_budget=budget,
+            chunk_tokens=chunk,
         )
 
     return fused, lambda logp: ppo(logp, *columns).mean()

@@ -10,17 +10,18 @@ import rlkernels
 from benchmarks.cases import linear
 from benchmarks.cases.case import COMPILED, EAGER, Case
 from benchmarks.cases.linear import ALL, Head, Make
+from benchmarks.cases.names import HEADS as NAMES
+from benchmarks.cases.names import PRODUCTS, of_head
 from benchmarks.lineup import Lineup, compiled
 from benchmarks.peers import PEERS
 from benchmarks.problems.linear import Problem, full_logits
 
-NAMES = ("linear_policy_loss", "linear_token_stats", "linear_token_logprobs")
 TOKENS, HIDDEN, VOCABULARIES = (4096, 8192, 32768), 4096, (151936, 128256)
 LONG = 32768
 """Tokens from which memory is what is looked at: nothing that holds the logits of all of them runs there."""
 LONG_BUDGET = 2**30
 """Bytes of logits there; by default a head takes as much as its fp32 gradient does."""
-PRODUCTS, TORCH = "{} cuBLAS products", "F.linear_cross_entropy"
+TORCH = "F.linear_cross_entropy"
 
 
 def plan(
@@ -50,7 +51,7 @@ def build(kind: str, p: Problem, lineup: Lineup, fused: Head, count: int, **opti
     tokens, hidden, vocab = p.shape
     moved = p.hidden.element_size() * hidden * (tokens + vocab)
     rules = {"passes": PRODUCTS.format(count), "reads": moved, "writes": moved, "roundings": 1.5}
-    name = f"{kind} {list(p.shape)} forward+backward"
+    name = of_head(kind, p.shape)
     case = linear.build(name, p, lineup, fused, count=count, floor=PRODUCTS.format(count), **rules, **options)
     if tokens >= LONG:
         case.contenders = [c for c in case.contenders if c.name not in (EAGER, COMPILED, TORCH)]

@@ -7,16 +7,12 @@ from torch import Tensor
 
 import rlkernels
 from benchmarks.cases.case import IN_PLACE, Case, differentiated, without_grad
+from benchmarks.cases.names import FORWARD, LOGPROBS, POLICY, STATS
 from benchmarks.judge import Judge
 from benchmarks.lineup import Lineup, Score
 from benchmarks.problems import logits as compositions
 from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, ENTROPY_COEF, KL_COEF, Problem
 from benchmarks.timing.contender import Contender
-
-FORWARD = "token_logprobs forward"
-LOGPROBS = "token_logprobs forward+backward"
-STATS = "token_stats (entropy) forward"
-POLICY = "logits_policy_loss forward+backward"
 
 Make = Callable[[Problem, Judge, Lineup], Case]
 

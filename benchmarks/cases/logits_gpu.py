@@ -9,7 +9,8 @@ import rlkernels
 from benchmarks import peers as libraries
 from benchmarks.cases import logits
 from benchmarks.cases.case import IN_PLACE, Case, without_grad
-from benchmarks.cases.logits import LOGPROBS, POLICY, STATS, Make
+from benchmarks.cases.logits import Make
+from benchmarks.cases.names import LOGPROBS, ONE_LAUNCH, POLICY, STATS, TWO, TWO_BOTH
 from benchmarks.judge import Judge
 from benchmarks.lineup import Lineup
 from benchmarks.peers import PEERS
@@ -17,10 +18,6 @@ from benchmarks.problems import logits as problems
 from benchmarks.problems.logits import CLIP_HIGH, CLIP_LOW, ENTROPY_COEF, KL_COEF, Problem
 from benchmarks.timing.contender import Contender
 from rlkernels import ops
-
-TWO = "two models: logprob, entropy, exact KL, forward"
-TWO_BOTH = "two models: logprob, entropy, exact KL, forward+backward"
-ONE_LAUNCH = ", op with the gradient in the forward"
 
 SEQUENCES = 8
 """The rows of a batch are so many sequences of equal length: some peers take [B, L + 1, V] and one advantage per

@@ -6,6 +6,11 @@ interrupted run keeps what it has.
 
     python benchmarks/gpu_machine/run.py --out benchmarks/results --stages build,tests,sanitize,bench
 
+With ``--minutes`` it is the first quarter of an hour instead, for a machine that is lent for so long: the steps of
+``quarter.py``, in few files directly under ``--out``, each figure beside what a model said of it and the goal.
+
+    python benchmarks/gpu_machine/run.py --out results --commit HASH --minutes 9
+
 Exit status: 0, 1 if a build, test, checker or answer failed, 2 without a device, 130 when interrupted. A figure that is
 not reached is no failure.
 """
@@ -24,16 +29,37 @@ if not __package__:  # run as a file: its folder is on the path, and not the roo
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import ROOT
+from benchmarks.gpu_machine import quarter
 from benchmarks.gpu_machine.stages import FIGURES, STAGES, Context, Interrupted, probe
 from benchmarks.report.target import of_record, save
 
 TOTAL = 515.0
 """Seconds of all stages: nine minutes, less the look for a device and the ends of children that ran out of time."""
+LEAST = 5.0
+"""Seconds below which a stage is not begun."""
 
 
-def run_stages(names, stages, device, out, total_s=TOTAL, commit=None, extra=None, clock=time.monotonic):
+class Folder:
+    """The files that ``make gpu`` leaves: one per stage below the device's name, and one of all that is rewritten."""
+
+    def __init__(self, device, out, names, commit=None, extra=None):
+        self.device, self.out, self.names, self.commit, self.extra = device, out, names, commit, extra or {}
+        self.folder = out / device.slug
+
+    def context(self, name, limit_s):
+        return Context(self.device, self.folder, limit_s, self.commit, self.extra)
+
+    def ended(self, name, outcome, outcomes):
+        save(self.folder / f"{name}.json", outcome)
+        finish(self.out, self.device, outcomes, self.commit, self.names)
+
+    def finished(self, outcomes):
+        finish(self.out, self.device, outcomes, self.commit, self.names)
+
+
+def run_stages(names, stages, device, out, total_s=TOTAL, commit=None, extra=None, clock=time.monotonic, keeper=None):
     """Runs the stages in order, each within its own seconds, what the earlier ones left over, and what is left of the
-    whole.
+    whole. ``keeper``: what writes the results as they come; ``Folder``, unless another one is given.
 
     Returns:
         ``{stage: outcome}``. An outcome has ``ok`` (None: not applicable here), ``status``, ``seconds`` and what the
@@ -41,18 +67,18 @@ def run_stages(names, stages, device, out, total_s=TOTAL, commit=None, extra=Non
         that raises is recorded and the next one runs; an interrupt is recorded and ends the run.
     """
     start, saved, outcomes = clock(), 0.0, {}
-    folder = out / device.slug
+    keeper = Folder(device, out, names, commit, extra) if keeper is None else keeper
     for position, name in enumerate(names):
         stage, budget = stages[name]
         left = total_s - (clock() - start)
         limit = min(budget + saved, left)
         before = clock()
         print(f"--- {name}: at most {max(limit, 0):.0f} s", flush=True)
-        if limit < 5:
+        if limit < LEAST:
             outcome = {"ok": False, "status": "no time left"}
         else:
             try:
-                outcome = {"status": "ended", **stage(Context(device, folder, limit, commit, extra or {}))}
+                outcome = {"status": "ended", **stage(keeper.context(name, limit))}
                 if outcome.get("interrupted"):
                     outcome["status"] = "interrupted"
                 elif outcome.get("timed_out"):
@@ -65,14 +91,13 @@ def run_stages(names, stages, device, out, total_s=TOTAL, commit=None, extra=Non
         outcome["seconds"] = round(clock() - before, 2)
         saved = max(0.0, saved + budget - outcome["seconds"])
         outcomes[name] = outcome
-        save(folder / f"{name}.json", outcome)
-        finish(out, device, outcomes, commit, names)
+        keeper.ended(name, outcome, outcomes)
         print(f"--- {name}: {verdict(outcome)}, {outcome['seconds']:.0f} s", flush=True)
         if outcome["status"] == "interrupted":
             for skipped in names[position + 1 :]:
                 outcomes[skipped] = {"ok": False, "status": "not started", "seconds": 0.0}
             break
-    finish(out, device, outcomes, commit, names)
+    keeper.finished(outcomes)
     return outcomes
 
 
@@ -190,25 +215,52 @@ def main(argv=None):
     parser.add_argument(
         "--total", type=float, default=TOTAL, help=f"seconds that the whole may take (default {TOTAL:g})"
     )
+    parser.add_argument(
+        "--minutes",
+        type=minutes,
+        help="the first quarter of an hour, in so many minutes, instead of the stages: see quarter.py",
+    )
+    parser.add_argument("--rehearse", action="store_true", help="with --minutes: the CPU stands in for the device")
     parser.add_argument("--commit", help="the commit to record where the checkout came without its history")
     parser.add_argument(
         "--bench-args", default="", help="further arguments of the benchmark, as one string: '--quick --no-compile'"
     )
     parser.add_argument("--test-args", default="", help="further arguments of pytest, as one string: '-k runtime'")
     args = parser.parse_args(argv)
+    if args.rehearse and args.minutes is None:
+        parser.error("--rehearse is of the first quarter of an hour: give --minutes too")
+
+    def stop(number, frame):
+        raise Interrupted
+
+    signal.signal(signal.SIGTERM, stop)
+    if args.minutes is not None:
+        outcomes, told = quarter.run(run_stages, args.out, args.commit, args.minutes, args.rehearse)
+        if outcomes is None:
+            print(f"gpu_machine: {told}", file=sys.stderr)
+            return 2
+        print(told)
+        return status(outcomes)
     try:
         device = probe()
     except (RuntimeError, OSError, ValueError) as error:
         print(f"gpu_machine: {error}", file=sys.stderr)
         return 2
 
-    def stop(number, frame):
-        raise Interrupted
-
-    signal.signal(signal.SIGTERM, stop)
     extra = {"bench": args.bench_args.split(), "tests": args.test_args.split()}
     outcomes = run_stages(args.stages, STAGES, device, args.out.resolve(), args.total, args.commit, extra)
     print((args.out / f"{device.slug}.txt").read_text())
+    return status(outcomes)
+
+
+def minutes(text):
+    value = float(text)
+    if not 0 < value <= 60:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 60, got {text}")
+    return value
+
+
+def status(outcomes):
     if any(o["status"] == "interrupted" for o in outcomes.values()):
         return 130
     return 1 if any(o["ok"] is False for o in outcomes.values()) else 0

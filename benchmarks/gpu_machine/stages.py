@@ -1,5 +1,6 @@
 """The stages of ``run.py``: each is a child process or a few, with a time limit, whose outcome is plain data."""
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ FIGURES = "figures.json"
 """Files that the benchmark writes; ``bench.json`` is the record of its stage."""
 CPU_BUILD = 30.0
 """Seconds of the build that are kept for ``_cpu``."""
+BUILD = (sys.executable, "setup.py", "build_ext", "--inplace")
 GRACE = 5.0
 """Seconds that a child gets to end by itself after it was asked to."""
 
@@ -41,13 +43,19 @@ class Device:
 
 @dataclass
 class Context:
-    """The folder in which a stage works, and the time until which it may."""
+    """The folder in which a stage works, and the time until which it may.
+
+    ``extra``: further arguments by stage. ``variables``: of the environment in which tests run. ``out``: the folder of
+    files that a caller keeps, where that is another one.
+    """
 
     device: Device
     folder: Path
     limit_s: float
     commit: str | None = None
     extra: dict = field(default_factory=dict)
+    variables: dict = field(default_factory=dict)
+    out: Path | None = None
 
 
 class Interrupted(Exception):
@@ -80,6 +88,17 @@ def environment(**more):
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
 
 
+def session(leader):
+    """The processes of the session that ``leader`` began, those that it has left behind among them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            after_name = path.read_text(errors="replace").rpartition(")")[2].split()
+            if int(after_name[3]) == leader:
+                found.append(int(path.parent.name))
+    return found
+
+
 class Child:
     """A process in a group of its own, its output in a file."""
 
@@ -106,6 +125,7 @@ class Child:
         except subprocess.TimeoutExpired:
             timed_out = True
             self.end()
+        self.kill()  # what it left behind would keep the device, and a processor
         self.file.close()
         return {
             "returncode": self.process.returncode,
@@ -114,16 +134,19 @@ class Child:
         }
 
     def end(self):
-        for number in (signal.SIGINT, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, number)
-            except ProcessLookupError:
-                pass
-            try:
-                self.process.wait(GRACE)
-                return
-            except subprocess.TimeoutExpired:
-                continue
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE)
+        self.kill()
+
+    def kill(self):
+        """Ends the whole session, whether or not its first process has ended: ninja's commands have other groups."""
+        for number in session(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a call of the driver that never returns
+            self.process.wait(GRACE)
 
     @property
     def tail(self):
@@ -154,24 +177,33 @@ def build(context):
 
     Where ``_cuda`` cannot be built, or not in time, Triton serves the GPU.
     """
-    command, start = [sys.executable, "setup.py", "build_ext", "--inplace"], time.monotonic()
-    most = max(context.limit_s - CPU_BUILD, 0.5 * context.limit_s)
-    here = {"RLKERNELS_CUDA": "1", "RLKERNELS_CUDA_ARCHS": context.device.arch, "RLKERNELS_CPU": "0"}
-    first = ran(replace(context, limit_s=most), "build", command, **here)
-    outcome = {"ok": first["returncode"] == 0, "arch": context.device.arch, "cuda": first}
-    outcome["interrupted"], outcome["timed_out"] = first.get("interrupted", False), first["timed_out"]
+    start = time.monotonic()
+    outcome = build_cuda(replace(context, limit_s=max(context.limit_s - CPU_BUILD, 0.5 * context.limit_s)))
     if not outcome["interrupted"]:
         left = replace(context, limit_s=context.limit_s - (time.monotonic() - start))
-        second = ran(left, "build_cpu", command, RLKERNELS_CUDA="0", RLKERNELS_CPU="1")
+        second = ran(left, "build_cpu", BUILD, RLKERNELS_CUDA="0", RLKERNELS_CPU="1")
         outcome["ok"] = outcome["ok"] and second["returncode"] == 0
         outcome["interrupted"] = second.get("interrupted", False)
         outcome["cpu"] = second
-    outcome["modules"] = sorted(p.name for p in (ROOT / "rlkernels").glob("_c*.so"))
+        outcome["modules"] = modules()
+    return outcome
+
+
+def build_cuda(context):
+    """``_cuda`` for this GPU alone, in place; what it spills, by the compiler's report."""
+    here = {"RLKERNELS_CUDA": "1", "RLKERNELS_CUDA_ARCHS": context.device.arch, "RLKERNELS_CPU": "0"}
+    done = ran(context, "build", BUILD, **here)
+    outcome = {"ok": done["returncode"] == 0, "arch": context.device.arch, "cuda": done, "modules": modules()}
+    outcome["interrupted"], outcome["timed_out"] = done.get("interrupted", False), done["timed_out"]
     report = ROOT / "rlkernels" / "_cuda.ptxas.txt"
     if report.is_file():
         spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report.read_text())]
         outcome["spill_bytes"] = sum(spills)
     return outcome
+
+
+def modules():
+    return sorted(p.name for p in (ROOT / "rlkernels").glob("_c*.so"))
 
 
 def read_log(path):
@@ -189,7 +221,7 @@ def tests(context):
     """``tests/backends/gpu``, on several processes where pytest-xdist is installed: most of the time goes into
     compiling kernels.
     """
-    log = context.folder / "tests.jsonl"
+    log = (context.out or context.folder) / "tests.jsonl"
     log.unlink(missing_ok=True)
     command = [
         sys.executable,
@@ -206,7 +238,7 @@ def tests(context):
     ]
     if module("xdist"):
         command += ["-n", str(min(6, max(1, (os.cpu_count() or 2) // 2))), "--dist", "worksteal"]
-    outcome = ran(context, "tests", command)
+    outcome = ran(context, "tests", command, **context.variables)
     entries = read_log(log)
     counts = Counter(e["outcome"] for e in entries)
     skips = Counter(e["message"].rsplit(", '", 1)[-1].rstrip("')") for e in entries if e["outcome"] == "skipped")
@@ -227,7 +259,7 @@ def module(name):
     return importlib.util.find_spec(name) is not None
 
 
-def sanitize(context):
+def sanitize(context, tools=TOOLS):
     """The small set under the tools of compute-sanitizer, two side by side: they spend their time on the host. The pair
     that finds what the tests cannot comes first, because one tool that ends judges more than four that are cut off.
     """
@@ -245,12 +277,13 @@ def sanitize(context):
         "no:cacheprovider",
         "-p",
         "no:xdist",
+        *context.extra.get("sanitize", ()),
     ]
     # Without torch's caching allocator, or a read past a tensor's end lands in memory that torch holds anyway.
-    env, start = environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"), time.monotonic()
+    env, start = environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1", **context.variables), time.monotonic()
     children, outcomes = {}, {}
     try:
-        for names in TOOLS:
+        for names in tools:
             pair = {}
             left = context.limit_s - (time.monotonic() - start)
             for name in names if left > 0.2 else ():
@@ -276,7 +309,7 @@ def sanitize(context):
         for name, o in outcomes.items()
         if (o["timed_out"] or o["unsupported"]) and not o["errors"]
     }
-    open_ |= {name: "not started" for names in TOOLS for name in names if name not in outcomes}
+    open_ |= {name: "not started" for names in tools for name in names if name not in outcomes}
     bad = any(o["returncode"] != 0 for name, o in outcomes.items() if name not in open_)
     reason = {"reason": "; ".join(f"{name} {why}" for name, why in open_.items())} if open_ else {}
     return {"ok": False if bad else None if open_ else True, **reason, "tools": outcomes}

@@ -11,6 +11,7 @@ import torch
 
 from rlkernels.backends import context, cpu, cuda, eager
 from rlkernels.backends.context import forced as forced
+from rlkernels.backends.expected_order import expected
 from rlkernels.backends.measured_order import preferred
 from rlkernels.installing import how
 from rlkernels.types import Availability, Backend
@@ -18,8 +19,8 @@ from rlkernels.types import Availability, Backend
 OPS = ("token_stats", "token_stats_backward", "fused_policy", "divergence", "elementwise", "weighted_loss", "gae")
 KNOWN = get_args(Backend)
 DEVICES = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager"), "xpu": ("triton", "eager"), "meta": ("eager",)}
-"""Device type to the backends that can serve it, first choice first; ``measured_order.TABLE`` overrides the order where
-something was measured.
+"""Device type to the backends that can serve it, first choice first. ``measured_order.TABLE`` overrides the order where
+something was measured, and ``expected_order`` where a model expects another one.
 """
 
 
@@ -79,13 +80,22 @@ def _say_once(reason: str | None) -> None:
 
 
 def serving(
-    op: str, device: str, dtype: torch.dtype | None = None, vocab: int | None = None, *, aloud: bool = True
+    op: str,
+    device: str,
+    dtype: torch.dtype | None = None,
+    vocab: int | None = None,
+    *,
+    index: int | None = None,
+    models: int = 1,
+    objective: str | None = None,
+    aloud: bool = True,
 ) -> str:
     """The backend that serves ``op`` on a device type, by the table of measurements where it has an entry for dtype and
-    vocabulary.
+    vocabulary, else by what a model expects.
 
-    ``aloud``: the choice is for a call, not for a report, so a process that has no native code for its CPU tensors says
-    so once.
+    ``index``: which of the devices. ``models``, ``objective``: what is computed, as far as the expectation depends on
+    it. ``aloud``: the choice is for a call, not for a report, so a process that has no native code for its CPU tensors
+    says so once.
 
     Raises:
         RuntimeError: no backend serves the device, or the forced one does not.
@@ -108,7 +118,7 @@ def serving(
             _say_once(absent("cpu"))
         return "eager"
     if len(choices) > 2:
-        choices = preferred(op, device, dtype, vocab, choices)
+        choices = preferred(op, device, dtype, vocab, expected(op, dtype, choices, index, models, objective))
     for name in choices:
         if name in _present:
             return name

@@ -16,7 +16,10 @@ from rlkernels.objectives import OBJECTIVES
 
 # find_spec, not try/except ImportError: a module that is absent is a fact, one that is present and broken is an error.
 # It carries its own CUDA runtime and no driver: it loads anywhere, and says what is missing when it is used.
-ABSENT = "rlkernels._cuda was not built; where nvcc is installed, RLKERNELS_CUDA=1 pip install builds it"
+ABSENT = (
+    "rlkernels._cuda was not built; pip install builds it where nvcc and an NVIDIA driver are found, and "
+    "RLKERNELS_CUDA=1 where nvcc alone is"
+)
 if importlib.util.find_spec("rlkernels._cuda") is None:
     _cuda, ABSENT = None, built.why_not("_cuda", ABSENT)
 else:
@@ -62,11 +65,16 @@ def token_stats_backward(upstream, rows, saved, out=None, unless=None):
     return gate.stored(gradient, out)
 
 
+def in_row_kernels(objective):
+    """Tells whether an objective is compiled into the kernels over rows."""
+    return objective in _cuda.OBJECTIVES and OBJECTIVES[objective].columns[0] == "logp"
+
+
 def fused_policy(rows, policy, with_grad, out):
     _available_or_raise()
     # What is not compiled into the row kernels, such as a user's objective, takes our two passes around its Python
     # function.
-    if policy.objective not in _cuda.OBJECTIVES or OBJECTIVES[policy.objective].columns[0] != "logp":
+    if not in_row_kernels(policy.objective):
         return eager.fused_policy(rows, policy, with_grad, out, (token_stats, token_stats_backward))
     caller = "fused_policy"
     rows = _rows(caller, rows)

@@ -1,8 +1,8 @@
 """The measured choice between GPU backends: which one goes first for an op, a dtype and a class of vocabulary.
 
 ``TABLE`` is filled from ``benchmarks/results``, never from expectation. It is empty: nothing has been measured on a GPU
-yet, and the order of ``DEVICES`` stands (Triton, then CUDA C++, then eager). The loser of a measurement stays
-selectable with ``use_backend``.
+yet, and the order of ``DEVICES`` stands (Triton, then CUDA C++, then eager), except where ``expected_order`` puts CUDA
+C++ first by a model. The loser of a measurement stays selectable with ``use_backend``.
 """
 
 LARGE = 65536

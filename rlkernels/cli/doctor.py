@@ -8,7 +8,7 @@ import platform
 import torch
 
 import rlkernels
-from rlkernels.backends import DEVICES, absent, cpu, measured_order
+from rlkernels.backends import DEVICES, absent, cpu, expected_order, measured_order
 from rlkernels.cli import machine, self_test, tables
 from rlkernels.cli.self_test import Verdict
 from rlkernels.installing import how
@@ -23,11 +23,13 @@ ENVIRONMENT = {
     "RLKERNELS_CPU": "build time: 0, 1 or auto (default); whether the cpu backend is built (auto: where a compiler "
     "works; 1: a failure is an error); "
     "run time, read at import: 0 goes without it, and without the warning that it is absent",
-    "RLKERNELS_CUDA": "build time: 0 (default), 1 or auto; whether the cuda backend is built (auto: where nvcc works; "
-    "1: a failure is an error)",
-    "RLKERNELS_CUDA_ARCHS": "build time: architectures of the cuda backend (default 80 90a 100a 120)",
+    "RLKERNELS_CUDA": "build time: 0, 1 or auto (default); whether the cuda backend is built (auto: where nvcc and an "
+    "NVIDIA driver are found; 1: a failure is an error)",
+    "RLKERNELS_CUDA_ARCHS": "build time: architectures of the cuda backend, such as '90a 120', or all (80 90a 100a "
+    "120; default: those of the GPUs here, all where no driver is); with auto it stands in for the driver",
     "RLKERNELS_CUDA_FLAGS": "build time: further flags for nvcc, such as -lineinfo",
-    "CUDA_HOME": "build time: where nvcc is looked for when it is not on PATH",
+    "CUDA_HOME": "build time: where nvcc is looked for first; then CUDA_PATH, PATH, /usr/local/cuda",
+    "CUDA_PATH": "build time: where nvcc is looked for after CUDA_HOME",
     "TRITON_INTERPRET": 'Triton\'s own: 1 runs its kernels on CPU tensors, in an interpreter; use_backend("triton") '
     "then accepts them",
     "CXX": "build time: the C++ compiler, with its flags (default: the first of c++, g++, clang++)",
@@ -80,6 +82,11 @@ def show_choices(*, plain: bool) -> None:
         ["device", "order"],
         [[d, ", ".join(order)] for d, order in DEVICES.items()],
         plain=plain,
+    )
+    capability = ".".join(map(str, expected_order.CAPABILITY))
+    print(
+        f"\nExpected by a model, not measured: with the CUDA module, on capability {capability} and newer, "
+        f"{' and '.join(expected_order.WORK)} go to cuda first."
     )
 
 

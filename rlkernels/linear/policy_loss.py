@@ -430,7 +430,7 @@ def linear_policy_loss(
             square_weight,
             None if kl_coef is None else penalty.sequences,
         )
-        backend = ops.serving("fused_policy", hidden)
+        backend = ops.serving("fused_policy", hidden, objective=terms.objective)
         needs_entropy = return_metrics or entropy_weight is not None
         if ratio_level == "token":
             loss, logp, entropy = token_loss(head, terms, needs_entropy, backend)

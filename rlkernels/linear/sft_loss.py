@@ -278,7 +278,8 @@ def linear_sft_loss(
         loss = weighted_sum(objective, logp, [], (), TokenWeights(weights))
     else:
         terms = PolicyTerms(objective, [], (), weights, None, None, None, None)
-        (loss, logp, _), more = token_loss(head, terms, False, ops.serving("fused_policy", hidden)), {}
+        serving = ops.serving("fused_policy", hidden, objective=objective)
+        (loss, logp, _), more = token_loss(head, terms, False, serving), {}
     if of_reference is not None:
         loss = loss + of_reference[0]
         more = more | {"kl": of_reference[1]}

@@ -365,7 +365,8 @@ def logits_policy_loss(
         None if penalty is None else flat.per_row(reference),
         None if penalty is None else flat.per_row(weights * penalty),
     )
-    of_rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
+    serving = ops.serving("fused_policy", logits, objective=policy.objective)
+    of_rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, serving)
     if not return_metrics:
         return of_rows.loss
     shape = flat.shape
@@ -386,7 +387,8 @@ def _two_passes(
     flat: FlatLogits, ref_logits: Logits | None, exact: ExactKL | None, inplace_backward: bool
 ) -> tuple[RowStats, Tensor | None]:
     """Returns the RowStats of a batch, and the KL of each row in the caller's shape, None without an ``exact`` one."""
-    rows, serving = flat.rows, ops.serving("token_stats", flat.rows.logits)
+    rows, models = flat.rows, 1 if ref_logits is None or exact == "forward_kl" else 2
+    serving = ops.serving("token_stats", rows.logits, models=models)
     both = rows if ref_logits is None else replaced(rows, ref_logits=matrix(ref_logits))
     if exact == "forward_kl":
         stats = ops.token_stats(rows, ops.ENTROPY, inplace_backward, serving)

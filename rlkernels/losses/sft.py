@@ -375,7 +375,8 @@ def sft_loss(
             and not torch.compiler.is_compiling()
         )
         policy = PolicyInputs(objective, [], (), weights)
-        rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, ops.serving("fused_policy", logits))
+        serving = ops.serving("fused_policy", logits, objective=objective)
+        rows = ops.fused_policy(flat.rows, policy, with_grad, inplace_backward, serving)
         loss, metrics = rows.loss, {}
         if return_metrics:
             metrics = {**sft_metrics(rows.logp, of_rows), "entropy": mean_where_read(rows.entropy, of_rows)}

@@ -80,8 +80,12 @@ FLAGS = {"entropy": ENTROPY, "log_sum_sq_probs": LOG_SUM_SQ, "mean_logits": MEAN
 """Names of outputs in the public functions, and their bits."""
 
 
-def serving(op, tensor):
-    """Returns the backend for ``op`` on this tensor; of logits, the last dimension counts too."""
+def serving(op, tensor, *, models=1, objective=None):
+    """Returns the backend for ``op`` on this tensor; of logits, the last dimension counts too.
+
+    ``models``: those whose statistics are taken in one pass. ``objective``: that of ``fused_policy``.
+    """
     if tensor.is_cpu:
         return _serving(op, "cpu")
-    return _serving(op, tensor.device.type, tensor.dtype, tensor.shape[-1] if tensor.dim() > 1 else None)
+    device, vocab = tensor.device, tensor.shape[-1] if tensor.dim() > 1 else None
+    return _serving(op, device.type, tensor.dtype, vocab, index=device.index, models=models, objective=objective)

@@ -9,20 +9,17 @@ import os
 import re
 import runpy
 import shutil
-import stat
 import sys
 import sysconfig
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from source_trees import CXX, ROOT, copy, environment, needs_compiler, needs_sources, run
+from source_trees import CXX, FAILS, ROOT, copy, environment, needs_compiler, needs_sources, python, run, script, wheel
 
 pytestmark = [needs_sources, pytest.mark.skipif(os.name != "posix", reason="shell scripts stand in for the compiler")]
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-FAILS = "echo 'cc1plus: fatal error: no space left on device' >&2\nexit 1\n"
 # Says when it starts and ends, and leaves what ninja waits for; -o is the last option but for its argument.
 EMPTY = """for last; do :; done
 echo start >> "$RECORD"
@@ -30,38 +27,6 @@ sleep 0.2
 echo end >> "$RECORD"
 : > "$last"
 """
-
-
-def script(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
-
-
-def wheel(source, check=True, **variables):
-    """The files of the wheel that ``setup.py`` makes, unpacked beside the sources, its name, and all
-    that was printed.
-    """
-    made = source.parent / "wheels"
-    shutil.rmtree(made, ignore_errors=True)
-    done = run([sys.executable, "setup.py", "bdist_wheel", "-d", made], check, cwd=source, env=environment(**variables))
-    if done.returncode != 0:
-        return None, None, done.stdout + done.stderr
-    (file,) = made.glob("*.whl")
-    with zipfile.ZipFile(file) as archive:
-        archive.extractall(made / "installed")
-    return made / "installed", file.name, done.stdout + done.stderr
-
-
-def python(installed, code, **variables):
-    # An editable install of this tree would lend its own _cpu to the one under test.
-    code = (
-        "import sys; sys.meta_path = [f for f in sys.meta_path if not getattr(f, '__module__', "
-        "'').startswith('__editable__')]\n"
-        f"import torch, rlkernels\nfrom rlkernels.backends import cpu\n{code}"
-    )
-    return run([sys.executable, "-c", code], cwd=installed, env=environment(PYTHONPATH=str(installed), **variables))
 
 
 CALLS = """
@@ -187,45 +152,6 @@ def test_as_many_compilers_run_as_MAX_JOBS_says_and_a_module_that_does_not_load_
     assert "the module was built and does not load: ImportError" in said and not list(package.rglob("*.so"))
 
 
-# Leaves an empty file, or a module that loads; nvcc says what ptxas would.
-MODULES = """for last; do :; done
-echo "$last" >> "$RECORD"
-case "$last" in *.so) cp "$READY/$last" "$last";; *) : > "$last";; esac
-case "$0" in *nvcc) echo "ptxas info : Used 63 registers, 0 bytes spill stores of $last" >&2;; esac
-"""
-
-
-@pytest.mark.fault(142)
-@needs_compiler
-def test_a_build_in_place_makes_the_cuda_module_first_and_leaves_what_ptxas_said_of_it(source, tmp_path):
-    for name in ("_cuda", "_cpu"):
-        code = tmp_path / f"{name}.cpp"
-        code.write_text(
-            f'#include <Python.h>\nstatic PyModuleDef about{{PyModuleDef_HEAD_INIT, "{name}", nullptr, -1}};\n'
-            f'extern "C" PyMODINIT_FUNC PyInit_{name}(void) {{ return PyModule_Create(&about); }}\n'
-        )
-        run([CXX, "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", code, "-o", tmp_path / f"{name}.so"])
-    nvcc, compiler = script(tmp_path / "bin/nvcc", MODULES), script(tmp_path / "c++", MODULES)
-    record = tmp_path / "made"
-    done = run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=source,
-        env=environment(
-            RLKERNELS_CUDA="1",
-            RLKERNELS_CPU="1",
-            CXX=str(compiler),
-            PATH=f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}",
-            RECORD=str(record),
-            READY=str(tmp_path),
-        ),
-    )
-    report = (source / "rlkernels/_cuda.ptxas.txt").read_text()
-    assert report.startswith("sources ") and "63 registers, 0 bytes spill stores of gae.o" in report, done.stderr
-    made = [name for name in record.read_text().split() if not os.path.isabs(name)]  # without the probes
-    assert not {"rows_baseline.o", "_cpu.so"} & set(made[: made.index("_cuda.so")])
-    assert {path.name for path in (source / "rlkernels").glob("_c*.so")} == {f"_cuda{SUFFIX}", f"_cpu{SUFFIX}"}
-
-
 @pytest.mark.fault(142)
 @pytest.mark.parametrize(
     ("variables", "message"),
@@ -237,11 +163,11 @@ def test_a_build_in_place_makes_the_cuda_module_first_and_leaves_what_ptxas_said
         ),
         (
             {"RLKERNELS_CUDA": "auto", "RLKERNELS_CUDA_ARCHS": "sm_90"},
-            "RLKERNELS_CUDA_ARCHS must be architectures such as '90a 120', got 'sm_90'",
+            "RLKERNELS_CUDA_ARCHS must be all, or architectures such as '90a 120', got 'sm_90'",
         ),
         (
             {"RLKERNELS_CUDA": "auto", "RLKERNELS_CUDA_ARCHS": " "},
-            "RLKERNELS_CUDA_ARCHS must be architectures such as '90a 120', got ''",
+            "RLKERNELS_CUDA_ARCHS must be all, or architectures such as '90a 120', got ''",
         ),
         ({"MAX_JOBS": "0"}, "MAX_JOBS must be a whole number of at least 1, got '0'"),
         ({"MAX_JOBS": "many"}, "MAX_JOBS must be a whole number of at least 1, got 'many'"),
@@ -250,44 +176,6 @@ def test_a_build_in_place_makes_the_cuda_module_first_and_leaves_what_ptxas_said
 def test_a_switch_that_cannot_be_followed_is_refused(variables, message):
     done = run([sys.executable, "setup.py", "--version"], check=False, cwd=ROOT, env=environment(**variables))
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.fault(142)
-def test_cuda_that_is_asked_for_needs_the_compiler_of_its_bindings(tmp_path):
-    nvcc = script(tmp_path / "bin/nvcc", FAILS)
-    done = run(
-        [sys.executable, "setup.py", "--version"],
-        check=False,
-        cwd=ROOT,
-        env=environment(RLKERNELS_CUDA="1", PATH=str(nvcc.parent)),
-    )
-    assert done.returncode != 0 and "RLKERNELS_CUDA=1, but no C++ compiler" in done.stderr
-
-
-@pytest.mark.fault(59, 142)
-@needs_compiler
-def test_an_nvcc_that_fails_costs_the_cuda_module_alone_or_is_an_error_where_it_is_asked_for(source, tmp_path):
-    folder = script(
-        tmp_path / "it's $HOME/nvcc", "echo 'nvcc fatal : Unsupported gpu architecture compute_120' >&2\nexit 1\n"
-    ).parent
-    asked = {"RLKERNELS_CPU": "0", "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    package, _, said = wheel(source, RLKERNELS_CUDA="auto", **asked)
-    (line,) = [line for line in said.splitlines() if line.startswith("rlkernels: rlkernels._cuda")]
-    assert (
-        "was not built" in line
-        and "Unsupported gpu architecture" in (package / "rlkernels/_cuda.build.log").read_text()
-    )
-    done = python(package, "print(rlkernels.available_backends()['absent']['cuda'])")
-    assert (
-        done.stdout.startswith("rlkernels._cuda was not built: ")
-        and "Unsupported gpu architecture compute_120" in done.stdout
-    )
-    _, _, said = wheel(source, False, RLKERNELS_CUDA="1", **asked)
-    assert (
-        "nvcc fatal : Unsupported gpu architecture compute_120\n" in said
-        and "RLKERNELS_CUDA=auto goes without it" in said
-        and "Traceback" not in said
-    )
 
 
 @pytest.mark.fault(142)

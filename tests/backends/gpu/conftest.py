@@ -1,6 +1,7 @@
 """The suite of a machine with a GPU. Without one every test is skipped, with one reason.
 
 ``--gpu-log FILE`` writes a line of JSON as each test ends: a run that is cut short keeps what it has.
+``--compile-ahead FOLDER`` compiles the Triton kernels of the tests instead of launching them: ``compile_ahead.py``.
 """
 
 import json
@@ -19,6 +20,8 @@ MESSAGE = 2000
 
 def pytest_addoption(parser):
     parser.addoption("--gpu-log", default=None, help="file that gets one line of JSON per test as it ends")
+    parser.addoption("--compile-ahead", default=None, help="folder of marks of the Triton kernels that are compiled")
+    parser.addoption("--compile-target", default="sm_90", help="the GPU that they are compiled for")
 
 
 def usable():
@@ -51,6 +54,11 @@ def freed():
 
 
 def pytest_configure(config):
+    marks = config.getoption("--compile-ahead", default=None)
+    if marks:
+        from compile_ahead import Ahead
+
+        Ahead(marks, config.getoption("--compile-target")).install()
     log = config.getoption("--gpu-log", default=None)
     if log and not hasattr(config, "workerinput"):  # with xdist every report comes by here in the controller too
         config.pluginmanager.register(Log(Path(log)), "gpu-log")

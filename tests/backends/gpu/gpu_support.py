@@ -1,7 +1,7 @@
 """What the tests on an accelerator share: where they run, on which backends, and the judges against float64.
 
 ``GPU_SUITE_DEVICE=cpu`` rehearses what needs no GPU on the CPU's backends: the tests' own logic, not a kernel for a
-GPU.
+GPU. ``GPU_SUITE_BACKEND`` names the backend of a rehearsal.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from rlkernels.objectives import OBJECTIVES
 
 DEVICE = torch.device(os.environ.get("GPU_SUITE_DEVICE", "cuda"))
 REHEARSAL = DEVICE.type == "cpu"
-BACKENDS = ("cpu",) if REHEARSAL else ("triton", "cuda")
+BACKENDS = (os.environ.get("GPU_SUITE_BACKEND", "cpu"),) if REHEARSAL else ("triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PARAMS = {
     **{"order": 3.0, "low": -0.5, "high": 0.7, "value_low": -0.1, "value_high": 0.2, "cap": 1.5},  # of kl_term
