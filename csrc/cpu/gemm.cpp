@@ -46,9 +46,9 @@ Cut cut(const GemmJob& job, const TileShape& shape, int threads) {
   return best;
 }
 
-// The sizes of one thread's packed operands, in words.
+// The sizes of one thread's packed operands, and of their parts, in words.
 struct Scratch {
-  int64_t a_panel, a, b;
+  int64_t a_panel, b_group, a, b;
 };
 
 void task(const GemmJob& job, const GemmKernels& kernels, const Cut& cut, const Scratch& size, int64_t at, bool stream,
@@ -68,14 +68,16 @@ void task(const GemmJob& job, const GemmKernels& kernels, const Cut& cut, const 
     const int64_t depth = smaller(slice, job.k - k);
     kernels.pack_a({start(job.a, i, k), job.a.row, job.a.column, rows, depth, job.a.wide},
                    {a, group, size.a_panel, shape.panel});
-    for (int64_t c = 0; c < columns; c += shape.columns) {
-      const int64_t width = smaller(shape.columns, columns - c);
+    for (int64_t c = 0; c < columns; c += shape.packed_columns) {
+      const int64_t width = smaller(shape.packed_columns, columns - c);
       kernels.pack_b({start(job.b, k, j + c), job.b.column, job.b.row, width, depth, job.b.wide},
-                     {b, kLanes, kLanes / 2, shape.columns});
-      for (int64_t r = 0; r < rows; r += shape.rows)
-        kernels.tile({a + r / shape.panel * size.a_panel, b, size.a_panel, depth,
-                      job.out + (i + r) * job.out_row + j + c, job.out_row, int(smaller(shape.rows, rows - r)),
-                      int(width), job.accumulate || k > 0, stream});
+                     {b, size.b_group, kLanes / 2, shape.step});
+      for (int64_t v = 0; v < width; v += shape.columns)
+        for (int64_t r = 0; r < rows; r += shape.rows)
+          kernels.tile({a + r / shape.panel * size.a_panel, b + v / kLanes * size.b_group, size.a_panel, size.b_group,
+                        depth, job.out + (i + r) * job.out_row + j + c + v, job.out_row,
+                        int(smaller(shape.rows, rows - r)), int(smaller(shape.columns, width - v)),
+                        job.accumulate || k > 0, stream});
     }
   }
 }
@@ -108,7 +110,8 @@ void gemm(const GemmJob& job) {
   const int64_t tasks = plan.down * plan.across;
   const int64_t words = whole(smaller(blocks(job.k, kernels.elements), kSlice), shape.words);
   const int threads = int(smaller(wanted, tasks));
-  Scratch size{words * shape.panel + kApart, 0, words * shape.columns};
+  Scratch size{words * shape.panel + kApart, shape.step == kLanes ? words * kLanes : kLanes, 0,
+               words * smaller(shape.packed_columns, whole(job.n, shape.columns))};
   size.a = whole(plan.rows, kLanes) / shape.panel * size.a_panel;
   const int64_t each = size.a + size.b;
   const bool aligned = (reinterpret_cast<uintptr_t>(job.out) | uintptr_t(job.out_row) * sizeof(float)) % 64 == 0;

@@ -66,7 +66,7 @@ struct Panels {
 // One tile of out from packed panels of a and one of b.
 struct Tile {
   const uint32_t *a, *b;
-  int64_t a_panel;  // words from one panel of a to the next, where a tile has several
+  int64_t a_panel, b_group;  // words from one panel of a, or 16 columns of b, to the next, where a tile has several
   int64_t depth;
   float* out;
   int64_t out_row;
@@ -79,6 +79,8 @@ struct Tile {
 struct TileShape {
   int rows, columns;
   int panel;               // rows of a in one panel, 8 or 16
+  int step;                // words from one word of a column of b to the next: those of 16 columns, or of a tile
+  int64_t packed_columns;  // of b at a time
   int64_t words;           // the words of a panel are filled up with zeros to a multiple of this
   int64_t max_rows;        // of a in one task
   double packing_columns;  // packing one element of a takes as long as multiplying it by so many columns of b
@@ -92,8 +94,8 @@ struct GemmKernels {
   void (*pack_a)(const Block&, const Panels&);
   void (*pack_b)(const Block&, const Panels&);
   void (*tile)(const Tile&);
-  void (*begin)();  // on each thread, before its first tile
-  void (*end)();    // on each thread, after its last tile
+  void (*begin)();   // on each thread, before its first tile
+  void (*end)();     // on each thread, after its last tile
   int64_t elements;  // of K in a word
   TileShape shape;
   const char* name;  // of the instructions
@@ -101,7 +103,7 @@ struct GemmKernels {
 // The packed rows of a task fill half a level-2 cache of 1 MiB, beside 48 KiB of packed columns (Zen 4: 256 rows cost 3
 // to 6 %, and 1024 gain nothing). The multiplications of a word cost 1/16 cycle, and packing a bf16 element half a
 // cycle.
-constexpr TileShape kVectorShape{kTileRows, kTileColumns, kTileRows, 1, 512, 16};
+constexpr TileShape kVectorShape{kTileRows, kTileColumns, kTileRows, kTileColumns, kTileColumns, 1, 512, 16};
 
 // The operands of the two matmuls of a backward pass, and their results: see gemm_rounding.cpp. A gradient that is not
 // wanted is null.

@@ -12,8 +12,15 @@ from rlkernels.backends.cpu_module import _cpu
 
 
 def available():
-    """Tells whether this machine, this build and ``RLKERNELS_CPU_ISA`` have AVX512_BF16."""
+    """Tells whether this machine, this build and ``RLKERNELS_CPU_ISA`` have AVX512_BF16, perhaps AMX besides."""
     return _cpu is not None and _cpu.gemm_available()
+
+
+def name():
+    """Returns the instructions that multiply bf16, ``"amx"`` or ``"avx512_bf16"``, or None where ``available()`` is
+    False.
+    """
+    return None if _cpu is None else _cpu.gemm_name()
 
 
 def fp32_available():
