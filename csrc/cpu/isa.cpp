@@ -1,4 +1,5 @@
-// The instruction set, chosen once when the module is loaded, and the kernels that belong to it.
+// The instruction set, chosen once when the module is loaded, and the kernels that belong to it. Whether AMX serves is
+// asked later.
 #include <cstdlib>
 #include <vector>
 
@@ -85,7 +86,7 @@ bool with_amx() {
 }
 
 // MKL is torch's matmul on x86, and is written for Intel's processors. On two cores of Zen 4 it reaches 158 to 196
-// GFLOP/s, and ours 194 to 204.
+// GFLOP/s, and ours 194 to 204. On one core of a Xeon ours takes 0.99 to 1.19 of its time.
 bool made_by_amd() {
 #if defined(RLK_X86)
   unsigned a = 0, b = 0, c = 0, d = 0;
