@@ -63,7 +63,8 @@ void task(const GemmJob& job, const GemmKernels& kernels, const Cut& cut, const 
     return x.address + uintptr_t((row * x.row + column * x.column) * (x.wide ? 4 : 2));
   };
   const TileShape& shape = kernels.shape;
-  const int64_t slice = kSlice * kernels.elements, group = kLanes / shape.panel * size.a_panel;
+  const int64_t slice = kSlice * kernels.elements;
+  const int64_t group = kLanes / shape.panel * size.a_panel;
   for (int64_t k = 0; k < job.k; k += slice) {
     const int64_t depth = smaller(slice, job.k - k);
     kernels.pack_a({start(job.a, i, k), job.a.row, job.a.column, rows, depth, job.a.wide},
