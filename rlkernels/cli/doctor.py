@@ -47,7 +47,7 @@ OPTIONAL = {
 """Packages that serve a part alone, and what is lost without each."""
 
 MATMULS = {"amx": "AMX", "avx512_bf16": "AVX512_BF16", None: "torch's in fp32"}
-"""What multiplies a bf16 head on a CPU."""
+"""The instructions that multiply a bf16 head on a CPU, by ``cpu_matmul.name()``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
