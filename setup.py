@@ -46,18 +46,24 @@ SOURCES = [
 ]
 # Younger than the others: a compiler may lack them (g++ before 10), and the bf16 matrix product is then absent.
 BF16 = f"{ISAS['avx512']} -mavx512bf16"
+AMX = f"{BF16} -mamx-tile -mamx-bf16"  # g++ 11
 # No contraction: a fused multiply-add is written where it is meant, or bits would depend on what the compiler inlined.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi"
 LINK = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
 
 
-def objects(bf16):
-    """``(object name, source, extra flags)`` of every edge; ``bf16``: whether the compiler has AVX512_BF16."""
+def objects(bf16, amx):
+    """``(object name, source, extra flags)`` of every edge; ``bf16``, ``amx``: whether the compiler has AVX512_BF16,
+    and AMX besides.
+    """
     for name in SOURCES:
-        yield name, f"csrc/cpu/{name}.cpp", " ".join(["-DRLK_X86"] * X86 + ["-DRLK_BF16"] * bf16)
+        defines = ["-DRLK_X86"] * X86 + ["-DRLK_BF16"] * bf16 + ["-DRLK_AMX"] * amx
+        yield name, f"csrc/cpu/{name}.cpp", " ".join(defines)
     if bf16:
         for name in ("gemm_bf16", "gemm_rounding"):
             yield name, f"csrc/cpu/{name}.cpp", BF16
+    if amx:
+        yield "gemm_amx", "csrc/cpu/gemm_amx.cpp", AMX
     if X86:
         yield "gemm_f32", "csrc/cpu/gemm_f32.cpp", ISAS["avx512"]
     for isa in ISAS if X86 else ["baseline"]:
@@ -80,12 +86,21 @@ def has_bf16():
     return X86 and setup_build.compiles(CXX, code, *BF16.split())
 
 
+def has_amx():
+    """Tell whether the compiler has the tile instructions, and the system the call that asks for their registers."""
+    code = (
+        "#include <immintrin.h>\n#include <sys/syscall.h>\n"
+        "int main() { _tile_dpbf16ps(0, 1, 2); _tile_release(); return SYS_arch_prctl; }\n"
+    )
+    return X86 and sys.platform == "linux" and setup_build.compiles(CXX, code, *AMX.split())
+
+
 def write_cpu(plan, include):
     openmp, cxx = openmp_flag(), setup_build.command(CXX)
     plan.rule("compile", f"{cxx} {FLAGS} {openmp} $extra -MD -MF $out.d -c $in -o $out", deps="gcc", depfile="$out.d")
     plan.rule("link", f"{cxx} {LINK} {openmp} $in -o $out")
-    edges = []
-    for name, source, extra in objects(has_bf16()):
+    edges, bf16 = [], has_bf16()
+    for name, source, extra in objects(bf16, bf16 and has_amx()):
         edges += plan.build(
             f"{name}.o", "compile", source, variables={"extra": f"{extra} {include}" if name == "bindings" else extra}
         )
@@ -178,7 +193,7 @@ for module, value in (("_cpu", CPU), ("_cuda", CUDA)):
         raise SystemExit(f"{VARIABLES[module]}=1, but {ABSENT[module]}; or unset it")
 
 FILES = {
-    "_cpu": sorted({source for _, source, _ in objects(X86)}),
+    "_cpu": sorted({source for _, source, _ in objects(X86, X86)}),
     "_cuda": sorted({source for _, source, _ in setup_cuda.kernels()} | {"csrc/cuda/bindings.cpp"}),
 }
 # Optional: what could not be built is not copied beside the sources either. _cuda first, because on a machine that is

@@ -147,8 +147,9 @@ void give_back(const std::array<int64_t, 3>& sizes, const Rows& dlogits, const R
 
 PYBIND11_MODULE(_cpu, m) {
   if (isa_refused())
-    throw py::import_error("RLKERNELS_CPU_ISA must be avx512, avx2 or baseline, and no more than this machine has (" +
-                           std::string(isa()) + "); got '" + isa_refused() + "'");
+    throw py::import_error(
+        "RLKERNELS_CPU_ISA must be amx, avx512, avx2 or baseline, and no more than this machine has (" +
+        std::string(isa()) + "); got '" + isa_refused() + "'");
   py::class_<Batch>(m, "Batch").def(py::init(&batch));
   py::class_<Buffer>(m, "Buffer", py::buffer_protocol()).def(py::init<int64_t>()).def_buffer([](Buffer& b) {
     return py::buffer_info(b.data(), 1, py::format_descriptor<uint8_t>::format(), b.size());
@@ -167,6 +168,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gae_f32", &scan<float>);
   m.def("gae_f64", &scan<double>);
   m.def("gemm_available", &gemm_available);
+  m.def("gemm_name", [] { return gemm_kernels().name; });
   m.def("gemm_f32_available", &gemm_f32_available);
   m.def("gemm_f32_preferred", &gemm_f32_preferred);
   m.def("gemm", &product);

@@ -7,6 +7,12 @@
 // other. The order of one element's sum depends on K alone: runs of kRun, run after run within a slice of K, slice
 // after slice within out. M, N, the place of the element, strides, blocks and threads do not enter, so that a row has
 // the same bits in any batch.
+//
+// TDPBF16PS, the instruction of AMX, takes 16 pairs of K. Its 16 even products make one chain of fused multiply-adds
+// from zero, and its 16 odd products another. It adds the odd chain to the even one, and that to the sum of the slice.
+// Zeros fill up the last 16 pairs of K. It rounds each of these sums to nearest even whatever MXCSR says, and reads and
+// writes subnormal numbers as zero. (Found on a Xeon: 512,000 elements had the bits of that rule, special values too.)
+// Slices are added as above. So a row has other bits than with AVX512_BF16, and again the same ones in any batch.
 #pragma once
 #include <cstdint>
 
@@ -35,7 +41,7 @@ bool gemm_f32_preferred();  // whether torch's own falls behind: see isa.cpp
 void gemm(const GemmJob&);  // only where available; throws std::bad_alloc before anything is written
 
 constexpr int kLanes = 16;  // rows of a, or columns of b, packed at a time
-// A tile of out takes 24 of 32 registers. A row of b and a pair of a fill the rest.
+// With AVX-512 a tile of out takes 24 of 32 registers. A row of b and a pair of a fill the rest.
 constexpr int kTileRows = 8, kTileColumns = 3 * kLanes;
 constexpr int64_t kSlice = 256;  // words of K packed at a time: 512 elements of bf16, 256 of fp32
 // Words of K that are added up in registers before they join the sum of the slice. Measured with bf16 logits of
@@ -57,9 +63,10 @@ struct Panels {
   int64_t group, half, step;
 };
 
-// One tile of out from a packed panel of a and one of b.
+// One tile of out from packed panels of a and one of b.
 struct Tile {
   const uint32_t *a, *b;
+  int64_t a_panel, b_group;  // words from one panel of a, or 16 columns of b, to the next, where a tile has several
   int64_t depth;
   float* out;
   int64_t out_row;
@@ -68,15 +75,35 @@ struct Tile {
   bool stream;  // store around the cache, where out is aligned to 64 bytes in every row
 };
 
-// The functions that depend on the instruction set: gemm_bf16.cpp for AVX512_BF16, and gemm_f32.cpp for AVX-512.
-struct GemmKernels {
-  // Writes the words of a block. A word is a pair (k, k + 1) of bf16, or one fp32 element. Zeros stand behind an odd
-  // depth, and in the lanes that fill up the last group of 16.
-  void (*pack)(const Block&, const Panels&);
-  void (*tile)(const Tile&);
-  void (*fence)();   // after the last streamed store of a thread
-  int64_t elements;  // of K in a word
+// The sizes of a tile of out and of its packed operands.
+struct TileShape {
+  int rows, columns;
+  int panel;               // rows of a in one panel, 8 or 16
+  int step;                // words from one word of a column of b to the next: those of 16 columns, or of a tile
+  int64_t packed_columns;  // of b at a time
+  int64_t words;           // the words of a panel are filled up with zeros to a multiple of this
+  int64_t max_rows;        // of a in one task
+  double packing_columns;  // packing one element of a takes as long as multiplying it by so many columns of b
 };
+
+// The functions that depend on the instruction set: gemm_amx.cpp for AMX, gemm_bf16.cpp for AVX512_BF16, and
+// gemm_f32.cpp for AVX-512.
+struct GemmKernels {
+  // Write the words of a block. A word is a pair (k, k + 1) of bf16, or one fp32 element. Zeros stand behind an odd
+  // depth, and in the lanes that fill up the last group of 16.
+  void (*pack_a)(const Block&, const Panels&);
+  void (*pack_b)(const Block&, const Panels&);
+  void (*tile)(const Tile&);
+  void (*begin)();   // on each thread, before its first tile
+  void (*end)();     // on each thread, after its last tile
+  int64_t elements;  // of K in a word
+  TileShape shape;
+  const char* name;  // of the instructions
+};
+// The packed rows of a task fill half a level-2 cache of 1 MiB, beside 48 KiB of packed columns (Zen 4: 256 rows cost 3
+// to 6 %, and 1024 gain nothing). The multiplications of a word cost 1/16 cycle, and packing a bf16 element half a
+// cycle.
+constexpr TileShape kVectorShape{kTileRows, kTileColumns, kTileRows, kTileColumns, kTileColumns, 1, 512, 16};
 
 // The operands of the two matmuls of a backward pass, and their results: see gemm_rounding.cpp. A gradient that is not
 // wanted is null.
@@ -104,6 +131,9 @@ void add_rounding(const Rounding&);  // only where available
 
 namespace avx512 {
 GemmKernels gemm_f32_kernels();
+}
+namespace amx {
+GemmKernels gemm_kernels();
 }
 namespace avx512_bf16 {
 GemmKernels gemm_kernels();

@@ -60,11 +60,12 @@ void pack(const Block& x, const Panels& out) {
   x.wide ? pack_from<Pairs, float>(x, out) : pack_from<Pairs, Bf16>(x, out);
 }
 void tile(const Tile& t) { tile_any<Pairs>(t); }
-void fence() { _mm_sfence(); }
+void begin() {}
+void end() { _mm_sfence(); }  // after the last streamed store
 
 }  // namespace
 
-GemmKernels gemm_kernels() { return {pack, tile, fence, Pairs::elements}; }
+GemmKernels gemm_kernels() { return {pack, pack, tile, begin, end, Pairs::elements, kVectorShape, "avx512_bf16"}; }
 
 }  // namespace avx512_bf16
 }  // namespace rlk

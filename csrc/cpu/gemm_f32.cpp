@@ -24,11 +24,12 @@ struct Singles {
 
 void pack(const Block& x, const Panels& out) { pack_from<Singles, float>(x, out); }
 void tile(const Tile& t) { tile_any<Singles>(t); }
-void fence() { _mm_sfence(); }
+void begin() {}
+void end() { _mm_sfence(); }  // after the last streamed store
 
 }  // namespace
 
-GemmKernels gemm_f32_kernels() { return {pack, tile, fence, Singles::elements}; }
+GemmKernels gemm_f32_kernels() { return {pack, pack, tile, begin, end, Singles::elements, kVectorShape, "avx512"}; }
 
 }  // namespace avx512
 }  // namespace rlk

@@ -1,5 +1,5 @@
 // The parts of a matmul that depend on the instruction set, written once for words of a pair of bf16 and of one fp32.
-// gemm_bf16.cpp and gemm_f32.cpp include it, and each is compiled for its own instructions.
+// gemm_bf16.cpp, gemm_f32.cpp and gemm_amx.cpp include it, and each is compiled for its own instructions.
 //
 // A class `Words` says what a word holds. `elements` is the number of elements of K in a word. `along` makes 16 words
 // of neighbouring elements, and `across` makes 16 words of neighbouring lanes. `one` is an element in its place in a
@@ -112,12 +112,33 @@ RLK_INLINE void pack_from(const Block& x, const Panels& out) {
   pack_any<Words>(from, x, out);
 }
 
-template <class Words, int kVectors>
-RLK_INLINE void tile_of(const Tile& t) {
-  const __mmask16 last = first16(t.columns - (kVectors - 1) * kLanes);
+template <int kVectors>
+RLK_INLINE void prefetch_out(const Tile& t) {
   if (!t.stream)
     for (int r = 0; r < t.rows; ++r)
       RLK_UNROLL_FOR (int v = 0; v < kVectors; ++v) __builtin_prefetch(t.out + r * t.out_row + v * kLanes, 1);
+}
+
+// Writes the sums of a slice to out, or adds them to it.
+template <int kVectors>
+RLK_INLINE void put_sums(const Tile& t, const float (*sums)[kVectors * kLanes]) {
+  const __mmask16 last = first16(t.columns - (kVectors - 1) * kLanes);
+  for (int r = 0; r < t.rows; ++r)
+    RLK_UNROLL_FOR (int v = 0; v < kVectors; ++v) {
+      float* const to = t.out + r * t.out_row + v * kLanes;
+      const __mmask16 lanes = v + 1 < kVectors ? __mmask16(0xffff) : last;
+      __m512 sum = _mm512_load_ps(sums[r] + v * kLanes);
+      if (t.add) sum = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), sum);
+      if (t.stream && lanes == 0xffff)
+        _mm512_stream_ps(to, sum);
+      else
+        _mm512_mask_storeu_ps(to, lanes, sum);
+    }
+}
+
+template <class Words, int kVectors>
+RLK_INLINE void tile_of(const Tile& t) {
+  prefetch_out<kVectors>(t);
   alignas(64) float sums[kTileRows][kVectors * kLanes];
   __m512 acc[kTileRows][kVectors];
   const uint32_t *a = t.a, *b = t.b;
@@ -142,17 +163,7 @@ RLK_INLINE void tile_of(const Tile& t) {
     RLK_UNROLL_FOR (int r = 0; r < kTileRows; ++r)
       RLK_UNROLL_FOR (int v = 0; v < kVectors; ++v) _mm512_store_ps(sums[r] + v * kLanes, acc[r][v]);
   }
-  for (int r = 0; r < t.rows; ++r)
-    RLK_UNROLL_FOR (int v = 0; v < kVectors; ++v) {
-      float* const to = t.out + r * t.out_row + v * kLanes;
-      const __mmask16 lanes = v + 1 < kVectors ? __mmask16(0xffff) : last;
-      __m512 sum = _mm512_load_ps(sums[r] + v * kLanes);
-      if (t.add) sum = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), sum);
-      if (t.stream && lanes == 0xffff)
-        _mm512_stream_ps(to, sum);
-      else
-        _mm512_mask_storeu_ps(to, lanes, sum);
-    }
+  put_sums<kVectors>(t, sums);
 }
 
 template <class Words>

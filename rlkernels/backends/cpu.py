@@ -25,8 +25,8 @@ def available():
 
 
 def isa():
-    """The instruction set in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``; ``RLKERNELS_CPU_ISA`` asks for a lower
-    one.
+    """The instruction set in use: ``"amx"``, ``"avx512"``, ``"avx2"`` or ``"baseline"``; ``RLKERNELS_CPU_ISA`` asks
+    for a lower one. ``"amx"`` is AVX-512 with tiles for the matmuls of bf16.
     """
     return _cpu.isa()
 

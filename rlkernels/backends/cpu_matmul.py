@@ -1,5 +1,5 @@
-"""Matrix products of our own on a CPU with AVX-512: bf16 with the fp32 accumulator kept, and fp32 where torch's falls
-behind.
+"""Matrix products of our own on a CPU with AVX-512: bf16 with the fp32 accumulator kept, by AMX or by
+AVX512_BF16, and fp32 where torch's falls behind.
 
 torch rounds a bf16 product to bf16: a logit of 10 by up to 3e-2. In fp32 its product is MKL's, which on Zen 4 takes 1.0
 to 1.25 times as long, with 1.6 times the rounding error.
@@ -12,8 +12,15 @@ from rlkernels.backends.cpu_module import _cpu
 
 
 def available():
-    """Tells whether this machine, this build and ``RLKERNELS_CPU_ISA`` have AVX512_BF16."""
+    """Tells whether this machine, this build and ``RLKERNELS_CPU_ISA`` have AVX512_BF16, perhaps AMX besides."""
     return _cpu is not None and _cpu.gemm_available()
+
+
+def name():
+    """Returns the instructions that multiply bf16, ``"amx"`` or ``"avx512_bf16"``, or None where ``available()`` is
+    False.
+    """
+    return None if _cpu is None else _cpu.gemm_name()
 
 
 def fp32_available():
@@ -24,7 +31,7 @@ def fp32_available():
 def fp32_preferred():
     """Tells whether the fp32 product is also the quicker one: on processors of AMD.
 
-    MKL knows those of its own maker best.
+    MKL knows those of its own maker best: on a Xeon with AVX-512, ours took 0.99 to 1.19 times as long.
     """
     return _cpu is not None and _cpu.gemm_f32_preferred()
 
@@ -33,7 +40,8 @@ def mm(a, b, out, accumulate=False):
     r"""``out = a b``, or ``out += a b``, with both operands in bf16 or both in fp32 and every sum in fp32.
 
     The sum of an element is taken in an order that depends on ``K`` alone: a row has the same bits in any batch, layout
-    and on any number of threads. Subnormal numbers count as zero where ``b`` is in bf16.
+    and on any number of threads. AMX and AVX512_BF16 add in another order, and each has bits of its own. Subnormal
+    numbers count as zero where ``b`` is in bf16.
 
     Args:
         a: ``[M, K]``, the dtype of ``b``, or float32 that is rounded to bfloat16 as it is read; any strides.

@@ -8,7 +8,7 @@ import platform
 import torch
 
 import rlkernels
-from rlkernels.backends import DEVICES, absent, cpu, expected_order, measured_order
+from rlkernels.backends import DEVICES, absent, cpu, cpu_matmul, expected_order, measured_order
 from rlkernels.cli import machine, self_test, tables
 from rlkernels.cli.self_test import Verdict
 from rlkernels.installing import how
@@ -16,7 +16,8 @@ from rlkernels.installing import how
 ENVIRONMENT = {
     "RLKERNELS_CHECK": "run time, read at import: 1 also checks values (cu_seqlens, masks), and that shards cover the "
     "vocabulary, where that stops the queue",
-    "RLKERNELS_CPU_ISA": "run time, read once: highest instruction set of the cpu backend (avx512, avx2, baseline)",
+    "RLKERNELS_CPU_ISA": "run time, read once: highest instruction set of the cpu backend (amx, avx512, avx2, "
+    "baseline)",
     "RLKERNELS_LOGITS_BUDGET": "run time: bytes of logits that a chunk of the linear_* functions holds (default 1 GiB "
     "or as much as the head's fp32 gradient, on a CPU 256 MiB)",
     "RLKERNELS_PATCH": "run time, read at import: the trainers to patch, such as trl,verl",
@@ -46,6 +47,9 @@ OPTIONAL = {
     "matplotlib": f"the demo and the pictures of the benchmarks need it; {how('demo')}",
 }
 """Packages that serve a part alone, and what is lost without each."""
+
+MATMULS = {"amx": "AMX", "avx512_bf16": "AVX512_BF16", None: "torch's in fp32"}
+"""The instructions that multiply a bf16 head on a CPU, by ``cpu_matmul.name()``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +117,7 @@ def facts_of_the_machine() -> dict[str, str | None]:
         "platform": platform.platform(),
         "processor": f"{machine.processor()}, {machine.cores()} cores",
         "instruction set of the cpu backend": None if absent("cpu") else cpu.isa(),
+        "bf16 matmul of the cpu backend": MATMULS[cpu_matmul.name()],
         "torch threads": str(torch.get_num_threads()),
     }
 

@@ -80,9 +80,9 @@ def linear_token_logprobs(
 
     Returns:
         Tensor ``[...]``, fp32 (fp64 for fp64 hidden states). The bits of a row depend neither on the rows that come
-        with it nor on the number of threads where the matmuls are our own: on a CPU in bf16 with AVX512_BF16, and on
-        AMD's with AVX-512 in fp32, fp16 and bf16 (bf16 logits of a bf16 head are a library's). Elsewhere a library may
-        add in another order for another number of rows or threads.
+        with it nor on the number of threads where the matmuls are our own: on a CPU in bf16 with AVX512_BF16 or AMX,
+        and on AMD's with AVX-512 in fp32, fp16 and bf16 (bf16 logits of a bf16 head are a library's). Elsewhere a
+        library may add in another order for another number of rows or threads.
 
     Raises:
         TypeError, ValueError: shapes or dtypes do not fit; a sharded weight without elements; shards that do not cover

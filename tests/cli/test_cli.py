@@ -36,7 +36,7 @@ def test_doctor_says_which_instruction_set_the_cpu_backend_uses(capsys):
     main(["doctor", "--plain"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("instruction set"))
     absent = "cpu" in rlkernels.available_backends()["absent"]
-    assert line.split()[-1] in ({"-"} if absent else {"avx512", "avx2", "baseline"})
+    assert line.split()[-1] in ({"-"} if absent else {"amx", "avx512", "avx2", "baseline"})
 
 
 def test_doctor_tells_the_reason_where_the_cpu_backend_is_absent(capsys, monkeypatch):

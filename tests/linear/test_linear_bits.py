@@ -10,7 +10,7 @@ import subprocesses
 
 
 @pytest.mark.fault(133)
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["amx", "avx512", "avx2", "baseline"])
 def test_a_row_of_a_linear_function_keeps_its_bits_where_the_products_are_our_own_and_elsewhere_from_run_to_run(isa):
     done = subprocesses.child(Path(__file__).with_name("linear_bits.py"), RLKERNELS_CPU_ISA=isa, timeout=120)
     if "no more than this machine has" in done.stderr:

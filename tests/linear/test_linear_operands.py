@@ -9,7 +9,7 @@ import subprocesses
 
 
 @pytest.mark.fault(122)
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["amx", "avx512", "avx2", "baseline"])
 def test_hidden_states_weight_and_bias_of_any_layout_and_sign_bit_give_right_numbers_and_gradients(isa):
     done = subprocesses.child(
         Path(__file__).with_name("linear_operands.py"), RLKERNELS_CPU_ISA=isa, OMP_NUM_THREADS="1", timeout=120

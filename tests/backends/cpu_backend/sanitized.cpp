@@ -13,7 +13,12 @@ RowKernels rlk::row_kernels(Dtype dtype) {
   return dtype == Dtype::f64 ? row_kernels_f64() : RLK_ISA::row_kernels(dtype);
 }
 
+bool tiles = false;  // whether the emulated tiles multiply bf16
+
 GemmKernels rlk::gemm_kernels() {
+#if defined(RLK_EMULATED_TILES)
+  if (tiles) return amx::gemm_kernels();
+#endif
 #if defined(RLK_BF16)
   return avx512_bf16::gemm_kernels();
 #else
@@ -172,6 +177,12 @@ int main() {
       for (const bool wide : {false, true})
         if (gemm_available() && !product(size[0], size[1], size[2], layout, wide, false)) return 1;
       if (gemm_f32_available() && !product(size[0], size[1], size[2], layout, true, true)) return 1;
+#if defined(RLK_EMULATED_TILES)
+      tiles = true;
+      for (const bool wide : {false, true})
+        if (!product(size[0], size[1], size[2], layout, wide, false)) return 1;
+      tiles = false;
+#endif
     }
 #if defined(RLK_BF16)
   for (const int64_t columns : {1, 63, 64, 1000})

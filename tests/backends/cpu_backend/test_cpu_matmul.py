@@ -180,10 +180,12 @@ def test_an_fp32_operand_is_rounded_to_nearest_even(layout):
     x = torch.tensor([p - (1 << 32) if p >> 31 else p for p in patterns], dtype=torch.int32).view(torch.float32)
     expected = x.bfloat16().float()
     expected[expected.abs() < 2.0**-126] = 0.0  # the product counts subnormals as zero
+    if cpu_matmul.name() == "amx":  # and so does the rounding
+        expected[x.abs() < 2.0**-126] = 0.0
     for a in (x[:, None], torch.stack([x, torch.zeros_like(x)], 1), torch.stack([torch.zeros_like(x), x], 1)):
         got = product(laid(a, layout), torch.ones(a.shape[1], 1).bfloat16())[:, 0]
         assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.nan_to_num(1.0), expected.nan_to_num(1.0))
-    assert expected[-1] == 2.0**-126 and expected[-2] == 0
+    assert expected[-1] == (0.0 if cpu_matmul.name() == "amx" else 2.0**-126) and expected[-2] == 0
 
 
 @both_dtypes

@@ -138,7 +138,7 @@ BELOW = (
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_each_lower_instruction_set_keeps_the_error_policy_and_gives_the_definition_of_divergences(isa):
-    order = ["baseline", "avx2", "avx512"]
+    order = ["baseline", "avx2", "avx512", "amx"]
     if order.index(isa) >= order.index(cpu.isa()):
         pytest.skip(f"this machine's best is {cpu.isa()}")
     files = __file__, Path(__file__).with_name("test_cpu_divergence.py")
@@ -153,7 +153,7 @@ def test_an_instruction_set_that_is_not_there_is_refused():
     done = subprocesses.code("from rlkernels.backends import cpu", RLKERNELS_CPU_ISA="avx1024")
     assert (
         done.returncode != 0
-        and "RLKERNELS_CPU_ISA must be avx512, avx2 or baseline" in done.stderr
+        and "RLKERNELS_CPU_ISA must be amx, avx512, avx2 or baseline" in done.stderr
         and "got 'avx1024'" in done.stderr
     )
 

@@ -29,6 +29,7 @@ VALUES, EDGES = "test_logprobs_special_values.py::test_", "test_mutant_edges.py:
 GEMM = ("test_cpu_matmul.py",)
 MAXIMA = "test_guarantees.py::test_the_divergence_is_right_wherever_the_maxima_lie"
 ASKED = {name: GEMM for name in ("gemm.cpp", "gemm_tile.h", "gemm_bf16.cpp", "gemm_f32.cpp")} | {
+    "gemm_amx.cpp": ("test_cpu_tiles.py",),
     "fused_policy.cpp": FUSED,
     "elementwise.cpp": SMALL,
     "../column_inputs.h": SMALL,
@@ -351,5 +352,38 @@ MUTANTS = (
         "gemm_f32.cpp",
         "_mm512_maskz_loadu_epi32(lanes, from)",
         "_mm512_loadu_epi32(from)",
+    ),
+    _m(
+        "the odd row behind an odd depth counts in a tile",
+        "gemm_amx.cpp",
+        "_mm256_maskz_loadu_epi16(rows > 1 ? lanes : 0, rows > 1 ? even + row : even);",
+        "_mm256_maskz_loadu_epi16(lanes, rows > 1 ? even + row : even);",
+    ),
+    _m(
+        "old words of b stand behind the depth",
+        "gemm_amx.cpp",
+        "p < whole_words(x.depth); ++p)",
+        "p < words_of(x.depth); ++p)",
+    ),
+    _m("the tiles of a are not transposed", "gemm_amx.cpp", "      transpose(words);\n", ""),
+    _m(
+        "the second 16 rows of a tile are the first",
+        "gemm_amx.cpp",
+        "_tile_stream_loadd(5, a + t.a_panel, kLine);",
+        "_tile_stream_loadd(5, a, kLine);",
+    ),
+    _m("a register of sums keeps those of the tile before", "gemm_amx.cpp", "  if (kAcross > 1) _tile_zero(1);\n", ""),
+    _m(
+        "the tiles are used without a configuration",
+        "gemm_amx.cpp",
+        "void begin() { _tile_loadconfig(&kConfiguration); }",
+        "void begin() {}",
+    ),
+    _m(
+        "a lane behind the last is that of the first row",
+        "gemm_amx.cpp",
+        "l < x.lanes ? Pairs::along(from + k, x.depth - k) : _mm512_setzero_si512()",
+        "Pairs::along(from + k, x.depth - k)",
+        equivalent="sums of absent rows are stored nowhere",
     ),
 )
