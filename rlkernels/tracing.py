@@ -36,7 +36,7 @@ def gradient_wanted(arguments):
     """Tells whether autograd records a call with these arguments; None where the dispatcher must see the call."""
     if _included is None or _included().raw_repr() not in _PLAIN:
         return None
-    wanted, groups = False, [arguments]
+    recording, wanted, groups = torch.is_grad_enabled(), False, [arguments]
     for group in groups:  # which grows by the lists that it holds
         for x in group:
             kind = type(x)
@@ -45,12 +45,13 @@ def gradient_wanted(arguments):
             if kind in _TYPES:
                 if x.is_meta:  # because the dispatcher chooses the fake implementation
                     return None
-                wanted = wanted or x.requires_grad
+                if recording and x.requires_grad:
+                    wanted = True
             elif kind is list:
                 groups.append(x)
             elif isinstance(x, torch.Tensor):
                 return None
-    return wanted and torch.is_grad_enabled()
+    return wanted
 
 
 def has_values(x):

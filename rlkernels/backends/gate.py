@@ -15,6 +15,7 @@ from rlkernels.checks.tokens import read_offsets
 from rlkernels.objectives.cxx import digest
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+INDICES = (torch.int64, torch.int32)
 INTERFACE = "0.2.0/4"
 """The text that ``csrc/interface.h`` holds too: the release that the package is of or comes before, and a number that
 rises with every change of what crosses.
@@ -168,13 +169,13 @@ def rows(where, batch, real):
         )
     if not (
         type(targets) in PLAIN
-        and targets.dtype in (torch.int64, torch.int32)
+        and targets.dtype in INDICES
         and targets.dim() == 1
         and targets.device == device
         and not targets.is_neg()
     ):
         targets = own(where, "targets", targets)
-        if targets.dtype not in (torch.int64, torch.int32):
+        if targets.dtype not in INDICES:
             raise TypeError(f"{where}: targets must be int32 or int64, got {targets.dtype}")
         targets = taken(where, "targets", targets, targets.dtype, (count,), device)
     if isinstance(temperature, torch.Tensor):
@@ -249,7 +250,7 @@ def stored(gradient, out):
 
 def _integers(where, cu_seqlens):
     cu_seqlens = own(where, "cu_seqlens", cu_seqlens)
-    if cu_seqlens.dtype not in (torch.int64, torch.int32):
+    if cu_seqlens.dtype not in INDICES:
         raise TypeError(f"{where}: cu_seqlens must be an int32 or int64 tensor, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(
