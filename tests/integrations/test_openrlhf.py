@@ -68,7 +68,7 @@ def test_an_error_of_one_percent_does_not_pass(version, family):
 def test_the_host_reads_nothing_of_a_device(version, family, monkeypatch):
     """Tensors on ``meta`` take the ways of an accelerator, and have nothing that could be read."""
     monkeypatch.setattr(openrlhf_cases.Source, "device", "meta")
-    monkeypatch.setattr(ops, "serving", lambda *arguments: "triton")
+    monkeypatch.setattr(ops, "serving", lambda *arguments, **of: "triton")
     for module in (ops, register):
         monkeypatch.setattr(module, "run", lambda op, backend, *arguments: getattr(eager, op)(*arguments))
     cases = of_family(version, family)

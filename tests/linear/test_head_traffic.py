@@ -91,7 +91,7 @@ def traffic(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "tolist", numbers)
     monkeypatch.setattr(torch.Tensor, "nonzero", places)
-    monkeypatch.setattr(ops, "serving", lambda *a: "triton")
+    monkeypatch.setattr(ops, "serving", lambda *a, **of: "triton")
     monkeypatch.setattr(heads, "multiprocessors", lambda device: 132)
     for module in (ops, register):
         monkeypatch.setattr(module, "run", found.kernel)

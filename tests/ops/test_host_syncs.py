@@ -59,7 +59,7 @@ def on_an_accelerator(monkeypatch):
 
     The heads' own ops are opened: their fakes would hide the loop over chunks.
     """
-    monkeypatch.setattr(ops, "serving", lambda *a: "triton")
+    monkeypatch.setattr(ops, "serving", lambda *a, **of: "triton")
     for module in (ops, register):
         monkeypatch.setattr(module, "run", lambda op, backend, *a: getattr(eager, op)(*a))
     for name in ("tensor", "as_tensor"):
