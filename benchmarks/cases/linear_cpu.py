@@ -127,6 +127,10 @@ def distillation(p: Problem, lineup: Lineup) -> Case:
         return rlkernels.linear_distillation_loss(h, w, *teacher, kind="jsd")
 
     kind, rules = "linear_distillation_loss", {"dtype": p.dtype, "products": 4, "beside_torch": p.dtype == "fp32"}
+    if p.dtype == "bf16":
+        # A divergence spreads the gradient of a row over its logits. A matmul of bf16 rounds them, and gives back what
+        # this took from the 40 largest alone: 1.07 roundings in all with AVX512_BF16, and 1.4 at most.
+        rules["roundings"] = 1.5
     name = f"{kind} (jsd) forward+backward, {p.dtype} {list(p.shape)}"
     return linear.beside(name, p, lineup, fused, functions, judge, count=4, floor=floor(4), kind=kind, **rules)
 

@@ -1,8 +1,8 @@
-// The tile instructions of AMX, and the conversion to bf16, in plain C++: with `-include` in front of gemm_amx.cpp, whose
-// source stays as it is. A register that is not configured, or a size that it has not, ends the program.
+// The tile instructions of AMX, and the conversion to bf16, in plain C++: with `-include` in front of gemm_amx.cpp,
+// whose source stays as it is. A register that is not configured, or a size that it has not, ends the program.
 //
-// The order of the sums is that of TDPBF16PS: test_cpu_tiles.py compares the bits with the instruction's, where there is
-// one.
+// The order of the sums is that of TDPBF16PS: test_cpu_tiles.py compares the bits with the instruction's, where there
+// is one.
 #pragma once
 #include <immintrin.h>
 

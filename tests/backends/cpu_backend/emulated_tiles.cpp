@@ -9,6 +9,6 @@ extern "C" void emulated_product(const int64_t* x) {
   const auto operand = [](const int64_t* from) {
     return rlk::Operand{uintptr_t(from[0]), from[1], from[2], from[3] != 0};
   };
-  rlk::gemm({x[0], x[1], x[2], operand(x + 5), operand(x + 9), reinterpret_cast<float*>(x[13]), x[14], x[3] != 0,
-             int(x[4])});
+  rlk::gemm(
+      {x[0], x[1], x[2], operand(x + 5), operand(x + 9), reinterpret_cast<float*>(x[13]), x[14], x[3] != 0, int(x[4])});
 }
