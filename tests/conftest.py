@@ -1,4 +1,5 @@
 import signal
+import sys
 import threading
 
 import pytest
@@ -6,10 +7,13 @@ import pytest
 pytest.register_assert_rewrite("reference")  # before anything imports it
 
 import longest_first  # noqa: E402
-from paths import TESTS  # noqa: E402
+from paths import ROOT, TESTS  # noqa: E402
 from present_backends import PRESENT  # noqa: E402
 
 from rlkernels.backends import use_backend  # noqa: E402
+
+# For the benchmarks. At the end: where the package is installed that one is under test, not the sources beside them.
+sys.path.append(str(ROOT))
 
 # A suite started in the background of a script inherits an ignored SIGINT, and so would the children whose interruption
 # is tested.

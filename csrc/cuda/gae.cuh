@@ -66,15 +66,26 @@ __global__ void __launch_bounds__(BLOCK) gae(const GaeJob<Real> job) {
     // Neighbouring threads take neighbouring tokens from memory and to it, because a warp whose threads take eight each
     // would touch eight times as many sectors.
     const long long warp_last = last - (long long)warp * Tokens::kTokens;
+    // The masks of all tokens, then their rewards and values, then the places of these. In one loop each token's loads
+    // would wait for its mask, and the next token's mask for the ballot before it.
+    const long long at = warp_last - lane;  // the i-th token that this thread moves is at - 32 i
+    const int left = at < begin ? -1 : int(at - begin < Tokens::kTokens ? at - begin : Tokens::kTokens);
+    bool here[ITEMS];
+    Real rewards[ITEMS], values[ITEMS];
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) here[i] = i * 32 <= left && (!job.mask || job.mask[at - i * 32]);
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+      // A dead position is not read, because it may hold anything.
+      rewards[i] = here[i] ? job.rewards[at - i * 32] : Real(0);
+      values[i] = here[i] ? job.values[at - i * 32] : Real(0);
+    }
     unsigned live = 0;  // bit i: the i-th token of this thread
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-      const int token = i * 32 + lane;
-      const long long t = warp_last - token;
-      const bool here = t >= begin && (!job.mask || job.mask[t]);
-      first[token] = here ? job.rewards[t] : Real(0);  // a dead position is not read, because it may hold anything
-      second[token] = here ? job.values[t] : Real(0);
-      const unsigned word = __ballot_sync(0xffffffffu, here);
+      first[i * 32 + lane] = rewards[i];
+      second[i * 32 + lane] = values[i];
+      const unsigned word = __ballot_sync(0xffffffffu, here[i]);
       if (lane / 4 == i) live = word >> lane % 4 * ITEMS & 0xffu;
     }
     __syncwarp();
@@ -120,10 +131,9 @@ __global__ void __launch_bounds__(BLOCK) gae(const GaeJob<Real> job) {
     // No barrier behind this, because the next chunk's tokens take the places of results that the same thread has read.
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-      const long long t = warp_last - (i * 32 + lane);
-      if (t < begin) break;
-      job.advantages[t] = first[i * 32 + lane];
-      job.returns[t] = second[i * 32 + lane];
+      if (i * 32 > left) break;
+      job.advantages[at - i * 32] = first[i * 32 + lane];
+      job.returns[at - i * 32] = second[i * 32 + lane];
     }
   }
 }

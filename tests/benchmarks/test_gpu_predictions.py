@@ -70,10 +70,9 @@ MISSED = {
     ("token_stats", "cuda"): {32000, 128256, 151936, 262144},  # 10.2 instructions where 9 are the goal; 32000 the share
     ("two_models", "cuda"): {32000, 128256, 151936, 262144},  # 24 instructions per pair where 18 are the goal
     ("fused_policy", "cuda"): {262144},  # three blocks of 128 threads on a multiprocessor
-    ("gae", "cuda"): {2048},  # a load of the mask before each pair of loads
     ("two_models", "triton"): {32000, 128256, 151936, 262144},  # 75 registers: 24 warps on a multiprocessor
     ("fused_policy", "triton"): {32000, 128256, 151936, 262144},  # two reads, of which the cache serves a part
-    ("gae", "triton"): {2048},
+    ("gae", "triton"): {2048},  # scans of pairs and of a selection, and loads that wait for that of the mask
     ("linear_policy_loss", "cuda"): {4096, 8192},
     ("linear_policy_loss", "triton"): {4096, 8192, 32768},
     ("linear_policy_loss 1 GiB", "cuda"): {4096, 8192, 32768},
