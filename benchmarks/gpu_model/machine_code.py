@@ -93,7 +93,7 @@ def compile_cuda(folder: Path) -> list[Path]:
         RuntimeError: nvcc is not here, or it refused.
     """
     if setup_cuda.NVCC is None:
-        raise RuntimeError(setup_cuda.missing() or "nvcc is not here")
+        raise RuntimeError(setup_cuda.missing("1") or "nvcc is not here")
     release = compilers()["cuda"]
     key = hashlib.sha256((setup_cuda.digest(ROOT) + setup_cuda.FLAGS + release).encode()).hexdigest()[:16]
     made = folder / f"cuda-{key}"
