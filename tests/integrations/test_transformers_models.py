@@ -48,9 +48,11 @@ def test_log_probabilities_and_gradients_are_those_of_the_models_own_logits(name
 def test_losses_gradients_and_sgd_steps_are_those_of_the_models_own_logits_and_one_percent_of_error_shows(name):
     if hasattr(CASES[name], "peft"):
         pytest.importorskip("peft", reason="needs peft")
-    tolerance = 1e-2 if name == "Llama, autocast to bf16" else 1e-4
+    # A processor that multiplies bf16 rounds the gradient of the logits first, and each layer's backward rounds anew.
+    values, gradients = 1e-4, 1e-2 if name.startswith("Llama, autocast to bf16") else 1e-4
     found = transformers_runs.gaps(name)
-    assert max(found) < tolerance, found
+    assert max(found[:2]) < (1e-2 if name == "Llama, autocast to bf16" else values), found
+    assert max(found[2:]) < gradients, found
     assert min(transformers_runs.gaps(name, 1.01)) > 5e-3
 
 

@@ -261,8 +261,8 @@ MUTANTS = (
     _m(
         "the scan reads dead tokens",
         "gae.cuh",
-        "const bool here = t >= begin && (!job.mask || job.mask[t]);",
-        "const bool here = t >= begin;",
+        "here[i] = i * 32 <= left && (!job.mask || job.mask[at - i * 32]);",
+        "here[i] = i * 32 <= left;",
         31,
     ),
     _m("zero is skip", "gae.cuh", "(mine - i >= begin && job.masked == Masked::zero)", "false"),
