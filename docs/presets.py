@@ -23,11 +23,13 @@ loss = policy_loss(logprobs, old, advantages, mask, **verl)
 loss = policy_loss(logprobs, old, advantages, mask, **gspo)
 ```
 
-`settings` returns a new dict, which you may change. A word behind a slash is a variant. `logits_policy_loss` and
-`linear_policy_loss` have the keywords of `policy_loss`, and so for the other losses. `coefficients(name)` returns what
-a system multiplies whole terms with. Where cases of a system are among the golden files (`tests/guarantees/golden`),
-they run with nothing but its name. The others hold what the source of that version says, and no number of it was
-compared.
+`settings` returns a new dict, which you may change. Where it holds `normalizers` already, add yours to
+them: `kw["normalizers"] = {**kw.get("normalizers", {}), "batch_num_tokens": n}`.
+
+A word behind a slash is a variant. `logits_policy_loss` and `linear_policy_loss` have the keywords of `policy_loss`,
+and so for the other losses. `coefficients(name)` returns what a system multiplies whole terms with. Where cases of a
+system are among the golden files (`tests/guarantees/golden`), they run with nothing but its name. The others hold
+what the source of that version says, and no number of it was compared.
 """
 
 

@@ -139,6 +139,7 @@ def mask(caller, x, expected, name="mask", counts=False):
             f"{WHOLE_NAMES}, {FLOAT_NAMES}"
         )
     tensors.shape(caller, name, x, expected)
+    tensors.no_gradient(caller, **{name: x})
     if x.dtype.is_floating_point and not counts:
         _zeros_and_ones(caller, name, x)
 
@@ -199,6 +200,8 @@ def params(caller, objective, entry, keywords, like):
             values[name] = tensors.coefficient(real, caller, name, values[name], like)
             plain = plain and not isinstance(values[name], torch.Tensor)
         ordered.append(values[name])
+    if not entry.function.__module__.startswith("rlkernels.objectives."):
+        return ordered  # what a parameter of a user's objective means is the user's
     for name, x in zip(entry.params, ordered, strict=True):
         if name in _RANGES and (plain or not isinstance(x, torch.Tensor)):
             _RANGES[name](caller, objective, name, x)

@@ -76,7 +76,9 @@ def token_divergences(
         teacher_topk: ``(ids, logprobs)``, ``[..., K]`` each, in place of ``teacher_logits``: the teacher's likeliest
             tokens under the temperature ``T``. All other tokens count as one outcome, with the mass that is left in
             each distribution: 1 less the sum over the ids, 1.2e-7 (2.2e-16 in fp64) at the least and no more exact
-            than that. Entries of log-probability -inf are not used.
+            than that. So where the student leaves less than 1e-6 to all other tokens, their gradient is some per cent
+            off in fp32, and it fades below 1e-7. Entries of log-probability -inf are not used; their ids must be
+            tokens, too.
         temperature: ``T``, of both models; a number, or one per row, as for ``token_logprobs``. The value is not
             multiplied by ``T**2``.
         vocab_mask: bool ``[V]`` or ``[..., V]``, True keeps a column, in both models; not with ``teacher_topk``.

@@ -342,14 +342,16 @@ def _per_token(options: PreferenceOptions, like: Tensor, lengths: Tensor, tokens
 
 
 def _check_use(caller: str, options: PreferenceOptions, **passed: bool) -> None:
-    """Refuses an option that no loss of the mixture takes, and a divergence that some of them do not take.
+    """Refuses an option that no loss of the mixture takes, and a divergence that one with a score does not take.
 
     ``passed``: the name of each option to whether the caller passed it.
     """
     for option, was_passed in passed.items():
-        users = [option in kind.takes for kind in options.kinds]
-        if was_passed and not (all(users) if option == "f_divergence" else any(users)):
-            raise ValueError(f"{caller}: loss_type {_listed(options.names)} takes no {option}; leave it out")
+        without = [name for name, kind in zip(options.names, options.kinds, strict=True) if option not in kind.takes]
+        # Its mixture with "sft", which has no score, is one of every score.
+        wrong = [name for name in without if name != "sft"] if option == "f_divergence" else []
+        if was_passed and (wrong or len(without) == len(options.kinds)):
+            raise ValueError(f"{caller}: loss_type {_listed(wrong or options.names)} takes no {option}; leave it out")
 
 
 def _tensors(

@@ -45,12 +45,15 @@ class Pairs:
     def diverged(self, scores: Both, alpha: Number) -> Both:
         """Computes scores under an alpha-divergence.
 
-        At ``alpha = 1`` that is the reverse KL, whose score is the log-ratio itself.
+        At ``alpha = 1`` that is the reverse KL, whose score is the log-ratio itself. What is nearer to 1 than the dtype
+        can tell counts as 1.
         """
+        near = torch.finfo(scores[0].dtype).eps
         if not isinstance(alpha, torch.Tensor):
-            return scores if alpha == 1.0 else [self.scored("alpha_divergence", x, alpha) for x in scores]
-        other = torch.where(alpha == 1.0, 0.0, alpha)
-        return [torch.where(alpha == 1.0, x, self.scored("alpha_divergence", x, other)) for x in scores]
+            return scores if abs(alpha - 1.0) <= near else [self.scored("alpha_divergence", x, alpha) for x in scores]
+        limit = (alpha.double() - 1.0).abs() <= near
+        other = torch.where(limit, 0.0, alpha)
+        return [torch.where(limit, x, self.scored("alpha_divergence", x, other)) for x in scores]
 
     def averages(self, both: Both) -> Both:
         """Divides a number per chosen and per rejected answer by the answers' lengths."""
@@ -252,7 +255,7 @@ KINDS = {
     "apo_zero": Kind(_up_and_down("kto"), AVERAGE),
     "apo_down": Kind(_apo_down, AVERAGE),
     "discopop": Kind(_margin("discopop", "beta", "discopop_tau"), (*SCORE, "discopop_tau")),
-    "sft": Kind(_none, ("f_divergence",), reference=False, likelihood=1.0),
+    "sft": Kind(_none, (), reference=False, likelihood=1.0),
     "sigmoid_norm": Kind(
         _margin("dpo_sigmoid", "beta", "label_smoothing", averaged=True), SMOOTH + SCORE, averages=True
     ),

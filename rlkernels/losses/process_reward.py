@@ -12,6 +12,7 @@ from rlkernels.logits_layout import dense, flatten_logits
 from rlkernels.logprobs import shaped
 from rlkernels.losses.token_weights import (
     TokenWeights,
+    counted_tokens,
     full_mask,
     live_mask,
     loss_weights,
@@ -188,7 +189,8 @@ def process_reward_loss(
         each = losses_of_tokens(caller, live, aggregation, weights, normalizers)
     if soft:
         pair = logits.index_select(-1, columns)
-        return _soft_loss(caller, pair, labels, live, given, each is not None, steps if return_metrics else None)
+        steps = counted_tokens(steps, weights) if return_metrics else None
+        return _soft_loss(caller, pair, labels, live, given, each is not None, steps)
     targets = labels.long()
     if columns is not None:
         logits, targets, ignore_index = (
@@ -201,7 +203,10 @@ def process_reward_loss(
     stats = ops.token_stats(flat.rows, wanted, False, ops.serving("token_stats", logits))
     token_weights = token_weights_of(caller, like, live, *given) if each is None else each
     loss = weighted_sum("nll", shaped(stats.logp, shape), [], (), token_weights)
-    return (loss, _accuracy(stats.is_top1.view(shape) & live, steps, loss.dtype)) if return_metrics else loss
+    if not return_metrics:
+        return loss
+    steps = counted_tokens(steps, weights)
+    return loss, _accuracy(stats.is_top1.view(shape) & live & steps, steps, loss.dtype)
 
 
 def _is_soft(caller: str, labels: Tensor, shape: torch.Size) -> bool:
@@ -287,7 +292,7 @@ def _soft_loss(
     loss = terms[0] + terms[1]
     if steps is None:
         return loss
-    return loss, _accuracy(live & ((good.detach() >= bad.detach()) == (share >= 0.5)), steps, real)
+    return loss, _accuracy(live & steps & ((good.detach() >= bad.detach()) == (share >= 0.5)), steps, real)
 
 
 def _accuracy(right: Tensor, steps: Tensor, dtype: torch.dtype) -> Metrics:

@@ -132,7 +132,10 @@ def pairwise_reward_loss(
         )
         if present(center_coef):
             loss = loss + (_centring(chosen, rejected, weights, total) * share * center_coef).to(real)
-    return (loss, _metrics(chosen.detach(), rejected.detach(), live)) if return_metrics else loss
+    if not return_metrics:
+        return loss
+    counted = live if pair_weights is None else weights != 0
+    return loss, _metrics(chosen.detach(), rejected.detach(), counted)
 
 
 def _live_and_weights(
@@ -173,7 +176,7 @@ def _centring(chosen: Tensor, rejected: Tensor, weights: Tensor | None, count: T
 
 @torch.no_grad()
 def _metrics(chosen: Tensor, rejected: Tensor, live: Tensor | None) -> Metrics:
-    """Computes means over the live pairs."""
+    """Computes means over the pairs that are live and have a weight; None: over all."""
     count = max(chosen.numel(), 1) if live is None else live.sum().clamp(min=1)
 
     def mean(x: Tensor) -> Tensor:

@@ -10,7 +10,14 @@ from rlkernels.backends.protocol import real_dtype
 from rlkernels.checks import tokens as checks_tokens
 from rlkernels.logits_layout import dense
 from rlkernels.losses.policy_arguments import column, divided, missing_column, own_names
-from rlkernels.losses.token_weights import full_mask, live_mask, losses_of_tokens, summed, token_weights_of
+from rlkernels.losses.token_weights import (
+    counted_tokens,
+    full_mask,
+    live_mask,
+    losses_of_tokens,
+    summed,
+    token_weights_of,
+)
 from rlkernels.losses.weighted_sum import weighted_sum
 from rlkernels.objectives import OBJECTIVES, Objective, registered
 from rlkernels.packed_rows import is_one_row, on_one_row
@@ -159,7 +166,7 @@ def value_loss(
     loss = weighted_sum(name, prediction, columns, settings, token_weights)
     if not return_metrics:
         return loss
-    live = full_mask(values, live)
+    live = counted_tokens(full_mask(values, live), weights)
     with torch.no_grad():
         count = live.sum().clamp(min=1)
         free = prediction - returns
