@@ -182,10 +182,10 @@ def end_scores(
     ]
     if len(sources) > 1:
         raise ValueError(f"{caller}: {' and '.join(sources)} each say where sequences end; pass one of them")
-    if input_ids is None and prompt_length != 1:
-        raise ValueError(f"{caller}: prompt_length goes with input_ids and pad_id, got {prompt_length}; leave it out")
     if prompt_length < 1:
         raise ValueError(f"{caller}: prompt_length must be at least 1, got {prompt_length}")
+    if input_ids is None and prompt_length != 1:
+        raise ValueError(f"{caller}: prompt_length goes with input_ids and pad_id, got {prompt_length}; leave it out")
     if input_ids is None:
         ends, empty = _ends(caller, "values", values, attention_mask, cu_seqlens)
     else:
