@@ -135,13 +135,6 @@ MUTANTS = (
     ),
     # sequences
     _m(
-        "the rows that fill a bound count for the last sequence",
-        "linear/chunking.py",
-        "        return ~self.padding\n",
-        "        return torch.ones_like(like, dtype=torch.bool, requires_grad=False)\n",
-        POLICY,
-    ),
-    _m(
         "the rows that fill a bound belong to no sequence",
         "linear/sequence_chunks.py",
         "return torch.cat([self.offsets[:-1], self.offsets.new_full((1,), len(self.selection))])",

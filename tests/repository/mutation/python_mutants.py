@@ -13,7 +13,7 @@ WEIGHTED, ADDITIVITY = "test_weighted_loss.py", "test_additivity.py"
 LAYOUTS, OBJECTIVES, KL_TERM = "test_logprobs_layouts.py", "test_objectives.py", "test_kl_term.py"
 ASKED = {
     "aggregation.py": (WEIGHTS,),
-    "sequences.py": (SEGMENTS,),
+    "sequences.py": (SEGMENTS, LOSSES),
     "advantages/group.py": (GROUPS,),
     "advantages/gae.py": (ADVANTAGES,),
     "advantages/whitening.py": ("test_whitening.py",),
