@@ -206,4 +206,9 @@ def _objective(
         if "clip_range" not in entry.params:
             raise ValueError(f"{caller}: objective {name!r} takes no clip_range; leave it out")
         params = {**params, "clip_range": clip_range}
-    return entry, checks.params(caller, name, entry, params, like), further
+    values = checks.params(caller, name, entry, params, like)
+    if clip_range is not None:  # the argument of this function, whoever's objective takes it
+        given = values[entry.params.index("clip_range")]
+        if not isinstance(given, Tensor):
+            checks.positive(caller, "clip_range", given)
+    return entry, values, further

@@ -50,7 +50,10 @@ class PairOptions:
             self._optional(draw, "label_smoothing", (0.001, 0.1, 0.3), names & SMOOTHED, "exo_pair" in names) or 0.0
         )
         divergences = (*DIVERGENCES, *["alpha_divergence"] * 2)
-        self.divergence = self._optional(draw, "f_divergence", divergences, names <= SCORED | {"sft"}) or "reverse_kl"
+        self.divergence = (
+            self._optional(draw, "f_divergence", divergences, names <= SCORED | {"sft"} and names != {"sft"})
+            or "reverse_kl"
+        )
         self.alpha = (
             self._optional(draw, "alpha", (0.3, 2.0, -1.0), self.divergence == "alpha_divergence", draw.flag(0.6))
             or 0.5

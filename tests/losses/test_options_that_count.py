@@ -4,18 +4,26 @@ import pytest
 import torch
 
 import rlkernels as rlk
+from rlkernels.objectives import OBJECTIVES
 
 LOGP = -torch.rand(4, generator=torch.Generator().manual_seed(0))
 
 
-@rlk.objective(columns=3)
-def moved(logp, old_logp, advantage, delta=-0.5, beta=0.0, clip_low=3.0):
-    """``-(A + delta + beta + clip_low) logp``, whose parameters are of no library objective."""
-    factor = advantage + delta + beta + clip_low
-    return -factor * logp, -factor
+@pytest.fixture
+def moved():
+    """A user's objective, which the registry loses again."""
+
+    @rlk.objective(columns=3)
+    def moved(logp, old_logp, advantage, delta=-0.5, beta=0.0, clip_low=3.0):
+        """``-(A + delta + beta + clip_low) logp``, whose parameters are of no library objective."""
+        factor = advantage + delta + beta + clip_low
+        return -factor * logp, -factor
+
+    yield moved
+    OBJECTIVES.pop("moved")
 
 
-def test_a_users_parameters_may_have_any_value_and_the_librarys_may_not():
+def test_a_users_parameters_may_have_any_value_and_the_librarys_may_not(moved):
     logp = LOGP.view(2, 2).clone().requires_grad_()
     loss = rlk.policy_loss(logp, logp.detach(), torch.ones(2, 2), objective=moved)
     torch.testing.assert_close(loss, -(3.5 * logp).mean())
