@@ -9,9 +9,6 @@ namespace {
 
 constexpr int kTile = kLanes * kLanes;  // words in a tile register
 
-// A mask of the low `count` lanes: none below 0, and all beyond 32.
-RLK_INLINE __mmask32 first32(int64_t count) { return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : (1u << count) - 1; }
-
 // VCVTNE2PS2BF16 rounds to nearest even whatever MXCSR says, and reads subnormal numbers as zero. A subnormal that
 // rounds up to 2^-126 is lost, as TDPBF16PS would lose all others.
 RLK_INLINE __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }

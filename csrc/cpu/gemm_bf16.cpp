@@ -15,9 +15,6 @@ RLK_INLINE __m512i rounded(__m512 x) {
   return _mm512_mask_or_epi32(nearest, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
 }
 
-// A mask of the low `count` lanes: none below 0, and all beyond 32.
-RLK_INLINE __mmask32 first32(int64_t count) { return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : (1u << count) - 1; }
-
 struct Pairs {
   static constexpr int64_t elements = 2;
 

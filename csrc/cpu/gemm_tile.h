@@ -19,6 +19,9 @@ RLK_INLINE __mmask16 first16(int64_t count) {
   return count >= 16 ? 0xffff : count <= 0 ? 0 : __mmask16((1u << count) - 1);
 }
 
+// A mask of the low `count` lanes: none below 0, and all beyond 32.
+RLK_INLINE __mmask32 first32(int64_t count) { return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : (1u << count) - 1; }
+
 // Moves element (i, j) of 16 x 16 words to (j, i).
 RLK_INLINE void transpose(__m512i (&x)[16]) {
   __m512i y[16];

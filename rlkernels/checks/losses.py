@@ -200,7 +200,7 @@ def params(caller, objective, entry, keywords, like):
             values[name] = tensors.coefficient(real, caller, name, values[name], like)
             plain = plain and not isinstance(values[name], torch.Tensor)
         ordered.append(values[name])
-    if not entry.function.__module__.startswith("rlkernels.objectives."):
+    if not entry.ours:
         return ordered  # what a parameter of a user's objective means is the user's
     for name, x in zip(entry.params, ordered, strict=True):
         if name in _RANGES and (plain or not isinstance(x, torch.Tensor)):
@@ -241,4 +241,4 @@ _RANGES = {
     **dict.fromkeys(("delta", "delta_low", "delta_high"), _not_negative),
     **dict.fromkeys(("beta", "tau_pos", "tau_neg", "clip_range", "ratio_cap", "ratio_max"), _positive),
 }
-"""The check of each parameter that has a range, whichever objective takes it."""
+"""The check of each parameter that has a range, whichever of the library's objectives takes it."""

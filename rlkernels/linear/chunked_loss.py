@@ -199,7 +199,7 @@ def _statistics(loop, parts, wanted):
         buffered = loop.logits(part)
         statistics.append(loop.projection.statistics(buffered[0], loop.head.row_arguments(part), wanted))
     if not parts:
-        return RowStats.empty(loop.logp, 0, wanted, False), None
+        return RowStats.empty(loop.logp.new_empty(0), 0, wanted, False), None
     return RowStats(*(torch.cat(x) for x in zip(*statistics, strict=True))), buffered
 
 

@@ -282,7 +282,7 @@ FROM_OPTIONS = ("beta", "label_smoothing")
 def kind_of_user(loss_type: object) -> tuple[str, Kind] | None:
     """Returns the name and the kind of a user's objective of one margin, None where it is no such objective."""
     entry = registered(loss_type)
-    if entry is None or entry.columns != ("margin",) or entry.function.__module__.startswith("rlkernels.objectives."):
+    if entry is None or entry.columns != ("margin",) or entry.ours:
         return None
     name, params = entry.function.__name__, entry.params
     takes = SCORE + tuple(x for x in FROM_OPTIONS[1:] if x in params)

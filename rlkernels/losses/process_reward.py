@@ -189,8 +189,7 @@ def process_reward_loss(
         each = losses_of_tokens(caller, live, aggregation, weights, normalizers)
     if soft:
         pair = logits.index_select(-1, columns)
-        steps = counted_tokens(steps, weights) if return_metrics else None
-        return _soft_loss(caller, pair, labels, live, given, each is not None, steps)
+        return _soft_loss(caller, pair, labels, live, given, each is not None, steps if return_metrics else None)
     targets = labels.long()
     if columns is not None:
         logits, targets, ignore_index = (
@@ -270,7 +269,7 @@ def _soft_loss(
 ) -> Scalar | tuple[Scalar, Metrics]:
     """Computes the loss of soft labels: of two columns it is the pairwise loss, both ways round.
 
-    ``apart``: nothing is summed. ``steps``: the steps that the accuracy counts, or None for no metrics.
+    ``apart``: nothing is summed. ``steps``: those that the accuracy counts where they have a weight; None: no metrics.
     """
     real = real_dtype(logits.dtype)
     good, bad = (dense(x, real) for x in logits.unbind(-1))
@@ -292,6 +291,7 @@ def _soft_loss(
     loss = terms[0] + terms[1]
     if steps is None:
         return loss
+    steps = counted_tokens(steps, given[1])
     return loss, _accuracy(live & steps & ((good.detach() >= bad.detach()) == (share >= 0.5)), steps, real)
 
 

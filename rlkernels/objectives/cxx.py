@@ -52,7 +52,7 @@ def functor(name):
 
 def builtin():
     """Returns the names of the objectives that come with the library, in the order of registration."""
-    return [name for name, entry in OBJECTIVES.items() if entry.function.__module__.startswith("rlkernels.objectives.")]
+    return [name for name, entry in OBJECTIVES.items() if entry.ours]
 
 
 def table(macro, names):

@@ -60,13 +60,17 @@ INSTEAD = {
 
 
 class Objective(NamedTuple):
-    """A registered objective: its function, the names of its columns and parameters, its syntax tree, its defaults."""
+    """A registered objective: its function, the names of its columns and parameters, its syntax tree, its defaults.
+
+    ``ours``: whether it comes with the library.
+    """
 
     function: Callable
     columns: tuple[str, ...]
     params: tuple[str, ...]
     tree: ast.FunctionDef
     defaults: tuple[tuple[str, float], ...] = ()  # pairs, because an entry must be hashable
+    ours: bool = False
 
 
 PACKAGE = __name__.rpartition(".")[0] + "."
@@ -132,7 +136,9 @@ def objective(function: Any = None, *, columns: int | None = None) -> Any:
         # The kernels are made of the source. A file that changed after its import, and a second exec under the same
         # file name, leave the source of another function there.
         raise TypeError(_stale(function))
-    OBJECTIVES[name] = Objective(function, names[:count], names[count:], tree, tuple(defaults.items()))
+    OBJECTIVES[name] = Objective(
+        function, names[:count], names[count:], tree, tuple(defaults.items()), _is_ours(function)
+    )
     return function
 
 

@@ -45,3 +45,17 @@ def test_steps_of_weight_0_are_not_counted(backend, soft):
     assert metrics["accuracy"].item() == 1.0
     _, metrics = rlk.process_reward_loss(logits, labels, return_metrics=True, **options)
     assert metrics["accuracy"].item() == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("weights", [torch.ones(2), [1.0, 1.0, 1.0], torch.ones(3, dtype=torch.int64)])
+def test_weights_of_steps_that_do_not_fit_are_refused_by_name_with_and_without_metrics(soft, weights):
+    labels, options = (torch.ones(3), {"reward_token_ids": [0, 1]}) if soft else (torch.zeros(3, dtype=torch.int64), {})
+    told = set()
+    for return_metrics in (False, True):
+        with pytest.raises((TypeError, ValueError), match="^process_reward_loss: weights ") as refusal:
+            rlk.process_reward_loss(
+                torch.zeros(3, 2), labels, weights=weights, return_metrics=return_metrics, **options
+            )
+        told.add(str(refusal.value))
+    assert len(told) == 1

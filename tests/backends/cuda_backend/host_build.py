@@ -21,6 +21,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 CUDA = ROOT / "csrc/cuda"
 CXX = shutil.which(os.getenv("CXX", "c++"))
+CUDA_CALLS = (
+    "cudaGetDevice",
+    "cudaSetDevice",
+    "cudaDeviceGetAttribute",
+    "cudaFuncSetAttribute",
+    "cudaMemsetAsync",
+    "cudaLaunchKernelEx",
+)
+"""The calls of the runtime in the host code; each of them may fail."""
 
 spec = importlib.util.spec_from_file_location("setup_cuda", ROOT / "setup_cuda.py")
 setup_cuda = importlib.util.module_from_spec(spec)

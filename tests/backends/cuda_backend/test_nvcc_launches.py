@@ -13,7 +13,7 @@ import host_build
 import object_files
 import ptxas
 import pytest
-from host_build import CUDA, HERE, setup_cuda
+from host_build import CUDA, CUDA_CALLS, HERE, setup_cuda
 
 from benchmarks.gpu_model import launch_shapes
 
@@ -109,17 +109,7 @@ def test_no_rows_are_no_launch(launched):
     assert launched("token_stats", 0, 151936) == []
 
 
-@pytest.mark.parametrize(
-    "failing",
-    (
-        "cudaGetDevice",
-        "cudaSetDevice",
-        "cudaDeviceGetAttribute",
-        "cudaFuncSetAttribute",
-        "cudaMemsetAsync",
-        "cudaLaunchKernelEx",
-    ),
-)
+@pytest.mark.parametrize("failing", CUDA_CALLS)
 def test_an_error_of_any_call_names_the_kernel_and_leaves_the_device_as_it_was(launched, failing):
     *_, last = launched("fused_policy", 1, 24000, failing)
     assert last == {"call": "error", "what": "fused_policy<bfloat16>: invalid argument"}
